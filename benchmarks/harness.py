@@ -1,0 +1,220 @@
+"""Timing rivals fairly on a machine that other work may share.
+
+All rivals run in one process, round-robin, and each round starts with another one, so that a slow
+minute falls on all of them. A ratio is the median over rounds of (rival's time / first rival's time
+in the same round); it is withheld when the quartiles of those per-round ratios lie more than 15 %
+of it apart. CPU time stands beside wall time: it is the one to read where cores are shared. Nothing
+is timed before its results were found equal to those of the rival it claims to reproduce.
+"""
+
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+MAX_SPREAD = 0.15
+
+
+@dataclass(frozen=True)
+class Rival:
+    """One way to do the work: ``run`` does it once and returns its results (outputs, gradients).
+
+    ``same_as`` names the rival whose results it must reproduce; none where it computes another
+    function of the same cost, such as the dense layer beside an expert layer.
+    """
+
+    name: str
+    run: Callable[[], Sequence[torch.Tensor]]
+    same_as: str | None = None
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one rival: medians, quartile distance over median, and ratios to the first rival.
+
+    A ratio is none where its own quartiles lie further than ``MAX_SPREAD`` apart.
+    """
+
+    name: str
+    cpu: float
+    cpu_spread: float
+    wall: float
+    wall_spread: float
+    cpu_ratio: float | None
+    wall_ratio: float | None
+
+
+def compare(
+    rivals: Sequence[Rival], *, rounds: int = 15, warmups: int = 3, tolerance: float = 1e-4
+) -> list[Timing]:
+    """Verify the rivals, warm each up, then time ``rounds`` interleaved rounds.
+
+    Raises ``ValueError`` when a rival's result differs from the one it must reproduce by more than
+    ``tolerance`` (root mean square of the difference over that of the result), or its name is
+    unknown.
+    """
+    verify(rivals, tolerance)
+    for rival in rivals:
+        for _ in range(warmups):
+            rival.run()
+    cpu: dict[str, list[float]] = {rival.name: [] for rival in rivals}
+    wall: dict[str, list[float]] = {rival.name: [] for rival in rivals}
+    for turn in range(rounds):
+        first = turn % len(rivals)
+        for rival in (*rivals[first:], *rivals[:first]):
+            wall_start, cpu_start = time.perf_counter(), time.process_time()
+            rival.run()
+            cpu[rival.name].append(time.process_time() - cpu_start)
+            wall[rival.name].append(time.perf_counter() - wall_start)
+    base = rivals[0].name
+    return [
+        Timing(
+            rival.name,
+            *_median_and_spread(cpu[rival.name]),
+            *_median_and_spread(wall[rival.name]),
+            _ratio(cpu[rival.name], cpu[base]),
+            _ratio(wall[rival.name], wall[base]),
+        )
+        for rival in rivals
+    ]
+
+
+def verify(rivals: Sequence[Rival], tolerance: float) -> None:
+    """Raise ``ValueError`` where a rival does not reproduce the results it claims to."""
+    by_name = {rival.name: rival for rival in rivals}
+    for rival in rivals:
+        if rival.same_as is None:
+            continue
+        if rival.same_as not in by_name:
+            raise ValueError(
+                f"same_as ({rival.same_as!r}) of rival {rival.name!r} must be one of "
+                f"{', '.join(by_name)}"
+            )
+        expected, actual = by_name[rival.same_as].run(), rival.run()
+        for number, (want, have) in enumerate(zip(expected, actual, strict=True)):
+            error = rms_error(have, want)
+            if not error <= tolerance:
+                raise ValueError(
+                    f"result {number} of {rival.name!r} is off from {rival.same_as!r} by "
+                    f"{error:.1e}, more than the tolerance ({tolerance:.1e}); mend it before timing"
+                )
+
+
+def rms_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Root mean square of the difference over that of ``expected``."""
+    difference = (actual.detach().double() - expected.detach().double()).norm()
+    return (difference / expected.detach().double().norm().clamp_min(1e-30)).item()
+
+
+def environment() -> dict[str, Any]:
+    """What the numbers depend on, measured now: versions, processor, load, and two ceilings."""
+    return {
+        "command": " ".join(["python", *sys.argv]),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 2),
+        "matmul GFLOP/s": round(_matmul_gflops(), 1),
+        "copy GB/s": round(_copy_gbytes(), 1),
+    }
+
+
+class Report:
+    """Timings of one benchmark over its settings, written as JSON lines and as a Markdown table."""
+
+    def __init__(self, name: str, title: str) -> None:
+        self.name, self.title = name, title
+        self.environment = environment()
+        self.entries: list[tuple[dict[str, Any], list[Timing]]] = []
+
+    def add(self, setting: dict[str, Any], timings: list[Timing]) -> None:
+        """Keep the timings of one setting (shapes, dtype, FLOPs …) and print them."""
+        self.entries.append((setting, timings))
+        print(_table(setting, timings), flush=True)
+
+    def write(self, folder: Path = RESULTS) -> Path:
+        """Write ``<folder>/<name>.jsonl`` and ``.md``; returns the latter."""
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = [
+            json.dumps({**self.environment, **setting, **vars(timing)})
+            for setting, timings in self.entries
+            for timing in timings
+        ]
+        (folder / f"{self.name}.jsonl").write_text("\n".join(lines) + "\n")
+        header = ", ".join(f"{key}: {value}" for key, value in self.environment.items())
+        tables = "\n".join(_table(setting, timings) for setting, timings in self.entries)
+        page = folder / f"{self.name}.md"
+        page.write_text(f"# {self.title}\n\n{header}\n\n{tables}")
+        return page
+
+
+def _table(setting: dict[str, Any], timings: Sequence[Timing]) -> str:
+    lines = [
+        ", ".join(f"{key} {value}" for key, value in setting.items()),
+        "",
+        "| rival | CPU ms | spread | CPU ratio | wall ms | spread | wall ratio |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for t in timings:
+        lines.append(
+            f"| {t.name} | {t.cpu * 1e3:.2f} | {t.cpu_spread:.0%} | {_shown(t.cpu_ratio)} "
+            f"| {t.wall * 1e3:.2f} | {t.wall_spread:.0%} | {_shown(t.wall_ratio)} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _shown(ratio: float | None) -> str:
+    return "too noisy" if ratio is None else f"{ratio:.3f}"
+
+
+def _median_and_spread(values: Sequence[float]) -> tuple[float, float]:
+    if len(values) < 2:
+        return values[0], 0.0
+    lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
+    return median, (upper - lower) / median
+
+
+def _ratio(values: Sequence[float], base: Sequence[float]) -> float | None:
+    ratio, spread = _median_and_spread([a / b for a, b in zip(values, base, strict=True)])
+    return ratio if spread <= MAX_SPREAD else None
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _matmul_gflops(size: int = 1024, repeats: int = 5) -> float:
+    a, b = torch.randn(2, size, size)
+    out = torch.empty(size, size)
+    return 2e-9 * size**3 / _best(lambda: torch.mm(a, b, out=out), repeats)
+
+
+def _copy_gbytes(count: int = 1 << 24, repeats: int = 5) -> float:
+    """Bytes read and written per second by a copy larger than the caches."""
+    source, target = torch.ones(2, count)
+    return 2e-9 * source.nbytes / _best(lambda: target.copy_(source), repeats)
+
+
+def _best(run: Callable[[], object], repeats: int) -> float:
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return min(times)

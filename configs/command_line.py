@@ -1,0 +1,69 @@
+"""The command line of ``train.py``: a short help with defaults, and overrides of any field."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import tyro
+from torchtitan.config.manager import ConfigManager, custom_registry
+
+from earlyfuse.configs.catalogue import DEFAULT, ConfigFunction
+from earlyfuse.parallel.trainer import Trainer
+
+# the fields that people change; --help-all shows every one
+COMMON_FIELDS = (
+    ("dump_folder", "run folder: checkpoints, metrics, curves; the same folder resumes"),
+    ("data.folder", "prepared data (python -m earlyfuse.tools.prepare)"),
+    ("training.steps", "optimizer steps"),
+    ("training.seq_len", "positions in a row"),
+    ("training.local_batch_size", "rows per rank and micro-batch"),
+    ("training.global_batch_size", "rows per step over all ranks; -1: no accumulation"),
+    ("training.max_norm", "gradient clipping"),
+    ("lr_scheduler.warmup_steps", "steps of linear warm-up"),
+    ("lr_scheduler.decay_type", "linear, cosine or sqrt; with decay_ratio: warm-up, stable, decay"),
+    ("dataloader.seed", "order of the documents"),
+    ("checkpoint.interval", "steps between checkpoints"),
+    ("validator.freq", "steps between validations"),
+    ("metrics.log_freq", "steps between logged lines"),
+    ("compile.enable", "torch.compile per block"),
+)
+
+
+def list_text(configs: Mapping[str, ConfigFunction]) -> str:
+    """One line per config: its name and the first line of its docstring."""
+    width = max(map(len, configs))
+    return "\n".join(
+        f"  {name:<{width}}  {(function.__doc__ or '').strip().splitlines()[0]}"
+        for name, function in configs.items()
+    )
+
+
+def help_text(name: str, config: Trainer.Config) -> str:
+    """The short help for one config."""
+    width = max(len(field) for field, _ in COMMON_FIELDS) + 2
+    lines = [
+        "usage: python train.py [CONFIG] [--FIELD VALUE ...]",
+        "",
+        f"Trains CONFIG (default {DEFAULT}) on whatever device is there; the same command resumes.",
+        f"Fields most often changed, with their values in {name}:",
+        "",
+    ]
+    lines += [
+        f"  --{field:<{width}}{meaning} [{_value(config, field)}]"
+        for field, meaning in COMMON_FIELDS
+    ]
+    lines += ["", "  --list       name the configs", "  --help-all   every field of the config"]
+    return "\n".join(lines)
+
+
+def override(config: Trainer.Config, arguments: list[str]) -> Trainer.Config:
+    """``config`` with the fields given as ``--section.field value``; exits with tyro's message on a wrong one."""
+    ConfigManager()  # registers torchtitan's rules for its own field types
+    return tyro.cli(
+        type(config), args=arguments, default=config, registry=custom_registry, prog="train.py"
+    )
+
+
+def _value(config: Any, path: str) -> Any:
+    for part in path.split("."):
+        config = getattr(config, part)
+    return config

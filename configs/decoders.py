@@ -1,0 +1,145 @@
+"""Model configs by composition: one decoder, differing only in what its feed-forward is made of.
+
+``moe_8x``, ``1t1i``, ``4t4i`` are MoMa's names (arXiv 2407.21770, 4.1): expert choice over all tokens,
+one feed-forward per modality, four text and four image experts. All have the same FLOPs per token as the
+dense model of the same shape.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from earlyfuse.models.blocks.attention import Attention
+from earlyfuse.models.blocks.experts import ExpertPool, MixtureOfExperts
+from earlyfuse.models.blocks.feed_forward import FeedForward
+from earlyfuse.models.decoder import Block, Decoder
+from earlyfuse.models.modality import Modality
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What all variants of a size share. ``hidden_dim`` is the width inside one SwiGLU."""
+
+    dim: int
+    layers: int
+    heads: int
+    hidden_dim: int
+    vocab_size: int
+    kv_heads: int | None = None
+    norm_order: Literal["pre", "swin"] = "swin"
+    init_std: float = 0.02
+    modalities: tuple[Modality, ...] = (Modality.TEXT, Modality.IMAGE)
+
+
+def dense(shape: Shape) -> Decoder.Config:
+    """Chameleon: every token meets the same parameters."""
+    return _decoder(shape, lambda: FeedForward.Config(dim=shape.dim, hidden_dim=shape.hidden_dim))
+
+
+def moe_1t1i(shape: Shape) -> Decoder.Config:
+    """One feed-forward per modality, everything else shared."""
+    groups = len(shape.modalities)
+    return _decoder(
+        shape, lambda: FeedForward.Config(dim=shape.dim, hidden_dim=shape.hidden_dim, groups=groups)
+    )
+
+
+def mixture_of_transformers(shape: Shape) -> Decoder.Config:
+    """All parameters of a block untied by modality; attention over the whole sequence."""
+    groups = len(shape.modalities)
+    return _decoder(
+        shape,
+        lambda: FeedForward.Config(dim=shape.dim, hidden_dim=shape.hidden_dim, groups=groups),
+        groups=groups,
+    )
+
+
+def moe(shape: Shape, experts: int = 8, *, routing_rows: int = 1) -> Decoder.Config:
+    """Expert choice over all tokens, whatever their modality."""
+    return _decoder(
+        shape,
+        lambda: MixtureOfExperts.Config(
+            pools=[
+                ExpertPool.Config(
+                    name="all",
+                    dim=shape.dim,
+                    hidden_dim=shape.hidden_dim,
+                    experts=experts,
+                    routing_rows=routing_rows,
+                )
+            ]
+        ),
+    )
+
+
+def moma(
+    shape: Shape,
+    experts: dict[Modality, int],
+    shares: dict[Modality, float],
+    *,
+    routing_rows: int = 1,
+) -> Decoder.Config:
+    """MoMa: experts of each modality choose among the tokens of theirs.
+
+    ``shares``: the part of all tokens that has each modality, from which the static budgets follow.
+    Raises ``ValueError`` when the shares do not sum to 1, or experts and modalities do not match.
+    """
+    if set(experts) != set(shape.modalities) or set(shares) != set(shape.modalities):
+        raise ValueError(
+            f"experts {_named(experts)} and shares {_named(shares)} must be given for exactly the modalities "
+            f"{[m.label for m in shape.modalities]}"
+        )
+    if abs(sum(shares.values()) - 1) > 1e-6:
+        raise ValueError(
+            f"shares {_named(shares)} must sum to 1, not {sum(shares.values()):.6g}; rescale them"
+        )
+
+    def feed_forward() -> MixtureOfExperts.Config:
+        return MixtureOfExperts.Config(
+            pools=[
+                ExpertPool.Config(
+                    name=modality.label,
+                    dim=shape.dim,
+                    hidden_dim=shape.hidden_dim,
+                    experts=experts[modality],
+                    groups=(group,),
+                    share=shares[modality],
+                    routing_rows=routing_rows,
+                )
+                for group, modality in enumerate(shape.modalities)
+            ]
+        )
+
+    return _decoder(shape, feed_forward)
+
+
+def _decoder(shape: Shape, feed_forward, groups: int = 1) -> Decoder.Config:  # type: ignore[no-untyped-def]
+    if shape.dim % shape.heads:
+        raise ValueError(
+            f"dim ({shape.dim}) must be a multiple of heads ({shape.heads}); change one of them"
+        )
+    layers = [
+        Block.Config(
+            attention=Attention.Config(
+                dim=shape.dim,
+                heads=shape.heads,
+                kv_heads=shape.kv_heads or shape.heads,
+                head_dim=shape.dim // shape.heads,
+                groups=groups,
+            ),
+            feed_forward=feed_forward(),
+            norm_order=shape.norm_order,
+            norm_groups=groups,
+        )
+        for _ in range(shape.layers)
+    ]
+    return Decoder.Config(
+        dim=shape.dim,
+        vocab_size=shape.vocab_size,
+        layers=layers,
+        modalities=tuple(int(m) for m in shape.modalities),
+        init_std=shape.init_std,
+    )
+
+
+def _named(values: dict[Modality, float]) -> dict[str, float]:
+    return {modality.label: value for modality, value in values.items()}

@@ -1,0 +1,113 @@
+"""Runs on the embedded corpus: minutes on two CPU cores, the same code as anywhere.
+
+All variants share shape, data, optimizer and schedule, so their losses can be compared as they stand.
+"""
+
+import os
+
+from torchtitan.components.optimizer import (
+    LRSchedulersContainer,
+    OptimizersContainer,
+    ParamGroupConfig,
+)
+from torchtitan.config import ParallelismConfig, TrainingConfig
+from torchtitan.config.configs import CompileConfig
+from torchtitan.protocols.model_spec import ModelSpec
+
+from earlyfuse.configs import decoders
+from earlyfuse.models.decoder import Decoder
+from earlyfuse.models.modality import Modality
+from earlyfuse.parallel.checkpoint import Checkpoints
+from earlyfuse.parallel.data_set import DataSet
+from earlyfuse.parallel.metrics import RunMetrics
+from earlyfuse.parallel.plan import parallelize
+from earlyfuse.parallel.trainer import Trainer
+from earlyfuse.parallel.validate import Validation
+
+IMAGE_SHARE = 0.5
+SHARES = {Modality.TEXT: 1 - IMAGE_SHARE, Modality.IMAGE: IMAGE_SHARE}
+SHAPE = decoders.Shape(dim=256, layers=4, heads=4, hidden_dim=512, vocab_size=2560)
+
+
+def moma_4t4i() -> Trainer.Config:
+    """MoMa with four text and four image experts: the default"""
+    experts = {Modality.TEXT: 4, Modality.IMAGE: 4}
+    return _run("moma_4t4i", decoders.moma(SHAPE, experts, SHARES, routing_rows=4))
+
+
+def dense() -> Trainer.Config:
+    """dense Chameleon of the same FLOPs per token"""
+    return _run("dense", decoders.dense(SHAPE))
+
+
+def moe_8x() -> Trainer.Config:
+    """eight experts that choose among all tokens"""
+    return _run("moe_8x", decoders.moe(SHAPE, experts=8, routing_rows=4))
+
+
+def moe_1t1i() -> Trainer.Config:
+    """one feed-forward per modality"""
+    return _run("moe_1t1i", decoders.moe_1t1i(SHAPE))
+
+
+def mot() -> Trainer.Config:
+    """Mixture-of-Transformers: attention projections, norms and feed-forward per modality"""
+    return _run("mot", decoders.mixture_of_transformers(SHAPE))
+
+
+def adamw(lr: float) -> OptimizersContainer.Config:
+    """Chameleon's AdamW (arXiv 2405.09818, 2.3): 0.9/0.95, eps 1e-5, decay 0.1 except norms and biases."""
+    settings = {"lr": lr, "betas": (0.9, 0.95), "eps": 1e-5}
+    return OptimizersContainer.Config(
+        param_groups=[
+            ParamGroupConfig(
+                pattern=r"norm|bias$",
+                optimizer_name="AdamW",
+                optimizer_kwargs=settings | {"weight_decay": 0.0},
+            ),
+            ParamGroupConfig(
+                pattern=r".*",
+                optimizer_name="AdamW",
+                optimizer_kwargs=settings | {"weight_decay": 0.1},
+            ),
+        ]
+    )
+
+
+def _run(name: str, model: Decoder.Config) -> Trainer.Config:
+    config = Trainer.Config(
+        model_spec=ModelSpec(
+            name="earlyfuse",
+            flavor=name,
+            model=model,
+            parallelize_fn=parallelize,
+            pipelining_fn=None,
+            post_optimizer_build_fn=None,
+            state_dict_adapter=None,
+        ),
+        dump_folder=f"runs/{name}",
+        data=DataSet.Config(
+            folder=os.path.join("runs", "data"),
+            embedded=True,
+            shares={"text": 0.3, "glyphs": 0.3, "digits": 0.2, "interleaved": 0.2},
+        ),
+        optimizer=adamw(lr=2e-3),
+        lr_scheduler=LRSchedulersContainer.Config(
+            warmup_steps=50, decay_type="cosine", min_lr_factor=0.05
+        ),
+        training=TrainingConfig(
+            local_batch_size=8,
+            seq_len=256,
+            steps=600,
+            mixed_precision_param="float32",
+            disable_cuda_graphs=True,
+        ),
+        parallelism=ParallelismConfig(spmd_backend="partial_dtensor"),
+        activation_checkpoint=None,
+        compile=CompileConfig(enable=False),
+        checkpoint=Checkpoints.Config(interval=200, keep_latest_k=2),
+        metrics=RunMetrics.Config(log_freq=20),
+        validator=Validation.Config(freq=200),
+    )
+    config.dataloader.media_share = IMAGE_SHARE
+    return config

@@ -1,0 +1,64 @@
+"""Files that exist whole or not at all, whatever moment the process is killed."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+TEMPORARY_SUFFIX = ".part"
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """A binary file that takes the place of ``path`` when the block ends without an error.
+
+    Data reach the disk before the name does, so neither a killed process nor a lost machine leaves
+    a half-written file under ``path``. A killed process may leave ``*.part``:
+    ``remove_temporaries``.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def atomic_write_bytes(path: Path, content: bytes) -> None:
+    """Put ``content`` at ``path`` in one step."""
+    with atomic_write(path) as file:
+        file.write(content)
+
+
+def atomic_write_json(path: Path, value: Any) -> None:
+    """Put ``value`` at ``path`` as JSON with sorted keys: equal values give equal bytes."""
+    text = json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False)
+    atomic_write_bytes(path, text.encode() + b"\n")
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Delete what a killed process left in ``folder``."""
+    for leftover in folder.glob(f"*{TEMPORARY_SUFFIX}"):
+        leftover.unlink(missing_ok=True)
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,16 @@
+"""The embedded corpus: real images and text from installed packages, as ordinary WebDataset tars.
+
+``build_corpus`` writes, without a network and byte for byte the same each time,
+
+    <folder>/train/{text,glyphs,digits,interleaved}/000000.tar …
+    <folder>/validation/{text,glyphs,digits,interleaved}/000000.tar …
+    <folder>/validation/tasks.json      checks on held-out images (tasks.py)
+    <folder>/corpus.json                what was asked for, versions, counts
+    <folder>/README.md                  sources and licences
+
+Validation holds digits, typefaces and works of text that training never shows.
+"""
+
+from earlyfuse.data.corpus.builder import SOURCES, CorpusPaths, build_corpus
+
+__all__ = ["SOURCES", "CorpusPaths", "build_corpus"]

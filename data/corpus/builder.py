@@ -1,0 +1,203 @@
+"""Which documents the embedded corpus has, and how its folder comes to be: whole, or not at all."""
+
+import json
+import platform
+import random
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from earlyfuse.data.corpus import compose, digits, glyphs, prose
+from earlyfuse.data.corpus.compose import Parts
+from earlyfuse.data.corpus.shards import write_shards
+from earlyfuse.data.corpus.tasks import tasks
+
+FORMAT = "earlyfuse-corpus/1"
+SOURCES = ("text", "glyphs", "digits", "interleaved")
+SPLITS = ("train", "validation")
+
+_SAMPLES_PER_SHARD = 2500
+_DIGIT_PASSES = 3
+_INTERLEAVED = {"train": 3000, "validation": 300}
+_GLYPHS_PER_WORD = {"train": 40, "validation": 25}  # of one script word in one face
+_HELD_OUT_TEXT = 0.05
+_SPELLED_WORDS = 400
+
+_README = """# The embedded corpus
+
+Made by earlyfuse from packages that are installed; images are small and black on white.
+`corpus.json` has the versions and counts.
+
+| part | source | licence |
+|---|---|---|
+| text | Python's language reference (`pydoc_data`) and its library's docstrings | PSF License |
+| digits | E. Alpaydin, C. Kaynak: Handwritten Digits (UCI), from scikit-learn | CC BY 4.0 |
+| glyphs | DejaVu and STIX typefaces, from matplotlib | Bitstream Vera, DejaVu, STIX Font License |
+| glyph names | Unicode Character Database, from Python's `unicodedata` | Unicode License |
+| interleaved | composed of the above | as above |
+"""
+
+
+@dataclass(frozen=True)
+class CorpusPaths:
+    """Where things are in a finished corpus."""
+
+    folder: Path
+
+    def shards(self, split: str, source: str) -> list[Path]:
+        """Tars of ``train`` or ``validation``, of one of ``SOURCES``, in order."""
+        return sorted((self.folder / split / source).glob("*.tar"))
+
+    @property
+    def tasks(self) -> Path:
+        return self.folder / "validation" / "tasks.json"
+
+
+def build_corpus(
+    folder: Path, *, seed: int = 0, scale: float = 1.0, image_size: int = 16, progress: bool = False
+) -> CorpusPaths:
+    """Build the corpus in ``folder``, or find it there; ``progress`` shows a bar.
+
+    ``scale`` in (0, 1] is the share of documents to make, ``image_size`` a multiple of 8 pixels.
+    Everything is made in a folder beside and renamed at the end: what is there is complete.
+    Raises ``ValueError`` for values out of range, and when ``folder`` holds something else.
+    """
+    if not 0 < scale <= 1:
+        raise ValueError(f"scale ({scale}) is a share of the corpus; it must lie in (0, 1]")
+    if image_size < 8 or image_size % 8:
+        raise ValueError(
+            f"image_size ({image_size}) must be a multiple of 8, the size of a digit scan"
+        )
+    folder = Path(folder)
+    spec = {"seed": seed, "scale": scale, "image_size": image_size}
+    if _is_built(folder, spec):
+        return CorpusPaths(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as beside:
+        made = Path(beside) / "corpus"
+        _write(made, seed, scale, image_size, spec, progress)
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+        try:
+            made.rename(folder)
+        except OSError:  # another process was first
+            if not _is_built(folder, spec):
+                raise
+    return CorpusPaths(folder)
+
+
+def _is_built(folder: Path, spec: dict[str, Any]) -> bool:
+    """Whether ``folder`` is this corpus. ``ValueError`` when it is something else and not empty."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return False
+    try:
+        found = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = {}
+    if found.get("format") != FORMAT:
+        raise ValueError(f"corpus folder {folder} holds something else; give a new or empty folder")
+    if found["spec"] != spec:
+        raise ValueError(
+            f"corpus folder {folder} was built with {found['spec']}, asked for is {spec}; "
+            "give another folder, or remove this one"
+        )
+    return True
+
+
+def _write(
+    folder: Path, seed: int, scale: float, size: int, spec: dict[str, Any], progress: bool
+) -> None:
+    """All files of the corpus; ``corpus.json`` is the last."""
+    total = 1 + len(SPLITS) * len(SOURCES)
+    with tqdm(total=total, desc="embedded corpus", unit="step", disable=not progress) as bar:
+        text = _text(seed, scale)
+        letters = prose.frequent_words([str(parts[0]) for parts in text["train"]], _SPELLED_WORDS)
+        bar.update()
+        drawn = _glyphs(seed, scale, size)
+        scans = dict(zip(SPLITS, digits.load(size, seed, scale), strict=True))
+        faces = {"train": glyphs.TRAIN_FACES, "validation": glyphs.HELD_OUT_FACES}
+        counts: dict[str, dict[str, int]] = {}
+        for split in SPLITS:
+            rng = random.Random(f"{seed}/{split}")
+            passes = _DIGIT_PASSES if split == "train" else 1
+            documents: dict[str, list[Parts]] = {
+                "text": text[split],
+                "glyphs": [compose.glyph_document(png, c, rng) for c, png in drawn[split]],
+                "digits": compose.digit_documents(scans[split], passes, rng),
+                "interleaved": compose.interleaved_documents(
+                    max(1, round(_INTERLEAVED[split] * scale)),
+                    scans[split],
+                    faces[split],
+                    letters,
+                    size,
+                    rng,
+                ),
+            }
+            counts[split] = {source: len(documents[source]) for source in SOURCES}
+            for source in SOURCES:
+                rng.shuffle(documents[source])
+                write_shards(folder / split / source, documents[source], _SAMPLES_PER_SHARD)
+                bar.update()
+        _write_json(
+            folder / "validation" / "tasks.json",
+            tasks(scans["validation"], drawn["validation"], seed),
+        )
+        (folder / "README.md").write_text(_README, encoding="utf-8")
+        _write_json(folder / "corpus.json", _description(spec, counts, drawn["train"]))
+
+
+def _text(seed: int, scale: float) -> dict[str, list[Parts]]:
+    """Documents by split; all of one work (a topic, a docstring) go to the same."""
+    documents = prose.documents(scale)
+    works = sorted({name for name, _ in documents})
+    held_out = set(
+        random.Random(f"{seed}/text").sample(works, max(1, round(_HELD_OUT_TEXT * len(works))))
+    )
+    split: dict[str, list[Parts]] = {name: [] for name in SPLITS}
+    for work, text in documents:
+        split["validation" if work in held_out else "train"].append([text])
+    return split
+
+
+def _glyphs(seed: int, scale: float, size: int) -> dict[str, list[tuple[str, bytes]]]:
+    """(character, PNG) by split, no image twice: slanted faces draw many signs upright."""
+    characters = glyphs.characters()
+    seen: set[bytes] = set()
+    drawn: dict[str, list[tuple[str, bytes]]] = {name: [] for name in SPLITS}
+    for split, faces in (("train", glyphs.TRAIN_FACES), ("validation", glyphs.HELD_OUT_FACES)):
+        for face in faces:
+            rng = random.Random(f"{seed}/glyphs/{face}")
+            chosen = glyphs.choose(face, characters, _GLYPHS_PER_WORD[split], rng)
+            for character in rng.sample(chosen, max(1, round(len(chosen) * scale))):
+                png = glyphs.glyph_png(face, character, size)
+                if png not in seen:
+                    seen.add(png)
+                    drawn[split].append((character, png))
+    return drawn
+
+
+def _description(
+    spec: dict[str, Any], counts: dict[str, dict[str, int]], drawn: Sequence[tuple[str, bytes]]
+) -> dict[str, Any]:
+    words = Counter(glyphs.script_word(character) for character, _ in drawn)
+    return {
+        "format": FORMAT,
+        "spec": spec,
+        "documents": counts,
+        "script_words": dict(sorted(words.items(), key=lambda item: (-item[1], item[0]))),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("matplotlib", "pillow", "scikit-learn")},
+        },
+        "held_out_faces": list(glyphs.HELD_OUT_FACES),
+    }
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

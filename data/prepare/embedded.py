@@ -1,0 +1,33 @@
+"""The embedded corpus, built and prepared like anybody's data."""
+
+from pathlib import Path
+from typing import Any
+
+from earlyfuse.data.corpus import SOURCES, CorpusPaths, build_corpus
+from earlyfuse.data.prepare import prepare
+from earlyfuse.data.prepare.progress import Progress
+from earlyfuse.data.prepare.spec import SPLITS, PrepareSpec
+
+
+def prepare_corpus(
+    out: Path, *, scale: float = 1.0, progress: Progress | None = None, **options: Any
+) -> CorpusPaths:
+    """Raw shards in ``<out>/raw``, the rest as ``prepare`` lays it out. Quick when it is there.
+
+    ``scale``: share of the corpus to build. ``options``: fields of ``PrepareSpec``. Returns the raw
+    corpus, for its task checks. Raises what ``build_corpus`` and ``prepare`` raise.
+    """
+    progress = progress or Progress()
+    image_size = options.get("image_size", PrepareSpec.image_size)
+    paths = build_corpus(
+        out / "raw",
+        seed=options.get("seed", PrepareSpec.seed),
+        scale=scale,
+        image_size=image_size,
+        progress=progress.file.isatty(),
+    )
+    splits: dict[str, Any] = {
+        split: {name: paths.shards(split, name) for name in SOURCES} for split in SPLITS
+    }
+    prepare(PrepareSpec(out=out, **splits, **options), progress)
+    return paths

@@ -1,0 +1,124 @@
+"""What is in a prepared folder, as a page of text."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from earlyfuse.data.prepare.spec import SPLITS
+from earlyfuse.data.tokenised import MANIFEST, read_manifest
+from earlyfuse.data.tokenizers import Tokenizers
+from earlyfuse.data.tokenizers.image import code_usage, psnr
+from earlyfuse.models.modality import Modality, Vocabulary
+
+_WORST_SHARDS = 10
+
+
+def describe(out: Path) -> str:
+    """Documents, tokens per modality, drops by cause and shard, tokenizers and how good they are.
+
+    Raises ``FileNotFoundError`` when ``out`` was not prepared.
+    """
+    folders = [folder for split in SPLITS for folder in sorted((out / split).glob("*/"))]
+    if not (out / "tokenizers").is_dir() or not folders:
+        raise FileNotFoundError(
+            f"{out} holds no prepared data; name the folder given to build as --out"
+        )
+    tokenizers = Tokenizers.load(out / "tokenizers")
+    done = [(folder, read_manifest(folder)) for folder in folders if (folder / MANIFEST).exists()]
+    lines = [*_tokenizer_lines(tokenizers), ""]
+    lines += _table(
+        [_heading(tokenizers), *(_row(folder, manifest, tokenizers) for folder, manifest in done)]
+    )
+    lines += [
+        f"{f.parent.name}/{f.name}: unfinished" for f in folders if not (f / MANIFEST).exists()
+    ]
+    for folder, manifest in done:
+        lines += _drop_lines(f"{folder.parent.name}/{folder.name}", manifest)
+    return "\n".join(lines)
+
+
+def _tokenizer_lines(tokenizers: Tokenizers) -> list[str]:
+    lines = [
+        f"text   sentencepiece, {tokenizers.text.size} pieces, sha256 {tokenizers.text.sha256}"
+    ]
+    image = tokenizers.image
+    if image is not None:
+        settings = ", ".join(f"{key} {value}" for key, value in image.settings.items())
+        lines.append(f"image  {image.kind}, {settings}, block {image.block}, sha256 {image.sha256}")
+    return lines
+
+
+def _heading(tokenizers: Tokenizers) -> list[str]:
+    labels = [modality.label for modality in tokenizers.vocabulary.modalities]
+    heading = ["source", "shards", "documents", *(f"{label} tokens" for label in labels), "dropped"]
+    return heading + (
+        ["PSNR dB", "codes used", "perplexity"] if tokenizers.image is not None else []
+    )
+
+
+def _row(folder: Path, manifest: dict[str, Any], tokenizers: Tokenizers) -> list[str]:
+    row = [
+        f"{folder.parent.name}/{folder.name}",
+        str(len(manifest["shards"])),
+        f"{manifest['documents']:,}",
+    ]
+    labels = [modality.label for modality in tokenizers.vocabulary.modalities]
+    row += [f"{manifest['tokens'][label]:,}" for label in labels]
+    row.append(f"{sum(manifest['drops'].values()):,}")
+    if tokenizers.image is None:
+        return row
+    if "image_squared_error" not in manifest:
+        return [*row, "-", "-", "-"]
+    used, perplexity = code_usage(_image_code_counts(folder, manifest))
+    quality = f"{psnr(manifest['image_squared_error']):.1f}"
+    return [*row, quality, f"{used} / {tokenizers.image.codes}", f"{perplexity:.0f}"]
+
+
+def _image_code_counts(folder: Path, manifest: dict[str, Any]) -> np.ndarray:
+    """How often each image code occurs in all shards, int64 (codes,)."""
+    vocabulary = Vocabulary.from_dict(manifest["vocabulary"])
+    codes = vocabulary.medium(Modality.IMAGE)
+    counts = np.zeros(codes.count, dtype=np.int64)
+    dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
+    for shard in manifest["shards"]:
+        index = np.load(folder / f"{Path(shard['name']).stem}.index.npy", allow_pickle=False)
+        if not len(index):
+            continue
+        content = np.memmap(folder / shard["name"], dtype=np.uint8, mode="r")
+        starts, stops = index[:, 0], index[:, 0] + index[:, 1] * dtype.itemsize
+        # documents lie end to end inside a member: read runs of them, not each
+        first = np.flatnonzero(np.append(True, starts[1:] != stops[:-1]))
+        for begin, end in zip(
+            starts[first], stops[np.append(first[1:], len(index)) - 1], strict=True
+        ):
+            tokens = content[begin:end].view(dtype)
+            own = tokens[(tokens >= codes.start) & (tokens < codes.start + codes.count)]
+            counts += np.bincount(own.astype(np.int64) - codes.start, minlength=codes.count)
+    return counts
+
+
+def _drop_lines(label: str, manifest: dict[str, Any]) -> list[str]:
+    if not manifest["drops"]:
+        return []
+    lines = ["", f"{label} dropped: {_causes(manifest['drops'])}"]
+    by_shard = sorted(manifest["drops_by_shard"].items(), key=lambda item: -sum(item[1].values()))
+    lines += [f"  {shard}: {_causes(drops)}" for shard, drops in by_shard[:_WORST_SHARDS]]
+    hidden = len(by_shard) - _WORST_SHARDS
+    return lines + ([f"  and {hidden} shards more"] if hidden > 0 else [])
+
+
+def _causes(drops: dict[str, int]) -> str:
+    return ", ".join(f"{cause} {count}" for cause, count in sorted(drops.items()))
+
+
+def _table(rows: list[list[str]]) -> list[str]:
+    """Columns as wide as their widest cell: the first flush left, numbers flush right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]

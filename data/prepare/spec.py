@@ -1,0 +1,159 @@
+"""What to prepare, and the refusals that come before anything is written."""
+
+import glob
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from earlyfuse.data.raw import LAYOUTS
+from earlyfuse.data.raw.safety import checked_shard
+from earlyfuse.data.tokenizers.image import check_image_geometry
+from earlyfuse.data.tokenizers.text import check_vocabulary_size
+
+SPLITS = ("train", "validation")
+POLICIES = ("skip", "stop")
+IMAGE_KINDS = ("kmeans", "vqvae", "none")
+
+Paths = str | Path | Sequence[str | Path]
+
+
+@dataclass(frozen=True)
+class Source:
+    """One folder to write, ``<out>/<split>/<name>``, and the raw shards it is made from."""
+
+    split: str
+    name: str
+    shards: tuple[Path, ...]
+
+    @property
+    def label(self) -> str:
+        """``train/text``."""
+        return f"{self.split}/{self.name}"
+
+    @property
+    def raw_names(self) -> list[str]:
+        """What manifests call the shards: paths below the folder that all of them share."""
+        shared = os.path.commonpath([shard.parent for shard in self.shards])
+        return [Path(os.path.relpath(shard, shared)).as_posix() for shard in self.shards]
+
+
+@dataclass(frozen=True)
+class PrepareSpec:
+    """A whole preparation. Raises ``ValueError`` on values that cannot be, when it is built.
+
+    ``train`` and ``validation``: source name → shards, as files, folders of tars or glob patterns.
+    ``text_tokenizer``: a sentencepiece .model; none: learn ``text_vocab`` pieces.
+    ``image_tokenizer``: "kmeans", "vqvae" or "none" (text only), or the file of a ready one. A new
+    one cuts images of ``image_size`` pixels into patches of ``patch`` and learns ``codes`` codes.
+    ``layout``, ``image_first``: see ``read_documents``. ``on_bad``: "skip" counts a bad sample and
+    goes on, while at most ``max_bad_rate`` of a source's samples are bad; "stop" ends at the first.
+    """
+
+    out: Path
+    train: Mapping[str, Paths]
+    validation: Mapping[str, Paths] = field(default_factory=dict)
+    text_tokenizer: Path | None = None
+    text_vocab: int = 2048
+    image_tokenizer: str = "kmeans"
+    image_size: int = 16
+    patch: int = 4
+    codes: int = 512
+    vq_steps: int = 1500
+    layout: str = "auto"
+    image_first: float = 0.5
+    on_bad: str = "skip"
+    max_bad_rate: float = 0.01
+    workers: int = min(8, os.cpu_count() or 1)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_vocabulary_size(self.text_vocab)
+        check_image_geometry(self.image_size, self.patch, self.codes)
+        _check_one_of("layout", self.layout, ("auto", *LAYOUTS))
+        _check_one_of("on_bad", self.on_bad, POLICIES)
+        if self.image_tokenizer not in IMAGE_KINDS and not Path(self.image_tokenizer).is_file():
+            raise ValueError(
+                f"image_tokenizer ({self.image_tokenizer}) must be one of {', '.join(IMAGE_KINDS)} "
+                "or the file of a prepared tokenizer; no such file is there"
+            )
+        if self.image_tokenizer == "vqvae" and (self.patch < 2 or self.patch & (self.patch - 1)):
+            raise ValueError(
+                f"patch ({self.patch}) must be a power of two for a vqvae; choose 2, 4, 8 …"
+            )
+        if self.text_tokenizer is not None and not Path(self.text_tokenizer).is_file():
+            raise ValueError(
+                f"text_tokenizer ({self.text_tokenizer}) must be an existing .model file"
+            )
+        for name in ("image_first", "max_bad_rate"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(
+                    f"{name} ({getattr(self, name)}) is a share; it must lie in [0, 1]"
+                )
+        for name in ("vq_steps", "workers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
+        if not self.train:
+            raise ValueError(
+                "train names no source; tokenizers are learnt from it: give at least one"
+            )
+
+    def sources(self) -> list[Source]:
+        """Both splits with their shards found.
+
+        Raises ``FileNotFoundError`` where nothing matches, ``ValueError`` for a URL, an unfit
+        source name, or a shard that is in both splits.
+        """
+        found = [
+            Source(split, name, find_shards(f"{split}/{name}", paths))
+            for split in SPLITS
+            for name, paths in getattr(self, split).items()
+        ]
+        trained = {
+            shard.resolve()
+            for source in found
+            if source.split == "train"
+            for shard in source.shards
+        }
+        for source in found:
+            shared = [s for s in source.shards if s.resolve() in trained]
+            if source.split == "validation" and shared:
+                raise ValueError(
+                    f"shard {shared[0]} of {source.label} is a training shard too; "
+                    "validate on data that training does not see"
+                )
+        return found
+
+
+def find_shards(label: str, paths: Paths) -> tuple[Path, ...]:
+    """Files of ``paths``, one or several: each sorted by name, without repeats."""
+    name = label.rpartition("/")[2]
+    if not re.fullmatch(r"[\w-]+", name):
+        raise ValueError(
+            f"source name ({name!r}) must be letters, digits, '_' and '-': it names a folder"
+        )
+    shards: list[Path] = []
+    for path in [paths] if isinstance(paths, str | Path) else paths:
+        matches = _matches(str(path))
+        if not matches:
+            raise FileNotFoundError(
+                f"{label}: no shard (.tar, .tar.gz) at {path}; "
+                "give a file, a folder of tars or a pattern"
+            )
+        shards += [checked_shard(match) for match in matches]
+    return tuple(dict.fromkeys(shards))
+
+
+def _matches(path: str) -> list[str]:
+    if os.path.isdir(path):
+        return sorted(str(p) for p in Path(path).iterdir() if p.name.endswith((".tar", ".tar.gz")))
+    if not os.path.exists(path) and glob.has_magic(path):
+        return sorted(match for match in glob.glob(path, recursive=True) if os.path.isfile(match))
+    # URLs and commands go on, to be refused with their own reason
+    return [path] if os.path.exists(path) or ":" in path else []
+
+
+def _check_one_of(name: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} ({value}) must be one of {', '.join(known)}")

@@ -1,0 +1,179 @@
+"""Documents → token ids: ``[bos] segments [eos]``, an image as begin, codes, end.
+
+The work on one raw shard, the unit that ``prepare`` hands to a process and restarts.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from earlyfuse.data.atomic import sha256_file
+from earlyfuse.data.documents import BadSample, Document
+from earlyfuse.data.raw import read_documents
+from earlyfuse.data.tokenised import FORMAT, ShardRecord, shard_name, write_shard
+from earlyfuse.data.tokenizers import Tokenizers
+from earlyfuse.data.tokenizers.pixels import image_pixels
+from earlyfuse.models.modality import Modality
+
+
+# images encoded at a time, and the documents of a shard that may wait for them
+_IMAGE_BATCH = 256
+_IMAGE_BYTES = 1 << 26
+_WAITING_DOCUMENTS = 1024
+# images of each shard that are decoded again to measure the tokenizer
+_MEASURED_IMAGES = 64
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """One raw shard to tokenise: ``raw`` is its path, ``raw_name`` what manifests call it."""
+
+    raw: Path
+    raw_name: str
+    number: int
+    folder: Path
+    tokenizers: Path
+    recipe: str
+    layout: str
+    image_first: float
+    on_bad: str
+
+
+def recipe_of(hashes: dict[str, str], layout: str, image_first: float) -> str:
+    """Hash of everything besides the raw shard that decides its tokens."""
+    parts = [
+        FORMAT,
+        *(f"{kind}={sha}" for kind, sha in sorted(hashes.items())),
+        layout,
+        str(image_first),
+    ]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def tokenise_shard(job: ShardJob) -> ShardRecord:
+    """Read, tokenise and write one shard. Its record, written last, says that it is complete.
+
+    Raises ``ValueError`` naming shard and cause on the first bad sample when the policy is
+    ``stop``.
+    """
+    tokenizers = _loaded(job.tokenizers, job.recipe)
+    record = ShardRecord(
+        name=f"{shard_name(job.number)}.tar",
+        recipe=job.recipe,
+        raw=job.raw_name,
+        raw_bytes=job.raw.stat().st_size,
+        raw_sha256=sha256_file(job.raw),
+    )
+    documents = read_documents(job.raw, job.layout, image_first=job.image_first)
+    tokenised = tokenise(_judged(documents, job, record), tokenizers, job, record)
+    write_shard(job.folder, record, tokenised, tokenizers.vocabulary)
+    return record
+
+
+def tokenise(
+    documents: Iterable[Document], tokenizers: Tokenizers, job: ShardJob, record: ShardRecord
+) -> Iterator[tuple[np.ndarray, list[int]]]:
+    """(int64 ids, tokens per modality) of each good document; ``record`` counts the others."""
+    size = tokenizers.image.image_size if tokenizers.image is not None else 1
+    image_batch = max(1, min(_IMAGE_BATCH, _IMAGE_BYTES // (3 * size**2)))
+    waiting: list[list[list[int] | np.ndarray]] = []
+    images = 0
+    for document in documents:
+        try:
+            parts = _parts(document, tokenizers)
+        except BadSample as bad:
+            _drop(bad, job, record)
+            continue
+        waiting.append(parts)
+        images += sum(isinstance(part, np.ndarray) for part in parts)
+        if images >= image_batch or len(waiting) >= _WAITING_DOCUMENTS:
+            yield from _finish(waiting, tokenizers, record)
+            waiting, images = [], 0
+    yield from _finish(waiting, tokenizers, record)
+
+
+def _judged(
+    documents: Iterable[Document | BadSample], job: ShardJob, record: ShardRecord
+) -> Iterator[Document]:
+    for document in documents:
+        if isinstance(document, BadSample):
+            _drop(document, job, record)
+        else:
+            yield document
+
+
+def _drop(bad: BadSample, job: ShardJob, record: ShardRecord) -> None:
+    if job.on_bad == "stop":
+        raise ValueError(
+            f"shard {job.raw_name}: {bad}; on_bad is 'stop': mend the sample, or choose 'skip'"
+        ) from bad
+    record.drops[bad.cause] = record.drops.get(bad.cause, 0) + 1
+
+
+def _parts(document: Document, tokenizers: Tokenizers) -> list[list[int] | np.ndarray]:
+    """Segments as text ids or as pixels to encode. ``BadSample`` where one cannot be used."""
+    parts: list[list[int] | np.ndarray] = []
+    for segment in document.segments:
+        if isinstance(segment.payload, str):
+            try:
+                parts.append(tokenizers.text.encode(segment.payload))
+            except UnicodeEncodeError as error:
+                raise BadSample("bad-text", f"document {document.key!r}: {error}") from error
+        elif segment.modality == Modality.IMAGE and tokenizers.image is not None:
+            parts.append(image_pixels(segment.payload, tokenizers.image.image_size))
+        else:
+            label = segment.modality.label
+            raise BadSample(
+                f"no-{label}-tokenizer",
+                f"document {document.key!r} holds {label}, which has no tokenizer",
+            )
+    if not any(len(part) for part in parts):
+        raise BadSample("empty", f"document {document.key!r} holds neither text nor media")
+    return parts
+
+
+def _finish(
+    waiting: list[list[list[int] | np.ndarray]], tokenizers: Tokenizers, record: ShardRecord
+) -> Iterator[tuple[np.ndarray, list[int]]]:
+    """Encode all waiting images in one call and put the documents together."""
+    text, vocabulary = tokenizers.text, tokenizers.vocabulary
+    codes = _encode_images(
+        [p for parts in waiting for p in parts if isinstance(p, np.ndarray)], tokenizers, record
+    )
+    for parts in waiting:
+        ids, image_tokens = [text.bos], 0
+        for part in parts:
+            if isinstance(part, np.ndarray):
+                block = next(codes)
+                ids += [text.begin_image, *(block + text.size).tolist(), text.end_image]
+                image_tokens += len(block)
+            else:
+                ids += part
+        ids.append(text.eos)
+        counts = [len(ids) - image_tokens, image_tokens]
+        yield np.array(ids, dtype=np.int64), counts[: len(vocabulary.modalities)]
+
+
+def _encode_images(
+    pixels: list[np.ndarray], tokenizers: Tokenizers, record: ShardRecord
+) -> Iterator[np.ndarray]:
+    """Codes of each image; the first images of a shard measure the tokenizer into ``record``."""
+    if not pixels or tokenizers.image is None:
+        return iter(())
+    images = np.stack(pixels)
+    codes = tokenizers.image.encode(images)
+    if record.pixels == 0:
+        measured = images[:_MEASURED_IMAGES]
+        error = tokenizers.image.decode(codes[:_MEASURED_IMAGES]).astype(np.int64) - measured
+        record.squared_error, record.pixels = int((error**2).sum()), measured.size
+    return iter(codes)
+
+
+@lru_cache(maxsize=2)
+def _loaded(folder: Path, recipe: str) -> Tokenizers:
+    """Once a process; ``recipe`` tells new tokenizers at an old place apart."""
+    return Tokenizers.load(folder)

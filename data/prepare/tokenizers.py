@@ -1,0 +1,231 @@
+"""The tokenizers of a prepared folder: made there once, from training data, and then kept."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from earlyfuse.data.atomic import atomic_write_json, remove_temporaries
+from earlyfuse.data.documents import BadSample, Document
+from earlyfuse.data.prepare.pool import ProcessPool
+from earlyfuse.data.prepare.progress import Progress
+from earlyfuse.data.prepare.spec import IMAGE_KINDS, PrepareSpec
+from earlyfuse.data.raw import read_documents
+from earlyfuse.data.tokenised import MANIFEST, read_manifest
+from earlyfuse.data.tokenizers import IMAGE_FILE, TEXT_FILE, VOCABULARY_FILE, Tokenizers
+from earlyfuse.data.tokenizers.image import (
+    ImageTokenizer,
+    load_image_tokenizer,
+    measure,
+    save_image_tokenizer,
+)
+from earlyfuse.data.tokenizers.image_kmeans import KMeansTokenizer
+from earlyfuse.data.tokenizers.image_vqvae import VQVAETokenizer
+from earlyfuse.data.tokenizers.pixels import image_pixels
+from earlyfuse.data.tokenizers.text import TextTokenizer
+
+# how much training data a tokenizer sees
+_CHARACTERS_A_PIECE = 4096
+_PATCHES = {"kmeans": 1 << 16, "vqvae": 1 << 18}
+_PIXEL_BYTES = 1 << 28
+# a shard whose first documents hold nothing of the modality (images in books) is not read further
+_FRUITLESS_DOCUMENTS = 1000
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Which documents tokenizers learn from."""
+
+    shards: tuple[Path, ...]
+    layout: str
+    image_first: float
+
+    def documents(self, budget: int, size_of: Callable[[Document], int]) -> Iterator[Document]:
+        """Documents until their sizes reach ``budget``, which the shards share equally.
+
+        What a shard leaves over goes to the ones behind it; so a small corpus is read whole.
+        """
+        for number, shard in enumerate(self.shards):
+            share = budget // (len(self.shards) - number)
+            taken = 0
+            documents = read_documents(shard, self.layout, image_first=self.image_first)
+            for seen, document in enumerate(documents):
+                if taken >= share or (taken == 0 and seen >= _FRUITLESS_DOCUMENTS):
+                    break
+                if isinstance(document, BadSample):
+                    continue  # counted when the shard is tokenised
+                taken += size_of(document)
+                yield document
+            budget -= taken
+
+
+def check_existing(spec: PrepareSpec) -> None:
+    """Refuse a folder prepared with other tokenizers than ``spec`` asks for; writes nothing.
+
+    Raises ``ValueError`` that names both.
+    """
+    folder = spec.out / "tokenizers"
+    text, image = folder / TEXT_FILE, folder / IMAGE_FILE
+    asked_text = None if spec.text_tokenizer is None else TextTokenizer.load(spec.text_tokenizer)
+    asked_image = None
+    if spec.image_tokenizer not in IMAGE_KINDS:
+        asked_image = load_image_tokenizer(Path(spec.image_tokenizer))
+    if text.exists():
+        there = TextTokenizer.load(text)
+        if asked_text is not None and asked_text.sha256 != there.sha256:
+            _refuse(spec, "text", there.sha256, asked_text.sha256)
+        if asked_text is None and there.size != spec.text_vocab:
+            made = f"{there.sha256} of {there.size} pieces"
+            _refuse(spec, "text", made, f"one of {spec.text_vocab} pieces")
+    if image.exists():
+        ready = load_image_tokenizer(image)
+        made = f"{ready.sha256} ({ready.kind}, {ready.settings})"
+        if asked_image is not None and asked_image.sha256 != ready.sha256:
+            _refuse(spec, "image", made, asked_image.sha256)
+        settings = _image_settings(spec)
+        differs = any(ready.settings.get(key) != value for key, value in settings.items())
+        if asked_image is None and (ready.kind != spec.image_tokenizer or differs):
+            _refuse(spec, "image", made, f"{spec.image_tokenizer}, {settings}")
+    for path in sorted(spec.out.glob(f"*/*/{MANIFEST}")):
+        _check_manifest(spec, path.parent, text, image)
+
+
+def make_tokenizers(
+    spec: PrepareSpec, shards: Sequence[Path], pool: ProcessPool, progress: Progress
+) -> Tokenizers:
+    """Those in ``<out>/tokenizers``; absent ones are copied there or learnt first."""
+    folder = spec.out / "tokenizers"
+    folder.mkdir(exist_ok=True)
+    remove_temporaries(folder)
+    sample = Sample(tuple(shards), spec.layout, spec.image_first)
+    text_ready: Callable[[], None] | None = None
+    if not (folder / TEXT_FILE).exists():
+        if spec.text_tokenizer is not None:
+            TextTokenizer.load(spec.text_tokenizer).save(folder / TEXT_FILE)
+        else:
+            progress.tell(f"text tokenizer: learning {spec.text_vocab} pieces")
+            text_ready = pool.start(_train_text, (sample, spec.text_vocab, folder / TEXT_FILE))
+    if spec.image_tokenizer != "none" and not (folder / IMAGE_FILE).exists():
+        if spec.image_tokenizer in IMAGE_KINDS:
+            image = _train_image(spec, sample, progress)
+        else:
+            image = load_image_tokenizer(Path(spec.image_tokenizer))
+        save_image_tokenizer(image, folder / IMAGE_FILE)
+    if text_ready is not None:
+        text_ready()
+    tokenizers = Tokenizers.load(folder)
+    atomic_write_json(folder / VOCABULARY_FILE, tokenizers.vocabulary.to_dict())
+    return tokenizers
+
+
+def _train_text(job: tuple[Sample, int, Path]) -> None:
+    sample, pieces, path = job
+    documents = sample.documents(pieces * _CHARACTERS_A_PIECE, lambda d: sum(map(len, _texts(d))))
+    TextTokenizer.train((text for d in documents for text in _texts(d)), pieces).save(path)
+
+
+def _train_image(spec: PrepareSpec, sample: Sample, progress: Progress) -> ImageTokenizer:
+    began = perf_counter()
+    images = _images(spec, sample)
+    if not len(images):
+        raise ValueError(
+            "the training sources hold no image that decodes; "
+            "give image_tokenizer 'none' to prepare text only"
+        )
+    progress.tell(
+        f"image tokenizer: {spec.image_tokenizer} of {spec.codes} codes from {len(images)} images"
+    )
+    tokenizer: ImageTokenizer
+    if spec.image_tokenizer == "kmeans":
+        tokenizer = KMeansTokenizer.train(
+            images, patch=spec.patch, codes=spec.codes, seed=spec.seed
+        )
+    else:
+        with progress.steps("vqvae", spec.vq_steps) as show:
+            tokenizer = VQVAETokenizer.train(
+                images,
+                patch=spec.patch,
+                codes=spec.codes,
+                steps=spec.vq_steps,
+                seed=spec.seed,
+                progress=show,
+            )
+    quality = measure(tokenizer, images[:4096])
+    progress.tell(
+        f"image tokenizer: PSNR {quality.psnr:.1f} dB, {quality.used} of {spec.codes} codes used, "
+        f"perplexity {quality.perplexity:.0f}, {perf_counter() - began:.1f} s"
+    )
+    return tokenizer
+
+
+def _images(spec: PrepareSpec, sample: Sample) -> np.ndarray:
+    """uint8 (N, size, size, 3): training images, as many as the tokenizer profits from."""
+    block = (spec.image_size // spec.patch) ** 2
+    wanted = max(1024, _PATCHES[spec.image_tokenizer] // block)
+    budget = min(wanted, max(1, _PIXEL_BYTES // (3 * spec.image_size**2)))
+    images = []
+    for document in sample.documents(budget, lambda d: len(_encoded(d))):
+        for encoded in _encoded(document):
+            try:
+                images.append(image_pixels(encoded, spec.image_size))
+            except BadSample:
+                continue  # counted when the shard is tokenised
+    return (
+        np.stack(images) if images else np.zeros((0, spec.image_size, spec.image_size, 3), np.uint8)
+    )
+
+
+def _texts(document: Document) -> list[str]:
+    # a lone surrogate makes the document unusable when it is tokenised; here it would stop the
+    # training
+    texts = [s.payload for s in document.segments if isinstance(s.payload, str)]
+    return [text for text in texts if text.isascii() or _is_unicode(text)]
+
+
+def _is_unicode(text: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _encoded(document: Document) -> list[bytes]:
+    return [s.payload for s in document.segments if isinstance(s.payload, bytes)]
+
+
+def _image_settings(spec: PrepareSpec) -> dict[str, Any]:
+    settings = {
+        "image_size": spec.image_size,
+        "patch": spec.patch,
+        "codes": spec.codes,
+        "seed": spec.seed,
+    }
+    if spec.image_tokenizer == "vqvae":
+        settings["steps"] = spec.vq_steps
+    return settings
+
+
+def _check_manifest(spec: PrepareSpec, folder: Path, text: Path, image: Path) -> None:
+    recorded = read_manifest(folder)["tokenizers"]
+    if not text.exists():
+        _refuse(spec, "text", recorded["text"], "a new one, as the tokenizers folder is gone")
+    if not image.exists() and spec.image_tokenizer != "none":
+        _refuse(spec, "image", f"none ({folder})", spec.image_tokenizer)
+    hashes = {"text": TextTokenizer.load(text).sha256}
+    if image.exists():
+        hashes["image"] = load_image_tokenizer(image).sha256
+    for kind in sorted(recorded.keys() | hashes.keys()):
+        if recorded.get(kind) != hashes.get(kind):
+            _refuse(
+                spec,
+                kind,
+                f"{recorded.get(kind)} ({folder})",
+                f"{hashes.get(kind)} ({text.parent})",
+            )
+
+
+def _refuse(spec: PrepareSpec, kind: str, made_with: str, asked: str) -> None:
+    raise ValueError(
+        f"out ({spec.out}) was prepared with {kind} tokenizer {made_with}, but asked for is "
+        f"{asked}; ask for the same, or choose another folder"
+    )

@@ -1,0 +1,117 @@
+"""Raw shards to documents: ordinary WebDataset tars in the layouts that people have.
+
+``read_documents`` is the whole interface. The parts: ``archive`` (tar members to complete samples),
+``layouts`` (samples to documents), ``safety`` (what is refused unread).
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import chain, islice
+from pathlib import Path
+
+from earlyfuse.data.documents import BadSample, Document
+from earlyfuse.data.raw.archive import Sample, read_samples
+from earlyfuse.data.raw.layouts import (
+    IMAGE_SUFFIXES,
+    json_fields,
+    parse_interleaved,
+    parse_mmc4,
+    parse_pair,
+    parse_text,
+)
+from earlyfuse.data.raw.safety import checked_shard
+
+LAYOUTS = ("pairs", "interleaved", "mmc4", "text")
+_LOOKAHEAD = 16  # samples of a shard that decide its layout
+
+Parser = Callable[[Sample], Document]
+
+
+def read_documents(
+    shard: Path | str, layout: str = "auto", *, image_first: float = 0.5
+) -> Iterator[Document | BadSample]:
+    """Documents of one ``.tar`` or ``.tar.gz`` in order, a ``BadSample`` for each unusable one.
+
+    ``layout`` is one of ``LAYOUTS``, or ``auto``: the first samples of the shard decide.
+    ``image_first`` is the share of pairs in which the image leads (Chameleon: 0.5); the
+    hash of the key decides which, so it does not depend on order or process.
+
+    A cut file yields the documents known to be complete, then one ``BadSample("truncated")``.
+    Raises at the call ``ValueError`` (unknown layout, ``image_first`` outside [0, 1], a URL or
+    ``pipe:`` command as shard) and ``FileNotFoundError``.
+    """
+    if layout != "auto" and layout not in LAYOUTS:
+        raise ValueError(f"layout {layout!r} must be 'auto' or one of {', '.join(LAYOUTS)}")
+    if not 0 <= image_first <= 1:
+        raise ValueError(
+            f"image_first ({image_first}) is a share of documents; it must lie in [0, 1]"
+        )
+    return _documents(checked_shard(shard), layout, image_first)
+
+
+def _documents(shard: Path, layout: str, image_first: float) -> Iterator[Document | BadSample]:
+    parsers: dict[str, Parser] = {
+        "pairs": partial(parse_pair, image_first=image_first),
+        "interleaved": parse_interleaved,
+        "mmc4": parse_mmc4,
+        "text": parse_text,
+    }
+    samples = read_samples(shard)
+    if layout == "auto":
+        first = list(islice(samples, _LOOKAHEAD))
+        parse = _detect(shard, first, parsers)
+        samples = chain(first, samples)
+    else:
+        parse = parsers[layout]
+    for sample in samples:
+        if isinstance(sample, BadSample):
+            yield sample
+        elif sample.problem is not None:
+            yield sample.problem
+        else:
+            try:
+                document: Document | BadSample = parse(sample)
+            except BadSample as bad:
+                document = BadSample(bad.cause, f"{shard}: {bad.message}")
+            yield document
+
+
+def _detect(shard: Path, first: list[Sample | BadSample], parsers: dict[str, Parser]) -> Parser:
+    """The richest layout of the first samples: a caption without its image is no text shard."""
+    usable = [s for s in first if isinstance(s, Sample) and s.problem is None]
+    found = {_layout_of(sample) for sample in usable}
+    for layout in ("mmc4", "interleaved", "pairs", "text"):
+        if layout in found:
+            return parsers[layout]
+    names = _some(chain.from_iterable(sample.members for sample in usable))
+    fields = _some(chain.from_iterable(map(json_fields, usable)))
+    message = (
+        f"members are {names}, json fields {fields}; that is none of the layouts "
+        f"{', '.join(LAYOUTS)}. Write the shard in one of them, or name the layout if it is one"
+    )
+
+    def refuse(sample: Sample) -> Document:
+        raise BadSample("foreign-layout", f"sample {sample.key!r}: {message}")
+
+    return refuse
+
+
+def _layout_of(sample: Sample) -> str | None:
+    members, fields = sample.members, json_fields(sample)
+    if isinstance(fields.get("text_list"), list) and isinstance(fields.get("image_info"), list):
+        return "mmc4"
+    if isinstance(fields.get("texts"), list) and isinstance(fields.get("images"), list):
+        return "interleaved"
+    if any(suffix in members for suffix in IMAGE_SUFFIXES):
+        return "pairs" if "txt" in members or "json" in members else None
+    if members.keys() <= {"txt", "json"} and (
+        "txt" in members or isinstance(fields.get("text"), str)
+    ):
+        return "text"
+    return None
+
+
+def _some(names: Iterable[str], limit: int = 12) -> str:
+    """Distinct names in order of appearance, the first few of them."""
+    distinct = list(dict.fromkeys(names))
+    return ", ".join(distinct[:limit]) + (", …" if len(distinct) > limit else "") or "none"

@@ -1,0 +1,238 @@
+"""Tokenised data sets on disk: what ``prepare`` writes and the stream reads.
+
+One folder is one source::
+
+    manifest.json            written last: a folder without it is not a data set
+    shard-000000.tar         members 000000.npy, 000001.npy, …: 1-D token arrays of about 1 MiB,
+                             documents end to end
+    shard-000000.index.npy   int64 (documents, 2 + M): byte offset of the first token in the tar,
+                             tokens, then tokens of each of the M modalities in the order of
+                             ``Vocabulary.modalities``
+    shard-000000.json        how the shard came about; it says that the two files above are complete
+
+A tar of few large members costs nothing to skip through and remains an ordinary WebDataset tar;
+with the index a document is one ``pread``. Nothing here depends on time, host or user: equal
+documents give equal bytes.
+"""
+
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from earlyfuse.data.atomic import atomic_write, atomic_write_bytes, atomic_write_json, sha256_file
+from earlyfuse.models.modality import Vocabulary
+
+FORMAT = "earlyfuse-tokens/1"
+MANIFEST = "manifest.json"
+MEMBER_BYTES = 1 << 20
+
+
+def token_dtype(vocabulary_size: int) -> str:
+    """``uint16`` while every id fits, else ``uint32``; the arrays are little-endian."""
+    return "uint16" if vocabulary_size <= 1 << 16 else "uint32"
+
+
+def shard_name(number: int) -> str:
+    """``shard-000007``: tar, index and record add their suffix."""
+    return f"shard-{number:06d}"
+
+
+class TokenShardWriter:
+    """Writes documents end to end into the members of one tar, and remembers where each begins.
+
+    ``file``: binary, open for writing, at its start. ``add`` documents, then ``close`` and take
+    ``index``.
+    """
+
+    def __init__(self, file: BinaryIO, dtype: str) -> None:
+        self.tar = tarfile.TarFile(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT)
+        self.dtype = np.dtype(dtype).newbyteorder("<")
+        self.rows: list[list[int]] = []
+        self._waiting: list[np.ndarray] = []
+        self._waiting_bytes = 0
+        self._unplaced = 0
+        self._members = 0
+
+    def add(self, tokens: np.ndarray, tokens_per_modality: list[int]) -> None:
+        """One document: 1-D integer ids, and how many of them belong to each modality.
+
+        Raises ``ValueError`` when an id does not fit the shard's dtype: it would wrap around
+        silently.
+        """
+        if len(tokens) and (tokens.min() < 0 or tokens.max() > np.iinfo(self.dtype).max):
+            raise ValueError(
+                f"token ids {tokens.min()} … {tokens.max()} do not fit {self.dtype.name}; "
+                "choose the dtype with token_dtype(vocabulary size)"
+            )
+        # the offset inside the waiting member, made absolute when the member is written
+        self.rows.append([self._waiting_bytes, len(tokens), *tokens_per_modality])
+        self._waiting.append(tokens.astype(self.dtype))
+        self._waiting_bytes += self._waiting[-1].nbytes
+        if self._waiting_bytes >= MEMBER_BYTES:
+            self._write_member()
+
+    def close(self) -> None:
+        """Write what waits and the end of the tar; ``file`` stays open."""
+        if self._waiting:
+            self._write_member()
+        self.tar.close()
+
+    def index(self, modalities: int) -> np.ndarray:
+        """int64 (documents, 2 + modalities), valid after ``close``."""
+        return np.array(self.rows, dtype=np.int64).reshape(-1, 2 + modalities)
+
+    def _write_member(self) -> None:
+        content = io.BytesIO()
+        tokens = np.concatenate(self._waiting)
+        np.lib.format.write_array(content, tokens, version=(1, 0), allow_pickle=False)
+        member = tarfile.TarInfo(f"{self._members:06d}.npy")
+        member.size = content.tell()
+        content.seek(0)
+        first_token = self.tar.offset + tarfile.BLOCKSIZE + member.size - tokens.nbytes
+        self.tar.addfile(member, content)
+        for row in self.rows[self._unplaced :]:
+            row[0] += first_token
+        self._unplaced = len(self.rows)
+        self._waiting, self._waiting_bytes = [], 0
+        self._members += 1
+
+
+@dataclass
+class ShardRecord:
+    """What became of one raw shard: the content of ``shard-NNNNNN.json``.
+
+    ``recipe`` names everything besides the raw shard that decides the tokens (tokenizers, layout,
+    format). ``squared_error`` and ``pixels`` sum the image tokenizer's error over some of the
+    shard's images.
+    """
+
+    name: str
+    recipe: str
+    raw: str
+    raw_bytes: int
+    raw_sha256: str
+    bytes: int = 0
+    sha256: str = ""
+    index_sha256: str = ""
+    documents: int = 0
+    tokens: dict[str, int] = field(default_factory=dict)
+    drops: dict[str, int] = field(default_factory=dict)
+    squared_error: int = 0
+    pixels: int = 0
+
+    def save(self, folder: Path) -> None:
+        """Mark the shard complete; its tar and index are on the disk already."""
+        atomic_write_json(folder / f"{Path(self.name).stem}.json", asdict(self))
+
+    @classmethod
+    def load(cls, folder: Path, number: int) -> "ShardRecord | None":
+        """The record of a complete shard, or none: absent, or its files are not as it says."""
+        stem = shard_name(number)
+        path = folder / f"{stem}.json"
+        if not path.exists():
+            return None
+        values = json.loads(path.read_bytes())
+        if values.keys() != {column.name for column in fields(cls)}:
+            return None  # written by another version
+        record = cls(**values)
+        tar, index = folder / f"{stem}.tar", folder / f"{stem}.index.npy"
+        complete = tar.exists() and index.exists() and tar.stat().st_size == record.bytes
+        return record if complete else None
+
+
+def write_shard(
+    folder: Path,
+    record: ShardRecord,
+    documents: Iterable[tuple[np.ndarray, list[int]]],
+    vocabulary: Vocabulary,
+) -> None:
+    """Write tar, index and, last, ``record`` with its sizes, hashes and counts filled in.
+
+    ``documents``: (ids, tokens per modality) each. ``record.drops`` and the like may change until
+    the last document has been taken.
+    """
+    tar_path = folder / record.name
+    with atomic_write(tar_path) as file:
+        writer = TokenShardWriter(file, token_dtype(vocabulary.size))
+        for tokens, per_modality in documents:
+            writer.add(tokens, per_modality)
+        writer.close()
+    index = writer.index(len(vocabulary.modalities))
+    content = io.BytesIO()
+    np.lib.format.write_array(content, index.astype("<i8"), version=(1, 0), allow_pickle=False)
+    atomic_write_bytes(tar_path.with_suffix(".index.npy"), content.getvalue())
+    record.bytes, record.sha256 = tar_path.stat().st_size, sha256_file(tar_path)
+    record.index_sha256 = hashlib.sha256(content.getvalue()).hexdigest()
+    record.documents = len(index)
+    totals = index[:, 2:].sum(0)
+    record.tokens = {m.label: int(n) for m, n in zip(vocabulary.modalities, totals, strict=True)}
+    record.save(folder)
+
+
+def write_manifest(
+    folder: Path, vocabulary: Vocabulary, tokenizers: dict[str, str], records: list[ShardRecord]
+) -> dict[str, Any]:
+    """Declare ``folder`` a data set. ``tokenizers``: kind → SHA-256. Returns the manifest."""
+    names = [modality.label for modality in vocabulary.modalities]
+    shards = [
+        {
+            "name": record.name,
+            "bytes": record.bytes,
+            "sha256": record.sha256,
+            "index_sha256": record.index_sha256,
+            "documents": record.documents,
+            "tokens": record.tokens,
+            "raw": record.raw,
+            "raw_sha256": record.raw_sha256,
+        }
+        for record in records
+    ]
+    drops: dict[str, int] = {}
+    for record in records:
+        for cause, count in record.drops.items():
+            drops[cause] = drops.get(cause, 0) + count
+    manifest: dict[str, Any] = {
+        "format": FORMAT,
+        "vocabulary": vocabulary.to_dict(),
+        "tokenizers": tokenizers,
+        "dtype": token_dtype(vocabulary.size),
+        "documents": sum(record.documents for record in records),
+        "tokens": {name: sum(record.tokens[name] for record in records) for name in names},
+        "shards": shards,
+        "drops": drops,
+        "drops_by_shard": {record.raw: record.drops for record in records if record.drops},
+    }
+    pixels = sum(record.pixels for record in records)
+    if pixels:
+        error = sum(record.squared_error for record in records)
+        manifest["image_squared_error"] = error / pixels
+    atomic_write_json(folder / MANIFEST, manifest)
+    return manifest
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a prepared source.
+
+    Raises ``FileNotFoundError`` when ``folder`` is not a complete data set, ``ValueError`` on
+    another format.
+    """
+    path = folder / MANIFEST
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{folder} has no {MANIFEST}: prepare did not finish there; "
+            "run the same prepare command again"
+        )
+    manifest = json.loads(path.read_bytes())
+    if manifest.get("format") != FORMAT:
+        raise ValueError(
+            f"{path}: format ({manifest.get('format')!r}) must be {FORMAT!r}; "
+            "prepare the data again"
+        )
+    return manifest

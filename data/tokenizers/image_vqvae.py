@@ -1,0 +1,279 @@
+"""Image tokenizer by a small convolutional VQ-VAE: slower to make than k-means, and better.
+
+van den Oord et al. 2017 (1711.00937): straight-through gradient, commitment loss, codebook by
+exponential moving averages (their appendix A). Codes that die are re-seeded from the batch, and the
+codebook starts from k-means over the latents of a network warmed up without quantiser; these two
+keep most codes in use. No adversarial or perceptual loss: PSNR is what it is good at.
+
+B images, C channels, H pixels a side, N latents (B · block), E latent dimension, K codes.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from earlyfuse.data.tokenizers.image import check_image_geometry, pack_tokenizer
+
+_ENCODE_BATCH, _ENCODE_PIXELS = 64, 1 << 22
+_COMMITMENT = 0.25
+_CODEBOOK_DECAY = 0.98
+# a code is dead when the moving average of its latents a step falls below this share of an even
+# spread
+_DEAD_SHARE = 0.05
+# part of the steps that train encoder and decoder alone, before there is a codebook
+_WARM_UP = 0.1
+
+
+class VQVAETokenizer:
+    """Encoder, nearest entry of the codebook, decoder."""
+
+    kind = "vqvae"
+
+    def __init__(self, net: "VQVAE", settings: dict[str, Any]) -> None:
+        self.net = net.eval().requires_grad_(False)
+        self.settings = settings
+        self.image_size, self.codes = settings["image_size"], settings["codes"]
+        self.side = self.image_size // settings["patch"]
+        self.block = self.side**2
+        self._batch = max(1, min(_ENCODE_BATCH, _ENCODE_PIXELS // self.image_size**2))
+        self.sha256 = hashlib.sha256(self.to_bytes()).hexdigest()
+
+    @classmethod
+    def train(
+        cls,
+        images: np.ndarray,
+        *,
+        patch: int,
+        codes: int,
+        steps: int = 1500,
+        seed: int = 0,
+        batch: int = 64,
+        width: int = 64,
+        latent: int = 16,
+        learning_rate: float = 5e-3,
+        progress: Callable[[int, float], None] | None = None,
+    ) -> "VQVAETokenizer":
+        """Fit to ``images``, uint8 (N, H, H, 3). Calls ``progress(step, loss)`` each step.
+
+        Deterministic given the seed, the number of threads and the machine's kernels. Raises
+        ``ValueError`` when ``patch`` is no power of two that divides H.
+        """
+        settings = {
+            "image_size": images.shape[1], "patch": patch, "codes": codes, "steps": steps,
+            "seed": seed, "width": width, "latent": latent,
+        }  # fmt: skip
+        rng = torch.Generator().manual_seed(seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            net = build_vqvae(settings)
+        parameters = [p for p in net.parameters() if p.requires_grad]
+        optimizer = torch.optim.Adam(parameters, lr=learning_rate, betas=(0.9, 0.99))
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, learning_rate, total_steps=max(2, steps), pct_start=0.1
+        )
+        warm_up = round(_WARM_UP * steps)
+        pixels = torch.from_numpy(images)
+        for step in range(steps):
+            picked = torch.randint(len(pixels), (batch,), generator=rng)
+            x_BCHH = to_floats(pixels[picked])
+            if step == warm_up:
+                seen = torch.randint(
+                    len(pixels), (max(batch, 8 * codes // net.block(x_BCHH)),), generator=rng
+                )
+                net.seed_codebook(to_floats(pixels[seen]), rng)
+            loss, reconstruction = net.loss(x_BCHH, quantise=step >= warm_up, rng=rng)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            schedule.step()
+            if progress is not None:
+                progress(step + 1, float(reconstruction))
+        return cls(net, settings)
+
+    @classmethod
+    def from_tensors(
+        cls, tensors: dict[str, torch.Tensor], settings: dict[str, Any]
+    ) -> "VQVAETokenizer":
+        """Inverse of ``to_bytes``, given what it holds. ``ValueError`` on foreign tensors."""
+        net = build_vqvae(settings)
+        try:
+            net.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise ValueError(
+                f"image tokenizer tensors must fit settings {settings}: {error}"
+            ) from error
+        return cls(net, settings)
+
+    def to_bytes(self) -> bytes:
+        """See ``ImageTokenizer``."""
+        tensors = {name: tensor.contiguous() for name, tensor in self.net.state_dict().items()}
+        return pack_tokenizer(self.kind, self.settings, tensors)
+
+    @torch.no_grad()
+    def encode(self, images: np.ndarray) -> np.ndarray:
+        """uint8 (B, H, H, 3) → int64 (B, block)."""
+        parts = [
+            self.net.nearest(self.net.latents(to_floats(part))).reshape(len(part), self.block)
+            for part in torch.from_numpy(images).split(self._batch)
+        ]
+        return torch.cat(parts).numpy()
+
+    @torch.no_grad()
+    def decode(self, codes: np.ndarray) -> np.ndarray:
+        """int64 (B, block) → uint8 (B, H, H, 3)."""
+        parts = []
+        for part in torch.from_numpy(codes).split(self._batch):
+            latent_BEhh = self.net.codebook_KE[part].reshape(len(part), self.side, self.side, -1)
+            parts.append(to_pixels(self.net.decoder(latent_BEhh.permute(0, 3, 1, 2))))
+        return torch.cat(parts).numpy()
+
+
+class VQVAE(nn.Module):
+    """The network and its codebook: ``latents``, ``nearest`` and ``decoder`` are the stages."""
+
+    codebook_KE: torch.Tensor
+    count_K: torch.Tensor
+    total_KE: torch.Tensor
+
+    def __init__(self, codes: int, latent: int, width: int, halvings: int) -> None:
+        super().__init__()
+        self.encoder = _encoder(latent, width, halvings)
+        self.decoder = _decoder(latent, width, halvings)
+        self.register_buffer("codebook_KE", torch.zeros(codes, latent))
+        # moving averages of how many latents chose a code, and of their sum; only training needs
+        # them
+        self.register_buffer("count_K", torch.ones(codes), persistent=False)
+        self.register_buffer("total_KE", torch.zeros(codes, latent), persistent=False)
+
+    def latents(self, x_BCHH: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, H) → (N, E), images and then positions in raster order."""
+        return self.encoder(x_BCHH).permute(0, 2, 3, 1).flatten(0, 2)
+
+    def block(self, x_BCHH: torch.Tensor) -> int:
+        """Latents an image gives."""
+        with torch.no_grad():
+            return len(self.latents(x_BCHH[:1]))
+
+    def nearest(self, z_NE: torch.Tensor) -> torch.Tensor:
+        """(N, E) → (N,) index of the nearest code."""
+        score_NK = 2 * z_NE @ self.codebook_KE.T - self.codebook_KE.square().sum(1)
+        return score_NK.argmax(1)
+
+    def loss(
+        self, x_BCHH: torch.Tensor, quantise: bool, rng: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(training loss, squared pixel error); moves the codebook when ``quantise``."""
+        z_NE = self.latents(x_BCHH)
+        commitment = z_NE.new_zeros(())
+        q_NE = z_NE
+        if quantise:
+            code_N = self.nearest(z_NE.detach())
+            q_NE = self.codebook_KE[code_N]
+            commitment = F.mse_loss(z_NE, q_NE)
+            q_NE = z_NE + (q_NE - z_NE).detach()  # straight-through
+            self._follow(z_NE.detach(), code_N, rng)
+        side = math.isqrt(len(z_NE) // len(x_BCHH))
+        q_BEhh = q_NE.reshape(len(x_BCHH), side, side, -1).permute(0, 3, 1, 2)
+        reconstruction = F.mse_loss(self.decoder(q_BEhh), x_BCHH)
+        return reconstruction + _COMMITMENT * commitment, reconstruction.detach()
+
+    @torch.no_grad()
+    def seed_codebook(self, x_BCHH: torch.Tensor, rng: torch.Generator) -> None:
+        """A few rounds of k-means over the latents of ``x_BCHH``, from latents drawn at random."""
+        z_NE = self.latents(x_BCHH)
+        codes = len(self.codebook_KE)
+        self._put(torch.arange(codes), z_NE, rng)
+        for _ in range(10):
+            choice_NK = F.one_hot(self.nearest(z_NE), codes).to(z_NE.dtype)
+            count_K, total_KE = choice_NK.sum(0), choice_NK.T @ z_NE
+            self.codebook_KE.copy_(total_KE / count_K.clamp(min=1)[:, None])
+            self._put((count_K == 0).nonzero().flatten(), z_NE, rng)
+        self.count_K.fill_(len(z_NE) / codes)
+        self.total_KE.copy_(self.codebook_KE * self.count_K[:, None])
+
+    @torch.no_grad()
+    def _follow(self, z_NE: torch.Tensor, code_N: torch.Tensor, rng: torch.Generator) -> None:
+        """Move codes towards the latents that chose them; dead ones restart from the batch."""
+        codes = len(self.codebook_KE)
+        choice_NK = F.one_hot(code_N, codes).to(z_NE.dtype)
+        self.count_K.lerp_(choice_NK.sum(0), 1 - _CODEBOOK_DECAY)
+        self.total_KE.lerp_(choice_NK.T @ z_NE, 1 - _CODEBOOK_DECAY)
+        self.codebook_KE.copy_(self.total_KE / self.count_K.clamp(min=1e-6)[:, None])
+        even = len(z_NE) / codes
+        dead = (self.count_K < _DEAD_SHARE * even).nonzero().flatten()
+        self._put(dead, z_NE, rng)
+        self.count_K[dead] = even
+        self.total_KE[dead] = self.codebook_KE[dead] * even
+
+    def _put(self, codes: torch.Tensor, z_NE: torch.Tensor, rng: torch.Generator) -> None:
+        """Set ``codes`` to latents drawn at random, shaken a little so that repeats can part."""
+        drawn = z_NE[torch.randint(len(z_NE), (len(codes),), generator=rng)]
+        noise = torch.randn(drawn.shape, generator=rng) * z_NE.std(0) * 0.01
+        self.codebook_KE[codes] = drawn + noise
+
+
+class ResidualBlock(nn.Module):
+    """A 3×3 convolution to half the channels and a 1×1 back, round an identity."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.GroupNorm(8, channels), nn.SiLU(), nn.Conv2d(channels, channels // 2, 3, padding=1),
+            nn.GroupNorm(8, channels // 2), nn.SiLU(), nn.Conv2d(channels // 2, channels, 1),
+        )  # fmt: skip
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, H) → the same shape."""
+        return x + self.body(x)
+
+
+def build_vqvae(settings: dict[str, Any]) -> VQVAE:
+    """The untrained network of ``settings``. Raises ``ValueError`` when they cannot be met."""
+    patch, width = settings["patch"], settings["width"]
+    check_image_geometry(settings["image_size"], patch, settings["codes"])
+    if patch < 2 or patch & (patch - 1):
+        raise ValueError(f"patch ({patch}) must be a power of two for a vqvae; choose 2, 4, 8 …")
+    if width % 32:
+        raise ValueError(f"width ({width}) must be a multiple of 32; choose another")
+    return VQVAE(settings["codes"], settings["latent"], width, patch.bit_length() - 1)
+
+
+def to_floats(pixels_BHHC: torch.Tensor) -> torch.Tensor:
+    """uint8 (B, H, H, 3) → float32 (B, 3, H, H) in [-1, 1]."""
+    return pixels_BHHC.permute(0, 3, 1, 2).to(torch.float32) / 127.5 - 1
+
+
+def to_pixels(x_BCHH: torch.Tensor) -> torch.Tensor:
+    """Inverse of ``to_floats``, rounded and clipped."""
+    return ((x_BCHH + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def _encoder(latent: int, width: int, halvings: int) -> nn.Sequential:
+    """Halve the side ``halvings`` times; half the width at the first, finest, level."""
+    layers: list[nn.Module] = []
+    channels = 3
+    for level in range(halvings):
+        wider = width // 2 if level == 0 and halvings > 1 else width
+        layers += [nn.Conv2d(channels, wider, 4, stride=2, padding=1), ResidualBlock(wider)]
+        channels = wider
+    layers += [ResidualBlock(width), nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, latent, 1)]
+    return nn.Sequential(*layers)
+
+
+def _decoder(latent: int, width: int, halvings: int) -> nn.Sequential:
+    """The encoder mirrored."""
+    layers: list[nn.Module] = [nn.Conv2d(latent, width, 3, padding=1), ResidualBlock(width)]
+    channels = width
+    for level in reversed(range(halvings)):
+        layers.append(ResidualBlock(channels))
+        out = 3 if level == 0 else (width // 2 if level == 1 else width)
+        layers.append(nn.ConvTranspose2d(channels, out, 4, stride=2, padding=1))
+        channels = out
+    return nn.Sequential(*layers)

@@ -1,0 +1,107 @@
+"""Chameleon's attention: grouped-query, qk-norm before RoPE, causal within each document.
+
+Shared, or with projections and norms untied by modality (Mixture-of-Transformers): the attention
+product itself always runs over the whole mixed sequence.
+
+B rows, S positions, T = B·S tokens, D width, N heads, K key/value heads, H head width.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torchtitan.protocols.module import Module
+
+from earlyfuse.models.blocks.layout import Layout
+from earlyfuse.models.blocks.linear import HeadNorm, Linear
+
+
+class Attention(Module):
+    """Multi-head attention with qk-norm and rotary positions (arXiv 2405.09818, section 2.3)."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Module.Config):
+        dim: int
+        heads: int
+        kv_heads: int
+        head_dim: int
+        qk_norm: bool = True
+        groups: int = 1
+
+        def __post_init__(self) -> None:
+            if self.kv_heads < 1 or self.heads % self.kv_heads:
+                raise ValueError(
+                    f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads}); change one of them"
+                )
+            if self.head_dim % 2:
+                raise ValueError(f"head_dim ({self.head_dim}) must be even for rotary positions")
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        width, kv_width, groups = (
+            config.heads * config.head_dim,
+            config.kv_heads * config.head_dim,
+            config.groups,
+        )
+        self.wq = Linear.Config(in_features=config.dim, out_features=width, groups=groups).build()
+        self.wk = Linear.Config(
+            in_features=config.dim, out_features=kv_width, groups=groups
+        ).build()
+        self.wv = Linear.Config(
+            in_features=config.dim, out_features=kv_width, groups=groups
+        ).build()
+        self.wo = Linear.Config(in_features=width, out_features=config.dim, groups=groups).build()
+        if config.qk_norm:
+            norm = HeadNorm.Config(heads=config.heads, head_dim=config.head_dim, groups=groups)
+            self.q_norm = norm.build()
+            norm.heads = config.kv_heads
+            self.k_norm = norm.build()
+
+    def forward(self, x_TD: torch.Tensor, layout: Layout) -> torch.Tensor:
+        """(T, D) → (T, D)."""
+        head_dim = self.config.head_dim
+        q_TNH = self.wq(x_TD, layout).unflatten(-1, (-1, head_dim))
+        k_TKH = self.wk(x_TD, layout).unflatten(-1, (-1, head_dim))
+        v_TKH = self.wv(x_TD, layout).unflatten(-1, (-1, head_dim))
+        if self.config.qk_norm:
+            q_TNH, k_TKH = self.q_norm(q_TNH, layout), self.k_norm(k_TKH, layout)
+        q_BSNH, k_BSKH, v_BSKH = (
+            t.unflatten(0, (layout.rows, layout.seq_len)) for t in (q_TNH, k_TKH, v_TKH)
+        )
+        out_BSNH = attend(rotate(q_BSNH, layout), rotate(k_BSKH, layout), v_BSKH, layout.mask)
+        return self.wo(out_BSNH.flatten(0, 1).flatten(1), layout)
+
+
+def rotate(x_BSNH: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """Rotary embedding on the two halves of each head (the pairing of Hugging Face checkpoints)."""
+    cos, sin = layout.cos_BS1H, layout.sin_BS1H
+    left, right = x_BSNH.float().chunk(2, dim=-1)
+    return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1).to(x_BSNH.dtype)
+
+
+def attend(
+    q_BSNH: torch.Tensor,
+    k_BSKH: torch.Tensor,
+    v_BSKH: torch.Tensor,
+    mask: "torch.Tensor | BlockMask | None",
+) -> torch.Tensor:
+    """Softmax attention under ``mask`` (see ``layout.attention_mask``) → (B, S, N, H)."""
+    q, k, v = (t.transpose(1, 2) for t in (q_BSNH, k_BSKH, v_BSKH))
+    gqa = q.shape[1] != k.shape[1]
+    if isinstance(mask, BlockMask):
+        out = _compiled_flex_attention()(q, k, v, block_mask=mask, enable_gqa=gqa)
+    else:
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa
+        )
+    return out.transpose(1, 2)
+
+
+@cache
+def _compiled_flex_attention() -> Any:
+    # eager FlexAttention materialises all scores; compiled once and shared by all layers
+    return torch.compile(flex_attention)

@@ -1,0 +1,38 @@
+"""SwiGLU feed-forward: dense, or one set of weights per modality (Mixture-of-Transformers; MoMa's 1t1i).
+
+T tokens, D width, F inner width, G groups.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchtitan.protocols.module import Module
+
+from earlyfuse.kernels.grouped_gemm import grouped_swiglu
+from earlyfuse.models.blocks.layout import Layout
+
+
+class FeedForward(Module):
+    """w2(silu(w1 x) · w3 x). Weights (F, D), (F, D), (D, F); with a leading G when untied by modality."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Module.Config):
+        dim: int
+        hidden_dim: int
+        groups: int = 1
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.untied = config.groups > 1
+        lead = (config.groups,) if self.untied else ()
+        self.w1 = nn.Parameter(torch.empty(*lead, config.hidden_dim, config.dim))
+        self.w3 = nn.Parameter(torch.empty(*lead, config.hidden_dim, config.dim))
+        self.w2 = nn.Parameter(torch.empty(*lead, config.dim, config.hidden_dim))
+
+    def forward(self, x_TD: torch.Tensor, layout: Layout) -> torch.Tensor:
+        """(T, D) → (T, D)."""
+        if self.untied:
+            return grouped_swiglu(x_TD, self.w1, self.w3, self.w2, *layout.by_group)
+        return F.linear(F.silu(F.linear(x_TD, self.w1)) * F.linear(x_TD, self.w3), self.w2)

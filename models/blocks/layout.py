@@ -1,0 +1,98 @@
+"""Layout: what every layer needs to know of a batch, worked out once and handed down.
+
+B rows, S positions, T = B·S tokens, H half of a head's width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+
+from earlyfuse.models.routes import Routes, by_modality
+
+
+@dataclass
+class Layout:
+    """Where each token of a batch sits: row, document, position, modality.
+
+    ``group_T``     (T,) int64: modality group of each token; indexes untied parameters
+    ``by_group``    the same as routes, every token once
+    ``cos_BS1H``, ``sin_BS1H``  (B, S, 1, H) fp32: rotary angles of each token's position
+    ``mask``        who attends whom: see ``attention_mask``
+    """
+
+    rows: int
+    seq_len: int
+    group_T: torch.Tensor
+    by_group: Routes
+    cos_BS1H: torch.Tensor
+    sin_BS1H: torch.Tensor
+    mask: "torch.Tensor | BlockMask | None"
+
+    @classmethod
+    def build(
+        cls,
+        modality_BS: torch.Tensor,
+        positions_BS: torch.Tensor,
+        modalities: tuple[int, ...],
+        head_dim: int,
+        rope_theta: float,
+    ) -> "Layout":
+        """Work out the layout of one batch from its modalities and positions alone."""
+        rows, seq_len = positions_BS.shape
+        group_T = group_of_modality(modality_BS.reshape(-1), modalities)
+        cos_BS1H, sin_BS1H = rotary_angles(positions_BS, head_dim, rope_theta)
+        return cls(
+            rows,
+            seq_len,
+            group_T,
+            by_modality(group_T, len(modalities)),
+            cos_BS1H,
+            sin_BS1H,
+            attention_mask(positions_BS),
+        )
+
+
+def group_of_modality(modality_T: torch.Tensor, modalities: tuple[int, ...]) -> torch.Tensor:
+    """(T,) modality ids → (T,) int64 index into ``modalities``; modalities the model lacks join group 0."""
+    table = torch.zeros(256, dtype=torch.int64)
+    table[list(modalities)] = torch.arange(len(modalities))
+    return table.to(modality_T.device)[modality_T.long()]
+
+
+def rotary_angles(
+    positions_BS: torch.Tensor, head_dim: int, theta: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin, each (B, S, 1, head_dim/2) fp32, of position / theta^(2i/head_dim) (RoFormer, eq. 15)."""
+    exponent_H = (
+        torch.arange(0, head_dim, 2, device=positions_BS.device, dtype=torch.float32) / head_dim
+    )
+    angle_BS1H = positions_BS.float()[:, :, None, None] * theta**-exponent_H
+    return angle_BS1H.cos(), angle_BS1H.sin()
+
+
+def attention_mask(positions_BS: torch.Tensor) -> "torch.Tensor | BlockMask | None":
+    """Causal within each document; documents start where positions are 0.
+
+    One definition, ``visible`` below. On CUDA it becomes a FlexAttention ``BlockMask``; elsewhere a
+    boolean (B, 1, S, S) tensor for SDPA, or None where every row is one document and plain causal
+    attention says the same at less cost.
+    """
+    rows, seq_len = positions_BS.shape
+    starts_BS = positions_BS == 0
+    starts_BS = torch.cat([torch.ones_like(starts_BS[:, :1]), starts_BS[:, 1:]], dim=1)
+    document_BS = starts_BS.cumsum(1)
+
+    def visible(
+        b: torch.Tensor, h: torch.Tensor, query: torch.Tensor, key: torch.Tensor
+    ) -> torch.Tensor:
+        return (query >= key) & (document_BS[b, query] == document_BS[b, key])
+
+    device = positions_BS.device
+    if device.type == "cuda":
+        return create_block_mask(visible, rows, None, seq_len, seq_len, device=device)
+    if bool((document_BS == 1).all()):
+        return None
+    row = torch.arange(rows, device=device)[:, None, None, None]
+    position = torch.arange(seq_len, device=device)
+    return visible(row, row.new_zeros(1), position[:, None], position[None, :])

@@ -1,0 +1,94 @@
+"""Projections and norms in two forms: shared by all tokens, or untied by modality (Mixture-of-Transformers).
+
+Both forms are called alike, ``module(x_TD, layout)``, so that a block is written once and its
+parameters are shared or untied by ``groups`` in its config: 1 is shared, M holds one set per modality
+group (arXiv 2411.04996, section 2). T tokens, D width in, F width out, G groups, N heads, H head width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchtitan.protocols.module import Module
+
+from earlyfuse.kernels.grouped_gemm import grouped_linear
+from earlyfuse.models.blocks.layout import Layout
+
+NORM_EPS = 1e-5
+
+
+class Linear(Module):
+    """x W^T, without bias. Weight (F, D), or (G, F, D) untied by modality."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Module.Config):
+        in_features: int
+        out_features: int
+        groups: int = 1
+
+    def __init__(self, config: Config):
+        super().__init__()
+        shape = (config.out_features, config.in_features)
+        self.untied = config.groups > 1
+        self.weight = nn.Parameter(
+            torch.empty(config.groups, *shape) if self.untied else torch.empty(shape)
+        )
+
+    def forward(self, x_TD: torch.Tensor, layout: Layout) -> torch.Tensor:
+        """(T, D) → (T, F)."""
+        if self.untied:
+            return grouped_linear(x_TD, self.weight, *layout.by_group)
+        return F.linear(x_TD, self.weight)
+
+
+class RMSNorm(Module):
+    """x / rms(x) · weight, in fp32. Weight (D,), or (G, D) untied by modality."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Module.Config):
+        dim: int
+        groups: int = 1
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.untied = config.groups > 1
+        self.weight = nn.Parameter(
+            torch.empty(config.groups, config.dim) if self.untied else torch.empty(config.dim)
+        )
+
+    def forward(self, x_TD: torch.Tensor, layout: Layout) -> torch.Tensor:
+        """(T, D) → (T, D)."""
+        if self.untied:
+            return F.rms_norm(x_TD, x_TD.shape[-1:], eps=NORM_EPS) * self.weight[layout.group_T]
+        return F.rms_norm(x_TD, self.weight.shape, self.weight, NORM_EPS)
+
+
+class HeadNorm(Module):
+    """Chameleon's qk-norm: LayerNorm over each head with a weight and bias of its own per head.
+
+    Weight and bias (N, H), or (G, N, H) untied by modality. Public checkpoints share one row between
+    the heads of a model-parallel shard, so rows may differ between heads (arXiv 2405.09818, 2.3).
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Module.Config):
+        heads: int
+        head_dim: int
+        groups: int = 1
+
+    def __init__(self, config: Config):
+        super().__init__()
+        shape: tuple[int, ...] = (config.heads, config.head_dim)
+        self.untied = config.groups > 1
+        if self.untied:
+            shape = (config.groups, *shape)
+        self.weight = nn.Parameter(torch.empty(shape))
+        self.bias = nn.Parameter(torch.empty(shape))
+
+    def forward(self, x_TNH: torch.Tensor, layout: Layout) -> torch.Tensor:
+        """(T, N, H) → (T, N, H)."""
+        weight, bias = self.weight, self.bias
+        if self.untied:
+            weight, bias = weight[layout.group_T], bias[layout.group_T]
+        return torch.addcmul(bias, F.layer_norm(x_TNH, x_TNH.shape[-1:], eps=NORM_EPS), weight)

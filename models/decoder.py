@@ -1,0 +1,203 @@
+"""The decoder: embeddings → blocks → head, over one sequence of text, image and speech tokens.
+
+This is Chameleon's transformer (arXiv 2405.09818): RMSNorm, SwiGLU, RoPE, qk-norm, untied head. Its
+sparse relatives differ only in what their blocks are composed of: ``FeedForward`` or
+``MixtureOfExperts``, shared or modality-untied. Parameters are initialised in ``models/initialise.py``.
+
+B rows, S positions, T = B·S tokens, D width, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchtitan.protocols.model import BaseModel
+from torchtitan.protocols.module import Module, ModuleList
+
+from earlyfuse.models.blocks.attention import Attention
+from earlyfuse.models.blocks.experts import MixtureOfExperts
+from earlyfuse.models.blocks.feed_forward import FeedForward
+from earlyfuse.models.blocks.layout import Layout
+from earlyfuse.models.blocks.linear import RMSNorm
+from earlyfuse.models.initialise import initialise
+
+
+class Block(Module):
+    """Attention and feed-forward, each with a norm and a residual.
+
+    ``norm_order`` "pre": x + f(norm(x)); "swin": x + norm(f(x)), the order of Chameleon-34B and MoMa.
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Module.Config):
+        attention: Attention.Config
+        feed_forward: FeedForward.Config | MixtureOfExperts.Config
+        norm_order: Literal["pre", "swin"] = "pre"
+        norm_groups: int = 1
+        dropout: float = 0.0
+
+        def __post_init__(self) -> None:
+            if self.norm_order not in ("pre", "swin"):
+                raise ValueError(f'norm_order ({self.norm_order!r}) must be "pre" or "swin"')
+            if not 0 <= self.dropout < 1:
+                raise ValueError(f"dropout ({self.dropout}) must be in [0, 1)")
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.norm_order, self.dropout = config.norm_order, config.dropout
+        norm = RMSNorm.Config(dim=config.attention.dim, groups=config.norm_groups)
+        self.attention_norm = norm.build()
+        self.attention = config.attention.build()
+        self.feed_forward_norm = norm.build()
+        self.feed_forward = config.feed_forward.build()
+
+    def forward(self, x_TD: torch.Tensor, layout: Layout) -> torch.Tensor:
+        """(T, D) → (T, D)."""
+        for norm, branch in (
+            (self.attention_norm, self.attention),
+            (self.feed_forward_norm, self.feed_forward),
+        ):
+            if self.norm_order == "pre":
+                out_TD = branch(norm(x_TD, layout), layout)
+            else:
+                out_TD = norm(branch(x_TD, layout), layout)
+            x_TD = x_TD + F.dropout(out_TD, self.dropout, self.training and self.dropout > 0)
+        return x_TD
+
+
+class Decoder(BaseModel):
+    """Tokens of one vocabulary in, logits over the same vocabulary out."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(BaseModel.Config):
+        """``modalities``: ids (``models/modality.py``) in the order of the modality groups that untied
+        parameters and expert pools refer to. ``seed``: of the initial parameters."""
+
+        dim: int
+        vocab_size: int
+        layers: list[Block.Config]
+        modalities: tuple[int, ...] = (0, 1)
+        rope_theta: float = 10_000.0
+        init_std: float = 0.02
+        seed: int = 0
+
+        def __post_init__(self) -> None:
+            if not self.layers:
+                raise ValueError("layers must hold at least one block")
+            for index, layer in enumerate(self.layers):
+                if layer.attention.dim != self.dim:
+                    raise ValueError(
+                        f"layers[{index}].attention.dim ({layer.attention.dim}) must equal dim ({self.dim})"
+                    )
+            if len({layer.attention.head_dim for layer in self.layers}) > 1:
+                raise ValueError(
+                    "head_dim must be the same in all layers: they share rotary angles"
+                )
+
+        def update_from_config(self, *, config: Any, **kwargs: Any) -> None:
+            """Nothing to take over: a run's sequence length does not shape this model."""
+
+        def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, float]:
+            """Parameters, and training FLOPs of a mean token by the modality shares that the config states."""
+            from earlyfuse.models.flops import mean_training_flops
+
+            return sum(p.numel() for p in model.parameters()), mean_training_flops(self, seq_len)
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.recording = False  # statistics of the last block's outputs
+        self.head_dim = config.layers[0].attention.head_dim
+        self.tok_embeddings = Embedding.Config(vocab_size=config.vocab_size, dim=config.dim).build()
+        self.layers = ModuleList([layer.build() for layer in config.layers])
+        self.norm = RMSNorm.Config(dim=config.dim).build()
+        self.lm_head = Head.Config(dim=config.dim, vocab_size=config.vocab_size).build()
+        self.register_buffer("output_norm_2", torch.zeros(2), persistent=False)
+
+    def forward(
+        self,
+        tokens_BS: torch.Tensor,
+        modality_BS: torch.Tensor | None = None,
+        positions_BS: torch.Tensor | None = None,
+        span_BS: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Logits (B, S, V) of the next token.
+
+        ``tokens_BS`` int64; ``modality_BS`` uint8, all text if None; ``positions_BS`` int64 restarting
+        at 0 with each document, one document per row if None; ``span_BS`` is not used by this
+        objective, whose attention is causal inside images too.
+        """
+        rows, seq_len = tokens_BS.shape
+        if modality_BS is None:
+            modality_BS = torch.zeros_like(tokens_BS, dtype=torch.uint8)
+        if positions_BS is None:
+            positions_BS = torch.arange(seq_len, device=tokens_BS.device).expand(rows, seq_len)
+        config = self.config
+        layout = Layout.build(
+            modality_BS, positions_BS, config.modalities, self.head_dim, config.rope_theta
+        )
+        x_TD = self.tok_embeddings(tokens_BS.reshape(-1))
+        for layer in self.layers:
+            x_TD = layer(x_TD, layout)
+        if self.recording:
+            self._record_output_norm(x_TD)
+        return self.lm_head(self.norm(x_TD, layout)).unflatten(0, (rows, seq_len))
+
+    @torch.no_grad()
+    def _record_output_norm(self, x_TD: torch.Tensor) -> None:
+        norms_T = torch.linalg.vector_norm(x_TD.float(), dim=-1)
+        self.output_norm_2 += torch.stack([norms_T.sum(), norms_T.new_full((), norms_T.numel())])
+
+    def take_output_norm(self) -> float:
+        """Mean norm of the last block's outputs since the last call: grows before Chameleon diverges (2.3)."""
+        total, tokens = self.output_norm_2.tolist()
+        self.output_norm_2.zero_()
+        return total / max(tokens, 1)
+
+    def init_states(self, *, buffer_device: torch.device | None = None) -> None:
+        """Give every parameter its initial value (``models/initialise.py``) and zero all statistics."""
+        initialise(
+            self, std=self.config.init_std, layers=len(self.config.layers), seed=self.config.seed
+        )
+        for module in self.modules():
+            if isinstance(module, Module):
+                module._init_self_buffers(buffer_device=buffer_device)
+
+    def _init_self_buffers(self, *, buffer_device: torch.device | None = None) -> None:
+        self.output_norm_2.zero_()
+
+
+class Embedding(Module):
+    """Rows of a (V, D) table."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Module.Config):
+        vocab_size: int
+        dim: int
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.dim))
+
+    def forward(self, tokens_T: torch.Tensor) -> torch.Tensor:
+        """(T,) ids → (T, D)."""
+        return F.embedding(tokens_T, self.weight)
+
+
+class Head(Module):
+    """Logits over the vocabulary; weight (V, D), not tied to the embedding."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Module.Config):
+        vocab_size: int
+        dim: int
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.dim))
+
+    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """(T, D) → (T, V)."""
+        return F.linear(x_TD, self.weight)

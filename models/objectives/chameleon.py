@@ -1,0 +1,77 @@
+"""Chameleon's objective: next token over all modalities, plus z-loss (arXiv 2405.09818, section 2.3).
+
+Sums, not means: ranks and micro-batches hold different numbers of text and image tokens, so the caller
+divides by global counts, and a batch without images is no special case.
+
+B rows, S positions, T = B·S, V vocabulary, M modality ids.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torchtitan.config import Configurable
+
+from earlyfuse.models.batch import IGNORE_LABEL
+from earlyfuse.models.modality import Modality
+
+MODALITIES = len(Modality)
+
+
+class LossSums(NamedTuple):
+    """Sums over one batch, by the modality of the *label*.
+
+    ``nll_M``    (M,) fp32, with gradient: negative log likelihood, nats
+    ``z_M``      (M,) fp32, with gradient: log² Z
+    ``count_M``  (M,) int64: labels that count
+    """
+
+    nll_M: torch.Tensor
+    z_M: torch.Tensor
+    count_M: torch.Tensor
+
+
+class ChameleonObjective(Configurable):
+    """Σ nll + z_loss · Σ log² Z over labelled positions; labels are already the next tokens."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Configurable.Config):
+        z_loss: float = 1e-5
+        """Weight of log² Z; 0 turns it off. Chameleon: 1e-5."""
+
+        def __post_init__(self) -> None:
+            if self.z_loss < 0:
+                raise ValueError(f"z_loss ({self.z_loss}) must not be negative; 0 turns it off")
+
+    def __init__(self, config: Config, **_: Any):
+        self.z_loss = config.z_loss
+
+    def sums(
+        self, logits_BSV: torch.Tensor, labels_BS: torch.Tensor, label_modality_BS: torch.Tensor
+    ) -> LossSums:
+        """Loss sums of one batch.
+
+        ``logits_BSV`` (B, S, V) any float; ``labels_BS`` int64, -100 counts nothing;
+        ``label_modality_BS`` uint8, modality of each label.
+        """
+        labels_T = labels_BS.reshape(-1)
+        logits_TV = logits_BSV.flatten(0, 1).float()
+        log_z_T = logits_TV.logsumexp(-1)
+        nll_T = log_z_T - logits_TV.gather(1, labels_T.clamp(min=0).unsqueeze(1)).squeeze(1)
+        member_MT = label_members(labels_T, label_modality_BS.reshape(-1))
+        zero = nll_T.new_zeros(())
+        return LossSums(
+            torch.where(member_MT, nll_T, zero).sum(1),
+            torch.where(member_MT, log_z_T.square(), zero).sum(1),
+            member_MT.sum(1),
+        )
+
+    def total(self, sums: LossSums, labels: torch.Tensor | int) -> torch.Tensor:
+        """The loss to minimise: sums divided by ``labels``, the global number of labels of the step."""
+        return (sums.nll_M.sum() + self.z_loss * sums.z_M.sum()) / labels
+
+
+def label_members(labels_T: torch.Tensor, modality_T: torch.Tensor) -> torch.Tensor:
+    """(M, T) bool: which labels count, by modality; -100 belongs to none."""
+    ids_M1 = torch.arange(MODALITIES, device=labels_T.device).unsqueeze(1)
+    return (modality_T == ids_M1) & (labels_T != IGNORE_LABEL)

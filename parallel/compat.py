@@ -1,0 +1,99 @@
+"""All that torchtitan 0.3.0 needs to run on torch 2.13 and on machines without a GPU.
+
+Each entry says which event removes it. Nothing else in the project patches anything.
+
+==============================  ===================================================================
+entry                           goes away when
+==============================  ===================================================================
+``_use_cpu_if_alone``           torchtitan finds the CPU by itself instead of assuming CUDA
+``_CpuDevice``                  ``torch.cpu`` has the memory and property calls of ``torch.cuda``
+``_shim_set_timeout``           the pinned torch is ≥ 2.14, which has ``torch.distributed.set_timeout``
+``reduce_with_plain_sums``      gloo supports PREMUL_SUM, or torchtitan stops dividing by 1
+==============================  ===================================================================
+"""
+
+import os
+import platform
+import resource
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torchtitan.tools.utils as titan_utils
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+
+def apply() -> None:
+    """Make torchtitan usable here; safe to call again, before or after other torchtitan imports."""
+    _use_cpu_if_alone()
+    _shim_set_timeout()
+
+
+def join_process_group_alone() -> bool:
+    """Without a launcher, become the only rank of a job of one; False if a launcher started this process.
+
+    torchtitan always needs a process group. This one lives in memory: no port, no environment variables that
+    a child process could inherit, besides LOCAL_RANK, which torchtitan reads the device from.
+    """
+    if "RANK" in os.environ:
+        return False
+    os.environ.setdefault("LOCAL_RANK", "0")
+    if not dist.is_initialized():
+        dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
+    return True
+
+
+def reduce_with_plain_sums(model: nn.Module) -> None:
+    """Let FSDP reduce gradients by plain sums: its division by 1.0 is a PREMUL_SUM, which gloo lacks."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_force_sum_reduction_for_comms(True)
+
+
+class _CpuDevice:
+    """``torch.cpu`` with the calls that torchtitan makes on a device module."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.cpu, name)
+
+    def get_device_name(self, device: Any = None) -> str:
+        return f"CPU ({platform.processor() or platform.machine()})"
+
+    def get_device_properties(self, device: Any = None) -> SimpleNamespace:
+        return SimpleNamespace(
+            total_memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        )
+
+    def memory_stats(self, device: Any = None) -> dict[str, int]:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return {"active_bytes.all.peak": peak, "reserved_bytes.all.peak": peak}
+
+    def reset_peak_memory_stats(self, device: Any = None) -> None:
+        """The kernel's peak of resident memory cannot be reset."""
+
+    def empty_cache(self) -> None:
+        """The CPU allocator keeps no cache of its own."""
+
+
+def _use_cpu_if_alone() -> None:
+    if titan_utils.device_type == "cpu" or torch.accelerator.is_available():
+        return
+    old_type, old_module = titan_utils.device_type, titan_utils.device_module
+    cpu = _CpuDevice()
+    # torchtitan's modules copy the two globals when they are imported, so mend every copy
+    for name, module in list(sys.modules.items()):
+        if name.startswith("torchtitan."):
+            if getattr(module, "device_type", None) == old_type:
+                module.device_type = "cpu"  # type: ignore[attr-defined]
+            if getattr(module, "device_module", None) is old_module:
+                module.device_module = cpu  # type: ignore[attr-defined]
+
+
+def _shim_set_timeout() -> None:
+    if not hasattr(dist, "set_timeout"):
+        from torch.distributed import distributed_c10d
+
+        dist.set_timeout = distributed_c10d._set_pg_timeout  # type: ignore[attr-defined]

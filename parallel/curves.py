@@ -1,0 +1,94 @@
+"""The picture of a run: loss per modality over tokens, and task accuracy, from ``metrics.jsonl``."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+from earlyfuse.parallel.metrics import METRICS_FILE  # noqa: E402
+
+PICTURE = "loss_curves.png"
+COLOURS = {"text": "#1b6ca8", "image": "#c8553d", "speech": "#5b8c5a"}
+
+
+def plot_curves(folder: Path) -> Path:
+    """Draw ``folder``/loss_curves.png from the run's metrics; returns its path."""
+    lines = [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
+    train = [line for line in lines if line["kind"] == "train"]
+    validation = [line for line in lines if line["kind"] == "validation"]
+    labels = [label for label in COLOURS if any(f"loss/{label}" in line for line in train)]
+    tasks = sorted({key for line in validation for key in line if key.startswith("task/")})
+
+    panels = len(labels) + bool(tasks)
+    figure, axes = plt.subplots(
+        1, max(panels, 1), figsize=(4.6 * max(panels, 1), 3.6), squeeze=False
+    )
+    tokens_at = {line["step"]: _tokens(line) for line in train}
+    for axis, label in zip(axes[0], labels, strict=False):
+        _draw_losses(axis, label, train, validation, tokens_at)
+    if tasks:
+        _draw_tasks(axes[0][-1], tasks, validation, tokens_at)
+    figure.tight_layout()
+    picture = folder / PICTURE
+    temporary = picture.with_suffix(".tmp.png")
+    figure.savefig(temporary, dpi=110)
+    plt.close(figure)
+    temporary.replace(picture)
+    return picture
+
+
+def _tokens(line: dict[str, Any]) -> float:
+    return sum(value for key, value in line.items() if key.startswith("tokens/"))
+
+
+def _draw_losses(
+    axis: Any,
+    label: str,
+    train: list[dict[str, Any]],
+    validation: list[dict[str, Any]],
+    tokens_at: dict[int, float],
+) -> None:
+    key, colour = f"loss/{label}", COLOURS[label]
+    points = [(tokens_at[line["step"]], line[key]) for line in train if key in line]
+    axis.plot(*zip(*points, strict=True), color=colour, alpha=0.35, linewidth=1, label="training")
+    held_out = [
+        (tokens_at[x["step"]], x[key]) for x in validation if key in x and x["step"] in tokens_at
+    ]
+    if held_out:
+        axis.plot(
+            *zip(*held_out, strict=True), color=colour, marker="o", markersize=3, label="held out"
+        )
+        unigram = validation[-1].get(f"unigram_entropy/{label}")
+        if unigram:
+            axis.axhline(
+                unigram, color="grey", linestyle=":", label=f"unigram entropy {unigram:.2f}"
+            )
+        axis.set_title(f"{label}: held-out loss {held_out[-1][1]:.2f} nats")
+    axis.set_xlabel("tokens")
+    axis.set_ylabel(f"{label} loss (nats per token)")
+    axis.legend(frameon=False, fontsize=8)
+
+
+def _draw_tasks(
+    axis: Any, tasks: list[str], validation: list[dict[str, Any]], tokens_at: dict[int, float]
+) -> None:
+    for task in tasks:
+        points = [
+            (tokens_at[x["step"]], 100 * x[task])
+            for x in validation
+            if task in x and x["step"] in tokens_at
+        ]
+        name = task.removeprefix("task/")
+        (line,) = axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
+        chance = validation[-1].get(f"chance/{name}")
+        if chance:
+            axis.axhline(100 * chance, color=line.get_color(), linestyle=":", linewidth=1)
+    axis.set_title("held-out tasks (dotted: chance)")
+    axis.set_xlabel("tokens")
+    axis.set_ylabel("% right")
+    axis.set_ylim(0, 100)
+    axis.legend(frameon=False, fontsize=8)

@@ -1,0 +1,134 @@
+"""The data of a run: a prepared folder (docs/data.md), its mix, and what must agree with the model.
+
+Folder: ``train/<source>/``, ``validation/<source>/``, ``tokenizers/``.
+"""
+
+import json
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torchtitan.config import Configurable
+
+from earlyfuse.data.tokenised import MANIFEST
+from earlyfuse.models.blocks.experts import ExpertPool
+from earlyfuse.models.modality import Modality, Vocabulary
+from earlyfuse.models.routing.expert_choice import static_budget
+
+
+class DataSet(Configurable):
+    """Finds the sources of a prepared folder and fits a run's config to them."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Configurable.Config):
+        folder: str = ""
+        """Folder written by the prepare tool."""
+
+        shares: dict[str, float] = field(default_factory=dict)
+        """Source → share of the training tokens, summing to 1."""
+
+        embedded: bool = False
+        """Make the embedded corpus in this folder first, unless it is there."""
+
+    def __init__(self, config: Config):
+        self.folder = Path(config.folder)
+        self.shares = config.shares
+        if config.embedded:
+            _prepare_once(self.folder)
+        path = self.folder / "tokenizers" / "vocabulary.json"
+        if not path.exists():
+            raise ValueError(
+                f"data.folder ({config.folder!r}) must be a folder written by "
+                "`python -m earlyfuse.tools.prepare`: it has no tokenizers/vocabulary.json"
+            )
+        self.vocabulary = Vocabulary.from_dict(json.loads(path.read_text()))
+
+    def sources(self, split: str) -> dict[str, Path]:
+        """Name → folder of every source of ``split`` ("train" or "validation")."""
+        return {
+            path.parent.name: path.parent
+            for path in sorted(self.folder.glob(f"{split}/*/{MANIFEST}"))
+        }
+
+    def connect(self, config: Any) -> None:
+        """Fill loader and validator of a ``Trainer.Config`` and check it against data and model.
+
+        Raises ``ValueError`` naming the field, before anything is built.
+        """
+        train = self.sources("train")
+        unknown = sorted(set(self.shares) - set(train))
+        if unknown or not self.shares:
+            raise ValueError(
+                f"data.shares names {unknown or 'no source'}; the sources of {self.folder} are {sorted(train)}"
+            )
+        training = config.training
+        if training.steps < 1 or training.seq_len < 2 or training.local_batch_size < 1:
+            raise ValueError(
+                f"training.steps ({training.steps}) and local_batch_size ({training.local_batch_size}) must be at "
+                f"least 1, seq_len ({training.seq_len}) at least 2"
+            )
+        rows = training.local_batch_size * int(os.environ.get("WORLD_SIZE", "1"))
+        if training.global_batch_size < 0:
+            training.global_batch_size = rows
+        if training.global_batch_size % rows:
+            raise ValueError(
+                f"training.global_batch_size ({training.global_batch_size}) must be a multiple of local_batch_size "
+                f"times the ranks ({rows}); change one of them"
+            )
+        config.dataloader.sources = {str(train[name]): share for name, share in self.shares.items()}
+        config.dataloader.global_batch_size = training.global_batch_size
+        config.validator.sources = [str(folder) for folder in self.sources("validation").values()]
+        config.validator.data_folder = str(self.folder)
+        self._check_model(config.model_spec.model, training)
+
+    def _check_model(self, model: Any, training: Any) -> None:
+        if model.vocab_size != self.vocabulary.size:
+            raise ValueError(
+                f"model vocab_size ({model.vocab_size}) must equal the vocabulary of the data "
+                f"({self.vocabulary.size} ids in {self.folder}); change the model's or prepare with other sizes"
+            )
+        missing = [m.label for m in self.vocabulary.modalities if m not in model.modalities]
+        if missing:
+            raise ValueError(
+                f"model modalities {[Modality(m).label for m in model.modalities]} lack {missing}, "
+                f"which the data in {self.folder} have; add them to the model's config"
+            )
+        for name, pool, _, _ in model.traverse(ExpertPool.Config):
+            if training.local_batch_size % pool.routing_rows:
+                raise ValueError(
+                    f"training.local_batch_size ({training.local_batch_size}) must be a multiple of routing_rows "
+                    f"({pool.routing_rows}) of {name}; change one of them"
+                )
+            if pool.budget == "static":
+                static_budget(
+                    pool.share,
+                    pool.capacity_factor,
+                    pool.routing_rows * training.seq_len,
+                    pool.experts,
+                )
+
+
+def _prepare_once(folder: Path) -> None:
+    """Rank 0 of each host prepares; the others wait for it."""
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        from earlyfuse.data.prepare.embedded import prepare_corpus  # tokenizers, fonts: when needed
+
+        prepare_corpus(folder)
+        return
+    while not (folder / "tokenizers" / "vocabulary.json").exists() or not list(
+        folder.glob(f"validation/*/{MANIFEST}")
+    ):
+        time.sleep(1)
+
+
+class NoTokenizer(Configurable):
+    """torchtitan builds a tokenizer for every run; token streams need none."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Configurable.Config):
+        pass
+
+    def __init__(self, config: Config, **_: Any):
+        pass

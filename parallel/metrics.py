@@ -1,0 +1,193 @@
+"""Where a run's numbers go: ``metrics.jsonl``, TensorBoard and the console, all per modality.
+
+``metrics.jsonl`` has one JSON object per logged step. ``kind`` is "train" or "validation"; modality
+names are the last part of a key (``loss/image``). A resumed run first drops what the interrupted one
+logged beyond its last checkpoint, so the file reads as if the run had never stopped.
+"""
+
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch.distributed as dist
+from torch.utils.tensorboard import SummaryWriter
+from torchtitan.components.metrics import BaseLogger, MetricsProcessor
+from tqdm import tqdm
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class RunMetrics(MetricsProcessor):
+    """torchtitan's processor (device memory, throughput counters) with this project's outputs."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(MetricsProcessor.Config):
+        log_freq: int = 10
+        """Steps between two logged steps; the first and the last are always logged."""
+
+        enable_tensorboard: bool = True
+        """Write TensorBoard events to <run folder>/tb."""
+
+    def __init__(self, config: Config, *, dump_folder: str, **runtime: Any):
+        self.folder = Path(dump_folder)
+        self.is_main = dist.get_rank() == 0
+        super().__init__(config, dump_folder=dump_folder, **runtime)
+        self.console: Console | None = None
+
+    def _build_metric_logger(self, *, config: MetricsProcessor.Config, **_: Any) -> BaseLogger:
+        if not self.is_main:
+            return BaseLogger()
+        return RunLogger(self.folder, config.save_tb_folder if config.enable_tensorboard else None)
+
+    def start(self, step: int, steps: int) -> None:
+        """Begin at ``step`` of ``steps``: drop logged lines beyond it and open the console."""
+        if isinstance(self.logger, RunLogger):
+            self.logger.start(step)
+        self.console = Console(step, steps, sys.stdout) if self.is_main else None
+        self.time_last_log = time.perf_counter()
+
+    def log_step(self, step: int, metrics: dict[str, float]) -> None:
+        """Write one training step's metrics with throughput since the last call."""
+        elapsed = time.perf_counter() - self.time_last_log
+        tokens_per_second = self.ntokens_since_last_log / elapsed
+        metrics = metrics | {
+            "tokens_per_second": tokens_per_second * self.parallel_dims.world_size,
+            "data_wait": sum(self.data_loading_times) / elapsed,
+            "memory_gib": self.device_memory_monitor.get_peak_stats().max_active_gib,
+        }
+        if self.gpu_peak_flops:
+            metrics["mfu"] = self.num_flops_per_token * tokens_per_second / self.gpu_peak_flops
+        self.logger.log({"kind": "train", **metrics}, step)
+        if self.console:
+            self.console.train(step, metrics)
+        self.restart_clock()
+
+    def log_validation_step(self, step: int, metrics: dict[str, float]) -> None:
+        """Write one validation's metrics; its time does not count as training time."""
+        self.logger.log({"kind": "validation", **metrics}, step)
+        if self.console:
+            self.console.validation(step, metrics)
+
+    def restart_clock(self) -> None:
+        """Throughput counts from now on."""
+        self.ntokens_since_last_log = 0
+        self.data_loading_times.clear()
+        self.time_last_log = time.perf_counter()
+        self.device_memory_monitor.reset_peak_stats()
+
+    def close(self) -> None:
+        """Flush all outputs."""
+        if self.console:
+            self.console.close()
+        super().close()
+
+
+class RunLogger(BaseLogger):
+    """``metrics.jsonl`` and TensorBoard events of one run folder."""
+
+    def __init__(self, folder: Path, tensorboard: str | None):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / METRICS_FILE
+        self.tensorboard_folder = folder / tensorboard if tensorboard else None
+        self.file: TextIO | None = None
+        self.writer: SummaryWriter | None = None
+
+    def start(self, step: int) -> None:
+        """Open for appending after ``step``; later lines of an interrupted run are dropped."""
+        if self.path.exists():
+            kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= step]
+            replacement = self.path.with_suffix(".tmp")
+            replacement.write_text("".join(line + "\n" for line in kept))
+            os.replace(replacement, self.path)
+        self.file = self.path.open("a", buffering=1)
+        if self.tensorboard_folder:
+            self.writer = SummaryWriter(str(self.tensorboard_folder), purge_step=step + 1)
+
+    def log(self, metrics: dict[str, Any], step: int) -> None:
+        """One line and one set of scalars; strings (``kind``) become the scalars' prefix."""
+        assert self.file is not None, "log before start"
+        self.file.write(json.dumps({"step": step, **metrics}) + "\n")
+        if self.writer:
+            for name, value in metrics.items():
+                if name != "kind":
+                    self.writer.add_scalar(f"{metrics['kind']}/{name}", value, step)
+
+    def close(self) -> None:
+        """Close both files."""
+        for stream in (self.file, self.writer):
+            if stream:
+                stream.close()
+
+
+class Console:
+    """One live line with ETA in a terminal; plain lines in a file."""
+
+    def __init__(self, step: int, steps: int, stream: TextIO):
+        self.step, self.steps, self.stream = step, steps, stream
+        self.started, self.first_step = time.monotonic(), step
+        self.bar: tqdm | None = None
+        if stream.isatty():
+            self.bar = tqdm(total=steps, initial=step, file=stream, unit="step", dynamic_ncols=True)
+
+    def train(self, step: int, metrics: dict[str, float]) -> None:
+        """Show a training step."""
+        text = (
+            f"{_losses('loss', metrics)} | grad {metrics['grad_norm']:.2f} | lr {metrics['lr']:.1e} | "
+            f"{metrics['tokens_per_second']:,.0f} tok/s"
+        )
+        if "mfu" in metrics:
+            text += f" | mfu {metrics['mfu']:.1%}"
+        if self.bar is not None:
+            self.bar.update(step - self.bar.n)
+            self.bar.set_postfix_str(text)
+        else:
+            self._print(
+                f"step {step:>{len(str(self.steps))}}/{self.steps} | {text} | eta {self._eta(step)}"
+            )
+
+    def validation(self, step: int, metrics: dict[str, float]) -> None:
+        """Show a validation."""
+        tasks = "".join(
+            f" | {name.removeprefix('task/')} {value:.0%}"
+            for name, value in metrics.items()
+            if name.startswith("task/")
+        )
+        self._print(f"validation at step {step} | {_losses('loss', metrics)}{tasks}")
+
+    def close(self) -> None:
+        """Leave the line as it is."""
+        if self.bar is not None:
+            self.bar.close()
+
+    def _print(self, line: str) -> None:
+        if self.bar is not None:
+            self.bar.write(line, file=self.stream)
+        else:
+            print(line, file=self.stream, flush=True)
+
+    def _eta(self, step: int) -> str:
+        done = max(step - self.first_step, 1)
+        seconds = (time.monotonic() - self.started) / done * (self.steps - step)
+        return tqdm.format_interval(seconds)
+
+
+def _losses(prefix: str, metrics: dict[str, float]) -> str:
+    parts = [f"{prefix} {metrics[prefix]:.3f}"]
+    parts += [
+        f"{name.removeprefix(prefix + '/')} {value:.3f}"
+        for name, value in metrics.items()
+        if name.startswith(f"{prefix}/")
+    ]
+    return " ".join(parts)
+
+
+def _step_of(line: str) -> float:
+    """Step of a logged line; a line cut off by a crash belongs to no step and is dropped."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError):
+        return float("inf")

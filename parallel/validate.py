@@ -1,0 +1,147 @@
+"""Validation: loss per modality on a fixed list of rows, and checks of what the model has learned.
+
+Expert-choice routers see a whole routing group, later tokens included; losses reported here use that
+batch routing, with budgets from the actual counts (the paper's exact rule), as do the training losses
+with static budgets. The task checks never put the answer into the input.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torchtitan.components.validate import Validator
+from torchtitan.distributed import ParallelDims
+
+from earlyfuse.data.lanes import Blend
+from earlyfuse.data.shards import TokenSource
+from earlyfuse.data.stream import validation_batches
+from earlyfuse.models.blocks.experts import ExpertPool
+from earlyfuse.models.decoder import Decoder
+from earlyfuse.models.modality import Modality, Vocabulary
+from earlyfuse.models.objectives.chameleon import ChameleonObjective, label_members
+from earlyfuse.parallel.tasks import Task, load_tasks
+
+MODALITIES = len(Modality)
+
+
+class Validation(Validator):
+    """Evaluates every ``freq`` steps and at the end."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Validator.Config):
+        enable: bool = True
+        """Evaluate on the validation split."""
+
+        freq: int = 100
+        """Steps between two validations."""
+
+        batch_rows: int = 8
+        """Rows of a validation batch over all ranks."""
+
+        max_batches: int = 8
+        """Validation batches; fewer if the split is smaller."""
+
+        tasks: bool = True
+        """Run the task checks that the data folder brings (validation/tasks.json)."""
+
+        sources: list[str] = field(default_factory=list)
+        """Prepared folders; filled in from data.folder."""
+
+        data_folder: str = ""
+        """Filled in from data.folder."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        dp_world_size: int,
+        dp_rank: int,
+        seq_len: int,
+        parallel_dims: ParallelDims,
+        **_: Any,
+    ):
+        self.config: Validation.Config = config
+        self.seq_len, self.parallel_dims = seq_len, parallel_dims
+        sources = tuple(TokenSource(folder) for folder in config.sources)
+        if not sources:
+            raise ValueError(
+                f"validator.enable is set, but {config.data_folder} has no validation split; "
+                "prepare one with --validation, or turn it off with --validator.no-enable"
+            )
+        tokens = [sum(source.tokens.values()) for source in sources]
+        blend = Blend(sources, tuple(count / sum(tokens) for count in tokens))
+        self.batches = validation_batches(
+            blend, seq_len, config.batch_rows, config.max_batches, dp_rank, dp_world_size
+        )
+        self.unigram = self._unigram_entropy(blend.vocabulary)
+        self.tasks: list[Task] = load_tasks(Path(config.data_folder)) if config.tasks else []
+
+    @torch.no_grad()
+    def measure(
+        self, model: Decoder, objective: ChameleonObjective, vocabulary: Vocabulary
+    ) -> dict[str, float]:
+        """Loss, loss per modality, the unigram entropies to compare with, and task accuracies."""
+        device = next(model.parameters()).device
+        sums_2M = torch.zeros(2, MODALITIES, dtype=torch.float64, device=device)
+        with evaluating(model):
+            for batch in self.batches:
+                batch = batch.to(device)
+                logits = model(
+                    batch.tokens_BS, batch.modality_BS, batch.positions_BS, batch.span_BS
+                )
+                sums = objective.sums(
+                    logits, batch.labels_BS, vocabulary.modality_of(batch.labels_BS)
+                )
+                sums_2M += torch.stack([sums.nll_M, sums.count_M])
+            nll_M, count_M = self._reduce(sums_2M).tolist()
+            metrics = {"loss": sum(nll_M) / max(sum(count_M), 1)}
+            present = [m for m in vocabulary.modalities if count_M[m]]
+            metrics |= {f"loss/{m.label}": nll_M[m] / count_M[m] for m in present}
+            metrics |= {f"unigram_entropy/{m.label}": self.unigram[m] for m in present}
+            for task in self.tasks:
+                metrics[f"task/{task.name}"] = task.accuracy(
+                    model, self.seq_len, self.config.batch_rows
+                )
+                metrics[f"chance/{task.name}"] = task.chance
+        return metrics
+
+    def _reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self.parallel_dims.dp_enabled:
+            dist.all_reduce(tensor, group=self.parallel_dims.get_mesh("batch").get_group())
+        return tensor
+
+    def _unigram_entropy(self, vocabulary: Vocabulary) -> list[float]:
+        """Entropy of the labels of each modality, nats: what no model of single tokens can beat."""
+        counts_V = torch.zeros(vocabulary.size, dtype=torch.float64)
+        for batch in self.batches:
+            labels_T = batch.labels_BS.reshape(-1)
+            counted_T = label_members(labels_T, vocabulary.modality_of(labels_T)).any(0)
+            counts_V += torch.bincount(labels_T[counted_T], minlength=vocabulary.size)
+        modality_V = vocabulary.modality_of(torch.arange(vocabulary.size))
+        entropies = []
+        for modality in range(MODALITIES):
+            counts = counts_V[(modality_V == modality) & (counts_V > 0)]
+            share = counts / counts.sum()
+            entropies.append(float(-(share * share.log()).sum()))
+        return entropies
+
+
+@contextmanager
+def evaluating(model: Decoder) -> Iterator[None]:
+    """Evaluation mode with budgets from actual counts; puts everything back."""
+    pools = [module for module in model.modules() if isinstance(module, ExpertPool)]
+    budgets = [pool.budget for pool in pools]
+    was_training = model.training
+    model.eval()
+    for pool in pools:
+        pool.budget = "exact"
+    try:
+        yield
+    finally:
+        model.train(was_training)
+        for pool, budget in zip(pools, budgets, strict=True):
+            pool.budget = budget

@@ -1,0 +1,24 @@
+"""What all tests share: one thread, and uninitialised memory that shows when it is read."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Tests run side by side; several threads in each would only wait for one another."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def nan_filled_memory() -> Iterator[None]:
+    """``torch.empty`` returns NaN, so that reading it unwritten is seen."""
+    before = torch.are_deterministic_algorithms_enabled()
+    fill_before = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = fill_before
+    torch.use_deterministic_algorithms(before)

@@ -1,0 +1,48 @@
+"""Tiny training runs on the toy data, for tests."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from earlyfuse.configs import decoders, embedded
+from earlyfuse.models.decoder import Decoder
+from earlyfuse.models.modality import Modality
+from earlyfuse.parallel.trainer import Trainer
+
+SHAPE = decoders.Shape(dim=32, layers=2, heads=2, hidden_dim=48, vocab_size=48)
+SHARES = {Modality.TEXT: 0.7, Modality.IMAGE: 0.3}
+
+
+def moma(**options) -> Decoder.Config:
+    return decoders.moma(
+        SHAPE, {Modality.TEXT: 2, Modality.IMAGE: 2}, SHARES, routing_rows=2, **options
+    )
+
+
+MODELS = {
+    "dense": lambda: decoders.dense(SHAPE),
+    "moe_8x": lambda: decoders.moe(SHAPE, experts=4, routing_rows=2),
+    "moma": moma,
+    "mot": lambda: decoders.mixture_of_transformers(SHAPE),
+}
+
+
+def tiny_config(
+    folder: Path, data: Path, model: Decoder.Config | None = None, steps: int = 6
+) -> Trainer.Config:
+    config = embedded.moma_4t4i()
+    config.model_spec = replace(config.model_spec, model=model or moma())
+    config.dump_folder = str(folder)
+    config.data = replace(
+        config.data, folder=str(data), embedded=False, shares={"text": 0.5, "pairs": 0.5}
+    )
+    config.dataloader.media_share = 0.3
+    config.training.steps = steps
+    config.training.seq_len = 32
+    config.training.local_batch_size = 2
+    config.training.global_batch_size = 4
+    config.lr_scheduler.warmup_steps = 2
+    config.checkpoint.interval = 3
+    config.metrics.log_freq = 1
+    config.validator.freq = 3
+    config.validator.batch_rows = 2
+    return config

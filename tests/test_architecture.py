@@ -1,0 +1,183 @@
+"""The shape of the house: who may import whom, which folders exist, what is packaged."""
+
+import ast
+import fnmatch
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = ("configs", "data", "kernels", "models", "parallel", "tools")
+TOP_LEVEL = {
+    *FOLDERS,
+    *("train.py", "tests", "benchmarks", "docs", "README.md", "LICENSE", "Makefile"),
+    *("pyproject.toml", "constraints.txt", ".gitignore", ".ci"),
+}
+
+# What each folder may import of earlyfuse, besides itself. tools/ and train.py may import anything.
+MAY_IMPORT = {
+    "kernels": (),
+    "models": ("kernels",),
+    "data": ("models.batch", "models.modality"),
+    "parallel": ("data", "kernels", "models"),
+    "configs": ("data", "kernels", "models", "parallel"),
+    "tools": FOLDERS,
+    "train.py": FOLDERS,
+}
+
+# Where torchtitan may be imported, and which part of it.
+TORCHTITAN = {
+    "parallel/": ("torchtitan",),
+    "configs/": ("torchtitan",),
+    "data/loader.py": ("torchtitan",),
+    "models/state_dicts/": ("torchtitan",),
+    "models/": ("torchtitan.protocols", "torchtitan.config"),
+}
+
+
+def sources(*folders):
+    """Python files under the folders, with train.py when it is named."""
+    files = []
+    for folder in folders:
+        path = ROOT / folder
+        files += [path] if path.is_file() else sorted(path.rglob("*.py"))
+    return [file for file in files if "__pycache__" not in file.parts]
+
+
+def imported_modules(text, package=()):
+    """Dotted names of everything a source imports, wherever it stands; relative ones made absolute.
+
+    ``from a.b import c`` counts as ``a.b.c``: it may name a module or something in one.
+    """
+    names = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = [*package[: len(package) - node.level + 1]] if node.level else []
+            base += node.module.split(".") if node.module else []
+            names += [".".join([*base, alias.name]) for alias in node.names]
+    return names
+
+
+def imports_of(file):
+    package = ("earlyfuse", *file.relative_to(ROOT).parent.parts)
+    return imported_modules(file.read_text(), package)
+
+
+def within(name, prefix):
+    return name == prefix or name.startswith(prefix + ".")
+
+
+def offences(files, allowed):
+    """``file imports name`` for each import that ``allowed(relative path, name)`` refuses."""
+    return [
+        f"{file.relative_to(ROOT)} imports {name}"
+        for file in files
+        for name in imports_of(file)
+        if not allowed(file.relative_to(ROOT).as_posix(), name)
+    ]
+
+
+def test_imports_are_seen_wherever_and_however_they_are_written():
+    text = """
+import a.b as x
+def f():
+    from earlyfuse.models import batch
+if True:
+    from . import near
+    from ..other.thing import name
+"""
+    found = set(imported_modules(text, ("earlyfuse", "data", "raw")))
+    assert found == {
+        "a.b",
+        "earlyfuse.models.batch",
+        "earlyfuse.data.raw.near",
+        "earlyfuse.data.other.thing.name",
+    }
+
+
+@pytest.mark.parametrize("folder", MAY_IMPORT)
+def test_imports_point_one_way(folder):
+    def allowed(_, name):
+        if not within(name, "earlyfuse"):
+            return True
+        return any(within(name, f"earlyfuse.{other}") for other in (folder, *MAY_IMPORT[folder]))
+
+    assert offences(sources(folder), allowed) == []
+
+
+def test_own_modules_are_imported_by_their_full_name():
+    everywhere = sources(*FOLDERS, "train.py", "tests", "benchmarks")
+
+    def allowed(_, name):
+        return not any(within(name, folder) for folder in FOLDERS)
+
+    assert offences(everywhere, allowed) == []
+
+
+def test_torchtitan_is_imported_only_where_it_is_met():
+    def allowed(path, name):
+        if not within(name, "torchtitan"):
+            return True
+        place = next((place for place in TORCHTITAN if path.startswith(place)), None)
+        return place is not None and any(within(name, part) for part in TORCHTITAN[place])
+
+    assert offences(sources(*FOLDERS, "train.py"), allowed) == []
+
+
+@pytest.mark.parametrize("package", ["transformers", "hypothesis", "pytest"])
+def test_test_packages_stay_in_tests(package):
+    files = sources(*FOLDERS, "train.py")
+    assert offences(files, lambda _, name: not within(name, package)) == []
+
+
+def test_triton_is_imported_only_by_triton_implementations():
+    def allowed(path, name):
+        return not within(name, "triton") or path.endswith("/triton_impl.py")
+
+    assert offences(sources(*FOLDERS, "train.py"), allowed) == []
+
+
+def test_top_folders_and_the_root_are_no_packages():
+    assert [folder for folder in (".", *FOLDERS) if (ROOT / folder / "__init__.py").exists()] == []
+
+
+def test_every_subfolder_with_modules_is_a_package():
+    folders = {file.parent for file in sources(*FOLDERS)} - {ROOT / folder for folder in FOLDERS}
+    assert [str(folder) for folder in folders if not (folder / "__init__.py").exists()] == []
+
+
+def test_the_package_list_equals_the_tree():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    inits = [file.parent for file in sources(*FOLDERS) if file.name == "__init__.py"]
+    folders = [ROOT / folder for folder in FOLDERS] + inits
+    expected = sorted(".".join(["earlyfuse", *f.relative_to(ROOT).parts]) for f in folders)
+    assert sorted(project["packages"]) == expected
+    assert project["package-dir"] == {f"earlyfuse.{folder}": folder for folder in FOLDERS}
+
+
+def test_the_top_level_holds_exactly_what_it_should():
+    ignored = [line.rstrip("/") for line in (ROOT / ".gitignore").read_text().split()]
+    names = {
+        path.name
+        for path in ROOT.iterdir()
+        if path.name != ".git" and not any(fnmatch.fnmatch(path.name, p) for p in ignored)
+    }
+    assert names == TOP_LEVEL
+
+
+def test_every_direct_dependency_is_pinned_exactly():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = project["dependencies"] + sum(project["optional-dependencies"].values(), [])
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    pinned = {name.lower().replace("_", "-") for name in pins}
+    names = [requirement.split(";")[0].split("<")[0].split(">")[0] for requirement in wanted]
+    assert [name for name in names if name.split("=")[0].strip() not in pinned] == []
+    assert "+" not in "".join(pins.values())  # +cpu exists on some machines only
+
+
+def test_the_entry_stays_an_entry():
+    assert len((ROOT / "train.py").read_text().splitlines()) <= 60

@@ -1,0 +1,143 @@
+"""Reading prepared sources: what was written comes back, and damage is refused by name."""
+
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+from tiny_sources import BOS, EOS, HASHES, image, mixed_document, write_source
+
+from earlyfuse.data.lanes import Blend
+from earlyfuse.data.shards import TokenSource
+from earlyfuse.models.modality import Vocabulary
+
+
+@pytest.fixture
+def written(tmp_path):
+    rng = np.random.default_rng(1)
+    documents = [mixed_document(rng) for _ in range(11)]
+    return write_source(tmp_path / "mixed", documents, shards=3), documents
+
+
+def test_documents_come_back_by_number(written):
+    folder, documents = written
+    source = TokenSource(folder)
+    stored = [d for shard in range(3) for d in documents[shard::3]]
+    assert len(source) == 11
+    for number, expected in enumerate(stored):
+        tokens, (text, images) = source.document(number)
+        assert tokens.tolist() == expected and tokens.dtype == np.uint16
+        assert text + images == len(expected) and images == sum(t >= 50 for t in expected)
+    assert source.token_counts().sum(0).tolist() == list(source.tokens.values())
+    with pytest.raises(ValueError, match="read-only"):
+        source.document(0)[0][0] = 1
+    for outside in (-1, 11):
+        with pytest.raises(IndexError, match="which has 11"):
+            source.document(outside)
+
+
+def test_wide_vocabularies_are_read_as_uint32(tmp_path):
+    wide = Vocabulary(size=70000, bos=1, eos=2, pad=0)
+    folder = write_source(tmp_path / "wide", [[1, 69999, 2], [1, 2]], shards=1, vocabulary=wide)
+    tokens, _ = TokenSource(folder).document(0)
+    assert tokens.tolist() == [1, 69999, 2]
+
+
+def test_empty_shards_are_skipped(tmp_path):
+    rng = np.random.default_rng(2)
+    documents = [mixed_document(rng) for _ in range(2)]
+    folder = write_source(tmp_path / "few", documents, shards=4)
+    source = TokenSource(folder)
+    assert [source.document(i)[0].tolist() for i in range(2)] == documents
+
+
+def test_identity_is_of_the_tokens_not_of_the_place(tmp_path):
+    documents = [[BOS, *image(), EOS], [BOS, 9, EOS]]
+    one = TokenSource(write_source(tmp_path / "a" / "x", documents))
+    same = TokenSource(write_source(tmp_path / "b" / "y", documents))
+    other = TokenSource(write_source(tmp_path / "c" / "x", documents[::-1]))
+    assert one.identity == same.identity != other.identity
+
+
+def test_a_truncated_or_missing_shard_is_refused_with_its_bytes(written):
+    folder, _ = written
+    tar = folder / "shard-000001.tar"
+    content = tar.read_bytes()
+    for size in (0, 1, len(content) // 2, len(content) - 1):
+        tar.write_bytes(content[:size])
+        message = f"shard-000001.tar is truncated: .* {len(content)} bytes, found {size};"
+        with pytest.raises(ValueError, match=message):
+            TokenSource(folder)
+    tar.unlink()
+    with pytest.raises(ValueError, match=f"shard-000001.tar is missing: .* {len(content)} bytes"):
+        TokenSource(folder)
+
+
+def test_a_damaged_index_is_refused(written):
+    folder, _ = written
+    path = folder / "shard-000002.index.npy"
+    index = np.load(path)
+    source = TokenSource(folder)
+    np.save(path, index[:-1])
+    with pytest.raises(ValueError, match=r"index.npy holds \(2, 4\) .* expects \(3, 4\) int64"):
+        source.document(10)
+    index[-1, 1] += 10**6
+    np.save(path, index)
+    with pytest.raises(ValueError, match="points past the"):
+        TokenSource(folder).document(10)
+    path.unlink()
+    with pytest.raises(ValueError, match=r"shard-000002\.index\.npy is missing"):
+        TokenSource(folder)
+
+
+def test_verify_finds_a_changed_byte(written):
+    folder, _ = written
+    source = TokenSource(folder)
+    source.verify()
+    tar = folder / "shard-000000.tar"
+    content = bytearray(tar.read_bytes())
+    content[700] ^= 1
+    tar.write_bytes(content)
+    with pytest.raises(ValueError, match=r"shard-000000\.tar: SHA-256 .* must be"):
+        TokenSource(folder).verify()
+
+
+def test_unfinished_or_foreign_folders_are_refused(written):
+    folder, _ = written
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"format": "other/2"}))
+    with pytest.raises(ValueError, match="other/2"):
+        TokenSource(folder)
+    (folder / "manifest.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no manifest\.json"):
+        TokenSource(folder)
+
+
+def test_a_source_without_tokens_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="holds no token"):
+        TokenSource(write_source(tmp_path / "none", [[], []], shards=1))
+
+
+def test_sources_of_different_tokenizers_do_not_mix(tmp_path):
+    documents = [[BOS, *image(), EOS]]
+    ours = TokenSource(write_source(tmp_path / "ours", documents, shards=1))
+    hashes = HASHES | {"image": "cc"}
+    theirs = TokenSource(write_source(tmp_path / "theirs", documents, shards=1, hashes=hashes))
+    message = r"image tokenizer of .*ours \(bb\) and of .*theirs \(cc\) must be the same"
+    with pytest.raises(ValueError, match=message):
+        Blend((ours, theirs), (0.5, 0.5))
+    again = TokenSource(write_source(tmp_path / "b" / "ours", documents, shards=1))
+    with pytest.raises(ValueError, match="both named 'ours'"):
+        Blend((ours, again), (0.5, 0.5))
+    wider = Vocabulary(size=67, bos=BOS, eos=EOS, pad=0, media=ours.vocabulary.media)
+    other = TokenSource(write_source(tmp_path / "w", documents, shards=1, vocabulary=wider))
+    with pytest.raises(ValueError, match=r"vocabulary of .*ours"):
+        Blend((ours, other), (0.5, 0.5))
+
+
+def test_shards_remain_ordinary_tars(written):
+    folder, documents = written
+    with tarfile.open(folder / "shard-000000.tar") as tar:
+        members = [np.load(io.BytesIO(tar.extractfile(name).read())) for name in tar.getnames()]
+    assert np.concatenate(members).tolist() == [t for d in documents[::3] for t in d]

@@ -1,0 +1,275 @@
+"""A run: resumes exactly, logs per modality, refuses what cannot be right before it writes anything."""
+
+import json
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from runs import MODELS, SHAPE, moma, tiny_config
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from toy import make_data
+
+from earlyfuse.configs import decoders
+from earlyfuse.parallel.trainer import Trainer
+
+TIMES = {"tokens_per_second", "data_wait", "memory_gib", "mfu"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return make_data(tmp_path_factory.mktemp("toy") / "data")
+
+
+def run(config, stop_after: int | None = None) -> Trainer:
+    trainer = config.build()
+    if stop_after:
+        trainer.should_continue_training = lambda: trainer.step < stop_after
+    trainer.train()
+    trainer.close()
+    return trainer
+
+
+def metrics(folder: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+
+
+def state(trainer: Trainer) -> dict[str, torch.Tensor]:
+    flat = {f"model.{k}": v for k, v in trainer.model.state_dict().items()}
+    flat |= {
+        f"optimizer.{k}": v
+        for k, v in trainer.optimizers.state_dict().items()
+        if torch.is_tensor(v)
+    }
+    flat["lanes"], flat["tokens"] = trainer.dataloader.lanes, trainer.tokens_M
+    return flat
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_a_resumed_run_equals_the_unbroken_one_bit_for_bit(tmp_path, data, dropout):
+    def config(folder: str) -> Trainer.Config:
+        model = moma()
+        for layer in model.layers:
+            layer.dropout = dropout
+        return tiny_config(tmp_path / folder, data, model)
+
+    unbroken = run(config("unbroken"))
+    run(
+        config("broken"), stop_after=4
+    )  # a step beyond the checkpoint of step 3, lost and done again
+    resumed = run(config("broken"))
+    expected, found = state(unbroken), state(resumed)
+    assert expected.keys() == found.keys() and any(key.startswith("optimizer") for key in found)
+    assert [key for key in expected if not torch.equal(expected[key], found[key])] == []
+    assert metrics(tmp_path / "broken") == metrics(tmp_path / "unbroken")
+
+
+def test_gradient_accumulation_computes_the_same_step(tmp_path, data):
+    parameters = []
+    for rows in (2, 4):
+        config = tiny_config(tmp_path / str(rows), data, steps=2)
+        config.training.local_batch_size = rows
+        parameters.append(run(config).model.state_dict())
+    for name, value in parameters[0].items():
+        torch.testing.assert_close(value, parameters[1][name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_learns_the_toy_data(tmp_path, data, name):
+    config = tiny_config(tmp_path, data, MODELS[name](), steps=30)
+    config.checkpoint.enable = False
+    config.validator.freq = 100
+    run(config)
+    lines = metrics(tmp_path)
+    first, last = (line for line in lines if line["kind"] == "validation")
+    assert (
+        last["loss/image"] < first["loss/image"] - 0.3
+        and last["loss/text"] < first["loss/text"] - 0.2
+    )
+
+
+def test_metrics_are_per_modality_everywhere(tmp_path, data):
+    trainer = run(tiny_config(tmp_path, data))
+    train = [line for line in metrics(tmp_path) if line["kind"] == "train"]
+    validation = [line for line in metrics(tmp_path) if line["kind"] == "validation"]
+    assert [line["step"] for line in train] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in validation] == [1, 3, 6]
+    for key in (
+        "loss/text",
+        "loss/image",
+        "tokens/text",
+        "tokens/image",
+        "flops/text",
+        "flops/image",
+        "grad_norm",
+    ):
+        assert all(key in line for line in train), key
+    assert {"output_norm", "router/layer0.pool0/load_max", "router/layer1.pool1/reached"} <= train[
+        0
+    ].keys()
+    assert {"loss/text", "loss/image", "unigram_entropy/image"} <= validation[0].keys()
+    assert (
+        train[-1]["tokens/text"] + train[-1]["tokens/image"] == 6 * 4 * 32 == trainer.ntokens_seen
+    )
+    events = EventAccumulator(str(tmp_path / "tb"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("train/loss/image")] == [1, 2, 3, 4, 5, 6]
+    assert (tmp_path / "loss_curves.png").read_bytes().startswith(b"\x89PNG")
+    description = json.loads((tmp_path / "run.json").read_text())
+    assert description["config"]["training"]["seq_len"] == 32 and description["revision"]
+
+
+def test_validation_does_not_change_the_run(tmp_path, data):
+    losses = []
+    for folder, freq in (("often", 1), ("never", 1000)):
+        config = tiny_config(tmp_path / folder, data)
+        config.validator.freq = freq
+        run(config)
+        losses.append(
+            [line["loss"] for line in metrics(tmp_path / folder) if line["kind"] == "train"]
+        )
+    assert losses[0] == losses[1]
+
+
+def test_sigterm_saves_and_the_same_command_resumes(tmp_path, data):
+    script = tmp_path / "job.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from pathlib import Path\nfrom runs import tiny_config\n"
+        f"config = tiny_config(Path({str(tmp_path / 'run')!r}), Path({str(data)!r}), steps=40)\n"
+        "config.checkpoint.interval = 1000\nconfig.validator.freq = 1000\n"
+        "trainer = config.build(); trainer.train(); trainer.close()\n"
+    )
+    job = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True)
+    for line in job.stdout:
+        if line.startswith("step"):
+            job.send_signal(signal.SIGTERM)
+            break
+    rest = job.stdout.read()
+    assert job.wait(60) == 0 and "the same command resumes" in rest
+    stopped = max(
+        int(path.name.split("-")[1]) for path in (tmp_path / "run" / "checkpoint").iterdir()
+    )
+    assert stopped < 40
+    again = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert "done: 40 steps" in again.stdout
+    assert [line["step"] for line in metrics(tmp_path / "run") if line["kind"] == "train"] == list(
+        range(1, 41)
+    )
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def refused(config: Trainer.Config, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        run(config)
+
+
+def test_wrong_configs_are_refused_before_anything_is_written(tmp_path, data):
+    out = tmp_path / "out"
+
+    def changed(section: str, **values) -> Trainer.Config:
+        config = tiny_config(out, data)
+        target = getattr(config, section) if section else config
+        for name, value in values.items():
+            setattr(target, name, value)
+        return config
+
+    refused(
+        changed("training", seq_len=5),
+        r"seq_len \(5\) must be at least 6: a block of 4 image codes",
+    )
+    refused(changed("training", steps=0), r"training.steps \(0\)")
+    refused(
+        changed("training", local_batch_size=3, global_batch_size=3),
+        r"local_batch_size \(3\) must be a multiple of routing_rows \(2\)",
+    )
+    refused(changed("training", global_batch_size=5), r"global_batch_size|global batch size")
+    refused(changed("data", shares={"text": 0.5, "pairs": 0.4}), r"must sum to 1, not 0.9")
+    refused(
+        changed("data", shares={"text": 0.5, "films": 0.5}),
+        r"data.shares names \['films'\].*\['pairs', 'text'\]",
+    )
+    refused(changed("data", folder=str(tmp_path / "nothing")), r"must be a folder written by")
+    refused(changed("dataloader", media_share=0.99), r"media_share \(0.99\) must lie between")
+    refused(
+        changed("parallelism", tensor_parallel_degree=2), r"tensor_parallel_degree \(2\) must be 1"
+    )
+    model = decoders.dense(replace(SHAPE, vocab_size=50))
+    refused(
+        tiny_config(out, data, model),
+        r"vocab_size \(50\) must equal the vocabulary of the data \(48",
+    )
+    assert not (out / "checkpoint").exists() and not (out / "metrics.jsonl").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path, data):
+    (tmp_path / "file").write_text("in the way")
+    refused(tiny_config(tmp_path / "file" / "run", data), "must be a folder that can be written")
+
+
+def test_a_truncated_or_missing_shard_is_refused(tmp_path, data):
+    broken = tmp_path / "data"
+    shutil.copytree(data, broken)
+    shard = broken / "train" / "text" / "shard-000000.tar"
+    shard.write_bytes(shard.read_bytes()[:-1000])
+    refused(tiny_config(tmp_path / "run", broken), "shard-000000.tar")
+    shard.unlink()
+    refused(tiny_config(tmp_path / "run", broken), "shard-000000.tar")
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_name(tmp_path, data):
+    run(tiny_config(tmp_path, data, MODELS["dense"](), steps=3))
+    refused(
+        tiny_config(tmp_path, data, moma()),
+        r"is of another model: layers.0.feed_forward.pools.0.router: not in",
+    )
+    wider = decoders.dense(replace(SHAPE, hidden_dim=64))
+    refused(
+        tiny_config(tmp_path, data, wider),
+        r"feed_forward.w1: \(64, 32\) here, \(48, 32\) in the checkpoint",
+    )
+
+
+def test_a_checkpoint_trained_with_other_tokenizers_or_data_is_refused(tmp_path, data):
+    run(tiny_config(tmp_path / "run", data, steps=3))
+    other_tokenizer = make_data(tmp_path / "tokenizer", tokenizer="cc")
+    refused(
+        tiny_config(tmp_path / "run", other_tokenizer),
+        "tokenizers of the data .*cc.* must be that of the checkpoint",
+    )
+    other_data = make_data(tmp_path / "data", seed=1)
+    refused(
+        tiny_config(tmp_path / "run", other_data),
+        "data of the data|data .* must be that of the checkpoint",
+    )
+
+
+def test_command_line(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    train = runpy.run_path(str(Path(__file__).parent.parent / "train.py"))
+    assert train["main"](["--list"]) == 0
+    listed = capsys.readouterr().out
+    assert "moma_4t4i" in listed and "Mixture-of-Transformers" in listed
+    assert train["main"](["dense", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "runs/dense" in shown and len(shown.splitlines()) < 40
+    assert train["main"](["mamma"]) == 2
+    message = capsys.readouterr().err
+    assert "unknown config 'mamma'" in message and "moe_8x" in message
+    with pytest.raises(SystemExit):
+        train["main"](["dense", "--training.step", "3"])
+    assert "--training.steps" in capsys.readouterr().err
+    arguments = ["dense", "--data.folder", "nowhere", "--data.no-embedded"]
+    assert train["main"](arguments) == 2
+    assert "error: data.folder ('nowhere')" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir()), "nothing is written for a wrong command line"

@@ -1,0 +1,151 @@
+"""Raw WebDataset shards → tokenised shards.
+
+``python -m earlyfuse.tools.prepare build | corpus | inspect``, each with ``--help``.
+
+A call that was interrupted goes on where it ended. docs/data.md describes layouts and files.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+_EXAMPLE = """example:
+  python -m earlyfuse.tools.prepare build --out prepared \\
+      --train text=raw/books 'pairs=raw/cc12m/*.tar' --validation pairs=raw/held_out
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; 0 when it succeeded, 2 with one line on what to change when it could not."""
+    options = vars(_parser().parse_args(arguments))
+    command = options.pop("command")
+    try:
+        return int(command(**options))
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"prepare: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("prepare: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+# the heavy imports stand in the commands, so that --help and worker processes do not pay for them
+
+
+def build(out: Path, train: list[str], validation: list[str], **options: Any) -> int:
+    """Prepare the user's shards."""
+    from earlyfuse.data.prepare import PrepareSpec, prepare
+    from earlyfuse.data.prepare.report import describe
+
+    spec = PrepareSpec(out, _by_source(train), _by_source(validation), **_given(options))
+    prepare(spec)
+    print(describe(out))
+    return 0
+
+
+def corpus(out: Path, scale: float, **options: Any) -> int:
+    """Build the embedded corpus and prepare it."""
+    from earlyfuse.data.prepare.embedded import prepare_corpus
+    from earlyfuse.data.prepare.report import describe
+
+    prepare_corpus(out, scale=scale, **_given(options))
+    print(describe(out))
+    return 0
+
+
+def inspect(out: Path) -> int:
+    """Print what a prepared folder holds."""
+    from earlyfuse.data.prepare.report import describe
+
+    print(describe(out))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="prepare", description="Raw WebDataset shards to tokenised shards.", allow_abbrev=False
+    )
+    commands = parser.add_subparsers(required=True, metavar="{build,corpus,inspect}")
+    builder = commands.add_parser(
+        "build",
+        help="tokenise your shards",
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    builder.set_defaults(command=build)
+    builder.add_argument(
+        "--out", type=Path, required=True, help="folder to write, or to go on with"
+    )
+    shards: dict[str, Any] = {"nargs": "+", "action": "extend", "metavar": "NAME=SHARDS"}
+    builder.add_argument(
+        "--train", required=True, help="sources: file, folder of tars or pattern", **shards
+    )
+    builder.add_argument("--validation", default=[], help="held-out sources, likewise", **shards)
+    builder.add_argument(
+        "--layout", help="pairs, interleaved, mmc4, text (auto: by the first samples)"
+    )
+    builder.add_argument(
+        "--image-first", type=float, help="share of pairs with the image before its text (0.5)"
+    )
+    builder.add_argument("--on-bad", help="skip: count bad samples; stop: end at the first (skip)")
+    builder.add_argument(
+        "--max-bad-rate", type=float, help="end above this share of bad samples (0.01)"
+    )
+    _add_tokenizer_options(builder)
+    embedded = commands.add_parser(
+        "corpus", help="build and tokenise the embedded corpus", allow_abbrev=False
+    )
+    embedded.set_defaults(command=corpus)
+    embedded.add_argument("out", type=Path, help="folder to write, or to go on with")
+    embedded.add_argument(
+        "--scale", type=float, default=1.0, help="share of the corpus to build (1.0)"
+    )
+    _add_tokenizer_options(embedded)
+    viewer = commands.add_parser(
+        "inspect", help="documents, tokens, drops, tokenizers of a prepared folder"
+    )
+    viewer.set_defaults(command=inspect)
+    viewer.add_argument("out", type=Path)
+    return parser
+
+
+def _add_tokenizer_options(parser: argparse.ArgumentParser) -> None:
+    """Options of both commands. None has a default here: they are those of ``PrepareSpec``."""
+    add = parser.add_argument
+    add(
+        "--text-tokenizer", type=Path, metavar="FILE", help="ready sentencepiece .model (learn one)"
+    )
+    add("--text-vocab", type=int, metavar="N", help="pieces to learn (2048)")
+    add(
+        "--image-tokenizer",
+        metavar="KIND",
+        help="kmeans, vqvae, none, or a ready .safetensors (kmeans)",
+    )
+    add("--image-size", type=int, metavar="PX", help="images become squares of this side (16)")
+    add("--patch", type=int, metavar="PX", help="side of the square that one code stands for (4)")
+    add("--codes", type=int, metavar="N", help="image codes to learn (512)")
+    add("--vq-steps", type=int, metavar="N", help="training steps of a vqvae (1500)")
+    add("--workers", type=int, metavar="N", help="processes (one a core, at most 8)")
+    add("--seed", type=int, help="of tokenizer training (0)")
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _by_source(pairs: list[str]) -> dict[str, list[str | Path]]:
+    """``name=path`` strings → paths by name; a name may come several times."""
+    sources: dict[str, list[str | Path]] = {}
+    for pair in pairs:
+        name, equals, path = pair.partition("=")
+        if not (name and equals and path):
+            raise ValueError(f"source ({pair}) must be NAME=SHARDS, as in text=raw/books")
+        sources.setdefault(name, []).append(path)
+    return sources
+
+
+if __name__ == "__main__":
+    sys.exit(main())
