@@ -6,6 +6,7 @@
 #
 # PYTHON=/path/to/python3 picks the interpreter; otherwise the newest suitable one is taken.
 
+SHELL := bash
 VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?=
@@ -29,8 +30,9 @@ test: lint
 lint: $(VENV)/installed-test
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@MYPYPATH=$(TYPES):benchmarks $(BIN)/mypy -p earlyfuse -m train \
-	  $(patsubst benchmarks/%.py,-m %,$(wildcard benchmarks/*.py))
+	@set -o pipefail; MYPYPATH=$(TYPES):benchmarks $(BIN)/mypy -p earlyfuse -m train \
+	  $(patsubst benchmarks/%.py,-m %,$(wildcard benchmarks/*.py)) \
+	  | sed 's|^$(TYPES)/earlyfuse/||'
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -11,6 +11,7 @@ SHORT_HELP, LONG_HELP, LIST = ("-h", "--help"), "--help-all", "--list"
 
 def main(arguments: list[str]) -> int:
     """Run the command line; returns the exit status."""
+    logging.getLogger().setLevel(logging.ERROR)  # torchtitan warns of every device it does not know
     configs = catalogue()
     name = arguments.pop(0) if arguments and not arguments[0].startswith("-") else DEFAULT
     if LIST in arguments:
@@ -26,7 +27,6 @@ def main(arguments: list[str]) -> int:
     config = override(
         config, ["--help" if argument == LONG_HELP else argument for argument in arguments]
     )
-    logging.getLogger().setLevel(logging.WARNING)
     trainer = None
     try:
         trainer = config.build()

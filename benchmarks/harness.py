@@ -147,7 +147,7 @@ class Report:
         """Write ``<folder>/<name>.jsonl`` and ``.md``; returns the latter."""
         folder.mkdir(parents=True, exist_ok=True)
         lines = [
-            json.dumps({**self.environment, **setting, **vars(timing)})
+            json.dumps({"setting": setting, **vars(timing), "environment": self.environment})
             for setting, timings in self.entries
             for timing in timings
         ]

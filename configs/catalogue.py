@@ -15,7 +15,7 @@ MODULES: tuple[ModuleType, ...] = (embedded,)
 
 
 def catalogue() -> dict[str, ConfigFunction]:
-    """Name → function: every public function of ``MODULES`` that takes nothing and returns a run."""
+    """Name → function: the public functions of ``MODULES`` without parameters."""
     found: dict[str, ConfigFunction] = {}
     for module in MODULES:
         for name, function in inspect.getmembers(module, inspect.isfunction):

@@ -56,7 +56,7 @@ def help_text(name: str, config: Trainer.Config) -> str:
 
 
 def override(config: Trainer.Config, arguments: list[str]) -> Trainer.Config:
-    """``config`` with the fields given as ``--section.field value``; exits with tyro's message on a wrong one."""
+    """``config`` with ``--section.field value`` applied; exits with a message on a wrong one."""
     ConfigManager()  # registers torchtitan's rules for its own field types
     return tyro.cli(
         type(config), args=arguments, default=config, registry=custom_registry, prog="train.py"

@@ -1,10 +1,11 @@
 """Model configs by composition: one decoder, differing only in what its feed-forward is made of.
 
-``moe_8x``, ``1t1i``, ``4t4i`` are MoMa's names (arXiv 2407.21770, 4.1): expert choice over all tokens,
-one feed-forward per modality, four text and four image experts. All have the same FLOPs per token as the
-dense model of the same shape.
+``moe_8x``, ``1t1i``, ``4t4i`` are MoMa's names (arXiv 2407.21770, 4.1): expert choice over all
+tokens, one feed-forward per modality, four text and four image experts. All have the same FLOPs per
+token as the dense model of the same shape.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -85,7 +86,8 @@ def moma(
     """
     if set(experts) != set(shape.modalities) or set(shares) != set(shape.modalities):
         raise ValueError(
-            f"experts {_named(experts)} and shares {_named(shares)} must be given for exactly the modalities "
+            f"experts {_named(experts)} and shares {_named(shares)} must be given for exactly the "
+            "modalities "
             f"{[m.label for m in shape.modalities]}"
         )
     if abs(sum(shares.values()) - 1) > 1e-6:
@@ -112,7 +114,11 @@ def moma(
     return _decoder(shape, feed_forward)
 
 
-def _decoder(shape: Shape, feed_forward, groups: int = 1) -> Decoder.Config:  # type: ignore[no-untyped-def]
+def _decoder(
+    shape: Shape,
+    feed_forward: Callable[[], FeedForward.Config | MixtureOfExperts.Config],
+    groups: int = 1,
+) -> Decoder.Config:
     if shape.dim % shape.heads:
         raise ValueError(
             f"dim ({shape.dim}) must be a multiple of heads ({shape.heads}); change one of them"
@@ -141,5 +147,5 @@ def _decoder(shape: Shape, feed_forward, groups: int = 1) -> Decoder.Config:  # 
     )
 
 
-def _named(values: dict[Modality, float]) -> dict[str, float]:
+def _named(values: Mapping[Modality, float]) -> dict[str, float]:
     return {modality.label: value for modality, value in values.items()}

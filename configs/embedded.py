@@ -1,6 +1,7 @@
 """Runs on the embedded corpus: minutes on two CPU cores, the same code as anywhere.
 
-All variants share shape, data, optimizer and schedule, so their losses can be compared as they stand.
+All variants share shape, data, optimizer and schedule, so their losses can be compared as they
+stand.
 """
 
 import os
@@ -56,7 +57,9 @@ def mot() -> Trainer.Config:
 
 
 def adamw(lr: float) -> OptimizersContainer.Config:
-    """Chameleon's AdamW (arXiv 2405.09818, 2.3): 0.9/0.95, eps 1e-5, decay 0.1 except norms and biases."""
+    """Chameleon's AdamW (arXiv 2405.09818, 2.3): 0.9/0.95, eps 1e-5, decay 0.1 except norms and
+    biases.
+    """
     settings = {"lr": lr, "betas": (0.9, 0.95), "eps": 1e-5}
     return OptimizersContainer.Config(
         param_groups=[

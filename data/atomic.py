@@ -39,9 +39,13 @@ def atomic_write_bytes(path: Path, content: bytes) -> None:
 
 
 def atomic_write_json(path: Path, value: Any) -> None:
-    """Put ``value`` at ``path`` as JSON with sorted keys: equal values give equal bytes."""
-    text = json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False)
-    atomic_write_bytes(path, text.encode() + b"\n")
+    """Put ``value`` at ``path`` as JSON with sorted keys: equal values give equal bytes.
+
+    A file that holds these bytes already is left alone.
+    """
+    content = json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False).encode() + b"\n"
+    if not path.exists() or path.read_bytes() != content:
+        atomic_write_bytes(path, content)
 
 
 def remove_temporaries(folder: Path) -> None:

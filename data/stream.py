@@ -95,11 +95,10 @@ class Drawn(NamedTuple):
 
 
 class LaneStream:
-    """Endless micro-batches of ``rows`` rows over consecutive ``lanes`` of ``total``, then again
-    from the first.
+    """Endless micro-batches of ``rows`` rows: ``lanes`` (of ``total``) in turn, again and again.
 
-    ``state_LK``: int64, one line for each lane; all lanes have drawn equally many rows. The seed
-    and the lane number, not the rank, decide a lane's documents.
+    ``state_LK``: int64, a line for each lane. The seed and a lane's number decide its documents,
+    not the rank that holds it.
     """
 
     def __init__(
@@ -114,7 +113,7 @@ class LaneStream:
     ) -> None:
         check_seq_len(seq_len, blend.vocabulary)
         self.blend, self.seq_len, self.rows = blend, seq_len, rows
-        self._next = 0
+        self._next = int(state_LK[:, -1].argmin())  # within a step: the lanes a row behind are next
         self._lanes = [
             Lane(blend, blend.shuffled(seed, lane, total), seq_len, state)
             for lane, state in zip(lanes, state_LK, strict=True)

@@ -14,18 +14,18 @@ IGNORE_LABEL = -100
 class MixedBatch:
     """B rows of S positions, packed from documents.
 
-    ======================  ==================  =======================================================
-    field                   shape, dtype        meaning
-    ======================  ==================  =======================================================
-    ``tokens_BS``           (B, S) int64        ids in one vocabulary (``models/modality.py``)
-    ``labels_BS``           (B, S) int64        the next token of the same document; -100: no loss
-    ``modality_BS``         (B, S) uint8        modality of the *input* token; picks the parameters
-    ``positions_BS``        (B, S) int64        restart at 0 with each document in the row: masks, RoPE
-                                                and state resets all derive from it
-    ``span_BS``             (B, S) int32        0 outside media, else the running number (from 1) of the
-                                                image, frame or utterance in the row
-    ``patches_BSP``         (B, S, P) float     continuous vectors at media positions, or none
-    ======================  ==================  =======================================================
+    ================  =============  ==============================================================
+    field             shape, dtype   meaning
+    ================  =============  ==============================================================
+    ``tokens_BS``     (B, S) int64   ids in one vocabulary (``models/modality.py``)
+    ``labels_BS``     (B, S) int64   the next token of the same document; -100: no loss
+    ``modality_BS``   (B, S) uint8   modality of the *input* token; picks the parameters
+    ``positions_BS``  (B, S) int64   restart at 0 with each document in the row: masks, RoPE and
+                                     state resets all derive from it
+    ``span_BS``       (B, S) int32   0 outside media, else the running number (from 1) of the
+                                     image, frame or utterance in the row
+    ``patches_BSP``   (B, S, P)      continuous vectors at media positions, float, or none
+    ================  =============  ==============================================================
     """
 
     tokens_BS: torch.Tensor

@@ -2,7 +2,8 @@
 
 This is Chameleon's transformer (arXiv 2405.09818): RMSNorm, SwiGLU, RoPE, qk-norm, untied head. Its
 sparse relatives differ only in what their blocks are composed of: ``FeedForward`` or
-``MixtureOfExperts``, shared or modality-untied. Parameters are initialised in ``models/initialise.py``.
+``MixtureOfExperts``, shared or modality-untied. Parameters are initialised in
+``models/initialise.py``.
 
 B rows, S positions, T = B·S tokens, D width, V vocabulary.
 """
@@ -27,7 +28,8 @@ from earlyfuse.models.initialise import initialise
 class Block(Module):
     """Attention and feed-forward, each with a norm and a residual.
 
-    ``norm_order`` "pre": x + f(norm(x)); "swin": x + norm(f(x)), the order of Chameleon-34B and MoMa.
+    ``norm_order`` "pre": x + f(norm(x)); "swin": x + norm(f(x)), the order of Chameleon-34B and
+    MoMa.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -72,8 +74,8 @@ class Decoder(BaseModel):
 
     @dataclass(kw_only=True, slots=True)
     class Config(BaseModel.Config):
-        """``modalities``: ids (``models/modality.py``) in the order of the modality groups that untied
-        parameters and expert pools refer to. ``seed``: of the initial parameters."""
+        """``modalities``: ids (``models/modality.py``) in the order of the modality groups that
+        untied parameters and expert pools refer to. ``seed``: of the initial parameters."""
 
         dim: int
         vocab_size: int
@@ -89,7 +91,8 @@ class Decoder(BaseModel):
             for index, layer in enumerate(self.layers):
                 if layer.attention.dim != self.dim:
                     raise ValueError(
-                        f"layers[{index}].attention.dim ({layer.attention.dim}) must equal dim ({self.dim})"
+                        f"layers[{index}].attention.dim ({layer.attention.dim}) must equal dim "
+                        f"({self.dim})"
                     )
             if len({layer.attention.head_dim for layer in self.layers}) > 1:
                 raise ValueError(
@@ -100,7 +103,7 @@ class Decoder(BaseModel):
             """Nothing to take over: a run's sequence length does not shape this model."""
 
         def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, float]:
-            """Parameters, and training FLOPs of a mean token by the modality shares that the config states."""
+            """Parameters, and training FLOPs of a token, the mean over modality groups."""
             from earlyfuse.models.flops import mean_training_flops
 
             return sum(p.numel() for p in model.parameters()), mean_training_flops(self, seq_len)
@@ -125,9 +128,9 @@ class Decoder(BaseModel):
     ) -> torch.Tensor:
         """Logits (B, S, V) of the next token.
 
-        ``tokens_BS`` int64; ``modality_BS`` uint8, all text if None; ``positions_BS`` int64 restarting
-        at 0 with each document, one document per row if None; ``span_BS`` is not used by this
-        objective, whose attention is causal inside images too.
+        ``tokens_BS`` int64; ``modality_BS`` uint8, all text if None; ``positions_BS`` int64
+        restarting at 0 with each document, one document per row if None; ``span_BS`` is not used by
+        this objective, whose attention is causal inside images too.
         """
         rows, seq_len = tokens_BS.shape
         if modality_BS is None:
@@ -151,13 +154,16 @@ class Decoder(BaseModel):
         self.output_norm_2 += torch.stack([norms_T.sum(), norms_T.new_full((), norms_T.numel())])
 
     def take_output_norm(self) -> float:
-        """Mean norm of the last block's outputs since the last call: grows before Chameleon diverges (2.3)."""
+        """Mean norm of the last block's outputs since the last call.
+
+        It grows before Chameleon diverges (arXiv 2405.09818, 2.3).
+        """
         total, tokens = self.output_norm_2.tolist()
         self.output_norm_2.zero_()
         return total / max(tokens, 1)
 
     def init_states(self, *, buffer_device: torch.device | None = None) -> None:
-        """Give every parameter its initial value (``models/initialise.py``) and zero all statistics."""
+        """Initial values of all parameters (``models/initialise.py``); statistics at zero."""
         initialise(
             self, std=self.config.init_std, layers=len(self.config.layers), seed=self.config.seed
         )

@@ -1,9 +1,10 @@
 """Parameters and FLOPs in closed form, per modality.
 
 Convention: a multiply-add is 2 FLOPs; only matrix products count (no norms, softmax, routing sort);
-the head counts, the embedding lookup does not; attention is counted over the full S × S square, as in
-PaLM's appendix B, without the causal half; training is 3 × the forward pass, without recomputation.
-Expert choice: a pool of E experts with capacity factor c gives its tokens c experts on average.
+the head counts, the embedding lookup does not; attention is counted over the full S × S square, as
+in PaLM's appendix B, without the causal half; training is 3 × the forward pass, without
+recomputation. Expert choice: a pool of E experts with capacity factor c gives its tokens c experts
+on average.
 
 S positions, D width, N heads of width H.
 """
@@ -18,7 +19,7 @@ from earlyfuse.models.decoder import Decoder
 
 @dataclass(frozen=True)
 class Parameters:
-    """``total`` of the model; ``active`` of a token, by modality group (embedding row and full head included)."""
+    """``total`` of the model; ``active`` of a token by group, with embedding row and full head."""
 
     total: int
     active: tuple[int, ...]

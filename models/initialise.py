@@ -10,8 +10,9 @@ norm weights                           1
 norm biases                            0
 =====================================  ==========================================================
 
-Each parameter draws from a generator of its own, seeded by the model's seed and the parameter's name:
-values do not depend on the order of construction, on other parameters, or on how many ranks there are.
+Each parameter draws from a generator of its own, seeded by the model's seed and the parameter's
+name: values do not depend on the order of construction, on other parameters, or on how many ranks
+there are.
 """
 
 import zlib

@@ -7,13 +7,14 @@ models. Sentinels (begin and end of an image …) count as text, as in Chameleon
 
 from dataclasses import asdict, dataclass
 from enum import IntEnum
+from itertools import pairwise
 from typing import Any
 
 import torch
 
 
 class Modality(IntEnum):
-    """Modality ids as they stand in ``MixedBatch.modality_BS`` and index every per-modality tensor."""
+    """Ids as they stand in ``MixedBatch.modality_BS``; they index every per-modality tensor."""
 
     TEXT = 0
     IMAGE = 1
@@ -21,13 +22,13 @@ class Modality(IntEnum):
 
     @property
     def label(self) -> str:
-        """Lower-case name used in metrics, manifests and configs: ``text``, ``image``, ``speech``."""
+        """Lower-case name in metrics, manifests and configs: ``text``, ``image``, ``speech``."""
         return self.name.lower()
 
 
 @dataclass(frozen=True)
 class MediaCodes:
-    """One medium's share of the vocabulary: ``count`` ids from ``start``, and the sentinels round a block.
+    """One medium's codes: ``count`` ids from ``start``, and the sentinels round a block of them.
 
     ``block`` is the number of codes between ``begin`` and ``end``; 0 where blocks vary in length.
     """
@@ -44,7 +45,8 @@ class MediaCodes:
 class Vocabulary:
     """Layout of all ids ``0 … size-1``: text pieces wherever no medium's codes lie.
 
-    Raises ``ValueError`` when code ranges leave the vocabulary or overlap, or a sentinel lies among codes.
+    Raises ``ValueError`` when code ranges leave the vocabulary or overlap, or a sentinel lies among
+    codes.
     """
 
     size: int
@@ -61,7 +63,7 @@ class Vocabulary:
                     f"{name} codes [{start}, {stop}) must be a non-empty part of the vocabulary "
                     f"[0, {self.size}); change their start or count, or the size"
                 )
-        for (_, stop, left), (start, _, right) in zip(ranges, ranges[1:], strict=False):
+        for (_, stop, left), (start, _, right) in pairwise(ranges):
             if start < stop:
                 raise ValueError(
                     f"{left} and {right} codes overlap at id {start}; move one of them"
@@ -91,7 +93,9 @@ class Vocabulary:
         )
 
     def modality_of(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Modality of each id: any shape, integer → same shape, uint8. Ids outside the vocabulary count as text."""
+        """Modality of each id: any shape, integer → same shape, uint8. Ids outside the vocabulary
+        count as text.
+        """
         modality = torch.zeros_like(tokens, dtype=torch.uint8)
         for medium in self.media:
             inside = (tokens >= medium.start) & (tokens < medium.start + medium.count)

@@ -1,7 +1,8 @@
-"""Routes: which rows go to which group, with which weight. The one value behind every sparse layer here.
+"""Routes: which rows go to which group, with which weight. Behind every sparse layer here.
 
-Every system of the papers picks rows, runs a function on them and adds the result back with a weight.
-Makers of routes: ``by_modality`` below (built once per batch) and ``models/routing``; consumers:
+Every system of the papers picks rows, runs a function on them and adds the result back with a
+weight. Makers of routes: ``by_modality`` below (built once per batch) and ``models/routing``;
+consumers:
 ``kernels.grouped_gemm`` and ``kernels.permute``, which take the three tensors and nothing else.
 
 T tokens (B rows × S positions, flattened), R routed rows, G groups.

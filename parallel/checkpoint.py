@@ -28,7 +28,9 @@ class Checkpoints(CheckpointManager):
         """Save only weights at the last step; the run can then not be continued."""
 
     def dcp_load(self, state_dict: dict[str, Any], checkpoint_id: str, **options: Any) -> None:
-        """Load into ``state_dict``; raises ``ValueError`` if model or data differ from the checkpoint's."""
+        """Load into ``state_dict``; raises ``ValueError`` if model or data differ from the
+        checkpoint's.
+        """
         if not options.get("from_hf"):
             self._check(state_dict, checkpoint_id)
         super().dcp_load(state_dict, checkpoint_id=checkpoint_id, **options)

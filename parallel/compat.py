@@ -7,7 +7,7 @@ entry                           goes away when
 ==============================  ===================================================================
 ``_use_cpu_if_alone``           torchtitan finds the CPU by itself instead of assuming CUDA
 ``_CpuDevice``                  ``torch.cpu`` has the memory and property calls of ``torch.cuda``
-``_shim_set_timeout``           the pinned torch is ≥ 2.14, which has ``torch.distributed.set_timeout``
+``_shim_set_timeout``           the pinned torch is ≥ 2.14: it has ``dist.set_timeout``
 ``reduce_with_plain_sums``      gloo supports PREMUL_SUM, or torchtitan stops dividing by 1
 ==============================  ===================================================================
 """
@@ -33,10 +33,11 @@ def apply() -> None:
 
 
 def join_process_group_alone() -> bool:
-    """Without a launcher, become the only rank of a job of one; False if a launcher started this process.
+    """Without a launcher, become the only rank of a job of one; False if there is a launcher.
 
-    torchtitan always needs a process group. This one lives in memory: no port, no environment variables that
-    a child process could inherit, besides LOCAL_RANK, which torchtitan reads the device from.
+    torchtitan always needs a process group. This one lives in memory: no port, no environment
+    variables that a child process could inherit, besides LOCAL_RANK, which torchtitan reads the
+    device from.
     """
     if "RANK" in os.environ:
         return False
@@ -47,7 +48,7 @@ def join_process_group_alone() -> bool:
 
 
 def reduce_with_plain_sums(model: nn.Module) -> None:
-    """Let FSDP reduce gradients by plain sums: its division by 1.0 is a PREMUL_SUM, which gloo lacks."""
+    """Let FSDP reduce by plain sums: its division by 1.0 is a PREMUL_SUM, which gloo lacks."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_force_sum_reduction_for_comms(True)

@@ -1,4 +1,4 @@
-"""The picture of a run: loss per modality over tokens, and task accuracy, from ``metrics.jsonl``."""
+"""The picture of a run: losses and task accuracy over tokens, from ``metrics.jsonl``."""
 
 import json
 from pathlib import Path
@@ -7,9 +7,9 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
-from earlyfuse.parallel.metrics import METRICS_FILE  # noqa: E402
+from earlyfuse.parallel.metrics import METRICS_FILE
 
 PICTURE = "loss_curves.png"
 COLOURS = {"text": "#1b6ca8", "image": "#c8553d", "speech": "#5b8c5a"}

@@ -61,12 +61,14 @@ class DataSet(Configurable):
         unknown = sorted(set(self.shares) - set(train))
         if unknown or not self.shares:
             raise ValueError(
-                f"data.shares names {unknown or 'no source'}; the sources of {self.folder} are {sorted(train)}"
+                f"data.shares names {unknown or 'no source'}; the sources of {self.folder} are "
+                f"{sorted(train)}"
             )
         training = config.training
         if training.steps < 1 or training.seq_len < 2 or training.local_batch_size < 1:
             raise ValueError(
-                f"training.steps ({training.steps}) and local_batch_size ({training.local_batch_size}) must be at "
+                f"training.steps ({training.steps}) and local_batch_size "
+                f"({training.local_batch_size}) must be at "
                 f"least 1, seq_len ({training.seq_len}) at least 2"
             )
         rows = training.local_batch_size * int(os.environ.get("WORLD_SIZE", "1"))
@@ -74,20 +76,22 @@ class DataSet(Configurable):
             training.global_batch_size = rows
         if training.global_batch_size % rows:
             raise ValueError(
-                f"training.global_batch_size ({training.global_batch_size}) must be a multiple of local_batch_size "
+                f"training.global_batch_size ({training.global_batch_size}) must be a multiple of "
+                "local_batch_size "
                 f"times the ranks ({rows}); change one of them"
             )
         config.dataloader.sources = {str(train[name]): share for name, share in self.shares.items()}
         config.dataloader.global_batch_size = training.global_batch_size
         config.validator.sources = [str(folder) for folder in self.sources("validation").values()]
         config.validator.data_folder = str(self.folder)
-        self._check_model(config.model_spec.model, training)
+        self._check_model(config.model_spec.model, training, config.validator)
 
-    def _check_model(self, model: Any, training: Any) -> None:
+    def _check_model(self, model: Any, training: Any, validator: Any) -> None:
         if model.vocab_size != self.vocabulary.size:
             raise ValueError(
                 f"model vocab_size ({model.vocab_size}) must equal the vocabulary of the data "
-                f"({self.vocabulary.size} ids in {self.folder}); change the model's or prepare with other sizes"
+                f"({self.vocabulary.size} ids in {self.folder}); change the model's or prepare "
+                "with other sizes"
             )
         missing = [m.label for m in self.vocabulary.modalities if m not in model.modalities]
         if missing:
@@ -95,12 +99,18 @@ class DataSet(Configurable):
                 f"model modalities {[Modality(m).label for m in model.modalities]} lack {missing}, "
                 f"which the data in {self.folder} have; add them to the model's config"
             )
+        ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        rows_per_rank = {
+            "training.local_batch_size": training.local_batch_size,
+            "validator.batch_rows per rank": validator.batch_rows / ranks,
+        }
         for name, pool, _, _ in model.traverse(ExpertPool.Config):
-            if training.local_batch_size % pool.routing_rows:
-                raise ValueError(
-                    f"training.local_batch_size ({training.local_batch_size}) must be a multiple of routing_rows "
-                    f"({pool.routing_rows}) of {name}; change one of them"
-                )
+            for field_name, rows in rows_per_rank.items():
+                if rows % pool.routing_rows:
+                    raise ValueError(
+                        f"{field_name} ({rows:g}) must be a multiple of routing_rows "
+                        f"({pool.routing_rows}) of {name}; change one of them"
+                    )
             if pool.budget == "static":
                 static_budget(
                     pool.share,

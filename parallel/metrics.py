@@ -1,8 +1,8 @@
 """Where a run's numbers go: ``metrics.jsonl``, TensorBoard and the console, all per modality.
 
 ``metrics.jsonl`` has one JSON object per logged step. ``kind`` is "train" or "validation"; modality
-names are the last part of a key (``loss/image``). A resumed run first drops what the interrupted one
-logged beyond its last checkpoint, so the file reads as if the run had never stopped.
+names are the last part of a key (``loss/image``). A resumed run first drops what the interrupted
+one logged beyond its last checkpoint, so the file reads as if the run had never stopped.
 """
 
 import json
@@ -136,7 +136,8 @@ class Console:
     def train(self, step: int, metrics: dict[str, float]) -> None:
         """Show a training step."""
         text = (
-            f"{_losses('loss', metrics)} | grad {metrics['grad_norm']:.2f} | lr {metrics['lr']:.1e} | "
+            f"{_losses('loss', metrics)} | grad {metrics['grad_norm']:.2f} | lr "
+            f"{metrics['lr']:.1e} | "
             f"{metrics['tokens_per_second']:,.0f} tok/s"
         )
         if "mfu" in metrics:

@@ -2,7 +2,8 @@
 
 1. activation checkpointing — wraps blocks first, so that compile sees the recomputation;
 2. compile — per block, so that all layers share one graph;
-3. FSDP2 or HSDP — last, around compiled blocks: its hooks gather parameters outside the graph, and its
+3. FSDP2 or HSDP — last, around compiled blocks: its hooks gather parameters outside the graph, and
+its
    units (embedding, each block, norm with head) are what one gather brings.
 
 n ranks compute what one rank computes on the same global batch: gradients are summed, not averaged,
@@ -55,12 +56,14 @@ def check_parallelism(parallelism: ParallelismConfig) -> None:
     ):
         if getattr(parallelism, field) != 1:
             raise ValueError(
-                f"parallelism.{field} ({getattr(parallelism, field)}) must be 1: models are spread by FSDP2 "
+                f"parallelism.{field} ({getattr(parallelism, field)}) must be 1: models are "
+                "spread by FSDP2 "
                 "(data_parallel_shard_degree) and HSDP (with data_parallel_replicate_degree)"
             )
     if parallelism.spmd_backend != "partial_dtensor":
         raise ValueError(
-            f"parallelism.spmd_backend ({parallelism.spmd_backend}) must be partial_dtensor: the others do not "
+            f"parallelism.spmd_backend ({parallelism.spmd_backend}) must be partial_dtensor: the "
+            "others do not "
             "shard plain parameters on torch 2.13"
         )
 
@@ -86,7 +89,7 @@ def _shard(
 
     def shard(module: nn.Module | list[nn.Module], reshard_after_forward: bool) -> None:
         fully_shard(
-            module,  # type: ignore[arg-type]
+            module,
             mesh=mesh,
             mp_policy=precision,
             offload_policy=offload,

@@ -29,7 +29,7 @@ def check_writable(folder: Path) -> None:
 
 
 def write_description(folder: Path, config: dict[str, Any]) -> None:
-    """Write the resolved config, the source revision and the versions to ``run.json``; rank 0 only."""
+    """Write resolved config, source revision and versions to ``run.json``; rank 0 only."""
     if os.environ.get("RANK", "0") != "0":
         return
     description = {
@@ -44,7 +44,7 @@ def write_description(folder: Path, config: dict[str, Any]) -> None:
 
 
 def revision() -> str:
-    """Git revision of this source tree, with "-dirty" when it has local changes; "unknown" outside git."""
+    """Git revision of this source tree, "-dirty" with local changes; "unknown" outside git."""
     try:
         described = subprocess.run(
             ["git", "describe", "--always", "--dirty"],
@@ -59,5 +59,5 @@ def revision() -> str:
 
 
 def knows_peak(device_name: str) -> bool:
-    """Whether torchtitan knows the peak FLOP/s of this device; for others it would assume an A100."""
+    """Whether torchtitan knows this device's peak FLOP/s; it takes others for an A100."""
     return any(name in device_name for name in PEAKS_KNOWN)

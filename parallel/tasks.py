@@ -1,9 +1,9 @@
 """Task checks: does the right word follow a held-out image?
 
-``validation/tasks.json`` of a data folder lists tasks; each item is an image and the word that should
-follow it. The model reads begin-of-document, the image and the task's prefix, and picks among the candidate
-words by the next token, again and again where several candidates begin alike. The answer is never in
-the input, so look-ahead in routing cannot give it away.
+``validation/tasks.json`` of a data folder lists tasks; each item is an image and the word that
+should follow it. The model reads begin-of-document, the image and the task's prefix, and picks
+among the candidate words by the next token, again and again where several candidates begin alike.
+The answer is never in the input, so look-ahead in routing cannot give it away.
 """
 
 import base64
@@ -23,7 +23,9 @@ from earlyfuse.models.modality import Modality, Vocabulary
 
 @dataclass(frozen=True)
 class Task:
-    """``prompts``: token ids of each item; ``candidates``: token ids of each word; ``answers``: index of the right one."""
+    """``prompts``: token ids of each item; ``candidates``: token ids of each word; ``answers``:
+    index of the right one.
+    """
 
     name: str
     prompts: list[list[int]]
@@ -37,7 +39,9 @@ class Task:
         return max(self.answers.count(i) for i in set(self.answers)) / len(self.answers)
 
     def accuracy(self, model: Decoder, seq_len: int, rows: int) -> float:
-        """Share of items whose word the model picks. Rows of ``seq_len`` are packed, ``rows`` at a time."""
+        """Share of items whose word the model picks. Rows of ``seq_len`` are packed, ``rows`` at a
+        time.
+        """
         chosen: list[tuple[int, ...]] = [() for _ in self.prompts]
         while True:
             open_items = [i for i, words in enumerate(chosen) if words not in self.candidates]

@@ -1,8 +1,8 @@
 """The trainer: torchtitan's, with mixed-modal batches, losses and metrics.
 
 Taken over from torchtitan: process groups and meshes, building on meta, optimizer, schedules, DCP
-checkpoints, profiler. Its own here: sums of losses per label modality over global counts, metrics per
-modality, validation on a fixed list, a graceful stop on SIGTERM.
+checkpoints, profiler. Its own here: sums of losses per label modality over global counts, metrics
+per modality, validation on a fixed list, a graceful stop on SIGTERM.
 
 B rows, S positions, M modality ids.
 """
@@ -47,14 +47,14 @@ class Trainer(titan.Trainer):
     class Config(titan.Trainer.Config):
         data: DataSet.Config = field(default_factory=DataSet.Config)
         dataloader: LaneLoader.Config = field(default_factory=LaneLoader.Config)
-        tokenizer: NoTokenizer.Config = field(default_factory=NoTokenizer.Config)
-        loss: ChameleonObjective.Config = field(default_factory=ChameleonObjective.Config)  # type: ignore[assignment]
+        tokenizer: Any = field(default_factory=NoTokenizer.Config)
+        loss: Any = field(default_factory=ChameleonObjective.Config)
         checkpoint: Checkpoints.Config = field(default_factory=Checkpoints.Config)
         metrics: RunMetrics.Config = field(default_factory=RunMetrics.Config)
         validator: Validation.Config = field(default_factory=Validation.Config)
 
     config: Config
-    loss_fn: ChameleonObjective  # type: ignore[assignment]
+    loss_fn: ChameleonObjective
     metrics_processor: RunMetrics
     validator: Validation
     dataloader: LaneLoader
@@ -73,7 +73,9 @@ class Trainer(titan.Trainer):
         # totals of the whole run, saved in every checkpoint
         self.tokens_M = torch.zeros(MODALITIES, dtype=torch.int64)
         super().__init__(config)
-        self.model: Decoder = self.model_parts[0]  # type: ignore[assignment]
+        if self.parallel_dims.dp_enabled:
+            self.dataloader.mesh = self.parallel_dims.get_mesh("batch")
+        self.model: Decoder = self.model_parts[0]
         self.statistics = [m for m in self.model.modules() if isinstance(m, RouterStats)]
         self._stop_requested = False
         if not run_folder.knows_peak(self.metrics_processor.device_memory_monitor.device_name):
@@ -189,7 +191,9 @@ class Trainer(titan.Trainer):
 
     @record
     def train(self) -> None:
-        """Train from the last checkpoint, or from the start, to ``training.steps``; SIGTERM saves and ends."""
+        """Train from the last checkpoint, or from the start, to ``training.steps``; SIGTERM saves
+        and ends.
+        """
         config, metrics = self.config, self.metrics_processor
         previous = signal.signal(signal.SIGTERM, self._request_stop)
         self.checkpointer.load(step=config.checkpoint.load_step)

@@ -1,8 +1,8 @@
 """Validation: loss per modality on a fixed list of rows, and checks of what the model has learned.
 
-Expert-choice routers see a whole routing group, later tokens included; losses reported here use that
-batch routing, with budgets from the actual counts (the paper's exact rule), as do the training losses
-with static budgets. The task checks never put the answer into the input.
+Expert-choice routers see a whole routing group, later tokens included; losses reported here use
+that batch routing, with budgets from the actual counts (the paper's exact rule), as do the training
+losses with static budgets. The task checks never put the answer into the input.
 """
 
 from collections.abc import Iterator

@@ -31,7 +31,7 @@ def test_active_parameters_of_a_dense_model_are_all_but_the_other_embeddings(kv_
 
 @pytest.mark.parametrize("name", ALL)
 def test_flops_equal_counted_matrix_products(name):
-    """Half of the tokens are images, so a step costs the mean of both modalities' FLOPs per token."""
+    """Half of the tokens are images: a step costs the mean of both modalities' FLOPs per token."""
     config = ALL[name]()
     if name == "moma":
         config = decoders.moma(

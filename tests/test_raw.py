@@ -9,6 +9,7 @@ import tarfile
 
 import numpy as np
 import pytest
+
 from earlyfuse.data.documents import BadSample, Document
 from earlyfuse.data.raw import read_documents
 from earlyfuse.models.modality import Modality
@@ -259,6 +260,11 @@ def test_matched_texts_place_images_without_base64(tmp_path):
     )
     members = [("k.json", fields), ("k.0.jpg", b"zero"), ("k.1.jpg", b"one")]
     assert read(write_tar(tmp_path / "a.tar", members)) == [[b"one", "one", b"zero", "two"]]
+
+
+def test_an_image_is_found_where_its_name_was_put_in_lower_case(tmp_path):
+    members = [("k.json", as_json(texts=[None], images=["DSC01.JPG"])), ("k.dsc01.jpg", IMAGE)]
+    assert read(write_tar(tmp_path / "a.tar", members)) == [[IMAGE]]
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE])

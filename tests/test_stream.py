@@ -2,6 +2,7 @@
 writer."""
 
 import gc
+import itertools
 import json
 import threading
 import weakref
@@ -457,6 +458,25 @@ def test_a_broken_document_is_named_and_the_state_stays_whole(folders, tmp_path,
     assert len(set(one.lanes[:, -1].tolist())) == 1
     with pytest.raises(ValueError, match="document 9 of"):
         steps([one], 20)
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_a_passing_error_loses_and_repeats_nothing(three, prefetch, monkeypatch):
+    expected = [fields["input"] for fields, _ in itertools.islice(loader(three), 40)]
+    read, reads = TokenSource.document, itertools.count()
+
+    def fails_once(source, number):
+        if next(reads) == 30:
+            raise OSError("the disk is away")
+        return read(source, number)
+
+    monkeypatch.setattr(TokenSource, "document", fails_once)
+    one, handed = loader(three, prefetch=prefetch), []
+    with pytest.raises(OSError, match="the disk is away"):
+        handed.extend(fields["input"] for fields, _ in one)
+    assert handed, "the error must come after some good batches"
+    handed.extend(fields["input"] for fields, _ in itertools.islice(one, 40 - len(handed)))
+    assert all(torch.equal(a, b) for a, b in zip(handed, expected, strict=True))
 
 
 def test_abandoned_loaders_leave_no_thread(three):

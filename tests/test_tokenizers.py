@@ -132,17 +132,23 @@ def test_a_foreign_model_gets_the_sentinels_it_lacks(tmp_path):
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).get_piece_size()
     assert [foreign.pad, foreign.begin_image, foreign.end_image] == [pieces, pieces + 1, pieces + 2]
     assert foreign.size == pieces + 3
-    assert foreign.decode([foreign.bos, *foreign.encode("lazy dog"), foreign.end_image]) == "lazy dog"
+    assert (
+        foreign.decode([foreign.bos, *foreign.encode("lazy dog"), foreign.end_image]) == "lazy dog"
+    )
 
 
 @pytest.mark.parametrize("size", [0, 319, (1 << 20) + 1])
 def test_vocabulary_out_of_range_is_refused(size):
-    with pytest.raises(ValueError, match=rf"text vocabulary \({size}\) must lie in \[320, 1048576\]"):
+    with pytest.raises(
+        ValueError, match=rf"text vocabulary \({size}\) must lie in \[320, 1048576\]"
+    ):
         TextTokenizer.train(texts(), size)
 
 
 def test_too_little_text_for_the_vocabulary_says_so():
-    with pytest.raises(ValueError, match=r"text vocabulary \(4000\) does not fit the training texts"):
+    with pytest.raises(
+        ValueError, match=r"text vocabulary \(4000\) does not fit the training texts"
+    ):
         TextTokenizer.train(["one two"], 4000)
 
 
@@ -206,7 +212,9 @@ def test_kmeans_other_patch_sizes_round_trip(patch):
 
 
 def test_kmeans_refuses_more_codes_than_patches():
-    with pytest.raises(ValueError, match=r"codes \(32\) must not exceed the distinct 4×4 patches.*\(1\)"):
+    with pytest.raises(
+        ValueError, match=r"codes \(32\) must not exceed the distinct 4×4 patches.*\(1\)"
+    ):
         KMeansTokenizer.train(np.zeros((4, 16, 16, 3), np.uint8), patch=4, codes=32)
 
 
@@ -249,7 +257,9 @@ def test_vqvae_training_is_deterministic():
         for seed in (0, 0, 1)
     )
     assert a.sha256 == b.sha256 != other.sha256
-    assert torch.equal(torch.get_rng_state(), state), "training must leave the global generator alone"
+    assert torch.equal(torch.get_rng_state(), state), (
+        "training must leave the global generator alone"
+    )
 
 
 def test_vqvae_revives_dead_codes():
@@ -292,7 +302,9 @@ def test_loading_gives_the_same_tokenizer(name, request, tmp_path):
 def test_files_of_another_kind_are_refused(content, tmp_path):
     path = tmp_path / "image.safetensors"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"image\.safetensors\) must be a safetensors file of format"):
+    with pytest.raises(
+        ValueError, match=r"image\.safetensors\) must be a safetensors file of format"
+    ):
         load_image_tokenizer(path)
 
 
@@ -354,6 +366,6 @@ def test_huge_images_are_refused_before_they_unpack(side):
     whole = encoded(Image.new("1", (16, 16)))
     header = b"IHDR" + side.to_bytes(4, "big") * 2 + whole[24:29]
     claimed = whole[:12] + header + zlib.crc32(header).to_bytes(4, "big") + whole[33:]
-    with pytest.raises(BadSample, match="too large|bomb") as caught:
+    with pytest.raises(BadSample, match=r"too large|bomb") as caught:
         image_pixels(claimed, 16)
     assert caught.value.cause == "corrupt-image"

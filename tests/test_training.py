@@ -1,4 +1,6 @@
-"""A run: resumes exactly, logs per modality, refuses what cannot be right before it writes anything."""
+"""A run: resumes exactly, logs per modality, refuses what cannot be right before it writes
+anything.
+"""
 
 import json
 import runpy

@@ -1,6 +1,7 @@
 """A tiny prepared data folder, made with the real writer in a moment: for tests of the trainer.
 
-Documents are counting sequences and images whose codes follow from a label word, so losses can fall.
+Documents are counting sequences and images whose codes follow from a label word, so losses can
+fall.
 """
 
 import random

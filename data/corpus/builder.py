@@ -82,10 +82,8 @@ def build_corpus(
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as beside:
         made = Path(beside) / "corpus"
         _write(made, seed, scale, image_size, spec, progress)
-        if folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
         try:
-            made.rename(folder)
+            made.rename(folder)  # takes the place of an empty folder, of no other
         except OSError:  # another process was first
             if not _is_built(folder, spec):
                 raise
@@ -175,10 +173,10 @@ def _glyphs(seed: int, scale: float, size: int) -> dict[str, list[tuple[str, byt
             rng = random.Random(f"{seed}/glyphs/{face}")
             chosen = glyphs.choose(face, characters, _GLYPHS_PER_WORD[split], rng)
             for character in rng.sample(chosen, max(1, round(len(chosen) * scale))):
-                png = glyphs.glyph_png(face, character, size)
-                if png not in seen:
-                    seen.add(png)
-                    drawn[split].append((character, png))
+                pixels = glyphs.glyph_pixels(face, character, size)
+                if pixels.tobytes() not in seen:
+                    seen.add(pixels.tobytes())
+                    drawn[split].append((character, glyphs.encode_png(pixels)))
     return drawn
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from matplotlib.ft2font import FT2Font
-from PIL import Image, ImageFont
+from PIL import Image, ImageDraw, ImageFont
 
 REFERENCE_FACE = "DejaVuSans"  # has every block below; decides which characters look alike
 TRAIN_FACES = (
@@ -91,17 +91,21 @@ def choose(face: str, wanted: Iterable[str], per_word: int, rng: random.Random) 
 
 
 def glyph_pixels(face: str, character: str, size: int) -> np.ndarray:
-    """``character``, black on white, centred: (size, size) uint8. Small letters stay smaller."""
+    """``character``, black on white: (size, size) uint8.
+
+    Centred between its outermost ink and its baseline, so that a low line stays low and a degree
+    sign high; reduced where it would not fit, never enlarged: small letters stay small.
+    """
     font, capital = _font(face)
-    mask = font.getmask(character, mode="L")
-    width, height = mask.size
+    left, top, right, bottom = map(int, font.getbbox(character))
+    width, height = right - left, bottom - top
     page = Image.new("L", (size, size), 0)
-    if width and height:
+    if width > 0 and height > 0:
+        large = Image.new("L", (width, height), 0)
+        ImageDraw.Draw(large).text((-left, -top), character, fill=255, font=font)
         scale = min(_CAPITAL * size / capital, (size - 2 * _MARGIN_PX) / max(width, height))
         fitted = (max(1, round(width * scale)), max(1, round(height * scale)))
-        drawn = Image.frombytes("L", (width, height), bytes(mask)).resize(
-            fitted, Image.Resampling.BOX
-        )
+        drawn = large.resize(fitted, Image.Resampling.BOX)
         page.paste(drawn, ((size - fitted[0]) // 2, (size - fitted[1]) // 2))
     return 255 - np.asarray(page)
 
@@ -132,7 +136,8 @@ def _path(face: str) -> Path:
 @cache
 def _font(face: str) -> tuple[ImageFont.FreeTypeFont, int]:
     font = ImageFont.truetype(str(_path(face)), _DRAWN_PX, layout_engine=ImageFont.Layout.BASIC)
-    return font, font.getmask("H", mode="L").size[1]
+    _, top, _, bottom = font.getbbox("H")
+    return font, round(bottom - top)
 
 
 @cache

@@ -106,7 +106,7 @@ class PrepareSpec:
         source name, or a shard that is in both splits.
         """
         found = [
-            Source(split, name, find_shards(f"{split}/{name}", paths))
+            Source(split, _checked_name(name), find_shards(f"{split}/{name}", paths))
             for split in SPLITS
             for name, paths in getattr(self, split).items()
         ]
@@ -128,11 +128,6 @@ class PrepareSpec:
 
 def find_shards(label: str, paths: Paths) -> tuple[Path, ...]:
     """Files of ``paths``, one or several: each sorted by name, without repeats."""
-    name = label.rpartition("/")[2]
-    if not re.fullmatch(r"[\w-]+", name):
-        raise ValueError(
-            f"source name ({name!r}) must be letters, digits, '_' and '-': it names a folder"
-        )
     shards: list[Path] = []
     for path in [paths] if isinstance(paths, str | Path) else paths:
         matches = _matches(str(path))
@@ -143,6 +138,14 @@ def find_shards(label: str, paths: Paths) -> tuple[Path, ...]:
             )
         shards += [checked_shard(match) for match in matches]
     return tuple(dict.fromkeys(shards))
+
+
+def _checked_name(name: str) -> str:
+    if not re.fullmatch(r"[\w-]+", name):
+        raise ValueError(
+            f"source name ({name!r}) must be letters, digits, '_' and '-': it names a folder"
+        )
+    return name
 
 
 def _matches(path: str) -> list[str]:

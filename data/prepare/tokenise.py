@@ -19,7 +19,6 @@ from earlyfuse.data.tokenizers import Tokenizers
 from earlyfuse.data.tokenizers.pixels import image_pixels
 from earlyfuse.models.modality import Modality
 
-
 # images encoded at a time, and the documents of a shard that may wait for them
 _IMAGE_BATCH = 256
 _IMAGE_BYTES = 1 << 26
@@ -119,10 +118,7 @@ def _parts(document: Document, tokenizers: Tokenizers) -> list[list[int] | np.nd
     parts: list[list[int] | np.ndarray] = []
     for segment in document.segments:
         if isinstance(segment.payload, str):
-            try:
-                parts.append(tokenizers.text.encode(segment.payload))
-            except UnicodeEncodeError as error:
-                raise BadSample("bad-text", f"document {document.key!r}: {error}") from error
+            parts.append(tokenizers.text.encode(segment.payload))
         elif segment.modality == Modality.IMAGE and tokenizers.image is not None:
             parts.append(image_pixels(segment.payload, tokenizers.image.image_size))
         else:
@@ -131,8 +127,6 @@ def _parts(document: Document, tokenizers: Tokenizers) -> list[list[int] | np.nd
                 f"no-{label}-tokenizer",
                 f"document {document.key!r} holds {label}, which has no tokenizer",
             )
-    if not any(len(part) for part in parts):
-        raise BadSample("empty", f"document {document.key!r} holds neither text nor media")
     return parts
 
 

@@ -162,7 +162,7 @@ def _train_image(spec: PrepareSpec, sample: Sample, progress: Progress) -> Image
 
 
 def _images(spec: PrepareSpec, sample: Sample) -> np.ndarray:
-    """uint8 (N, size, size, 3): training images, as many as the tokenizer profits from."""
+    """uint8 (N, size, size, 3): training images, as many as the tokenizer profits from, or none."""
     block = (spec.image_size // spec.patch) ** 2
     wanted = max(1024, _PATCHES[spec.image_tokenizer] // block)
     budget = min(wanted, max(1, _PIXEL_BYTES // (3 * spec.image_size**2)))
@@ -173,20 +173,11 @@ def _images(spec: PrepareSpec, sample: Sample) -> np.ndarray:
                 images.append(image_pixels(encoded, spec.image_size))
             except BadSample:
                 continue  # counted when the shard is tokenised
-    return (
-        np.stack(images) if images else np.zeros((0, spec.image_size, spec.image_size, 3), np.uint8)
-    )
+    return np.stack(images) if images else np.zeros((0, 1, 1, 3), np.uint8)
 
 
 def _texts(document: Document) -> list[str]:
-    # a lone surrogate makes the document unusable when it is tokenised; here it would stop the
-    # training
-    texts = [s.payload for s in document.segments if isinstance(s.payload, str)]
-    return [text for text in texts if text.isascii() or _is_unicode(text)]
-
-
-def _is_unicode(text: str) -> bool:
-    return not any("\ud800" <= character <= "\udfff" for character in text)
+    return [s.payload for s in document.segments if isinstance(s.payload, str)]
 
 
 def _encoded(document: Document) -> list[bytes]:

@@ -1,11 +1,10 @@
-"""Grouped ops as fast as dense ones in plain PyTorch, with hand-written gradients.
+"""Grouped ops in plain PyTorch at about the cost of dense ones, with hand-written gradients.
 
 What makes the obvious loop slow is its backward: the gradient of ``w[g]`` is a zero tensor of all G
 groups, once per group. Here each group's weight gradient is written straight into its slot. A group
-is handled from gather to scatter before the next one starts, in buffers of one group's size, and
-its elementwise work block by block, so that activations are still in cache when they are read
-again. Only the gate and up pre-activations, which backward cannot cheaply recompute, are kept for
-all rows.
+is handled from gather to scatter before the next one starts, in buffers of one group's size, so
+that its activations are still in cache when they are read again. Only the gate and up
+pre-activations, which backward cannot cheaply recompute, are kept for all rows.
 
 The router-weight gradient needs no down-projection output: ∂L/∂weight = <dy, w2 h> = <dy w2, h>,
 and dy w2 is computed anyway (SonicMoE, arXiv 2512.14080).
@@ -25,9 +24,6 @@ from torch.autograd.function import once_differentiable
 from earlyfuse.kernels.permute.torch_impl import add_rows, zeros_to_add_to
 
 _aten = torch.ops.aten
-
-# Elements in one block of elementwise work: its five fp32 operands then fit a core's 2 MiB cache.
-_BLOCK_ELEMENTS = 1 << 16
 
 
 def grouped_linear(
@@ -165,7 +161,7 @@ class _GroupedSwiGLU(torch.autograd.Function):
             x_ND = torch.index_select(x_TD, 0, rows_N, out=x_buffer[:n])
             torch.mm(x_ND, w1_FD.t(), out=gate_NF)
             torch.mm(x_ND, w3_FD.t(), out=up_NF)
-            h_NF = _swiglu(gate_NF, up_NF, out=h_buffer[:n])
+            h_NF = _aten.silu.out(gate_NF, out=h_buffer[:n]).mul_(up_NF)
             y_ND = torch.mm(h_NF, w2_DF.t(), out=y_buffer[:n])
             if weight_N1 is not None:
                 y_ND.mul_(weight_N1)
@@ -201,11 +197,19 @@ class _GroupedSwiGLU(torch.autograd.Function):
             h_NF, dup_NF, dgate_NF = h_buffer[:n], dup_buffer[:n], dgate_buffer[:n]
             dy_ND = torch.index_select(dy_TD, 0, rows_N, out=dy_buffer[:n])
             torch.mm(dy_ND, w2_DF, out=dgate_NF)  # gradient of h, turned in place into that of gate
-            _swiglu_backward(gate_NF, up_NF, dgate_NF, dup_NF, h_NF, weight_N1, dweight_N)
+            silu_NF = _aten.silu.out(gate_NF, out=dup_NF)
+            torch.mul(silu_NF, up_NF, out=h_NF)
             if dw2_DF is not None:
                 if weight_N1 is not None:
                     dy_ND.mul_(weight_N1)
                 torch.mm(dy_ND.t(), h_NF, out=dw2_DF)
+            if dweight_N is not None:
+                torch.sum(h_NF.mul_(dgate_NF), 1, out=dweight_N, dtype=dweight_N.dtype)
+            if weight_N1 is not None:
+                dgate_NF.mul_(weight_N1)
+            silu_NF.mul_(dgate_NF)  # now the gradient of up
+            dgate_NF.mul_(up_NF)
+            _aten.silu_backward.grad_input(dgate_NF, gate_NF, grad_input=dgate_NF)
             if need_w1 or need_w3:
                 x_ND = torch.index_select(x_TD, 0, rows_N, out=x_buffer[:n])
             if dw1_FD is not None:
@@ -218,51 +222,6 @@ class _GroupedSwiGLU(torch.autograd.Function):
                 add_rows(dx_TD, rows_N, dx_ND)
         dx_TD = None if dx_TD is None else dx_TD.to(x_TD.dtype)
         return dx_TD, dw1_GFD, dw3_GFD, dw2_GDF, None, dweight_R, None, None  # row_R, sizes, keep
-
-
-def _swiglu(gate_NF: torch.Tensor, up_NF: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """out = silu(gate) ⊙ up."""
-    for gate, up, h in _blocks(gate_NF, up_NF, out):
-        _aten.silu.out(gate, out=h).mul_(up)
-    return out
-
-
-def _swiglu_backward(
-    gate_NF: torch.Tensor,
-    up_NF: torch.Tensor,
-    dh_NF: torch.Tensor,
-    dup_NF: torch.Tensor,
-    h_NF: torch.Tensor,
-    weight_N1: torch.Tensor | None,
-    dweight_N: torch.Tensor | None,
-) -> None:
-    """Write ``h``, ``dup`` and ``dweight``; ``dh``, before weighting, becomes the gate's
-    gradient.
-    """
-    operands = [gate_NF, up_NF, dh_NF, dup_NF, h_NF]
-    for gate, up, dh, dup, h, weight, dweight in _blocks(*operands, weight_N1, dweight_N):
-        _aten.silu.out(gate, out=dup)
-        if dweight is not None:
-            torch.mul(dup, up, out=h)
-            torch.sum(h.mul_(dh), 1, out=dweight, dtype=dweight.dtype)
-        torch.mul(dup, up, out=h)
-        if weight is not None:
-            dh.mul_(weight)
-        dup.mul_(dh)
-        dh.mul_(up)
-        _aten.silu_backward.grad_input(dh, gate, grad_input=dh)
-
-
-def _blocks(*operands: torch.Tensor | None) -> Any:
-    """Tuples of the same few rows of each operand; on an accelerator, all rows at once."""
-    first = operands[0]
-    assert first is not None, "the first operand sets the block"
-    rows = first.shape[0]
-    if first.device.type == "cpu":
-        rows = max(1, min(rows, _BLOCK_ELEMENTS // max(1, first.shape[1])))
-    count = -(-first.shape[0] // rows)
-    columns = [[None] * count if t is None else t.split(rows) for t in operands]
-    return zip(*columns, strict=True)
 
 
 def _sizes(offset_G1: torch.Tensor) -> list[int]:

@@ -34,7 +34,8 @@ class Attention(Module):
         def __post_init__(self) -> None:
             if self.kv_heads < 1 or self.heads % self.kv_heads:
                 raise ValueError(
-                    f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads}); change one of them"
+                    f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads}); "
+                    "change one of them"
                 )
             if self.head_dim % 2:
                 raise ValueError(f"head_dim ({self.head_dim}) must be even for rotary positions")

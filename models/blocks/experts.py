@@ -24,15 +24,15 @@ from earlyfuse.models.routing.expert_choice import expert_choice, static_budget
 class ExpertPool(Module):
     """E experts that choose among the tokens of some modality groups.
 
-    Output of a token: Σ over the experts that chose it of sigmoid(score) · SwiGLU(x); zero if none did
-    (MoMa eq. 1). Parameters: router (E, D), w1 and w3 (E, F, D), w2 (E, D, F).
+    Output of a token: Σ over the experts that chose it of sigmoid(score) · SwiGLU(x); zero if none
+    did (MoMa eq. 1). Parameters: router (E, D), w1 and w3 (E, F, D), w2 (E, D, F).
     """
 
     @dataclass(kw_only=True, slots=True)
     class Config(Module.Config):
         """``groups``: indices of the modality groups served, () for all. ``share``: the part of all
-        tokens that they make up in the data, from which static budgets follow. ``routing_rows``: rows
-        of the batch among which one choice is made."""
+        tokens that they make up in the data, from which static budgets follow. ``routing_rows``:
+        rows of the batch among which one choice is made."""
 
         name: str
         dim: int
@@ -53,7 +53,8 @@ class ExpertPool(Module):
             for field in ("experts", "routing_rows", "capacity_factor", "hidden_dim"):
                 if getattr(self, field) <= 0:
                     raise ValueError(
-                        f"{field} ({getattr(self, field)}) of the {self.name} experts must be positive"
+                        f"{field} ({getattr(self, field)}) of the {self.name} experts must be "
+                        "positive"
                     )
 
     def __init__(self, config: Config):
@@ -144,8 +145,8 @@ class RouterStats(Module):
         """Summary since the last call, and start anew.
 
         ``load_min``, ``load_max``: least and most loaded expert relative to an even share of the
-        eligible tokens; ``reached``: share of eligible tokens with an expert; ``filled``: share of the
-        budget used; ``weight``: mean weight of a chosen token; ``logit_rms``.
+        eligible tokens; ``reached``: share of eligible tokens with an expert; ``filled``: share of
+        the budget used; ``weight``: mean weight of a chosen token; ``logit_rms``.
         """
         eligible, reached, rows, real, weight, squares = self.sums_6.tolist()
         load = (self.load_E * len(self.load_E) / max(eligible, 1)).tolist()
@@ -162,7 +163,7 @@ class RouterStats(Module):
 
 
 class MixtureOfExperts(Module):
-    """The sum of its pools; with disjoint modalities each token sees only its own modality's experts."""
+    """The sum of its pools; of disjoint modalities, each token meets those of its own."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(Module.Config):

@@ -1,4 +1,4 @@
-"""SwiGLU feed-forward: dense, or one set of weights per modality (Mixture-of-Transformers; MoMa's 1t1i).
+"""SwiGLU feed-forward: dense, or untied by modality (Mixture-of-Transformers; MoMa's 1t1i).
 
 T tokens, D width, F inner width, G groups.
 """
@@ -15,7 +15,7 @@ from earlyfuse.models.blocks.layout import Layout
 
 
 class FeedForward(Module):
-    """w2(silu(w1 x) · w3 x). Weights (F, D), (F, D), (D, F); with a leading G when untied by modality."""
+    """w2(silu(w1 x) · w3 x). Weights (F, D), (F, D), (D, F); with a leading G when untied."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(Module.Config):

@@ -54,7 +54,7 @@ class Layout:
 
 
 def group_of_modality(modality_T: torch.Tensor, modalities: tuple[int, ...]) -> torch.Tensor:
-    """(T,) modality ids → (T,) int64 index into ``modalities``; modalities the model lacks join group 0."""
+    """(T,) ids → (T,) int64 index into ``modalities``; those the model lacks join group 0."""
     table = torch.zeros(256, dtype=torch.int64)
     table[list(modalities)] = torch.arange(len(modalities))
     return table.to(modality_T.device)[modality_T.long()]
@@ -63,7 +63,7 @@ def group_of_modality(modality_T: torch.Tensor, modalities: tuple[int, ...]) -> 
 def rotary_angles(
     positions_BS: torch.Tensor, head_dim: int, theta: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin, each (B, S, 1, head_dim/2) fp32, of position / theta^(2i/head_dim) (RoFormer, eq. 15)."""
+    """cos and sin, (B, S, 1, head_dim/2) fp32, of position / theta^(2i/head_dim) (RoFormer 15)."""
     exponent_H = (
         torch.arange(0, head_dim, 2, device=positions_BS.device, dtype=torch.float32) / head_dim
     )

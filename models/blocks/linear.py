@@ -1,8 +1,9 @@
-"""Projections and norms in two forms: shared by all tokens, or untied by modality (Mixture-of-Transformers).
+"""Projections and norms in two forms: shared by all tokens, or untied by modality.
 
 Both forms are called alike, ``module(x_TD, layout)``, so that a block is written once and its
-parameters are shared or untied by ``groups`` in its config: 1 is shared, M holds one set per modality
-group (arXiv 2411.04996, section 2). T tokens, D width in, F width out, G groups, N heads, H head width.
+parameters are shared or untied by ``groups`` in its config: 1 is shared, M holds one set per
+modality group (arXiv 2411.04996, section 2). T tokens, D width in, F width out, G groups, N heads,
+H head width.
 """
 
 from dataclasses import dataclass
@@ -67,8 +68,9 @@ class RMSNorm(Module):
 class HeadNorm(Module):
     """Chameleon's qk-norm: LayerNorm over each head with a weight and bias of its own per head.
 
-    Weight and bias (N, H), or (G, N, H) untied by modality. Public checkpoints share one row between
-    the heads of a model-parallel shard, so rows may differ between heads (arXiv 2405.09818, 2.3).
+    Weight and bias (N, H), or (G, N, H) untied by modality. Public checkpoints share one row
+    between the heads of a model-parallel shard, so rows may differ between heads (arXiv 2405.09818,
+    2.3).
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -88,7 +90,8 @@ class HeadNorm(Module):
 
     def forward(self, x_TNH: torch.Tensor, layout: Layout) -> torch.Tensor:
         """(T, N, H) → (T, N, H)."""
-        weight, bias = self.weight, self.bias
+        weight: torch.Tensor = self.weight
+        bias: torch.Tensor = self.bias
         if self.untied:
             weight, bias = weight[layout.group_T], bias[layout.group_T]
         return torch.addcmul(bias, F.layer_norm(x_TNH, x_TNH.shape[-1:], eps=NORM_EPS), weight)

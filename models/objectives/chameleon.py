@@ -1,7 +1,7 @@
-"""Chameleon's objective: next token over all modalities, plus z-loss (arXiv 2405.09818, section 2.3).
+"""Chameleon's objective: next token over all modalities, and z-loss (arXiv 2405.09818, 2.3).
 
-Sums, not means: ranks and micro-batches hold different numbers of text and image tokens, so the caller
-divides by global counts, and a batch without images is no special case.
+Sums, not means: ranks and micro-batches hold different numbers of text and image tokens, so the
+caller divides by global counts, and a batch without images is no special case.
 
 B rows, S positions, T = B·S, V vocabulary, M modality ids.
 """
@@ -67,7 +67,7 @@ class ChameleonObjective(Configurable):
         )
 
     def total(self, sums: LossSums, labels: torch.Tensor | int) -> torch.Tensor:
-        """The loss to minimise: sums divided by ``labels``, the global number of labels of the step."""
+        """The loss to minimise: sums over ``labels``, the global number of labels of the step."""
         return (sums.nll_M.sum() + self.z_loss * sums.z_M.sum()) / labels
 
 

@@ -1,10 +1,11 @@
-"""Expert choice: each expert takes its top k tokens of a routing group (MoMa, arXiv 2407.21770, 2.2).
+"""Expert choice: each expert takes its top k tokens of a routing group (arXiv 2407.21770, 2.2).
 
 A routing group is a fixed number of rows of the global batch, so the function computed does not
 depend on ranks, micro-batches or accumulation, and routing needs no communication. Selection sees a
 whole group at once, hence also later tokens: not causal.
 
-T tokens, N routing groups of L = T/N tokens, E experts, k tokens an expert takes in a group, R = E·N·k.
+T tokens, N routing groups of L = T/N tokens, E experts, k tokens an expert takes in a group,
+R = E·N·k rows.
 """
 
 import torch
@@ -25,7 +26,7 @@ def expert_choice(
 
     ``logits_TE``   (T, E) fp32 raw router outputs; selection and ties (lower index first) use these
     ``eligible_T``  (T,) bool, tokens that may be chosen; None means all
-    ``budget``      k for the static rule: always k rows per expert and group, of which those that no
+    ``budget``      k for the static rule: always k rows per expert and group; those that no
                     eligible token fills have weight 0. None for the paper's exact rule,
                     k = round(capacity_factor · eligible tokens of the group / E), which needs the
                     counts on the host.
@@ -43,8 +44,10 @@ def static_budget(share: float, capacity_factor: float, group_tokens: int, exper
     budget = round(capacity_factor * share * group_tokens / experts)
     if not 0 < budget <= group_tokens:
         raise ValueError(
-            f"each of {experts} experts would take {budget} of the {group_tokens} tokens of a routing group "
-            f"(share {share}, capacity_factor {capacity_factor}); it must be between 1 and {group_tokens}: "
+            f"each of {experts} experts would take {budget} of the {group_tokens} tokens of a "
+            "routing group "
+            f"(share {share}, capacity_factor {capacity_factor}); it must be between 1 and "
+            f"{group_tokens}: "
             "raise share, routing_rows or seq_len, or use fewer experts"
         )
     return budget
