@@ -66,6 +66,11 @@ class RunMetrics(MetricsProcessor):
             self.console.train(step, metrics)
         self.restart_clock()
 
+    def tick(self, step: int) -> None:
+        """Move the live line of a terminal to ``step``."""
+        if self.console:
+            self.console.tick(step)
+
     def log_validation_step(self, step: int, metrics: dict[str, float]) -> None:
         """Write one validation's metrics; its time does not count as training time."""
         self.logger.log({"kind": "validation", **metrics}, step)
@@ -133,6 +138,11 @@ class Console:
         if stream.isatty():
             self.bar = tqdm(total=steps, initial=step, file=stream, unit="step", dynamic_ncols=True)
 
+    def tick(self, step: int) -> None:
+        """A step is done."""
+        if self.bar is not None:
+            self.bar.update(step - self.bar.n)
+
     def train(self, step: int, metrics: dict[str, float]) -> None:
         """Show a training step."""
         text = (
@@ -143,8 +153,7 @@ class Console:
         if "mfu" in metrics:
             text += f" | mfu {metrics['mfu']:.1%}"
         if self.bar is not None:
-            self.bar.update(step - self.bar.n)
-            self.bar.set_postfix_str(text)
+            self.bar.set_postfix_str(text, refresh=False)
         else:
             self._print(
                 f"step {step:>{len(str(self.steps))}}/{self.steps} | {text} | eta {self._eta(step)}"

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 import torchtitan.trainer as titan
 from torch.distributed.elastic.multiprocessing.errors import record
-from torchtitan.components.dataloader import DataloaderExhaustedError
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools.logging import logger
@@ -105,6 +104,10 @@ class Trainer(titan.Trainer):
         sums_2M = torch.zeros(2, MODALITIES, device=self.device)
         for inputs, labels in microbatches:
             sums_2M += self._forward_backward(inputs, labels, labels_M.sum())
+        saving = self.config.checkpoint.enable and self.step % self.config.checkpoint.interval == 0
+        if logging or saving:
+            sums_2M = self._reduce(sums_2M)
+            self._require_finite(sums_2M)
         grad_norm = dist_utils.clip_grad_norm_(
             list(self.model.parameters()), self.config.training.max_norm, foreach=True
         )
@@ -114,7 +117,7 @@ class Trainer(titan.Trainer):
         self.tokens_M += tokens_M.cpu()
         self.ntokens_seen = int(self.tokens_M.sum())
         if logging:
-            self._log(self._reduce(sums_2M), labels_M, grad_norm, learning_rate)
+            self._log(sums_2M, labels_M, grad_norm, learning_rate)
 
     def _forward_backward(
         self, inputs: dict[str, torch.Tensor], labels_BS: torch.Tensor, global_labels: torch.Tensor
@@ -145,6 +148,14 @@ class Trainer(titan.Trainer):
             torch.distributed.all_reduce(tensor, group=group)
         return tensor
 
+    def _require_finite(self, sums_2M: torch.Tensor) -> None:
+        """Stop before the optimizer spreads a NaN; looked at in every step that logs or saves."""
+        if not bool(sums_2M.isfinite().all()):
+            raise RuntimeError(
+                f"loss sums {sums_2M.tolist()} at step {self.step} are not finite; no checkpoint "
+                "holds such a step: resume from the last one with a lower learning rate or other data"
+            )
+
     # ---------------------------------------------------------------- metrics
 
     def _record_statistics(self, recording: bool) -> None:
@@ -162,11 +173,6 @@ class Trainer(titan.Trainer):
         nll_M, z_M = sums_2M.tolist()
         counts_M = labels_M.tolist()
         loss = sum(nll_M) / sum(counts_M)
-        if loss != loss or loss in (float("inf"), float("-inf")):
-            raise RuntimeError(
-                f"loss is {loss} at step {self.step}; the last checkpoint before it is unharmed: "
-                "resume from there with a lower learning rate or other data"
-            )
         metrics = {"loss": loss}
         present = self.vocabulary.modalities
         metrics |= {
@@ -208,11 +214,8 @@ class Trainer(titan.Trainer):
             while self.should_continue_training() and not self._stop_requested:
                 self.step += 1
                 self.gc_handler.run(self.step)
-                try:
-                    self.train_step(data_iterator)
-                except DataloaderExhaustedError:
-                    self.step -= 1
-                    break
+                self.train_step(data_iterator)
+                metrics.tick(self.step)
                 last = self.step == config.training.steps
                 if config.validator.enable and (self.validator.should_validate(self.step) or last):
                     self._validate()

@@ -139,6 +139,25 @@ def test_validation_does_not_change_the_run(tmp_path, data):
     assert losses[0] == losses[1]
 
 
+def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path, data):
+    config = tiny_config(tmp_path, data)
+    config.metrics.log_freq = 100
+    trainer = config.build()
+    step = trainer.train_step
+
+    def poisoned(iterator):
+        if trainer.step == 2:
+            with torch.no_grad():
+                trainer.model.lm_head.weight[0] = torch.nan
+        step(iterator)
+
+    trainer.train_step = poisoned
+    with pytest.raises(RuntimeError, match="at step 3 are not finite"):
+        trainer.train()
+    trainer.close()
+    assert not (tmp_path / "checkpoint").exists()
+
+
 def test_sigterm_saves_and_the_same_command_resumes(tmp_path, data):
     script = tmp_path / "job.py"
     script.write_text(

@@ -4,7 +4,6 @@ import random
 from dataclasses import dataclass
 
 import numpy as np
-from sklearn.datasets import load_digits
 
 from earlyfuse.data.corpus.glyphs import encode_png
 
@@ -35,6 +34,8 @@ def load(size: int, seed: int, scale: float = 1.0) -> tuple[list[Digit], list[Di
     ``scale`` is the share of both to take, at least one of each digit. A scan that occurs twice is
     kept once, so nothing held out is also trained on.
     """
+    from sklearn.datasets import load_digits  # takes seconds, which a finished corpus need not wait
+
     data = load_digits()
     by_value: dict[int, dict[bytes, np.ndarray]] = {value: {} for value in range(10)}
     for scan, value in zip(data.images, data.target, strict=True):

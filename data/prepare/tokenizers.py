@@ -1,12 +1,14 @@
 """The tokenizers of a prepared folder: made there once, from training data, and then kept."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import numpy as np
+import torch
 
 from earlyfuse.data.atomic import atomic_write_json, remove_temporaries
 from earlyfuse.data.documents import BadSample, Document
@@ -140,9 +142,11 @@ def _train_image(spec: PrepareSpec, sample: Sample, progress: Progress) -> Image
     )
     tokenizer: ImageTokenizer
     if spec.image_tokenizer == "kmeans":
-        tokenizer = KMeansTokenizer.train(
-            images, patch=spec.patch, codes=spec.codes, seed=spec.seed
-        )
+        # seconds on one thread; more would wait for one another while the text tokenizer learns
+        with _one_thread():
+            tokenizer = KMeansTokenizer.train(
+                images, patch=spec.patch, codes=spec.codes, seed=spec.seed
+            )
     else:
         with progress.steps("vqvae", spec.vq_steps) as show:
             tokenizer = VQVAETokenizer.train(
@@ -159,6 +163,16 @@ def _train_image(spec: PrepareSpec, sample: Sample, progress: Progress) -> Image
         f"perplexity {quality.perplexity:.0f}, {perf_counter() - began:.1f} s"
     )
     return tokenizer
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _images(spec: PrepareSpec, sample: Sample) -> np.ndarray:
