@@ -3,14 +3,15 @@
 import logging
 import sys
 
-from earlyfuse.configs.catalogue import DEFAULT, catalogue
-from earlyfuse.configs.command_line import help_text, list_text, override
-
 SHORT_HELP, LONG_HELP, LIST = ("-h", "--help"), "--help-all", "--list"
 
 
 def main(arguments: list[str]) -> int:
     """Run the command line; returns the exit status."""
+    # imported here: the processes that prepare data import this file again, and need none of it
+    from earlyfuse.configs.catalogue import DEFAULT, catalogue
+    from earlyfuse.configs.command_line import help_text, list_text, override
+
     logging.getLogger().setLevel(logging.ERROR)  # torchtitan warns of every device it does not know
     configs = catalogue()
     name = arguments.pop(0) if arguments and not arguments[0].startswith("-") else DEFAULT
@@ -24,9 +25,7 @@ def main(arguments: list[str]) -> int:
     if any(flag in arguments for flag in SHORT_HELP):
         print(help_text(name, config))
         return 0
-    config = override(
-        config, ["--help" if argument == LONG_HELP else argument for argument in arguments]
-    )
+    config = override(config, ["--help" if a == LONG_HELP else a for a in arguments])
     trainer = None
     try:
         trainer = config.build()

@@ -153,7 +153,7 @@ class Trainer(titan.Trainer):
         if not bool(sums_2M.isfinite().all()):
             raise RuntimeError(
                 f"loss sums {sums_2M.tolist()} at step {self.step} are not finite; no checkpoint "
-                "holds such a step: resume from the last one with a lower learning rate or other data"
+                "holds such a step: resume from the last with a lower learning rate or other data"
             )
 
     # ---------------------------------------------------------------- metrics

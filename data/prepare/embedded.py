@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from earlyfuse.data.atomic import atomic_write_bytes
 from earlyfuse.data.corpus import SOURCES, CorpusPaths, build_corpus
 from earlyfuse.data.prepare import prepare
 from earlyfuse.data.prepare.progress import Progress
@@ -30,4 +31,6 @@ def prepare_corpus(
         split: {name: paths.shards(split, name) for name in SOURCES} for split in SPLITS
     }
     prepare(PrepareSpec(out=out, **splits, **options), progress)
+    # the trainer looks for task checks beside the validation sources
+    atomic_write_bytes(out / "validation" / paths.tasks.name, paths.tasks.read_bytes())
     return paths

@@ -1,0 +1,377 @@
+"""Training steps of our trainer beside torchtitan's own llama3 in torchtitan's trainer (row 11).
+
+    python benchmarks/end_to_end.py
+
+A rival's unit of work is one whole optimizer step: batch, forward, loss, backward, clipping, AdamW,
+schedule. All get the same batches from memory (reading is row 10), one document a row, so that
+attention is plain causal everywhere. Nothing is logged, saved or validated while timed.
+
+torchtitan's trainer runs on a CPU by ``parallel/compat.py`` and by its config alone: SDPA for
+FlexAttention, whole logits, fp32, no recomputation of activations. It is shown as it comes, which
+wraps every block in FSDP2 even on one rank, and without that wrapping.
+
+"equal" is our decoder composed as llama3 is (pre-norm, no qk-norm, no z-loss): as many parameters
+and FLOPs, the same optimizer. "Chameleon" has qk-norm, Swin-order norm and z-loss. MoMa has its
+FLOPs and eight feed-forwards to hold and update instead of one.
+"""
+
+import json
+import logging
+import tempfile
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchtitan
+import torchtitan.trainer as titan
+from torch import nn
+from torchtitan.components.checkpointer import CheckpointManager
+from torchtitan.components.dataloader import BaseDataLoader
+from torchtitan.components.loss import CrossEntropyLoss
+from torchtitan.components.metrics import MetricsProcessor
+from torchtitan.distributed import ParallelDims
+from torchtitan.models.common.attention import FlexAttention, ScaledDotProductAttention
+from torchtitan.models.llama3 import Llama3Model, model_registry
+from torchtitan.models.llama3.parallelize import parallelize_llama
+
+from earlyfuse.configs import decoders, embedded
+from earlyfuse.data.tokenised import ShardRecord, shard_name, write_manifest, write_shard
+from earlyfuse.models.decoder import Decoder
+from earlyfuse.models.flops import mean_training_flops
+from earlyfuse.models.modality import MediaCodes, Modality, Vocabulary
+from earlyfuse.models.objectives.chameleon import ChameleonObjective
+from earlyfuse.parallel import compat
+from earlyfuse.parallel.data_set import NoTokenizer
+from earlyfuse.parallel.trainer import Trainer
+from harness import Report, Rival, Timing, compare
+
+ROWS, SEQ_LEN, SEGMENT = 4, 512, 64
+BATCHES = 64
+NEVER = 1_000_000
+
+TITAN, TITAN_PLAIN = "torchtitan llama3, as it comes", "torchtitan llama3, without FSDP2"
+EQUAL, CHAMELEON, MOMA = "ours, equal to llama3", "ours, Chameleon", "ours, MoMa 4t4i"
+
+Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
+
+
+# ---------------------------------------------------------------- data
+
+
+def vocabulary_of(size: int) -> Vocabulary:
+    """Text pieces in the lower half, image codes in the upper."""
+    image = MediaCodes(Modality.IMAGE, start=size // 2, count=size // 2, begin=3, end=4)
+    return Vocabulary(size, bos=0, eos=1, pad=2, media=(image,))
+
+
+def rows_of_tokens(rows: int, vocab_size: int, seed: int) -> torch.Tensor:
+    """(rows, SEQ_LEN + 1) ids: text and image segments in turn, each a noisy arithmetic chain.
+
+    The next id is one of four that follow from the present one, so there is something to learn.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    half = vocab_size // 2
+    token_B = torch.randint(half, (rows,), generator=generator)
+    columns = []
+    for position in range(SEQ_LEN + 1):
+        image = position // SEGMENT % 2
+        columns.append(token_B + image * half)
+        token_B = (5 * token_B + torch.randint(1, 5, (rows,), generator=generator)) % half
+    return torch.stack(columns, 1)
+
+
+def batches(vocabulary: Vocabulary) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(tokens, labels), both (ROWS, SEQ_LEN); the last one is held out."""
+    rows = rows_of_tokens(ROWS * (BATCHES + 1), vocabulary.size, seed=0)
+    return [(part[:, :-1], part[:, 1:]) for part in rows.split(ROWS)]
+
+
+def prepared_folder(folder: Path, vocabulary: Vocabulary) -> None:
+    """A data set for our trainer to open; its batches come from memory."""
+    source = folder / "train" / "chains"
+    source.mkdir(parents=True)
+    (folder / "tokenizers").mkdir()
+    (folder / "tokenizers" / "vocabulary.json").write_text(json.dumps(vocabulary.to_dict()))
+    record = ShardRecord(f"{shard_name(0)}.tar", "", "benchmark", 0, "")
+    document = np.arange(2 * SEQ_LEN, dtype=np.uint16) % (vocabulary.size // 2)
+    write_shard(source, record, [(document, [len(document), 0])], vocabulary)
+    write_manifest(source, vocabulary, {"text": "benchmark"}, [record])
+
+
+# ---------------------------------------------------------------- trainers
+
+
+class TitanTrainer(titan.Trainer):
+    """torchtitan's, joined to the process group that is already there."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(titan.Trainer.Config):
+        pass
+
+    def init_distributed(self) -> ParallelDims:
+        """One rank, as our trainer says it."""
+        return ParallelDims.from_config(self.config.parallelism, 1)
+
+
+class NoLoader(BaseDataLoader):
+    """torchtitan builds a loader; the batches come from memory."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(BaseDataLoader.Config):
+        pass
+
+    def __init__(self, config: Config, **_: Any) -> None:
+        pass
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing to save."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing to load."""
+
+
+def our_trainer(folder: Path, model: Decoder.Config, z_loss: float) -> Trainer:
+    """Our trainer as the configs build it, with the timed part's settings."""
+    config = embedded.dense()
+    assert config.model_spec is not None
+    config.model_spec = replace(config.model_spec, model=model)
+    config.dump_folder = str(folder / "run")
+    config.data = replace(
+        config.data, folder=str(folder), embedded=False, shares={"chains": 1.0}
+    )
+    config.dataloader.media_share = None
+    config.loss = ChameleonObjective.Config(z_loss=z_loss)
+    config.training = replace(
+        config.training, local_batch_size=ROWS, seq_len=SEQ_LEN, steps=NEVER
+    )
+    config.lr_scheduler = replace(config.lr_scheduler, warmup_steps=5)
+    config.checkpoint.enable = False
+    config.validator.enable = False
+    config.metrics = replace(config.metrics, log_freq=NEVER, enable_tensorboard=False)
+    return Trainer(config)
+
+
+def llama_config() -> Llama3Model.Config:
+    """torchtitan's debug model, with SDPA where it has FlexAttention."""
+    model = model_registry("debugmodel").model
+    assert isinstance(model, Llama3Model.Config)
+    for _, _, parent, field in list(model.traverse(FlexAttention.Config)):
+        assert isinstance(field, str)
+        setattr(parent, field, ScaledDotProductAttention.Config())
+    return model
+
+
+def titan_trainer(folder: Path, like: Trainer, fsdp: bool) -> TitanTrainer:
+    """torchtitan's trainer and model with the optimizer, schedule and sizes of ``like``."""
+
+    def parallelize(model: nn.Module, **options: Any) -> nn.Module:
+        if fsdp:
+            model = parallelize_llama(model, **options)
+            compat.reduce_with_plain_sums(model)
+        return model
+
+    ours = deepcopy(replace(like.config, model_spec=None))
+    spec = replace(
+        model_registry("debugmodel"),
+        model=llama_config(),
+        parallelize_fn=parallelize,
+        state_dict_adapter=None,
+    )
+    config = TitanTrainer.Config(
+        model_spec=spec,
+        dump_folder=str(folder / "titan"),
+        tokenizer=NoTokenizer.Config(),
+        dataloader=NoLoader.Config(),
+        loss=CrossEntropyLoss.Config(),
+        optimizer=ours.optimizer,
+        lr_scheduler=ours.lr_scheduler,
+        training=ours.training,
+        parallelism=ours.parallelism,
+        compile=ours.compile,
+        activation_checkpoint=None,
+        checkpoint=CheckpointManager.Config(enable=False),
+        metrics=MetricsProcessor.Config(log_freq=NEVER),
+    )
+    return TitanTrainer(config)
+
+
+# ---------------------------------------------------------------- steps
+
+
+def fed(trainer: titan.Trainer, vocabulary: Vocabulary) -> Iterator[Batch]:
+    """The batches again and again, with the fields the trainer's model takes."""
+    positions_BS = torch.arange(SEQ_LEN).expand(ROWS, -1)
+    prepared = [
+        (tokens, vocabulary.modality_of(tokens), labels)
+        for tokens, labels in batches(vocabulary)[:-1]
+    ]
+
+    def endless() -> Iterator[Batch]:
+        for tokens_BS, modality_BS, labels_BS in cycle(prepared):
+            if isinstance(trainer, Trainer):
+                span_BS = torch.zeros_like(tokens_BS, dtype=torch.int32)
+                fields = {"modality_BS": modality_BS, "positions_BS": positions_BS}
+                yield {"input": tokens_BS, **fields, "span_BS": span_BS}, labels_BS
+            else:
+                yield {"input": tokens_BS, "positions": positions_BS}, labels_BS
+
+    return trainer.batch_generator(endless())
+
+
+def stepping(trainer: titan.Trainer, vocabulary: Vocabulary) -> Callable[[], list[torch.Tensor]]:
+    """A run of the harness: what the body of ``train`` does in a step without a log line."""
+    feed = fed(trainer, vocabulary)
+    trainer.step = 1  # both log their first step
+
+    def run() -> list[torch.Tensor]:
+        trainer.step += 1
+        trainer.gc_handler.run(trainer.step)
+        trainer.train_step(feed)
+        return []
+
+    return run
+
+
+@torch.no_grad()
+def held_out_loss(trainer: titan.Trainer, vocabulary: Vocabulary) -> float:
+    """Mean cross entropy of the held-out batch, in nats."""
+    tokens_BS, labels_BS = batches(vocabulary)[-1]
+    model = trainer.model_parts[0]
+    if isinstance(trainer, Trainer):
+        logits_BSV = model(tokens_BS, vocabulary.modality_of(tokens_BS))
+    else:
+        logits_BSV = model(tokens_BS, torch.arange(SEQ_LEN).expand(ROWS, -1))
+    return F.cross_entropy(logits_BSV.flatten(0, 1), labels_BS.flatten()).item()
+
+
+def build(folder: Path) -> tuple[dict[str, titan.Trainer], Vocabulary]:
+    """All trainers in one process, ours first, and the vocabulary of their tokens."""
+    llama = llama_config()
+    shape = decoders.Shape(
+        dim=llama.dim,
+        layers=len(llama.layers),
+        heads=llama.layers[0].attention.n_heads,
+        hidden_dim=llama.layers[0].feed_forward.w1.out_features,
+        vocab_size=llama.vocab_size,
+        norm_order="pre",
+    )
+    vocabulary = vocabulary_of(shape.vocab_size)
+    prepared_folder(folder, vocabulary)
+    equal = decoders.dense(shape)
+    for layer in equal.layers:
+        layer.attention.qk_norm = False
+    swin = replace(shape, norm_order="swin")
+    experts = {Modality.TEXT: 4, Modality.IMAGE: 4}
+    moma = decoders.moma(swin, experts, embedded.SHARES, routing_rows=ROWS)
+    ours = our_trainer(folder, equal, z_loss=0.0)
+    trainers: dict[str, titan.Trainer] = {
+        EQUAL: ours,
+        TITAN: titan_trainer(folder, ours, fsdp=True),
+        TITAN_PLAIN: titan_trainer(folder, ours, fsdp=False),
+        CHAMELEON: our_trainer(folder, decoders.dense(swin), z_loss=1e-5),
+        MOMA: our_trainer(folder, moma, z_loss=1e-5),
+    }
+    return trainers, vocabulary
+
+
+# ---------------------------------------------------------------- the report
+
+
+def parameters(trainer: titan.Trainer) -> int:
+    """Parameters of the trainer's model."""
+    return sum(parameter.numel() for parameter in trainer.model_parts[0].parameters())
+
+
+def flops_per_token(trainer: titan.Trainer) -> float:
+    """Forward and backward; our formula (``models/flops.py``) for all, llama3's sizes being ours'.
+
+    torchtitan's own figure for llama3 differs only where it counts attention or the embedding
+    otherwise.
+    """
+    config = trainer.model_config
+    return mean_training_flops(config, SEQ_LEN) if isinstance(config, Decoder.Config) else 0.0
+
+
+def summary(
+    trainers: dict[str, titan.Trainer],
+    timings: list[Timing],
+    before: dict[str, float],
+    after: dict[str, float],
+) -> str:
+    """Markdown: size, speed and held-out loss of each, and the goal."""
+    tokens = ROWS * SEQ_LEN
+    lines = [
+        "| trainer | parameters | MFLOP per token | tokens per CPU-s | relative to torchtitan "
+        "| held-out loss before → after |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    ratios = {timing.name: timing.cpu_ratio for timing in timings}
+    base = ratios[TITAN]
+    for timing in timings:
+        name, ratio = timing.name, timing.cpu_ratio
+        speed = "too noisy" if base is None or ratio is None else f"{base / ratio:.2f}x"
+        flops = flops_per_token(trainers[name]) or flops_per_token(trainers[EQUAL])
+        lines.append(
+            f"| {name} | {parameters(trainers[name]):,} | {flops / 1e6:.1f} "
+            f"| {tokens / timing.cpu:,.0f} | {speed} | {before[name]:.2f} → {after[name]:.2f} |"
+        )
+    for name in (TITAN, TITAN_PLAIN):
+        ratio = ratios[name]
+        verdict = "too noisy" if ratio is None else "met" if ratio >= 1 else "missed"
+        shown = "" if ratio is None else f" ({ratio:.2f}x)"
+        lines.append(f"\nGoal, at least the tokens/s of {name}: {verdict}{shown}.")
+    return "\n".join(lines) + "\n"
+
+
+def main(rounds: int = 15, warmups: int = 3) -> None:
+    """Time all trainers and write ``results/end_to_end.{jsonl,md}``."""
+    torch.set_num_threads(1)
+    logging.getLogger().setLevel(logging.WARNING)
+    report = Report("end_to_end", "Whole training steps (row 11)")
+    report.environment |= {"torchtitan": torchtitan.__version__}
+    with tempfile.TemporaryDirectory() as place:
+        trainers, vocabulary = build(Path(place))
+        if parameters(trainers[EQUAL]) != parameters(trainers[TITAN]):
+            raise ValueError(
+                f"{EQUAL} has {parameters(trainers[EQUAL])} parameters, {TITAN} "
+                f"{parameters(trainers[TITAN])}: they are to be equal in size"
+            )
+        before = {name: held_out_loss(t, vocabulary) for name, t in trainers.items()}
+        rivals = [Rival(name, stepping(t, vocabulary)) for name, t in trainers.items()]
+        timings = compare(rivals, rounds=rounds, warmups=warmups)
+        after = {name: held_out_loss(t, vocabulary) for name, t in trainers.items()}
+        model = trainers[EQUAL].model_config
+        assert isinstance(model, Decoder.Config)
+        layer = model.layers[0]
+        setting = {
+            "layers": len(model.layers),
+            "dim": model.dim,
+            "heads": layer.attention.heads,
+            "inner width": layer.feed_forward.hidden_dim,  # type: ignore[union-attr]
+            "vocabulary": model.vocab_size,
+            "batch": f"{ROWS} x {SEQ_LEN}",
+            "dtype": "fp32",
+            "optimizer": f"AdamW, {trainers[EQUAL].config.optimizer.implementation}",
+            "rounds": rounds,
+        }
+        report.add(setting, timings)
+        text = summary(trainers, timings, before, after)
+        print(text)
+        for trainer in trainers.values():
+            trainer.close()
+    page = report.write()
+    page.write_text(page.read_text() + "\n" + text)
+
+
+if __name__ == "__main__":
+    main()
