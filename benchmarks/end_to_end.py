@@ -43,7 +43,6 @@ from torchtitan.models.llama3.parallelize import parallelize_llama
 from earlyfuse.configs import decoders, embedded
 from earlyfuse.data.tokenised import ShardRecord, shard_name, write_manifest, write_shard
 from earlyfuse.models.decoder import Decoder
-from earlyfuse.models.flops import mean_training_flops
 from earlyfuse.models.modality import MediaCodes, Modality, Vocabulary
 from earlyfuse.models.objectives.chameleon import ChameleonObjective
 from earlyfuse.parallel import compat
@@ -146,14 +145,10 @@ def our_trainer(folder: Path, model: Decoder.Config, z_loss: float) -> Trainer:
     assert config.model_spec is not None
     config.model_spec = replace(config.model_spec, model=model)
     config.dump_folder = str(folder / "run")
-    config.data = replace(
-        config.data, folder=str(folder), embedded=False, shares={"chains": 1.0}
-    )
+    config.data = replace(config.data, folder=str(folder), embedded=False, shares={"chains": 1.0})
     config.dataloader.media_share = None
     config.loss = ChameleonObjective.Config(z_loss=z_loss)
-    config.training = replace(
-        config.training, local_batch_size=ROWS, seq_len=SEQ_LEN, steps=NEVER
-    )
+    config.training = replace(config.training, local_batch_size=ROWS, seq_len=SEQ_LEN, steps=NEVER)
     config.lr_scheduler = replace(config.lr_scheduler, warmup_steps=5)
     config.checkpoint.enable = False
     config.validator.enable = False
@@ -180,7 +175,7 @@ def titan_trainer(folder: Path, like: Trainer, fsdp: bool) -> TitanTrainer:
             compat.reduce_with_plain_sums(model)
         return model
 
-    ours = deepcopy(replace(like.config, model_spec=None))
+    ours = like.config
     spec = replace(
         model_registry("debugmodel"),
         model=llama_config(),
@@ -193,11 +188,11 @@ def titan_trainer(folder: Path, like: Trainer, fsdp: bool) -> TitanTrainer:
         tokenizer=NoTokenizer.Config(),
         dataloader=NoLoader.Config(),
         loss=CrossEntropyLoss.Config(),
-        optimizer=ours.optimizer,
-        lr_scheduler=ours.lr_scheduler,
-        training=ours.training,
-        parallelism=ours.parallelism,
-        compile=ours.compile,
+        optimizer=deepcopy(ours.optimizer),
+        lr_scheduler=deepcopy(ours.lr_scheduler),
+        training=deepcopy(ours.training),
+        parallelism=deepcopy(ours.parallelism),
+        compile=deepcopy(ours.compile),
         activation_checkpoint=None,
         checkpoint=CheckpointManager.Config(enable=False),
         metrics=MetricsProcessor.Config(log_freq=NEVER),
@@ -292,16 +287,6 @@ def parameters(trainer: titan.Trainer) -> int:
     return sum(parameter.numel() for parameter in trainer.model_parts[0].parameters())
 
 
-def flops_per_token(trainer: titan.Trainer) -> float:
-    """Forward and backward; our formula (``models/flops.py``) for all, llama3's sizes being ours'.
-
-    torchtitan's own figure for llama3 differs only where it counts attention or the embedding
-    otherwise.
-    """
-    config = trainer.model_config
-    return mean_training_flops(config, SEQ_LEN) if isinstance(config, Decoder.Config) else 0.0
-
-
 def summary(
     trainers: dict[str, titan.Trainer],
     timings: list[Timing],
@@ -320,7 +305,7 @@ def summary(
     for timing in timings:
         name, ratio = timing.name, timing.cpu_ratio
         speed = "too noisy" if base is None or ratio is None else f"{base / ratio:.2f}x"
-        flops = flops_per_token(trainers[name]) or flops_per_token(trainers[EQUAL])
+        flops = trainers[name].metrics_processor.num_flops_per_token  # each by its own formula
         lines.append(
             f"| {name} | {parameters(trainers[name]):,} | {flops / 1e6:.1f} "
             f"| {tokens / timing.cpu:,.0f} | {speed} | {before[name]:.2f} → {after[name]:.2f} |"
@@ -357,7 +342,7 @@ def main(rounds: int = 15, warmups: int = 3) -> None:
             "layers": len(model.layers),
             "dim": model.dim,
             "heads": layer.attention.heads,
-            "inner width": layer.feed_forward.hidden_dim,  # type: ignore[union-attr]
+            "inner width": layer.feed_forward.hidden_dim,
             "vocabulary": model.vocab_size,
             "batch": f"{ROWS} x {SEQ_LEN}",
             "dtype": "fp32",

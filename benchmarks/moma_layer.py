@@ -13,8 +13,10 @@ compute in fp32.
 T tokens, D width, F inner width, E experts, K tokens an expert takes, R = E·K rows.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -278,9 +280,11 @@ def titan(problem: Problem) -> tuple[Rival, Rival]:
     for mine, theirs in zip(parameters, problem.parameters, strict=True):
         mine.data.copy_(theirs.detach())
 
+    # its router asks for autocast to fp32, which a CPU does not know; everything is fp32 anyway
+    warnings.filterwarnings("ignore", message="In CPU autocast")
+
     def layer(x_TD: torch.Tensor) -> torch.Tensor:
-        with torch.autocast("cpu", enabled=False):
-            return module(x_TD.unflatten(0, (ROWS, -1))).flatten(0, 1)
+        return module(x_TD.unflatten(0, (ROWS, -1))).flatten(0, 1)
 
     def expected(x_TD: torch.Tensor) -> torch.Tensor:
         row_R = torch.arange(setting.tokens).view(-1, EXPERTS).t().flatten()
@@ -307,9 +311,7 @@ def rivals_of(problem: Problem) -> list[Rival]:
         ours(problem),
         *dense(problem),
         *(
-            problem.rival(
-                name, lambda x_TD, layer=layer: layer(problem, x_TD), problem.parameters, OURS
-            )
+            problem.rival(name, partial(layer, problem), problem.parameters, OURS)
             for name, layer in others.items()
         ),
         Rival(theirs.name, theirs.run),

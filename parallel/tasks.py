@@ -8,7 +8,8 @@ The answer is never in the input, so look-ahead in routing cannot give it away.
 
 import base64
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from operator import eq
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +18,21 @@ import torch
 from earlyfuse.data.tokenizers.image import load_image_tokenizer
 from earlyfuse.data.tokenizers.pixels import image_pixels
 from earlyfuse.data.tokenizers.text import TextTokenizer
+from earlyfuse.models.batch import MixedBatch
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.modality import Modality, Vocabulary
+
+# prompts take at most this share of a row: the rest is ordinary held-out data, so that routers that
+# choose among the tokens of a batch meet the mix that they were trained on
+PROMPT_SHARE = 0.25
 
 
 @dataclass(frozen=True)
 class Task:
-    """``prompts``: token ids of each item; ``candidates``: token ids of each word; ``answers``:
-    index of the right one.
+    """One check.
+
+    ``prompts``: token ids of each item; ``candidates``: token ids of each word; ``answers``: index
+    of the right word of each item.
     """
 
     name: str
@@ -38,58 +46,68 @@ class Task:
         """Accuracy of always naming the most frequent answer."""
         return max(self.answers.count(i) for i in set(self.answers)) / len(self.answers)
 
-    def accuracy(self, model: Decoder, seq_len: int, rows: int) -> float:
-        """Share of items whose word the model picks. Rows of ``seq_len`` are packed, ``rows`` at a
-        time.
-        """
+    def accuracy(self, model: Decoder, batches: list[MixedBatch]) -> float:
+        """Share of items whose word the model picks; ``batches`` give the rows around them."""
         chosen: list[tuple[int, ...]] = [() for _ in self.prompts]
         while True:
-            open_items = [i for i, words in enumerate(chosen) if words not in self.candidates]
-            if not open_items:
+            undecided = [i for i, word in enumerate(chosen) if word not in self.candidates]
+            if not undecided:
                 break
-            prompts = [self.prompts[i] + list(chosen[i]) for i in open_items]
-            for item, logits_V in zip(
-                open_items, self._last_logits(model, prompts, seq_len, rows), strict=True
-            ):
+            prompts = [self.prompts[i] + list(chosen[i]) for i in undecided]
+            logits = self._last_logits(model, prompts, batches)
+            for item, logits_V in zip(undecided, logits, strict=True):
                 begun = chosen[item]
-                options = {
-                    word[len(begun)] for word in self.candidates if word[: len(begun)] == begun
-                }
-                chosen[item] = (
-                    *begun,
-                    max(sorted(options), key=lambda token: float(logits_V[token])),
-                )
-        right = [
-            self.candidates[answer] == word
-            for answer, word in zip(self.answers, chosen, strict=True)
-        ]
-        return sum(right) / len(right)
+                options = {w[len(begun)] for w in self.candidates if w[: len(begun)] == begun}
+                best = max(sorted(options), key=lambda token: float(logits_V[token]))
+                chosen[item] = (*begun, best)
+        words = [self.candidates[answer] for answer in self.answers]
+        return sum(map(eq, words, chosen)) / len(words)
 
     def _last_logits(
-        self, model: Decoder, prompts: list[list[int]], seq_len: int, rows: int
+        self, model: Decoder, prompts: list[list[int]], batches: list[MixedBatch]
     ) -> list[torch.Tensor]:
-        """Logits (V,) after each prompt; prompts are packed whole, each a document of its own."""
+        """Logits (V,) after each prompt."""
         device = next(model.parameters()).device
-        per_row = seq_len // max(len(prompt) for prompt in prompts)
+        rows, seq_len = batches[0].tokens_BS.shape
+        longest = max(map(len, prompts))
+        if longest > seq_len:
+            raise ValueError(
+                f"seq_len ({seq_len}) must hold a prompt of the task {self.name!r} ({longest} "
+                "tokens); "
+                "raise training.seq_len or turn validator.tasks off"
+            )
+        per_row = max(1, int(PROMPT_SHARE * seq_len / longest))
         results: list[torch.Tensor] = []
-        for start in range(0, len(prompts), per_row * rows):
+        for number, start in enumerate(range(0, len(prompts), per_row * rows)):
             part = prompts[start : start + per_row * rows]
-            tokens_BS = torch.full((rows, seq_len), self.vocabulary.pad, dtype=torch.int64)
-            positions_BS = torch.zeros(rows, seq_len, dtype=torch.int64)
-            ends: list[tuple[int, int]] = []
-            for number, prompt in enumerate(part):
-                row, place = divmod(number, per_row)
-                begin = ends[-1][1] + 1 if place else 0
-                stop = begin + len(prompt)
+            batch, ends = self._overlay(part, batches[number % len(batches)], per_row)
+            batch = batch.to(device)
+            logits_BSV = model(batch.tokens_BS, batch.modality_BS, batch.positions_BS)
+            results += [logits_BSV[row, end] for row, end in ends]
+        return results
+
+    def _overlay(
+        self, prompts: list[list[int]], batch: MixedBatch, per_row: int
+    ) -> tuple[MixedBatch, list[tuple[int, int]]]:
+        """``batch`` with ``per_row`` prompts at the start of each row; where each prompt ends."""
+        tokens_BS, positions_BS = batch.tokens_BS.clone(), batch.positions_BS.clone()
+        ends: list[tuple[int, int]] = []
+        for row, first in enumerate(range(0, len(prompts), per_row)):
+            stop = 0
+            for prompt in prompts[first : first + per_row]:
+                begin, stop = stop, stop + len(prompt)
                 tokens_BS[row, begin:stop] = torch.tensor(prompt)
                 positions_BS[row, begin:stop] = torch.arange(len(prompt))
                 ends.append((row, stop - 1))
-            modality_BS = self.vocabulary.modality_of(tokens_BS)
-            logits_BSV = model(
-                tokens_BS.to(device), modality_BS.to(device), positions_BS.to(device)
-            )
-            results += [logits_BSV[row, end] for row, end in ends]
-        return results
+            # what is left of the document below the last prompt becomes a document of its own
+            rest = positions_BS[row, stop:]
+            below = (rest == 0).cumsum(0) == 0
+            positions_BS[row, stop:] = torch.where(below, torch.arange(len(rest)), rest)
+        modality_BS = self.vocabulary.modality_of(tokens_BS)
+        overlaid = replace(
+            batch, tokens_BS=tokens_BS, positions_BS=positions_BS, modality_BS=modality_BS
+        )
+        return overlaid, ends
 
 
 def load_tasks(folder: Path) -> list[Task]:

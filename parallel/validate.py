@@ -103,9 +103,7 @@ class Validation(Validator):
             metrics |= {f"loss/{m.label}": nll_M[m] / count_M[m] for m in present}
             metrics |= {f"unigram_entropy/{m.label}": self.unigram[m] for m in present}
             for task in self.tasks:
-                metrics[f"task/{task.name}"] = task.accuracy(
-                    model, self.seq_len, self.config.batch_rows
-                )
+                metrics[f"task/{task.name}"] = task.accuracy(model, self.batches)
                 metrics[f"chance/{task.name}"] = task.chance
         return metrics
 

@@ -131,6 +131,8 @@ def test_validation_does_not_change_the_run(tmp_path, data):
     losses = []
     for folder, freq in (("often", 1), ("never", 1000)):
         config = tiny_config(tmp_path / folder, data)
+        for layer in config.model_spec.model.layers:
+            layer.dropout = 0.2  # a model left in evaluation mode would show
         config.validator.freq = freq
         run(config)
         losses.append(

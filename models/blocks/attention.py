@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torchtitan.protocols.module import Module
 
@@ -79,9 +80,32 @@ class Attention(Module):
 
 def rotate(x_BSNH: torch.Tensor, layout: Layout) -> torch.Tensor:
     """Rotary embedding on the two halves of each head (the pairing of Hugging Face checkpoints)."""
-    cos, sin = layout.cos_BS1H, layout.sin_BS1H
-    left, right = x_BSNH.float().chunk(2, dim=-1)
-    return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1).to(x_BSNH.dtype)
+    return _Rotate.apply(x_BSNH, layout.cos_BS1H, layout.sin_BS1H)
+
+
+class _Rotate(torch.autograd.Function):
+    """(left, right) → (left · cos - right · sin, right · cos + left · sin), in fp32.
+
+    The gradient of a rotation is the rotation back. ``sin`` comes with the signs of both halves.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_BSNH: torch.Tensor, cos_BS1H: torch.Tensor, sin_BS1H: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(cos_BS1H, sin_BS1H)
+        return _turn(x_BSNH, cos_BS1H, sin_BS1H)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_BSNH: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        cos_BS1H, sin_BS1H = ctx.saved_tensors
+        return _turn(dy_BSNH, cos_BS1H, -sin_BS1H), None, None  # cos, sin
+
+
+def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    swapped = x.roll(x.shape[-1] // 2, -1)
+    return (x * cos).addcmul_(swapped, sin).to(x.dtype)
 
 
 def attend(

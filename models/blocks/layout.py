@@ -1,6 +1,6 @@
 """Layout: what every layer needs to know of a batch, worked out once and handed down.
 
-B rows, S positions, T = B·S tokens, H half of a head's width.
+B rows, S positions, T = B·S tokens, H width of a head.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ class Layout:
 
     ``group_T``     (T,) int64: modality group of each token; indexes untied parameters
     ``by_group``    the same as routes, every token once
-    ``cos_BS1H``, ``sin_BS1H``  (B, S, 1, H) fp32: rotary angles of each token's position
+    ``cos_BS1H``, ``sin_BS1H``  (B, S, 1, H) fp32: of the rotary angles; see ``rotary_angles``
     ``mask``        who attends whom: see ``attention_mask``
     """
 
@@ -63,12 +63,17 @@ def group_of_modality(modality_T: torch.Tensor, modalities: tuple[int, ...]) -> 
 def rotary_angles(
     positions_BS: torch.Tensor, head_dim: int, theta: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin, (B, S, 1, head_dim/2) fp32, of position / theta^(2i/head_dim) (RoFormer 15)."""
+    """cos and signed sin, (B, S, 1, head_dim) fp32, of position / theta^(2i/head_dim).
+
+    Angle i belongs to dimensions i and i + head_dim/2 (RoFormer 15, in halves): cos is written
+    twice, sin as -sin, then sin.
+    """
     exponent_H = (
         torch.arange(0, head_dim, 2, device=positions_BS.device, dtype=torch.float32) / head_dim
     )
     angle_BS1H = positions_BS.float()[:, :, None, None] * theta**-exponent_H
-    return angle_BS1H.cos(), angle_BS1H.sin()
+    cos, sin = angle_BS1H.cos(), angle_BS1H.sin()
+    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
 def attention_mask(positions_BS: torch.Tensor) -> "torch.Tensor | BlockMask | None":

@@ -7,10 +7,12 @@ H head width.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torchtitan.protocols.module import Module
 
 from earlyfuse.kernels.grouped_gemm import grouped_linear
@@ -61,8 +63,37 @@ class RMSNorm(Module):
     def forward(self, x_TD: torch.Tensor, layout: Layout) -> torch.Tensor:
         """(T, D) → (T, D)."""
         if self.untied:
-            return F.rms_norm(x_TD, x_TD.shape[-1:], eps=NORM_EPS) * self.weight[layout.group_T]
+            return _divided_by_rms(x_TD) * self.weight[layout.group_T]
+        if x_TD.device.type == "cpu":
+            return _divided_by_rms(x_TD) * self.weight
         return F.rms_norm(x_TD, self.weight.shape, self.weight, NORM_EPS)
+
+
+def _divided_by_rms(x_TD: torch.Tensor) -> torch.Tensor:
+    if x_TD.device.type == "cpu" and x_TD.dtype == torch.float32:
+        return _DividedByRms.apply(x_TD)
+    return F.rms_norm(x_TD, x_TD.shape[-1:], eps=NORM_EPS)
+
+
+class _DividedByRms(torch.autograd.Function):
+    """x / rms(x), fp32. torch has no CPU kernel for it; what it composes takes twice as long."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: torch.Tensor) -> torch.Tensor:
+        norm_T1 = torch.linalg.vector_norm(x_TD, dim=-1, keepdim=True)
+        scale_T1 = norm_T1.square_().div_(x_TD.shape[-1]).add_(NORM_EPS).rsqrt_()
+        y_TD = x_TD * scale_T1
+        ctx.save_for_backward(y_TD, scale_T1)
+        return y_TD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_TD: torch.Tensor) -> torch.Tensor:
+        y_TD, scale_T1 = ctx.saved_tensors
+        along_TD = y_TD * dy_TD
+        mean_T1 = along_TD.mean(-1, keepdim=True)
+        # (dy - y · mean(y · dy)) / rms, in one buffer
+        return torch.addcmul(dy_TD, y_TD, mean_T1, value=-1, out=along_TD).mul_(scale_T1)
 
 
 class HeadNorm(Module):

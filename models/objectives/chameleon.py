@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd.function import once_differentiable
 from torchtitan.config import Configurable
 
 from earlyfuse.models.batch import IGNORE_LABEL
@@ -55,9 +56,7 @@ class ChameleonObjective(Configurable):
         ``label_modality_BS`` uint8, modality of each label.
         """
         labels_T = labels_BS.reshape(-1)
-        logits_TV = logits_BSV.flatten(0, 1).float()
-        log_z_T = logits_TV.logsumexp(-1)
-        nll_T = log_z_T - logits_TV.gather(1, labels_T.clamp(min=0).unsqueeze(1)).squeeze(1)
+        nll_T, log_z_T = _TokenLosses.apply(logits_BSV.flatten(0, 1), labels_T.clamp(min=0))
         member_MT = label_members(labels_T, label_modality_BS.reshape(-1))
         zero = nll_T.new_zeros(())
         return LossSums(
@@ -69,6 +68,32 @@ class ChameleonObjective(Configurable):
     def total(self, sums: LossSums, labels: torch.Tensor | int) -> torch.Tensor:
         """The loss to minimise: sums over ``labels``, the global number of labels of the step."""
         return (sums.nll_M.sum() + self.z_loss * sums.z_M.sum()) / labels
+
+
+class _TokenLosses(torch.autograd.Function):
+    """Logits (T, V) and labels (T,) → nll (T,) and log Z (T,), fp32.
+
+    Their gradient, softmax · (dnll + dlog Z) - dnll at the label, is built in one buffer of the
+    logits' size, where autograd takes four.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits_TV: torch.Tensor, labels_T: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        log_z_T = logits_TV.float().logsumexp(-1)
+        ctx.save_for_backward(logits_TV, labels_T, log_z_T)
+        return log_z_T - logits_TV.gather(1, labels_T[:, None]).squeeze(1), log_z_T
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, dnll_T: torch.Tensor, dlog_z_T: torch.Tensor
+    ) -> tuple[torch.Tensor, None]:
+        logits_TV, labels_T, log_z_T = ctx.saved_tensors
+        dlogits_TV = (logits_TV - log_z_T[:, None]).exp_().mul_((dnll_T + dlog_z_T)[:, None])
+        dlogits_TV.scatter_add_(1, labels_T[:, None], -dnll_T[:, None])
+        return dlogits_TV.to(logits_TV.dtype), None  # labels
 
 
 def label_members(labels_T: torch.Tensor, modality_T: torch.Tensor) -> torch.Tensor:
