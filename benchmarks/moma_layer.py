@@ -329,7 +329,10 @@ def goals(setting: Setting, timings: list[Timing]) -> str:
         ratio = ours_over.get(name)
         verdict = "too noisy" if ratio is None else "met" if ratio <= goal else "missed"
         shown = "" if ratio is None else f" ({ratio:.3f})"
-        lines.append(f"- {setting}: ours / {name} ≤ {goal:.2f}: {verdict}{shown}")
+        lines.append(
+            f"- {setting.tokens} x {setting.dim} x {setting.hidden_dim}, text {setting.text_share:.0%}:"
+            f" ours / {name} ≤ {goal:.2f}: {verdict}{shown}"
+        )
     return "\n".join(lines)
 
 

@@ -27,7 +27,7 @@ from earlyfuse.parallel.validate import Validation
 
 IMAGE_SHARE = 0.5
 SHARES = {Modality.TEXT: 1 - IMAGE_SHARE, Modality.IMAGE: IMAGE_SHARE}
-SHAPE = decoders.Shape(dim=256, layers=4, heads=4, hidden_dim=512, vocab_size=2560)
+SHAPE = decoders.Shape(dim=192, layers=4, heads=4, hidden_dim=384, vocab_size=2560)
 
 
 def moma_4t4i() -> Trainer.Config:
@@ -92,25 +92,25 @@ def _run(name: str, model: Decoder.Config) -> Trainer.Config:
         data=DataSet.Config(
             folder=os.path.join("runs", "data"),
             embedded=True,
-            shares={"text": 0.3, "glyphs": 0.3, "digits": 0.2, "interleaved": 0.2},
+            shares={"text": 0.2, "glyphs": 0.4, "digits": 0.2, "interleaved": 0.2},
         ),
-        optimizer=adamw(lr=2e-3),
+        optimizer=adamw(lr=4e-3),
         lr_scheduler=LRSchedulersContainer.Config(
-            warmup_steps=50, decay_type="cosine", min_lr_factor=0.05
+            warmup_steps=60, decay_type="cosine", min_lr_factor=0.05
         ),
         training=TrainingConfig(
-            local_batch_size=8,
+            local_batch_size=4,
             seq_len=256,
-            steps=600,
+            steps=1600,
             mixed_precision_param="float32",
             disable_cuda_graphs=True,
         ),
         parallelism=ParallelismConfig(spmd_backend="partial_dtensor"),
         activation_checkpoint=None,
         compile=CompileConfig(enable=False),
-        checkpoint=Checkpoints.Config(interval=200, keep_latest_k=2),
-        metrics=RunMetrics.Config(log_freq=20),
-        validator=Validation.Config(freq=200),
+        checkpoint=Checkpoints.Config(interval=400, keep_latest_k=2),
+        metrics=RunMetrics.Config(log_freq=25),
+        validator=Validation.Config(freq=400),
     )
     config.dataloader.media_share = IMAGE_SHARE
     return config

@@ -41,7 +41,7 @@ def parallelize(
         ac_config.build(dump_folder=dump_folder).apply(model)
     if compile_config.enable and "model" in compile_config.components:
         for block in model.layers:
-            block.compile(backend=compile_config.backend, fullgraph=True)
+            block.compile(backend=compile_config.backend)
     _shard(model, parallel_dims, training, parallelism)
     return model
 
