@@ -324,14 +324,14 @@ def goals(setting: Setting, timings: list[Timing]) -> str:
     expert = {name: ours_over[name] for name in EXPERT_RIVALS if name in ours_over}
     if expert:
         ours_over["best expert rival"] = max(expert.values())
+    size = f"{setting.tokens} x {setting.dim} x {setting.hidden_dim}"
     lines = []
     for name, goal in GOALS.items():
         ratio = ours_over.get(name)
         verdict = "too noisy" if ratio is None else "met" if ratio <= goal else "missed"
         shown = "" if ratio is None else f" ({ratio:.3f})"
         lines.append(
-            f"- {setting.tokens} x {setting.dim} x {setting.hidden_dim}, text {setting.text_share:.0%}:"
-            f" ours / {name} ≤ {goal:.2f}: {verdict}{shown}"
+            f"- {size}, text {setting.text_share:.0%}: ours / {name} ≤ {goal:.2f}: {verdict}{shown}"
         )
     return "\n".join(lines)
 

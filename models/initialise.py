@@ -3,7 +3,9 @@
 =====================================  ==========================================================
 parameter                              initial value
 =====================================  ==========================================================
-embedding, head, wq, wk, wv, w1, w3    normal(0, std), cut at ±3 std
+embedding                              normal(0, 1), cut at ±3: with a small one, Adam's steps
+                                       are as large as the rows themselves and learning is slow
+head, wq, wk, wv, w1, w3               normal(0, std), cut at ±3 std
 wo, w2 (write into the residual)       normal(0, std / sqrt(2 · layers)), cut likewise
 router                                 normal(0, std), cut likewise
 norm weights                           1
@@ -36,7 +38,11 @@ def initialise(model: nn.Module, *, std: float, layers: int, seed: int) -> None:
         elif leaf.endswith("norm"):
             parameter.fill_(1.0)
         else:
-            scale = std / (2 * layers) ** 0.5 if leaf in RESIDUAL_WRITERS else std
+            scale = std
+            if leaf == "tok_embeddings":
+                scale = 1.0
+            elif leaf in RESIDUAL_WRITERS:
+                scale = std / (2 * layers) ** 0.5
             _fill_normal(parameter, scale, seed=zlib.crc32(f"{seed}:{name}".encode()))
 
 

@@ -154,6 +154,7 @@ def test_initial_values_follow_the_table():
     model = config.build()
     model.init_states()
     block = model.layers[3]
+    assert model.tok_embeddings.weight.std().item() == pytest.approx(0.98, rel=0.02)
     assert block.attention.wq.weight.std().item() == pytest.approx(0.02, rel=0.05)
     assert block.feed_forward.w2.std().item() == pytest.approx(0.02 / 4, rel=0.05)
     assert block.attention.wo.weight.std().item() == pytest.approx(0.02 / 4, rel=0.05)
