@@ -15,17 +15,15 @@ PEAKS_KNOWN = ("A100", "H100", "H200", "B200", "A6000", "MI250", "MI300", "MI325
 
 
 def check_writable(folder: Path) -> None:
-    """``ValueError`` if ``folder`` cannot be created or written."""
-    probe = folder / f".writable-{os.getpid()}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
+    """``ValueError`` if ``folder`` cannot be created or written; creates nothing."""
+    existing = folder
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise ValueError(
-            f"dump_folder ({folder}) must be a folder that can be written ({error.strerror}); "
-            "choose another with --dump_folder"
-        ) from error
+            f"dump_folder ({folder}) must be a folder that can be written, but {existing} is "
+            f"{'read-only' if existing.is_dir() else 'a file'}; choose another with --dump_folder"
+        )
 
 
 def write_description(folder: Path, config: dict[str, Any]) -> None:
@@ -38,6 +36,7 @@ def write_description(folder: Path, config: dict[str, Any]) -> None:
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "config": config,
     }
+    folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f"{DESCRIPTION}.tmp"
     temporary.write_text(json.dumps(description, indent=2, default=repr))
     temporary.replace(folder / DESCRIPTION)

@@ -19,7 +19,6 @@ import torchtitan.trainer as titan
 from torch.distributed.elastic.multiprocessing.errors import record
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed import utils as dist_utils
-from torchtitan.tools.logging import logger
 
 from earlyfuse.data.loader import LaneLoader
 from earlyfuse.models.blocks.experts import RouterStats
@@ -68,7 +67,6 @@ class Trainer(titan.Trainer):
         self.data.connect(config)
         self.vocabulary = self.data.vocabulary
         run_folder.check_writable(Path(config.dump_folder))
-        run_folder.write_description(Path(config.dump_folder), config.to_dict())
         # totals of the whole run, saved in every checkpoint
         self.tokens_M = torch.zeros(MODALITIES, dtype=torch.int64)
         super().__init__(config)
@@ -203,9 +201,11 @@ class Trainer(titan.Trainer):
         config, metrics = self.config, self.metrics_processor
         previous = signal.signal(signal.SIGTERM, self._request_stop)
         self.checkpointer.load(step=config.checkpoint.load_step)
+        # only now: a refused checkpoint leaves the folder's own description in place
+        run_folder.write_description(Path(config.dump_folder), config.to_dict())
         metrics.start(self.step, config.training.steps)
-        if self.step:
-            logger.info(f"resumed at step {self.step}")
+        if self.step and torch.distributed.get_rank() == 0:
+            print(f"resumed at step {self.step}", flush=True)
         first_step, saved = self.step, False
         with config.profiler.build(
             global_step=self.step, base_folder=config.dump_folder
