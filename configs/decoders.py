@@ -27,7 +27,6 @@ class Shape:
     vocab_size: int
     kv_heads: int | None = None
     norm_order: Literal["pre", "swin"] = "swin"
-    dropout: float = 0.0
     init_std: float = 0.02
     modalities: tuple[Modality, ...] = (Modality.TEXT, Modality.IMAGE)
 
@@ -136,7 +135,6 @@ def _decoder(
             feed_forward=feed_forward(),
             norm_order=shape.norm_order,
             norm_groups=groups,
-            dropout=shape.dropout,
         )
         for _ in range(shape.layers)
     ]
