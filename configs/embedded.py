@@ -104,16 +104,16 @@ def _run(name: str, model: Decoder.Config) -> Trainer.Config:
         training=TrainingConfig(
             local_batch_size=4,
             seq_len=256,
-            steps=800,
+            steps=900,
             mixed_precision_param="float32",
             disable_cuda_graphs=True,
         ),
         parallelism=ParallelismConfig(spmd_backend="partial_dtensor"),
         activation_checkpoint=None,
         compile=CompileConfig(enable=False),
-        checkpoint=Checkpoints.Config(interval=200, keep_latest_k=2),
+        checkpoint=Checkpoints.Config(interval=300, keep_latest_k=2),
         metrics=RunMetrics.Config(log_freq=25),
-        validator=Validation.Config(freq=200),
+        validator=Validation.Config(freq=300),
     )
     config.dataloader.media_share = IMAGE_SHARE
     return config

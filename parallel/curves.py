@@ -8,6 +8,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from earlyfuse.parallel.metrics import METRICS_FILE
 
@@ -32,6 +33,9 @@ def plot_curves(folder: Path) -> Path:
         _draw_losses(axis, label, train, validation, tokens_at)
     if tasks:
         _draw_tasks(axes[0][-1], tasks, validation, tokens_at)
+    for axis in axes[0]:
+        axis.xaxis.set_major_locator(MaxNLocator(5))
+        axis.xaxis.set_major_formatter(EngFormatter())
     figure.tight_layout()
     picture = folder / PICTURE
     temporary = picture.with_suffix(".tmp.png")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from runs import MODELS, SHAPE
+from tiny_runs import MODELS, SHAPE
 
 from earlyfuse.configs import decoders
 from earlyfuse.models.blocks.experts import ExpertPool

@@ -5,7 +5,7 @@ oracle.
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import SHAPE, SHARES
+from tiny_runs import SHAPE, SHARES
 
 from earlyfuse.configs import decoders
 from earlyfuse.models.blocks.experts import ExpertPool

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from runs import MODELS, SHAPE
+from tiny_runs import MODELS, SHAPE
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import MODELS, SHAPE, moma, tiny_config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_runs import MODELS, SHAPE, moma, tiny_config
 from toy import make_data
 
 from earlyfuse.configs import decoders
@@ -164,7 +164,7 @@ def test_sigterm_saves_and_the_same_command_resumes(tmp_path, data):
     script = tmp_path / "job.py"
     script.write_text(
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "from pathlib import Path\nfrom runs import tiny_config\n"
+        "from pathlib import Path\nfrom tiny_runs import tiny_config\n"
         f"config = tiny_config(Path({str(tmp_path / 'run')!r}), Path({str(data)!r}), steps=40)\n"
         "config.checkpoint.interval = 1000\nconfig.validator.freq = 1000\n"
         "trainer = config.build(); trainer.train(); trainer.close()\n"
