@@ -95,7 +95,6 @@ class RunLogger(BaseLogger):
     """``metrics.jsonl`` and TensorBoard events of one run folder."""
 
     def __init__(self, folder: Path, tensorboard: str | None):
-        folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / METRICS_FILE
         self.tensorboard_folder = folder / tensorboard if tensorboard else None
         self.file: TextIO | None = None
@@ -103,6 +102,7 @@ class RunLogger(BaseLogger):
 
     def start(self, step: int) -> None:
         """Open for appending after ``step``; later lines of an interrupted run are dropped."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
             kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= step]
             replacement = self.path.with_suffix(".tmp")
