@@ -15,9 +15,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from earlyfuse.data.tokenizers.image import load_image_tokenizer
+from earlyfuse.data.tokenizers import Tokenizers
 from earlyfuse.data.tokenizers.pixels import image_pixels
-from earlyfuse.data.tokenizers.text import TextTokenizer
 from earlyfuse.models.batch import MixedBatch
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.modality import Modality, Vocabulary
@@ -115,10 +114,13 @@ def load_tasks(folder: Path) -> list[Task]:
     path = folder / "validation" / "tasks.json"
     if not path.exists():
         return []
-    tokenizers = folder / "tokenizers"
-    text = TextTokenizer((tokenizers / "text.model").read_bytes())
-    images = load_image_tokenizer(tokenizers / "image.safetensors")
-    vocabulary = Vocabulary.from_dict(json.loads((tokenizers / "vocabulary.json").read_text()))
+    tokenizers = Tokenizers.load(folder / "tokenizers")
+    text, images, vocabulary = tokenizers.text, tokenizers.image, tokenizers.vocabulary
+    if images is None:
+        raise ValueError(
+            f"{path} asks for words after images, but {folder}/tokenizers has no image tokenizer; "
+            "remove the file or prepare with images"
+        )
     medium = vocabulary.medium(Modality.IMAGE)
     tasks = []
     for fields in json.loads(path.read_text())["tasks"]:
