@@ -1,6 +1,7 @@
 # make train   set up if needed, then pretrain the default model:  make train ARGS="--help"
 # make test    set up if needed, lint, type-check, run all tests
 # make lint    ruff and mypy only
+# make bench   run one benchmark:  make bench NAME=moma_layer
 # make setup   only what make train needs
 # make clean   remove the environment and caches
 #
@@ -16,7 +17,10 @@ FOLDERS := configs data kernels models parallel tools
 TYPES := $(VENV)/types
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -qq -c constraints.txt
 
-.PHONY: train test lint setup clean
+# large tensors on huge pages, as train.py has them
+export THP_MEM_ALLOC_ENABLE ?= 1
+
+.PHONY: train test lint bench setup clean
 .DELETE_ON_ERROR:
 
 train: setup
@@ -25,7 +29,7 @@ train: setup
 setup: $(VENV)/installed
 
 test: lint
-	@$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
 
 lint: $(VENV)/installed-test
 	@$(BIN)/ruff check .
@@ -33,6 +37,9 @@ lint: $(VENV)/installed-test
 	@set -o pipefail; MYPYPATH=$(TYPES):benchmarks $(BIN)/mypy -p earlyfuse -m train \
 	  $(patsubst benchmarks/%.py,-m %,$(wildcard benchmarks/*.py)) \
 	  | sed 's|^$(TYPES)/earlyfuse/||'
+
+bench: setup
+	@$(BIN)/python benchmarks/$(NAME).py
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

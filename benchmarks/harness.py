@@ -124,6 +124,7 @@ def environment() -> dict[str, Any]:
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "huge pages": os.environ.get("THP_MEM_ALLOC_ENABLE") == "1",
         "load": round(os.getloadavg()[0], 2),
         "matmul GFLOP/s": round(_matmul_gflops(), 1),
         "copy GB/s": round(_copy_gbytes(), 1),

@@ -145,11 +145,11 @@ def ours(problem: Problem) -> Rival:
             for group, name in enumerate(POOLS)
         ]
     ).build()
-    names = ("router", "w1", "w3", "w2")
+    names = ("router", "experts.w1", "experts.w3", "experts.w2")
     for name, stacked in zip(names, problem.parameters, strict=True):
         for pool, part in zip(module.pools, stacked.split(EXPERTS_PER_POOL), strict=True):
-            getattr(pool, name).data.copy_(part.detach())
-    parameters = [getattr(pool, name) for name in names for pool in module.pools]
+            pool.get_parameter(name).data.copy_(part.detach())
+    parameters = [pool.get_parameter(name) for name in names for pool in module.pools]
     return problem.rival(OURS, lambda x_TD: module(x_TD, problem.layout), parameters)
 
 

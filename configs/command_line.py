@@ -1,5 +1,7 @@
 """The command line of ``train.py``: a short help with defaults, and overrides of any field."""
 
+import os
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,6 +10,8 @@ from torchtitan.config.manager import ConfigManager, custom_registry
 
 from earlyfuse.configs.catalogue import DEFAULT, ConfigFunction
 from earlyfuse.parallel.trainer import Trainer
+
+DRY_RUN = "--dry-run"
 
 # the fields that people change; --help-all shows every one
 COMMON_FIELDS = (
@@ -51,8 +55,29 @@ def help_text(name: str, config: Trainer.Config) -> str:
         f"  --{field:<{width}}{meaning} [{_value(config, field)}]"
         for field, meaning in COMMON_FIELDS
     ]
-    lines += ["", "  --list       name the configs", "  --help-all   every field of the config"]
+    lines += [
+        "",
+        "  --list               name the configs",
+        "  --help-all           every field of the config",
+        "  --dry-run [RANKS]    what the run would take on so many ranks; nothing is started",
+    ]
     return "\n".join(lines)
+
+
+def take_dry_run(arguments: list[str]) -> int | None:
+    """Remove ``--dry-run [RANKS]`` from ``arguments``: the ranks, the launcher's if not given.
+
+    None without it; exits with a message if there is no positive number of ranks.
+    """
+    if DRY_RUN not in arguments:
+        return None
+    at = arguments.index(DRY_RUN)
+    del arguments[at]
+    given = arguments.pop(at) if at < len(arguments) and arguments[at][0] != "-" else None
+    ranks = given or os.environ.get("WORLD_SIZE", "1")
+    if not ranks.isdecimal() or not int(ranks):
+        sys.exit(f"{DRY_RUN} ({ranks}) must be followed by a number of ranks, or by nothing")
+    return int(ranks)
 
 
 def override(config: Trainer.Config, arguments: list[str]) -> Trainer.Config:

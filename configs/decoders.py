@@ -114,6 +114,24 @@ def moma(
     return _decoder(shape, feed_forward)
 
 
+def moma_1_4b() -> Decoder.Config:
+    """MoMa 1.4B 4t4i (arXiv 2407.21770, table 1): 7.3 B parameters, 1.4 B of them for a token.
+
+    Inner widths are two thirds of 4 · dim, rounded up to 256 as in public Chameleon code.
+    """
+    return _moma_4t4i(Shape(dim=2048, layers=24, heads=16, hidden_dim=5632, vocab_size=65536))
+
+
+def moma_7b() -> Decoder.Config:
+    """MoMa 4t4i in the shape of Chameleon-7B: 37 B parameters, 7 B of them for a token."""
+    return _moma_4t4i(Shape(dim=4096, layers=32, heads=32, hidden_dim=11008, vocab_size=65536))
+
+
+def _moma_4t4i(shape: Shape) -> Decoder.Config:
+    experts = {Modality.TEXT: 4, Modality.IMAGE: 4}
+    return moma(shape, experts, {Modality.TEXT: 0.5, Modality.IMAGE: 0.5})
+
+
 def _decoder(
     shape: Shape,
     feed_forward: Callable[[], FeedForward.Config | MixtureOfExperts.Config],

@@ -20,6 +20,7 @@ from torchtitan.protocols.module import Module, ModuleList
 from earlyfuse.models.blocks.attention import Attention
 from earlyfuse.models.blocks.experts import MixtureOfExperts
 from earlyfuse.models.blocks.feed_forward import FeedForward
+from earlyfuse.models.blocks.held import held
 from earlyfuse.models.blocks.layout import Layout
 from earlyfuse.models.blocks.linear import RMSNorm
 from earlyfuse.models.initialise import initialise
@@ -189,7 +190,7 @@ class Embedding(Module):
 
     def forward(self, tokens_T: torch.Tensor) -> torch.Tensor:
         """(T,) ids → (T, D)."""
-        return F.embedding(tokens_T, self.weight)
+        return F.embedding(tokens_T, held(self.weight))
 
 
 class Head(Module):
@@ -206,4 +207,4 @@ class Head(Module):
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
         """(T, D) → (T, V)."""
-        return F.linear(x_TD, self.weight)
+        return F.linear(x_TD, held(self.weight))

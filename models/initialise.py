@@ -12,18 +12,21 @@ norm weights                           1
 norm biases                            0
 =====================================  ==========================================================
 
-Each parameter draws from a generator of its own, seeded by the model's seed and the parameter's
-name: values do not depend on the order of construction, on other parameters, or on how many ranks
-there are.
+Values are drawn in blocks of rows, each from a generator of its own, seeded by the model's seed,
+the parameter's name and the block's place: they do not depend on the order of construction, on
+other parameters, or on how many ranks there are, and a rank draws only the blocks it holds.
 """
 
 import zlib
+from itertools import product
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 RESIDUAL_WRITERS = ("wo", "w2")
+BLOCK_ROWS = 256
 
 
 @torch.no_grad()
@@ -43,16 +46,35 @@ def initialise(model: nn.Module, *, std: float, layers: int, seed: int) -> None:
                 scale = 1.0
             elif leaf in RESIDUAL_WRITERS:
                 scale = std / (2 * layers) ** 0.5
-            _fill_normal(parameter, scale, seed=zlib.crc32(f"{seed}:{name}".encode()))
+            _fill_normal(parameter, scale, seed=f"{seed}:{name}")
 
 
-def _fill_normal(parameter: torch.Tensor, std: float, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    values = torch.empty(parameter.shape, dtype=torch.float32)
-    torch.nn.init.trunc_normal_(values, std=std, a=-3 * std, b=3 * std, generator=generator)
-    if isinstance(parameter, DTensor):
-        values = values.to(parameter.device_mesh.device_type)
-        values = distribute_tensor(
-            values, parameter.device_mesh, parameter.placements, src_data_rank=None
-        )
-    parameter.copy_(values)
+def _fill_normal(parameter: torch.Tensor, std: float, seed: str) -> None:
+    local, offset = _held(parameter)
+    *_, rows, columns = parameter.shape
+    *lead_offset, row_offset, column_offset = offset
+    wanted = slice(column_offset, column_offset + local.shape[-1])
+    for index in product(*map(range, local.shape[:-2])):
+        place = [start + i for start, i in zip(lead_offset, index, strict=True)]
+        target = local[index]
+        end = row_offset + len(target)
+        for start in range(row_offset - row_offset % BLOCK_ROWS, end, BLOCK_ROWS):
+            stop = min(start + BLOCK_ROWS, rows)
+            name = f"{seed}:{place}:{start}".encode()
+            generator = torch.Generator().manual_seed(zlib.crc32(name))
+            values = torch.empty(stop - start, columns, dtype=torch.float32)
+            nn.init.trunc_normal_(values, std=std, a=-3 * std, b=3 * std, generator=generator)
+            first, last = max(start, row_offset), min(stop, end)
+            target[first - row_offset : last - row_offset].copy_(
+                values[first - start : last - start, wanted]
+            )
+
+
+def _held(parameter: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """The part of a parameter that this rank holds, and where it begins in each dimension."""
+    if not isinstance(parameter, DTensor):
+        return parameter, (0,) * parameter.ndim
+    _, offset = compute_local_shape_and_global_offset(
+        parameter.shape, parameter.device_mesh, parameter.placements
+    )
+    return parameter.to_local(), offset

@@ -71,22 +71,23 @@ class DataSet(Configurable):
                 f"({training.local_batch_size}) must be at "
                 f"least 1, seq_len ({training.seq_len}) at least 2"
             )
-        rows = training.local_batch_size * int(os.environ.get("WORLD_SIZE", "1"))
+        # ranks of one tensor-parallel group share their rows
+        ranks = int(os.environ.get("WORLD_SIZE", "1")) // config.parallelism.tensor_parallel_degree
+        rows = training.local_batch_size * ranks
         if training.global_batch_size < 0:
             training.global_batch_size = rows
         if training.global_batch_size % rows:
             raise ValueError(
                 f"training.global_batch_size ({training.global_batch_size}) must be a multiple of "
-                "local_batch_size "
-                f"times the ranks ({rows}); change one of them"
+                f"local_batch_size times the data ranks ({rows}); change one of them"
             )
         config.dataloader.sources = {str(train[name]): share for name, share in self.shares.items()}
         config.dataloader.global_batch_size = training.global_batch_size
         config.validator.sources = [str(folder) for folder in self.sources("validation").values()]
         config.validator.data_folder = str(self.folder)
-        self._check_model(config.model_spec.model, training, config.validator)
+        self._check_model(config.model_spec.model, training, config.validator.batch_rows / ranks)
 
-    def _check_model(self, model: Any, training: Any, validator: Any) -> None:
+    def _check_model(self, model: Any, training: Any, validator_rows: float) -> None:
         if model.vocab_size != self.vocabulary.size:
             raise ValueError(
                 f"model vocab_size ({model.vocab_size}) must equal the vocabulary of the data "
@@ -99,10 +100,9 @@ class DataSet(Configurable):
                 f"model modalities {[Modality(m).label for m in model.modalities]} lack {missing}, "
                 f"which the data in {self.folder} have; add them to the model's config"
             )
-        ranks = int(os.environ.get("WORLD_SIZE", "1"))
         rows_per_rank = {
             "training.local_batch_size": training.local_batch_size,
-            "validator.batch_rows per rank": validator.batch_rows / ranks,
+            "validator.batch_rows per rank": validator_rows,
         }
         for name, pool, _, _ in model.traverse(ExpertPool.Config):
             for field_name, rows in rows_per_rank.items():

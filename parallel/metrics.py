@@ -3,6 +3,8 @@
 ``metrics.jsonl`` has one JSON object per logged step. ``kind`` is "train" or "validation"; modality
 names are the last part of a key (``loss/image``). A resumed run first drops what the interrupted
 one logged beyond its last checkpoint, so the file reads as if the run had never stopped.
+
+With several ranks a logged step also says what the slowest of them saw (``rank_times.py``).
 """
 
 import json
@@ -18,7 +20,10 @@ from torch.utils.tensorboard import SummaryWriter
 from torchtitan.components.metrics import BaseLogger, MetricsProcessor
 from tqdm import tqdm
 
+from earlyfuse.parallel.rank_times import RankTimes
+
 METRICS_FILE = "metrics.jsonl"
+CLEARLY_SLOWER = 1.1
 
 
 class RunMetrics(MetricsProcessor):
@@ -37,6 +42,7 @@ class RunMetrics(MetricsProcessor):
         self.is_main = dist.get_rank() == 0
         super().__init__(config, dump_folder=dump_folder, **runtime)
         self.console: Console | None = None
+        self.rank_times = RankTimes()
 
     def _build_metric_logger(self, *, config: MetricsProcessor.Config, **_: Any) -> BaseLogger:
         if not self.is_main:
@@ -48,26 +54,32 @@ class RunMetrics(MetricsProcessor):
         if isinstance(self.logger, RunLogger):
             self.logger.start(step)
         self.console = Console(step, steps, sys.stdout) if self.is_main else None
+        self.rank_times.start(step)
         self.time_last_log = time.perf_counter()
 
-    def log_step(self, step: int, metrics: dict[str, float]) -> None:
-        """Write one training step's metrics with throughput since the last call."""
+    def log_step(self, step: int, metrics: dict[str, Any]) -> None:
+        """Write one training step's metrics with throughput since the last call; on every rank."""
         elapsed = time.perf_counter() - self.time_last_log
-        tokens_per_second = self.ntokens_since_last_log / elapsed
+        # ranks of one tensor-parallel group share their tokens
+        dims = self.parallel_dims
+        tokens_per_second = self.ntokens_since_last_log / elapsed / dims.non_data_parallel_size
+        data_wait = sum(self.data_loading_times)
         metrics = metrics | {
-            "tokens_per_second": tokens_per_second * self.parallel_dims.world_size,
-            "data_wait": sum(self.data_loading_times) / elapsed,
+            "tokens_per_second": tokens_per_second * dims.world_size,
+            "data_wait": data_wait / elapsed,
             "memory_gib": self.device_memory_monitor.get_peak_stats().max_active_gib,
         }
         if self.gpu_peak_flops:
             metrics["mfu"] = self.num_flops_per_token * tokens_per_second / self.gpu_peak_flops
+        metrics |= self.rank_times.gather(step, data_wait, elapsed)
         self.logger.log({"kind": "train", **metrics}, step)
         if self.console:
             self.console.train(step, metrics)
         self.restart_clock()
 
     def tick(self, step: int) -> None:
-        """Move the live line of a terminal to ``step``."""
+        """``step`` is done: move the live line of a terminal."""
+        self.rank_times.step = step
         if self.console:
             self.console.tick(step)
 
@@ -81,6 +93,7 @@ class RunMetrics(MetricsProcessor):
         """Throughput counts from now on."""
         self.ntokens_since_last_log = 0
         self.data_loading_times.clear()
+        self.rank_times.restart()
         self.time_last_log = time.perf_counter()
         self.device_memory_monitor.reset_peak_stats()
 
@@ -113,12 +126,12 @@ class RunLogger(BaseLogger):
             self.writer = SummaryWriter(str(self.tensorboard_folder), purge_step=step + 1)
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
-        """One line and one set of scalars; strings (``kind``) become the scalars' prefix."""
+        """One line, and a scalar named ``kind``/name for each number."""
         assert self.file is not None, "log before start"
         self.file.write(json.dumps({"step": step, **metrics}) + "\n")
         if self.writer:
             for name, value in metrics.items():
-                if name != "kind":
+                if not isinstance(value, str):
                     self.writer.add_scalar(f"{metrics['kind']}/{name}", value, step)
 
     def close(self) -> None:
@@ -143,7 +156,7 @@ class Console:
         if self.bar is not None:
             self.bar.update(step - self.bar.n)
 
-    def train(self, step: int, metrics: dict[str, float]) -> None:
+    def train(self, step: int, metrics: dict[str, Any]) -> None:
         """Show a training step."""
         text = (
             f"{_losses('loss', metrics)} | grad {metrics['grad_norm']:.2f} | lr "
@@ -152,6 +165,8 @@ class Console:
         )
         if "mfu" in metrics:
             text += f" | mfu {metrics['mfu']:.1%}"
+        if "slowest_rank" in metrics:
+            text += f" | {_ranks(metrics)}"
         if self.bar is not None:
             self.bar.set_postfix_str(text, refresh=False)
         else:
@@ -193,6 +208,15 @@ def _losses(prefix: str, metrics: dict[str, float]) -> str:
         if name.startswith(f"{prefix}/")
     ]
     return " ".join(parts)
+
+
+def _ranks(metrics: dict[str, Any]) -> str:
+    """What the slowest rank saw; it is named where it is clearly slower than the fastest."""
+    slow, fast = metrics["rank_seconds/max"], metrics["rank_seconds/min"]
+    text = f"data wait {metrics['data_wait']:.0%} | step {fast:.3g}–{slow:.3g} s"
+    if slow > CLEARLY_SLOWER * fast:
+        text += f", slowest rank {metrics['slowest_rank']} on {metrics['slowest_host']}"
+    return text
 
 
 def _step_of(line: str) -> float:

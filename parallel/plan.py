@@ -1,29 +1,49 @@
 """The parallel plan: one function that applies everything, in order.
 
-1. activation checkpointing — wraps blocks first, so that compile sees the recomputation;
-2. compile — per block, so that all layers share one graph;
-3. FSDP2 or HSDP — last, around compiled blocks: its hooks gather parameters outside the graph, and
-its
-   units (embedding, each block, norm with head) are what one gather brings.
+1. tensor parallelism and expert parallelism — cut the parameters themselves, so everything after
+   works on what a rank holds;
+2. activation checkpointing — wraps blocks before they are compiled, so that compile sees the
+   recomputation;
+3. compile — per block, so that all layers share one graph;
+4. FSDP2 or HSDP — last, around compiled blocks: its hooks gather parameters outside the graph. Its
+   units are the embedding, each block, and norm with head; with expert parallelism, the experts of
+   a block are gathered beside the rest of it, from those ranks that hold the same ones.
 
 n ranks compute what one rank computes on the same global batch: gradients are summed, not averaged,
 because losses are already divided by global counts.
 """
 
+import os
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
+    FSDPModule,
     MixedPrecisionPolicy,
     OffloadPolicy,
     fully_shard,
 )
+from torch.distributed.fsdp._fully_shard._fsdp_common import (
+    FSDPMeshInfo,
+    HSDPMeshInfo,
+    ShardPlacementResult,
+)
+from torch.distributed.tensor import Shard
 from torchtitan.config import TORCH_DTYPE_MAP, CompileConfig, ParallelismConfig, TrainingConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.activation_checkpoint import ActivationCheckpointing
 
+from earlyfuse.models.blocks.experts import Experts, MixtureOfExperts
+from earlyfuse.models.blocks.feed_forward import FeedForward
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.parallel.compat import reduce_with_plain_sums
+from earlyfuse.parallel.expert_parallel import spread_experts
+from earlyfuse.parallel.recompute import checkpoint_activations
+from earlyfuse.parallel.tensor_parallel import cut_tensors
 
 
 def parallelize(
@@ -37,35 +57,128 @@ def parallelize(
     dump_folder: str,
 ) -> Decoder:
     """Spread ``model`` (on the meta device) over the ranks of ``parallel_dims``, in place."""
+    if parallel_dims.tp_enabled:
+        cut_tensors(model, parallel_dims.get_mesh("tp"))
+    if parallel_dims.ep_enabled:
+        spread_experts(model, parallel_dims.get_mesh("ep"))
     if ac_config is not None:
-        ac_config.build(dump_folder=dump_folder).apply(model)
+        checkpoint_activations(model, ac_config, dump_folder)
     if compile_config.enable and "model" in compile_config.components:
         for block in model.layers:
             block.compile(backend=compile_config.backend)
-    _shard(model, parallel_dims, training, parallelism)
+    plain_fp32 = training.mixed_precision_param == "float32" and not training.enable_cpu_offload
+    if parallel_dims.world_size > 1 or not plain_fp32:
+        _shard(model, parallel_dims, training, parallelism)
     return model
 
 
-def check_parallelism(parallelism: ParallelismConfig) -> None:
-    """Refuse what this plan cannot spread; raises ``ValueError`` naming the field."""
-    for field in (
-        "tensor_parallel_degree",
-        "context_parallel_degree",
-        "pipeline_parallel_degree",
-        "expert_parallel_degree",
-    ):
-        if getattr(parallelism, field) != 1:
-            raise ValueError(
-                f"parallelism.{field} ({getattr(parallelism, field)}) must be 1: models are "
-                "spread by FSDP2 "
-                "(data_parallel_shard_degree) and HSDP (with data_parallel_replicate_degree)"
-            )
-    if parallelism.spmd_backend != "partial_dtensor":
+def check_parallelism(
+    parallelism: ParallelismConfig, training: TrainingConfig, model: Decoder.Config
+) -> None:
+    """Refuse what this plan cannot spread, before anything is built.
+
+    Raises ``ValueError`` naming the field. The number of ranks is the launcher's.
+    """
+    if training.enable_cpu_offload and not torch.accelerator.is_available():
         raise ValueError(
-            f"parallelism.spmd_backend ({parallelism.spmd_backend}) must be partial_dtensor: the "
-            "others do not "
+            "training.enable_cpu_offload (True) must be False without a GPU: everything is in host "
+            "memory already"
+        )
+    for rule in (_unsupported, _ranks, _tensor, _experts):
+        for problem in rule(parallelism, model):
+            raise ValueError(f"parallelism.{problem}")
+
+
+# ---------------------------------------------------------------- what cannot be spread
+
+
+def _unsupported(parallelism: ParallelismConfig, model: Decoder.Config) -> Iterator[str]:
+    if parallelism.pipeline_parallel_degree != 1:
+        yield (
+            f"pipeline_parallel_degree ({parallelism.pipeline_parallel_degree}) must be 1: "
+            "torchtitan 0.3's pipeline schedules need torch 2.14, the pinned torch is 2.13; spread "
+            "by FSDP (data_parallel_shard_degree) and tensor_parallel_degree instead"
+        )
+    if parallelism.context_parallel_degree != 1:
+        yield (
+            f"context_parallel_degree ({parallelism.context_parallel_degree}) must be 1: attention "
+            "over sequences cut across ranks is not there; use tensor_parallel_degree for long rows"
+        )
+    if parallelism.spmd_backend != "partial_dtensor":
+        yield (
+            f"spmd_backend ({parallelism.spmd_backend}) must be partial_dtensor: the others do not "
             "shard plain parameters on torch 2.13"
         )
+    if parallelism.tensor_parallel_degree > 1 and parallelism.expert_parallel_degree > 1:
+        yield (
+            f"expert_parallel_degree ({parallelism.expert_parallel_degree}) must be 1 together "
+            f"with tensor_parallel_degree ({parallelism.tensor_parallel_degree}), which cuts "
+            "experts too; use one of the two, and FSDP for the rest"
+        )
+
+
+def _ranks(parallelism: ParallelismConfig, model: Decoder.Config) -> Iterator[str]:
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    shard, replicate = (
+        parallelism.data_parallel_shard_degree,
+        parallelism.data_parallel_replicate_degree,
+    )
+    tensor, experts = parallelism.tensor_parallel_degree, parallelism.expert_parallel_degree
+    fixed = replicate * tensor * max(shard, 1)
+    if ranks % fixed or (shard > 0 and ranks != fixed):
+        yield (
+            f"data_parallel_replicate_degree ({replicate}) x data_parallel_shard_degree ({shard}; "
+            f"-1: all that is left) x tensor_parallel_degree ({tensor}) must make up the {ranks} "
+            "ranks of the job; change one of them or the number of ranks"
+        )
+    sharded = ranks // (replicate * tensor)
+    if sharded % experts:
+        yield (
+            f"expert_parallel_degree ({experts}) must divide the {sharded} ranks that FSDP shards "
+            "over; change it or the number of ranks"
+        )
+
+
+def _tensor(parallelism: ParallelismConfig, model: Decoder.Config) -> Iterator[str]:
+    degree = parallelism.tensor_parallel_degree
+    sizes = {"dim": model.dim, "vocab_size": model.vocab_size}
+    for index, layer in enumerate(model.layers):
+        at, feed_forward = f"layers[{index}]", layer.feed_forward
+        sizes[f"{at}.attention.heads"] = layer.attention.heads
+        sizes[f"{at}.attention.kv_heads"] = layer.attention.kv_heads
+        if isinstance(feed_forward, FeedForward.Config):
+            sizes[f"{at}.feed_forward.hidden_dim"] = feed_forward.hidden_dim
+        else:
+            for pool in feed_forward.pools:
+                sizes[f"{at}.feed_forward.{pool.name}.hidden_dim"] = pool.hidden_dim
+    for name, size in sizes.items():
+        if size % degree:
+            yield (
+                f"tensor_parallel_degree ({degree}) must divide {name} ({size}) of the model; "
+                "lower it or change the model"
+            )
+
+
+def _experts(parallelism: ParallelismConfig, model: Decoder.Config) -> Iterator[str]:
+    degree = parallelism.expert_parallel_degree
+    if degree == 1:
+        return
+    mixtures = [
+        layer.feed_forward
+        for layer in model.layers
+        if isinstance(layer.feed_forward, MixtureOfExperts.Config)
+    ]
+    if not mixtures:
+        yield f"expert_parallel_degree ({degree}) must be 1: this model has no routed experts"
+    for pool in (pool for mixture in mixtures for pool in mixture.pools):
+        if pool.experts % degree:
+            yield (
+                f"expert_parallel_degree ({degree}) must divide the {pool.experts} {pool.name} "
+                "experts, so that every rank holds as many; lower it or change the experts"
+            )
+
+
+# ---------------------------------------------------------------- FSDP2 and HSDP
 
 
 def _shard(
@@ -74,26 +187,41 @@ def _shard(
     training: TrainingConfig,
     parallelism: ParallelismConfig,
 ) -> None:
-    plain_fp32 = training.mixed_precision_param == "float32" and not training.enable_cpu_offload
-    if parallel_dims.world_size == 1 and plain_fp32:
-        return  # one rank holds everything in its own precision: nothing to gather or cast
-    names = ["dp_replicate", "fsdp"] if parallel_dims.dp_replicate_enabled else ["fsdp"]
-    precision = MixedPrecisionPolicy(
-        param_dtype=TORCH_DTYPE_MAP[training.mixed_precision_param],
-        reduce_dtype=TORCH_DTYPE_MAP[training.mixed_precision_reduce],
-        cast_forward_inputs=False,
-    )
-    offload = CPUOffloadPolicy() if training.enable_cpu_offload else OffloadPolicy()
-    mesh = parallel_dims.get_mesh(names)
+    replicate = ["dp_replicate"] if parallel_dims.dp_replicate_enabled else []
+    mesh = parallel_dims.get_mesh([*replicate, "fsdp"])
     reshard = parallelism.fsdp_reshard_after_forward != "never"
+    settings: dict[str, Any] = {
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=TORCH_DTYPE_MAP[training.mixed_precision_param],
+            reduce_dtype=TORCH_DTYPE_MAP[training.mixed_precision_reduce],
+            cast_forward_inputs=False,
+        ),
+        "offload_policy": CPUOffloadPolicy() if training.enable_cpu_offload else OffloadPolicy(),
+    }
+
+    over_all = over_experts = _mesh_info(mesh)
+    if parallel_dims.ep_enabled:
+        over_experts = _mesh_info(parallel_dims.get_mesh([*replicate, "efsdp"]))
+    experts = {
+        parameter
+        for module in model.modules()
+        if isinstance(module, Experts)
+        for parameter in module.parameters()
+    }
+
+    def place(parameter: nn.Parameter) -> ShardPlacementResult:
+        over = over_experts if parameter in experts else over_all
+        cut = {p.dim for p in getattr(parameter, "placements", ()) if isinstance(p, Shard)}
+        dim = shard_dimension(parameter.shape, cut, over.mesh.size(-1))
+        return ShardPlacementResult(Shard(dim), over)
 
     def shard(module: nn.Module | list[nn.Module], reshard_after_forward: bool) -> None:
         fully_shard(
             module,
             mesh=mesh,
-            mp_policy=precision,
-            offload_policy=offload,
             reshard_after_forward=reshard_after_forward,
+            shard_placement_fn=place,
+            **settings,
         )
 
     shard(model.tok_embeddings, reshard)
@@ -103,6 +231,21 @@ def _shard(
     shard([model.norm, model.lm_head], parallelism.fsdp_reshard_after_forward == "always")
     shard(model, False)
     for module in model.modules():
-        if isinstance(module, torch.distributed.fsdp.FSDPModule):
+        if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
     reduce_with_plain_sums(model)
+
+
+def _mesh_info(mesh: DeviceMesh) -> FSDPMeshInfo:
+    if mesh.ndim == 1:
+        return FSDPMeshInfo(mesh, shard_mesh_dim=0)
+    return HSDPMeshInfo(mesh, replicate_mesh_dim=0, shard_mesh_dim=1)
+
+
+def shard_dimension(shape: Sequence[int], cut: Collection[int], ranks: int) -> int:
+    """The first dimension of a parameter that divides evenly and is not ``cut`` already; else 0.
+
+    A few experts cannot be shared out whole among many ranks: their widths can.
+    """
+    even = (dim for dim, size in enumerate(shape) if dim not in cut and size % ranks == 0)
+    return next(even, 0)

@@ -8,6 +8,7 @@ The answer is never in the input, so look-ahead in routing cannot give it away.
 
 import base64
 import json
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from operator import eq
 from pathlib import Path
@@ -24,6 +25,15 @@ from earlyfuse.models.modality import Modality, Vocabulary
 # prompts take at most this share of a row: the rest is ordinary held-out data, so that routers that
 # choose among the tokens of a batch meet the mix that they were trained on
 PROMPT_SHARE = 0.25
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Data ranks that share the rows of a batch; ``sum`` adds a host tensor up over them."""
+
+    rank: int = 0
+    count: int = 1
+    sum: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor
 
 
 @dataclass(frozen=True)
@@ -45,27 +55,36 @@ class Task:
         """Accuracy of always naming the most frequent answer."""
         return max(self.answers.count(i) for i in set(self.answers)) / len(self.answers)
 
-    def accuracy(self, model: Decoder, batches: list[MixedBatch]) -> float:
-        """Share of items whose word the model picks; ``batches`` give the rows around them."""
+    def accuracy(self, model: Decoder, batches: list[MixedBatch], ranks: Ranks) -> float:
+        """Share of items whose word the model picks; ``batches`` give the rows around them.
+
+        Every rank fills its own rows of the batches with prompts, so that the answer does not
+        depend on how many there are.
+        """
         chosen: list[tuple[int, ...]] = [() for _ in self.prompts]
         while True:
             undecided = [i for i, word in enumerate(chosen) if word not in self.candidates]
             if not undecided:
                 break
             prompts = [self.prompts[i] + list(chosen[i]) for i in undecided]
-            logits = self._last_logits(model, prompts, batches)
-            for item, logits_V in zip(undecided, logits, strict=True):
-                begun = chosen[item]
+            picked = torch.zeros(len(prompts), dtype=torch.int64)
+            for at, logits_V in self._last_logits(model, prompts, batches, ranks):
+                begun = chosen[undecided[at]]
                 options = {w[len(begun)] for w in self.candidates if w[: len(begun)] == begun}
-                best = max(sorted(options), key=lambda token: float(logits_V[token]))
-                chosen[item] = (*begun, best)
+                picked[at] = max(sorted(options), key=lambda token: float(logits_V[token]))
+            for item, token in zip(undecided, ranks.sum(picked).tolist(), strict=True):
+                chosen[item] = (*chosen[item], token)
         words = [self.candidates[answer] for answer in self.answers]
         return sum(map(eq, words, chosen)) / len(words)
 
     def _last_logits(
-        self, model: Decoder, prompts: list[list[int]], batches: list[MixedBatch]
-    ) -> list[torch.Tensor]:
-        """Logits (V,) after each prompt."""
+        self,
+        model: Decoder,
+        prompts: list[list[int]],
+        batches: list[MixedBatch],
+        ranks: Ranks,
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """Number of each prompt in this rank's rows, and the logits (V,) after it."""
         device = next(model.parameters()).device
         rows, seq_len = batches[0].tokens_BS.shape
         longest = max(map(len, prompts))
@@ -76,14 +95,16 @@ class Task:
                 "raise training.seq_len or turn validator.tasks off"
             )
         per_row = max(1, int(PROMPT_SHARE * seq_len / longest))
-        results: list[torch.Tensor] = []
-        for number, start in enumerate(range(0, len(prompts), per_row * rows)):
-            part = prompts[start : start + per_row * rows]
-            batch, ends = self._overlay(part, batches[number % len(batches)], per_row)
+        own = per_row * rows
+        for number, start in enumerate(range(0, len(prompts), own * ranks.count)):
+            first = start + ranks.rank * own
+            batch, ends = self._overlay(
+                prompts[first : first + own], batches[number % len(batches)], per_row
+            )
             batch = batch.to(device)
             logits_BSV = model(batch.tokens_BS, batch.modality_BS, batch.positions_BS)
-            results += [logits_BSV[row, end] for row, end in ends]
-        return results
+            for at, (row, end) in enumerate(ends, start=first):
+                yield at, logits_BSV[row, end]
 
     def _overlay(
         self, prompts: list[list[int]], batch: MixedBatch, per_row: int

@@ -2,37 +2,40 @@
 
 Taken over from torchtitan: process groups and meshes, building on meta, optimizer, schedules, DCP
 checkpoints, profiler. Its own here: sums of losses per label modality over global counts, metrics
-per modality, validation on a fixed list, a graceful stop on SIGTERM.
+per modality, validation on a fixed list; and what keeps a run from harm (docs/reliability.md):
+graceful stops, skipped steps, a watchdog.
 
 B rows, S positions, M modality ids.
 """
 
-import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 import torchtitan.trainer as titan
 from torch.distributed.elastic.multiprocessing.errors import record
 from torchtitan.distributed import ParallelDims
-from torchtitan.distributed import utils as dist_utils
 
 from earlyfuse.data.loader import LaneLoader
 from earlyfuse.models.blocks.experts import RouterStats
 from earlyfuse.models.decoder import Decoder
-from earlyfuse.models.flops import training_flops
 from earlyfuse.models.modality import Modality
 from earlyfuse.models.objectives.chameleon import ChameleonObjective, label_members
-from earlyfuse.parallel import compat, run_folder
+from earlyfuse.parallel import compat, lost_hosts, rank_log, run_folder, stop
+from earlyfuse.parallel.agreement import check_ranks_agree
 from earlyfuse.parallel.checkpoint import Checkpoints
 from earlyfuse.parallel.curves import plot_curves
 from earlyfuse.parallel.data_set import DataSet, NoTokenizer
+from earlyfuse.parallel.gradients import clip
 from earlyfuse.parallel.metrics import RunMetrics
 from earlyfuse.parallel.plan import check_parallelism
+from earlyfuse.parallel.skip import SkipRule
+from earlyfuse.parallel.tensor_parallel import sharded_token_losses
+from earlyfuse.parallel.totals import StepTotals, router_load, work_done
 from earlyfuse.parallel.validate import Validation
+from earlyfuse.parallel.watchdog import Phase, Watchdog
 
 MODALITIES = len(Modality)
 Microbatch = tuple[dict[str, torch.Tensor], torch.Tensor]
@@ -50,44 +53,68 @@ class Trainer(titan.Trainer):
         checkpoint: Checkpoints.Config = field(default_factory=Checkpoints.Config)
         metrics: RunMetrics.Config = field(default_factory=RunMetrics.Config)
         validator: Validation.Config = field(default_factory=Validation.Config)
+        skip: SkipRule.Config = field(default_factory=SkipRule.Config)
+        watchdog: Watchdog.Config = field(default_factory=Watchdog.Config)
 
     config: Config
     loss_fn: ChameleonObjective
     metrics_processor: RunMetrics
     validator: Validation
     dataloader: LaneLoader
+    checkpointer: Checkpoints
 
     @record
     def __init__(self, config: Config):
         compat.apply()
         self._alone = compat.join_process_group_alone()
-        check_parallelism(config.parallelism)
         assert config.model_spec is not None, "configs always set model_spec"
+        check_parallelism(config.parallelism, config.training, config.model_spec.model)
         self.data = DataSet(config.data)
         self.data.connect(config)
         self.vocabulary = self.data.vocabulary
         run_folder.check_writable(Path(config.dump_folder))
-        # totals of the whole run, saved in every checkpoint
+        rank_log.start(Path(config.dump_folder))
+        # saved in every checkpoint: totals of the whole run
         self.tokens_M = torch.zeros(MODALITIES, dtype=torch.int64)
+        self.skip = config.skip.build()
+        self.stopping = False
         super().__init__(config)
         if self.parallel_dims.dp_enabled:
             self.dataloader.mesh = self.parallel_dims.get_mesh("batch")
         self.model: Decoder = self.model_parts[0]
+        if self.parallel_dims.tp_enabled:
+            self.loss_fn.token_losses = sharded_token_losses(
+                self.vocabulary.size, self.parallel_dims.get_mesh("tp")
+            )
+        # ranks of one tensor-parallel group hold the same rows: one of them counts
+        self._counts_rows = (
+            not self.parallel_dims.tp_enabled
+            or self.parallel_dims.get_mesh("tp").get_local_rank() == 0
+        )
         self.statistics = [m for m in self.model.modules() if isinstance(m, RouterStats)]
-        self._stop_requested = False
         if not run_folder.knows_peak(self.metrics_processor.device_memory_monitor.device_name):
             self.metrics_processor.gpu_peak_flops = 0
 
     def init_distributed(self) -> ParallelDims:
         """Join the launcher's process group, or be a job of one process."""
+        config = self.config
         if self._alone:
-            return ParallelDims.from_config(self.config.parallelism, 1)
-        return super().init_distributed()
+            self.watchdog = config.watchdog.build(folder=Path(config.dump_folder))
+            return ParallelDims.from_config(config.parallelism, 1)
+        # the watchdog can name who is stalled; the collectives' own timeout must come after it
+        longest = int(config.watchdog.slow_timeout_seconds) + 60
+        config.comm.init_timeout_seconds = max(config.comm.init_timeout_seconds, longest)
+        lost_hosts.watch()
+        parallel_dims = super().init_distributed()
+        self.watchdog = config.watchdog.build(folder=Path(config.dump_folder))
+        check_ranks_agree(config.to_dict())
+        return parallel_dims
 
     # ---------------------------------------------------------------- one step
 
     def train_step(self, data_iterator: Iterator[Microbatch]) -> None:
-        """Forward and backward over all micro-batches, then one optimizer step."""
+        """Forward and backward over all micro-batches, then one optimizer step or a skipped one."""
+        self.watchdog.enter(self.step, Phase.DATA)
         self.optimizers.zero_grad()
         learning_rate = self.lr_schedulers.schedulers[0].get_last_lr()[-1]
         logging = (
@@ -98,24 +125,32 @@ class Trainer(titan.Trainer):
         torch.manual_seed((self.config.debug.seed or 0) * 1_000_003 + self.step)
 
         microbatches = [next(data_iterator) for _ in range(self.gradient_accumulation_steps)]
-        tokens_M, labels_M = self._global_counts(microbatches)
-        sums_2M = torch.zeros(2, MODALITIES, device=self.device)
-        for inputs, labels in microbatches:
-            sums_2M += self._forward_backward(inputs, labels, labels_M.sum())
-        saving = self.config.checkpoint.enable and self.step % self.config.checkpoint.interval == 0
-        if logging or saving:
-            sums_2M = self._reduce(sums_2M)
-            self._require_finite(sums_2M)
-        grad_norm = dist_utils.clip_grad_norm_(
-            list(self.model.parameters()), self.config.training.max_norm, foreach=True
+        self.watchdog.enter(self.step, Phase.FORWARD_BACKWARD)
+        counts = self._global_counts(microbatches)
+        labels = counts[MODALITIES:-1].sum()
+        own_sums_2M = torch.zeros(2, MODALITIES, device=self.device)
+        for inputs, labels_BS in microbatches:
+            own_sums_2M += self._forward_backward(inputs, labels_BS, labels)
+            self.watchdog.enter(self.step, Phase.FORWARD_BACKWARD)
+
+        self.watchdog.enter(self.step, Phase.OPTIMIZER)
+        sums_2M = self._sum_over_ranks(own_sums_2M * self._counts_rows)
+        grad_norm = clip(self.model.parameters(), self.config.training.max_norm)
+        totals = StepTotals.read(counts, sums_2M, grad_norm)
+        sound = self.skip.check(
+            self.step, totals, own_sums_2M, self.model.parameters(), self._last_checkpoint()
         )
-        self.checkpointer.maybe_wait_for_staging()
-        self.optimizers.step()
+        if sound:
+            self.checkpointer.maybe_wait_for_staging()
+            self.optimizers.step()
+        else:
+            self.optimizers.zero_grad()
         self.lr_schedulers.step()
-        self.tokens_M += tokens_M.cpu()
+        self.tokens_M += torch.tensor(totals.tokens_M)
         self.ntokens_seen = int(self.tokens_M.sum())
+        self.stopping = totals.asked_to_stop > 0
         if logging:
-            self._log(sums_2M, labels_M, grad_norm, learning_rate)
+            self._log(totals, learning_rate)
 
     def _forward_backward(
         self, inputs: dict[str, torch.Tensor], labels_BS: torch.Tensor, global_labels: torch.Tensor
@@ -130,29 +165,26 @@ class Trainer(titan.Trainer):
             self.loss_fn.total(sums, global_labels).backward()
         return torch.stack([sums.nll_M, sums.z_M]).detach()
 
-    def _global_counts(self, microbatches: list[Microbatch]) -> tuple[torch.Tensor, torch.Tensor]:
-        """(M,) input tokens and (M,) labels of this step over all ranks."""
-        counts_2M = torch.zeros(2, MODALITIES, dtype=torch.int64)
+    def _global_counts(self, microbatches: list[Microbatch]) -> torch.Tensor:
+        """Input tokens (M), labels (M) of this step and ranks asked to stop (1) over all ranks."""
+        counts = torch.zeros(2 * MODALITIES + 1, dtype=torch.int64)
+        counts_2M = counts[:-1].view(2, MODALITIES)
         for inputs, labels_BS in microbatches:
             labels_T = labels_BS.reshape(-1)
             counts_2M[0] += torch.bincount(inputs["modality_BS"].reshape(-1), minlength=MODALITIES)
             counts_2M[1] += label_members(labels_T, self.vocabulary.modality_of(labels_T)).sum(1)
-        tokens_M, labels_M = self._reduce(counts_2M.to(self.device))
-        return tokens_M, labels_M
+        counts_2M *= self._counts_rows
+        counts[-1] = stop.requested()
+        return self._sum_over_ranks(counts.to(self.device))
 
-    def _reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        if self.parallel_dims.dp_enabled:
-            group = self.parallel_dims.get_mesh("batch").get_group()
-            torch.distributed.all_reduce(tensor, group=group)
+    def _sum_over_ranks(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self.parallel_dims.world_size > 1:
+            torch.distributed.all_reduce(tensor)
         return tensor
 
-    def _require_finite(self, sums_2M: torch.Tensor) -> None:
-        """Stop before the optimizer spreads a NaN; looked at in every step that logs or saves."""
-        if not bool(sums_2M.isfinite().all()):
-            raise RuntimeError(
-                f"loss sums {sums_2M.tolist()} at step {self.step} are not finite; no checkpoint "
-                "holds such a step: resume from the last with a lower learning rate or other data"
-            )
+    def _last_checkpoint(self) -> str:
+        newest = self.checkpointer.newest
+        return "none" if newest is None else f"step-{newest}"
 
     # ---------------------------------------------------------------- metrics
 
@@ -161,45 +193,32 @@ class Trainer(titan.Trainer):
         for statistics in self.statistics:
             statistics.recording = recording
 
-    def _log(
-        self,
-        sums_2M: torch.Tensor,
-        labels_M: torch.Tensor,
-        grad_norm: torch.Tensor,
-        learning_rate: float,
-    ) -> None:
-        nll_M, z_M = sums_2M.tolist()
-        counts_M = labels_M.tolist()
-        loss = sum(nll_M) / sum(counts_M)
-        metrics = {"loss": loss}
-        present = self.vocabulary.modalities
-        metrics |= {
-            f"loss/{m.label}": nll_M[m] / max(counts_M[m], 1) for m in present if counts_M[m]
-        }
-        metrics["z_loss"] = self.loss_fn.z_loss * sum(z_M) / sum(counts_M)
-        metrics |= {"grad_norm": float(grad_norm), "lr": learning_rate}
-        metrics["output_norm"] = self.model.take_output_norm()
-        flops = training_flops(self.model.config, self.config.training.seq_len)
-        for group, modality in enumerate(self.model.config.modalities):
-            tokens = int(self.tokens_M[modality])
-            label = Modality(modality).label
-            metrics |= {f"tokens/{label}": tokens, f"flops/{label}": tokens * flops[group]}
-        for name, module in self.model.named_modules():
-            if isinstance(module, RouterStats):
-                metrics |= {
-                    f"router/{_short(name)}/{key}": value for key, value in module.take().items()
-                }
+    def _sum_statistics(self) -> None:
+        """Add up over ranks what routers and the last block counted."""
+        counted = [buffer for s in self.statistics for buffer in (s.load_E, s.sums_6)]
+        counted.append(self.model.output_norm_2)
+        total = self._sum_over_ranks(torch.cat(counted) * self._counts_rows)
+        for buffer, part in zip(counted, total.split([len(b) for b in counted]), strict=True):
+            buffer.copy_(part)
+
+    def _log(self, totals: StepTotals, learning_rate: float) -> None:
+        self._sum_statistics()
+        metrics = totals.losses(self.loss_fn.z_loss)
+        metrics |= {"grad_norm": totals.grad_norm, "lr": learning_rate}
+        metrics |= {"skipped_steps": self.skip.total, "output_norm": self.model.take_output_norm()}
+        metrics |= work_done(self.model, self.config.training.seq_len, self.tokens_M)
+        metrics |= router_load(self.model)
         self.metrics_processor.log_step(self.step, metrics)
 
     # ---------------------------------------------------------------- the run
 
     @record
     def train(self) -> None:
-        """Train from the last checkpoint, or from the start, to ``training.steps``; SIGTERM saves
-        and ends.
+        """Train from the last checkpoint, or from the start, to ``training.steps``.
+
+        SIGTERM or SIGUSR1 to any rank lets all of them finish their step, save, and end.
         """
         config, metrics = self.config, self.metrics_processor
-        previous = signal.signal(signal.SIGTERM, self._request_stop)
         self.checkpointer.load(step=config.checkpoint.load_step)
         # only now: a refused checkpoint leaves the folder's own description in place
         run_folder.write_description(Path(config.dump_folder), config.to_dict())
@@ -207,11 +226,10 @@ class Trainer(titan.Trainer):
         if self.step and torch.distributed.get_rank() == 0:
             print(f"resumed at step {self.step}", flush=True)
         first_step, saved = self.step, False
-        with config.profiler.build(
-            global_step=self.step, base_folder=config.dump_folder
-        ) as profiler:
+        profiling = config.profiler.build(global_step=self.step, base_folder=config.dump_folder)
+        with stop.listening(), profiling as profiler:
             data_iterator = self.batch_generator(self.dataloader)
-            while self.should_continue_training() and not self._stop_requested:
+            while self.should_continue_training() and not self.stopping:
                 self.step += 1
                 self.gc_handler.run(self.step)
                 self.train_step(data_iterator)
@@ -219,50 +237,55 @@ class Trainer(titan.Trainer):
                 last = self.step == config.training.steps
                 if config.validator.enable and (self.validator.should_validate(self.step) or last):
                     self._validate()
-                saved = self.checkpointer.save(self.step, last_step=last)
-                if (
-                    saved or self.step == first_step + 1
-                ):  # neither saving nor warming up is throughput
-                    metrics.restart_clock()
+                saved = self._save(last)
+                if saved or self.step == first_step + 1:
+                    metrics.restart_clock()  # neither saving nor warming up is throughput
                 profiler.step()
-        if self._stop_requested and not saved and self.step > first_step:
-            self.checkpointer.save(self.step, last_step=True)
-        signal.signal(signal.SIGTERM, previous)
-        self._finish()
+        self._finish(saved)
+
+    def _save(self, last: bool) -> bool:
+        """Save if it is time to, or the last opportunity; whether it was done."""
+        self.watchdog.enter(self.step, Phase.CHECKPOINT)
+        if self.stopping and not last:
+            # the run is to be continued, whatever its last checkpoint is to be
+            self.checkpointer.last_save_model_only = self.checkpointer.last_save_in_hf = False
+        return self.checkpointer.save(self.step, last_step=last or self.stopping)
 
     def _validate(self) -> None:
+        self.watchdog.enter(self.step, Phase.VALIDATION)
         self._record_statistics(False)
         self.metrics_processor.log_validation_step(
             self.step, self.validator.measure(self.model, self.loss_fn, self.vocabulary)
         )
         self.metrics_processor.restart_clock()
 
-    def _request_stop(self, signum: int, frame: FrameType | None) -> None:
-        self._stop_requested = True
-
-    def _finish(self) -> None:
+    def _finish(self, saved: bool) -> None:
         self.metrics_processor.close()
         if torch.distributed.get_rank() != 0:
             return
         picture = plot_curves(Path(self.config.dump_folder))
-        if self._stop_requested:
-            print(
-                f"stopped at step {self.step}, saved; the same command resumes. Curves: {picture}"
-            )
+        if self.should_continue_training():
+            found = "saved" if saved else f"not saved, last checkpoint {self._last_checkpoint()}"
+            words = f"stopped at step {self.step}, {found}; the same command resumes"
         else:
-            print(f"done: {self.step} steps in {self.config.dump_folder}. Curves: {picture}")
+            words = f"done: {self.step} steps in {self.config.dump_folder}"
+        print(f"{words}. Curves: {picture}", flush=True)
+
+    def close(self) -> None:
+        """Release everything; the other ranks no longer wait for this one."""
+        super().close()
+        self.watchdog.close()
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps of the trainer itself."""
-        return {"step": self.step, "tokens_M": self.tokens_M.clone()}
+        return {
+            "step": self.step,
+            "tokens_M": self.tokens_M.clone(),
+            "skip": self.skip.state_dict(),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Inverse of ``state_dict``."""
         self.step = state_dict["step"]
         self.tokens_M = state_dict["tokens_M"].clone()
-
-
-def _short(name: str) -> str:
-    """layers.3.feed_forward.pools.1.stats → layer3.pool1."""
-    parts = name.split(".")
-    return f"layer{parts[parts.index('layers') + 1]}.pool{parts[-2]}"
+        self.skip.load_state_dict(state_dict["skip"])

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torchtitan.tools.utils as titan_utils
 from torchtitan.components.validate import Validator
 from torchtitan.distributed import ParallelDims
 
@@ -23,7 +24,7 @@ from earlyfuse.models.blocks.experts import ExpertPool
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.modality import Modality, Vocabulary
 from earlyfuse.models.objectives.chameleon import ChameleonObjective, label_members
-from earlyfuse.parallel.tasks import Task, load_tasks
+from earlyfuse.parallel.tasks import Ranks, Task, load_tasks
 
 MODALITIES = len(Modality)
 
@@ -78,6 +79,7 @@ class Validation(Validator):
             blend, seq_len, config.batch_rows, config.max_batches, dp_rank, dp_world_size
         )
         self.unigram = self._unigram_entropy(blend.vocabulary)
+        self.ranks = Ranks(dp_rank, dp_world_size, self._sum_on_host)
         self.tasks: list[Task] = load_tasks(Path(config.data_folder)) if config.tasks else []
 
     @torch.no_grad()
@@ -103,7 +105,7 @@ class Validation(Validator):
             metrics |= {f"loss/{m.label}": nll_M[m] / count_M[m] for m in present}
             metrics |= {f"unigram_entropy/{m.label}": self.unigram[m] for m in present}
             for task in self.tasks:
-                metrics[f"task/{task.name}"] = task.accuracy(model, self.batches)
+                metrics[f"task/{task.name}"] = task.accuracy(model, self.batches, self.ranks)
                 metrics[f"chance/{task.name}"] = task.chance
         return metrics
 
@@ -112,6 +114,9 @@ class Validation(Validator):
             dist.all_reduce(tensor, group=self.parallel_dims.get_mesh("batch").get_group())
         return tensor
 
+    def _sum_on_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self._reduce(tensor.to(titan_utils.device_type)).cpu()
+
     def _unigram_entropy(self, vocabulary: Vocabulary) -> list[float]:
         """Entropy of the labels of each modality, nats: what no model of single tokens can beat."""
         counts_V = torch.zeros(vocabulary.size, dtype=torch.float64)
@@ -119,6 +124,7 @@ class Validation(Validator):
             labels_T = batch.labels_BS.reshape(-1)
             counted_T = label_members(labels_T, vocabulary.modality_of(labels_T)).any(0)
             counts_V += torch.bincount(labels_T[counted_T], minlength=vocabulary.size)
+        counts_V = self._sum_on_host(counts_V)
         modality_V = vocabulary.modality_of(torch.arange(vocabulary.size))
         entropies = []
         for modality in range(MODALITIES):

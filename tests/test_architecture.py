@@ -31,6 +31,7 @@ TORCHTITAN = {
     "parallel/": ("torchtitan",),
     "configs/": ("torchtitan",),
     "data/loader.py": ("torchtitan",),
+    "tools/doctor.py": ("torchtitan.distributed",),
     "models/state_dicts/": ("torchtitan",),
     "models/": ("torchtitan.protocols", "torchtitan.config"),
 }

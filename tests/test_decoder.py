@@ -122,7 +122,7 @@ def test_one_expert_that_takes_everything_is_the_dense_model_with_its_weight():
     for key, value in state.items():
         if ".pools.0." in key:
             value = value[0] / 2 if key.endswith("w2") else value[0]
-        renamed[key.replace(".pools.0.", ".")] = value
+        renamed[key.replace(".pools.0.experts.", ".")] = value
     dense.load_state_dict(renamed)
     for module in moe.modules():
         if isinstance(module, ExpertPool):

@@ -111,6 +111,7 @@ def masked_dense(module, x_TD, modality_T):
     out = torch.zeros_like(x_TD)
     for m, pool in enumerate(module.pools):
         logits = x_TD @ pool.router.T
+        w1, w3, w2 = pool.experts.w1, pool.experts.w3, pool.experts.w2
         eligible = modality_T == m
         length = T // pool.config.routing_rows // N
         for n in range(N):
@@ -122,9 +123,7 @@ def masked_dense(module, x_TD, modality_T):
             for e in range(len(pool.router)):
                 best = candidates[:, e].topk(k).indices
                 mask = torch.zeros(T).index_fill(0, best, 1.0) * (eligible & inside)
-                expert = F.linear(
-                    F.silu(F.linear(x_TD, pool.w1[e])) * F.linear(x_TD, pool.w3[e]), pool.w2[e]
-                )
+                expert = F.linear(F.silu(F.linear(x_TD, w1[e])) * F.linear(x_TD, w3[e]), w2[e])
                 out = out + (mask * logits[:, e].sigmoid())[:, None] * expert
     return out
 

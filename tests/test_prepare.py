@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import os
 import random
-import signal
 import subprocess
 import sys
 import tarfile
@@ -114,6 +113,11 @@ def quiet():
 def contents(folder):
     """Relative path → SHA-256 of every file below ``folder``."""
     return {str(p.relative_to(folder)): sha256_file(p) for p in folder.rglob("*") if p.is_file()}
+
+
+def files(folder) -> int:
+    """How many there are, finished or not, while others may be renaming them."""
+    return sum(len(names) for _, _, names in os.walk(folder))
 
 
 @pytest.fixture(scope="session")
@@ -293,27 +297,26 @@ def test_every_interruption_between_two_files_is_made_good(raw, prepared, tmp_pa
 def test_killed_at_random_moments_and_restarted(raw, prepared, tmp_path):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["earlyfuse.data.prepare"])
+    out, rng, kills = tmp_path / "out", random.Random(0), 0
 
-    def start():
-        process = context.Process(target=prepare, args=(spec_of(raw, tmp_path / "out"), quiet_file))
+    def run(kill_after_files: int) -> bool:
+        """Whether prepare ended by itself, rather than at a random moment after some files."""
+        before = files(out)
+        process = context.Process(target=prepare, args=(spec_of(raw, out), None))
         process.start()
-        return process
-
-    quiet_file = None
-    rng = random.Random(0)
-    kills = 0
-    for _ in range(40):
-        process = start()
-        process.join(rng.uniform(0.02, 0.35))
-        if process.exitcode is not None:
-            assert process.exitcode == 0
-            break
-        os.kill(process.pid, signal.SIGKILL)
+        while process.exitcode is None and files(out) < before + kill_after_files:
+            time.sleep(rng.uniform(0, 0.002))
+        process.kill()
         process.join()
+        return process.exitcode == 0
+
+    for attempt in range(40):
+        if run(kill_after_files=1 + attempt % 3):
+            break
         kills += 1
-    prepare(spec_of(raw, tmp_path / "out"), quiet())
-    assert kills >= 2
-    assert contents(tmp_path / "out") == contents(prepared)
+    prepare(spec_of(raw, out), quiet())
+    assert kills
+    assert contents(out) == contents(prepared)
 
 
 def test_killed_command_leaves_no_worker_and_goes_on(raw, prepared, tmp_path):

@@ -16,7 +16,7 @@ from earlyfuse.data.tokenizers.image_kmeans import KMeansTokenizer
 from earlyfuse.data.tokenizers.text import TextTokenizer
 from earlyfuse.models.batch import MixedBatch
 from earlyfuse.models.modality import MediaCodes, Modality, Vocabulary
-from earlyfuse.parallel.tasks import Task, load_tasks
+from earlyfuse.parallel.tasks import Ranks, Task, load_tasks
 
 WORDS = [(10,), (11, 12), (11, 13, 14)]  # two of them begin alike
 
@@ -61,17 +61,17 @@ def task(answers: list[int]) -> Task:
 
 def test_a_model_that_knows_scores_one_and_one_that_errs_scores_its_share():
     answers = [0, 1, 2, 2, 1, 0, 2]
-    assert task(answers).accuracy(Oracle([WORDS[a] for a in answers]), batches()) == 1
+    assert task(answers).accuracy(Oracle([WORDS[a] for a in answers]), batches(), Ranks()) == 1
     wrong = [WORDS[a] for a in answers]
     wrong[1], wrong[3] = WORDS[2], WORDS[0]
-    assert task(answers).accuracy(Oracle(wrong), batches()) == pytest.approx(5 / 7)
+    assert task(answers).accuracy(Oracle(wrong), batches(), Ranks()) == pytest.approx(5 / 7)
     assert task(answers).chance == pytest.approx(3 / 7)
 
 
 def test_the_answer_is_never_in_the_input():
     answers = [0, 0, 0, 0]
     model = Oracle([WORDS[0]] * 4)
-    task(answers).accuracy(model, batches())
+    task(answers).accuracy(model, batches(), Ranks())
     for batch in model.seen:
         for row, tokens in enumerate(batch.tokens_BS.tolist()):
             for place in range(1, len(tokens)):
@@ -83,7 +83,7 @@ def test_the_answer_is_never_in_the_input():
 
 def test_prompts_lie_among_untouched_held_out_data():
     model = Oracle([WORDS[0]] * 4)
-    task([0, 0, 0, 0]).accuracy(model, batches())
+    task([0, 0, 0, 0]).accuracy(model, batches(), Ranks())
     seen, original = model.seen[0], batches()[0]
     assert torch.equal(seen.tokens_BS[:, 8:], original.tokens_BS[:, 8:])
     assert seen.positions_BS[0, 8:15].tolist() == list(range(7)), (

@@ -8,7 +8,7 @@ T tokens, D width, E experts of the pool, F inner width, R routed rows.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from torch import nn
 from torchtitan.protocols.module import Module, ModuleList
 
 from earlyfuse.kernels.grouped_gemm import grouped_swiglu
+from earlyfuse.models.blocks.held import held
 from earlyfuse.models.blocks.layout import Layout
 from earlyfuse.models.routes import Routes
 from earlyfuse.models.routing.expert_choice import expert_choice, static_budget
@@ -25,7 +26,7 @@ class ExpertPool(Module):
     """E experts that choose among the tokens of some modality groups.
 
     Output of a token: Σ over the experts that chose it of sigmoid(score) · SwiGLU(x); zero if none
-    did (MoMa eq. 1). Parameters: router (E, D), w1 and w3 (E, F, D), w2 (E, D, F).
+    did (MoMa eq. 1). Parameters: router (E, D), and those of ``Experts``.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -61,22 +62,20 @@ class ExpertPool(Module):
         super().__init__()
         self.config = config
         self.budget = config.budget
-        experts, hidden, dim = config.experts, config.hidden_dim, config.dim
-        self.router = nn.Parameter(torch.empty(experts, dim))
-        self.w1 = nn.Parameter(torch.empty(experts, hidden, dim))
-        self.w3 = nn.Parameter(torch.empty(experts, hidden, dim))
-        self.w2 = nn.Parameter(torch.empty(experts, dim, hidden))
-        self.stats = RouterStats(experts)
+        self.router = nn.Parameter(torch.empty(config.experts, config.dim))
+        self.experts = Experts(config.experts, config.hidden_dim, config.dim)
+        self.exchange: Exchange = NoExchange()
+        self.stats = RouterStats(config.experts)
 
-    def forward(self, x_TD: torch.Tensor, layout: Layout) -> torch.Tensor:
-        """(T, D) → (T, D)."""
+    def route(self, x_TD: torch.Tensor, layout: Layout) -> Routes:
+        """Which of the tokens (T, D) each expert takes, and their weights."""
         eligible_T = self._eligible(layout)
         # router in fp32: ties in bf16 would reorder the top-k
         logits_TE = F.linear(x_TD.float(), self.router.float())
         routes = self._choose(logits_TE, eligible_T, layout)
         if self.stats.recording:
             self.stats.record(logits_TE, eligible_T, routes)
-        return grouped_swiglu(x_TD, self.w1, self.w3, self.w2, *routes)
+        return routes
 
     def _eligible(self, layout: Layout) -> torch.Tensor | None:
         if not self.config.groups:
@@ -104,6 +103,54 @@ class ExpertPool(Module):
             budget=budget,
             capacity_factor=config.capacity_factor,
         )
+
+
+class Experts(Module):
+    """E SwiGLU experts. Parameters: w1 and w3 (E, F, D), w2 (E, D, F)."""
+
+    def __init__(self, experts: int, hidden_dim: int, dim: int):
+        super().__init__()
+        self.w1 = nn.Parameter(torch.empty(experts, hidden_dim, dim))
+        self.w3 = nn.Parameter(torch.empty(experts, hidden_dim, dim))
+        self.w2 = nn.Parameter(torch.empty(experts, dim, hidden_dim))
+
+    def forward(self, x_TD: torch.Tensor, routes: Routes) -> torch.Tensor:
+        """(T, D) → (T, D): for each token the weighted sum over the experts it is routed to."""
+        return grouped_swiglu(x_TD, held(self.w1), held(self.w3), held(self.w2), *routes)
+
+
+class Exchange(Protocol):
+    """How tokens reach the ranks of their experts, and results come back; may work in the
+    background between its calls.
+    """
+
+    def send(self, x_TD: torch.Tensor, routes: Routes, static: bool) -> Any:
+        """Send the routed rows off. ``static``: every rank has the same number of rows."""
+
+    def receive(self, sent: Any) -> tuple[torch.Tensor, Routes]:
+        """The rows (T', D) for the experts held here, and their routes."""
+
+    def send_back(self, y_TD: torch.Tensor, sent: Any) -> Any:
+        """Return what the experts made of them, (T', D)."""
+
+    def combine(self, returned: Any) -> torch.Tensor:
+        """Results of this rank's own tokens, weighted and added up, (T, D)."""
+
+
+class NoExchange:
+    """All experts are here."""
+
+    def send(self, x_TD: torch.Tensor, routes: Routes, static: bool) -> Any:
+        return x_TD, routes
+
+    def receive(self, sent: Any) -> tuple[torch.Tensor, Routes]:
+        return sent
+
+    def send_back(self, y_TD: torch.Tensor, sent: Any) -> Any:
+        return y_TD
+
+    def combine(self, returned: Any) -> torch.Tensor:
+        return returned
 
 
 class RouterStats(Module):
@@ -179,8 +226,19 @@ class MixtureOfExperts(Module):
         self.pools = ModuleList([pool.build() for pool in config.pools])
 
     def forward(self, x_TD: torch.Tensor, layout: Layout) -> torch.Tensor:
-        """(T, D) → (T, D)."""
-        first, *rest = (pool(x_TD, layout) for pool in self.pools)
-        for out_TD in rest:
-            first = first + out_TD
-        return first
+        """(T, D) → (T, D).
+
+        In turns over the pools: while the rows of one travel, another one computes.
+        """
+        sent = [
+            pool.exchange.send(x_TD, pool.route(x_TD, layout), pool.budget == "static")
+            for pool in self.pools
+        ]
+        returned = [
+            pool.exchange.send_back(pool.experts(*pool.exchange.receive(rows)), rows)
+            for pool, rows in zip(self.pools, sent, strict=True)
+        ]
+        outputs = [
+            pool.exchange.combine(rows) for pool, rows in zip(self.pools, returned, strict=True)
+        ]
+        return sum(outputs[1:], start=outputs[0])

@@ -11,6 +11,7 @@ from torch import nn
 from torchtitan.protocols.module import Module
 
 from earlyfuse.kernels.grouped_gemm import grouped_swiglu
+from earlyfuse.models.blocks.held import held
 from earlyfuse.models.blocks.layout import Layout
 
 
@@ -33,6 +34,7 @@ class FeedForward(Module):
 
     def forward(self, x_TD: torch.Tensor, layout: Layout) -> torch.Tensor:
         """(T, D) → (T, D)."""
+        w1, w3, w2 = held(self.w1), held(self.w3), held(self.w2)
         if self.untied:
-            return grouped_swiglu(x_TD, self.w1, self.w3, self.w2, *layout.by_group)
-        return F.linear(F.silu(F.linear(x_TD, self.w1)) * F.linear(x_TD, self.w3), self.w2)
+            return grouped_swiglu(x_TD, w1, w3, w2, *layout.by_group)
+        return F.linear(F.silu(F.linear(x_TD, w1)) * F.linear(x_TD, w3), w2)

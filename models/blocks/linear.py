@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from torchtitan.protocols.module import Module
 
 from earlyfuse.kernels.grouped_gemm import grouped_linear
+from earlyfuse.models.blocks.held import held
 from earlyfuse.models.blocks.layout import Layout
 
 NORM_EPS = 1e-5
@@ -41,8 +42,8 @@ class Linear(Module):
     def forward(self, x_TD: torch.Tensor, layout: Layout) -> torch.Tensor:
         """(T, D) → (T, F)."""
         if self.untied:
-            return grouped_linear(x_TD, self.weight, *layout.by_group)
-        return F.linear(x_TD, self.weight)
+            return grouped_linear(x_TD, held(self.weight), *layout.by_group)
+        return F.linear(x_TD, held(self.weight))
 
 
 class RMSNorm(Module):
@@ -121,8 +122,7 @@ class HeadNorm(Module):
 
     def forward(self, x_TNH: torch.Tensor, layout: Layout) -> torch.Tensor:
         """(T, N, H) → (T, N, H)."""
-        weight: torch.Tensor = self.weight
-        bias: torch.Tensor = self.bias
+        weight, bias = held(self.weight), held(self.bias)
         if self.untied:
             weight, bias = weight[layout.group_T], bias[layout.group_T]
         return torch.addcmul(bias, F.layer_norm(x_TNH, x_TNH.shape[-1:], eps=NORM_EPS), weight)

@@ -46,6 +46,7 @@ class ChameleonObjective(Configurable):
 
     def __init__(self, config: Config, **_: Any):
         self.z_loss = config.z_loss
+        self.token_losses = token_losses  # another where the logits are cut over ranks
 
     def sums(
         self, logits_BSV: torch.Tensor, labels_BS: torch.Tensor, label_modality_BS: torch.Tensor
@@ -56,7 +57,7 @@ class ChameleonObjective(Configurable):
         ``label_modality_BS`` uint8, modality of each label.
         """
         labels_T = labels_BS.reshape(-1)
-        nll_T, log_z_T = _TokenLosses.apply(logits_BSV.flatten(0, 1), labels_T.clamp(min=0))
+        nll_T, log_z_T = self.token_losses(logits_BSV.flatten(0, 1), labels_T.clamp(min=0))
         member_MT = label_members(labels_T, label_modality_BS.reshape(-1))
         zero = nll_T.new_zeros(())
         return LossSums(
@@ -68,6 +69,13 @@ class ChameleonObjective(Configurable):
     def total(self, sums: LossSums, labels: torch.Tensor | int) -> torch.Tensor:
         """The loss to minimise: sums over ``labels``, the global number of labels of the step."""
         return (sums.nll_M.sum() + self.z_loss * sums.z_M.sum()) / labels
+
+
+def token_losses(
+    logits_TV: torch.Tensor, labels_T: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Negative log likelihood of the labels and log Z, both (T,) fp32, of logits (T, V)."""
+    return _TokenLosses.apply(logits_TV, labels_T)
 
 
 class _TokenLosses(torch.autograd.Function):

@@ -1,0 +1,188 @@
+"""Checkpoint folders: which are whole, what is in them, and how a new one takes its place.
+
+================================  =================================================================
+name in the folder                what it is
+================================  =================================================================
+``step-300/``                     a complete checkpoint: DCP's files and ``manifest.json``
+``step-600.partial/``             being written, or left by a killed run
+``step-100.discarded/``           being deleted, or left by a killed run
+``latest``                        the name of the checkpoint completed last
+================================  =================================================================
+
+A checkpoint is written under its partial name. When all of it and the manifest (size and SHA-256 of
+every file) are on disk, the folder is renamed and ``latest`` replaced. So ``step-N`` is complete
+whatever moment the process is killed, and ``latest`` names a complete one. ``latest`` need not be
+the highest: a run taken back to step 3 that has saved step 6 continues from there, not from the
+step 9 of before.
+
+The folder must lie on a file system that all ranks share and that renames folders atomically.
+"""
+
+import json
+import os
+import re
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import StorageMeta
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from earlyfuse.data.atomic import (
+    atomic_write,
+    atomic_write_json,
+    remove_temporaries,
+    sha256_file,
+)
+
+MANIFEST, LATEST = "manifest.json", "latest"
+PARTIAL, DISCARDED = ".partial", ".discarded"
+EVERYTHING, WEIGHTS = "everything", "weights"
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A file as it was written."""
+
+    bytes: int
+    sha256: str
+
+
+Files = dict[str, FileRecord]  # by path in the checkpoint's folder
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a complete checkpoint is: ``holds`` is "everything" (a run continues) or "weights"."""
+
+    step: int
+    holds: str
+    ranks: int
+    files: Files
+
+
+class CheckpointFolder:
+    """All checkpoints of a run. Writing and deleting is rank 0's; everybody may read."""
+
+    def __init__(self, root: Path):
+        self.root = root
+
+    def complete(self, step: int) -> Path:
+        """Where the checkpoint of ``step`` is when it is complete."""
+        return self.root / f"step-{step}"
+
+    def partial(self, step: int) -> Path:
+        """Where the checkpoint of ``step`` is written."""
+        return self.root / f"step-{step}{PARTIAL}"
+
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints that are here, ascending."""
+        if not self.root.is_dir():
+            return []
+        found = (re.fullmatch(r"step-(\d+)", path.name) for path in self.root.iterdir())
+        return sorted(int(match[1]) for match in found if match)
+
+    def latest(self) -> int | None:
+        """The step that ``latest`` names; the highest if it is gone; None without checkpoints."""
+        named = self.root / LATEST
+        match = re.fullmatch(r"step-(\d+)\n", named.read_text()) if named.is_file() else None
+        return int(match[1]) if match else max(self.steps(), default=None)
+
+    def prepare(self, step: int) -> None:
+        """Make an empty partial folder; what interrupted saves have left goes."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        remove_temporaries(self.root)
+        for suffix in (PARTIAL, DISCARDED):
+            for leftover in self.root.glob(f"step-*{suffix}"):
+                shutil.rmtree(leftover, ignore_errors=True)
+        self.partial(step).mkdir()
+
+    def commit(self, manifest: Manifest) -> Path | None:
+        """Let the partial folder become the checkpoint of its step, and ``latest`` name it.
+
+        Returns the folder of an older checkpoint of the same step, to be deleted, if there was one.
+        Raises ``OSError`` with everything as it was before if the disk is full.
+        """
+        partial, complete = self.partial(manifest.step), self.complete(manifest.step)
+        for name, record in manifest.files.items():
+            if (partial / name).stat().st_size != record.bytes:
+                raise OSError(f"{partial / name} has not the size that its writer gave it")
+        atomic_write_json(partial / MANIFEST, asdict(manifest))
+        with atomic_write(self.root / LATEST) as file:
+            file.write(f"{complete.name}\n".encode())
+            file.flush()
+            os.fsync(file.fileno())  # nothing after the renames can want for space
+            replaced = self.set_aside(manifest.step) if complete.exists() else None
+            partial.rename(complete)
+        return replaced
+
+    def set_aside(self, step: int) -> Path:
+        """Rename a checkpoint that is to be deleted: none is ever half deleted under its name."""
+        discarded = self.root / f"step-{step}{DISCARDED}"
+        shutil.rmtree(discarded, ignore_errors=True)
+        return self.complete(step).rename(discarded)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a checkpoint; raises ``ValueError`` saying what is wrong with it."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise ValueError(f"{MANIFEST} is missing")
+    try:
+        content = json.loads(path.read_bytes())
+        content["files"] = {name: FileRecord(**record) for name, record in content["files"].items()}
+        return Manifest(**content)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{MANIFEST} cannot be read ({error!r})") from error
+
+
+def describe(folder: Path, rank: int) -> Files:
+    """Size and checksum of the files that ``rank`` wrote; rank 0 adds those of no rank."""
+    files: Files = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        writer = re.match(r"__(\d+)_", path.name)
+        if rank == (int(writer[1]) if writer else 0):
+            name = path.relative_to(folder).as_posix()
+            files[name] = FileRecord(path.stat().st_size, sha256_file(path))
+    return files
+
+
+def damage(folder: Path, files: Files) -> list[str]:
+    """What is wrong with ``files`` of a checkpoint, a line for each that is not as written."""
+    found = []
+    for name, record in files.items():
+        path = folder / name
+        if not path.is_file():
+            found.append(f"{name} is missing")
+        elif (size := path.stat().st_size) != record.bytes:
+            found.append(f"{name} has {size} bytes instead of {record.bytes}")
+        elif sha256_file(path) != record.sha256:
+            found.append(f"{name} has another SHA-256 than when it was written")
+    return found
+
+
+class Writer(dcp.FileSystemWriter):
+    """DCP's writer, whose bytes depend on the state and the layout alone, and whose errors tell.
+
+    DCP would note a random id and the folder's path in ``.metadata``, and hide the disk's error
+    behind that of the serialiser it interrupted.
+    """
+
+    def storage_meta(self) -> StorageMeta | None:
+        """Nothing: neither id nor path."""
+        return None
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write this rank's part; raises the ``OSError`` at the root of a failure, if one is."""
+        try:
+            return super().write_data(plan, planner)
+        except Exception as error:
+            root: BaseException | None = error
+            while root is not None and not isinstance(root, OSError):
+                root = root.__cause__ or root.__context__
+            if root is None or root is error:
+                raise
+            raise OSError(root.errno, root.strerror, str(self.path)) from error

@@ -1,0 +1,54 @@
+"""Whether a checkpoint is of this model and this data, asked before anything is overwritten.
+
+DCP itself would fail late, or load what happens to fit.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torchtitan.components.checkpointer import DATALOADER, MODEL
+
+
+def refuse_other_run(
+    states: dict[str, Any], state_dict: dict[str, Any], checkpoint_id: str
+) -> None:
+    """``ValueError`` naming what of model or data differs from the checkpoint's.
+
+    ``states``: the manager's; ``state_dict``: what is to be loaded. Called on all ranks.
+    """
+    stored = dcp.FileSystemReader(checkpoint_id).read_metadata().state_dict_metadata
+    model_keys = states[MODEL].state_dict().keys()
+    wrong = [
+        _difference(key, state_dict[key].shape, stored.get(key))
+        for key in model_keys
+        if key in state_dict
+    ]
+    wrong = [line for line in wrong if line]
+    unexpected = {
+        key
+        for key in stored
+        if key.partition(".")[0] in ("layers", "tok_embeddings", "lm_head", "norm")
+        and key not in model_keys
+    }
+    wrong += [f"{key}: only in the checkpoint" for key in sorted(unexpected)]
+    if wrong:
+        shown = "; ".join(wrong[:4]) + (f"; and {len(wrong) - 4} more" if len(wrong) > 4 else "")
+        raise ValueError(
+            f"checkpoint {checkpoint_id} is of another model: {shown}. "
+            "Use the config it was trained with, or another --dump_folder for a new run"
+        )
+    loader = states[DATALOADER]
+    if DATALOADER in state_dict and hasattr(loader, "check_identity"):
+        saved = {DATALOADER: {"identity": ""}}
+        dcp.load(saved, checkpoint_id=checkpoint_id)
+        loader.check_identity(saved[DATALOADER]["identity"])
+
+
+def _difference(key: str, shape: torch.Size, stored: Any) -> str:
+    if not isinstance(stored, TensorStorageMetadata):
+        return f"{key}: not in the checkpoint"
+    if stored.size != shape:
+        return f"{key}: {tuple(shape)} here, {tuple(stored.size)} in the checkpoint"
+    return ""

@@ -1,0 +1,52 @@
+"""Requests to stop: SIGTERM and SIGUSR1, to this process or to the launcher of its host.
+
+A launcher that must outlive the request (``tools/launch.py``) cannot pass a signal on to ranks that
+are still starting. It makes a file instead, whose path its ranks find in the environment.
+
+Only the standard library is imported, so that ``train.py`` listens before its long imports.
+"""
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+STOP_FILE = "EARLYFUSE_STOP_FILE"
+"""Environment variable: path of the file that asks to stop by existing."""
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+# a plain value: what takes a lock cannot be used in a handler that another signal may interrupt
+_signalled = False
+
+
+def listen() -> None:
+    """From now on the signals only ask to stop; for the main thread of a process that trains."""
+    for number in SIGNALS:
+        signal.signal(number, _on_signal)
+
+
+@contextmanager
+def listening() -> Iterator[None]:
+    """``listen`` within the block, then put the handlers from before back and forget requests."""
+    global _signalled
+    before = [signal.getsignal(number) for number in SIGNALS]
+    listen()
+    try:
+        yield
+    finally:
+        for number, handler in zip(SIGNALS, before, strict=True):
+            signal.signal(number, handler)
+        _signalled = False
+
+
+def requested() -> bool:
+    """Whether this process, or the launcher of its host, has been asked to stop."""
+    path = os.environ.get(STOP_FILE)
+    return _signalled or (path is not None and os.path.exists(path))
+
+
+def _on_signal(number: int, frame: FrameType | None) -> None:
+    global _signalled
+    _signalled = True

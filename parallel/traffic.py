@@ -1,0 +1,179 @@
+"""Collectives and bytes of one training step in closed form, for any config and number of ranks.
+
+Pure functions: no process group, no memory. They say what ``parallel/plan.py`` makes the ranks
+exchange; ``parallel/collective_counter.py`` counts the same in a step that runs.
+
+=====================  ==============  ============================================================
+purpose                kind            bytes of the whole tensor, per micro-batch
+=====================  ==============  ============================================================
+parameters forward     all_gather      every FSDP unit, in the parameter dtype
+parameters backward    all_gather      the same again, where a unit is freed in between
+gradients              reduce_scatter  every FSDP unit, in the reduce dtype
+gradient replicas      all_reduce      HSDP: a rank's shard of every unit, in the reduce dtype
+split activations      all_reduce      tensor parallel: (T, D) for each region, forward and
+                                       backward; (R,) weights of routes, backward
+embedding columns      all_gather      tensor parallel: (T, D)
+split losses           all_reduce      tensor parallel: three fp32 vectors (T,)
+expert rows            all_to_all      expert parallel: (R, D) of every pool, to the experts and
+                                       back, forward and backward
+=====================  ==============  ============================================================
+
+Routing is not in the table: it sends nothing. Nor are counts, losses and the gradient norm, a
+handful of numbers per step whatever the model. Activation checkpointing repeats what a block sends
+in forward, except the rows of experts where it is selective. Uneven shards are padded to the
+largest, and padding travels.
+
+T tokens of a micro-batch on one rank, R routed rows of a pool, D width.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from torchtitan.config import TORCH_DTYPE_MAP, ParallelismConfig, TrainingConfig
+from torchtitan.distributed import ParallelDims
+from torchtitan.distributed.activation_checkpoint import (
+    ActivationCheckpointing,
+    FullAC,
+    SelectiveAC,
+)
+
+from earlyfuse.models.blocks.experts import ExpertPool, MixtureOfExperts
+from earlyfuse.models.decoder import Block, Decoder
+from earlyfuse.models.routing.expert_choice import static_budget
+from earlyfuse.parallel.units import accumulation, axis_ranks, fsdp_units
+
+Kind = Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all"]
+FP32 = 4
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """``calls`` collectives of one kind and purpose among the ``ranks`` along one mesh axis.
+
+    ``size``: bytes of the whole tensor (as gathered, before reduction, or as sent), of all calls.
+    """
+
+    purpose: str
+    kind: Kind
+    axis: str
+    ranks: int
+    calls: int
+    size: int
+
+    @property
+    def received(self) -> float:
+        """Bytes that one rank receives by rings, which send least; NCCL's count."""
+        return received(self.kind, self.ranks, self.size)
+
+    @property
+    def received_on_gloo(self) -> float:
+        """The same on gloo, whose reduce_scatter is an all_reduce that drops most of its result."""
+        return received(
+            "all_reduce" if self.kind == "reduce_scatter" else self.kind, self.ranks, self.size
+        )
+
+
+def received(kind: Kind, ranks: int, size: int) -> float:
+    """Bytes that each of ``ranks`` receives in a collective over a tensor of ``size`` bytes."""
+    return (2 if kind == "all_reduce" else 1) * size * (ranks - 1) / ranks
+
+
+def step_traffic(
+    model: Decoder.Config,
+    dims: ParallelDims,
+    training: TrainingConfig,
+    parallelism: ParallelismConfig,
+    ac_config: ActivationCheckpointing.Config | None,
+) -> list[Traffic]:
+    """All that one optimizer step sends, the most bytes first; axes of one rank are left out.
+
+    The arguments are those of ``plan.parallelize``; ``dims`` is only read.
+    """
+    microbatches = accumulation(training, dims)
+    calls: Counter[tuple[str, Kind, str]] = Counter()
+    sizes: Counter[tuple[str, Kind, str]] = Counter()
+    for purpose, kind, axis, size in microbatch_calls(
+        model, dims, training, parallelism, ac_config
+    ):
+        calls[purpose, kind, axis] += microbatches
+        sizes[purpose, kind, axis] += microbatches * size
+    found = [
+        Traffic(*key, ranks=axis_ranks(dims, key[2]), calls=calls[key], size=size)
+        for key, size in sizes.items()
+    ]
+    return sorted((one for one in found if one.ranks > 1), key=lambda one: -one.received)
+
+
+def total(traffic: Iterable[Traffic], *, on_gloo: bool = False) -> float:
+    """Bytes that a rank receives in a step."""
+    return sum(one.received_on_gloo if on_gloo else one.received for one in traffic)
+
+
+class Call(NamedTuple):
+    """One collective along a mesh axis; ``size``: bytes of the whole tensor."""
+
+    purpose: str
+    kind: Kind
+    axis: str
+    size: int
+
+
+def microbatch_calls(
+    model: Decoder.Config,
+    dims: ParallelDims,
+    training: TrainingConfig,
+    parallelism: ParallelismConfig,
+    ac_config: ActivationCheckpointing.Config | None,
+) -> Iterator[Call]:
+    """Every collective of one micro-batch, those among one rank included."""
+    param = TORCH_DTYPE_MAP[training.mixed_precision_param].itemsize
+    reduce = TORCH_DTYPE_MAP[training.mixed_precision_reduce].itemsize
+    for unit in fsdp_units(model, dims, parallelism):
+        yield Call("parameters forward", "all_gather", unit.axis, unit.gathered * param)
+        if not unit.kept:
+            yield Call("parameters backward", "all_gather", unit.axis, unit.gathered * param)
+        yield Call("gradients", "reduce_scatter", unit.axis, unit.gathered * reduce)
+        yield Call("gradient replicas", "all_reduce", "dp_replicate", unit.shard * reduce)
+    # full recomputation sends rows again, selective keeps them; both repeat the sums of regions
+    row_forwards = 2 if isinstance(ac_config, FullAC.Config) else 1
+    sum_forwards = 2 if isinstance(ac_config, (FullAC.Config, SelectiveAC.Config)) else 1
+    tokens = training.local_batch_size * training.seq_len
+    yield from _vocabulary(tokens, tokens * model.dim * param)
+    for layer in model.layers:
+        yield from _split_regions(layer, training, tokens * model.dim * param, sum_forwards)
+        if isinstance(layer.feed_forward, MixtureOfExperts.Config):
+            for pool in layer.feed_forward.pools:
+                rows = routed_rows(pool, training)
+                for _ in range(2 * row_forwards + 2):
+                    yield Call("expert rows", "all_to_all", "ep", rows * model.dim * param)
+
+
+def _vocabulary(tokens: int, activations: int) -> Iterator[Call]:
+    yield Call("embedding columns", "all_gather", "tp", activations)
+    yield Call("split activations", "all_reduce", "tp", activations)  # backward of the head
+    for _ in ("largest logit", "sum of exponentials", "logit of the label"):
+        yield Call("split losses", "all_reduce", "tp", tokens * FP32)
+
+
+def _split_regions(
+    layer: Block.Config, training: TrainingConfig, activations: int, forwards: int
+) -> Iterator[Call]:
+    """Attention, and a feed-forward or each pool of experts."""
+    feed_forward = layer.feed_forward
+    pools = feed_forward.pools if isinstance(feed_forward, MixtureOfExperts.Config) else []
+    for _ in range((1 + max(len(pools), 1)) * (forwards + 1)):
+        yield Call("split activations", "all_reduce", "tp", activations)
+    for pool in pools:
+        yield Call("split activations", "all_reduce", "tp", routed_rows(pool, training) * FP32)
+
+
+def routed_rows(pool: ExpertPool.Config, training: TrainingConfig) -> int:
+    """Rows that the experts of a pool take of one micro-batch, on one rank.
+
+    By the static rule; with exact budgets, what that is on average.
+    """
+    group_tokens = pool.routing_rows * training.seq_len
+    budget = static_budget(pool.share, pool.capacity_factor, group_tokens, pool.experts)
+    return pool.experts * budget * (training.local_batch_size // pool.routing_rows)

@@ -1,0 +1,124 @@
+"""What FSDP gathers at once and what a rank holds of it, worked out without building a model.
+
+Parameters are built on the meta device, where they have shapes and no memory, and cut as
+``parallel/plan.py`` cuts them.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import ceil, prod
+
+import torch
+from torchtitan.config import ParallelismConfig, TrainingConfig
+from torchtitan.distributed import ParallelDims
+
+from earlyfuse.models.blocks.experts import Experts
+from earlyfuse.models.decoder import Decoder
+from earlyfuse.parallel.plan import shard_dimension
+from earlyfuse.parallel.tensor_parallel import CUTS
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Parameters that one gather brings.
+
+    ``shard``: elements that each of ``ranks`` ranks holds, padding included. ``kept``: stays
+    gathered from forward to backward.
+    """
+
+    name: str
+    axis: str
+    ranks: int
+    shard: int
+    kept: bool
+
+    @property
+    def gathered(self) -> int:
+        """Elements that the gather brings together, padding included."""
+        return self.shard * self.ranks
+
+
+def accumulation(training: TrainingConfig, dims: ParallelDims) -> int:
+    """Micro-batches of a step; ``ValueError`` if they do not make up the global batch."""
+    rows = training.local_batch_size * dims.dp_replicate * dims.dp_shard
+    total = training.global_batch_size if training.global_batch_size > 0 else rows
+    if total % rows:
+        raise ValueError(
+            f"training.global_batch_size ({total}) must be a multiple of local_batch_size times "
+            f"the data-parallel ranks ({rows}); change one of them"
+        )
+    return total // rows
+
+
+def axis_ranks(dims: ParallelDims, axis: str) -> int:
+    """Ranks in one group along a mesh axis."""
+    if axis == "efsdp":
+        return dims.dp_shard * dims.tp // dims.ep
+    return dims.dp_shard if axis == "fsdp" else int(getattr(dims, axis))
+
+
+def fsdp_units(
+    model: Decoder.Config, dims: ParallelDims, parallelism: ParallelismConfig
+) -> list[Unit]:
+    """The units that ``plan.parallelize`` makes, in the order of the forward pass."""
+    reshard = parallelism.fsdp_reshard_after_forward
+    shards: dict[tuple[str, str], int] = defaultdict(int)
+    for name, shape, cut in _parameters(model, dims):
+        unit, axis = _unit_of(name, dims)
+        shards[unit, axis] += _shard_numel(shape, cut, axis_ranks(dims, axis))
+    return [
+        Unit(
+            name=unit,
+            axis=axis,
+            ranks=axis_ranks(dims, axis),
+            shard=shard,
+            kept=reshard == "never" or (unit == "head" and reshard != "always"),
+        )
+        for (unit, axis), shard in shards.items()
+    ]
+
+
+def _parameters(
+    model: Decoder.Config, dims: ParallelDims
+) -> Iterator[tuple[str, list[int], int | None]]:
+    """Name and shape of what a rank holds after tensor and expert parallelism, and the dimension
+    that they cut.
+    """
+    with torch.device("meta"):
+        built = model.build()
+    for prefix, module in built.named_modules():
+        for leaf, parameter in module.named_parameters(recurse=False):
+            name, shape, cut = f"{prefix}.{leaf}", list(parameter.shape), None
+            if isinstance(module, Experts) and dims.ep > 1:
+                cut, ways = 0, dims.ep
+            elif dims.tp > 1:
+                cut, ways = _tensor_cut(built, name, parameter.ndim), dims.tp
+            if cut is not None:
+                shape[cut] //= ways
+            yield name, shape, cut
+
+
+def _tensor_cut(model: Decoder, name: str, ndim: int) -> int | None:
+    """Dimension of a parameter that tensor parallelism cuts."""
+    parts = name.split(".")
+    for depth in range(len(parts)):
+        owner = type(model.get_submodule(".".join(parts[:depth])))
+        if owner in CUTS:
+            dim = CUTS[owner].get(".".join(parts[depth:]))
+            return None if dim is None else ndim + dim
+    return None
+
+
+def _unit_of(name: str, dims: ParallelDims) -> tuple[str, str]:
+    parts = name.split(".")
+    if parts[0] != "layers":
+        return ("embedding" if parts[0] == "tok_embeddings" else "head"), "fsdp"
+    # the experts of all pools of a block travel together, over the ranks that hold the same ones
+    return ".".join(parts[:2]), "efsdp" if "experts" in parts and dims.ep > 1 else "fsdp"
+
+
+def _shard_numel(shape: list[int], cut: int | None, ranks: int) -> int:
+    """Elements of one rank's shard, those of the largest where they differ."""
+    dim = shard_dimension(shape, () if cut is None else (cut,), ranks)
+    return ceil(shape[dim] / ranks) * prod(shape) // shape[dim]

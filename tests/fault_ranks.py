@@ -1,0 +1,108 @@
+"""A tiny run that meets faults at known places: started by ``test_faults.py`` under a launcher.
+
+    … fault_ranks.py FOLDER DATA [FAULT …]
+
+Each FAULT happens once in the life of the run folder, however often the job is started again. In
+steps 3 and 14 the loss of rank 1 is not a number, always: that is part of the run.
+"""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny_runs import tiny_config
+from torch.distributed.tensor import DTensor
+
+from earlyfuse.parallel import stop
+from earlyfuse.parallel.checkpoint_files import CheckpointFolder
+from earlyfuse.parallel.trainer import Trainer
+from earlyfuse.parallel.validate import Validation
+
+STEPS, NOT_A_NUMBER = 20, (3, 14)
+
+
+def main(folder: Path, data: Path, faults: list[str]) -> None:
+    stop.listen()
+    rank = int(os.environ["RANK"])
+    config = tiny_config(folder, data, steps=STEPS)
+    config.checkpoint.interval, config.validator.batch_rows = 4, 4
+    config.watchdog.timeout_seconds, config.watchdog.slow_timeout_seconds = 8.0, 90.0
+    trainer = config.build()
+    (folder / f"pid-{rank}").write_text(str(os.getpid()))
+    if rank == 1:
+        spoil_losses(trainer)
+    for name in faults:
+        if FAULTS[name][0] == rank:
+            arrange(trainer, folder, name)
+    trainer.train()
+    full = {
+        name: value.full_tensor() if isinstance(value, DTensor) else value
+        for name, value in (trainer.model.state_dict() | optimizer_state(trainer)).items()
+    }
+    if rank == 0:
+        torch.save(full, folder / "final.pt")
+    trainer.close()
+
+
+def optimizer_state(trainer: Trainer) -> dict[str, torch.Tensor]:
+    state = trainer.optimizers.state_dict()
+    return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+
+
+def spoil_losses(trainer: Trainer) -> None:
+    sums = trainer.loss_fn.sums
+
+    def spoiled(*batch: torch.Tensor) -> Any:
+        found = sums(*batch)
+        bad = trainer.step in NOT_A_NUMBER and torch.is_grad_enabled()
+        return found._replace(nll_M=found.nll_M * torch.nan) if bad else found
+
+    trainer.loss_fn.sums = spoiled
+
+
+def arrange(trainer: Trainer, folder: Path, name: str) -> None:
+    """Let the fault happen at the entry of its function, in its step, if it has not yet."""
+    _, step, owner, function, fault = FAULTS[name]
+    marker, whole = folder / f"fault-{name}", getattr(owner, function)
+
+    def faulty(*arguments: Any, **options: Any) -> Any:
+        if trainer.step == step and not marker.exists():
+            marker.touch()
+            fault(folder / f"go-{name}")
+        return whole(*arguments, **options)
+
+    setattr(owner, function, faulty)
+
+
+def die(_: Path) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def freeze(_: Path) -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def wait_for(go: Path) -> None:
+    while not go.exists():
+        time.sleep(0.01)
+
+
+Fault = tuple[int, int, type, str, Callable[[Path], None]]
+FAULTS: dict[str, Fault] = {
+    "killed-in-a-step": (1, 6, Trainer, "_forward_backward", die),
+    "killed-in-a-checkpoint": (0, 8, CheckpointFolder, "commit", die),
+    "killed-in-validation": (1, 9, Validation, "measure", die),
+    # the launcher lets rank 0 hold the store through which ranks tell where they stand
+    "frozen": (0, 11, Trainer, "_forward_backward", freeze),
+    # step 12 is saved; these wait until the test has sent a signal
+    "launcher-asked": (0, 13, Trainer, "train_step", wait_for),
+    "rank-asked": (1, 16, Trainer, "train_step", wait_for),
+}
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])

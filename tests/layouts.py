@@ -1,0 +1,188 @@
+"""The same tiny run on different layouts: started by ``test_ranks.py`` under torchrun.
+
+    torchrun … layouts.py OUT DATA CASE …
+
+Each case ends in OUT/<case>.pt, written by rank 0: logged losses and norms of all steps, and, in
+full, the gradients and the parameters after the last one.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from tiny_runs import MODELS, tiny_config
+from torch.distributed._functional_collectives import AsyncCollectiveTensor as Collected
+from torch.distributed.tensor import DTensor
+from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
+
+from earlyfuse.models.blocks.experts import Experts
+from earlyfuse.parallel.expert_parallel import _AllToAll
+from earlyfuse.parallel.trainer import Trainer
+
+ROWS, STEPS = 8, 2
+RECOMPUTE = {"none": lambda: None, "full": FullAC.Config, "selective": SelectiveAC.Config}
+
+
+@dataclass(frozen=True)
+class Case:
+    """``degrees``: fields of the parallelism config, without "_degree". ``micro_batches``: of each
+    rank and step. ``apart``: the first half of the rows is all image, the second all text.
+    """
+
+    model: str
+    degrees: dict[str, int] = field(default_factory=dict)
+    micro_batches: int = 1
+    recompute: str = "none"
+    apart: bool = False
+    reshard: str = "default"
+
+    def config(self, out: Path, data: Path, ranks: int) -> Trainer.Config:
+        config = tiny_config(out, data, MODELS[self.model](), steps=STEPS)
+        config.checkpoint.enable = False
+        config.metrics.enable_tensorboard = False
+        config.validator.freq = STEPS
+        config.validator.batch_rows = ROWS
+        config.activation_checkpoint = RECOMPUTE[self.recompute]()
+        for name, degree in self.degrees.items():
+            setattr(config.parallelism, f"{name}_degree", degree)
+        config.parallelism.fsdp_reshard_after_forward = self.reshard
+        data_ranks = ranks // self.degrees.get("tensor_parallel", 1)
+        config.training.global_batch_size = ROWS
+        config.training.local_batch_size = ROWS // data_ranks // self.micro_batches
+        return config
+
+
+FSDP: dict[str, int] = {}
+HSDP = {"data_parallel_replicate": 2}
+TP, EP = {"tensor_parallel": 2}, {"expert_parallel": 2}
+
+# what a case must equal is its model on one rank: the first four, and "apart"
+CASES: dict[int, dict[str, Case]] = {
+    1: {model: Case(model) for model in MODELS}
+    | {f"{model}-apart": Case(model, apart=True) for model in MODELS},
+    2: {f"{model}-fsdp": Case(model, FSDP) for model in MODELS}
+    | {f"{model}-tp": Case(model, TP) for model in MODELS}
+    | {f"{model}-ep": Case(model, EP) for model in ("moe_8x", "moma")}
+    | {f"{model}-fsdp-apart": Case(model, FSDP, apart=True) for model in MODELS}
+    | {
+        "moma-ep-apart": Case("moma", EP, apart=True),
+        "moma-fsdp-accumulated": Case("moma", FSDP, micro_batches=2),
+        "moma-ep-accumulated-full": Case("moma", EP, micro_batches=2, recompute="full"),
+        "moma-tp-accumulated": Case("moma", TP, micro_batches=4),
+        "moma-fsdp-selective": Case("moma", FSDP, recompute="selective"),
+        "mot-tp-full": Case("mot", TP, recompute="full"),
+        "dense-fsdp-kept": Case("dense", FSDP, reshard="never"),
+    },
+    4: {f"{model}-fsdp": Case(model, FSDP) for model in MODELS}
+    | {f"{model}-hsdp": Case(model, HSDP) for model in ("dense", "moma")}
+    | {f"{model}-fsdp-ep": Case(model, EP) for model in ("moe_8x", "moma")}
+    | {f"{model}-fsdp-tp": Case(model, TP) for model in ("mot", "moma")}
+    | {
+        "moma-hsdp-ep-full": Case("moma", HSDP | EP, recompute="full"),
+        "moma-fsdp-ep-apart": Case("moma", EP, apart=True),
+        "moma-fsdp-tp-accumulated": Case("moma", TP, micro_batches=2),
+    },
+}
+
+
+class Keeping(Trainer):
+    """Keeps gradients and parameters of the last step, whole."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Trainer.Config):
+        pass
+
+    def train_step(self, data_iterator: Iterator[Any]) -> None:
+        super().train_step(data_iterator)
+        named = [(_plain(name), p) for name, p in self.model.named_parameters()]
+        self.kept = {
+            "gradients": {name: whole(p.grad) for name, p in named},
+            "parameters": {name: whole(p) for name, p in named},
+        }
+
+    def _finish(self, saved: bool) -> None:
+        """No picture."""
+        self.metrics_processor.close()
+
+
+class Apart(Keeping):
+    """Every row of one modality: text, in the second half of the global batch; else image."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Trainer.Config):
+        pass
+
+    def batch_generator(self, data: Any) -> Iterator[Any]:
+        lanes = self.dataloader._lanes
+        row = 0
+        for inputs, labels_BS in super().batch_generator(data):
+            for tokens_S, label_S, modality_S in zip(
+                inputs["input"], labels_BS, inputs["modality_BS"], strict=True
+            ):
+                text = lanes[row % len(lanes)] >= ROWS // 2
+                tokens_S.copy_(tokens_S % 27 + 5 if text else tokens_S % 16 + 32)
+                counted = label_S >= 0
+                label_S[counted] = label_S[counted] % 27 + 5 if text else label_S[counted] % 16 + 32
+                modality_S.fill_(0 if text else 1)
+                row += 1
+            yield inputs, labels_BS
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def run(case: Case, name: str, out: Path, data: Path, ranks: int) -> None:
+    """Train, and write ``out/<name>.pt`` from rank 0."""
+    folder = out / name
+    trainer = (Apart if case.apart else Keeping)(case.config(folder, data, ranks))
+    trainer.train()
+    if "expert_parallel" in case.degrees and case.recompute == "none":
+        trainer.kept["events"] = order_of_events(trainer)
+    trainer.close()
+    if dist.get_rank() == 0:
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        torch.save(trainer.kept | {"metrics": lines}, out / f"{name}.pt")
+
+
+def order_of_events(trainer: Trainer) -> list[str]:
+    """What one forward and backward of the routed layers do, in order: send, wait, compute."""
+    events: list[str] = []
+
+    def noted(event: str, function: Any) -> Any:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            events.append(event)
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    with (
+        mock.patch.object(_AllToAll, "apply", noted("send", _AllToAll.apply)),
+        mock.patch.object(Collected, "trigger_wait", noted("wait", Collected.trigger_wait)),
+        mock.patch.object(Experts, "forward", noted("compute", Experts.forward)),
+    ):
+        inputs, _ = next(iter(trainer.dataloader))
+        logits = trainer.model(inputs.pop("input"), **inputs)
+    logits.sum().backward()
+    return events
+
+
+def _plain(name: str) -> str:
+    return name.replace("_checkpoint_wrapped_module.", "")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    out, data, *names = sys.argv[1:]
+    ranks = int(os.environ["WORLD_SIZE"])
+    for name in names or CASES[ranks]:
+        run(CASES[ranks][name], name, Path(out), Path(data), ranks)
+        if dist.get_rank() == 0:
+            print(f"case {name} done", flush=True)

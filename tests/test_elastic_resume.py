@@ -1,0 +1,155 @@
+"""A checkpoint of any layout loads on any other: the same rows, the same losses; on its own layout
+the very same run, bit for bit.
+
+One process trains six steps, saving every second. Each layout takes its step 2 to the end, and one
+process takes the layout's step 4 to the end again.
+"""
+
+import json
+import shutil
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from ranks import output_of, torchrun
+from test_training import TIMES
+from tiny_runs import tiny_config
+from toy import make_data
+
+from earlyfuse.parallel.checkpoint_files import read_manifest
+
+pytestmark = pytest.mark.xdist_group("elastic")  # one worker: its launches are shared
+GLOBAL_BATCH = 8
+STEPS = 6
+
+# Name → ranks, fields of the parallelism config. Layouts of equal ranks share one launch.
+TENSOR, EXPERT = {"tensor_parallel_degree": 2}, {"expert_parallel_degree": 2}
+LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
+    "fsdp2": (2, {}),
+    "hsdp2": (2, {"data_parallel_replicate_degree": 2, "data_parallel_shard_degree": 1}),
+    "tp2": (2, TENSOR),
+    "ep2": (2, EXPERT),
+    "fsdp2-tp2": (4, TENSOR),
+    "hsdp2-fsdp2-ep2": (4, {"data_parallel_replicate_degree": 2, **EXPERT}),
+}
+WITH_FULL_DISK = "fsdp2"
+
+
+def config_of(folder: Path, data: Path, degrees: dict[str, int] | None = None):
+    config = tiny_config(folder, data, steps=STEPS)
+    config.training.global_batch_size = config.validator.batch_rows = GLOBAL_BATCH
+    config.metrics.enable_tensorboard = False
+    config.checkpoint.interval = 2
+    config.checkpoint.keep_latest_k = 0
+    for name, degree in (degrees or {}).items():
+        setattr(config.parallelism, name, degree)
+    return config
+
+
+def train(trainer) -> None:
+    """Train to the end, without drawing curves."""
+    trainer._finish = lambda saved: None
+    trainer.train()
+    trainer.close()
+
+
+def copy_step(source: Path, target: Path, step: int) -> None:
+    name = f"checkpoint/step-{step}"
+    shutil.copytree(source / name, target / name)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """A folder with ``data`` and ``alone``, the run of one process."""
+    root = tmp_path_factory.mktemp("elastic")
+    make_data(root / "data")
+    train(config_of(root / "alone", root / "data").build())
+    return root
+
+
+@pytest.fixture(scope="module")
+def launch(root):
+    """Runs all layouts of a number of ranks, once; returns what was printed."""
+
+    @cache
+    def launch(ranks: int) -> str:
+        names = [name for name, (count, _) in LAYOUTS.items() if count == ranks]
+        for name in names:
+            copy_step(root / "alone", root / name, 2)
+        worker = Path(__file__).with_name("elastic_worker.py")
+        return output_of(torchrun(ranks, str(worker), str(root), *names))
+
+    return launch
+
+
+@pytest.fixture(params=LAYOUTS)
+def layout(request, launch) -> str:
+    """The name of a layout whose runs are done."""
+    launch(LAYOUTS[request.param][0])
+    return request.param
+
+
+def logged(folder: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+
+
+def files(folder: Path, step: int) -> dict:
+    return read_manifest(folder / "checkpoint" / f"step-{step}").files
+
+
+def lanes(folder: Path, step: int) -> torch.Tensor:
+    """int64 (G, K): where each lane of the data stands, which follows from the rows it gave."""
+    checkpoint = folder / "checkpoint" / f"step-{step}"
+    metadata = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    state = {"dataloader": {"lanes": torch.zeros(metadata["dataloader.lanes"].size).long()}}
+    dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
+    return state["dataloader"]["lanes"]
+
+
+def assert_same_training(folder: Path, unbroken: Path, after: int) -> None:
+    """Losses of every logged step beyond ``after`` to 1e-5, token counts and lanes exactly."""
+    expected = [line for line in logged(unbroken) if line["step"] > after]
+    found = [line for line in logged(folder) if line["step"] > after]
+    assert [(x["step"], x["kind"]) for x in found] == [(x["step"], x["kind"]) for x in expected]
+    for line, reference in zip(found, expected, strict=True):
+        for name in reference:
+            if name.startswith("loss"):
+                assert line[name] == pytest.approx(reference[name], rel=0, abs=1e-5), name
+            if name.startswith("tokens"):
+                assert line[name] == reference[name], name
+    assert lanes(folder, STEPS).equal(lanes(unbroken, STEPS))
+
+
+def test_a_layout_continues_the_run_of_one_process(layout, root):
+    assert_same_training(root / layout, root / "alone", after=2)
+    ranks, _ = LAYOUTS[layout]
+    assert read_manifest(root / layout / "checkpoint" / "step-4").ranks == ranks
+
+
+def test_one_process_continues_the_run_of_a_layout(layout, root, tmp_path):
+    copy_step(root / layout, tmp_path, 4)
+    train(config_of(tmp_path, root / "data").build())
+    assert_same_training(tmp_path, root / "alone", after=4)
+
+
+def test_on_its_own_layout_a_resumed_run_is_the_unbroken_one_bit_for_bit(layout, root):
+    """Here it has also passed over a damaged checkpoint, whose step it saves anew."""
+    assert files(root / f"{layout}-damaged", 6) == files(root / layout, 6)
+    assert logged(root / f"{layout}-damaged") == logged(root / layout)
+
+
+def test_a_damaged_file_is_refused_on_all_ranks(layout, root):
+    ranks, _ = LAYOUTS[layout]
+    refusals = [(root / f"{layout}-damaged" / f"refusal-{r}").read_text() for r in range(ranks)]
+    assert all(f"__{ranks - 1}_0.distcp has another SHA-256" in line for line in refusals)
+
+
+def test_a_full_disk_of_one_rank_costs_one_checkpoint_and_nothing_else(root, launch):
+    output, folder = launch(2), root / f"{WITH_FULL_DISK}-full"
+    assert sorted(p.name for p in (folder / "checkpoint").glob("step-*")) == ["step-2", "step-6"]
+    assert files(folder, 6) == files(root / WITH_FULL_DISK, 6)
+    (warning,) = [x for x in output.splitlines() if "warning" in x and str(folder) in x]
+    assert "step 4" in warning and "rank 1: [Errno 28] No space left on device" in warning

@@ -1,0 +1,125 @@
+"""Any layout computes what one rank computes: losses, gradients, parameters, what is logged.
+
+The runs themselves are in ``layouts.py``: one launch per number of ranks does all its cases.
+"""
+
+from itertools import groupby
+from pathlib import Path
+
+import pytest
+import torch
+from layouts import CASES
+from ranks import output_of, torchrun
+from tiny_runs import MODELS, SHAPE, moma
+from toy import make_data
+
+from earlyfuse.configs import decoders, embedded
+from earlyfuse.parallel.plan import check_parallelism
+
+pytestmark = pytest.mark.xdist_group("ranks")  # one worker: its launches are shared
+TOLERANCE = 1e-5
+EQUAL = ("loss", "grad_norm", "z_loss", "output_norm", "unigram_entropy", "router")
+SCRIPT = str(Path(__file__).with_name("layouts.py"))
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """(ranks, case) → what ``layouts.py`` wrote; each number of ranks is launched once."""
+    folder = tmp_path_factory.mktemp("layouts")
+    data = make_data(folder / "data")
+    launched: set[int] = set()
+
+    def result(ranks: int, name: str) -> dict:
+        out = folder / str(ranks)
+        if ranks not in launched:
+            launched.add(ranks)
+            output_of(torchrun(ranks, SCRIPT, str(out), str(data)))
+        return torch.load(out / f"{name}.pt")
+
+    return result
+
+
+@pytest.mark.parametrize(
+    ("ranks", "name"), [(ranks, name) for ranks in (2, 4) for name in CASES[ranks]]
+)
+def test_a_layout_computes_what_one_rank_computes(results, ranks, name):
+    case = CASES[ranks][name]
+    expected = results(1, f"{case.model}-apart" if case.apart else case.model)
+    found = results(ranks, name)
+    # key biases have what cancellation leaves: measured by a hundredth of the whole norm
+    assert relative_errors(found, expected, "gradients", 1e-2, above=TOLERANCE) == {}
+    assert relative_errors(found, expected, "parameters", 1e-4, above=TOLERANCE) == {}
+    for line, wanted in zip(found["metrics"], expected["metrics"], strict=True):
+        for key in (key for key in wanted if key.split("/")[0] in EQUAL):
+            assert line[key] == pytest.approx(wanted[key], rel=TOLERANCE, abs=1e-7), key
+
+
+def relative_errors(
+    found: dict, expected: dict, kind: str, floor: float, above: float
+) -> dict[str, float]:
+    """Names and errors that are too large, relative to a tensor's norm or ``floor`` of them all."""
+    assert found[kind].keys() == expected[kind].keys()
+    whole = sum(float(value.square().sum()) for value in expected[kind].values()) ** 0.5
+    errors = {
+        name: float((found[kind][name] - value).norm() / value.norm().clamp_min(floor * whole))
+        for name, value in expected[kind].items()
+    }
+    return {name: error for name, error in errors.items() if not error <= above}
+
+
+def test_ranks_without_a_modality_are_among_the_cases(results):
+    """That the cases test what they claim: all rows are text or image, in equal parts."""
+    for line in results(1, "moma-apart")["metrics"]:
+        if line["kind"] == "train":
+            assert line["tokens/text"] == line["tokens/image"]
+
+
+def test_rows_of_one_modality_travel_while_the_other_computes(results):
+    """Both pools' rows are on their way before the first is waited for, there and back."""
+    events = results(2, "moma-ep")["events"]
+    changes = [event for event, _ in groupby(events)]
+    layer = ["send", *("compute", "wait", "send"), *("compute", "wait", "send"), "wait"]
+    assert changes == layer * len(moma().layers)
+    assert events[:2] == ["send", "send"]
+
+
+def refusal(monkeypatch, ranks: int, model, **degrees: int) -> str:
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    config = embedded.dense()
+    for name, degree in degrees.items():
+        setattr(config.parallelism, f"{name}_degree", degree)
+    with pytest.raises(ValueError) as error:
+        check_parallelism(config.parallelism, config.training, model)
+    return str(error.value)
+
+
+def test_layouts_that_cannot_work_are_refused_by_name(monkeypatch):
+    tensor, expert = {"tensor_parallel": 2}, {"expert_parallel": 2}
+    dense = decoders.dense(SHAPE)
+    assert "must make up the 1 ranks" in refusal(monkeypatch, 1, dense, **tensor)
+    assert "must make up the 6 ranks" in refusal(monkeypatch, 6, dense, data_parallel_replicate=4)
+    assert "no routed experts" in refusal(monkeypatch, 2, dense, **expert)
+    assert "must be 1 together with tensor" in refusal(monkeypatch, 4, moma(), **tensor, **expert)
+    assert "must divide the 3 ranks" in refusal(monkeypatch, 3, moma(), **expert)
+    message = refusal(monkeypatch, 4, moma(), expert_parallel=4)
+    assert "must divide the 2 text experts" in message
+    message = refusal(monkeypatch, 4, dense, tensor_parallel=4)
+    assert "must divide layers[0].attention.heads (2)" in message
+    assert "need torch 2.14" in refusal(monkeypatch, 2, dense, pipeline_parallel=2)
+    assert "context_parallel_degree (2)" in refusal(monkeypatch, 2, dense, context_parallel=2)
+
+
+def test_what_works_is_not_refused(monkeypatch):
+    for ranks, cases in CASES.items():
+        monkeypatch.setenv("WORLD_SIZE", str(ranks))
+        for case in cases.values():
+            config = case.config(Path(), Path(), ranks)
+            check_parallelism(config.parallelism, config.training, MODELS[case.model]())
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU")
+def test_cpu_offload_without_a_gpu_is_refused():
+    config = embedded.dense()
+    config.training.enable_cpu_offload = True
+    with pytest.raises(ValueError, match=r"enable_cpu_offload .* must be False without a GPU"):
+        check_parallelism(config.parallelism, config.training, decoders.dense(SHAPE))

@@ -1,0 +1,215 @@
+"""What a run asks of its ranks, in closed form: bytes, collectives, memory, time, the dry run."""
+
+import json
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+import traffic_ranks
+from ranks import output_of, torchrun
+from tiny_runs import MODELS, SHAPE, tiny_config
+from torchtitan.distributed import ParallelDims
+from toy import make_data
+from traffic_ranks import LAYOUTS
+
+from earlyfuse.configs import decoders, dry_run
+from earlyfuse.models.blocks.layout import Layout
+from earlyfuse.models.flops import count_parameters
+from earlyfuse.models.routes import by_modality
+from earlyfuse.models.routing.expert_choice import expert_choice
+from earlyfuse.parallel.memory import saved_per_token
+from earlyfuse.parallel.traffic import Traffic, step_traffic, total
+from earlyfuse.tools.doctor import Cluster, main, step_time
+
+# counts of tokens and labels, loss sums, gradient norm: whatever the model
+SCALAR_CALLS, SCALAR_BYTES = 4, 256
+
+
+@pytest.fixture(scope="module")
+def counted(tmp_path_factory):
+    """One step of every layout that two ranks can have, counted."""
+    folder = tmp_path_factory.mktemp("traffic")
+    make_data(folder / "data")
+    output_of(torchrun(2, traffic_ranks.__file__, str(folder), *LAYOUTS))
+    return json.loads((folder / "counted.json").read_text())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_collective_is_predicted_and_no_other_is_sent(counted, layout):
+    def as_counter(pairs):
+        return Counter({tuple(call): number for call, number in pairs})
+
+    expected, seen = (as_counter(counted[layout][key]) for key in ("expected", "seen"))
+    assert expected - seen == Counter()
+    others = seen - expected
+    assert all(kind == "all_reduce" and size <= SCALAR_BYTES for kind, _, size in others)
+    assert others.total() <= SCALAR_CALLS
+    assert sum(expected.values()) > SCALAR_CALLS
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_rank_holds_the_shards_that_are_predicted(counted, layout):
+    assert counted[layout]["held"] == counted[layout]["predicted"]
+
+
+def test_static_routing_reads_no_value_on_the_host():
+    # tensors of the meta device have no values: whoever asks for one fails
+    logits_TE = torch.randn(64, 4, device="meta", requires_grad=True)
+    eligible_T = torch.zeros(64, dtype=torch.bool, device="meta")
+    by_modality(eligible_T.long(), 2)
+    routes = expert_choice(logits_TE, eligible_T, 2, budget=5, capacity_factor=1.0)
+    routes.weight_R.sum().backward()
+    with pytest.raises(NotImplementedError):  # as the exact rule does
+        expert_choice(logits_TE, eligible_T, 2, budget=None, capacity_factor=1.0)
+
+
+def traffic_of(config, model, ranks, **degrees):
+    parallelism = replace(config.parallelism, **degrees)
+    dims = ParallelDims.from_config(parallelism, ranks)
+    return step_traffic(model, dims, config.training, parallelism, None), dims
+
+
+@pytest.fixture
+def run(tmp_path):
+    config = tiny_config(tmp_path, tmp_path)
+    config.training = replace(
+        config.training, mixed_precision_param="bfloat16", global_batch_size=-1, seq_len=4096
+    )
+    return config
+
+
+@pytest.mark.parametrize("ranks", [8, 64, 1024])
+@pytest.mark.parametrize("size", [decoders.moma_1_4b, decoders.moma_7b])
+def test_fsdp_receives_eight_bytes_per_parameter(run, size, ranks):
+    model = size()
+    sent, _ = traffic_of(run, model, ranks)
+    parameters = count_parameters(model).total
+    head = model.vocab_size * model.dim  # stays gathered: no second gather
+    expected = (8 * parameters - 2 * head) * (ranks - 1) / ranks
+    assert total(sent) == pytest.approx(expected, rel=3e-3)  # padding is 0.2 % at most
+
+
+def test_rows_of_experts_travel_four_times_whatever_the_number_of_experts(run):
+    model = decoders.moma_1_4b()
+    sent, _ = traffic_of(run, model, 64, expert_parallel_degree=4)
+    tokens = run.training.local_batch_size * run.training.seq_len
+    rows = [one for one in sent if one.kind == "all_to_all"]
+    assert len(rows) == 1
+    assert rows[0].received == 4 * len(model.layers) * tokens * model.dim * 2 * 3 / 4
+
+
+def test_gloo_pays_twice_for_reduce_scatter_alone():
+    sent = [Traffic("", kind, "fsdp", 4, 1, 100) for kind in ("reduce_scatter", "all_gather")]
+    assert [one.received_on_gloo / one.received for one in sent] == [2, 1]
+
+
+def test_traffic_hides_behind_compute_only_as_far_as_there_is_compute(run):
+    sent, dims = traffic_of(run, decoders.moma_1_4b(), 64)
+    cluster = Cluster(gpus_per_node=8, nvlink=1e11, network=1e10, flops=1e14, overlap=0.8)
+    for flops in (1e10, 1e12, 1e14, 1e16):
+        time = step_time(sent, dims, flops, cluster)
+        assert time.step >= max(time.compute, time.fsdp)
+        assert time.step >= time.compute + 0.2 * time.fsdp
+        assert time.step <= time.compute + time.fsdp
+    alone = step_time(sent, dims, 1e14, replace(cluster, nvlink=1e30, network=1e30))
+    assert alone.step == pytest.approx(alone.compute)
+
+
+def test_a_node_more_makes_the_network_count(run):
+    cluster = Cluster(gpus_per_node=8, nvlink=1e11, network=1e9, flops=1e14, overlap=0.8)
+    inside, across = (
+        step_time(*traffic_of(run, decoders.moma_1_4b(), ranks), 1e14, cluster) for ranks in (8, 16)
+    )
+    assert across.fsdp > 2 * inside.fsdp
+
+
+def test_the_doctor_prints_a_row_per_number_of_gpus_and_says_it_is_a_model(capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")  # put back afterwards
+    assert main(["traffic", "moma_1_4b", "--gpus", "8", "64", "--local-batch-size", "8"]) == 0
+    text = capsys.readouterr().out
+    assert [line.split()[1] for line in text.splitlines() if line.startswith("| ")][1:] == [
+        "8",
+        "64",
+    ]
+    assert "A model, not a measurement" in text
+    assert main(["traffic", "moma_1_4b", "--gpus", "8", "--expert", "3"]) == 2
+    assert "expert_parallel_degree (3)" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- memory
+
+
+def saved_bytes(block_config):
+    """Bytes that autograd keeps of one block, each storage once, parameters left out."""
+    torch.manual_seed(0)
+    block = block_config.build()
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    modality_BS = torch.zeros(2, 64, dtype=torch.uint8)
+    modality_BS[:, 16:48] = 1
+    positions_BS = torch.arange(64).expand(2, -1)
+    layout = Layout.build(modality_BS, positions_BS, (0, 1), 16, 10_000.0)
+    shared = {t.untyped_storage().data_ptr() for t in (layout.cos_BS1H, layout.sin_BS1H)}
+    shared |= {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in shared:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    x_TD = torch.randn(128, SHAPE.dim, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out_TD = block(x_TD, layout)
+    assert out_TD.requires_grad
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("order", ["pre", "swin"])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_estimate_of_activations_is_what_autograd_keeps(run, name, order):
+    block = MODELS[name]().layers[0]
+    block.norm_order = order
+    training = replace(run.training, local_batch_size=2, seq_len=64)
+    assert 4 * 128 * saved_per_token(block, training) == pytest.approx(saved_bytes(block), rel=0.1)
+
+
+# ---------------------------------------------------------------- dry run
+
+
+def test_a_dry_run_writes_nothing_and_needs_no_data(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")  # put back afterwards
+    config = tiny_config(tmp_path / "run", tmp_path / "data")
+    config.training.global_batch_size = -1
+    page = dry_run.describe("tiny", config, ranks=8)
+    assert "data does not have text, pairs yet: prepare them first" in page
+    assert f"{count_parameters(config.model_spec.model).total / 1e3:.4g} k parameters" in page
+    assert list(tmp_path.iterdir()) == []
+    assert not torch.distributed.is_initialized()
+
+
+def test_a_dry_run_tells_how_often_the_data_are_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    config = tiny_config(tmp_path / "run", make_data(tmp_path / "data"))
+    config.training.global_batch_size = -1
+    config.training.steps, config.validator.batch_rows = 1000, 16
+    page = dry_run.describe("tiny", config, ranks=8)
+    tokens = 1000 * 8 * 2 * 32
+    assert f"takes {tokens / 1e3:.4g} k tokens in 16 lanes" in page
+    assert "300 documents" in page and "epochs" in page
+
+
+def test_a_dry_run_refuses_what_a_start_would(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    config = tiny_config(tmp_path / "run", make_data(tmp_path / "data"))
+    config.parallelism.tensor_parallel_degree = 3
+    with pytest.raises(ValueError, match="tensor_parallel_degree"):
+        dry_run.describe("tiny", config, ranks=8)
+    config.parallelism.tensor_parallel_degree = 1
+    config.model_spec = replace(
+        config.model_spec, model=decoders.dense(replace(SHAPE, vocab_size=50))
+    )
+    with pytest.raises(ValueError, match="vocab_size"):
+        dry_run.describe("tiny", config, ranks=1)

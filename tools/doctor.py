@@ -1,0 +1,205 @@
+"""What a config asks of a cluster, before there is one.
+
+``python -m earlyfuse.tools.doctor traffic CONFIG --gpus 8 64 1024``: bytes per step, and how long a
+step would take by a simple model. CONFIG: any of ``train.py``, or ``moma_1_4b``, ``moma_7b``.
+"""
+
+import argparse
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+from torchtitan.distributed import ParallelDims
+from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
+
+from earlyfuse.configs import decoders, embedded
+from earlyfuse.configs.catalogue import catalogue
+from earlyfuse.configs.dry_run import check
+from earlyfuse.models.flops import mean_training_flops
+from earlyfuse.parallel.traffic import Traffic, received, step_traffic, total
+from earlyfuse.parallel.trainer import Trainer
+from earlyfuse.parallel.units import accumulation
+
+SIZES = {"moma_1_4b": decoders.moma_1_4b, "moma_7b": decoders.moma_7b}
+RECOMPUTATION = {"none": None, "selective": SelectiveAC.Config(), "full": FullAC.Config()}
+GIGA, TERA = 1e9, 1e12
+TIMES = ("compute, ms", "FSDP traffic, ms", "other traffic, ms", "step, ms")
+AFTER_PURPOSES = ("all", *TIMES, "efficiency")
+
+ASSUMPTIONS = """A model, not a measurement. It assumes
+- {mfu:.0%} of {flops:g} TFLOP/s while computing; FLOPs by models/flops.py, no recomputation;
+- {gpus_per_node} GPUs a node; {nvlink:g} GB/s per GPU inside, {network:g} GB/s to others, attained;
+  tensor or expert parallel ranks next to each other, then shards, then replicas;
+- collectives that go between nodes once and spread inside: the slower of the two parts counts;
+- {overlap:.0%} of what FSDP sends hides behind compute, as far as there is compute; what tensor and
+  expert parallelism send hides behind nothing;
+- no latency, stragglers, optimizer or data: expect less than this above 256 GPUs."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Bytes/s per GPU, FLOP/s that a GPU attains, and the share of FSDP's traffic that can hide."""
+
+    gpus_per_node: int
+    nvlink: float
+    network: float
+    flops: float
+    overlap: float
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of computing, of FSDP's traffic, of other traffic, and of the whole step."""
+
+    compute: float
+    fsdp: float
+    other: float
+    step: float
+
+
+def step_time(
+    sent: Sequence[Traffic], dims: ParallelDims, flops: float, cluster: Cluster
+) -> StepTime:
+    """Time of a step that sends ``sent`` and computes ``flops`` on each GPU."""
+    seconds: dict[bool, float] = defaultdict(float)
+    for one in sent:
+        seconds[one.axis in ("tp", "ep")] += _seconds(one, dims, cluster)
+    compute, fsdp, other = flops / cluster.flops, seconds[False], seconds[True]
+    hidden = min(cluster.overlap * fsdp, compute)
+    return StepTime(compute, fsdp, other, compute + fsdp - hidden + other)
+
+
+def _seconds(one: Traffic, dims: ParallelDims, cluster: Cluster) -> float:
+    """The slower of what moves inside nodes and what moves between them."""
+    apart = {"fsdp": dims.tp, "efsdp": dims.ep, "dp_replicate": dims.dp_shard * dims.tp}
+    in_node = min(max(cluster.gpus_per_node // apart.get(one.axis, 1), 1), one.ranks)
+    if one.kind == "all_to_all":  # each pair of ranks by itself
+        between = one.size * (1 - in_node / one.ranks)
+    else:  # the GPUs of a node share the work of fetching for all of them
+        between = received(one.kind, one.ranks / in_node, one.size / in_node)
+    inside = one.received if in_node > 1 else 0.0
+    return max(inside / cluster.nvlink, between / cluster.network)
+
+
+# ---------------------------------------------------------------- command line
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; 0 when it succeeded, 2 with one line on what to change when it could not."""
+    options = vars(_parser().parse_args(arguments))
+    command = options.pop("command")
+    try:
+        print(command(**options))
+    except ValueError as error:
+        print(f"doctor: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def traffic(config: str, gpus: list[int], **options: Any) -> str:
+    """A Markdown table: bytes by purpose and the time of a step for each number of GPUs."""
+    cluster = Cluster(
+        gpus_per_node=options["gpus_per_node"],
+        nvlink=options["nvlink"] * GIGA,
+        network=options["network"] * GIGA,
+        flops=options["flops"] * options["mfu"] * TERA,
+        overlap=options["overlap"],
+    )
+    run = _run(config, options)
+    rows = [_row(run, ranks, cluster) for ranks in gpus]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    names.sort(key=lambda name: name in AFTER_PURPOSES)  # a layout of few ranks may lack some
+    tokens = run.training.local_batch_size * run.training.seq_len
+    lines = [f"{config}, {tokens:,} tokens per micro-batch and data rank; GB received per step", ""]
+    lines += ["| " + " | ".join(names) + " |", "|" + "---:|" * len(names)]
+    lines += ["| " + " | ".join(row.get(name, "0") for name in names) + " |" for row in rows]
+    return "\n".join([*lines, "", ASSUMPTIONS.format(**options)])
+
+
+def _run(name: str, options: dict[str, Any]) -> Trainer.Config:
+    """The config with the command line's layout; of another size, the embedded run's settings."""
+    configs = catalogue()
+    if name not in configs and name not in SIZES:
+        raise ValueError(f"config ({name!r}) must be one of {', '.join([*configs, *SIZES])}")
+    run = deepcopy(configs[name]() if name in configs else embedded.moma_4t4i())
+    assert run.model_spec is not None, "configs always set model_spec"
+    if name in SIZES:
+        run.model_spec.model = SIZES[name]()
+        run.training.mixed_precision_param = "bfloat16"
+        run.training.seq_len = 4096
+    for field in ("local_batch_size", "seq_len", "mixed_precision_param"):
+        if options[field] is not None:
+            setattr(run.training, field, options[field])
+    run.parallelism.tensor_parallel_degree = options["tensor"]
+    run.parallelism.expert_parallel_degree = options["expert"]
+    run.parallelism.data_parallel_shard_degree = options["shard"]
+    run.activation_checkpoint = RECOMPUTATION[options["recompute"]]
+    return run
+
+
+def _row(run: Trainer.Config, ranks: int, cluster: Cluster) -> dict[str, str]:
+    run = deepcopy(run)
+    shard, tensor = (
+        run.parallelism.data_parallel_shard_degree,
+        run.parallelism.tensor_parallel_degree,
+    )
+    if shard > 0:  # as many replicas as there is room for
+        run.parallelism.data_parallel_replicate_degree = max(ranks // (shard * tensor), 1)
+    model, dims = check(run, ranks)
+    sent = step_traffic(model, dims, run.training, run.parallelism, run.activation_checkpoint)
+    tokens = run.training.local_batch_size * run.training.seq_len * accumulation(run.training, dims)
+    flops = tokens * mean_training_flops(model, run.training.seq_len) / dims.tp
+    time = step_time(sent, dims, flops, cluster)
+    sizes: dict[str, float] = defaultdict(float)
+    for one in sent:
+        sizes[one.purpose] += one.received
+    sizes["all"] = total(sent)
+    seconds = (time.compute, time.fsdp, time.other, time.step)
+    return {
+        "GPUs": f"{ranks}",
+        **{purpose: f"{size / GIGA:.1f}" for purpose, size in sizes.items()},
+        **{name: f"{1e3 * second:.0f}" for name, second in zip(TIMES, seconds, strict=True)},
+        "efficiency": f"{time.compute / time.step:.2f}",
+    }
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m earlyfuse.tools.doctor", description=(__doc__ or "").split("\n")[0]
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    one = commands.add_parser(
+        "traffic",
+        help="bytes and time of a step on any number of GPUs",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    one.set_defaults(command=traffic)
+    one.add_argument("config", help="a config of train.py, moma_1_4b or moma_7b")
+    one.add_argument("--gpus", type=int, nargs="+", default=[8, 64, 1024], help="rows of the table")
+    for name, default, meaning in (
+        ("shard", -1, "ranks that share one copy of the parameters; -1: all, else replicas"),
+        ("tensor", 1, "tensor parallel ranks"),
+        ("expert", 1, "expert parallel ranks"),
+        ("gpus-per-node", 8, "GPUs behind one NVLink"),
+    ):
+        one.add_argument(f"--{name}", type=int, default=default, help=meaning)
+    for name, value, meaning in (
+        ("nvlink", 370.0, "GB/s per GPU inside a node, attained"),
+        ("network", 42.0, "GB/s per GPU between nodes, attained"),
+        ("flops", 989.0, "peak TFLOP/s of a GPU"),
+        ("mfu", 0.5, "share of it that is attained while computing"),
+        ("overlap", 0.85, "share of FSDP's traffic that can hide behind compute"),
+    ):
+        one.add_argument(f"--{name}", type=float, default=value, help=meaning)
+    one.add_argument("--local-batch-size", type=int, help="rows per rank; default: the config's")
+    one.add_argument("--seq-len", type=int, help="positions in a row; default: the config's")
+    one.add_argument("--mixed-precision-param", choices=["bfloat16", "float32"], help="likewise")
+    one.add_argument("--recompute", choices=list(RECOMPUTATION), default="none", help="activations")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
