@@ -147,7 +147,7 @@ class Decoder(BaseModel):
             x_TD = layer(x_TD, layout)
         if self.recording:
             self._record_output_norm(x_TD)
-        return self.lm_head(self.norm(x_TD, layout)).unflatten(0, (rows, seq_len))
+        return self.lm_head(self.norm(x_TD, layout).unflatten(0, (rows, seq_len)))
 
     @torch.no_grad()
     def _record_output_norm(self, x_TD: torch.Tensor) -> None:
@@ -205,6 +205,6 @@ class Head(Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.dim))
 
-    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
-        """(T, D) → (T, V)."""
-        return F.linear(x_TD, held(self.weight))
+    def forward(self, x_BSD: torch.Tensor) -> torch.Tensor:
+        """(B, S, D) → (B, S, V)."""
+        return F.linear(x_BSD, held(self.weight))

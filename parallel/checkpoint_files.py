@@ -9,15 +9,16 @@ name in the folder                what it is
 ``latest``                        the name of the checkpoint completed last
 ================================  =================================================================
 
-A checkpoint is written under its partial name. When all of it and the manifest (size and SHA-256 of
-every file) are on disk, the folder is renamed and ``latest`` replaced. So ``step-N`` is complete
-whatever moment the process is killed, and ``latest`` names a complete one. ``latest`` need not be
-the highest: a run taken back to step 3 that has saved step 6 continues from there, not from the
-step 9 of before.
+A checkpoint is written under its partial name. When all of it and the manifest (SHA-256 of every
+file and of itself) are on disk, the folder is renamed and ``latest`` replaced. So ``step-N`` is
+complete whatever moment the process is killed, and ``latest`` names a complete one. ``latest`` need
+not be the highest: a run taken back to step 3 that has saved step 6 continues from there, not from
+the step 9 of before.
 
 The folder must lie on a file system that all ranks share and that renames folders atomically.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -33,7 +34,6 @@ from torch.futures import Future
 
 from earlyfuse.data.atomic import (
     atomic_write,
-    atomic_write_json,
     remove_temporaries,
     sha256_file,
 )
@@ -110,7 +110,8 @@ class CheckpointFolder:
         for name, record in manifest.files.items():
             if (partial / name).stat().st_size != record.bytes:
                 raise OSError(f"{partial / name} has not the size that its writer gave it")
-        atomic_write_json(partial / MANIFEST, asdict(manifest))
+        with atomic_write(partial / MANIFEST) as file:
+            file.write(_written(manifest))
         with atomic_write(self.root / LATEST) as file:
             file.write(f"{complete.name}\n".encode())
             file.flush()
@@ -132,11 +133,22 @@ def read_manifest(folder: Path) -> Manifest:
     if not path.is_file():
         raise ValueError(f"{MANIFEST} is missing")
     try:
-        content = json.loads(path.read_bytes())
+        raw = path.read_bytes()
+        content = json.loads(raw)
+        content.pop("sha256")
         content["files"] = {name: FileRecord(**record) for name, record in content["files"].items()}
-        return Manifest(**content)
+        if _written(manifest := Manifest(**content)) != raw:
+            raise ValueError("it is not as it was written")
+        return manifest
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{MANIFEST} cannot be read ({error!r})") from error
+
+
+def _written(manifest: Manifest) -> bytes:
+    """A manifest as its file has it, with the SHA-256 of all that it says."""
+    content = asdict(manifest)
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return json.dumps({"sha256": digest, **content}, indent=1).encode() + b"\n"
 
 
 def describe(folder: Path, rank: int) -> Files:

@@ -90,7 +90,7 @@ class AllToAll:
     def _counts(self, rows: int, device: torch.device) -> list[int]:
         counts_W = torch.empty(self.mesh.size(), dtype=torch.int64, device=device)
         mine = torch.full((1,), rows, dtype=torch.int64, device=device)
-        dist.all_gather_into_tensor(counts_W, mine, group=self.mesh.get_group())
+        dist.all_gather_single(counts_W, mine, group=self.mesh.get_group())
         return counts_W.tolist()
 
 

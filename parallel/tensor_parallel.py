@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
-from torch.distributed._functional_collectives import all_gather_tensor, all_reduce
+from torch.distributed._functional_collectives import all_gather_single, all_reduce
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -102,9 +102,9 @@ def _enter(module: nn.Module, args: tuple[Any, ...], mesh: DeviceMesh) -> tuple[
 
 
 def _whole_logits_outside_training(
-    module: nn.Module, args: tuple[Any, ...], logits_TV: torch.Tensor, mesh: DeviceMesh
+    module: nn.Module, args: tuple[Any, ...], logits_BSV: torch.Tensor, mesh: DeviceMesh
 ) -> torch.Tensor:
-    return logits_TV if module.training else _Gather.apply(logits_TV, mesh)
+    return logits_BSV if module.training else _Gather.apply(logits_BSV, mesh)
 
 
 class _Copy(torch.autograd.Function):
@@ -140,7 +140,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TC: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
         ctx.columns, ctx.rank = x_TC.shape[-1], mesh.get_local_rank()
-        return all_gather_tensor(x_TC.contiguous(), x_TC.ndim - 1, mesh)
+        return all_gather_single(x_TC.contiguous(), x_TC.ndim - 1, mesh)
 
     @staticmethod
     @once_differentiable

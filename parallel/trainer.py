@@ -26,7 +26,6 @@ from earlyfuse.models.objectives.chameleon import ChameleonObjective, label_memb
 from earlyfuse.parallel import compat, lost_hosts, rank_log, run_folder, stop
 from earlyfuse.parallel.agreement import check_ranks_agree
 from earlyfuse.parallel.checkpoint import Checkpoints
-from earlyfuse.parallel.curves import plot_curves
 from earlyfuse.parallel.data_set import DataSet, NoTokenizer
 from earlyfuse.parallel.gradients import clip
 from earlyfuse.parallel.metrics import RunMetrics
@@ -263,6 +262,8 @@ class Trainer(titan.Trainer):
         self.metrics_processor.close()
         if torch.distributed.get_rank() != 0:
             return
+        from earlyfuse.parallel.curves import plot_curves  # matplotlib: for one rank, once
+
         picture = plot_curves(Path(self.config.dump_folder))
         if self.should_continue_training():
             found = "saved" if saved else f"not saved, last checkpoint {self._last_checkpoint()}"

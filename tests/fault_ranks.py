@@ -99,9 +99,9 @@ FAULTS: dict[str, Fault] = {
     "killed-in-validation": (1, 9, Validation, "measure", die),
     # the launcher lets rank 0 hold the store through which ranks tell where they stand
     "frozen": (0, 11, Trainer, "_forward_backward", freeze),
-    # step 12 is saved; these wait until the test has sent a signal
+    # these wait until the test has sent a signal; steps 12, 16 and 20 are saved anyway
     "launcher-asked": (0, 13, Trainer, "train_step", wait_for),
-    "rank-asked": (1, 16, Trainer, "train_step", wait_for),
+    "rank-asked": (1, 17, Trainer, "train_step", wait_for),
 }
 
 if __name__ == "__main__":
