@@ -28,7 +28,7 @@ def torchrun(
     )
 
 
-def output_of(process: subprocess.Popen, timeout: float = 300) -> str:
+def output_of(process: subprocess.Popen, timeout: float = 900) -> str:
     """Everything that ``process`` printed; fails with it when the exit status is not 0."""
     try:
         output, _ = process.communicate(timeout=timeout)
