@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from raw_shards import prepared, raw  # noqa: F401  fixtures
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,0 +1,185 @@
+"""prepare: bad samples are counted or stop it, and what cannot be is refused with the reason."""
+
+import json
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from raw_shards import OTHER_TEXTS, contents, pairs, quiet, spec_of, write_tar
+
+from earlyfuse.data.atomic import sha256_file
+from earlyfuse.data.prepare import prepare
+from earlyfuse.data.prepare.report import describe
+from earlyfuse.data.tokenizers.image import save_image_tokenizer
+from earlyfuse.data.tokenizers.image_kmeans import KMeansTokenizer
+from earlyfuse.data.tokenizers.text import TextTokenizer
+
+
+@pytest.fixture
+def bad(tmp_path):
+    """Two corrupt images in shard 0; shard 1 is cut inside its last sample."""
+    rng = np.random.default_rng(5)
+    write_tar(tmp_path / "bad" / "0.tar", pairs(rng, 20, corrupt=(3, 11)))
+    whole = write_tar(tmp_path / "bad" / "1.tar", pairs(rng, 20))
+    content = whole.read_bytes()
+    with tarfile.open(whole) as tar:
+        last = tar.getmember("0019.png")
+    whole.write_bytes(content[: last.offset_data + 30])
+    return tmp_path / "bad"
+
+
+def test_bad_samples_are_dropped_and_counted_by_cause_and_shard(raw, bad, tmp_path):
+    spec = spec_of(raw, tmp_path / "out", train={"bad": bad}, validation={}, max_bad_rate=0.1)
+    manifest = prepare(spec, quiet())["train/bad"]
+    assert manifest["drops"] == {"corrupt-image": 2, "truncated": 1}
+    assert manifest["drops_by_shard"] == {"0.tar": {"corrupt-image": 2}, "1.tar": {"truncated": 1}}
+    # the sample before a cut may count as incomplete, the one that is cut never as complete
+    assert manifest["documents"] in (18 + 18, 18 + 19)
+    page = describe(tmp_path / "out")
+    assert "train/bad dropped: corrupt-image 2, truncated 1" in page
+    assert "  0.tar: corrupt-image 2" in page
+
+
+def test_too_many_bad_samples_end_it_and_name_the_worst_shard(raw, bad, tmp_path):
+    spec = spec_of(raw, tmp_path / "out", train={"bad": bad}, validation={}, max_bad_rate=0.05)
+    message = (
+        r"train/bad: 3 of (39|40) samples are bad.*max_bad_rate \(0.05\).*0\.tar: corrupt-image 2"
+    )
+    with pytest.raises(ValueError, match=message):
+        prepare(spec, quiet())
+    assert not list((tmp_path / "out").rglob("manifest.json"))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_stop_ends_at_the_first_bad_sample(raw, bad, tmp_path, workers):
+    changes = {"train": {"bad": bad}, "validation": {}, "on_bad": "stop", "workers": workers}
+    with pytest.raises(ValueError, match=r"shard 0\.tar: .*corrupt-image.*on_bad is 'stop'"):
+        prepare(spec_of(raw, tmp_path / "out", **changes), quiet())
+    assert not list((tmp_path / "out").rglob("manifest.json"))
+
+
+def test_unusable_text_is_counted(raw, tmp_path):
+    rows = [{"text": "fine"}, {"text": "a \ud800 b"}]
+    write_tar(
+        tmp_path / "t.tar", [(f"{n}.json", json.dumps(row).encode()) for n, row in enumerate(rows)]
+    )
+    spec = spec_of(
+        raw, tmp_path / "out", train={"books": raw / "books", "t": tmp_path / "t.tar"},
+        validation={}, image_tokenizer="none", max_bad_rate=1.0,
+    )  # fmt: skip
+    manifest = prepare(spec, quiet())["train/t"]
+    assert (manifest["documents"], manifest["drops"]) == (1, {"not-utf8": 1})
+
+
+# ---------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"text_vocab": 10}, r"text vocabulary \(10\) must lie in \[320"),
+    ({"codes": 1}, r"codes \(1\) must lie in \[2"),
+    ({"patch": 3}, r"image_size \(8\) must be a multiple of patch \(3\)"),
+    ({"image_tokenizer": "vqgan"}, r"image_tokenizer \(vqgan\) must be one of kmeans, vqvae, none"),
+    ({"image_tokenizer": "vqvae", "image_size": 9, "patch": 3}, r"patch \(3\) must be a power of"),
+    ({"text_tokenizer": Path("gone.model")}, r"text_tokenizer \(gone.model\) must be an existing"),
+    ({"on_bad": "ignore"}, r"on_bad \(ignore\) must be one of skip, stop"),
+    ({"layout": "parquet"}, r"layout \(parquet\) must be one of auto, pairs"),
+    ({"max_bad_rate": 1.5}, r"max_bad_rate \(1.5\) is a share; it must lie in \[0, 1\]"),
+    ({"workers": 0}, r"workers \(0\) must be at least 1"),
+    ({"train": {}}, r"train names no source"),
+])  # fmt: skip
+def test_a_spec_that_cannot_be_is_refused_when_it_is_built(raw, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        spec_of(raw, tmp_path, **changes)
+
+
+@pytest.mark.parametrize(("train", "error", "message"), [
+    ({"a": "nowhere/*.tar"}, FileNotFoundError, r"train/a: no shard .* at nowhere/\*\.tar"),
+    ({"a": "nowhere"}, FileNotFoundError, r"train/a: no shard .* at nowhere"),
+    ({"a": "pipe:cat x.tar"}, ValueError, "would run a shell command"),
+    ({"a": "https://host/x.tar"}, ValueError, "is a URL"),
+    ({"a/b": "x"}, ValueError, r"source name \('a/b'\)"),
+    ({"..": "x"}, ValueError, r"source name \('\.\.'\)"),
+])  # fmt: skip
+def test_shards_that_cannot_be_read_are_refused_before_anything_is_written(
+    raw, tmp_path, train, error, message
+):
+    with pytest.raises(error, match=message):
+        prepare(spec_of(raw, tmp_path / "out", train=train), quiet())
+    assert not (tmp_path / "out").exists()
+
+
+def test_validation_on_training_shards_is_refused(raw, tmp_path):
+    with pytest.raises(ValueError, match=r"0\.tar of validation/pairs is a training shard too"):
+        prepare(spec_of(raw, tmp_path / "out", validation={"pairs": raw / "pairs"}), quiet())
+
+
+def test_a_folder_that_cannot_be_written_is_refused(raw, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"out \(.*file/out\) cannot be written \(Not a directory\)"):
+        prepare(spec_of(raw, tmp_path / "file" / "out"), quiet())
+
+
+def test_other_tokenizers_are_refused_by_name(raw, prepared, tmp_path):
+    before = contents(prepared)
+    made = json.loads((prepared / "train" / "books" / "manifest.json").read_text())["tokenizers"]
+    other = TextTokenizer.train(OTHER_TEXTS, 325)
+    other.save(tmp_path / "other.model")
+    with pytest.raises(ValueError, match=rf"text tokenizer {made['text']}.*{other.sha256}"):
+        prepare(spec_of(raw, prepared, text_tokenizer=tmp_path / "other.model"), quiet())
+    with pytest.raises(
+        ValueError, match=rf"text tokenizer {made['text']} of 330 pieces.*one of 340"
+    ):
+        prepare(spec_of(raw, prepared, text_vocab=340), quiet())
+    images = np.random.default_rng(0).integers(0, 255, (9, 8, 8, 3), dtype=np.uint8)
+    codes = KMeansTokenizer.train(images, patch=4, codes=16)
+    save_image_tokenizer(codes, tmp_path / "codes.safetensors")
+    path = str(tmp_path / "codes.safetensors")
+    with pytest.raises(ValueError, match=rf"image tokenizer {made['image']}.*{codes.sha256}"):
+        prepare(spec_of(raw, prepared, image_tokenizer=path), quiet())
+    for changes in ({"codes": 17}, {"patch": 2}, {"image_tokenizer": "none"}, {"seed": 1}):
+        with pytest.raises(ValueError, match=rf"image tokenizer {made['image']}.*but asked for is"):
+            prepare(spec_of(raw, prepared, **changes), quiet())
+    assert contents(prepared) == before
+
+
+def test_a_tokenizer_exchanged_behind_its_data_is_refused(raw, tmp_path):
+    spec = spec_of(raw, tmp_path / "out", train={"books": raw / "books"}, image_tokenizer="none",
+                   validation={})  # fmt: skip
+    prepare(spec, quiet())
+    model = tmp_path / "out" / "tokenizers" / "text.model"
+    was = sha256_file(model)
+    other = TextTokenizer.train(OTHER_TEXTS, 330)
+    other.save(model)
+    with pytest.raises(ValueError, match=rf"text tokenizer {was} .*{other.sha256}"):
+        prepare(spec, quiet())
+    model.unlink()
+    with pytest.raises(ValueError, match=rf"{was}.*the tokenizers folder is gone"):
+        prepare(spec, quiet())
+
+
+def test_ready_tokenizers_are_copied_not_trained(raw, prepared, tmp_path):
+    changes = {
+        "text_tokenizer": prepared / "tokenizers" / "text.model",
+        "image_tokenizer": str(prepared / "tokenizers" / "image.safetensors"),
+    }
+    prepare(spec_of(raw, tmp_path, **changes), quiet())
+    assert contents(tmp_path) == contents(prepared)
+
+
+def test_two_at_once_in_one_folder_are_refused(raw, tmp_path):
+    import fcntl
+
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    try:
+        with pytest.raises(RuntimeError, match="is being written by another prepare"):
+            prepare(spec_of(raw, tmp_path), quiet())
+    finally:
+        os.close(descriptor)
+
+
+def test_sources_without_an_image_say_how_to_prepare_text_only(raw, tmp_path):
+    with pytest.raises(ValueError, match="image_tokenizer 'none'"):
+        prepare(spec_of(raw, tmp_path, train={"books": raw / "books"}, validation={}), quiet())
