@@ -20,7 +20,6 @@ from toy import make_data
 
 from earlyfuse.parallel.checkpoint_files import read_manifest
 
-pytestmark = pytest.mark.xdist_group("elastic")  # one worker: its launches are shared
 GLOBAL_BATCH = 8
 STEPS = 6
 

@@ -16,7 +16,6 @@ from toy import make_data
 from earlyfuse.configs import decoders, embedded
 from earlyfuse.parallel.plan import check_parallelism
 
-pytestmark = pytest.mark.xdist_group("ranks")  # one worker: its launches are shared
 TOLERANCE = 1e-5
 EQUAL = ("loss", "grad_norm", "z_loss", "output_norm", "unigram_entropy", "router")
 SCRIPT = str(Path(__file__).with_name("layouts.py"))
