@@ -75,7 +75,14 @@ def metrics(folder: Path) -> list[dict]:
 def launch(folder: Path, data: Path) -> subprocess.Popen:
     """The same command each time; restarts, since nothing here depends on how many there are."""
     command = [sys.executable, "-m", "earlyfuse.tools.launch", "--standalone"]
-    command += ["--nproc-per-node=2", "--max-restarts=20", JOB, str(folder), str(data)]
+    command += [
+        "--local-addr=127.0.0.1",
+        "--nproc-per-node=2",
+        "--max-restarts=20",
+        JOB,
+        str(folder),
+        str(data),
+    ]
     return subprocess.Popen(
         [*command, *fault_ranks.FAULTS],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
