@@ -14,7 +14,6 @@ def torchrun(
     Its output, and that of all ranks, comes through ``stdout``.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--local-addr=127.0.0.1"]  # whatever the host's name resolves to
     command += [f"--nproc-per-node={ranks}", f"--max-restarts={restarts}", *arguments]
     tests = os.path.dirname(os.path.abspath(__file__))
     paths = [tests, os.environ.get("PYTHONPATH", "")]
