@@ -133,6 +133,7 @@ class Watchdog(Configurable):
 
     def _watch(self) -> None:
         limit, before, asked = self.config.timeout_seconds, None, 0.0
+        self._tell(self._own_report())
         while not self._closed.wait(self._interval):
             mine = self._own_report()
             self._tell(mine)
@@ -162,8 +163,10 @@ class Watchdog(Configurable):
     def _tell(self, mine: Report) -> None:
         def tell(store: dist.Store) -> Report | None:
             store.set(str(self.rank), json.dumps(mine))
-            ask = self._rank_0_keeps and self.rank != 0 and store.check(["0"])
-            return Report(*json.loads(store.get("0"))) if ask else None
+            if not self._rank_0_keeps or self.rank == 0:
+                return None
+            # waits for rank 0's first report: without any it could not be named when it is silent
+            return Report(*json.loads(store.get("0")))
 
         self._keeper = self._on_store(tell) or self._keeper
 

@@ -130,8 +130,7 @@ def test_a_stop_asked_of_the_launcher_or_of_one_rank_saves_and_exits_0(story):
 def test_a_frozen_rank_is_named_with_the_place_where_it_stood(story):
     # ranks tell it once a second at most; these steps take less, and are the same on all ranks
     place = r"last seen in step \d+, [^;]+; this rank waits in step 11, forward-backward"
-    # rank 0 keeps the job's store: a rank that never heard of it can only say that it is silent
-    named = rf"(rank 0 on \S+ \(pid \d+\) has stopped, {place}|its store .* is silent)"
+    named = rf"rank 0 on \S+ \(pid \d+\) has stopped, {place}"
     assert re.search(f"the job stands still: {named}", story.outputs[0])
     told = (story.harmed / "stalls" / "rank-1.txt").read_text()
     assert re.search(named, told) and "_forward_backward" in told, "the waiting rank's stack"
