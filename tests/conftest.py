@@ -1,9 +1,15 @@
-"""What all tests share: one thread, and uninitialised memory that shows when it is read."""
+"""What all tests share: one thread, Triton's interpreter where there is no GPU, and uninitialised
+memory that shows when it is read."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+
 from raw_shards import prepared, raw  # noqa: F401  fixtures
 
 

@@ -1,0 +1,189 @@
+"""Compile every Triton kernel for three GPU generations, without a GPU, and say what it takes.
+
+    python -m earlyfuse.kernels.ahead_of_time            prints the table
+    python -m earlyfuse.kernels.ahead_of_time --write    writes it into kernels/README.md
+
+A ``triton_impl.py`` names its kernels in ``variants()``: one ``Variant`` per specialisation that a
+launch may compile, over the list its autotuner chooses from. What a compiled kernel takes is read
+from the machine code: registers, stack and local memory (spills), shared memory, and instructions
+of the tensor cores.
+"""
+
+import argparse
+import importlib
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+PACKAGE = "earlyfuse.kernels"
+BEGIN, END = "<!-- resources: begin -->", "<!-- resources: end -->"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A GPU generation: compute capability, shared memory a block may have, tensor-core opcode."""
+
+    capability: int
+    shared_bytes: int
+    tensor_core: str
+
+    @property
+    def name(self) -> str:
+        return f"sm_{self.capability}"
+
+
+# CUDA C++ Programming Guide, table of technical specifications per compute capability
+TARGETS = (
+    Target(80, 163 * 1024, "HMMA"),
+    Target(90, 227 * 1024, "HGMMA"),
+    Target(100, 227 * 1024, "UTC[A-Z]*MMA"),
+)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One specialisation of a kernel, as a launch would compile it.
+
+    ``types``: Triton's word for each argument that is no constant ("*bf16", "i32", "fp32").
+    ``constants``: values of ``tl.constexpr`` arguments, and None for pointers that are not given.
+    ``aligned``: integer arguments known to be multiples of 16; pointers always are.
+    ``tensor_cores``: whether its products are meant to run on them. ``oldest``: the first
+    capability that has what it uses.
+    """
+
+    name: str
+    kernel: Any
+    types: Mapping[str, str]
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    aligned: tuple[str, ...] = ()
+    warps: int = 4
+    stages: int = 3
+    tensor_cores: bool = False
+    oldest: int = 80
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one variant takes on one target."""
+
+    variant: str
+    target: str
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    tensor_core_instructions: int
+
+
+def variants() -> list[Variant]:
+    """All variants of all ops."""
+    folder = Path(__file__).parent
+    ops = sorted(path.parent.name for path in folder.glob("*/triton_impl.py"))
+    modules = [importlib.import_module(f"{PACKAGE}.{op}.triton_impl") for op in ops]
+    return [variant for module in modules for variant in module.variants()]
+
+
+def compiled(variant: Variant, target: Target) -> Resources:
+    """Compile one variant for one target."""
+    kernel = variant.kernel
+    while not isinstance(kernel, triton.JITFunction):
+        kernel = kernel.fn  # under autotune and heuristics
+    names = [p.name for p in kernel.params]
+    pointers = [name for name, kind in variant.types.items() if kind.startswith("*")]
+    source = ASTSource(
+        fn=kernel,
+        signature={name: variant.types.get(name, "constexpr") for name in names},
+        constexprs={name: variant.constants[name] for name in names if name not in variant.types},
+        attrs={
+            (names.index(name),): [["tt.divisibility", 16]]
+            for name in (*pointers, *variant.aligned)
+        },
+    )
+    binary = triton.compile(
+        source,
+        target=GPUTarget("cuda", target.capability, 32),
+        options={"num_warps": variant.warps, "num_stages": variant.stages},
+    )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(binary.asm["cubin"])
+        usage = _cuobjdump("-res-usage", file.name)
+        code = _cuobjdump("-sass", file.name)
+    counts = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    return Resources(
+        variant=variant.name,
+        target=target.name,
+        registers=counts["REG"],
+        spilled_bytes=counts["STACK"] + counts["LOCAL"],
+        shared_bytes=binary.metadata.shared,
+        tensor_core_instructions=len(re.findall(rf"\s{target.tensor_core}[.\s]", code)),
+    )
+
+
+def _cuobjdump(option: str, path: str) -> str:
+    command = [triton.knobs.nvidia.cuobjdump.path, option, path]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def compile_all(workers: int | None = None) -> list[Resources]:
+    """Every variant on every target that can have it, in order."""
+    jobs = [
+        (index, target)
+        for index, variant in enumerate(variants())
+        for target in TARGETS
+        if target.capability >= variant.oldest
+    ]
+    with ProcessPoolExecutor(workers) as pool:
+        return list(pool.map(_compile_numbered, *zip(*jobs, strict=True)))
+
+
+def _compile_numbered(index: int, target: Target) -> Resources:
+    return compiled(variants()[index], target)  # kernels do not travel between processes
+
+
+def table(resources: list[Resources]) -> str:
+    """Markdown: a row per variant; registers / shared KiB on each target."""
+    targets = [target.name for target in TARGETS]
+    rows: dict[str, dict[str, str]] = {}
+    for found in resources:
+        kib = found.shared_bytes / 1024
+        rows.setdefault(found.variant, {})[found.target] = f"{found.registers} / {kib:.4g}"
+    return "\n".join(_table_lines(rows, targets)) + "\n"
+
+
+def _table_lines(rows: dict[str, dict[str, str]], targets: list[str]) -> Iterator[str]:
+    yield f"| kernel | {' | '.join(targets)} |"
+    yield "|---" * (len(targets) + 1) + "|"
+    for name, cells in rows.items():
+        yield f"| {name} | {' | '.join(cells.get(target, '–') for target in targets)} |"
+
+
+def main() -> None:
+    """Print the table, or write it between the marks in kernels/README.md."""
+    parser = argparse.ArgumentParser(
+        prog="python -m earlyfuse.kernels.ahead_of_time",
+        description="Compile every Triton kernel for sm_80, sm_90 and sm_100; no GPU is needed.",
+    )
+    parser.add_argument("--write", action="store_true", help="write kernels/README.md")
+    arguments = parser.parse_args()
+    words = table(compile_all())
+    if not arguments.write:
+        print(words, end="")
+        return
+    readme = Path(__file__).with_name("README.md")
+    before, rest = readme.read_text().split(BEGIN)
+    after = rest.split(END)[1]
+    temporary = readme.with_suffix(".part")
+    temporary.write_text(f"{before}{BEGIN}\n{words}{END}{after}")
+    temporary.rename(readme)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""What all Triton implementations share: running in the interpreter, and choosing a configuration.
+
+Import this only from a ``triton_impl.py``: it needs Triton.
+
+Triton's interpreter holds bf16 as raw bits and computes nonsense with them, so kernels convert to
+``compute_type`` when they load; on a GPU that is the type of the data itself. It has no clock
+either, so there the first configuration of a list is taken.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+TL_TYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+
+
+def compute_type(dtype: torch.dtype) -> tl.dtype:
+    """What a kernel converts values of ``dtype`` to after a load, before ``tl.dot``."""
+    return tl.float32 if INTERPRETED else TL_TYPES[dtype]
+
+
+class _FirstConfig:
+    """A kernel launched with one configuration, called like an autotuned one."""
+
+    def __init__(self, kernel: Any, config: triton.Config) -> None:
+        self.fn, self.config = kernel, config
+
+    def __getitem__(self, grid: Any) -> Callable[..., Any]:
+        def launch(*args: Any, **kwargs: Any) -> Any:
+            return self.fn[grid](*args, **kwargs, **self.config.kwargs)
+
+        return launch
+
+
+def tuned(
+    configs: Sequence[triton.Config], key: Sequence[str], **options: Any
+) -> Callable[[Any], Any]:
+    """``triton.autotune``, except in the interpreter, where ``configs[0]`` is taken."""
+    if INTERPRETED:
+        return lambda kernel: _FirstConfig(kernel, configs[0])
+    return triton.autotune(configs=list(configs), key=list(key), **options)
+
+
+def pointer_type(tensor_or_dtype: torch.Tensor | torch.dtype) -> str:
+    """How a Triton signature writes a pointer to this type: ``"*bf16"``."""
+    dtype = tensor_or_dtype.dtype if isinstance(tensor_or_dtype, torch.Tensor) else tensor_or_dtype
+    return "*" + _SIGNATURES[dtype]
+
+
+_SIGNATURES: Mapping[torch.dtype, str] = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.bool: "i1",
+    torch.uint8: "u8",
+}

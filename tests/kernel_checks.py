@@ -1,0 +1,31 @@
+"""What the tests of kernels share: errors as ratios of RMS, outputs and all gradients of an op."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def rms_ratio(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """RMS of the difference over RMS of what is expected; NaN where either has one."""
+    difference = (actual.double() - expected.double()).norm()
+    return (difference / expected.double().norm().clamp_min(1e-12)).item()
+
+
+def outputs_and_gradients(
+    op: Callable, inputs: Sequence[torch.Tensor | None], **options: object
+) -> list[torch.Tensor]:
+    """Outputs of ``op(*inputs)``, then the gradient of a fixed random projection of all outputs for
+    each input that requires one, in order."""
+    outputs = op(*inputs, **options)
+    outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
+    generator = torch.Generator().manual_seed(2)
+    projections = [
+        torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.device, y.dtype)
+        for y in outputs
+    ]
+    wanted = [t for t in inputs if isinstance(t, torch.Tensor) and t.requires_grad]
+    found = [(y, dy) for y, dy in zip(outputs, projections, strict=True) if y.requires_grad]
+    gradients = torch.autograd.grad([y for y, _ in found], wanted, [dy for _, dy in found])
+    return [*(y.detach() for y in outputs), *gradients]
