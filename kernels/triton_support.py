@@ -65,3 +65,10 @@ _SIGNATURES: Mapping[torch.dtype, str] = {
     torch.bool: "i1",
     torch.uint8: "u8",
 }
+
+
+def product_precision(dtype: torch.dtype) -> str:
+    """``input_precision`` of ``tl.dot``: fp32 products follow torch's own setting for them."""
+    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+        return "tf32"
+    return "ieee"

@@ -20,9 +20,9 @@ result is 0). A padded row is any token with weight 0. Gradients reach ``x``, ev
 import torch
 
 from earlyfuse.kernels.backend import resolve
-from earlyfuse.kernels.grouped_gemm import reference, torch_impl
+from earlyfuse.kernels.grouped_gemm import op, reference
 
-_IMPLEMENTATIONS = {"torch": torch_impl, "reference": reference}
+BACKENDS = ("triton", "torch", "reference")
 
 
 def grouped_linear(
@@ -32,6 +32,7 @@ def grouped_linear(
     offset_G1: torch.Tensor,
     weight_R: torch.Tensor | None = None,
     *,
+    once: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor:
     """y[row] += weight · (x[row] @ w[g].T) over all routed rows → (T, F), dtype of ``x``.
@@ -41,8 +42,10 @@ def grouped_linear(
     """
     _check_routes(x_TD, row_R, offset_G1, weight_R)
     _check_weight("w_GFD", w_GFD, x_TD, offset_G1, (None, x_TD.shape[1]))
-    chosen = resolve("grouped_linear", backend, _IMPLEMENTATIONS, x_TD.device)
-    return chosen.grouped_linear(x_TD, w_GFD, row_R, offset_G1, weight_R)
+    chosen = resolve("grouped_linear", backend, BACKENDS, x_TD.device)
+    if chosen == "reference":
+        return reference.grouped_linear(x_TD, w_GFD, row_R, offset_G1, weight_R)
+    return op.grouped_linear(x_TD, w_GFD, row_R, offset_G1, weight_R, once, chosen)
 
 
 def grouped_swiglu(
@@ -54,6 +57,7 @@ def grouped_swiglu(
     offset_G1: torch.Tensor,
     weight_R: torch.Tensor | None = None,
     *,
+    once: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor:
     """y[row] += weight · w2[g] (silu(w1[g] x[row]) ⊙ w3[g] x[row]) → (T, D), dtype of ``x``.
@@ -66,8 +70,12 @@ def grouped_swiglu(
     hidden = w1_GFD.shape[1]
     _check_weight("w3_GFD", w3_GFD, x_TD, offset_G1, (hidden, x_TD.shape[1]))
     _check_weight("w2_GDF", w2_GDF, x_TD, offset_G1, (x_TD.shape[1], hidden))
-    chosen = resolve("grouped_swiglu", backend, _IMPLEMENTATIONS, x_TD.device)
-    return chosen.grouped_swiglu(x_TD, w1_GFD, w3_GFD, w2_GDF, row_R, offset_G1, weight_R)
+    chosen = resolve("grouped_swiglu", backend, BACKENDS, x_TD.device)
+    tensors = (x_TD, w1_GFD, w3_GFD, w2_GDF, row_R, offset_G1, weight_R)
+    if chosen == "reference":
+        return reference.grouped_swiglu(*tensors)
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return op.grouped_swiglu(*tensors, once, keep, chosen)[0]
 
 
 def _check_routes(

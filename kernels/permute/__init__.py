@@ -12,23 +12,25 @@ argument       shape, dtype           meaning
 ``scores_GT``  (G, T) fp32            score of each token for each group; -inf: last of all
 =============  =====================  ==============================================================
 
-All three give the same result on every run. Backends: ``torch`` (fast, CPU and CUDA) and
-``reference``.
+All three give the same result on every run. Backends: ``triton`` (CUDA), ``torch`` (fast, CPU and
+CUDA) and ``reference``.
 """
 
 import torch
 
 from earlyfuse.kernels.backend import resolve
-from earlyfuse.kernels.permute import reference, torch_impl
+from earlyfuse.kernels.permute import op, reference
 
-_IMPLEMENTATIONS = {"torch": torch_impl, "reference": reference}
+BACKENDS = ("triton", "torch", "reference")
 
 
 def gather_rows(x_TD: torch.Tensor, row_R: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:
     """x[row] → (R, D), dtype of ``x``. Raises ``ValueError`` on wrong shapes, dtypes or devices."""
     _check_rows("x_TD", x_TD, row_R)
-    chosen = resolve("gather_rows", backend, _IMPLEMENTATIONS, x_TD.device)
-    return chosen.gather_rows(x_TD, row_R)
+    chosen = resolve("gather_rows", backend, BACKENDS, x_TD.device)
+    if chosen == "reference":
+        return reference.gather_rows(x_TD, row_R)
+    return op.gather_rows(x_TD, row_R, chosen)
 
 
 def scatter_add_rows(
@@ -61,8 +63,10 @@ def scatter_add_rows(
             f"the shape of row_R {tuple(row_R.shape)}, dtype float32 or {y_RD.dtype}, and be on "
             f"{y_RD.device}"
         )
-    chosen = resolve("scatter_add_rows", backend, _IMPLEMENTATIONS, y_RD.device)
-    return chosen.scatter_add_rows(y_RD, row_R, tokens, weight_R)
+    chosen = resolve("scatter_add_rows", backend, BACKENDS, y_RD.device)
+    if chosen == "reference":
+        return reference.scatter_add_rows(y_RD, row_R, tokens, weight_R)
+    return op.scatter_add_rows(y_RD, row_R, tokens, weight_R, chosen)
 
 
 def select_top_k(scores_GT: torch.Tensor, k: int, *, backend: str = "auto") -> torch.Tensor:
@@ -80,8 +84,10 @@ def select_top_k(scores_GT: torch.Tensor, k: int, *, backend: str = "auto") -> t
         raise ValueError(
             f"k ({k}) must lie in [0, {scores_GT.shape[1]}], the number of tokens; lower it"
         )
-    chosen = resolve("select_top_k", backend, _IMPLEMENTATIONS, scores_GT.device)
-    return chosen.select_top_k(scores_GT.detach(), k)
+    chosen = resolve("select_top_k", backend, BACKENDS, scores_GT.device)
+    if chosen == "reference":
+        return reference.select_top_k(scores_GT.detach(), k)
+    return op.select_top_k(scores_GT.detach(), k, chosen)
 
 
 def _check_rows(name: str, tensor: torch.Tensor, row_R: torch.Tensor) -> None:

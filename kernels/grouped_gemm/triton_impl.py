@@ -1,0 +1,338 @@
+"""Grouped ops for CUDA: launches of ``triton_kernels.py``, without any host synchronisation.
+
+Where a token may have several rows, their results are written side by side and added up by token
+afterwards (``permute.combine``), in fixed order: atomic additions would need the same bytes and
+give other sums on each run. With ``once`` a kernel writes straight to the token's place.
+
+T tokens, R routed rows, G groups, D model, F hidden.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import triton
+
+from earlyfuse.kernels.ahead_of_time import Variant
+from earlyfuse.kernels.grouped_gemm.triton_kernels import (
+    BAND,
+    HALF,
+    HALF_WIDE,
+    SINGLE,
+    activation_backward_kernel,
+    gate_up_kernel,
+    rows_kernel,
+    weight_gradient_kernel,
+)
+from earlyfuse.kernels.permute.triton_impl import combine, inverse_of
+from earlyfuse.kernels.triton_support import compute_type, pointer_type, product_precision
+
+PROGRAMS_IN_INTERPRETER = 2
+
+
+def linear(
+    x_TD: torch.Tensor,
+    w_GFD: torch.Tensor,
+    row_R: torch.Tensor,
+    offset_G1: torch.Tensor,
+    weight_R: torch.Tensor | None,
+    once: bool,
+) -> torch.Tensor:
+    """y[row] += weight · (x[row] @ w[g].T); see ``grouped_gemm`` for shapes."""
+    routes = (row_R, offset_G1, weight_R)
+    return _to_tokens(x_TD, w_GFD, *routes, once, gather=True, transposed=True)
+
+
+def linear_backward(
+    dy_TF: torch.Tensor,
+    x_TD: torch.Tensor,
+    w_GFD: torch.Tensor,
+    row_R: torch.Tensor,
+    offset_G1: torch.Tensor,
+    weight_R: torch.Tensor | None,
+    once: bool,
+    need: Sequence[bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of x, w and the weights."""
+    need_x, need_w, need_weight = need
+    x_TD, w_GFD = x_TD.contiguous(), w_GFD.contiguous()
+    empty = x_TD.new_empty(0)
+    dx_TD, dw_GFD, dweight_R = empty, empty, empty
+    if need_weight and weight_R is not None:
+        dx_RD = _rows(dy_TF, w_GFD, row_R, offset_G1, None, gather=True, transposed=False)
+        dweight_R = (x_TD[row_R].float() * dx_RD.float()).sum(1).to(weight_R.dtype)
+        if need_x:
+            dx_TD = combine(dx_RD, *inverse_of(row_R, x_TD.shape[0]), weight_R)
+    elif need_x:
+        routes = (row_R, offset_G1, weight_R)
+        dx_TD = _to_tokens(dy_TF, w_GFD, *routes, once, gather=True, transposed=False)
+    if need_w:
+        dw_GFD = _weight_gradient(
+            dy_TF, x_TD, row_R, offset_G1, weight_R, gather_p=True, gather_q=True
+        )
+    return dx_TD, dw_GFD, dweight_R
+
+
+def swiglu(
+    x_TD: torch.Tensor,
+    w1_GFD: torch.Tensor,
+    w3_GFD: torch.Tensor,
+    w2_GDF: torch.Tensor,
+    row_R: torch.Tensor,
+    offset_G1: torch.Tensor,
+    weight_R: torch.Tensor | None,
+    once: bool,
+    keep: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y[row] += weight · w2[g] (silu(w1[g] x[row]) ⊙ w3[g] x[row]), and both pre-activations."""
+    x_TD = x_TD.contiguous()
+    groups, hidden, dim = w1_GFD.shape
+    rows = row_R.shape[0]
+    gate_up_2RF = x_TD.new_empty((2, rows, hidden) if keep else 0)
+    gate_RF, up_RF = gate_up_2RF if keep else (gate_up_2RF, gate_up_2RF)
+    h_RF = x_TD.new_empty(rows, hidden)
+    if h_RF.numel():
+        gate_up_kernel[_programs(x_TD, rows, groups, hidden)](
+            x_TD, w1_GFD.contiguous(), w3_GFD.contiguous(), row_R, offset_G1, gate_RF, up_RF, h_RF,
+            groups, hidden, dim, KEEP=keep, **_common(x_TD, groups),
+        )  # fmt: skip
+    y_TD = _to_tokens(
+        h_RF, w2_GDF, row_R, offset_G1, weight_R, once,
+        gather=False, transposed=True, tokens=x_TD.shape[0],
+    )  # fmt: skip
+    return y_TD, gate_up_2RF
+
+
+def swiglu_backward(
+    dy_TD: torch.Tensor,
+    gate_up_2RF: torch.Tensor,
+    x_TD: torch.Tensor,
+    w1_GFD: torch.Tensor,
+    w3_GFD: torch.Tensor,
+    w2_GDF: torch.Tensor,
+    row_R: torch.Tensor,
+    offset_G1: torch.Tensor,
+    weight_R: torch.Tensor | None,
+    once: bool,
+    need: Sequence[bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of x, w1, w3, w2 and the weights."""
+    need_x, need_w1, need_w3, need_w2, need_weight = need
+    x_TD, empty = x_TD.contiguous(), x_TD.new_empty(0)
+    dgate_RF, dup_RF, h_RF, dweight_R = _activation_backward(
+        dy_TD, gate_up_2RF, w2_GDF.contiguous(), row_R, offset_G1, weight_R, need_weight
+    )
+    routes = (row_R, offset_G1, None)
+    dx_TD = empty
+    if need_x:
+        dx_TD = _to_tokens(
+            dgate_RF, w1_GFD, *routes, once, gather=False, transposed=False,
+            tokens=x_TD.shape[0], second=(dup_RF, w3_GFD),
+        )  # fmt: skip
+    gradients = [
+        _weight_gradient(p, q, *routes, gather_p=p is dy_TD, gather_q=q is x_TD) if need else empty
+        for need, p, q in (
+            (need_w1, dgate_RF, x_TD),
+            (need_w3, dup_RF, x_TD),
+            (need_w2, dy_TD, h_RF),
+        )
+    ]
+    return dx_TD, gradients[0], gradients[1], gradients[2], dweight_R
+
+
+# ---------------------------------------------------------------- launches
+
+
+def _activation_backward(
+    dy_TD: torch.Tensor,
+    gate_up_2RF: torch.Tensor,
+    w2_GDF: torch.Tensor,
+    row_R: torch.Tensor,
+    offset_G1: torch.Tensor,
+    weight_R: torch.Tensor | None,
+    need_weight: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Weighted dgate, dup and h, (R, F) each, and the gradient of the weights (R,)."""
+    groups, dim, hidden = w2_GDF.shape
+    rows = row_R.shape[0]
+    dgate_RF, dup_RF, h_RF = dy_TD.new_empty(3, rows, hidden)
+    # as many column blocks as the narrowest configuration has; those not written stay 0
+    narrowest = min(config.kwargs["BLOCK_N"] for config in (*HALF_WIDE, *SINGLE))
+    partial_NR = dy_TD.new_zeros(
+        triton.cdiv(hidden, narrowest) if need_weight else 0, rows, dtype=torch.float32
+    )
+    if h_RF.numel():
+        activation_backward_kernel[_programs(dy_TD, rows, groups, hidden)](
+            dy_TD, w2_GDF, gate_up_2RF[0], gate_up_2RF[1], row_R, offset_G1, weight_R,
+            dgate_RF, dup_RF, h_RF, partial_NR, rows, groups, hidden, dim,
+            WEIGHTED=weight_R is not None, NEED_WEIGHT=need_weight, **_common(dy_TD, groups),
+        )  # fmt: skip
+    dweight_R = dy_TD.new_empty(0)
+    if need_weight and weight_R is not None:
+        dweight_R = partial_NR.sum(0).to(weight_R.dtype)
+    return dgate_RF, dup_RF, h_RF, dweight_R
+
+
+def _to_tokens(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    row_R: torch.Tensor,
+    offset_G1: torch.Tensor,
+    weight_R: torch.Tensor | None,
+    once: bool,
+    *,
+    gather: bool,
+    transposed: bool,
+    tokens: int | None = None,
+    second: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """The rows' products, weighted and added up by token: (T, columns of b)."""
+    tokens = a.shape[0] if tokens is None else tokens
+    if once:
+        out = a.new_zeros(tokens, b.shape[1] if transposed else b.shape[2])
+        routes = (row_R, offset_G1, weight_R)
+        return _rows(
+            a, b, *routes, gather=gather, transposed=transposed, second=second, scatter_to=out
+        )
+    y = _rows(
+        a, b, row_R, offset_G1, None, gather=gather, transposed=transposed, second=second
+    )
+    return combine(y, *inverse_of(row_R, tokens), weight_R)
+
+
+def _rows(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    row_R: torch.Tensor,
+    offset_G1: torch.Tensor,
+    weight_R: torch.Tensor | None,
+    *,
+    gather: bool,
+    transposed: bool,
+    second: tuple[torch.Tensor, torch.Tensor] | None = None,
+    scatter_to: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """One product per routed row, in rows of its own or of its token in ``scatter_to``."""
+    a, b = a.contiguous(), b.contiguous()
+    a2, b2 = second if second is not None else (a, b)
+    groups, rows = b.shape[0], row_R.shape[0]
+    columns, inner = (b.shape[1], b.shape[2]) if transposed else (b.shape[2], b.shape[1])
+    out = a.new_empty(rows, columns) if scatter_to is None else scatter_to
+    if rows and columns:
+        rows_kernel[_programs(a, rows, groups, columns)](
+            a, b, a2.contiguous(), b2.contiguous(), row_R, offset_G1, weight_R, out,
+            groups, columns, inner, GATHER=gather, TRANSPOSED=transposed, TWO=second is not None,
+            SCATTER=scatter_to is not None, WEIGHTED=weight_R is not None, **_common(a, groups),
+        )  # fmt: skip
+    return out
+
+
+def _weight_gradient(
+    p: torch.Tensor,
+    q: torch.Tensor,
+    row_R: torch.Tensor,
+    offset_G1: torch.Tensor,
+    weight_R: torch.Tensor | None,
+    *,
+    gather_p: bool,
+    gather_q: bool,
+) -> torch.Tensor:
+    """Σ over the rows of each group of weight · pᵀ q → (G, columns of p, columns of q)."""
+    p, q, groups = p.contiguous(), q.contiguous(), offset_G1.shape[0] - 1
+    out = p.new_empty(groups, p.shape[1], q.shape[1])
+    if out.numel():
+        common = _common(p, groups)
+        del common["GROUPS"]
+        weight_gradient_kernel[_programs(p, groups * p.shape[1], groups, q.shape[1])](
+            p, q, row_R, offset_G1, weight_R, out, groups, p.shape[1], q.shape[1],
+            GATHER_P=gather_p, GATHER_Q=gather_q, WEIGHTED=weight_R is not None, **common,
+        )  # fmt: skip
+    return out
+
+
+def _programs(like: torch.Tensor, rows: int, groups: int, columns: int) -> Callable[[dict], tuple]:
+    """The grid: as many programs as the device runs at once, but no more than there are tiles."""
+    if like.device.type != "cuda":
+        return lambda blocks: (PROGRAMS_IN_INTERPRETER,)
+    processors = torch.cuda.get_device_properties(like.device).multi_processor_count
+
+    def grid(blocks: dict) -> tuple[int]:
+        most = triton.cdiv(rows, blocks["BLOCK_M"]) + groups
+        tiles = most * triton.cdiv(columns, blocks["BLOCK_N"])
+        return (min(tiles, processors * blocks["PER_SM"]),)
+
+    return grid
+
+
+def _common(like: torch.Tensor, groups: int) -> dict[str, Any]:
+    return {
+        "GROUPS": max(triton.next_power_of_2(groups), 2),
+        "BAND": BAND,
+        "DOT": compute_type(like.dtype),
+        "PRECISION": product_precision(like.dtype),
+    }
+
+
+# ---------------------------------------------------------------- for kernels/ahead_of_time.py
+
+_NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+
+
+def variants() -> Iterator[Variant]:
+    """Every configuration of every kernel, with what costs most switched on."""
+    for dtype in (torch.bfloat16, torch.float32):
+        data, single = pointer_type(dtype), dtype == torch.float32
+        route = {"row_ptr": "*i64", "offset_ptr": "*i64", "weight_ptr": "*fp32"}
+        sizes = {"groups": "i32", "N": "i32", "K": "i32"}
+        linear_flags = {"GATHER": True, "TWO": False, "SCATTER": False, "WEIGHTED": False}
+        for name, flags in (
+            ("linear", {**linear_flags, "TRANSPOSED": True, "SCATTER": True, "WEIGHTED": True}),
+            ("dx", {**linear_flags, "TRANSPOSED": False, "GATHER": False, "TWO": True}),
+        ):
+            pointers = dict.fromkeys(("a_ptr", "b_ptr", "a2_ptr", "b2_ptr", "out_ptr"), data)
+            yield from _variants(
+                name, rows_kernel, dtype, SINGLE if single else HALF,
+                pointers | route | sizes, {**flags, "GROUPS": 8},
+            )  # fmt: skip
+        pointers = ("x_ptr", "w1_ptr", "w3_ptr", "gate_ptr", "up_ptr", "h_ptr")
+        types = dict.fromkeys(pointers, data) | {"row_ptr": "*i64", "offset_ptr": "*i64"} | sizes
+        yield from _variants(
+            "gate and up", gate_up_kernel, dtype, SINGLE if single else HALF_WIDE,
+            types, {"KEEP": True, "GROUPS": 8},
+        )  # fmt: skip
+        pointers = ("dy_ptr", "w2_ptr", "gate_ptr", "up_ptr", "dgate_ptr", "dup_ptr", "h_ptr")
+        types = dict.fromkeys(pointers, data) | route | sizes
+        yield from _variants(
+            "activation backward", activation_backward_kernel, dtype,
+            SINGLE if single else HALF_WIDE, types | {"partial_ptr": "*fp32", "rows": "i32"},
+            {"WEIGHTED": True, "NEED_WEIGHT": True, "GROUPS": 8},
+        )  # fmt: skip
+        types = dict.fromkeys(("p_ptr", "q_ptr", "out_ptr"), data) | route
+        yield from _variants(
+            "dw", weight_gradient_kernel, dtype, SINGLE if single else HALF,
+            types | {"groups": "i32", "M": "i32", "N": "i32"},
+            {"GATHER_P": False, "GATHER_Q": True, "WEIGHTED": False},
+        )  # fmt: skip
+
+
+def _variants(
+    name: str,
+    kernel: Any,
+    dtype: torch.dtype,
+    configs: Sequence[triton.Config],
+    types: dict[str, str],
+    flags: dict[str, Any],
+) -> Iterator[Variant]:
+    for config in configs:
+        blocks = "x".join(str(config.kwargs[f"BLOCK_{axis}"]) for axis in "MNK")
+        common = {"BAND": BAND, "DOT": compute_type(dtype), "EVEN_K": True}
+        yield Variant(
+            name=f"grouped_gemm {name} {_NAMES[dtype]} {blocks}",
+            kernel=kernel,
+            types=types,
+            constants={**common, "PRECISION": product_precision(dtype), **flags, **config.kwargs},
+            aligned=tuple(name for name in ("M", "N", "K") if name in types),
+            warps=config.num_warps,
+            stages=config.num_stages,
+            tensor_cores=dtype == torch.bfloat16,
+        )
