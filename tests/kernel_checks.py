@@ -14,18 +14,18 @@ def rms_ratio(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def outputs_and_gradients(
-    op: Callable, inputs: Sequence[torch.Tensor | None], **options: object
+    op: Callable, inputs: Sequence[torch.Tensor | None], *rest: object, **options: object
 ) -> list[torch.Tensor]:
-    """Outputs of ``op(*inputs)``, then the gradient of a fixed random projection of all outputs for
-    each input that requires one, in order."""
-    outputs = op(*inputs, **options)
+    """Outputs of ``op(*inputs, *rest)``, then the gradient of a fixed random projection of all of
+    them for each tensor given that requires one, in order."""
+    outputs = op(*inputs, *rest, **options)
     outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
     generator = torch.Generator().manual_seed(2)
     projections = [
         torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.device, y.dtype)
         for y in outputs
     ]
-    wanted = [t for t in inputs if isinstance(t, torch.Tensor) and t.requires_grad]
+    wanted = [t for t in (*inputs, *rest) if isinstance(t, torch.Tensor) and t.requires_grad]
     found = [(y, dy) for y, dy in zip(outputs, projections, strict=True) if y.requires_grad]
     gradients = torch.autograd.grad([y for y, _ in found], wanted, [dy for _, dy in found])
     return [*(y.detach() for y in outputs), *gradients]

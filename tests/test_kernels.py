@@ -6,6 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
+from kernel_checks import outputs_and_gradients, rms_ratio
 
 from earlyfuse.kernels import backend
 from earlyfuse.kernels.grouped_gemm import grouped_linear, grouped_swiglu
@@ -31,11 +32,6 @@ def routes_of(groups):
     return row_R, offset_G1
 
 
-def rms_ratio(actual, expected):
-    difference = (actual.double() - expected.double()).norm()
-    return (difference / expected.double().norm().clamp_min(1e-12)).item()
-
-
 def swiglu_tensors(groups, dtype=torch.float32, width=WIDTH, hidden=HIDDEN, seed=0):
     generator = torch.Generator().manual_seed(seed)
 
@@ -50,14 +46,6 @@ def swiglu_tensors(groups, dtype=torch.float32, width=WIDTH, hidden=HIDDEN, seed
 def weights_for(row_R, dtype=torch.float32):
     generator = torch.Generator().manual_seed(1)
     return torch.rand(row_R.shape, generator=generator).to(dtype).requires_grad_()
-
-
-def outputs_and_gradients(op, inputs, *rest, **options):
-    """The op's output, and the gradients of a fixed random projection of it."""
-    y = op(*inputs, *rest, **options)
-    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    wanted = [t for t in (*inputs, *rest) if t is not None and t.requires_grad]
-    return [y.detach(), *torch.autograd.grad(y, wanted, dy.to(y.dtype))]
 
 
 def masked_dense_swiglu(x, w1, w3, w2, row_R, offset_G1, weight_R=None):
@@ -320,8 +308,11 @@ def test_row_movers_and_top_k_name_a_wrong_argument():
         select_top_k(X.bfloat16(), 1)
 
 
-def test_a_backend_that_does_not_exist_is_refused_by_name():
-    with pytest.raises(ValueError, match=r"backend \('triton'\).*grouped_linear.*torch, reference"):
+def test_a_backend_that_does_not_exist_or_cannot_run_is_refused_by_name(monkeypatch):
+    with pytest.raises(ValueError, match=r"backend \('cuda'\).*grouped_linear.*triton, torch, ref"):
+        grouped_linear(X, W, ROW, OFFSET, backend="cuda")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match=r"'triton'.*cannot run on cpu.*need a CUDA device"):
         grouped_linear(X, W, ROW, OFFSET, backend="triton")
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -33,3 +34,29 @@ def compiled(tmp_path_factory):
     assert done.returncode == 0, done.stderr
     resources, table = done.stdout.splitlines()[-2:]
     return json.loads(resources), json.loads(table)
+
+
+def test_nothing_spills_on_any_generation(compiled):
+    resources, _ = compiled
+    assert {r["variant"] + " " + r["target"]: r["spilled_bytes"] for r in resources} == {
+        r["variant"] + " " + r["target"]: 0 for r in resources
+    }
+
+
+def test_shared_memory_is_within_what_a_block_may_have(compiled):
+    limits = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
+    assert [r for r in compiled[0] if r["shared_bytes"] > limits[r["target"]]] == []
+
+
+def test_products_meant_for_tensor_cores_run_there(compiled):
+    meant = [r for r in compiled[0] if r["meant"]]
+    assert len(meant) > 30
+    assert [r for r in meant if r["tensor_core_instructions"] == 0] == []
+
+
+def test_the_table_in_the_readme_is_what_was_compiled(compiled):
+    readme = Path(__file__).parent.parent / "kernels" / "README.md"
+    written = readme.read_text().split("<!-- resources: begin -->\n")[1]
+    assert written.split("<!-- resources: end -->")[0] == compiled[1], (
+        "run: python -m earlyfuse.kernels.ahead_of_time --write"
+    )

@@ -12,12 +12,16 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 
 from earlyfuse.kernels.ahead_of_time import Variant
 from earlyfuse.kernels.grouped_gemm.triton_kernels import (
     BAND,
+    FROM_SM_90,
     HALF,
-    HALF_WIDE,
+    HALF_BACKWARD,
+    HALF_GATE_UP,
+    ONE_PRODUCT,
     SINGLE,
     activation_backward_kernel,
     gate_up_kernel,
@@ -94,7 +98,7 @@ def swiglu(
     if h_RF.numel():
         gate_up_kernel[_programs(x_TD, rows, groups, hidden)](
             x_TD, w1_GFD.contiguous(), w3_GFD.contiguous(), row_R, offset_G1, gate_RF, up_RF, h_RF,
-            groups, hidden, dim, KEEP=keep, **_common(x_TD, groups),
+            groups, hidden, dim, KEEP=keep, INDEX=_index(x_TD), **_common(x_TD, groups),
         )  # fmt: skip
     y_TD = _to_tokens(
         h_RF, w2_GDF, row_R, offset_G1, weight_R, once,
@@ -157,7 +161,7 @@ def _activation_backward(
     rows = row_R.shape[0]
     dgate_RF, dup_RF, h_RF = dy_TD.new_empty(3, rows, hidden)
     # as many column blocks as the narrowest configuration has; those not written stay 0
-    narrowest = min(config.kwargs["BLOCK_N"] for config in (*HALF_WIDE, *SINGLE))
+    narrowest = min(config.kwargs["BLOCK_N"] for config in (*HALF_BACKWARD, *SINGLE))
     partial_NR = dy_TD.new_zeros(
         triton.cdiv(hidden, narrowest) if need_weight else 0, rows, dtype=torch.float32
     )
@@ -165,7 +169,8 @@ def _activation_backward(
         activation_backward_kernel[_programs(dy_TD, rows, groups, hidden)](
             dy_TD, w2_GDF, gate_up_2RF[0], gate_up_2RF[1], row_R, offset_G1, weight_R,
             dgate_RF, dup_RF, h_RF, partial_NR, rows, groups, hidden, dim,
-            WEIGHTED=weight_R is not None, NEED_WEIGHT=need_weight, **_common(dy_TD, groups),
+            WEIGHTED=weight_R is not None, NEED_WEIGHT=need_weight, INDEX=_index(dy_TD),
+            **_common(dy_TD, groups),
         )  # fmt: skip
     dweight_R = dy_TD.new_empty(0)
     if need_weight and weight_R is not None:
@@ -194,9 +199,7 @@ def _to_tokens(
         return _rows(
             a, b, *routes, gather=gather, transposed=transposed, second=second, scatter_to=out
         )
-    y = _rows(
-        a, b, row_R, offset_G1, None, gather=gather, transposed=transposed, second=second
-    )
+    y = _rows(a, b, row_R, offset_G1, None, gather=gather, transposed=transposed, second=second)
     return combine(y, *inverse_of(row_R, tokens), weight_R)
 
 
@@ -222,7 +225,8 @@ def _rows(
         rows_kernel[_programs(a, rows, groups, columns)](
             a, b, a2.contiguous(), b2.contiguous(), row_R, offset_G1, weight_R, out,
             groups, columns, inner, GATHER=gather, TRANSPOSED=transposed, TWO=second is not None,
-            SCATTER=scatter_to is not None, WEIGHTED=weight_R is not None, **_common(a, groups),
+            SCATTER=scatter_to is not None, WEIGHTED=weight_R is not None, INDEX=_index(a, out),
+            **_common(a, groups),
         )  # fmt: skip
     return out
 
@@ -264,6 +268,10 @@ def _programs(like: torch.Tensor, rows: int, groups: int, columns: int) -> Calla
     return grid
 
 
+def _index(*tensors: torch.Tensor) -> tl.dtype:
+    return tl.int64 if max(tensor.numel() for tensor in tensors) >= 2**31 else tl.int32
+
+
 def _common(like: torch.Tensor, groups: int) -> dict[str, Any]:
     return {
         "GROUPS": max(triton.next_power_of_2(groups), 2),
@@ -284,27 +292,27 @@ def variants() -> Iterator[Variant]:
         data, single = pointer_type(dtype), dtype == torch.float32
         route = {"row_ptr": "*i64", "offset_ptr": "*i64", "weight_ptr": "*fp32"}
         sizes = {"groups": "i32", "N": "i32", "K": "i32"}
-        linear_flags = {"GATHER": True, "TWO": False, "SCATTER": False, "WEIGHTED": False}
-        for name, flags in (
-            ("linear", {**linear_flags, "TRANSPOSED": True, "SCATTER": True, "WEIGHTED": True}),
-            ("dx", {**linear_flags, "TRANSPOSED": False, "GATHER": False, "TWO": True}),
+        half_dx = [config for config in HALF if config not in ONE_PRODUCT]
+        for name, half, flags in (
+            ("linear", HALF, {"GATHER": True, "TRANSPOSED": True, "TWO": False, "SCATTER": True}),
+            ("dx", half_dx, {"GATHER": False, "TRANSPOSED": False, "TWO": True, "SCATTER": False}),
         ):
             pointers = dict.fromkeys(("a_ptr", "b_ptr", "a2_ptr", "b2_ptr", "out_ptr"), data)
             yield from _variants(
-                name, rows_kernel, dtype, SINGLE if single else HALF,
-                pointers | route | sizes, {**flags, "GROUPS": 8},
+                name, rows_kernel, dtype, SINGLE if single else half,
+                pointers | route | sizes, {**flags, "WEIGHTED": name == "linear", "GROUPS": 8},
             )  # fmt: skip
-        pointers = ("x_ptr", "w1_ptr", "w3_ptr", "gate_ptr", "up_ptr", "h_ptr")
-        types = dict.fromkeys(pointers, data) | {"row_ptr": "*i64", "offset_ptr": "*i64"} | sizes
+        names = ("x_ptr", "w1_ptr", "w3_ptr", "gate_ptr", "up_ptr", "h_ptr")
+        types = dict.fromkeys(names, data) | {"row_ptr": "*i64", "offset_ptr": "*i64"} | sizes
         yield from _variants(
-            "gate and up", gate_up_kernel, dtype, SINGLE if single else HALF_WIDE,
-            types, {"KEEP": True, "GROUPS": 8},
+            "gate and up", gate_up_kernel, dtype,
+            SINGLE if single else (*HALF_GATE_UP, *FROM_SM_90), types, {"KEEP": True, "GROUPS": 8},
         )  # fmt: skip
-        pointers = ("dy_ptr", "w2_ptr", "gate_ptr", "up_ptr", "dgate_ptr", "dup_ptr", "h_ptr")
-        types = dict.fromkeys(pointers, data) | route | sizes
+        names = ("dy_ptr", "w2_ptr", "gate_ptr", "up_ptr", "dgate_ptr", "dup_ptr", "h_ptr")
+        types = dict.fromkeys(names, data) | route | sizes
         yield from _variants(
             "activation backward", activation_backward_kernel, dtype,
-            SINGLE if single else HALF_WIDE, types | {"partial_ptr": "*fp32", "rows": "i32"},
+            SINGLE if single else HALF_BACKWARD, types | {"partial_ptr": "*fp32", "rows": "i32"},
             {"WEIGHTED": True, "NEED_WEIGHT": True, "GROUPS": 8},
         )  # fmt: skip
         types = dict.fromkeys(("p_ptr", "q_ptr", "out_ptr"), data) | route
@@ -325,7 +333,7 @@ def _variants(
 ) -> Iterator[Variant]:
     for config in configs:
         blocks = "x".join(str(config.kwargs[f"BLOCK_{axis}"]) for axis in "MNK")
-        common = {"BAND": BAND, "DOT": compute_type(dtype), "EVEN_K": True}
+        common = {"BAND": BAND, "DOT": compute_type(dtype), "EVEN_K": True, "INDEX": tl.int32}
         yield Variant(
             name=f"grouped_gemm {name} {_NAMES[dtype]} {blocks}",
             kernel=kernel,
@@ -335,4 +343,5 @@ def _variants(
             warps=config.num_warps,
             stages=config.num_stages,
             tensor_cores=dtype == torch.bfloat16,
+            oldest=90 if kernel is gate_up_kernel and config in FROM_SM_90 else 80,
         )

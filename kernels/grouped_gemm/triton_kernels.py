@@ -5,8 +5,13 @@ read on the device. Tiles go in bands of ``BAND`` row blocks, column by column, 
 a band and the columns of a weight stay in L2. Rows are gathered where they are loaded. Sums are
 fp32.
 
-N columns of the result, K inner dimension, R routed rows. A tile is BLOCK_M × BLOCK_N.
+N columns of the result, K inner dimension, R routed rows. A tile is BLOCK_M × BLOCK_N. Matrices
+begin at int64 addresses; offsets inside one are 32 bits wide, which saves registers, and INDEX is
+the type of offsets into all tokens: int64 where they need it.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -22,32 +27,44 @@ def _config(m: int, n: int, k: int, warps: int, stages: int, per_sm: int = 1) ->
     return triton.Config(blocks, num_warps=warps, num_stages=stages)
 
 
-# tensor cores: half precision
+# None of these spills on sm_80, sm_90 or sm_100 (tests/test_kernels_compiled.py); half precision:
 HALF = (
     _config(128, 128, 64, 8, 3),
-    _config(128, 256, 64, 8, 3),
+    _config(256, 128, 64, 8, 3),
     _config(64, 128, 64, 4, 4, 2),
 )
-# two accumulators, or an epilogue that reads as much
-HALF_WIDE = (
+HALF_BACKWARD = (
     _config(128, 128, 64, 8, 3),
-    _config(128, 64, 64, 4, 4, 2),
+    _config(128, 64, 64, 8, 3, 2),
     _config(64, 128, 64, 8, 3, 2),
 )
-SINGLE = (_config(64, 64, 32, 8, 2, 2), _config(32, 64, 32, 4, 3, 2))
+# two accumulators
+HALF_GATE_UP = (
+    _config(128, 64, 64, 8, 3, 2),
+    _config(64, 128, 64, 8, 3, 2),
+    _config(64, 64, 64, 4, 4, 2),
+)
+ONE_PRODUCT = (HALF[1],)
+FROM_SM_90 = (_config(128, 128, 64, 8, 3),)  # of gate and up: registers of sm_80 do not suffice
+SINGLE = (_config(64, 64, 32, 8, 2, 2), _config(32, 64, 32, 4, 2, 2))
 
 
-def _for_dtype(configs: list[triton.Config], arguments: dict, **_: object) -> list[triton.Config]:
-    """Configurations that suit the first tensor's dtype."""
+def _suitable(configs: list[triton.Config], arguments: dict, **flags: Any) -> list[triton.Config]:
+    """Configurations for the dtype of the tensors, for their device, and for two products."""
     first = next(value for value in arguments.values() if isinstance(value, torch.Tensor))
     single = first.dtype == torch.float32
-    return [config for config in configs if (config in SINGLE) == single]
+    old = torch.cuda.get_device_capability(first.device) < (9, 0)
+    return [
+        config
+        for config in configs
+        if (config in SINGLE) == single
+        and not (old and config in FROM_SM_90)
+        and not (flags.get("TWO") and config in ONE_PRODUCT)
+    ]
 
 
-def _tuned(half: tuple[triton.Config, ...], key: list[str]) -> object:
-    return tuned(
-        [*half, *SINGLE], key=key, prune_configs_by={"early_config_prune": _for_dtype}
-    )
+def _tuned(half: tuple[triton.Config, ...], key: list[str]) -> Callable[[Any], Any]:
+    return tuned([*half, *SINGLE], key=key, prune_configs_by={"early_config_prune": _suitable})
 
 
 @triton.jit
@@ -76,26 +93,29 @@ def _place(
 
 @triton.jit
 def _add_product(
-    total, a_ptr, source, valid, b_ptr, column, N, K,
+    total, a_ptr, a_row, valid, b_ptr, column, N, K,
     TRANSPOSED: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_K: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """total + a[source] @ b, where b is (N, K) if TRANSPOSED, else (K, N)."""
+    """total + a @ b, where b is (N, K) if TRANSPOSED, else (K, N); ``a_row``: where rows begin."""
     inner = tl.arange(0, BLOCK_K)
-    a_rows = a_ptr + source.to(tl.int64)[:, None] * K
+    a_at = a_row[:, None] + inner[None, :]
+    if TRANSPOSED:
+        b_at = column[None, :] * K + inner[:, None]
+    else:
+        b_at = inner[:, None] * N + column[None, :]
     inside = (column < N)[None, :]
     for start in range(0, K, BLOCK_K):
-        k = start + inner
-        if TRANSPOSED:
-            b_at = b_ptr + column.to(tl.int64)[None, :] * K + k[:, None]
-        else:
-            b_at = b_ptr + k.to(tl.int64)[:, None] * N + column[None, :]
+        # only these two scalars move: the offsets of a tile stay in registers
+        a_here = a_ptr + start
+        b_here = b_ptr + (start if TRANSPOSED else start * N)
         if EVEN_K:
-            a = tl.load(a_rows + k[None, :], mask=valid[:, None], other=0.0)
-            b = tl.load(b_at, mask=inside, other=0.0)
+            a = tl.load(a_here + a_at, mask=valid[:, None], other=0.0)
+            b = tl.load(b_here + b_at, mask=inside, other=0.0)
         else:
-            a = tl.load(a_rows + k[None, :], mask=valid[:, None] & (k < K)[None, :], other=0.0)
-            b = tl.load(b_at, mask=inside & (k < K)[:, None], other=0.0)
+            within = start + inner < K
+            a = tl.load(a_here + a_at, mask=valid[:, None] & within[None, :], other=0.0)
+            b = tl.load(b_here + b_at, mask=inside & within[:, None], other=0.0)
         total = tl.dot(a.to(DOT), b.to(DOT), total, input_precision=PRECISION)
     return total
 
@@ -109,9 +129,9 @@ _EVEN_K = {"EVEN_K": lambda arguments: arguments["K"] % arguments["BLOCK_K"] == 
 def rows_kernel(
     a_ptr, b_ptr, a2_ptr, b2_ptr, row_ptr, offset_ptr, weight_ptr, out_ptr, groups, N, K,
     GATHER: tl.constexpr, TRANSPOSED: tl.constexpr, TWO: tl.constexpr, SCATTER: tl.constexpr,
-    WEIGHTED: tl.constexpr, GROUPS: tl.constexpr, BAND: tl.constexpr, DOT: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    EVEN_K: tl.constexpr, PER_SM: tl.constexpr,
+    WEIGHTED: tl.constexpr, GROUPS: tl.constexpr, BAND: tl.constexpr, INDEX: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PER_SM: tl.constexpr,
 ):  # fmt: skip
     """out[r] = weight · (a[r] @ b[g] (+ a2[r] @ b2[g])).
 
@@ -119,85 +139,125 @@ def rows_kernel(
     """
     columns = tl.cdiv(N, BLOCK_N)
     ends = _tiles_before(offset_ptr, groups, columns, BLOCK_M, GROUPS)
+    lane = tl.arange(0, BLOCK_M)
     for tile in range(tl.program_id(0), tl.max(ends), tl.num_programs(0)):
         group, first, end, block = _place(tile, ends, offset_ptr, columns, BLOCK_M, BAND)
-        routed = first + tl.arange(0, BLOCK_M)
-        valid = routed < end
+        valid = first + lane < end
         column = block * BLOCK_N + tl.arange(0, BLOCK_N)
-        token = routed
         if GATHER or SCATTER:
-            token = tl.load(row_ptr + routed, mask=valid, other=0).to(tl.int32)
-        source = token if GATHER else routed
+            token = tl.load(row_ptr + first + lane, mask=valid, other=0).to(INDEX)
+        # rows of their own begin at a scalar; rows of tokens are anywhere
+        skip = 0 if GATHER else first.to(tl.int64) * K
+        a_row = token * K if GATHER else lane * K
         matrix = group.to(tl.int64) * N * K
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         total = _add_product(
-            total, a_ptr, source, valid, b_ptr + matrix, column, N, K,
+            total, a_ptr + skip, a_row, valid, b_ptr + matrix, column, N, K,
             TRANSPOSED, EVEN_K, BLOCK_K, DOT, PRECISION,
         )  # fmt: skip
         if TWO:
             total = _add_product(
-                total, a2_ptr, source, valid, b2_ptr + matrix, column, N, K,
+                total, a2_ptr + skip, a_row, valid, b2_ptr + matrix, column, N, K,
                 TRANSPOSED, EVEN_K, BLOCK_K, DOT, PRECISION,
             )  # fmt: skip
         if WEIGHTED:
-            weight = tl.load(weight_ptr + routed, mask=valid, other=0.0).to(tl.float32)
+            weight = tl.load(weight_ptr + first + lane, mask=valid, other=0.0).to(tl.float32)
             total *= weight[:, None]
-        target = token if SCATTER else routed
-        out_at = out_ptr + target.to(tl.int64)[:, None] * N + column[None, :]
-        tl.store(out_at, total, mask=valid[:, None] & (column < N)[None, :])
+        out_row = token * N if SCATTER else lane * N
+        out_here = out_ptr if SCATTER else out_ptr + first.to(tl.int64) * N
+        out_at = out_row[:, None] + column[None, :]
+        tl.store(out_here + out_at, total, mask=valid[:, None] & (column < N)[None, :])
 
 
-@_tuned(HALF_WIDE, ["N", "K", "KEEP"])
+@triton.jit
+def _halves(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Left and right columns of a tile: what follows a product needs registers for one only."""
+    return tl.split(tl.permute(tl.reshape(tile, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _activate(gate, up, tensors, lane, column, valid, N, KEEP: tl.constexpr):
+    """Stores h = silu(gate) · up of a tile, and gate and up if KEEP."""
+    gate_ptr, up_ptr, h_ptr = tensors
+    at = lane[:, None] * N + column[None, :]
+    mask = valid[:, None] & (column < N)[None, :]
+    if KEEP:
+        tl.store(gate_ptr + at, gate, mask=mask)
+        tl.store(up_ptr + at, up, mask=mask)
+    tl.store(h_ptr + at, gate * tl.sigmoid(gate) * up, mask=mask)
+
+
+@_tuned((*HALF_GATE_UP, *FROM_SM_90), ["N", "K", "KEEP"])
 @triton.heuristics(_EVEN_K)
 @triton.jit
 def gate_up_kernel(
     x_ptr, w1_ptr, w3_ptr, row_ptr, offset_ptr, gate_ptr, up_ptr, h_ptr, groups, N, K,
-    KEEP: tl.constexpr, GROUPS: tl.constexpr, BAND: tl.constexpr, DOT: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    EVEN_K: tl.constexpr, PER_SM: tl.constexpr,
+    KEEP: tl.constexpr, GROUPS: tl.constexpr, BAND: tl.constexpr, INDEX: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PER_SM: tl.constexpr,
 ):  # fmt: skip
-    """h[r] = silu(x[row[r]] @ w1[g].T) · (x[row[r]] @ w3[g].T); KEEP stores both factors' inputs."""
+    """h[r] = silu(x[row[r]] @ w1[g].T) · (x[row[r]] @ w3[g].T); KEEP stores both products."""
     columns = tl.cdiv(N, BLOCK_N)
     ends = _tiles_before(offset_ptr, groups, columns, BLOCK_M, GROUPS)
-    inner = tl.arange(0, BLOCK_K)
+    lane, inner = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
     for tile in range(tl.program_id(0), tl.max(ends), tl.num_programs(0)):
         group, first, end, block = _place(tile, ends, offset_ptr, columns, BLOCK_M, BAND)
-        routed = first + tl.arange(0, BLOCK_M)
-        valid = routed < end
+        valid = first + lane < end
         column = block * BLOCK_N + tl.arange(0, BLOCK_N)
         inside = (column < N)[None, :]
-        token = tl.load(row_ptr + routed, mask=valid, other=0).to(tl.int64)
-        x_rows = x_ptr + token[:, None] * K
-        w_at = group.to(tl.int64) * N * K + column.to(tl.int64)[None, :] * K
+        token = tl.load(row_ptr + first + lane, mask=valid, other=0).to(INDEX)
+        x_at = (token * K)[:, None] + inner[None, :]
+        w_at = column[None, :] * K + inner[:, None]
+        matrix = group.to(tl.int64) * N * K
         gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for start in range(0, K, BLOCK_K):
-            k = start + inner
             x_mask, w_mask = valid[:, None], inside
             if not EVEN_K:
-                x_mask, w_mask = x_mask & (k < K)[None, :], w_mask & (k < K)[:, None]
-            x = tl.load(x_rows + k[None, :], mask=x_mask, other=0.0).to(DOT)
-            w1 = tl.load(w1_ptr + w_at + k[:, None], mask=w_mask, other=0.0).to(DOT)
-            w3 = tl.load(w3_ptr + w_at + k[:, None], mask=w_mask, other=0.0).to(DOT)
+                within = start + inner < K
+                x_mask, w_mask = x_mask & within[None, :], w_mask & within[:, None]
+            x = tl.load(x_ptr + start + x_at, mask=x_mask, other=0.0).to(DOT)
+            w1 = tl.load(w1_ptr + matrix + start + w_at, mask=w_mask, other=0.0).to(DOT)
+            w3 = tl.load(w3_ptr + matrix + start + w_at, mask=w_mask, other=0.0).to(DOT)
             gate = tl.dot(x, w1, gate, input_precision=PRECISION)
             up = tl.dot(x, w3, up, input_precision=PRECISION)
-        at = routed.to(tl.int64)[:, None] * N + column[None, :]
-        mask = valid[:, None] & inside
-        if KEEP:
-            tl.store(gate_ptr + at, gate, mask=mask)
-            tl.store(up_ptr + at, up, mask=mask)
-        tl.store(h_ptr + at, gate * tl.sigmoid(gate) * up, mask=mask)
+        gate_left, gate_right = _halves(gate, BLOCK_M, BLOCK_N)
+        up_left, up_right = _halves(up, BLOCK_M, BLOCK_N)
+        half = block * BLOCK_N + tl.arange(0, BLOCK_N // 2)
+        skip = first.to(tl.int64) * N
+        tensors = (gate_ptr + skip, up_ptr + skip, h_ptr + skip)
+        _activate(gate_left, up_left, tensors, lane, half, valid, N, KEEP)
+        _activate(gate_right, up_right, tensors, lane, half + BLOCK_N // 2, valid, N, KEEP)
 
 
-@_tuned(HALF_WIDE, ["N", "K"])
+@triton.jit
+def _activation_backward(dh, tensors, lane, column, valid, weight, N):
+    """Stores weighted h, dgate and dup of a tile; returns <dh, h> of each row."""
+    gate_ptr, up_ptr, h_ptr, dgate_ptr, dup_ptr = tensors
+    at = lane[:, None] * N + column[None, :]
+    mask = valid[:, None] & (column < N)[None, :]
+    gate = tl.load(gate_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    sigmoid = tl.sigmoid(gate)
+    silu = gate * sigmoid
+    h = silu * up
+    dots = tl.sum(dh * h, axis=1)
+    dh *= weight[:, None]
+    tl.store(h_ptr + at, h * weight[:, None], mask=mask)
+    tl.store(dup_ptr + at, dh * silu, mask=mask)
+    tl.store(dgate_ptr + at, dh * up * (sigmoid + silu * (1.0 - sigmoid)), mask=mask)
+    return dots
+
+
+@_tuned(HALF_BACKWARD, ["N", "K"])
 @triton.heuristics(_EVEN_K)
 @triton.jit
 def activation_backward_kernel(
     dy_ptr, w2_ptr, gate_ptr, up_ptr, row_ptr, offset_ptr, weight_ptr,
     dgate_ptr, dup_ptr, h_ptr, partial_ptr, rows, groups, N, K,
     WEIGHTED: tl.constexpr, NEED_WEIGHT: tl.constexpr, GROUPS: tl.constexpr, BAND: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, PER_SM: tl.constexpr,
+    INDEX: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PER_SM: tl.constexpr,
 ):  # fmt: skip
     """From dh = dy[row[r]] @ w2[g] to weighted dgate, dup and h, and <dh, h> of each column block.
 
@@ -205,34 +265,29 @@ def activation_backward_kernel(
     """
     columns = tl.cdiv(N, BLOCK_N)
     ends = _tiles_before(offset_ptr, groups, columns, BLOCK_M, GROUPS)
+    lane = tl.arange(0, BLOCK_M)
     for tile in range(tl.program_id(0), tl.max(ends), tl.num_programs(0)):
         group, first, end, block = _place(tile, ends, offset_ptr, columns, BLOCK_M, BAND)
-        routed = first + tl.arange(0, BLOCK_M)
-        valid = routed < end
+        valid = first + lane < end
         column = block * BLOCK_N + tl.arange(0, BLOCK_N)
-        token = tl.load(row_ptr + routed, mask=valid, other=0).to(tl.int32)
+        token = tl.load(row_ptr + first + lane, mask=valid, other=0).to(INDEX)
         dh = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         dh = _add_product(
-            dh, dy_ptr, token, valid, w2_ptr + group.to(tl.int64) * N * K, column, N, K,
+            dh, dy_ptr, token * K, valid, w2_ptr + group.to(tl.int64) * N * K, column, N, K,
             False, EVEN_K, BLOCK_K, DOT, PRECISION,
         )  # fmt: skip
-        at = routed.to(tl.int64)[:, None] * N + column[None, :]
-        mask = valid[:, None] & (column < N)[None, :]
-        gate = tl.load(gate_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        up = tl.load(up_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        sigmoid = tl.sigmoid(gate)
-        silu = gate * sigmoid
-        h = silu * up
-        if NEED_WEIGHT:
-            partial = partial_ptr + block.to(tl.int64) * rows + routed
-            tl.store(partial, tl.sum(dh * h, axis=1), mask=valid)
+        weight = tl.zeros((BLOCK_M,), tl.float32) + 1.0
         if WEIGHTED:
-            weight = tl.load(weight_ptr + routed, mask=valid, other=0.0).to(tl.float32)
-            dh *= weight[:, None]
-            h *= weight[:, None]
-        tl.store(h_ptr + at, h, mask=mask)
-        tl.store(dup_ptr + at, dh * silu, mask=mask)
-        tl.store(dgate_ptr + at, dh * up * (sigmoid + silu * (1.0 - sigmoid)), mask=mask)
+            weight = tl.load(weight_ptr + first + lane, mask=valid, other=0.0).to(tl.float32)
+        left, right = _halves(dh, BLOCK_M, BLOCK_N)
+        half = block * BLOCK_N + tl.arange(0, BLOCK_N // 2)
+        skip = first.to(tl.int64) * N
+        tensors = (gate_ptr + skip, up_ptr + skip, h_ptr + skip, dgate_ptr + skip, dup_ptr + skip)
+        dots = _activation_backward(left, tensors, lane, half, valid, weight, N)
+        dots += _activation_backward(right, tensors, lane, half + BLOCK_N // 2, valid, weight, N)
+        if NEED_WEIGHT:
+            partial = partial_ptr + block.to(tl.int64) * rows + first
+            tl.store(partial + lane, dots, mask=valid)
 
 
 @_tuned(HALF, ["M", "N", "GATHER_P", "GATHER_Q"])

@@ -211,9 +211,7 @@ def select_top_k(scores_GT: torch.Tensor, k: int) -> torch.Tensor:
         scores_GT, chosen_Gk, tokens, k, BLOCK=SELECT_BLOCK, BITS=RADIX_BITS, num_warps=8
     )
     # in order of index so far: a stable sort by score leaves ties there
-    order_Gk = (
-        scores_GT.gather(1, chosen_Gk).sort(dim=1, descending=True, stable=True).indices
-    )
+    order_Gk = scores_GT.gather(1, chosen_Gk).sort(dim=1, descending=True, stable=True).indices
     return chosen_Gk.gather(1, order_Gk)
 
 

@@ -1,0 +1,79 @@
+"""Ops as torch operators: schemas, fakes, compile without a break, FLOPs by formula."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from earlyfuse.kernels.grouped_gemm import grouped_linear, grouped_swiglu
+from earlyfuse.kernels.permute import gather_rows, scatter_add_rows, select_top_k
+
+T, D, F, G = 12, 6, 10, 3
+ROW = torch.tensor([0, 4, 4, 11, 7, 1, 0])
+OFFSET = torch.tensor([0, 3, 3, 7])
+
+
+def tensors():
+    torch.manual_seed(0)
+    shapes = ((T, D), (G, F, D), (G, F, D), (G, D, F), (len(ROW),))
+    return [torch.rand(shape).requires_grad_() for shape in shapes]
+
+
+def opcheck(op, *args):
+    torch.library.opcheck(op, args)
+
+
+def test_operators_keep_what_they_declare():
+    x, w1, w3, w2, weight = tensors()
+    ops = torch.ops.earlyfuse
+    for weights in (weight, None):
+        opcheck(ops.grouped_linear, x, w1, ROW, OFFSET, weights, False, "torch")
+        opcheck(ops.grouped_swiglu, x, w1, w3, w2, ROW, OFFSET, weights, False, True, "torch")
+        opcheck(ops.scatter_add_rows, x[: len(ROW)], ROW, T, weights, "torch")
+    opcheck(ops.gather_rows, x, ROW, "torch")
+    opcheck(ops.select_top_k, torch.rand(G, T), 4, "torch")
+
+
+def test_a_gradient_that_nobody_needs_is_none():
+    x, w1, w3, w2, weight = (t.detach() for t in tensors())
+    w3.requires_grad_()
+    grouped_swiglu(x, w1, w3, w2, ROW, OFFSET, weight).sum().backward()
+    assert w3.grad is not None and w1.grad is None and x.grad is None and weight.grad is None
+
+
+def test_routed_layers_compile_into_one_graph():
+    x, w1, w3, w2, weight = tensors()
+
+    def layer(x, weight):
+        chosen = select_top_k(x.detach().t().contiguous(), 2).flatten()
+        y = grouped_swiglu(x, w1, w3, w2, ROW, OFFSET, weight)
+        y = y + grouped_linear(y, w1, ROW, OFFSET) @ w2[0].t()
+        return y + scatter_add_rows(gather_rows(y, ROW), ROW, T, weight) + chosen.sum()
+
+    expected = layer(x, weight)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    actual = compiled(x, weight)
+    torch.testing.assert_close(actual, expected)
+    wanted = torch.autograd.grad(expected.sin().sum(), (x, w1, weight))
+    for have, want in zip(
+        torch.autograd.grad(actual.sin().sum(), (x, w1, weight)), wanted, strict=True
+    ):
+        torch.testing.assert_close(have, want)
+
+
+@pytest.mark.parametrize("needed", ["all", "x alone", "weights alone"])
+def test_flops_are_those_of_the_matrix_products(needed):
+    x, w1, w3, w2, weight = tensors()
+    if needed == "x alone":
+        w1, w3, w2, weight = (t.detach() for t in (w1, w3, w2, weight))
+    if needed == "weights alone":
+        x, w1, w3, w2 = (t.detach() for t in (x, w1, w3, w2))
+    one = 2 * len(ROW) * D * F
+    for op, weights, forward, backward in (
+        (grouped_linear, (w1,), 1, {"all": 2, "x alone": 1, "weights alone": 1}),
+        (grouped_swiglu, (w1, w3, w2), 3, {"all": 6, "x alone": 3, "weights alone": 1}),
+    ):
+        with FlopCounterMode(display=False) as counter:
+            y = op(x, *weights, ROW, OFFSET, weight)
+            assert counter.get_total_flops() == forward * one
+            y.sum().backward()
+        assert counter.get_total_flops() == (forward + backward[needed]) * one

@@ -1,0 +1,155 @@
+"""The Triton kernels of routed computation equal their references: in Triton's interpreter here, on
+the device where there is one.
+
+The interpreter takes about 0.1 s for a program and a step of its inner loop, so sizes are small.
+"""
+
+import pytest
+import torch
+from kernel_checks import DEVICE, outputs_and_gradients, rms_ratio
+
+from earlyfuse.kernels.grouped_gemm import grouped_linear, grouped_swiglu
+from earlyfuse.kernels.permute import gather_rows, scatter_add_rows, select_top_k
+
+pytest.importorskip("triton")
+
+# name → (tokens of each group, whether no token occurs twice)
+ROUTES = {
+    "modalities": ([list(range(0, 21, 2)), list(range(1, 21, 2))], True),
+    "experts: tokens in several groups, one empty": ([[3, 5, 9, 9], [], [20, 3, 0]], False),
+    "one group, as in Mixture-of-Depths": ([[7, 1, 20]], True),
+    "no rows": ([[], []], True),
+}
+TOKENS = 21
+
+
+def leaf(*shape, dtype=torch.float32, seed=0):
+    values = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return values.to(DEVICE, dtype).requires_grad_()
+
+
+def routes_of(groups):
+    row_R = torch.tensor([token for group in groups for token in group], dtype=torch.int64)
+    offset_G1 = torch.tensor([0, *[len(group) for group in groups]]).cumsum(0)
+    return row_R.to(DEVICE), offset_G1.to(DEVICE)
+
+
+def problem(groups, tokens=TOKENS, width=10, hidden=14, dtype=torch.float32):
+    """x, w1, w3, w2, row, offset, weight."""
+    row_R, offset_G1 = routes_of(groups)
+    scale = width**-0.5
+    weights = [
+        (leaf(len(groups), hidden, width, seed=1) * scale),
+        (leaf(len(groups), hidden, width, seed=2) * scale),
+        (leaf(len(groups), width, hidden, seed=3) * hidden**-0.5),
+    ]
+    w1, w3, w2 = (w.detach().to(dtype).requires_grad_() for w in weights)
+    weight_R = torch.rand(row_R.shape, generator=torch.Generator().manual_seed(4)).to(DEVICE)
+    x = leaf(tokens, width, dtype=dtype)
+    return x, w1, w3, w2, row_R, offset_G1, weight_R.requires_grad_()
+
+
+def assert_equal_to_reference(tensors, once, bound):
+    x, w1, w3, w2, row_R, offset_G1, weight_R = tensors
+    for op, inputs in ((grouped_swiglu, (x, w1, w3, w2)), (grouped_linear, (x, w1))):
+        rest = (row_R, offset_G1, weight_R)
+        expected = outputs_and_gradients(op, inputs, *rest, backend="reference")
+        actual = outputs_and_gradients(op, inputs, *rest, once=once, backend="triton")
+        for have, want in zip(actual, expected, strict=True):
+            assert have.dtype == want.dtype and have.shape == want.shape
+            assert rms_ratio(have, want) < bound
+
+
+@pytest.mark.usefixtures("nan_filled_memory")
+@pytest.mark.parametrize("weighted", [True, False], ids=["weighted", "plain"])
+@pytest.mark.parametrize("name", ROUTES)
+def test_outputs_and_gradients_equal_the_reference(name, weighted):
+    groups, once = ROUTES[name]
+    *tensors, weight_R = problem(groups)
+    assert_equal_to_reference((*tensors, weight_R if weighted else None), once, 1e-5)
+
+
+def test_groups_of_several_tiles_in_both_directions_equal_the_reference():
+    """Ragged groups larger than a tile; widths above one tile that are not multiples of it."""
+    generator = torch.Generator().manual_seed(5)
+    groups = [torch.randint(0, 90, (n,), generator=generator).tolist() for n in (70, 3)]
+    assert_equal_to_reference(problem(groups, tokens=90, width=70, hidden=72), False, 1e-5)
+
+
+def test_half_precision_agrees_with_the_reference():
+    groups, once = ROUTES["experts: tokens in several groups, one empty"]
+    bound = 1e-2 if DEVICE == "cuda" else 2e-2  # the interpreter cuts bits off instead of rounding
+    assert_equal_to_reference(problem(groups, dtype=torch.bfloat16), once, bound)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: too large for the interpreter")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_large_sizes_equal_the_reference(dtype):
+    generator = torch.Generator().manual_seed(6)
+    sizes = (1024, 1024, 1024, 1024, 37, 0, 2000, 1)
+    groups = [torch.randint(0, 4096, (n,), generator=generator).tolist() for n in sizes]
+    bound = 1e-2 if dtype == torch.bfloat16 else 1e-5
+    tensors = problem(groups, tokens=4096, width=1024, hidden=2816, dtype=dtype)
+    assert_equal_to_reference(tensors, False, bound)
+
+
+def test_a_token_twice_gives_the_same_bits_on_every_run():
+    groups, _ = ROUTES["experts: tokens in several groups, one empty"]
+    *inputs, row_R, offset_G1, weight_R = problem(groups)
+    first, second = (
+        outputs_and_gradients(grouped_swiglu, inputs, row_R, offset_G1, weight_R, backend="triton")
+        for _ in range(2)
+    )
+    for once, again in zip(first, second, strict=True):
+        assert torch.equal(once, again)
+
+
+@pytest.mark.usefixtures("nan_filled_memory")
+@pytest.mark.parametrize("width", [5, 130])
+def test_row_movers_equal_the_reference_with_repeated_and_missing_rows(width):
+    x, y = leaf(9, width), leaf(7, width, seed=1)
+    row_R = torch.tensor([3, 3, 0, 8, 3, 1, 0], device=DEVICE)
+    weight_R = torch.rand(7, device=DEVICE).requires_grad_()
+    for dtype in (torch.int64, torch.int32):
+        for op, inputs, rest in (
+            (gather_rows, (x,), (row_R.to(dtype),)),
+            (scatter_add_rows, (y,), (row_R.to(dtype), 9, weight_R)),
+            (scatter_add_rows, (y,), (row_R.to(dtype), 9)),
+        ):
+            expected = outputs_and_gradients(op, inputs, *rest, backend="reference")
+            actual = outputs_and_gradients(op, inputs, *rest, backend="triton")
+            for have, want in zip(actual, expected, strict=True):
+                assert rms_ratio(have, want) < 1e-6
+
+
+def test_the_weight_gradient_alone_needs_no_other():
+    y, row_R = leaf(7, 5).detach(), torch.tensor([3, 3, 0, 8, 3, 1, 0], device=DEVICE)
+    weight_R = torch.rand(7, device=DEVICE).requires_grad_()
+    out = {
+        name: torch.autograd.grad(
+            scatter_add_rows(y, row_R, 9, weight_R, backend=name).sin().sum(), weight_R
+        )[0]
+        for name in ("triton", "reference")
+    }
+    torch.testing.assert_close(out["triton"], out["reference"])
+
+
+@pytest.mark.parametrize("k", [0, 1, 17, 64])
+def test_top_k_takes_ties_by_lower_index_and_orders_by_score(k):
+    scores_GT = torch.randint(-2, 3, (5, 64), generator=torch.Generator().manual_seed(0)).float()
+    scores_GT[1] = 0.0
+    scores_GT[2, ::3] = -0.0  # equal to 0.0
+    scores_GT[3, :60] = -torch.inf  # fewer candidates than k
+    scores_GT[4, 7] = torch.inf
+    scores_GT = scores_GT.to(DEVICE)
+    expected = select_top_k(scores_GT, k, backend="reference")
+    assert torch.equal(select_top_k(scores_GT, k, backend="triton"), expected)
+
+
+def test_top_k_over_several_blocks_of_all_magnitudes():
+    generator = torch.Generator().manual_seed(1)
+    exponents = torch.randint(-140, 120, (2, 2500), generator=generator)
+    signs = torch.randint(0, 2, (2, 2500), generator=generator) * 2 - 1
+    scores_GT = (torch.ldexp(signs.double(), exponents)).float().to(DEVICE)
+    expected = select_top_k(scores_GT, 700, backend="reference")
+    assert torch.equal(select_top_k(scores_GT, 700, backend="triton"), expected)
