@@ -9,9 +9,15 @@ import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
-from torchtitan.distributed.activation_checkpoint import ActivationCheckpointing, FullAC
+from torchtitan.distributed.activation_checkpoint import (
+    ActivationCheckpointing,
+    FullAC,
+    SelectiveAC,
+)
 
-CHOICES = {torch.ops.aten.topk.default}  # torchtitan's selective policy saves them as well
+import earlyfuse.kernels.permute  # noqa: F401  registers the operator below
+
+CHOICES = {torch.ops.earlyfuse.select_top_k.default}
 
 
 def checkpoint_activations(
@@ -20,6 +26,8 @@ def checkpoint_activations(
     """Wrap the blocks of ``model`` as ``config`` says, in place."""
     if isinstance(config, FullAC.Config):
         KeepChoices(config, dump_folder).apply(model)
+    elif isinstance(config, SelectiveAC.Config):
+        KeepChoicesToo(config, dump_folder).apply(model)
     else:
         config.build(dump_folder=dump_folder).apply(model)
 
@@ -36,6 +44,13 @@ class KeepChoices(FullAC):
             early_stop=False,
             debug=self.config.debug,
         )
+
+
+class KeepChoicesToo(SelectiveAC):
+    """torchtitan's selection of what is saved, and what routers chose."""
+
+    def get_save_ops(self) -> set:
+        return super().get_save_ops() | CHOICES
 
 
 def _policy(context: Any, function: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -10,7 +10,7 @@ from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 
 from earlyfuse.parallel.recompute import checkpoint_activations
 
-TOPK = torch.ops.aten.topk.default
+TOPK = torch.ops.earlyfuse.select_top_k.default
 
 
 class Ops(TorchDispatchMode):

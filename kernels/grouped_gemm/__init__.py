@@ -10,11 +10,14 @@ argument       shape, dtype           meaning
 ``row_R``      (R,) int64 or int32    the token each routed row reads and adds to, sorted by group
 ``offset_G1``  (G+1,) int64 or int32  group g owns routed rows offset[g] … offset[g+1]-1; 0 … R
 ``weight_R``   (R,) fp32 or none      factor of each routed row's result; none: 1
+``once``       bool                   the caller's word that no token occurs twice: results are
+                                      then written straight to their tokens, not added up
 =============  =====================  ==============================================================
 
 Groups may be empty or ragged; a token may occur in several groups, twice in one, or nowhere (its
 result is 0). A padded row is any token with weight 0. Gradients reach ``x``, every ``w`` and
-``weight_R``. Backends: ``torch`` (fast, CPU and CUDA) and ``reference`` (the definition).
+``weight_R``. Backends: ``triton`` (CUDA), ``torch`` (fast, CPU and CUDA) and ``reference`` (the
+definition).
 """
 
 import torch

@@ -42,7 +42,7 @@ class Linear(Module):
     def forward(self, x_TD: torch.Tensor, layout: Layout) -> torch.Tensor:
         """(T, D) → (T, F)."""
         if self.untied:
-            return grouped_linear(x_TD, held(self.weight), *layout.by_group)
+            return grouped_linear(x_TD, held(self.weight), *layout.by_group, once=True)
         return F.linear(x_TD, held(self.weight))
 
 
