@@ -6,8 +6,10 @@ is handled from gather to scatter before the next one starts, in buffers of one 
 that its activations are still in cache when they are read again. Only the gate and up
 pre-activations, which backward cannot cheaply recompute, are kept for all rows.
 
-Weights of rows never touch the wide activations: gradients below are those of an unweighted row,
-and the factor goes on what is D wide (x, dy and dx).
+Weights of rows never touch the wide activations: those below are of an unweighted row, and the
+factor goes on what is D wide (x, dy and dx). The router-weight gradient needs no down-projection
+output: ∂L/∂weight = <dy, w2 h> = <dy w2, h>, and dy w2 is computed anyway (SonicMoE, arXiv
+2512.14080).
 
 Offsets are read on the host: on CUDA that is one synchronisation per call.
 
@@ -87,12 +89,12 @@ def linear_backward(
             torch.index_select(x_TD, 0, rows_N, out=x_ND)
         if need_x or need_weight:
             torch.mm(dy_NF, w_FD, out=dx_ND)
-        if dweight_N is not None:
-            dweight_N.copy_(_dot_rows(x_ND, dx_ND))
         if dw_FD is not None:
             if weight_N1 is not None:
-                x_ND.mul_(weight_N1)
+                dy_NF.mul_(weight_N1)
             torch.mm(dy_NF.t(), x_ND, out=dw_FD)
+        if dweight_N is not None:
+            torch.sum(x_ND.mul_(dx_ND), 1, out=dweight_N, dtype=dweight_N.dtype)
         if need_x:
             if weight_N1 is not None:
                 dx_ND.mul_(weight_N1)
@@ -182,13 +184,12 @@ def swiglu_backward(
         torch.mm(dy_ND, w2_DF, out=dgate_NF)  # gradient of h, turned in place into that of gate
         silu_NF = _aten.silu.out(gate_NF, out=dup_NF)
         torch.mul(silu_NF, up_NF, out=h_NF)
-        if dweight_N is not None:
-            # <dy, w2 h> = <dy w2, h>: the down projection's output is not needed
-            dweight_N.copy_(_dot_rows(h_NF, dgate_NF))
         if dw2_DF is not None:
             if weight_N1 is not None:
                 dy_ND.mul_(weight_N1)
             torch.mm(dy_ND.t(), h_NF, out=dw2_DF)
+        if dweight_N is not None:
+            torch.sum(h_NF.mul_(dgate_NF), 1, out=dweight_N, dtype=dweight_N.dtype)
         silu_NF.mul_(dgate_NF)  # now the gradient of up
         dgate_NF.mul_(up_NF)
         _aten.silu_backward.grad_input(dgate_NF, gate_NF, grad_input=dgate_NF)
@@ -213,11 +214,6 @@ def _sizes(offset_G1: torch.Tensor) -> list[int]:
     """Rows of each group."""
     offsets = offset_G1.tolist()
     return [stop - start for start, stop in pairwise(offsets)]
-
-
-def _dot_rows(a_NF: torch.Tensor, b_NF: torch.Tensor) -> torch.Tensor:
-    """Σ a·b of each row, without a product as large as both."""
-    return torch.bmm(a_NF[:, None], b_NF[:, :, None]).flatten()
 
 
 def _columns(weight_R: torch.Tensor | None, sizes: list[int]) -> Sequence[torch.Tensor | None]:
