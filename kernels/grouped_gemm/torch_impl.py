@@ -21,7 +21,7 @@ from itertools import pairwise
 
 import torch
 
-from earlyfuse.kernels.permute.torch_impl import add_rows, zeros_to_add_to
+from earlyfuse.kernels.permute.torch_impl import put_rows, zeros_to_add_to
 
 _aten = torch.ops.aten
 
@@ -49,7 +49,7 @@ def linear(
         y_NF = torch.mm(x_ND, w_FD.t(), out=y_buffer[:n])
         if weight_N1 is not None:
             y_NF.mul_(weight_N1)
-        add_rows(y_TF, rows_N, y_NF)
+        put_rows(y_TF, rows_N, y_NF, once)
     return y_TF.to(x_TD.dtype)
 
 
@@ -98,7 +98,7 @@ def linear_backward(
         if need_x:
             if weight_N1 is not None:
                 dx_ND.mul_(weight_N1)
-            add_rows(dx_TD, rows_N, dx_ND)
+            put_rows(dx_TD, rows_N, dx_ND, once)
     return dx_TD.to(x_TD.dtype), dw_GFD, dweight_R
 
 
@@ -142,7 +142,7 @@ def swiglu(
         y_ND = torch.mm(h_NF, w2_DF.t(), out=y_buffer[:n])
         if weight_N1 is not None:
             y_ND.mul_(weight_N1)
-        add_rows(y_TD, rows_N, y_ND)
+        put_rows(y_TD, rows_N, y_ND, once)
     return y_TD.to(x_TD.dtype), gate_up_2RF if keep else x_TD.new_empty(0)
 
 
@@ -206,7 +206,7 @@ def swiglu_backward(
             torch.addmm(dx_ND, dup_NF, w3_FD, out=dx_ND)
             if weight_N1 is not None:
                 dx_ND.mul_(weight_N1)
-            add_rows(dx_TD, rows_N, dx_ND)
+            put_rows(dx_TD, rows_N, dx_ND, once)
     return dx_TD.to(x_TD.dtype), dw1_GFD, dw3_GFD, dw2_GDF, dweight_R
 
 

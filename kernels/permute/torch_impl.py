@@ -40,9 +40,15 @@ def scatter_add_rows_backward(
 def select_top_k(scores_GT: torch.Tensor, k: int) -> torch.Tensor:
     """The k best tokens of each group, best first.
 
-    ``topk`` leaves the order of ties open, so it is given keys without ties: the score's bits,
-    mapped to an integer of the same order, above the token's distance from the end.
+    ``topk`` leaves ties open. Where it can be asked at no cost, as on CPU, whether there are any
+    among the best k + 1, its answer is taken if there are none. Else it is given keys without ties:
+    the score's bits, mapped to an integer of the same order, above the token's distance from the
+    end.
     """
+    if scores_GT.device.type == "cpu" and k < scores_GT.shape[1]:
+        best_Gk1 = scores_GT.topk(k + 1, dim=1)
+        if not (best_Gk1.values[:, 1:] == best_Gk1.values[:, :-1]).any():
+            return best_Gk1.indices[:, :k].contiguous()
     bits_GT = (scores_GT + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0, its equal
     ordered_GT = bits_GT ^ ((bits_GT >> 31) & 0x7FFFFFFF)
     last_first_T = torch.arange(scores_GT.shape[1] - 1, -1, -1, device=scores_GT.device)
@@ -57,6 +63,14 @@ def add_rows(out_TD: torch.Tensor, rows_N: torch.Tensor, y_ND: torch.Tensor) -> 
         out_TD.index_add_(0, rows_N, y_ND)
     else:  # index_add_ adds atomically on CUDA, in no fixed order; index_put_ sorts first
         out_TD.index_put_((rows_N.long(),), y_ND, accumulate=True)
+
+
+def put_rows(out_TD: torch.Tensor, rows_N: torch.Tensor, y_ND: torch.Tensor, once: bool) -> None:
+    """``add_rows`` to zeros; ``once``: no row repeats, not even between calls."""
+    if once:
+        out_TD.index_copy_(0, rows_N.long(), y_ND.to(out_TD.dtype))
+    else:
+        add_rows(out_TD, rows_N, y_ND)
 
 
 def zeros_to_add_to(like: torch.Tensor, tokens: int, width: int) -> torch.Tensor:
