@@ -113,7 +113,7 @@ def _check_routes(
             raise ValueError(
                 f"weight_R ({weight_R.dtype}) must be float32 or of x_TD's {x_TD.dtype}; cast it"
             )
-    # elsewhere reading the offsets would wait for the device; a compiled graph has no values to read
+    # elsewhere reading the offsets would wait for the device; a compiled graph has none to read
     if x_TD.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_offsets(offset_G1.tolist(), row_R.shape[0])
 

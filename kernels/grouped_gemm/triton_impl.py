@@ -302,7 +302,7 @@ def variants() -> Iterator[Variant]:
                 name, rows_kernel, dtype, SINGLE if single else half,
                 pointers | route | sizes, {**flags, "WEIGHTED": name == "linear", "GROUPS": 8},
             )  # fmt: skip
-        names = ("x_ptr", "w1_ptr", "w3_ptr", "gate_ptr", "up_ptr", "h_ptr")
+        names: tuple[str, ...] = ("x_ptr", "w1_ptr", "w3_ptr", "gate_ptr", "up_ptr", "h_ptr")
         types = dict.fromkeys(names, data) | {"row_ptr": "*i64", "offset_ptr": "*i64"} | sizes
         yield from _variants(
             "gate and up", gate_up_kernel, dtype,
