@@ -140,8 +140,9 @@ def test_missing_modality_and_positions_mean_one_text_document_per_row():
 def test_initial_values_do_not_depend_on_the_other_parameters():
     """wq of layer 0 is the same tensor in a dense model and in MoMa: seeds go by name."""
     dense, moma = build(MODELS["dense"]()), build(MODELS["moma"]())
-    assert torch.equal(dense.layers[0].attention.wq.weight, moma.layers[0].attention.wq.weight)
-    assert not torch.equal(dense.layers[0].attention.wq.weight, dense.layers[1].attention.wq.weight)
+    wq = dense.layers["0"].attention.wq.weight
+    assert torch.equal(wq, moma.layers["0"].attention.wq.weight)
+    assert not torch.equal(wq, dense.layers["1"].attention.wq.weight)
     assert not torch.equal(
         dense.tok_embeddings.weight, build(MODELS["dense"](), seed=1).tok_embeddings.weight
     )
@@ -153,7 +154,7 @@ def test_initial_values_follow_the_table():
     )
     model = config.build()
     model.init_states()
-    block = model.layers[3]
+    block = model.layers["3"]
     assert model.tok_embeddings.weight.std().item() == pytest.approx(0.98, rel=0.02)
     assert block.attention.wq.weight.std().item() == pytest.approx(0.02, rel=0.05)
     assert block.feed_forward.w2.std().item() == pytest.approx(0.02 / 4, rel=0.05)

@@ -4,13 +4,14 @@ The runs themselves are in ``layouts.py``: one launch per number of ranks does a
 """
 
 from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
 import torch
-from layouts import CASES
+from layouts import CASES, MODELS
 from ranks import output_of, torchrun
-from tiny_runs import MODELS, SHAPE, moma
+from tiny_runs import SHAPE, moma
 from toy import make_data
 
 from earlyfuse.configs import decoders, embedded
@@ -38,9 +39,16 @@ def results(tmp_path_factory):
     return result
 
 
-@pytest.mark.parametrize(
-    ("ranks", "name"), [(ranks, name) for ranks in (2, 4) for name in CASES[ranks]]
-)
+def cases() -> list:
+    no_pipeline = pytest.mark.skip("torchtitan 0.3's pipeline schedules need torch 2.14")
+    return [
+        pytest.param(ranks, name, marks=() if case.runs else no_pipeline)
+        for ranks in (2, 4)
+        for name, case in CASES[ranks].items()
+    ]
+
+
+@pytest.mark.parametrize(("ranks", "name"), cases())
 def test_a_layout_computes_what_one_rank_computes(results, ranks, name):
     case = CASES[ranks][name]
     expected = results(1, f"{case.model}-apart" if case.apart else case.model)
@@ -111,7 +119,7 @@ def test_layouts_that_cannot_work_are_refused_by_name(monkeypatch):
 def test_what_works_is_not_refused(monkeypatch):
     for ranks, cases in CASES.items():
         monkeypatch.setenv("WORLD_SIZE", str(ranks))
-        for case in cases.values():
+        for case in filter(attrgetter("runs"), cases.values()):
             config = case.config(Path(), Path(), ranks)
             check_parallelism(config.parallelism, config.training, MODELS[case.model]())
 
