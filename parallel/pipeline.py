@@ -10,6 +10,7 @@ T tokens of a micro-batch, D width, V vocabulary.
 
 from collections.abc import Callable, Iterator
 from copy import deepcopy
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
@@ -177,6 +178,13 @@ def rank_stages(parallelism: ParallelismConfig, rank: int) -> range:
     degree = parallelism.pipeline_parallel_degree
     stages = 1 if degree == 1 else SCHEDULES[parallelism.pipeline_parallel_schedule]
     return range(rank, degree * stages, degree)
+
+
+def microbatch(parallelism: ParallelismConfig, training: TrainingConfig) -> TrainingConfig:
+    """``training`` with the rows that a stage takes at once as its local batch."""
+    if parallelism.pipeline_parallel_degree == 1:
+        return training
+    return replace(training, local_batch_size=parallelism.pipeline_parallel_microbatch_size)
 
 
 # ---------------------------------------------------------------- what cannot be cut
