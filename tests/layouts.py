@@ -21,10 +21,12 @@ from tiny_runs import MODELS, SHAPE, moma, tiny_config
 from torch.distributed._functional_collectives import AsyncCollectiveTensor as Collected
 from torch.distributed.tensor import DTensor
 from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
+from toy import VOCABULARY
 
 from earlyfuse.models.blocks.experts import Experts
 from earlyfuse.parallel.compat import can_pipeline
 from earlyfuse.parallel.expert_parallel import _AllToAll
+from earlyfuse.parallel.tasks import Task
 from earlyfuse.parallel.trainer import Trainer
 
 ROWS, STEPS = 8, 2
@@ -120,12 +122,26 @@ CASES: dict[int, dict[str, Case]] = {
 }
 
 
+# which of nine words follows an image, two of which begin alike
+TASK = Task(
+    "toy",
+    prompts=[[0, 3, *(32 + (i + j) % 16 for j in range(4)), 4] for i in range(12)],
+    candidates=[*((5 + i,) for i in range(7)), (12, 13), (12, 14)],
+    answers=[i % 9 for i in range(12)],
+    vocabulary=VOCABULARY,
+)
+
+
 class Keeping(Trainer):
     """Keeps gradients and parameters of the last step, whole."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(Trainer.Config):
         pass
+
+    def __init__(self, config: Trainer.Config):
+        super().__init__(config)
+        self.validator.tasks = [TASK]
 
     def train_step(self, data_iterator: Iterator[Any]) -> None:
         super().train_step(data_iterator)

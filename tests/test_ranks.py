@@ -21,7 +21,8 @@ from earlyfuse.configs import decoders, embedded
 from earlyfuse.parallel.plan import check_parallelism
 
 TOLERANCE = 1e-5
-EQUAL = ("loss", "grad_norm", "z_loss", "output_norm", "unigram_entropy", "router")
+EQUAL = ("loss", "grad_norm", "z_loss", "output_norm", "unigram_entropy", "router", "task")
+EQUAL += ("tokens", "flops", "lr", "skipped_steps")
 SCRIPT = str(Path(__file__).with_name("layouts.py"))
 
 
