@@ -28,15 +28,15 @@ def refuse_other_run(
     ]
     # the stages of a pipeline know only what they hold
     everywhere: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, (set(model_keys), {line for line in wrong if line}))
-    known, wrong_here = (set().union(*sets) for sets in zip(*everywhere, strict=True))
+    dist.all_gather_object(everywhere, (list(model_keys), [line for line in wrong if line]))
+    known = {key for keys, _ in everywhere for key in keys}
+    wrong = list(dict.fromkeys(line for _, lines in everywhere for line in lines))
     unexpected = {
         key
         for key in stored
         if key.partition(".")[0] in ("layers", "tok_embeddings", "lm_head", "norm")
         and key not in known
     }
-    wrong = sorted(wrong_here)
     wrong += [f"{key}: only in the checkpoint" for key in sorted(unexpected)]
     if wrong:
         shown = "; ".join(wrong[:4]) + (f"; and {len(wrong) - 4} more" if len(wrong) > 4 else "")

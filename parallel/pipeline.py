@@ -252,7 +252,8 @@ def _microbatches(
         if size % pool.routing_rows:
             yield (
                 f"pipeline_parallel_microbatch_size ({size}) must be a multiple of routing_rows "
-                f"({pool.routing_rows}) of {name}: a choice of experts is made within a micro-batch"
+                f"({pool.routing_rows}) of {name}, within which a choice of experts is made; "
+                "change one of them"
             )
     count = rows // size
     if schedule != "GPipe" and count < degree:

@@ -128,9 +128,9 @@ def _ranks(parallelism: ParallelismConfig, model: Decoder.Config) -> Iterator[st
     if ranks % fixed or (shard > 0 and ranks != fixed):
         yield (
             f"data_parallel_replicate_degree ({replicate}) x data_parallel_shard_degree ({shard}; "
-            f"-1: all that is left) x tensor_parallel_degree ({tensor}) x "
-            f"pipeline_parallel_degree ({pipeline}) must make up the {ranks} ranks of the job; "
-            "change one of them or the number of ranks"
+            f"-1: all that is left) x pipeline_parallel_degree ({pipeline}) x "
+            f"tensor_parallel_degree ({tensor}) must make up the {ranks} ranks of the job; change "
+            "one of them or the number of ranks"
         )
     sharded = ranks // (replicate * tensor * pipeline)
     if sharded % experts:
