@@ -103,9 +103,9 @@ def _use_cpu_if_alone() -> None:
 
 def _losses_are_visible() -> None:
     """Of a pipeline, too: rank 0 logs all metrics. torchtitan would ask for another rank's log."""
-    import torchtitan.trainer  # late: it copies what is mended above
-
-    torchtitan.trainer.ensure_pp_loss_visible = lambda **_: None
+    trainer = sys.modules.get("torchtitan.trainer")  # slow to import, and not always needed
+    if trainer is not None:
+        trainer.ensure_pp_loss_visible = lambda **_: None  # type: ignore[attr-defined]
 
 
 def _shim_set_timeout() -> None:
