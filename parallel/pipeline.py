@@ -83,7 +83,7 @@ class Pipeline(nn.Module):
                     tokens_BS.numel(), self.config.dim, dtype=self.dtype, device=tokens_BS.device
                 )
                 dist.recv(x, group=stage.group, group_src=(index - 1) % ranks)
-            x = stage.submod(x, modality_BS, positions_BS, span_BS)
+            x = stage.submod(x, modality_BS, positions_BS, span_BS)  # (T, D), at last logits
             if stage.is_last:
                 return x
             dist.send(x, group=stage.group, group_dst=(index + 1) % ranks)
@@ -99,7 +99,7 @@ def pipeline(
     device: torch.device,
     model_config: Decoder.Config,
     parallelize_fn: Callable[..., Decoder],
-    loss_fn: Any,
+    loss_fn: Any,  # a step's loss is given to ``Pipeline.step``
     **settings: Any,
 ) -> tuple[Pipeline, list[Decoder], bool, bool]:
     """torchtitan's ``pipelining_fn``: this rank's stages of ``model`` (on the meta device), each
@@ -114,11 +114,7 @@ def pipeline(
     activations_TD = torch.empty(
         rows * seq_len, model_config.dim, dtype=dtype, device="meta", requires_grad=True
     )
-    settings |= {
-        "parallel_dims": parallel_dims,
-        "training": training,
-        "parallelism": parallelism,
-    }
+    settings |= {"parallel_dims": parallel_dims, "training": training, "parallelism": parallelism}
     parts, stages = [], []
     for index in rank_stages(parallelism, mesh.get_local_rank()):
         part = deepcopy(model)

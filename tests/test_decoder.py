@@ -137,6 +137,24 @@ def test_missing_modality_and_positions_mean_one_text_document_per_row():
     torch.testing.assert_close(model(tokens), model(tokens, torch.zeros_like(modality), positions))
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_parts_one_after_another_are_the_whole(name):
+    """Initialised by themselves, as stages of a pipeline are."""
+    whole, parts = build(MODELS[name]()), [MODELS[name]().build() for _ in range(2)]
+    values: dict[str, torch.Tensor] = {}
+    for blocks, part in zip((range(1), range(1, 2)), parts, strict=True):
+        part.config.init_std = whole.config.init_std
+        part.keep(blocks)
+        part.init_states()
+        assert values.keys().isdisjoint(part.state_dict())
+        values |= part.state_dict()
+    assert values.keys() == whole.state_dict().keys()
+    assert all(torch.equal(values[key], value) for key, value in whole.state_dict().items())
+    tokens, *others = batch()
+    activations = parts[0].eval()(tokens, *others)
+    assert torch.equal(parts[1].eval()(activations, *others), whole(tokens, *others))
+
+
 def test_initial_values_do_not_depend_on_the_other_parameters():
     """wq of layer 0 is the same tensor in a dense model and in MoMa: seeds go by name."""
     dense, moma = build(MODELS["dense"]()), build(MODELS["moma"]())
