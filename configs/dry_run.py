@@ -18,6 +18,7 @@ from earlyfuse.models.flops import count_parameters, training_flops
 from earlyfuse.models.modality import Modality
 from earlyfuse.parallel.data_set import DataSet
 from earlyfuse.parallel.memory import rank_memory
+from earlyfuse.parallel.pipeline import stage_blocks
 from earlyfuse.parallel.plan import check_parallelism
 from earlyfuse.parallel.traffic import step_traffic, total
 from earlyfuse.parallel.trainer import Trainer
@@ -83,6 +84,7 @@ def _step(model: Decoder.Config, config: Trainer.Config, dims: ParallelDims) -> 
         f"{_count(dims.dp_replicate * dims.dp_shard, 'data rank')} x "
         f"{_count(microbatches, 'micro-batch', 'es')}"
     )
+    yield from _pipeline(model, config, dims)
     each = tokens * flops / dims.world_size
     yield f"{quantity(tokens * flops)}FLOP, {quantity(each)}FLOP per rank"
     yield (
@@ -91,10 +93,26 @@ def _step(model: Decoder.Config, config: Trainer.Config, dims: ParallelDims) -> 
     )
 
 
+def _pipeline(model: Decoder.Config, config: Trainer.Config, dims: ParallelDims) -> Iterator[str]:
+    if dims.pp == 1:
+        return
+    parallelism = config.parallelism
+    stages = stage_blocks(parallelism, len(model.layers))
+    rows = parallelism.pipeline_parallel_microbatch_size
+    parts = config.training.local_batch_size // rows
+    # filling and draining: arXiv 2104.04473, 2.2
+    idle = (dims.pp - 1) / (dims.pp - 1 + parts * len(stages) // dims.pp)
+    yield (
+        f"a micro-batch goes in {_count(parts, 'part')} of {_count(rows, 'row')} through "
+        f"{' + '.join(str(len(blocks)) for blocks in stages)} blocks on {dims.pp} ranks "
+        f"({parallelism.pipeline_parallel_schedule}): idle {idle:.0%} of the time, or more"
+    )
+
+
 def _memory(model: Decoder.Config, config: Trainer.Config, dims: ParallelDims) -> Iterator[str]:
     arguments = (config.training, config.parallelism, config.activation_checkpoint)
     memory = rank_memory(model, dims, *arguments)
-    yield f"{_bytes(memory.total)} per rank, of which"
+    yield f"{_bytes(memory.total)} {_which_rank(dims)}, of which"
     policy = type(config.activation_checkpoint).__qualname__.partition(".")[0]
     checkpointing = "no checkpointing" if config.activation_checkpoint is None else policy
     for what, size in (
@@ -114,12 +132,16 @@ def _traffic(model: Decoder.Config, config: Trainer.Config, dims: ParallelDims) 
     if not traffic:
         yield "none: one rank"
         return
-    yield f"{_bytes(total(traffic))} received per rank and step, of which"
+    yield f"{_bytes(total(traffic))} received in a step {_which_rank(dims)}, of which"
     for one in traffic:
         yield (
             f"{_bytes(one.received):>11}  {one.purpose}: {one.calls} {one.kind} over "
             f"{one.ranks} {one.axis} ranks"
         )
+
+
+def _which_rank(dims: ParallelDims) -> str:
+    return "per rank" if dims.pp == 1 else "on the fullest rank of the pipeline"
 
 
 def _data(config: Trainer.Config, dims: ParallelDims) -> Iterator[str]:

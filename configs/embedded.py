@@ -21,6 +21,7 @@ from earlyfuse.models.modality import Modality
 from earlyfuse.parallel.checkpoint import Checkpoints
 from earlyfuse.parallel.data_set import DataSet
 from earlyfuse.parallel.metrics import RunMetrics
+from earlyfuse.parallel.pipeline import pipeline
 from earlyfuse.parallel.plan import parallelize
 from earlyfuse.parallel.trainer import Trainer
 from earlyfuse.parallel.validate import Validation
@@ -87,7 +88,7 @@ def _run(name: str, model: Decoder.Config) -> Trainer.Config:
             flavor=name,
             model=model,
             parallelize_fn=parallelize,
-            pipelining_fn=None,
+            pipelining_fn=pipeline,
             post_optimizer_build_fn=None,
             state_dict_adapter=None,
         ),

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torchtitan.protocols.model import BaseModel
-from torchtitan.protocols.module import Module, ModuleList
+from torchtitan.protocols.module import Module, ModuleDict
 
 from earlyfuse.models.blocks.attention import Attention
 from earlyfuse.models.blocks.experts import MixtureOfExperts
@@ -114,11 +114,28 @@ class Decoder(BaseModel):
         self.config = config
         self.recording = False  # statistics of the last block's outputs
         self.head_dim = config.layers[0].attention.head_dim
-        self.tok_embeddings = Embedding.Config(vocab_size=config.vocab_size, dim=config.dim).build()
-        self.layers = ModuleList([layer.build() for layer in config.layers])
-        self.norm = RMSNorm.Config(dim=config.dim).build()
-        self.lm_head = Head.Config(dim=config.dim, vocab_size=config.vocab_size).build()
+        sizes = {"dim": config.dim, "vocab_size": config.vocab_size}
+        self.tok_embeddings: Embedding | None = Embedding.Config(**sizes).build()
+        # by index, so that a block keeps its name wherever it is held
+        self.layers = ModuleDict({str(i): layer.build() for i, layer in enumerate(config.layers)})
+        self.norm: RMSNorm | None = RMSNorm.Config(dim=config.dim).build()
+        self.lm_head: Head | None = Head.Config(**sizes).build()
         self.register_buffer("output_norm_2", torch.zeros(2), persistent=False)
+
+    def keep(self, blocks: range) -> None:
+        """Leave only these blocks, in place: the embedding stays with the first, norm and head with
+        the last.
+
+        What is left is called with the activations (T, D) of the part before it in place of tokens,
+        and returns its own unless it has the head.
+        """
+        for index in range(len(self.config.layers)):
+            if index not in blocks:
+                del self.layers[str(index)]
+        if blocks.start > 0:
+            self.tok_embeddings = None
+        if blocks.stop < len(self.config.layers):
+            self.norm = self.lm_head = None
 
     def forward(
         self,
@@ -133,18 +150,22 @@ class Decoder(BaseModel):
         restarting at 0 with each document, one document per row if None; ``span_BS`` is not used by
         this objective, whose attention is causal inside images too.
         """
-        rows, seq_len = tokens_BS.shape
         if modality_BS is None:
             modality_BS = torch.zeros_like(tokens_BS, dtype=torch.uint8)
+        rows, seq_len = modality_BS.shape
         if positions_BS is None:
             positions_BS = torch.arange(seq_len, device=tokens_BS.device).expand(rows, seq_len)
         config = self.config
         layout = Layout.build(
             modality_BS, positions_BS, config.modalities, self.head_dim, config.rope_theta
         )
-        x_TD = self.tok_embeddings(tokens_BS.reshape(-1))
-        for layer in self.layers:
+        x_TD = tokens_BS
+        if self.tok_embeddings is not None:
+            x_TD = self.tok_embeddings(tokens_BS.reshape(-1))
+        for layer in self.layers.values():
             x_TD = layer(x_TD, layout)
+        if self.norm is None or self.lm_head is None:
+            return x_TD
         if self.recording:
             self._record_output_norm(x_TD)
         return self.lm_head(self.norm(x_TD, layout).unflatten(0, (rows, seq_len)))

@@ -6,6 +6,7 @@ DCP itself would fail late, or load what happens to fit.
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torchtitan.components.checkpointer import DATALOADER, MODEL
@@ -25,12 +26,16 @@ def refuse_other_run(
         for key in model_keys
         if key in state_dict
     ]
-    wrong = [line for line in wrong if line]
+    # the stages of a pipeline know only what they hold
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, (list(model_keys), [line for line in wrong if line]))
+    known = {key for keys, _ in everywhere for key in keys}
+    wrong = list(dict.fromkeys(line for _, lines in everywhere for line in lines))
     unexpected = {
         key
         for key in stored
         if key.partition(".")[0] in ("layers", "tok_embeddings", "lm_head", "norm")
-        and key not in model_keys
+        and key not in known
     }
     wrong += [f"{key}: only in the checkpoint" for key in sorted(unexpected)]
     if wrong:

@@ -25,6 +25,7 @@ _PLAIN: dict[str, tuple[Kind, int, int]] = {
     "c10d::_reduce_scatter_base_": ("reduce_scatter", 1, 2),
     "c10d::allreduce_": ("all_reduce", 0, 1),
     "c10d::alltoall_base_": ("all_to_all", 1, 2),
+    "c10d::recv_": ("receive", 0, 1),
 }
 _FUNCTIONAL: dict[str, Kind] = {
     "_c10d_functional::all_gather_into_tensor": "all_gather",

@@ -8,6 +8,8 @@ entry                           goes away when
 ``_use_cpu_if_alone``           torchtitan finds the CPU by itself instead of assuming CUDA
 ``_CpuDevice``                  ``torch.cpu`` has the memory and property calls of ``torch.cuda``
 ``_shim_set_timeout``           the pinned torch is ≥ 2.14: it has ``dist.set_timeout``
+``_losses_are_visible``         torchtitan's trainer warns only where rank 0 does not log the losses
+``can_pipeline``                the pinned torch is ≥ 2.14: schedules take micro-batches as they are
 ``reduce_with_plain_sums``      gloo supports PREMUL_SUM, or torchtitan stops dividing by 1
 ==============================  ===================================================================
 """
@@ -30,6 +32,7 @@ def apply() -> None:
     """Make torchtitan usable here; safe to call again, before or after other torchtitan imports."""
     _use_cpu_if_alone()
     _shim_set_timeout()
+    _losses_are_visible()
 
 
 def join_process_group_alone() -> bool:
@@ -45,6 +48,11 @@ def join_process_group_alone() -> bool:
     if not dist.is_initialized():
         dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
     return True
+
+
+def can_pipeline() -> bool:
+    """Whether torch's pipeline schedules take the micro-batches that torchtitan gives them."""
+    return torch.__version__ >= "2.14"
 
 
 def reduce_with_plain_sums(model: nn.Module) -> None:
@@ -91,6 +99,13 @@ def _use_cpu_if_alone() -> None:
                 module.device_type = "cpu"  # type: ignore[attr-defined]
             if getattr(module, "device_module", None) is old_module:
                 module.device_module = cpu  # type: ignore[attr-defined]
+
+
+def _losses_are_visible() -> None:
+    """Of a pipeline, too: rank 0 logs all metrics. torchtitan would ask for another rank's log."""
+    trainer = sys.modules.get("torchtitan.trainer")  # slow to import, and not always needed
+    if trainer is not None:
+        trainer.ensure_pp_loss_visible = lambda **_: None  # type: ignore[attr-defined]
 
 
 def _shim_set_timeout() -> None:

@@ -9,16 +9,20 @@ from torch.distributed.tensor import DTensor
 
 
 @torch.no_grad()
-def clip(parameters: Iterable[torch.Tensor], max_norm: float) -> torch.Tensor:
+def clip(
+    parameters: Iterable[torch.Tensor], max_norm: float, pipeline_ranks: int = 1
+) -> torch.Tensor:
     """Scale all gradients, in place, so that their joint norm is at most ``max_norm``.
 
     Returns the norm before, a scalar equal on all ranks. Each rank sums the squares of what it
     holds, divided by the number of ranks that hold the same; one scalar all-reduce adds them up.
+    Of ``pipeline_ranks`` ranks each has gradients of its own.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     held = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
     norms = torch.stack(torch._foreach_norm(held)).float()
-    copies = torch.tensor([_copies(g) for g in gradients], device=norms.device)
+    alike = dist.get_world_size() // pipeline_ranks
+    copies = torch.tensor([alike // _parts(g) for g in gradients], device=norms.device)
     total = (norms.square() / copies).sum()
     if dist.get_world_size() > 1:
         total = _sum_over_ranks(total, gradients[0])
@@ -27,16 +31,14 @@ def clip(parameters: Iterable[torch.Tensor], max_norm: float) -> torch.Tensor:
     return norm
 
 
-def _copies(gradient: torch.Tensor) -> int:
-    """Ranks that hold the same part of a gradient."""
-    world = dist.get_world_size()
+def _parts(gradient: torch.Tensor) -> int:
+    """Parts that a gradient is cut into, each on a rank of its own."""
     if not isinstance(gradient, DTensor):
-        return world
+        return 1
     mesh = gradient.device_mesh
-    parts = prod(
+    return prod(
         mesh.size(dim) for dim, placement in enumerate(gradient.placements) if placement.is_shard()
     )
-    return world // parts
 
 
 def _sum_over_ranks(total: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:

@@ -2,14 +2,16 @@
 
 Parameters, gradients and optimizer states are exact: a rank's shard of every unit, with padding.
 The rest is an estimate of the highest moment, at the start of backward: what FSDP holds gathered,
-what autograd has saved, logits with their gradient. Not counted: the allocator's fragmentation, the
-runtime itself, buffers of the collectives library.
+what autograd has saved, logits with their gradient. Of a pipeline it is the fullest rank that
+counts. Not counted: the allocator's fragmentation, the runtime itself, buffers of the collectives
+library.
 
 T tokens of a micro-batch, D width, N heads of width H, K key/value heads, F inner width, R routed
 rows, V vocabulary.
 """
 
 from dataclasses import dataclass, fields
+from math import ceil
 
 from torchtitan.config import TORCH_DTYPE_MAP, ParallelismConfig, TrainingConfig
 from torchtitan.distributed import ParallelDims
@@ -21,6 +23,7 @@ from torchtitan.distributed.activation_checkpoint import (
 
 from earlyfuse.models.blocks.experts import MixtureOfExperts
 from earlyfuse.models.decoder import Block, Decoder
+from earlyfuse.parallel.pipeline import SCHEDULES, microbatch, rank_stages, stage_blocks
 from earlyfuse.parallel.traffic import routed_rows
 from earlyfuse.parallel.units import Unit, fsdp_units
 
@@ -52,54 +55,98 @@ def rank_memory(
     parallelism: ParallelismConfig,
     ac_config: ActivationCheckpointing.Config | None,
 ) -> Memory:
-    """What a rank needs; the arguments are those of ``plan.parallelize``."""
-    units = fsdp_units(model, dims, parallelism)
+    """What a rank needs, the fullest of a pipeline; the arguments are those of
+    ``plan.parallelize``.
+    """
+    ranks = (
+        _pipeline_rank_memory(model, dims, training, parallelism, ac_config, rank)
+        for rank in range(dims.pp)
+    )
+    return max(ranks, key=lambda memory: memory.total)
+
+
+def _pipeline_rank_memory(
+    model: Decoder.Config,
+    dims: ParallelDims,
+    training: TrainingConfig,
+    parallelism: ParallelismConfig,
+    ac_config: ActivationCheckpointing.Config | None,
+    rank: int,
+) -> Memory:
+    units = fsdp_units(model, dims, parallelism, rank)
     held = sum(unit.shard for unit in units) * TORCH_DTYPE_MAP[training.dtype].itemsize
     param = TORCH_DTYPE_MAP[training.mixed_precision_param].itemsize
-    tokens = training.local_batch_size * training.seq_len
+    part = microbatch(parallelism, training)
+    tokens = part.local_batch_size * part.seq_len
+    parts = training.local_batch_size // part.local_batch_size
+    held_parts = in_flight(parallelism, parts, rank)
+    stages = stage_blocks(parallelism, len(model.layers))
+    own = [stages[index] for index in rank_stages(parallelism, rank)]
+    layers = [model.layers[block] for blocks in own for block in blocks]
+    has_head, words = own[-1].stop == len(model.layers), tokens * (model.vocab_size // dims.tp)
+    kept, recomputed = _saved(layers, dims, part, ac_config)
+    kept += 2 * model.dim * has_head  # around the last norm
     return Memory(
         parameters=held,
         gradients=held,
         optimizer=ADAM_STATES * held,
-        gathered=_gathered(units, param, dims.world_size == 1 and param == FP32),
-        activations=tokens * param * _saved_by_all(model, dims, training, ac_config),
-        logits=_logits(tokens * (model.vocab_size // dims.tp), param),
+        gathered=_gathered(units, param, dims),
+        activations=tokens * param * (held_parts * kept // len(own) + recomputed),
+        logits=has_head * _logits(words, param, ceil(held_parts / len(own))),
     )
 
 
-def _gathered(units: list[Unit], param: int, unwrapped: bool) -> int:
-    """Units that stay, the two largest others (one in use, one prefetched), and the gradient of
-    one, in its own precision and as it is reduced.
+def in_flight(parallelism: ParallelismConfig, parts: int, rank: int) -> int:
+    """Parts of a micro-batch whose activations the ``rank``-th rank of a pipeline holds at the
+    most; a part counts in each of the rank's stages.
     """
-    if unwrapped:
+    degree, schedule = parallelism.pipeline_parallel_degree, parallelism.pipeline_parallel_schedule
+    if degree == 1 or schedule == "GPipe":
+        return parts
+    after = degree - 1 - rank
+    if schedule == "1F1B":
+        return min(parts, after + 1)
+    stages = SCHEDULES[schedule]
+    # arXiv 2104.04473, 2.2: a round of parts goes through each stage but the last, and two parts
+    # for each rank below; then every forward is followed by a backward
+    a_round = parts // (parts // degree)
+    return min(parts * stages, (stages - 1) * a_round + 2 * after + 1)
+
+
+def _gathered(units: list[Unit], param: int, dims: ParallelDims) -> int:
+    """Units that stay, the two largest others (one in use, one prefetched), and the gradient of
+    one, in its own precision and as it is reduced. In a pipeline gradients too stay whole until all
+    micro-batches are through.
+    """
+    if dims.world_size == 1 and param == FP32:
         return 0
+    if dims.pp > 1:
+        whole = [unit.gathered for unit in units]
+        return sum(whole) * (param + FP32) + max(whole) * param
     freed = sorted((unit.gathered for unit in units if not unit.kept), reverse=True)
     kept = sum(unit.gathered for unit in units if unit.kept)
     largest = max(unit.gathered for unit in units)
     return (kept + sum(freed[:2])) * param + largest * (param + FP32)
 
 
-def _logits(numel: int, param: int) -> int:
+def _logits(numel: int, param: int, held_parts: int) -> int:
     """Logits, their gradient in fp32, and that in the logits' precision where it differs."""
-    return numel * (param + FP32 + (param if param != FP32 else 0))
+    return numel * (held_parts * param + FP32 + (param if param != FP32 else 0))
 
 
-def _saved_by_all(
-    model: Decoder.Config,
+def _saved(
+    layers: list[Block.Config],
     dims: ParallelDims,
     training: TrainingConfig,
     ac_config: ActivationCheckpointing.Config | None,
-) -> int:
-    """Elements per token that autograd keeps of all blocks and the last norm."""
-    saved = [saved_per_token(layer, training, dims.tp) for layer in model.layers]
-    if isinstance(ac_config, FullAC.Config):  # inputs of all blocks, and one block recomputed
-        blocks = len(saved) * model.dim + max(saved)
-    elif isinstance(ac_config, SelectiveAC.Config):
-        kept = [_kept_by_selective(layer, dims.tp) for layer in model.layers]
-        blocks = sum(kept) + max(saved)
-    else:
-        blocks = sum(saved)
-    return blocks + 2 * model.dim
+) -> tuple[int, int]:
+    """Elements per token that autograd keeps of blocks, and of one more while it is recomputed."""
+    saved = [saved_per_token(layer, training, dims.tp) for layer in layers]
+    if isinstance(ac_config, FullAC.Config):  # inputs of all blocks
+        return sum(layer.attention.dim for layer in layers), max(saved)
+    if isinstance(ac_config, SelectiveAC.Config):
+        return sum(_kept_by_selective(layer, dims.tp) for layer in layers), max(saved)
+    return sum(saved), 0
 
 
 def saved_per_token(layer: Block.Config, training: TrainingConfig, tensor_ranks: int = 1) -> int:

@@ -1,5 +1,7 @@
 """The parallel plan: one function that applies everything, in order.
 
+0. pipeline parallelism — before all this, ``parallel/pipeline.py`` cuts the model into stages; each
+   goes through the plan by itself;
 1. tensor parallelism and expert parallelism — cut the parameters themselves, so everything after
    works on what a rank holds;
 2. activation checkpointing — wraps blocks before they are compiled, so that compile sees the
@@ -42,6 +44,7 @@ from earlyfuse.models.blocks.feed_forward import FeedForward
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.parallel.compat import reduce_with_plain_sums
 from earlyfuse.parallel.expert_parallel import spread_experts
+from earlyfuse.parallel.pipeline import pipeline_problems
 from earlyfuse.parallel.recompute import checkpoint_activations
 from earlyfuse.parallel.tensor_parallel import cut_tensors
 
@@ -64,7 +67,7 @@ def parallelize(
     if ac_config is not None:
         checkpoint_activations(model, ac_config, dump_folder)
     if compile_config.enable and "model" in compile_config.components:
-        for block in model.layers:
+        for block in model.layers.values():
             block.compile(backend=compile_config.backend)
     plain_fp32 = training.mixed_precision_param == "float32" and not training.enable_cpu_offload
     if parallel_dims.world_size > 1 or not plain_fp32:
@@ -84,6 +87,8 @@ def check_parallelism(
             "training.enable_cpu_offload (True) must be False without a GPU: everything is in host "
             "memory already"
         )
+    for problem in pipeline_problems(parallelism, training, model):
+        raise ValueError(f"parallelism.{problem}")
     for rule in (_unsupported, _ranks, _tensor, _experts):
         for problem in rule(parallelism, model):
             raise ValueError(f"parallelism.{problem}")
@@ -93,12 +98,6 @@ def check_parallelism(
 
 
 def _unsupported(parallelism: ParallelismConfig, model: Decoder.Config) -> Iterator[str]:
-    if parallelism.pipeline_parallel_degree != 1:
-        yield (
-            f"pipeline_parallel_degree ({parallelism.pipeline_parallel_degree}) must be 1: "
-            "torchtitan 0.3's pipeline schedules need torch 2.14, the pinned torch is 2.13; spread "
-            "by FSDP (data_parallel_shard_degree) and tensor_parallel_degree instead"
-        )
     if parallelism.context_parallel_degree != 1:
         yield (
             f"context_parallel_degree ({parallelism.context_parallel_degree}) must be 1: attention "
@@ -124,14 +123,16 @@ def _ranks(parallelism: ParallelismConfig, model: Decoder.Config) -> Iterator[st
         parallelism.data_parallel_replicate_degree,
     )
     tensor, experts = parallelism.tensor_parallel_degree, parallelism.expert_parallel_degree
-    fixed = replicate * tensor * max(shard, 1)
+    pipeline = parallelism.pipeline_parallel_degree
+    fixed = replicate * tensor * pipeline * max(shard, 1)
     if ranks % fixed or (shard > 0 and ranks != fixed):
         yield (
             f"data_parallel_replicate_degree ({replicate}) x data_parallel_shard_degree ({shard}; "
-            f"-1: all that is left) x tensor_parallel_degree ({tensor}) must make up the {ranks} "
-            "ranks of the job; change one of them or the number of ranks"
+            f"-1: all that is left) x pipeline_parallel_degree ({pipeline}) x "
+            f"tensor_parallel_degree ({tensor}) must make up the {ranks} ranks of the job; change "
+            "one of them or the number of ranks"
         )
-    sharded = ranks // (replicate * tensor)
+    sharded = ranks // (replicate * tensor * pipeline)
     if sharded % experts:
         yield (
             f"expert_parallel_degree ({experts}) must divide the {sharded} ranks that FSDP shards "
@@ -189,7 +190,8 @@ def _shard(
 ) -> None:
     replicate = ["dp_replicate"] if parallel_dims.dp_replicate_enabled else []
     mesh = parallel_dims.get_mesh([*replicate, "fsdp"])
-    reshard = parallelism.fsdp_reshard_after_forward != "never"
+    # a stage stays gathered for all micro-batches of a schedule
+    reshard = parallelism.fsdp_reshard_after_forward != "never" and not parallel_dims.pp_enabled
     settings: dict[str, Any] = {
         "mp_policy": MixedPrecisionPolicy(
             param_dtype=TORCH_DTYPE_MAP[training.mixed_precision_param],
@@ -224,11 +226,13 @@ def _shard(
             **settings,
         )
 
-    shard(model.tok_embeddings, reshard)
-    for block in model.layers:
+    if model.tok_embeddings is not None:
+        shard(model.tok_embeddings, reshard)
+    for block in model.layers.values():
         shard(block, reshard)
-    # the head is needed again at once in backward: keep it gathered unless told otherwise
-    shard([model.norm, model.lm_head], parallelism.fsdp_reshard_after_forward == "always")
+    if model.norm is not None and model.lm_head is not None:
+        # the head is needed again at once in backward: keep it gathered unless told otherwise
+        shard([model.norm, model.lm_head], parallelism.fsdp_reshard_after_forward == "always")
     shard(model, False)
     for module in model.modules():
         if isinstance(module, FSDPModule):

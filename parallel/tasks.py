@@ -21,6 +21,7 @@ from earlyfuse.data.tokenizers.pixels import image_pixels
 from earlyfuse.models.batch import MixedBatch
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.modality import Modality, Vocabulary
+from earlyfuse.parallel.pipeline import Pipeline
 
 # prompts take at most this share of a row: the rest is ordinary held-out data, so that routers that
 # choose among the tokens of a batch meet the mix that they were trained on
@@ -29,7 +30,9 @@ PROMPT_SHARE = 0.25
 
 @dataclass(frozen=True)
 class Ranks:
-    """Data ranks that share the rows of a batch; ``sum`` adds a host tensor up over them."""
+    """Data ranks that share the rows of a batch; ``sum`` adds a host tensor up over them, and over
+    the stages of a pipeline, of which the last alone has answers.
+    """
 
     rank: int = 0
     count: int = 1
@@ -55,7 +58,7 @@ class Task:
         """Accuracy of always naming the most frequent answer."""
         return max(self.answers.count(i) for i in set(self.answers)) / len(self.answers)
 
-    def accuracy(self, model: Decoder, batches: list[MixedBatch], ranks: Ranks) -> float:
+    def accuracy(self, model: Decoder | Pipeline, batches: list[MixedBatch], ranks: Ranks) -> float:
         """Share of items whose word the model picks; ``batches`` give the rows around them.
 
         Every rank fills its own rows of the batches with prompts, so that the answer does not
@@ -79,12 +82,14 @@ class Task:
 
     def _last_logits(
         self,
-        model: Decoder,
+        model: Decoder | Pipeline,
         prompts: list[list[int]],
         batches: list[MixedBatch],
         ranks: Ranks,
     ) -> Iterator[tuple[int, torch.Tensor]]:
-        """Number of each prompt in this rank's rows, and the logits (V,) after it."""
+        """Number of each prompt in this rank's rows, and the logits (V,) after it; none where the
+        last stage is not.
+        """
         device = next(model.parameters()).device
         rows, seq_len = batches[0].tokens_BS.shape
         longest = max(map(len, prompts))
@@ -103,7 +108,7 @@ class Task:
             )
             batch = batch.to(device)
             logits_BSV = model(batch.tokens_BS, batch.modality_BS, batch.positions_BS)
-            for at, (row, end) in enumerate(ends, start=first):
+            for at, (row, end) in enumerate(ends if logits_BSV is not None else (), start=first):
                 yield at, logits_BSV[row, end]
 
     def _overlay(

@@ -1,10 +1,12 @@
 """Sums of one step over all ranks, read by the host in one go, and the metrics that follow."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
-from earlyfuse.models.blocks.experts import RouterStats
+from earlyfuse.models.blocks.experts import MixtureOfExperts, RouterStats
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.flops import training_flops
 from earlyfuse.models.modality import Modality
@@ -62,22 +64,42 @@ class StepTotals:
         return losses
 
 
-def work_done(model: Decoder, seq_len: int, tokens_M: torch.Tensor) -> dict[str, float]:
+def work_done(model: Decoder.Config, seq_len: int, tokens_M: torch.Tensor) -> dict[str, float]:
     """Tokens and FLOPs per modality of the run so far; ``tokens_M`` int64 (M,) on the host."""
-    flops = training_flops(model.config, seq_len)
+    flops = training_flops(model, seq_len)
     done: dict[str, float] = {}
-    for group, modality in enumerate(model.config.modalities):
+    for group, modality in enumerate(model.modalities):
         tokens, label = int(tokens_M[modality]), Modality(modality).label
         done |= {f"tokens/{label}": tokens, f"flops/{label}": tokens * flops[group]}
     return done
 
 
-def router_load(model: Decoder) -> dict[str, float]:
-    """What the routers recorded in this step: ``router/layer3.pool1/…``."""
-    load: dict[str, float] = {}
-    for name, module in model.named_modules():
+def router_statistics(
+    parts: Iterable[nn.Module], model: Decoder.Config, device: torch.device
+) -> dict[str, RouterStats]:
+    """``layer3.pool1`` … → statistics of every router of ``model``, in order.
+
+    Those of the ``parts`` that are here, else new ones that count nothing: so all ranks of a
+    pipeline have the same sums to add up.
+    """
+    here: dict[str, RouterStats] = {}
+    for name, module in (named for part in parts for named in part.named_modules()):
         if isinstance(module, RouterStats):
-            parts = name.split(".")
-            place = f"layer{parts[parts.index('layers') + 1]}.pool{parts[-2]}"
-            load |= {f"router/{place}/{key}": value for key, value in module.take().items()}
-    return load
+            path = name.split(".")
+            here[f"layer{path[path.index('layers') + 1]}.pool{path[-2]}"] = module
+    statistics: dict[str, RouterStats] = {}
+    for number, layer in enumerate(model.layers):
+        if isinstance(layer.feed_forward, MixtureOfExperts.Config):
+            for index, pool in enumerate(layer.feed_forward.pools):
+                place = f"layer{number}.pool{index}"
+                statistics[place] = here.get(place) or RouterStats(pool.experts).to(device)
+    return statistics
+
+
+def router_load(statistics: dict[str, RouterStats]) -> dict[str, float]:
+    """What the routers recorded in this step: ``router/layer3.pool1/…``."""
+    return {
+        f"router/{place}/{key}": value
+        for place, recorded in statistics.items()
+        for key, value in recorded.take().items()
+    }

@@ -16,12 +16,15 @@ embedding columns      all_gather      tensor parallel: (T, D)
 split losses           all_reduce      tensor parallel: three fp32 vectors (T,)
 expert rows            all_to_all      expert parallel: (R, D) of every pool, to the experts and
                                        back, forward and backward
+stage activations      receive         pipeline: (T, D) from the stage before, forward
+stage gradients        receive         pipeline: (T, D) from the stage after, backward
 =====================  ==============  ============================================================
 
 Routing is not in the table: it sends nothing. Nor are counts, losses and the gradient norm, a
 handful of numbers per step whatever the model. Activation checkpointing repeats what a block sends
 in forward, except the rows of experts where it is selective. Uneven shards are padded to the
-largest, and padding travels.
+largest, and padding travels. A pipeline cuts the micro-batch once more: T are the tokens of such a
+part, and all but the parameters and their gradients travels once for each. Its ranks differ.
 
 T tokens of a micro-batch on one rank, R routed rows of a pool, D width.
 """
@@ -42,9 +45,10 @@ from torchtitan.distributed.activation_checkpoint import (
 from earlyfuse.models.blocks.experts import ExpertPool, MixtureOfExperts
 from earlyfuse.models.decoder import Block, Decoder
 from earlyfuse.models.routing.expert_choice import static_budget
+from earlyfuse.parallel.pipeline import microbatch, rank_stages, stage_blocks
 from earlyfuse.parallel.units import accumulation, axis_ranks, fsdp_units
 
-Kind = Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all"]
+Kind = Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all", "receive"]
 FP32 = 4
 
 
@@ -77,6 +81,8 @@ class Traffic:
 
 def received(kind: Kind, ranks: int, size: int) -> float:
     """Bytes that each of ``ranks`` receives in a collective over a tensor of ``size`` bytes."""
+    if kind == "receive":
+        return size
     return (2 if kind == "all_reduce" else 1) * size * (ranks - 1) / ranks
 
 
@@ -87,23 +93,28 @@ def step_traffic(
     parallelism: ParallelismConfig,
     ac_config: ActivationCheckpointing.Config | None,
 ) -> list[Traffic]:
-    """All that one optimizer step sends, the most bytes first; axes of one rank are left out.
+    """All that one optimizer step sends, the most bytes first; axes of one rank are left out. Of a
+    pipeline, on the rank that receives most.
 
     The arguments are those of ``plan.parallelize``; ``dims`` is only read.
     """
     microbatches = accumulation(training, dims)
-    calls: Counter[tuple[str, Kind, str]] = Counter()
-    sizes: Counter[tuple[str, Kind, str]] = Counter()
-    for purpose, kind, axis, size in microbatch_calls(
-        model, dims, training, parallelism, ac_config
-    ):
-        calls[purpose, kind, axis] += microbatches
-        sizes[purpose, kind, axis] += microbatches * size
-    found = [
-        Traffic(*key, ranks=axis_ranks(dims, key[2]), calls=calls[key], size=size)
-        for key, size in sizes.items()
-    ]
-    return sorted((one for one in found if one.ranks > 1), key=lambda one: -one.received)
+
+    def on_rank(pipeline_rank: int) -> list[Traffic]:
+        calls: Counter[tuple[str, Kind, str]] = Counter()
+        sizes: Counter[tuple[str, Kind, str]] = Counter()
+        for purpose, kind, axis, size in microbatch_calls(
+            model, dims, training, parallelism, ac_config, pipeline_rank
+        ):
+            calls[purpose, kind, axis] += microbatches
+            sizes[purpose, kind, axis] += microbatches * size
+        found = [
+            Traffic(*key, ranks=axis_ranks(dims, key[2]), calls=calls[key], size=size)
+            for key, size in sizes.items()
+        ]
+        return sorted((one for one in found if one.ranks > 1), key=lambda one: -one.received)
+
+    return max(map(on_rank, range(dims.pp)), key=total)
 
 
 def total(traffic: Iterable[Traffic], *, on_gloo: bool = False) -> float:
@@ -126,23 +137,49 @@ def microbatch_calls(
     training: TrainingConfig,
     parallelism: ParallelismConfig,
     ac_config: ActivationCheckpointing.Config | None,
+    pipeline_rank: int = 0,
 ) -> Iterator[Call]:
-    """Every collective of one micro-batch, those among one rank included."""
+    """Every collective of one micro-batch, those among one rank included, on the
+    ``pipeline_rank``-th rank of a pipeline.
+    """
     param = TORCH_DTYPE_MAP[training.mixed_precision_param].itemsize
     reduce = TORCH_DTYPE_MAP[training.mixed_precision_reduce].itemsize
-    for unit in fsdp_units(model, dims, parallelism):
+    for unit in fsdp_units(model, dims, parallelism, pipeline_rank):
         yield Call("parameters forward", "all_gather", unit.axis, unit.gathered * param)
         if not unit.kept:
             yield Call("parameters backward", "all_gather", unit.axis, unit.gathered * param)
         yield Call("gradients", "reduce_scatter", unit.axis, unit.gathered * reduce)
         yield Call("gradient replicas", "all_reduce", "dp_replicate", unit.shard * reduce)
+    stages = stage_blocks(parallelism, len(model.layers))
+    part = microbatch(parallelism, training)
+    for index in rank_stages(parallelism, pipeline_rank):
+        calls = list(_stage(model, stages[index], part, param, ac_config))
+        yield from calls * (training.local_batch_size // part.local_batch_size)
+
+
+def _stage(
+    model: Decoder.Config,
+    blocks: range,
+    training: TrainingConfig,
+    param: int,
+    ac_config: ActivationCheckpointing.Config | None,
+) -> Iterator[Call]:
+    """What ``blocks``, with embedding and head where these are theirs, send of a local batch."""
     # full recomputation sends rows again, selective keeps them; both repeat the sums of regions
     row_forwards = 2 if isinstance(ac_config, FullAC.Config) else 1
     sum_forwards = 2 if isinstance(ac_config, (FullAC.Config, SelectiveAC.Config)) else 1
     tokens = training.local_batch_size * training.seq_len
-    yield from _vocabulary(tokens, tokens * model.dim * param)
-    for layer in model.layers:
-        yield from _split_regions(layer, training, tokens * model.dim * param, sum_forwards)
+    activations = tokens * model.dim * param
+    if blocks.start == 0:
+        yield Call("embedding columns", "all_gather", "tp", activations)
+    else:
+        yield Call("stage activations", "receive", "pp", activations)
+    if blocks.stop == len(model.layers):
+        yield from _head(tokens, activations)
+    else:
+        yield Call("stage gradients", "receive", "pp", activations)
+    for layer in (model.layers[block] for block in blocks):
+        yield from _split_regions(layer, training, activations, sum_forwards)
         if isinstance(layer.feed_forward, MixtureOfExperts.Config):
             for pool in layer.feed_forward.pools:
                 rows = routed_rows(pool, training)
@@ -150,9 +187,8 @@ def microbatch_calls(
                     yield Call("expert rows", "all_to_all", "ep", rows * model.dim * param)
 
 
-def _vocabulary(tokens: int, activations: int) -> Iterator[Call]:
-    yield Call("embedding columns", "all_gather", "tp", activations)
-    yield Call("split activations", "all_reduce", "tp", activations)  # backward of the head
+def _head(tokens: int, activations: int) -> Iterator[Call]:
+    yield Call("split activations", "all_reduce", "tp", activations)  # backward
     for _ in ("largest logit", "sum of exponentials", "logit of the label"):
         yield Call("split losses", "all_reduce", "tp", tokens * FP32)
 

@@ -19,7 +19,6 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torchtitan.distributed import ParallelDims
 
 from earlyfuse.data.loader import LaneLoader
-from earlyfuse.models.blocks.experts import RouterStats
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.modality import Modality
 from earlyfuse.models.objectives.chameleon import ChameleonObjective, label_members
@@ -29,15 +28,15 @@ from earlyfuse.parallel.checkpoint import Checkpoints
 from earlyfuse.parallel.data_set import DataSet, NoTokenizer
 from earlyfuse.parallel.gradients import clip
 from earlyfuse.parallel.metrics import RunMetrics
+from earlyfuse.parallel.pipeline import Microbatch, Pipeline
 from earlyfuse.parallel.plan import check_parallelism
 from earlyfuse.parallel.skip import SkipRule
 from earlyfuse.parallel.tensor_parallel import sharded_token_losses
-from earlyfuse.parallel.totals import StepTotals, router_load, work_done
+from earlyfuse.parallel.totals import StepTotals, router_load, router_statistics, work_done
 from earlyfuse.parallel.validate import Validation
 from earlyfuse.parallel.watchdog import Phase, Watchdog
 
 MODALITIES = len(Modality)
-Microbatch = tuple[dict[str, torch.Tensor], torch.Tensor]
 
 
 class Trainer(titan.Trainer):
@@ -80,17 +79,17 @@ class Trainer(titan.Trainer):
         super().__init__(config)
         if self.parallel_dims.dp_enabled:
             self.dataloader.mesh = self.parallel_dims.get_mesh("batch")
-        self.model: Decoder = self.model_parts[0]
+        pipelined = self.parallel_dims.pp_enabled
+        self.model: Decoder | Pipeline = self.pp_schedule if pipelined else self.model_parts[0]
         if self.parallel_dims.tp_enabled:
             self.loss_fn.token_losses = sharded_token_losses(
                 self.vocabulary.size, self.parallel_dims.get_mesh("tp")
             )
-        # ranks of one tensor-parallel group hold the same rows: one of them counts
-        self._counts_rows = (
-            not self.parallel_dims.tp_enabled
-            or self.parallel_dims.get_mesh("tp").get_local_rank() == 0
-        )
-        self.statistics = [m for m in self.model.modules() if isinstance(m, RouterStats)]
+        # ranks of one tensor-parallel group compute the same sums, and those of one pipeline read
+        # the same rows: one of them counts
+        self._counts_sums = self._is_first_along("tp")
+        self._counts_rows = self._counts_sums and self._is_first_along("pp")
+        self.statistics = router_statistics(self.model_parts, config.model_spec.model, self.device)
         if not run_folder.knows_peak(self.metrics_processor.device_memory_monitor.device_name):
             self.metrics_processor.gpu_peak_flops = 0
 
@@ -109,6 +108,10 @@ class Trainer(titan.Trainer):
         check_ranks_agree(config.to_dict())
         return parallel_dims
 
+    def _is_first_along(self, axis: str) -> bool:
+        mesh = self.parallel_dims.get_optional_mesh(axis)
+        return mesh is None or mesh.get_local_rank() == 0
+
     # ---------------------------------------------------------------- one step
 
     def train_step(self, data_iterator: Iterator[Microbatch]) -> None:
@@ -123,18 +126,23 @@ class Trainer(titan.Trainer):
         # dropout depends on the step alone, so that a resumed run draws what the unbroken one would
         torch.manual_seed((self.config.debug.seed or 0) * 1_000_003 + self.step)
 
-        microbatches = [next(data_iterator) for _ in range(self.gradient_accumulation_steps)]
+        together = self.num_pipeline_parallel_microbatches
+        microbatches = [
+            next(data_iterator) for _ in range(self.gradient_accumulation_steps * together)
+        ]
         self.watchdog.enter(self.step, Phase.FORWARD_BACKWARD)
         counts = self._global_counts(microbatches)
         labels = counts[MODALITIES:-1].sum()
         own_sums_2M = torch.zeros(2, MODALITIES, device=self.device)
-        for inputs, labels_BS in microbatches:
-            own_sums_2M += self._forward_backward(inputs, labels_BS, labels)
+        for first in range(0, len(microbatches), together):
+            own_sums_2M += self._forward_backward(microbatches[first : first + together], labels)
             self.watchdog.enter(self.step, Phase.FORWARD_BACKWARD)
 
         self.watchdog.enter(self.step, Phase.OPTIMIZER)
-        sums_2M = self._sum_over_ranks(own_sums_2M * self._counts_rows)
-        grad_norm = clip(self.model.parameters(), self.config.training.max_norm)
+        sums_2M = self._sum_over_ranks(own_sums_2M * self._counts_sums)
+        grad_norm = clip(
+            self.model.parameters(), self.config.training.max_norm, self.parallel_dims.pp
+        )
         totals = StepTotals.read(counts, sums_2M, grad_norm)
         sound = self.skip.check(
             self.step, totals, own_sums_2M, self.model.parameters(), self._last_checkpoint()
@@ -152,17 +160,29 @@ class Trainer(titan.Trainer):
             self._log(totals, learning_rate)
 
     def _forward_backward(
-        self, inputs: dict[str, torch.Tensor], labels_BS: torch.Tensor, global_labels: torch.Tensor
+        self, microbatches: list[Microbatch], global_labels: torch.Tensor
     ) -> torch.Tensor:
-        """Add one micro-batch's gradients; returns (2, M) sums of nll and log² Z."""
-        inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
-        labels_BS = labels_BS.to(self.device)
-        label_modality_BS = self.vocabulary.modality_of(labels_BS)
+        """Add the gradients of one micro-batch, or of those that go through the pipeline together;
+        returns (2, M) sums of nll and log² Z, zero where the last stage is not.
+        """
+        sums_2M = torch.zeros(2, MODALITIES, device=self.device)
+
+        def loss(logits_BSV: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:
+            sums = self.loss_fn.sums(logits_BSV, labels_BS, self.vocabulary.modality_of(labels_BS))
+            sums_2M.add_(torch.stack([sums.nll_M, sums.z_M]).detach())
+            return self.loss_fn.total(sums, global_labels)
+
+        here = [
+            ({n: tensor.to(self.device) for n, tensor in inputs.items()}, labels_BS.to(self.device))
+            for inputs, labels_BS in microbatches
+        ]
         with self.train_context():
-            logits_BSV = self.model(inputs.pop("input"), **inputs)
-            sums = self.loss_fn.sums(logits_BSV, labels_BS, label_modality_BS)
-            self.loss_fn.total(sums, global_labels).backward()
-        return torch.stack([sums.nll_M, sums.z_M]).detach()
+            if isinstance(self.model, Pipeline):
+                self.model.step(here, loss)
+            else:
+                ((inputs, labels_BS),) = here
+                loss(self.model(inputs.pop("input"), **inputs), labels_BS).backward()
+        return sums_2M
 
     def _global_counts(self, microbatches: list[Microbatch]) -> torch.Tensor:
         """Input tokens (M), labels (M) of this step and ranks asked to stop (1) over all ranks."""
@@ -188,15 +208,14 @@ class Trainer(titan.Trainer):
     # ---------------------------------------------------------------- metrics
 
     def _record_statistics(self, recording: bool) -> None:
-        self.model.recording = recording
-        for statistics in self.statistics:
-            statistics.recording = recording
+        for counting in (*self.model_parts, *self.statistics.values()):
+            counting.recording = recording
 
     def _sum_statistics(self) -> None:
         """Add up over ranks what routers and the last block counted."""
-        counted = [buffer for s in self.statistics for buffer in (s.load_E, s.sums_6)]
-        counted.append(self.model.output_norm_2)
-        total = self._sum_over_ranks(torch.cat(counted) * self._counts_rows)
+        counted = [b for s in self.statistics.values() for b in (s.load_E, s.sums_6)]
+        counted.append(self.model_parts[-1].output_norm_2)
+        total = self._sum_over_ranks(torch.cat(counted) * self._counts_sums)
         for buffer, part in zip(counted, total.split([len(b) for b in counted]), strict=True):
             buffer.copy_(part)
 
@@ -204,9 +223,10 @@ class Trainer(titan.Trainer):
         self._sum_statistics()
         metrics = totals.losses(self.loss_fn.z_loss)
         metrics |= {"grad_norm": totals.grad_norm, "lr": learning_rate}
-        metrics |= {"skipped_steps": self.skip.total, "output_norm": self.model.take_output_norm()}
-        metrics |= work_done(self.model, self.config.training.seq_len, self.tokens_M)
-        metrics |= router_load(self.model)
+        output_norm = self.model_parts[-1].take_output_norm()
+        metrics |= {"skipped_steps": self.skip.total, "output_norm": output_norm}
+        metrics |= work_done(self.model.config, self.config.training.seq_len, self.tokens_M)
+        metrics |= router_load(self.statistics)
         self.metrics_processor.log_step(self.step, metrics)
 
     # ---------------------------------------------------------------- the run

@@ -15,6 +15,7 @@ from torchtitan.distributed import ParallelDims
 
 from earlyfuse.models.blocks.experts import Experts
 from earlyfuse.models.decoder import Decoder
+from earlyfuse.parallel.pipeline import rank_stages, stage_blocks
 from earlyfuse.parallel.plan import shard_dimension
 from earlyfuse.parallel.tensor_parallel import CUTS
 
@@ -59,24 +60,44 @@ def axis_ranks(dims: ParallelDims, axis: str) -> int:
 
 
 def fsdp_units(
-    model: Decoder.Config, dims: ParallelDims, parallelism: ParallelismConfig
+    model: Decoder.Config,
+    dims: ParallelDims,
+    parallelism: ParallelismConfig,
+    pipeline_rank: int = 0,
 ) -> list[Unit]:
-    """The units that ``plan.parallelize`` makes, in the order of the forward pass."""
+    """The units that ``plan.parallelize`` makes, in the order of the forward pass, on the
+    ``pipeline_rank``-th rank of a pipeline.
+    """
     reshard = parallelism.fsdp_reshard_after_forward
+    held = _held(model, parallelism, pipeline_rank)
     shards: dict[tuple[str, str], int] = defaultdict(int)
     for name, shape, cut in _parameters(model, dims):
         unit, axis = _unit_of(name, dims)
-        shards[unit, axis] += _shard_numel(shape, cut, axis_ranks(dims, axis))
+        if unit in held:
+            shards[unit, axis] += _shard_numel(shape, cut, axis_ranks(dims, axis))
     return [
         Unit(
             name=unit,
             axis=axis,
             ranks=axis_ranks(dims, axis),
             shard=shard,
-            kept=reshard == "never" or (unit == "head" and reshard != "always"),
+            kept=reshard == "never" or dims.pp > 1 or (unit == "head" and reshard != "always"),
         )
         for (unit, axis), shard in shards.items()
     ]
+
+
+def _held(model: Decoder.Config, parallelism: ParallelismConfig, pipeline_rank: int) -> set[str]:
+    """Names of the units on one rank of a pipeline."""
+    names: set[str] = set()
+    stages = stage_blocks(parallelism, len(model.layers))
+    for blocks in (stages[index] for index in rank_stages(parallelism, pipeline_rank)):
+        names |= {f"layers.{block}" for block in blocks}
+        if blocks.start == 0:
+            names.add("embedding")
+        if blocks.stop == len(model.layers):
+            names.add("head")
+    return names
 
 
 def _parameters(

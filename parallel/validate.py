@@ -24,6 +24,7 @@ from earlyfuse.models.blocks.experts import ExpertPool
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.modality import Modality, Vocabulary
 from earlyfuse.models.objectives.chameleon import ChameleonObjective, label_members
+from earlyfuse.parallel.pipeline import Pipeline
 from earlyfuse.parallel.tasks import Ranks, Task, load_tasks
 
 MODALITIES = len(Modality)
@@ -79,12 +80,12 @@ class Validation(Validator):
             blend, seq_len, config.batch_rows, config.max_batches, dp_rank, dp_world_size
         )
         self.unigram = self._unigram_entropy(blend.vocabulary)
-        self.ranks = Ranks(dp_rank, dp_world_size, self._sum_on_host)
+        self.ranks = Ranks(dp_rank, dp_world_size, self._sum_answers)
         self.tasks: list[Task] = load_tasks(Path(config.data_folder)) if config.tasks else []
 
     @torch.no_grad()
     def measure(
-        self, model: Decoder, objective: ChameleonObjective, vocabulary: Vocabulary
+        self, model: Decoder | Pipeline, objective: ChameleonObjective, vocabulary: Vocabulary
     ) -> dict[str, float]:
         """Loss, loss per modality, the unigram entropies to compare with, and task accuracies."""
         device = next(model.parameters()).device
@@ -95,11 +96,12 @@ class Validation(Validator):
                 logits = model(
                     batch.tokens_BS, batch.modality_BS, batch.positions_BS, batch.span_BS
                 )
-                sums = objective.sums(
-                    logits, batch.labels_BS, vocabulary.modality_of(batch.labels_BS)
-                )
-                sums_2M += torch.stack([sums.nll_M, sums.count_M])
-            nll_M, count_M = self._reduce(sums_2M).tolist()
+                if logits is not None:
+                    sums = objective.sums(
+                        logits, batch.labels_BS, vocabulary.modality_of(batch.labels_BS)
+                    )
+                    sums_2M += torch.stack([sums.nll_M, sums.count_M])
+            nll_M, count_M = self._sum_over_stages(self._sum_over_rows(sums_2M)).tolist()
             metrics = {"loss": sum(nll_M) / max(sum(count_M), 1)}
             present = [m for m in vocabulary.modalities if count_M[m]]
             metrics |= {f"loss/{m.label}": nll_M[m] / count_M[m] for m in present}
@@ -109,13 +111,19 @@ class Validation(Validator):
                 metrics[f"chance/{task.name}"] = task.chance
         return metrics
 
-    def _reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+    def _sum_over_rows(self, tensor: torch.Tensor) -> torch.Tensor:
         if self.parallel_dims.dp_enabled:
             dist.all_reduce(tensor, group=self.parallel_dims.get_mesh("batch").get_group())
         return tensor
 
-    def _sum_on_host(self, tensor: torch.Tensor) -> torch.Tensor:
-        return self._reduce(tensor.to(titan_utils.device_type)).cpu()
+    def _sum_over_stages(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self.parallel_dims.pp_enabled:
+            dist.all_reduce(tensor, group=self.parallel_dims.get_mesh("pp").get_group())
+        return tensor
+
+    def _sum_answers(self, tensor: torch.Tensor) -> torch.Tensor:
+        on_device = tensor.to(titan_utils.device_type)
+        return self._sum_over_stages(self._sum_over_rows(on_device)).cpu()
 
     def _unigram_entropy(self, vocabulary: Vocabulary) -> list[float]:
         """Entropy of the labels of each modality, nats: what no model of single tokens can beat."""
@@ -124,7 +132,7 @@ class Validation(Validator):
             labels_T = batch.labels_BS.reshape(-1)
             counted_T = label_members(labels_T, vocabulary.modality_of(labels_T)).any(0)
             counts_V += torch.bincount(labels_T[counted_T], minlength=vocabulary.size)
-        counts_V = self._sum_on_host(counts_V)
+        counts_V = self._sum_over_rows(counts_V.to(titan_utils.device_type)).cpu()
         modality_V = vocabulary.modality_of(torch.arange(vocabulary.size))
         entropies = []
         for modality in range(MODALITIES):
@@ -135,7 +143,7 @@ class Validation(Validator):
 
 
 @contextmanager
-def evaluating(model: Decoder) -> Iterator[None]:
+def evaluating(model: Decoder | Pipeline) -> Iterator[None]:
     """Evaluation mode with budgets from actual counts; puts everything back."""
     pools = [module for module in model.modules() if isinstance(module, ExpertPool)]
     budgets = [pool.budget for pool in pools]

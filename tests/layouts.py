@@ -10,23 +10,28 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.distributed as dist
-from tiny_runs import MODELS, tiny_config
+from tiny_runs import MODELS, SHAPE, moma, tiny_config
 from torch.distributed._functional_collectives import AsyncCollectiveTensor as Collected
 from torch.distributed.tensor import DTensor
 from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
+from toy import VOCABULARY
 
 from earlyfuse.models.blocks.experts import Experts
+from earlyfuse.parallel.compat import can_pipeline
 from earlyfuse.parallel.expert_parallel import _AllToAll
+from earlyfuse.parallel.tasks import Task
 from earlyfuse.parallel.trainer import Trainer
 
 ROWS, STEPS = 8, 2
+# of six blocks, for pipelines of several stages a rank
+MODELS = MODELS | {"deep": lambda: moma(shape=replace(SHAPE, layers=6))}
 RECOMPUTE = {"none": lambda: None, "full": FullAC.Config, "selective": SelectiveAC.Config}
 
 
@@ -42,6 +47,11 @@ class Case:
     recompute: str = "none"
     apart: bool = False
     reshard: str = "default"
+    schedule: str = "1F1B"
+
+    @property
+    def runs(self) -> bool:
+        return "pipeline_parallel" not in self.degrees or can_pipeline()
 
     def config(self, out: Path, data: Path, ranks: int) -> Trainer.Config:
         config = tiny_config(out, data, MODELS[self.model](), steps=STEPS)
@@ -53,7 +63,10 @@ class Case:
         for name, degree in self.degrees.items():
             setattr(config.parallelism, f"{name}_degree", degree)
         config.parallelism.fsdp_reshard_after_forward = self.reshard
+        config.parallelism.pipeline_parallel_schedule = self.schedule
+        config.parallelism.pipeline_parallel_microbatch_size = 2
         data_ranks = ranks // self.degrees.get("tensor_parallel", 1)
+        data_ranks //= self.degrees.get("pipeline_parallel", 1)
         config.training.global_batch_size = ROWS
         config.training.local_batch_size = ROWS // data_ranks // self.micro_batches
         return config
@@ -61,7 +74,7 @@ class Case:
 
 FSDP: dict[str, int] = {}
 HSDP = {"data_parallel_replicate": 2}
-TP, EP = {"tensor_parallel": 2}, {"expert_parallel": 2}
+TP, EP, PP = {"tensor_parallel": 2}, {"expert_parallel": 2}, {"pipeline_parallel": 2}
 
 # what a case must equal is its model on one rank: the first four, and "apart"
 CASES: dict[int, dict[str, Case]] = {
@@ -79,6 +92,14 @@ CASES: dict[int, dict[str, Case]] = {
         "moma-fsdp-selective": Case("moma", FSDP, recompute="selective"),
         "mot-tp-full": Case("mot", TP, recompute="full"),
         "dense-fsdp-kept": Case("dense", FSDP, reshard="never"),
+    }
+    | {f"{model}-pp": Case(model, PP) for model in MODELS}
+    | {
+        "moma-pp-accumulated-full": Case("moma", PP, micro_batches=2, recompute="full"),
+        "moma-pp-selective": Case("moma", PP, recompute="selective"),
+        "moma-pp-apart": Case("moma", PP, apart=True),
+        "moma-pp-gpipe": Case("moma", PP, schedule="GPipe"),
+        "deep-pp-interleaved": Case("deep", PP, schedule="Interleaved1F1B"),
     },
     4: {f"{model}-fsdp": Case(model, FSDP) for model in MODELS}
     | {f"{model}-hsdp": Case(model, HSDP) for model in ("dense", "moma")}
@@ -88,8 +109,27 @@ CASES: dict[int, dict[str, Case]] = {
         "moma-hsdp-ep-full": Case("moma", HSDP | EP, recompute="full"),
         "moma-fsdp-ep-apart": Case("moma", EP, apart=True),
         "moma-fsdp-tp-accumulated": Case("moma", TP, micro_batches=2),
+    }
+    | {f"{model}-pp-fsdp": Case(model, PP) for model in ("mot", "moma")}
+    | {
+        "moma-pp-hsdp": Case("moma", PP | HSDP),
+        "moma-pp-tp": Case("moma", PP | TP),
+        "moma-pp-ep": Case("moma", PP | EP),
+        "moma-pp-ep-full": Case("moma", PP | EP, recompute="full"),
+        "deep-pp4": Case("deep", {"pipeline_parallel": 4}),
+        "deep-pp-fsdp-interleaved": Case("deep", PP, schedule="Interleaved1F1B"),
     },
 }
+
+
+# which of nine words follows an image, two of which begin alike
+TASK = Task(
+    "toy",
+    prompts=[[0, 3, *(32 + (i + j) % 16 for j in range(4)), 4] for i in range(12)],
+    candidates=[*((5 + i,) for i in range(7)), (12, 13), (12, 14)],
+    answers=[i % 9 for i in range(12)],
+    vocabulary=VOCABULARY,
+)
 
 
 class Keeping(Trainer):
@@ -99,13 +139,21 @@ class Keeping(Trainer):
     class Config(Trainer.Config):
         pass
 
+    def __init__(self, config: Trainer.Config):
+        super().__init__(config)
+        self.validator.tasks = [TASK]
+
     def train_step(self, data_iterator: Iterator[Any]) -> None:
         super().train_step(data_iterator)
-        named = [(_plain(name), p) for name, p in self.model.named_parameters()]
-        self.kept = {
+        named = [(_plain(n), p) for part in self.model_parts for n, p in part.named_parameters()]
+        kept = {
             "gradients": {name: whole(p.grad) for name, p in named},
             "parameters": {name: whole(p) for name, p in named},
         }
+        ranks = [kept] * dist.get_world_size()
+        if self.parallel_dims.pp_enabled:
+            dist.all_gather_object(ranks, kept)
+        self.kept = {kind: {n: t for k in ranks for n, t in k[kind].items()} for kind in kept}
 
     def _finish(self, saved: bool) -> None:
         """No picture."""
@@ -144,7 +192,7 @@ def run(case: Case, name: str, out: Path, data: Path, ranks: int) -> None:
     folder = out / name
     trainer = (Apart if case.apart else Keeping)(case.config(folder, data, ranks))
     trainer.train()
-    if "expert_parallel" in case.degrees and case.recompute == "none":
+    if case.degrees == EP and case.recompute == "none":
         trainer.kept["events"] = order_of_events(trainer)
     trainer.close()
     if dist.get_rank() == 0:
@@ -182,7 +230,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     out, data, *names = sys.argv[1:]
     ranks = int(os.environ["WORLD_SIZE"])
-    for name in names or CASES[ranks]:
+    for name in names or [name for name, case in CASES[ranks].items() if case.runs]:
         run(CASES[ranks][name], name, Path(out), Path(data), ranks)
         if dist.get_rank() == 0:
             print(f"case {name} done", flush=True)

@@ -137,11 +137,30 @@ def test_missing_modality_and_positions_mean_one_text_document_per_row():
     torch.testing.assert_close(model(tokens), model(tokens, torch.zeros_like(modality), positions))
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_parts_one_after_another_are_the_whole(name):
+    """Initialised by themselves, as stages of a pipeline are."""
+    whole, parts = build(MODELS[name]()), [MODELS[name]().build() for _ in range(2)]
+    values: dict[str, torch.Tensor] = {}
+    for blocks, part in zip((range(1), range(1, 2)), parts, strict=True):
+        part.config.init_std = whole.config.init_std
+        part.keep(blocks)
+        part.init_states()
+        assert values.keys().isdisjoint(part.state_dict())
+        values |= part.state_dict()
+    assert values.keys() == whole.state_dict().keys()
+    assert all(torch.equal(values[key], value) for key, value in whole.state_dict().items())
+    tokens, *others = batch()
+    activations = parts[0].eval()(tokens, *others)
+    assert torch.equal(parts[1].eval()(activations, *others), whole(tokens, *others))
+
+
 def test_initial_values_do_not_depend_on_the_other_parameters():
     """wq of layer 0 is the same tensor in a dense model and in MoMa: seeds go by name."""
     dense, moma = build(MODELS["dense"]()), build(MODELS["moma"]())
-    assert torch.equal(dense.layers[0].attention.wq.weight, moma.layers[0].attention.wq.weight)
-    assert not torch.equal(dense.layers[0].attention.wq.weight, dense.layers[1].attention.wq.weight)
+    wq = dense.layers["0"].attention.wq.weight
+    assert torch.equal(wq, moma.layers["0"].attention.wq.weight)
+    assert not torch.equal(wq, dense.layers["1"].attention.wq.weight)
     assert not torch.equal(
         dense.tok_embeddings.weight, build(MODELS["dense"](), seed=1).tok_embeddings.weight
     )
@@ -153,7 +172,7 @@ def test_initial_values_follow_the_table():
     )
     model = config.build()
     model.init_states()
-    block = model.layers[3]
+    block = model.layers["3"]
     assert model.tok_embeddings.weight.std().item() == pytest.approx(0.98, rel=0.02)
     assert block.attention.wq.weight.std().item() == pytest.approx(0.02, rel=0.05)
     assert block.feed_forward.w2.std().item() == pytest.approx(0.02 / 4, rel=0.05)

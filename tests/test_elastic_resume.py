@@ -19,12 +19,14 @@ from tiny_runs import tiny_config
 from toy import make_data
 
 from earlyfuse.parallel.checkpoint_files import read_manifest
+from earlyfuse.parallel.compat import can_pipeline
 
 GLOBAL_BATCH = 8
 STEPS = 6
 
 # Name → ranks, fields of the parallelism config. Layouts of equal ranks share one launch.
 TENSOR, EXPERT = {"tensor_parallel_degree": 2}, {"expert_parallel_degree": 2}
+PIPELINE = {"pipeline_parallel_degree": 2, "pipeline_parallel_microbatch_size": 2}
 LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
     "fsdp2": (2, {}),
     "hsdp2": (2, {"data_parallel_replicate_degree": 2, "data_parallel_shard_degree": 1}),
@@ -32,6 +34,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
     "ep2": (2, EXPERT),
     "fsdp2-tp2": (4, TENSOR),
     "hsdp2-fsdp2-ep2": (4, {"data_parallel_replicate_degree": 2, **EXPERT}),
+    "pp2": (2, PIPELINE),
+    "pp2-fsdp2": (4, PIPELINE),
 }
 WITH_FULL_DISK = "fsdp2"
 
@@ -44,6 +48,8 @@ def config_of(folder: Path, data: Path, degrees: dict[str, int] | None = None):
     config.checkpoint.keep_latest_k = 0
     for name, degree in (degrees or {}).items():
         setattr(config.parallelism, name, degree)
+    # as many micro-batches as a pipeline has stages
+    config.training.local_batch_size *= config.parallelism.pipeline_parallel_degree
     return config
 
 
@@ -74,7 +80,7 @@ def launch(root):
 
     @cache
     def launch(ranks: int) -> str:
-        names = [name for name, (count, _) in LAYOUTS.items() if count == ranks]
+        names = [name for name, (count, _) in LAYOUTS.items() if count == ranks and runs(name)]
         for name in names:
             copy_step(root / "alone", root / name, 2)
         worker = Path(__file__).with_name("elastic_worker.py")
@@ -83,7 +89,16 @@ def launch(root):
     return launch
 
 
-@pytest.fixture(params=LAYOUTS)
+def runs(name: str) -> bool:
+    return "pp" not in name or can_pipeline()
+
+
+NO_PIPELINE = pytest.mark.skip("torchtitan 0.3's pipeline schedules need torch 2.14")
+
+
+@pytest.fixture(
+    params=[pytest.param(name, marks=() if runs(name) else NO_PIPELINE) for name in LAYOUTS]
+)
 def layout(request, launch) -> str:
     """The name of a layout whose runs are done."""
     launch(LAYOUTS[request.param][0])

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -28,29 +29,50 @@ SCALAR_CALLS, SCALAR_BYTES = 4, 256
 
 @pytest.fixture(scope="module")
 def counted(tmp_path_factory):
-    """One step of every layout that two ranks can have, counted."""
+    """(ranks, layout) → what each rank counted in one step; a number of ranks is launched once."""
     folder = tmp_path_factory.mktemp("traffic")
     make_data(folder / "data")
-    output_of(torchrun(2, traffic_ranks.__file__, str(folder), *LAYOUTS))
-    return json.loads((folder / "counted.json").read_text())
+
+    @cache
+    def launched(ranks):
+        out = folder / str(ranks)
+        out.mkdir()
+        (out / "data").symlink_to(folder / "data")
+        output_of(torchrun(ranks, traffic_ranks.__file__, str(out), *LAYOUTS[ranks]))
+        return [json.loads((out / f"counted-{rank}.json").read_text()) for rank in range(ranks)]
+
+    return lambda ranks, layout: [counted[layout] for counted in launched(ranks)]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_collective_is_predicted_and_no_other_is_sent(counted, layout):
+EVERY_LAYOUT = pytest.mark.parametrize(
+    ("ranks", "layout"), [(ranks, name) for ranks, names in LAYOUTS.items() for name in names]
+)
+
+
+@EVERY_LAYOUT
+def test_every_collective_is_predicted_and_no_other_is_sent(counted, ranks, layout):
     def as_counter(pairs):
         return Counter({tuple(call): number for call, number in pairs})
 
-    expected, seen = (as_counter(counted[layout][key]) for key in ("expected", "seen"))
-    assert expected - seen == Counter()
-    others = seen - expected
-    assert all(kind == "all_reduce" and size <= SCALAR_BYTES for kind, _, size in others)
-    assert others.total() <= SCALAR_CALLS
-    assert sum(expected.values()) > SCALAR_CALLS
+    for rank in counted(ranks, layout):
+        expected, seen = (as_counter(rank[key]) for key in ("expected", "seen"))
+        assert expected - seen == Counter()
+        others = seen - expected
+        assert all(kind == "all_reduce" and size <= SCALAR_BYTES for kind, _, size in others)
+        assert others.total() <= SCALAR_CALLS
+        assert sum(expected.values()) > 0
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_rank_holds_the_shards_that_are_predicted(counted, layout):
-    assert counted[layout]["held"] == counted[layout]["predicted"]
+@EVERY_LAYOUT
+def test_a_rank_holds_the_shards_that_are_predicted(counted, ranks, layout):
+    for rank in counted(ranks, layout):
+        assert rank["held"] == rank["predicted"]
+
+
+@EVERY_LAYOUT
+def test_a_rank_of_a_pipeline_holds_as_many_parts_of_a_batch_as_predicted(counted, ranks, layout):
+    for rank in counted(ranks, layout):
+        assert rank["in_flight"] == rank["in_flight_predicted"]
 
 
 def test_static_routing_reads_no_value_on_the_host():

@@ -12,9 +12,9 @@ SHAPE = decoders.Shape(dim=32, layers=2, heads=2, hidden_dim=48, vocab_size=48)
 SHARES = {Modality.TEXT: 0.7, Modality.IMAGE: 0.3}
 
 
-def moma(**options) -> Decoder.Config:
+def moma(shape: decoders.Shape = SHAPE, **options) -> Decoder.Config:
     return decoders.moma(
-        SHAPE, {Modality.TEXT: 2, Modality.IMAGE: 2}, SHARES, routing_rows=2, **options
+        shape, {Modality.TEXT: 2, Modality.IMAGE: 2}, SHARES, routing_rows=2, **options
     )
 
 

@@ -2,26 +2,30 @@
 
     torchrun tests/traffic_ranks.py FOLDER LAYOUT...
 
-``FOLDER`` holds toy data in ``data``; rank 0 writes ``FOLDER/counted.json``.
+``FOLDER`` holds toy data in ``data``; rank N writes ``FOLDER/counted-N.json``.
 """
 
 import json
 import sys
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch.distributed as dist
-from tiny_runs import MODELS, tiny_config
+from layouts import MODELS
+from tiny_runs import tiny_config
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 
 from earlyfuse.parallel.collective_counter import CollectiveCounter
+from earlyfuse.parallel.compat import can_pipeline
+from earlyfuse.parallel.memory import in_flight
 from earlyfuse.parallel.traffic import microbatch_calls
 from earlyfuse.parallel.trainer import Trainer
 from earlyfuse.parallel.units import accumulation, axis_ranks, fsdp_units
 
-# name → model, parallelism, activation checkpointing, parameter dtype
-LAYOUTS = {
+# ranks → name → model, parallelism, activation checkpointing, parameter dtype
+TWO = {
     "fsdp": ("dense", {}, None, "float32"),
     "fsdp, kept gathered": ("moma", {"fsdp_reshard_after_forward": "never"}, None, "float32"),
     "fsdp, bf16, full": ("moma", {}, FullAC.Config(), "bfloat16"),
@@ -31,6 +35,24 @@ LAYOUTS = {
     "experts, full": ("moma", {"expert_parallel_degree": 2}, FullAC.Config(), "float32"),
     "experts, selective": ("moma", {"expert_parallel_degree": 2}, SelectiveAC.Config(), "float32"),
 }
+PIPELINE = {"pipeline_parallel_degree": 2, "pipeline_parallel_microbatch_size": 2}
+INTERLEAVED = PIPELINE | {
+    "pipeline_parallel_schedule": "Interleaved1F1B",
+    "pipeline_parallel_first_stage_less_layers": 0,
+    "pipeline_parallel_last_stage_less_layers": 0,
+}
+if can_pipeline():
+    TWO["pipeline"] = ("dense", PIPELINE, None, "float32")
+    gpipe = PIPELINE | {"pipeline_parallel_schedule": "GPipe"}
+    TWO["pipeline, bf16, full"] = ("moma", gpipe, FullAC.Config(), "bfloat16")
+TENSOR, EXPERTS = {"tensor_parallel_degree": 2}, {"expert_parallel_degree": 2}
+FOUR = {
+    "pipeline of shards": ("moma", PIPELINE, None, "float32"),
+    "pipeline of shards, interleaved": ("deep", INTERLEAVED, None, "float32"),
+    "pipeline of split tensors": ("moma", PIPELINE | TENSOR, None, "float32"),
+    "pipeline of experts": ("moma", PIPELINE | EXPERTS, None, "float32"),
+}
+LAYOUTS = {2: TWO, 4: FOUR if can_pipeline() else {}}
 
 
 class AnotherTrainer(Trainer):
@@ -44,8 +66,9 @@ class AnotherTrainer(Trainer):
 
 
 def counted_step(folder, name):
-    model, parallelism, ac_config, dtype = LAYOUTS[name]
+    model, parallelism, ac_config, dtype = (TWO | FOUR)[name]
     config = tiny_config(folder / name.replace(" ", "_"), folder / "data", MODELS[model]())
+    config.training.local_batch_size *= parallelism.get("pipeline_parallel_degree", 1)
     for field, value in parallelism.items():
         setattr(config.parallelism, field, value)
     config.activation_checkpoint = ac_config
@@ -57,34 +80,61 @@ def counted_step(folder, name):
     trainer = AnotherTrainer(config)
     batches = trainer.batch_generator(trainer.dataloader)
     for trainer.step in (2, 3):  # step 1 would log
-        with CollectiveCounter() as counter:
+        with CollectiveCounter() as counter, noted_forwards(trainer) as in_flight_then:
             trainer.train_step(batches)
     dims, training = trainer.parallel_dims, config.training
+    stage = dist.get_rank() * dims.pp // dims.world_size
     arguments = (config.model_spec.model, dims, training, config.parallelism)
     expected = Counter()
-    for call in microbatch_calls(*arguments, ac_config):
+    for call in microbatch_calls(*arguments, ac_config, stage):
         if axis_ranks(dims, call.axis) > 1:
             key = call.kind, axis_ranks(dims, call.axis), call.size
             expected[key] += accumulation(training, dims)
     seen = Counter(tuple(call) for call in counter.seen)
     local = [p.to_local() if hasattr(p, "to_local") else p for p in trainer.model.parameters()]
     held = sum(p.numel() for p in local)
-    predicted = sum(unit.shard for unit in fsdp_units(*arguments[:2], config.parallelism))
+    units = fsdp_units(*arguments[:2], config.parallelism, stage)
     trainer.watchdog.close()
     trainer.close()
     return {
         "expected": sorted(expected.items()),
         "seen": sorted(seen.items()),
         "held": held,
-        "predicted": predicted,
+        "predicted": sum(unit.shard for unit in units),
         "host_reads": counter.host_reads,
+        "in_flight": max(in_flight_then, default=0),
+        "in_flight_predicted": predicted_in_flight(config, stage),
     }
+
+
+@contextmanager
+def noted_forwards(trainer):
+    """A list of how many forwards of this rank's stages wait for their backward, at each."""
+    waiting = []
+
+    def note(*_):
+        waiting.append(1 + sum(len(stage.fwd_cache) for stage in trainer.model.stages))
+
+    if not trainer.parallel_dims.pp_enabled:
+        yield waiting
+        return
+    hooks = [part.register_forward_hook(note) for part in trainer.model_parts]
+    yield waiting
+    for hook in hooks:
+        hook.remove()
+
+
+def predicted_in_flight(config, rank):
+    parallelism = config.parallelism
+    if parallelism.pipeline_parallel_degree == 1:
+        return 0
+    parts = config.training.local_batch_size // parallelism.pipeline_parallel_microbatch_size
+    return in_flight(parallelism, parts, rank)
 
 
 if __name__ == "__main__":
     folder, *names = sys.argv[1:]
     folder = Path(folder)
     counted = {name: counted_step(folder, name) for name in names}
-    if dist.get_rank() == 0:
-        (folder / "counted.json").write_text(json.dumps(counted))
+    (folder / f"counted-{dist.get_rank()}.json").write_text(json.dumps(counted))
     dist.destroy_process_group()
