@@ -95,11 +95,10 @@ def backward(
                 carry_bVD = dwindow_bmD[:, :V].clone()
         if need_inputs:
             dstate_BVD[row] = carry_bVD
-    need_bias = need_parameters and bias_D is not None
     return (
         dx_BLD,
         dweight_WD.t().to(weight_DW.dtype).contiguous() if need_parameters else x_BLD.new_empty(0),
-        dbias.to(bias_D.dtype) if need_bias else x_BLD.new_empty(0),
+        dbias.to(weight_DW.dtype) if need_parameters and bias_D is not None else x_BLD.new_empty(0),
         dstate_BVD if state_BVD is not None else x_BLD.new_empty(0),
     )
 
@@ -155,14 +154,12 @@ def _add_gradients(
     Here the nearest tap comes first, and tokens that are too early for the next drop out.
     """
     V, n = weight_WD.shape[0] - 1, dpre_bnD.shape[1]
-    product_bnD = torch.empty_like(dpre_bnD) if dweight_WD is not None else None
     for back in range(V + 1):
         if back:
             _clear_early_tokens(dpre_bnD, positions_bn, back)
         tokens = slice(V - back, V - back + n)
         if dweight_WD is not None:
-            torch.mul(dpre_bnD, window_bmD[:, tokens], out=product_bnD)
-            dweight_WD[V - back] += product_bnD.sum((0, 1))
+            dweight_WD[V - back] += (dpre_bnD * window_bmD[:, tokens]).sum((0, 1))
         if dwindow_bmD is not None:
             dwindow_bmD[:, tokens].addcmul_(dpre_bnD, weight_WD[V - back])
 

@@ -293,14 +293,12 @@ def backward(
             **_flags(bias_D, positions_BL, state_BVD, silu),
         )
     sums_XD = partial_NXD.sum(0)
-    need_bias, need_state = (
-        need_parameters and bias_D is not None,
-        need_inputs and state_BVD is not None,
-    )
+    need_bias = need_parameters and bias_D is not None
+    need_state = need_inputs and state_BVD is not None
     return (
         dx_BLD if need_inputs else x_BLD.new_empty(0),
         sums_XD[:W].t().to(weight_DW.dtype).contiguous() if need_parameters else x_BLD.new_empty(0),
-        sums_XD[W].to(bias_D.dtype, copy=True) if need_bias else x_BLD.new_empty(0),
+        sums_XD[W].to(weight_DW.dtype, copy=True) if need_bias else x_BLD.new_empty(0),
         dstate_BVD if need_state else x_BLD.new_empty(0),
     )
 
