@@ -14,6 +14,7 @@ from earlyfuse.kernels.linear_cross_entropy import (
     chunked,
     linear_cross_entropy,
     token_losses,
+    torch_impl,
 )
 
 pytest.importorskip("triton")
@@ -55,7 +56,8 @@ def sums_and_gradients(x, w, labels, modality, backend, z_weight=Z_WEIGHT, **opt
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    """Three tokens of 1500 words."""
+    """Three tokens of 1500 words, two of which are handled in cache together."""
+    monkeypatch.setattr(torch_impl, "PIECE", 2 * 1500)
     monkeypatch.setattr(chunked, "CPU_BYTES", 3 * 1500 * 4)
     monkeypatch.setattr(chunked, "GPU_BYTES", 3 * 1500 * 4)
 

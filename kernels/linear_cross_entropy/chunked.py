@@ -55,7 +55,9 @@ def forward(
     rows_T = _label_rows(labels_T, first, w_VD.shape[0], vocabulary)
     combine = partial(_combine, group=group, group_size=group_size) if group else None
     dx_TD = x_TD.new_empty(x_TD.shape if need_x else 0)
-    dw_VD = w_VD.new_zeros(w_VD.shape if need_w else 0, dtype=dtype)
+    dw_VD = w_VD.new_empty(w_VD.shape if need_w else 0, dtype=dtype)
+    if x_TD.shape[0] == 0:  # no chunk will write it
+        dw_VD.zero_()
     nll_T, log_z_T = (x_TD.new_empty(x_TD.shape[0], dtype=dtype) for _ in range(2))
     if x_TD.device.type == "cpu":  # products of bf16 crawl there, and would round the logits
         x_TD, w_VD = x_TD.to(dtype), w_VD.to(dtype)

@@ -58,11 +58,14 @@ def _(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
     _, nll_T, log_z_T, dx_TD, dw_VD = output
     ctx.dtype = inputs[0].dtype
+    ctx.set_materialize_grads(False)  # else zeros as large as the weight are made for dw_VD
     ctx.mark_non_differentiable(nll_T, log_z_T, dx_TD, dw_VD)
     ctx.save_for_backward(dx_TD, dw_VD)
 
 
-def _backward(ctx: Any, dtotal: torch.Tensor, *_: torch.Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, dtotal: torch.Tensor | None, *_: None) -> tuple[Any, ...]:
+    if dtotal is None:
+        return (None,) * len(ctx.needs_input_grad)
     dx_TD, dw_VD = ctx.saved_tensors
     need_x, need_w, *others = ctx.needs_input_grad
     return (

@@ -13,6 +13,8 @@ import torch
 from earlyfuse.kernels.linear_cross_entropy import chunked
 from earlyfuse.kernels.linear_cross_entropy.chunked import UNCOUNTED, Combine
 
+PIECE = 1 << 17  # logits: 512 KiB
+
 
 def _turn(
     logits_CV: torch.Tensor,
@@ -26,8 +28,7 @@ def _turn(
     zero = values_CV.new_zeros(())
     column_C1 = rows_C.clamp(min=0)[:, None]
     label_C = torch.where(rows_C >= 0, values_CV.gather(1, column_C1).squeeze(1), zero)
-    own_largest_C = values_CV.amax(1)
-    sum_C = values_CV.sub_(own_largest_C[:, None]).exp_().sum(1)
+    own_largest_C, sum_C = _exponentiate(values_CV)
     largest_C = own_largest_C
     if combine is not None:
         largest_C, sum_C, label_C = combine(torch.stack([largest_C, sum_C, label_C])).unbind(0)
@@ -40,6 +41,20 @@ def _turn(
         if values_CV is not logits_CV:
             logits_CV.copy_(values_CV)
     return torch.where(counted_C, log_z_C - label_C, zero), log_z_C
+
+
+def _exponentiate(values_CV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """exp(values - largest of the row) in place; the largest values and the sums (C,)."""
+    largest_C, sum_C = (values_CV.new_empty(values_CV.shape[0]) for _ in range(2))
+    tokens = max(values_CV.shape[0], 1)
+    if values_CV.device.type == "cpu":  # four passes over what stays in cache, not over memory
+        tokens = max(PIECE // values_CV.shape[1], 1)
+    for part, largest, sums in zip(
+        values_CV.split(tokens), largest_C.split(tokens), sum_C.split(tokens), strict=True
+    ):
+        torch.amax(part, 1, out=largest)
+        torch.sum(part.sub_(largest[:, None]).exp_(), 1, out=sums)
+    return largest_C, sum_C
 
 
 forward = partial(chunked.forward, turn=_turn)
