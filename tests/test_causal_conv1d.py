@@ -47,7 +47,7 @@ CASES = {
     "shorter than the taps": (2, 2, 4, 4, True, True, True, (2,), 1),
     "one token": (3, 1, 1, 2, False, True, True, (1,), 0),
     "no tokens": (2, 0, 3, 4, True, True, True, None, 0),
-    "no channels": (2, 3, 0, 4, True, True, True, None, 0),
+    "no channels": (2, 3, 0, 4, True, True, True, (2, 1), 0),
 }
 MORE = {  # longer than a chunk of either implementation
     "torch": {"two pieces": (1, 40, 4100, 4, True, True, True, (3, 13, 1, 23), 5)},
@@ -194,6 +194,16 @@ def test_two_runs_give_the_same_bits(backend):
     inputs = problem(2, 5, 3, 4)
     first, second = (outputs_and_gradients(convolve, inputs, backend=backend) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_backward_leaves_the_gradient_it_is_given_as_it_was(backend):
+    x, *parameters = problem(1, 5, 3, 4)
+    positions = documents(2, 3)[None]
+    y, _ = convolve(x, *parameters, positions_BL=positions, silu=False, backend=backend)
+    dy = torch.ones_like(y)
+    torch.autograd.grad(y, x, dy)
+    assert torch.equal(dy, torch.ones_like(y))
 
 
 @pytest.mark.parametrize("wanted", range(4))

@@ -173,7 +173,7 @@ def _clear_early_tokens(
     early_bn = positions_bn < back
     if rows_bnD.device.type == "cpu":  # few: a look at each document's first tokens only
         early_N = early_bn.flatten().nonzero().squeeze(1)
-        rows_bnD.view(-1, rows_bnD.shape[2]).index_fill_(0, early_N, 0.0)
+        rows_bnD.view(early_bn.numel(), rows_bnD.shape[2]).index_fill_(0, early_N, 0.0)
     else:
         rows_bnD.masked_fill_(early_bn[..., None], 0.0)
 
