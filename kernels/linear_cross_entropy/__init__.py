@@ -32,8 +32,6 @@ from earlyfuse.kernels.linear_cross_entropy import op, reference
 
 __all__ = ["LossSums", "VocabularyShard", "linear_cross_entropy", "token_losses"]
 
-IGNORED = -100
-
 
 class LossSums(NamedTuple):
     """Sums over tokens that count.
@@ -96,7 +94,7 @@ def linear_cross_entropy(
         need = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (x_TD, w_VD)]
         total, nll_T, log_z_T = _run(x_TD, w_VD, labels_T, z_weight, need, shard, chosen)
     ids_M1 = torch.arange(modalities, device=labels_T.device)[:, None]
-    member_MT = (modality_T == ids_M1) & (labels_T != IGNORED)
+    member_MT = modality_T == ids_M1  # what does not count has losses of 0
     nll_M, z_M = (
         torch.where(member_MT, values_T.detach(), 0.0).sum(1)
         for values_T in (nll_T, log_z_T.detach().square())
