@@ -1,0 +1,144 @@
+"""Causal depthwise convolution over packed documents, with SiLU: the short one before a scan.
+
+B rows, L tokens of a row, D channels, W taps (2, 3 or 4), V = W - 1.
+
+=====================  ========================  ===================================================
+argument               shape, dtype              meaning
+=====================  ========================  ===================================================
+``x_BLD``              (B, L, D) float           inputs, time-major; channels next to each other
+``weight_DW``          (D, W), as x or fp32      taps of each channel; the last is the token's own
+``bias_D``             (D,), as weight; or none  added before the SiLU; none: 0
+``positions_BL``       (B, L) int64 or int32     0 at a document's first token, then 1, 2 …; none:
+                       or none                   a row is one document without a start
+``initial_state_BVD``  (B, V, D), as x; or none  the V inputs before the segment; none: zeros
+=====================  ========================  ===================================================
+
+A token reads itself and at most min(position, V) tokens before it: no tap reaches over the start of
+its document. A document that began before the segment has positions that say so, and reads the
+initial state. The final state is the last V inputs, whichever documents they belong to, so a
+sequence that is cut into segments (over calls or over ranks) and handed on through the states
+equals the whole, gradients included.
+
+The function is that of Dao's ``causal_conv1d`` (https://github.com/Dao-AILab/causal-conv1d) in the
+time-major layout that projections produce, with positions instead of sequence ids. All backends
+give the same bits on every run. Backends: ``triton``, ``torch``, ``reference``.
+"""
+
+import torch
+
+from earlyfuse.kernels.backend import resolve
+from earlyfuse.kernels.causal_conv1d import op, reference
+
+__all__ = ["causal_conv1d", "causal_conv1d_step"]
+
+WIDTHS = (2, 3, 4)
+
+
+def causal_conv1d(
+    x_BLD: torch.Tensor,
+    weight_DW: torch.Tensor,
+    bias_D: torch.Tensor | None = None,
+    *,
+    positions_BL: torch.Tensor | None = None,
+    initial_state_BVD: torch.Tensor | None = None,
+    silu: bool = True,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """silu(bias + Σ_j weight[W-1-j] · x[t-j]) (B, L, D), and the final state (B, V, D).
+
+    Both in the dtype of ``x``, computed in fp32. ``silu=False`` leaves the activation out.
+    Gradients reach ``x``, ``weight``, ``bias`` and ``initial_state``, and come back through the
+    final state. Raises ``ValueError`` on wrong shapes, dtypes, devices or strides, and on an
+    unavailable backend.
+    """
+    _check(x_BLD, weight_DW, bias_D, positions_BL, initial_state_BVD)
+    chosen = resolve("causal_conv1d", backend, ("triton", "torch", "reference"), x_BLD.device)
+    if chosen == "triton" and x_BLD.dtype == torch.float64:
+        raise ValueError(
+            "x_BLD (torch.float64) must be float32, bfloat16 or float16 for backend triton, which "
+            "computes in float32; cast it, or choose torch"
+        )
+    arguments = (x_BLD, weight_DW, bias_D, positions_BL, initial_state_BVD, silu)
+    if chosen == "reference":
+        return reference.causal_conv1d(*arguments)
+    return op.causal_conv1d(*arguments, chosen)
+
+
+def causal_conv1d_step(
+    x_BD: torch.Tensor,
+    weight_DW: torch.Tensor,
+    bias_D: torch.Tensor | None = None,
+    *,
+    state_BVD: torch.Tensor,
+    positions_B: torch.Tensor | None = None,
+    silu: bool = True,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One token of each row: (B, D), and the state for the next; equal to ``causal_conv1d``.
+
+    ``state_BVD`` (B, V, D): the V inputs before, zeros at the start. ``positions_B`` (B,): where a
+    row may begin another document. Raises ``ValueError`` as ``causal_conv1d`` does.
+    """
+    if x_BD.ndim != 2:
+        raise ValueError(f"x_BD {tuple(x_BD.shape)} must be a matrix (rows, channels): one token")
+    y_BLD, state_BVD = causal_conv1d(
+        x_BD[:, None],
+        weight_DW,
+        bias_D,
+        positions_BL=None if positions_B is None else positions_B[:, None],
+        initial_state_BVD=state_BVD,
+        silu=silu,
+        backend=backend,
+    )
+    return y_BLD[:, 0], state_BVD
+
+
+def _check(
+    x_BLD: torch.Tensor,
+    weight_DW: torch.Tensor,
+    bias_D: torch.Tensor | None,
+    positions_BL: torch.Tensor | None,
+    state_BVD: torch.Tensor | None,
+) -> None:
+    if x_BLD.ndim != 3 or not x_BLD.is_floating_point():
+        raise ValueError(
+            f"x_BLD ({tuple(x_BLD.shape)}, {x_BLD.dtype}) must be floating-point with three "
+            "dimensions (rows, tokens, channels)"
+        )
+    if x_BLD.stride(2) != 1 and x_BLD.shape[2] > 1:
+        raise ValueError(
+            f"x_BLD (strides {x_BLD.stride()}) must have its channels next to each other: stride 1 "
+            "in the last dimension; pass (rows, tokens, channels), not a transposed view"
+        )
+    B, L, D = x_BLD.shape
+    if weight_DW.ndim != 2 or weight_DW.shape[0] != D or weight_DW.shape[1] not in WIDTHS:
+        raise ValueError(
+            f"weight_DW {tuple(weight_DW.shape)} must be ({D}, W): the channels of x_BLD, and "
+            f"a width W of {', '.join(map(str, WIDTHS))}; nn.Conv1d's (D, 1, W) is squeezed first"
+        )
+    if weight_DW.dtype not in (x_BLD.dtype, torch.float32):
+        raise ValueError(
+            f"weight_DW ({weight_DW.dtype}) must be float32 or of x_BLD's {x_BLD.dtype}; cast it"
+        )
+    V = weight_DW.shape[1] - 1
+    _check_like("bias_D", bias_D, (D,), (weight_DW.dtype,), x_BLD.device)
+    _check_like("initial_state_BVD", state_BVD, (B, V, D), (x_BLD.dtype,), x_BLD.device)
+    _check_like("positions_BL", positions_BL, (B, L), (torch.int64, torch.int32), x_BLD.device)
+    _check_like("weight_DW", weight_DW, (D, V + 1), (weight_DW.dtype,), x_BLD.device)
+
+
+def _check_like(
+    name: str,
+    tensor: torch.Tensor | None,
+    shape: tuple[int, ...],
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device,
+) -> None:
+    if tensor is None:
+        return
+    if tuple(tensor.shape) != shape or tensor.dtype not in dtypes or tensor.device != device:
+        rule = " or ".join(str(dtype) for dtype in dtypes)
+        raise ValueError(
+            f"{name} ({tuple(tensor.shape)}, {tensor.dtype} on {tensor.device}) must have the "
+            f"shape {shape}, be {rule}, and lie on {device}; reshape, cast or move it"
+        )

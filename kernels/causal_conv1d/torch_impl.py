@@ -1,0 +1,239 @@
+"""The causal convolution in plain PyTorch: a few rows at a time, one pass in cache per tap.
+
+In the time-major layout a tap is the same rows shifted by one, so the convolution is W
+multiply-adds of contiguous rows. On a CPU they run over pieces that stay in cache; on CUDA, where a
+launch costs more than a pass, over everything at once. A piece's window holds the V inputs before
+it too; its gradient reaches into the V rows of the piece before, and backward walks from the last
+piece to the first, carrying them. What enters that walk is the final state's gradient, and what
+leaves it the initial state's.
+
+Pre-activations are not kept: backward makes them again, in cache.
+
+B rows, L tokens, D channels, W taps, V = W - 1; b rows and n tokens of a piece.
+"""
+
+import torch
+
+_aten = torch.ops.aten
+
+PIECE = 1 << 16  # elements: a few such buffers stay in the caches of one core
+
+
+def forward(
+    x_BLD: torch.Tensor,
+    weight_DW: torch.Tensor,
+    bias_D: torch.Tensor | None,
+    positions_BL: torch.Tensor | None,
+    state_BVD: torch.Tensor | None,
+    silu: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y (B, L, D) and the final state (B, V, D)."""
+    B, L, D = x_BLD.shape
+    weight_WD, bias = _taps(x_BLD, weight_DW, bias_D)
+    V = weight_WD.shape[0] - 1
+    y_BLD = x_BLD.new_empty(B, L, D)
+    rows, tokens = _pieces(x_BLD)
+    for row in rows:
+        for token in tokens:
+            window_bmD = _window(x_BLD, state_BVD, row, token, V, weight_WD.dtype)
+            y_bnD = y_BLD[row, token]
+            fits = y_BLD.dtype == weight_WD.dtype
+            out_bnD = y_bnD if fits else torch.empty_like(y_bnD, dtype=weight_WD.dtype)
+            _convolve(out_bnD, window_bmD, weight_WD, bias, _positions(positions_BL, row, token, V))
+            if silu:
+                _aten.silu.out(out_bnD, out=out_bnD)
+            if not fits:
+                y_bnD.copy_(out_bnD)
+    last = slice(max(L - V, 0), L)
+    final_BVD = x_BLD.new_empty(B, V, D)
+    final_BVD.copy_(_inputs(x_BLD, state_BVD, slice(0, B), last, V)[:, -V:])
+    return y_BLD, final_BVD
+
+
+def backward(
+    dy_BLD: torch.Tensor,
+    dfinal_BVD: torch.Tensor,
+    x_BLD: torch.Tensor,
+    weight_DW: torch.Tensor,
+    bias_D: torch.Tensor | None,
+    positions_BL: torch.Tensor | None,
+    state_BVD: torch.Tensor | None,
+    silu: bool,
+    need: list[bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of x, weight, bias and initial state."""
+    need_inputs, need_parameters = need
+    weight_WD, bias = _taps(x_BLD, weight_DW, bias_D)
+    dtype, V = weight_WD.dtype, weight_WD.shape[0] - 1
+    dx_BLD = x_BLD.new_empty(x_BLD.shape) if need_inputs else x_BLD.new_empty(0)
+    dstate_BVD = torch.empty_like(dfinal_BVD) if need_inputs else x_BLD.new_empty(0)
+    dweight_WD = torch.zeros_like(weight_WD)
+    dbias = weight_WD.new_zeros(weight_WD.shape[1])
+    rows, tokens = _pieces(x_BLD)
+    for row in rows:
+        carry_bVD = dfinal_BVD[row].to(dtype, copy=True)
+        for token in reversed(tokens):
+            window_bmD = _window(x_BLD, state_BVD, row, token, V, dtype)
+            positions_bn = _positions(positions_BL, row, token, V)
+            dpre_bnD = _pre_activation_gradient(
+                dy_BLD[row, token], window_bmD, weight_WD, bias, positions_bn, silu
+            )
+            dwindow_bmD = torch.zeros_like(window_bmD) if need_inputs else None
+            if need_parameters:
+                dbias += dpre_bnD.sum((0, 1))
+            _add_gradients(
+                dwindow_bmD,
+                dweight_WD if need_parameters else None,
+                dpre_bnD,
+                window_bmD,
+                weight_WD,
+                positions_bn,
+            )
+            if dwindow_bmD is not None:
+                dwindow_bmD[:, dpre_bnD.shape[1] :] += carry_bVD
+                dx_BLD[row, token] = dwindow_bmD[:, V:]
+                carry_bVD = dwindow_bmD[:, :V].clone()
+        if need_inputs:
+            dstate_BVD[row] = carry_bVD
+    return (
+        dx_BLD,
+        dweight_WD.t().to(weight_DW.dtype).contiguous() if need_parameters else x_BLD.new_empty(0),
+        dbias.to(weight_DW.dtype) if need_parameters and bias_D is not None else x_BLD.new_empty(0),
+        dstate_BVD if state_BVD is not None else x_BLD.new_empty(0),
+    )
+
+
+def _convolve(
+    out_bnD: torch.Tensor,
+    window_bmD: torch.Tensor,
+    weight_WD: torch.Tensor,
+    bias_D: torch.Tensor,
+    positions_bn: torch.Tensor | None,
+) -> None:
+    """Bias and all taps of a window into ``out``.
+
+    The farthest tap comes first: a token that is too early in its document for one tap is too early
+    for all farther ones, so that what it has so far is set to zero.
+    """
+    V, n = weight_WD.shape[0] - 1, out_bnD.shape[1]
+    torch.mul(window_bmD[:, :n], weight_WD[0], out=out_bnD)
+    for back in range(V, 0, -1):
+        _clear_early_tokens(out_bnD, positions_bn, back)
+        if back > 1:
+            out_bnD.addcmul_(window_bmD[:, V - back + 1 :][:, :n], weight_WD[V - back + 1])
+    out_bnD.addcmul_(window_bmD[:, V:], weight_WD[V]).add_(bias_D)
+
+
+def _pre_activation_gradient(
+    dy_bnD: torch.Tensor,
+    window_bmD: torch.Tensor,
+    weight_WD: torch.Tensor,
+    bias_D: torch.Tensor,
+    positions_bn: torch.Tensor | None,
+    silu: bool,
+) -> torch.Tensor:
+    """A piece's gradient before the activation, in memory of its own."""
+    dy_bnD = dy_bnD.to(weight_WD.dtype, copy=not silu)
+    if not silu:
+        return dy_bnD
+    pre_bnD = torch.empty_like(dy_bnD, memory_format=torch.contiguous_format)
+    _convolve(pre_bnD, window_bmD, weight_WD, bias_D, positions_bn)
+    return _aten.silu_backward.grad_input(dy_bnD, pre_bnD, grad_input=pre_bnD)
+
+
+def _add_gradients(
+    dwindow_bmD: torch.Tensor | None,
+    dweight_WD: torch.Tensor | None,
+    dpre_bnD: torch.Tensor,
+    window_bmD: torch.Tensor,
+    weight_WD: torch.Tensor,
+    positions_bn: torch.Tensor | None,
+) -> None:
+    """Add what a piece gives to its window's inputs and to the weights; ``dpre`` is used up.
+
+    Here the nearest tap comes first, and tokens that are too early for the next drop out.
+    """
+    V, n = weight_WD.shape[0] - 1, dpre_bnD.shape[1]
+    for back in range(V + 1):
+        if back:
+            _clear_early_tokens(dpre_bnD, positions_bn, back)
+        tokens = slice(V - back, V - back + n)
+        if dweight_WD is not None:
+            dweight_WD[V - back] += (dpre_bnD * window_bmD[:, tokens]).sum((0, 1))
+        if dwindow_bmD is not None:
+            dwindow_bmD[:, tokens].addcmul_(dpre_bnD, weight_WD[V - back])
+
+
+def _clear_early_tokens(
+    rows_bnD: torch.Tensor, positions_bn: torch.Tensor | None, back: int
+) -> None:
+    """Set to zero, in place, the tokens with fewer than ``back`` of their document before them."""
+    if positions_bn is None:
+        return
+    early_bn = positions_bn < back
+    if rows_bnD.device.type == "cpu":  # few: a look at each document's first tokens only
+        early_N = early_bn.flatten().nonzero().squeeze(1)
+        rows_bnD.view(early_bn.numel(), rows_bnD.shape[2]).index_fill_(0, early_N, 0.0)
+    else:
+        rows_bnD.masked_fill_(early_bn[..., None], 0.0)
+
+
+def _positions(
+    positions_BL: torch.Tensor | None, row: slice, token: slice, V: int
+) -> torch.Tensor | None:
+    """A piece's positions; none where no tap reaches over a start, which on a CPU is looked up."""
+    if positions_BL is None:
+        return None
+    positions_bn = positions_BL[row, token]
+    if positions_bn.device.type == "cpu" and not (positions_bn < V).any():
+        return None
+    return positions_bn
+
+
+def _window(
+    x_BLD: torch.Tensor,
+    state_BVD: torch.Tensor | None,
+    row: slice,
+    token: slice,
+    V: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    return _inputs(x_BLD, state_BVD, row, token, V).to(dtype)
+
+
+def _inputs(
+    x_BLD: torch.Tensor, state_BVD: torch.Tensor | None, row: slice, token: slice, V: int
+) -> torch.Tensor:
+    """A piece's inputs and the V before them: (b, V + n, D)."""
+    if token.start >= V:
+        return x_BLD[row, token.start - V : token.stop]
+    x_bnD = x_BLD[row, : token.stop]
+    if state_BVD is None:
+        before_bVD = x_BLD.new_zeros(x_bnD.shape[0], V, x_bnD.shape[2])
+    else:
+        before_bVD = state_BVD[row]
+    return torch.cat([before_bVD, x_bnD], 1)[:, token.start :]
+
+
+def _pieces(x_BLD: torch.Tensor) -> tuple[list[slice], list[slice]]:
+    """Slices of rows and slices of tokens that are handled together."""
+    B, L, D = x_BLD.shape
+    if x_BLD.device.type != "cpu":
+        return [slice(0, B)], [slice(0, L)]
+    n = min(max(PIECE // max(D, 1), 16), max(L, 1))
+    b = max(PIECE // (L * D), 1) if n == L and D else 1
+    return _slices(B, b), _slices(L, n)
+
+
+def _slices(total: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, total)) for start in range(0, total, size)]
+
+
+def _taps(
+    x_BLD: torch.Tensor, weight_DW: torch.Tensor, bias_D: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights as rows (W, D), and the bias or zeros, in the type that is computed in."""
+    dtype = torch.promote_types(x_BLD.dtype, torch.float32)
+    weight_WD = weight_DW.t().contiguous().to(dtype)
+    bias = weight_WD.new_zeros(weight_WD.shape[1]) if bias_D is None else bias_D.to(dtype)
+    return weight_WD, bias

@@ -1,0 +1,97 @@
+"""Registration with ``torch.library``: shapes, gradient and FLOPs; the work is in ``*_impl.py``.
+
+The gradients of x and w are outputs of the forward op, made where they are needed; backward is a
+product of them with the gradient of the total, so it has no op of its own.
+
+T tokens, V vocabulary, D model.
+"""
+
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from earlyfuse.kernels.backend import implementation
+
+Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+@torch.library.custom_op("earlyfuse::linear_cross_entropy", mutates_args=())
+def linear_cross_entropy(
+    x_TD: torch.Tensor,
+    w_VD: torch.Tensor,
+    labels_T: torch.Tensor,
+    z_weight: float,
+    need: list[bool],
+    first: int,
+    vocabulary: int,
+    group: str,
+    group_size: int,
+    backend: str,
+) -> Outputs:
+    """Total (), nll (T,), log Z (T,), and the total's gradients of x and of w, the latter in at
+    least fp32; empty where ``need`` (of x, of w) says no. w is rows ``first`` … of ``vocabulary``,
+    cut over ``group``; all of them where that is ""."""
+    forward = implementation(__package__, backend).forward
+    return forward(x_TD, w_VD, labels_T, z_weight, need, first, vocabulary, group, group_size)
+
+
+@linear_cross_entropy.register_fake
+def _(
+    x_TD: torch.Tensor,
+    w_VD: torch.Tensor,
+    labels_T: torch.Tensor,
+    z_weight: float,
+    need: list[bool],
+    *_: Any,
+) -> Outputs:
+    dtype = torch.promote_types(x_TD.dtype, torch.float32)
+    return (
+        x_TD.new_empty((), dtype=dtype),
+        x_TD.new_empty(x_TD.shape[0], dtype=dtype),
+        x_TD.new_empty(x_TD.shape[0], dtype=dtype),
+        x_TD.new_empty(x_TD.shape if need[0] else 0),
+        w_VD.new_empty(w_VD.shape if need[1] else 0, dtype=dtype),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
+    _, nll_T, log_z_T, dx_TD, dw_VD = output
+    ctx.dtype = inputs[0].dtype
+    ctx.set_materialize_grads(False)  # else zeros as large as the weight are made for dw_VD
+    ctx.mark_non_differentiable(nll_T, log_z_T, dx_TD, dw_VD)
+    ctx.save_for_backward(dx_TD, dw_VD)
+
+
+def _backward(ctx: Any, dtotal: torch.Tensor | None, *_: None) -> tuple[Any, ...]:
+    if dtotal is None:
+        return (None,) * len(ctx.needs_input_grad)
+    dx_TD, dw_VD = ctx.saved_tensors
+    need_x, need_w, *others = ctx.needs_input_grad
+    return (
+        _scaled(dx_TD, dtotal, ctx.dtype) if need_x else None,
+        _scaled(dw_VD, dtotal, ctx.dtype) if need_w else None,
+        *(None for _ in others),  # labels … backend
+    )
+
+
+def _scaled(gradient: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """In ``dtype``, rounded once and without a copy in between."""
+    return torch.mul(gradient, factor, out=gradient.new_empty(gradient.shape, dtype=dtype))
+
+
+linear_cross_entropy.register_autograd(_backward, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.earlyfuse.linear_cross_entropy)
+def _flops(
+    x_shape: Any,
+    w_shape: Any,
+    labels_shape: Any,
+    z_weight: float,
+    need: list[bool],
+    *_: Any,
+    **__: Any,
+) -> int:
+    """Logits, and the product of their gradient with w and with x where it is needed."""
+    return 2 * x_shape[0] * w_shape[0] * w_shape[1] * (1 + sum(need))

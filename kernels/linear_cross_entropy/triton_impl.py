@@ -1,0 +1,141 @@
+"""Logits into losses and gradients for CUDA: one program per token, two passes over its logits.
+
+The first pass finds the largest logit and the sum of exponentials together, the second writes the
+gradient over the logits, which were read a moment ago and are likely still in the L2 cache. With a
+shard of the vocabulary the passes are two launches, with an exchange between ranks in between.
+Matrix products are cuBLAS's.
+
+V vocabulary, C tokens of a chunk.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+import triton
+import triton.language as tl
+
+from earlyfuse.kernels.ahead_of_time import Variant
+from earlyfuse.kernels.linear_cross_entropy import chunked
+from earlyfuse.kernels.linear_cross_entropy.chunked import UNCOUNTED, Combine
+from earlyfuse.kernels.triton_support import pointer_type, tuned
+
+CONFIGS = [
+    triton.Config({"BLOCK": block}, num_warps=warps)
+    for block, warps in ((1024, 4), (4096, 8), (8192, 16))
+]
+_UNCOUNTED = tl.constexpr(UNCOUNTED)
+
+
+# trying configurations out would turn the same logits several times
+@tuned(CONFIGS, ["V", "STATISTICS", "GRADIENT"], restore_value=["logits"])
+@triton.jit
+def _turn_rows(
+    logits, rows, statistics, log_z, z_weight, V,
+    STATISTICS: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    line = logits + token * V
+    row = tl.load(rows + token)
+    offsets = tl.arange(0, BLOCK)
+    if STATISTICS:
+        # before the reductions, behind which the second pass may write over it
+        label = tl.load(line + row, mask=row >= 0, other=0.0).to(tl.float32)
+        largest = -float("inf")
+        total = 0.0
+        for start in range(0, V, BLOCK):
+            column = start + offsets
+            value = tl.load(line + column, mask=column < V, other=-float("inf")).to(tl.float32)
+            new = tl.maximum(largest, tl.max(value, 0))
+            total = total * tl.exp(largest - new) + tl.sum(tl.exp(value - new), 0)
+            largest = new
+        tokens = tl.num_programs(0)
+        tl.store(statistics + token, largest)
+        tl.store(statistics + tokens + token, total)
+        tl.store(statistics + 2 * tokens + token, label)
+        normaliser = largest + tl.log(total)
+    else:
+        normaliser = tl.load(log_z + token)
+    if GRADIENT:
+        factor = 1.0 + 2.0 * z_weight * normaliser
+        factor = tl.where(row == _UNCOUNTED, 0.0, factor)
+        for start in range(0, V, BLOCK):
+            column = start + offsets
+            value = tl.load(line + column, mask=column < V, other=-float("inf")).to(tl.float32)
+            gradient = tl.exp(value - normaliser) * factor - tl.where(column == row, 1.0, 0.0)
+            tl.store(line + column, gradient.to(logits.dtype.element_ty), mask=column < V)
+
+
+def _turn(
+    logits_CV: torch.Tensor,
+    rows_C: torch.Tensor,
+    z_weight: float,
+    combine: Combine | None,
+    gradient: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """nll and log Z (C,); logits become their gradient. See ``chunked.forward``."""
+    C, V = logits_CV.shape
+    statistics_3C = logits_CV.new_empty(3, C, dtype=torch.float32)
+
+    def launch(log_z_C: torch.Tensor | None, statistics: bool, gradient: bool) -> None:
+        _turn_rows[(C,)](
+            logits_CV,
+            rows_C,
+            statistics_3C if statistics else None,
+            log_z_C,
+            z_weight,
+            V,
+            STATISTICS=statistics,
+            GRADIENT=gradient,
+        )
+
+    launch(None, True, gradient and combine is None)
+    if combine is not None:
+        statistics_3C = combine(statistics_3C)
+    largest_C, sum_C, label_C = statistics_3C.unbind(0)
+    counted_C = rows_C != UNCOUNTED
+    log_z_C = torch.where(counted_C, largest_C + sum_C.log(), 0.0)
+    if gradient and combine is not None:
+        launch(log_z_C, False, True)
+    return torch.where(counted_C, log_z_C - label_C, 0.0), log_z_C
+
+
+forward = partial(chunked.forward, turn=_turn)
+
+
+def variants() -> Iterator[Variant]:
+    """Every configuration in bf16 for a whole vocabulary; else the largest, where most is held."""
+    for config in CONFIGS:
+        yield _variant(config, torch.bfloat16, statistics=True, gradient=True)
+    yield _variant(CONFIGS[-1], torch.float32, statistics=True, gradient=True)
+    yield _variant(CONFIGS[-1], torch.bfloat16, statistics=True, gradient=False)
+    yield _variant(CONFIGS[-1], torch.bfloat16, statistics=False, gradient=True)
+
+
+def _variant(
+    config: triton.Config, dtype: torch.dtype, statistics: bool, gradient: bool
+) -> Variant:
+    pointer = pointer_type(dtype)
+    parts = " and ".join(
+        name for name, has in (("statistics", statistics), ("gradient", gradient)) if has
+    )
+    given = "statistics" if statistics else "log_z"
+    return Variant(
+        name=f"linear_cross_entropy {parts} {pointer[1:]} {config.kwargs['BLOCK']} columns",
+        kernel=_turn_rows,
+        types={
+            "logits": pointer,
+            "rows": "*i64",
+            given: "*fp32",
+            "z_weight": "fp32",
+            "V": "i32",
+        },
+        constants={
+            "log_z" if statistics else "statistics": None,
+            "STATISTICS": statistics,
+            "GRADIENT": gradient,
+            **config.kwargs,
+        },
+        aligned=("V",),
+        warps=config.num_warps,
+    )

@@ -1,0 +1,315 @@
+"""Head and loss without logits in memory: chunked = whole = shards of the vocabulary."""
+
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from kernel_checks import DEVICE, rms_ratio
+from torch.utils.flop_counter import FlopCounterMode
+
+from earlyfuse.kernels.linear_cross_entropy import (
+    VocabularyShard,
+    chunked,
+    linear_cross_entropy,
+    token_losses,
+    torch_impl,
+)
+
+pytest.importorskip("triton")
+
+MODALITIES = 3
+Z_WEIGHT = 0.02
+
+
+def problem(tokens, vocabulary, width, dtype=torch.float32, scale=1.0):
+    """x, w, labels (some ignored) and their modalities (no token has the last one)."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        values = torch.randn(*shape, generator=generator, dtype=torch.float64) * scale
+        return values.to(DEVICE, dtype).requires_grad_()
+
+    x, w = normal(tokens, width), normal(vocabulary, width)
+    labels = torch.randint(vocabulary, (tokens,), generator=generator)
+    modality = torch.randint(MODALITIES - 1, (tokens,), generator=generator, dtype=torch.uint8)
+    labels[1::4] = -100
+    modality[1::4] = 77  # means nothing where nothing counts
+    return x, w, labels.to(DEVICE), modality.to(DEVICE)
+
+
+def sums_and_gradients(x, w, labels, modality, backend, z_weight=Z_WEIGHT, **options):
+    """total, nll_M, z_M, and the gradients of total / 7."""
+    sums = linear_cross_entropy(
+        x,
+        w,
+        labels,
+        modality,
+        modalities=MODALITIES,
+        z_weight=z_weight,
+        backend=backend,
+        **options,
+    )
+    return [*(s.detach() for s in sums), *torch.autograd.grad(sums.total / 7, [x, w])]
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Three tokens of 1500 words, two of which are handled in cache together."""
+    monkeypatch.setattr(torch_impl, "PIECE", 2 * 1500)
+    monkeypatch.setattr(chunked, "CPU_BYTES", 3 * 1500 * 4)
+    monkeypatch.setattr(chunked, "GPU_BYTES", 3 * 1500 * 4)
+
+
+def check_against_reference(backend, sizes, dtype, tolerance):
+    inputs = problem(*sizes, dtype)
+    expected = sums_and_gradients(*inputs, "reference")
+    for have, want in zip(sums_and_gradients(*inputs, backend), expected, strict=True):
+        assert have.shape == want.shape and have.dtype == want.dtype
+        assert rms_ratio(have, want) <= tolerance
+    for have, want in zip(
+        token_losses(*inputs[:3], backend=backend),
+        token_losses(*inputs[:3], backend="reference"),
+        strict=True,
+    ):
+        assert rms_ratio(have, want) <= tolerance
+
+
+SIZES = {  # tokens, vocabulary, width
+    "chunks of unequal size": (7, 1500, 5),
+    "a vocabulary below one block": (6, 17, 3),
+    "one token": (1, 5, 4),
+    "no tokens": (0, 5, 4),
+}
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+@pytest.mark.usefixtures("nan_filled_memory", "small_chunks")
+def test_chunks_equal_the_reference(backend, sizes):
+    check_against_reference(backend, sizes, torch.float32, 1e-5)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.usefixtures("nan_filled_memory", "small_chunks")
+def test_bf16_equals_the_reference_within_its_precision(backend):
+    check_against_reference(backend, (7, 1500, 5), torch.bfloat16, 1e-2)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter would take minutes")
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_chunks_equal_the_reference_at_sizes_of_models(backend, dtype):
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    check_against_reference(backend, (5000, 65544, 64), dtype, tolerance)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+def test_sums_are_those_of_torch_by_modality(backend):
+    x, w, labels, modality = problem(12, 40, 6)
+    sums = linear_cross_entropy(
+        x, w, labels, modality, modalities=MODALITIES, z_weight=Z_WEIGHT, backend=backend
+    )
+    logits = F.linear(x, w)
+    for m in range(MODALITIES):
+        mine = (modality == m) & (labels != -100)
+        nll = F.cross_entropy(logits[mine], labels[mine], reduction="sum")
+        z = logits[mine].logsumexp(1).square().sum()
+        assert rms_ratio(sums.nll_M[m].detach(), nll.detach()) <= 1e-6
+        assert rms_ratio(sums.z_M[m].detach(), z.detach()) <= 1e-6
+    whole = sums.nll_M.sum() + Z_WEIGHT * sums.z_M.sum()
+    assert rms_ratio(sums.total.detach(), whole) <= 1e-6
+    assert not sums.nll_M.requires_grad and not sums.z_M.requires_grad
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_logits_of_any_size_neither_overflow_nor_vanish(backend):
+    x, w, labels, modality = problem(5, 30, 4, scale=40.0)  # logits beyond ±3000
+    expected = sums_and_gradients(x, w, labels, modality, "reference")
+    for have, want in zip(
+        sums_and_gradients(x, w, labels, modality, backend), expected, strict=True
+    ):
+        assert have.isfinite().all() and rms_ratio(have, want) <= 1e-5
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_tokens_that_do_not_count_get_no_gradient_and_give_none(backend):
+    x, w, labels, modality = problem(8, 20, 3)
+    dx, dw = sums_and_gradients(x, w, labels, modality, backend)[3:]
+    assert dx[1::4].count_nonzero() == 0
+    counted = labels != -100
+    kept = x[counted].detach().requires_grad_()
+    alone = sums_and_gradients(kept, w, labels[counted], modality[counted], backend)
+    assert rms_ratio(dx[counted], alone[3]) <= 1e-6
+    assert rms_ratio(dw, alone[4]) <= 1e-6
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.usefixtures("small_chunks")
+def test_gradients_are_the_slopes_of_the_total(backend):
+    x, w, labels, modality = problem(5, 6, 3, torch.float64)
+
+    def total(x, w):
+        options = {"modalities": MODALITIES, "z_weight": Z_WEIGHT, "backend": backend}
+        return linear_cross_entropy(x, w, labels, modality, **options).total * 1.5
+
+    assert torch.autograd.gradcheck(total, (x, w))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.usefixtures("small_chunks")
+def test_two_runs_give_the_same_bits(backend):
+    inputs = problem(7, 1500, 5)
+    first, second = (sums_and_gradients(*inputs, backend) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("wanted", [0, 1])
+def test_one_gradient_alone_is_what_it_is_among_both_and_costs_one_product_less(wanted):
+    inputs = problem(6, 20, 4)
+    expected = sums_and_gradients(*inputs, "torch")[3 + wanted]
+    alone = [t if i == wanted else t.detach() for i, t in enumerate(inputs)]
+    options = {"modalities": MODALITIES, "z_weight": Z_WEIGHT, "backend": "torch"}
+    with FlopCounterMode(display=False) as counter:
+        total = linear_cross_entropy(*alone, **options).total
+    assert torch.equal(torch.autograd.grad(total / 7, alone[wanted])[0], expected)
+    assert counter.get_total_flops() == 2 * (2 * 6 * 20 * 4)
+
+
+def test_counted_flops_are_those_of_three_products_or_of_one_without_gradients():
+    inputs = problem(6, 20, 4)
+    with FlopCounterMode(display=False) as counter:
+        sums_and_gradients(*inputs, "torch")
+    assert counter.get_total_flops() == 3 * (2 * 6 * 20 * 4)
+    with FlopCounterMode(display=False) as counter:
+        token_losses(*inputs[:3], backend="torch")
+    assert counter.get_total_flops() == 2 * 6 * 20 * 4
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_the_registered_op_keeps_the_rules_of_torch_library(backend):
+    x, w, labels, _ = problem(4, 6, 3)
+    op = torch.ops.earlyfuse.linear_cross_entropy
+    for need in ([True, True], [True, False]):
+        with torch.set_grad_enabled(all(need)):
+            torch.library.opcheck(op, (x, w, labels, 0.1, need, 0, 6, "", 1, backend))
+
+
+def test_the_op_compiles_into_one_graph():
+    inputs = problem(6, 20, 4)
+
+    def loss(x, w, labels, modality):
+        return linear_cross_entropy(
+            x, w, labels, modality, modalities=MODALITIES, z_weight=Z_WEIGHT, backend="torch"
+        )
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    found = compiled(*inputs)
+    actual = [*(s.detach() for s in found), *torch.autograd.grad(found.total / 7, inputs[:2])]
+    expected = sums_and_gradients(*inputs, "torch")
+    assert all(rms_ratio(a, b) <= 1e-6 for a, b in zip(actual, expected, strict=True))
+
+
+def test_never_more_than_one_chunk_of_logits_is_held(monkeypatch):
+    largest, mm = 0, torch.mm
+
+    def watched(a, b, **options):
+        nonlocal largest
+        out = mm(a, b, **options)
+        largest = max(largest, out.numel())
+        return out
+
+    monkeypatch.setattr(chunked, "CPU_BYTES", 1 << 14)
+    monkeypatch.setattr(chunked, "GPU_BYTES", 1 << 14)
+    monkeypatch.setattr(torch, "mm", watched)
+    sums_and_gradients(*problem(64, 512, 4), "torch")
+    assert largest * 4 <= 1 << 14
+
+
+def test_what_cannot_be_summed_is_refused():
+    x, w, labels, modality = (t.detach() for t in problem(4, 6, 3))
+    beyond = labels.clone()
+    beyond[0] = 6
+    bad = {
+        r"x_TD .*matrix": (x[None], w, labels, modality, {}),
+        r"w_VD .*\(vocabulary, 3\)": (x, w.T, labels, modality, {}),
+        r"w_VD .*at least one row": (x, w[:0], labels, modality, {}),
+        r"w_VD .*float64": (x, w.double(), labels, modality, {}),
+        r"labels_T .*int64": (x, w, labels.int(), modality, {}),
+        r"labels_T .*one per row": (x, w, labels[:3], modality, {}),
+        r"modality_T .*one entry per label": (x, w, labels, modality[:3], {}),
+        r"modality_T .*integers": (x, w, labels, modality.float(), {}),
+        r"z_weight \(-1": (x, w, labels, modality, {"z_weight": -1.0}),
+        r"backend \('flash'\)": (x, w, labels, modality, {"backend": "flash"}),
+        r"x_TD \(torch.float64\)": (
+            x.double(),
+            w.double(),
+            labels,
+            modality,
+            {"backend": "triton"},
+        ),
+    }
+    if DEVICE == "cpu":  # elsewhere looking would wait for the device
+        bad[r"labels_T \(6\) must lie in \[0, 6\)"] = (x, w, beyond, modality, {})
+    for message, (*inputs, options) in bad.items():
+        with pytest.raises(ValueError, match=message):
+            linear_cross_entropy(*inputs, modalities=MODALITIES, **options)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")
+def test_triton_is_not_replaced_where_it_cannot_run(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    x, w, labels, _ = problem(3, 4, 2)
+    with pytest.raises(ValueError, match=r"backend \('triton'\) .*CUDA"):
+        token_losses(x, w, labels, backend="triton")
+
+
+# ---------------------------------------------------------------- a vocabulary over two ranks
+
+
+def check_shards(rank, meeting_place):
+    """Uneven shards of the vocabulary against the whole of it; run in each of two processes."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=meeting_place,
+        rank=rank,
+        world_size=2,
+        timeout=timedelta(seconds=120),
+    )
+    before = chunked.CPU_BYTES
+    chunked.CPU_BYTES = 60  # two tokens of six words, or three of five: all ranks must agree
+    x, w, labels, modality = (t.detach() for t in problem(8, 11, 4))
+    rows = (slice(0, 6), slice(6, 11))[rank]
+    x.requires_grad_()
+    whole_w, own_w = w.clone().requires_grad_(), w[rows].clone().requires_grad_()
+    expected = sums_and_gradients(x, whole_w, labels, modality, "reference")
+    expected[4] = expected[4][rows]
+    shard = VocabularyShard(rows.start, 11, dist.group.WORLD)
+    for backend in ("torch", "triton"):
+        *sums, dx, dw = sums_and_gradients(x, own_w, labels, modality, backend, shard=shard)
+        dist.all_reduce(dx)  # as the caller does
+        for have, want in zip([*sums, dx, dw], expected, strict=True):
+            assert rms_ratio(have, want) <= 1e-6
+        own = torch.cat([s.reshape(-1) for s in sums])
+        first = own.clone()
+        dist.broadcast(first, 0)
+        assert torch.equal(own, first)
+        losses = token_losses(x, own_w, labels, shard=shard, backend=backend)
+        whole = token_losses(x, w, labels, backend="reference")
+        assert all(rms_ratio(a, b) <= 1e-6 for a, b in zip(losses, whole, strict=True))
+    with pytest.raises(ValueError, match=r"backend \('reference'\) .*shard"):
+        token_losses(x, own_w, labels, shard=shard, backend="reference")
+    with pytest.raises(ValueError, match=r"shard.first \(9\)"):
+        token_losses(x, own_w, labels, shard=shard._replace(first=9))
+    chunked.CPU_BYTES = before
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the same on CPU says enough")
+def test_two_shards_of_the_vocabulary_equal_the_whole(tmp_path):
+    meeting_place = f"file://{tmp_path}/meeting"
+    other = torch.multiprocessing.spawn(check_shards, (meeting_place,), nprocs=1, join=False)
+    check_shards(1, meeting_place)
+    assert other.join(60)
