@@ -1,14 +1,14 @@
-"""The selective scan of Mamba-1 (arXiv 2312.00752, 3.2): a diagonal recurrence that its input steers.
+"""The selective scan of Mamba-1 (arXiv 2312.00752, 3.2): a diagonal recurrence steered by its input.
 
 B batch, L tokens, D channels, N states, G groups of tokens that share a step bias.
 
-================  ===============  ==================================================================
+================  ===============  =================================================================
 argument          shape, dtype     meaning
-================  ===============  ==================================================================
+================  ===============  =================================================================
 ``u_BLD``         (B, L, D) float  what is scanned
 ``delta_BLD``     (B, L, D) as u   step sizes before bias and softplus
-``A_DN``          (D, N) fp32      rates of decay, negative; ``-exp(A_log)`` is the caller's business
-``B_BLN``         (B, L, N) as u   how much of the input each state takes, the same for all channels
+``A_DN``          (D, N) fp32      rates of decay, negative: ``-exp(A_log)``, computed by the caller
+``B_BLN``         (B, L, N) as u   how much of the input each state takes, same for all channels
 ``C_BLN``         (B, L, N) as u   how much of each state the output takes
 ``skip_D``        (D,) fp32        factor of the input in the output (the D of the paper), or none
 ``z_BLD``         (B, L, D) as u   gate: the output is multiplied by silu(z); or none
@@ -16,15 +16,16 @@ argument          shape, dtype     meaning
 ``group_BL``      (B, L) integer   each token's row of ``bias_GD``; none: there is one row
 ``reset_BL``      (B, L) bool      true at the first token of a document; or none
 ``state_BDN``     (B, D, N) fp32   the state before the first token; none: zero
-================  ===============  ==================================================================
+================  ===============  =================================================================
 
     dt_t = softplus(delta_t + bias[group_t])
     h_t  = exp(dt_t A) h_{t-1} + dt_t B_t u_t          the factor of h_{t-1} is 0 where reset_t
     y_t  = (C_t · h_t + skip u_t) silu(z_t)
 
 fp32 stands for fp64 where ``u`` is fp64. Inputs may be slices of wider tensors, read in place where
-the last dimension is dense. In Mixture-of-Mamba the bias belongs to a modality: G = modalities, ``group_BL``
-= modality ids. Backends: ``triton`` (CUDA), ``torch`` (fast on CPU), ``reference`` (definition).
+the last dimension is dense. In Mixture-of-Mamba the bias belongs to a modality: G = modalities,
+``group_BL`` = modality ids; no (B, L, D) bias exists. Backends: ``triton`` (CUDA), ``torch`` (fast
+on CPU), ``reference`` (the definition).
 """
 
 import torch
@@ -56,8 +57,8 @@ def selective_scan(
     """y (B, L, D) in the dtype of ``u``, and the final state (B, D, N) in that of ``A``.
 
     Gradients reach every floating-point argument, through both results. No state crosses a reset:
-    there the gradient through the decay is exactly 0. Raises ``ValueError`` on wrong shapes, dtypes,
-    devices or groups, and on an unavailable backend.
+    there the gradient through the decay is exactly 0. Raises ``ValueError`` on wrong shapes,
+    dtypes, devices or groups, and on an unavailable backend.
     """
     inputs = (u_BLD, delta_BLD, A_DN, B_BLN, C_BLN, skip_D, z_BLD, bias_GD, group_BL, reset_BL)
     _check(*inputs, state_BDN)
@@ -106,10 +107,10 @@ def segment_decay(
     group_BL: torch.Tensor | None = None,
     reset_BL: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """What is left of a state after all these tokens: exp(A Σ dt), 0 where one is a reset (B, D, N).
+    """What is left of a state after all these tokens (B, D, N): exp(A Σ dt), 0 if one is a reset.
 
-    With it, scans of consecutive segments are put together: final(start) = final(0) + decay · start.
-    Differentiable; no scan is needed.
+    With it, scans of consecutive segments are put together: final(start) = final(0) + decay ·
+    start. Differentiable; no scan is needed. Shapes as in ``selective_scan``.
     """
     dt_BD = step_sizes(delta_BLD.to(A_DN.dtype), bias_GD, group_BL).sum(1)
     decay_BDN = torch.exp(dt_BD[..., None] * A_DN)
@@ -121,7 +122,7 @@ def _backend(requested: str, A_DN: torch.Tensor, u_BLD: torch.Tensor) -> str:
     fits = states in TRITON_STATES and u_BLD.dtype != torch.float64
     if requested == "triton" and not fits:
         raise ValueError(
-            f"A_DN {tuple(A_DN.shape)} with u_BLD in {u_BLD.dtype} is not for backend 'triton', which "
+            f"A_DN {tuple(A_DN.shape)} with u_BLD in {u_BLD.dtype} is not for backend 'triton': it "
             f"takes N of {', '.join(map(str, TRITON_STATES))} in fp32, bf16 or fp16; choose 'torch'"
         )
     return resolve("selective_scan", requested, BACKENDS if fits else BACKENDS[1:], u_BLD.device)
@@ -188,7 +189,8 @@ def _check_one(
     u_BLD: torch.Tensor,
 ) -> None:
     if tuple(tensor.shape) != shape:
-        hint = " (one row: without group_BL all tokens share it)" if name == "bias_GD" else ""
+        shared = name == "bias_GD" and shape[0] == 1
+        hint = " (one row: without group_BL all tokens share it)" if shared else ""
         raise ValueError(
             f"{name} {tuple(tensor.shape)} must have the shape {shape}{hint}, as u_BLD "
             f"{tuple(u_BLD.shape)} and A_DN have it"

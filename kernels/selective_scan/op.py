@@ -28,7 +28,7 @@ def selective_scan(
     keep: bool,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """y, the final state, and what backward needs: states before each chunk (B, I, N, D), or (0,)."""
+    """y, the final state, and the states before each chunk (B, I, N, D), or (0,) unless ``keep``."""
     return implementation(__package__, backend).forward(
         *(u_BLD, delta_BLD, A_DN, B_BLN, C_BLN, skip_D, z_BLD, bias_GD, group_BL, reset_BL),
         *(state_BDN, keep),
@@ -114,7 +114,7 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    *tensors, state_BDN, keep, backend = inputs
+    *tensors, _state_BDN, keep, backend = inputs
     ctx.set_materialize_grads(False)
     ctx.backend = backend
     if keep:

@@ -27,7 +27,7 @@ import triton.language as tl
 
 from earlyfuse.kernels.ahead_of_time import Variant
 from earlyfuse.kernels.selective_scan.chunks import CHUNK, count_chunks
-from earlyfuse.kernels.triton_support import pointer_type
+from earlyfuse.kernels.triton_support import INTERPRETED, pointer_type
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -37,7 +37,10 @@ LN2 = tl.constexpr(0.6931471805599453)
 # sums, and the same run would get other bits after a restart.
 FORWARD = {16: (8, 32, 4), 32: (8, 32, 8), 64: (4, 16, 8)}
 BACKWARD = {16: (8, 32, 4), 32: (8, 32, 8), 64: (8, 8, 8)}
+if INTERPRETED:  # which combines scans element by element
+    FORWARD = BACKWARD = dict.fromkeys((4, *FORWARD), (8, 2, 1))
 PROGRAMS = 512  # about four for each processor of a large GPU: below that, sequences are cut
+SHORTEST = 8  # chunks of a segment: the passes over segments cost about one more forward
 
 
 # ---------------------------------------------------------------- pieces of a tile
@@ -566,8 +569,7 @@ def _plan(
     tokens, width, warps = sizes
     batch, length, channels = shape
     blocks, chunks = triton.cdiv(channels, width), count_chunks(length)
-    # the passes over segments cost about one more forward: fewer than 8 chunks are not worth it
-    wanted = max(1, min(PROGRAMS // (batch * blocks), chunks // 8, 16))
+    wanted = max(1, min(PROGRAMS // (batch * blocks), chunks // SHORTEST, 16))
     segment = -(-chunks // wanted) * CHUNK
     config = {"N": states, "TOKENS": tokens, "WIDTH": width}
     return config | {"num_warps": warps, "num_stages": 1}, blocks, segment, -(-length // segment)
