@@ -10,7 +10,9 @@ from earlyfuse.kernels import selective_scan as package
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 triton_impl = pytest.importorskip("earlyfuse.kernels.selective_scan.triton_impl")
-_over_channels = triton_impl._over_channels
+_over_channels = pytest.importorskip(
+    "earlyfuse.kernels.selective_scan.triton_kernels"
+)._over_channels
 
 TRITON_CASES = {
     "all options, cut into segments": ((1, 27, 3, 4), ()),

@@ -1,4 +1,4 @@
-"""The selective scan of Mamba-1 (arXiv 2312.00752, 3.2): a diagonal recurrence steered by its input.
+"""The selective scan of Mamba-1 (arXiv 2312.00752, 3.2): a diagonal, input-dependent recurrence.
 
 B batch, L tokens, D channels, N states, G groups of tokens that share a step bias.
 
@@ -60,14 +60,14 @@ def selective_scan(
     there the gradient through the decay is exactly 0. Raises ``ValueError`` on wrong shapes,
     dtypes, devices or groups, and on an unavailable backend.
     """
-    inputs = (u_BLD, delta_BLD, A_DN, B_BLN, C_BLN, skip_D, z_BLD, bias_GD, group_BL, reset_BL)
-    _check(*inputs, state_BDN)
+    options = (skip_D, z_BLD, bias_GD, group_BL, reset_BL, state_BDN)
+    inputs = (u_BLD, delta_BLD, A_DN, B_BLN, C_BLN, *options)
+    _check(*inputs)
     name = _backend(backend, A_DN, u_BLD)
     if name == "reference":
-        return reference.selective_scan(*inputs, state_BDN)
-    floats = (*inputs[:8], state_BDN)
-    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in floats)
-    y_BLD, final_BDN, _ = op.selective_scan(*inputs, state_BDN, keep, name)
+        return reference.selective_scan(*inputs)
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    y_BLD, final_BDN, _ = op.selective_scan(*inputs, keep, name)
     return y_BLD, final_BDN
 
 
@@ -91,9 +91,8 @@ def selective_scan_step(
     ``state_BDN=None``, or from a row of zeros. Errors as in ``selective_scan``, which names the
     arguments with a token dimension.
     """
-    u, delta, B, C, z, group = (
-        None if t is None else t.unsqueeze(1) for t in (u_BD, delta_BD, B_BN, C_BN, z_BD, group_B)
-    )
+    u, delta, B, C = (t.unsqueeze(1) for t in (u_BD, delta_BD, B_BN, C_BN))
+    z, group = (None if t is None else t.unsqueeze(1) for t in (z_BD, group_B))
     y_BLD, next_BDN = selective_scan(
         u, delta, A_DN, B, C, skip_D, z, bias_GD, group, None, state_BDN, backend=backend
     )

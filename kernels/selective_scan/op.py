@@ -28,7 +28,7 @@ def selective_scan(
     keep: bool,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """y, the final state, and the states before each chunk (B, I, N, D), or (0,) unless ``keep``."""
+    """y, the final state, and the states before each chunk (B, I, N, D); (0,) unless ``keep``."""
     return implementation(__package__, backend).forward(
         *(u_BLD, delta_BLD, A_DN, B_BLN, C_BLN, skip_D, z_BLD, bias_GD, group_BL, reset_BL),
         *(state_BDN, keep),

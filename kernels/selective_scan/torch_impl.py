@@ -166,10 +166,9 @@ def backward(
             dv_LW = ddt_LW.mul_(torch.expm1(-lane.dt_LW).neg_())
             if need[1]:
                 ddelta[at] = dv_LW
-            if need[7] and group_BL is None:
-                dbias[0, lane.channels] += dv_LW.sum(0)
-            elif need[7]:
-                dbias[:, lane.channels].index_add_(0, group_BL[lane.row].long(), dv_LW)
+            if need[7]:
+                group_L = None if group_BL is None else group_BL[lane.row].long()
+                _add_by_group(dbias[:, lane.channels], dv_LW, group_L)
         if need[2]:
             dA[lane.channels] += dA_NW.t()
         if need[3]:
@@ -186,6 +185,15 @@ def backward(
             dstate[lane.row, lane.channels] = dh_NW.t()
     types = [u_BLD.dtype if t is None else t.dtype for t in inputs] + [A_DN.dtype]
     return [t.to(dtype) for t, dtype in zip(wide, types, strict=True)]
+
+
+def _add_by_group(
+    sums_GW: torch.Tensor, values_LW: torch.Tensor, group_L: torch.Tensor | None
+) -> None:
+    if group_L is None:
+        sums_GW += values_LW.sum(0)
+    else:
+        sums_GW.index_add_(0, group_L, values_LW)
 
 
 def _walk_back(

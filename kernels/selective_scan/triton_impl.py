@@ -1,36 +1,31 @@
-"""The selective scan on CUDA. No (B, L, D, N) tensor ever exists in memory.
-
-A program owns one sequence (or a segment of it), a block of W channels and all their N states, and
-walks over tiles of T tokens. A tile is loaded at once, as rows of W channels; its T·N·W decays are
-exponentials without a dependence between them. Tiles are laid out (T, N, W) with channels fastest,
-so that a warp's lanes are channels and every thread holds all T tokens of its states: the scan over
-T is then a chain of multiply-adds inside each thread, with no shuffles.
+"""The selective scan on CUDA: launches of ``triton_kernels``. No (B, L, D, N) tensor exists.
 
 Sequences are cut into segments when channels alone would leave processors idle. A first pass finds
-each segment's end state from a zero start, and the decay exp(A Σ dt) over it; the main pass puts the
-start of its segment together from those before it. Backward mirrors this. The same three steps over
+each segment's end state from a zero start, and the decay exp(A Σ dt) over it; the main pass puts
+the start of its segment together from those before it. Backward mirrors this. The same steps over
 ranks are sequence parallelism.
 
 Backward reads the state before each chunk, recomputes the states inside, and walks back. Sums over
 channels (of B and C), over tokens and sequences (of A, skip and bias) leave a program as fp32
 partial sums and are added in a fixed order: no atomics, so the same bits come out on every run.
 
-Base 2: log2(e) is folded into A, so that a decay is one ``ex2``. T tokens of a tile, W channels of
-a block, S segments, I chunks; the other letters as in the package.
+S segments, I chunks; the other letters as in the package.
 """
 
 from collections.abc import Iterator, Sequence
 
 import torch
 import triton
-import triton.language as tl
 
 from earlyfuse.kernels.ahead_of_time import Variant
 from earlyfuse.kernels.selective_scan.chunks import CHUNK, count_chunks
+from earlyfuse.kernels.selective_scan.triton_kernels import (
+    adjoints_kernel,
+    backward_kernel,
+    ends_kernel,
+    forward_kernel,
+)
 from earlyfuse.kernels.triton_support import INTERPRETED, pointer_type
-
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 
 # N → tokens of a tile, channels of a block, warps. Chosen from the compiled code (registers, loads,
 # shuffles), one each instead of an autotuner's choice: the shape of a tile decides the order of
@@ -41,376 +36,6 @@ if INTERPRETED:  # which combines scans element by element
     FORWARD = BACKWARD = dict.fromkeys((4, *FORWARD), (8, 2, 1))
 PROGRAMS = 512  # about four for each processor of a large GPU: below that, sequences are cut
 SHORTEST = 8  # chunks of a segment: the passes over segments cost about one more forward
-
-
-# ---------------------------------------------------------------- pieces of a tile
-
-
-@triton.jit
-def _carry(decay_l, h_l, decay_r, h_r):
-    return decay_l * decay_r, h_l * decay_r + h_r
-
-
-@triton.jit
-def _carry_apart(decay_l, h_l, old_l, decay_r, h_r, old_r):
-    # old: what is left of the state before the last token, which h less its input would cancel to
-    return decay_l * decay_r, h_l * decay_r + h_r, h_l * decay_r + old_r
-
-
-@triton.jit
-def _carry_back(decay_l, out_l, rest_l, dh_l, decay_r, out_r, rest_r, dh_r):
-    # left is later. dh: gradient of the state at the first token, out: of the state before it,
-    # rest: the decays of all tokens but the first
-    return (
-        decay_l * decay_r,
-        out_l * decay_r + out_r,
-        decay_l * rest_r,
-        out_l * rest_r + dh_r,
-    )
-
-
-@triton.jit
-def _rows(start, stride, t, d, length, channels):
-    """A (T, W) tile in fp32 of the rows from ``start``, of which ``length`` remain; 0 outside."""
-    inside = (t < length)[:, None] & (d < channels)[None, :]
-    return tl.load(start + t[:, None] * stride + d[None, :], mask=inside, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _states(start, stride, t, n, length):
-    """A (T, N) tile of B or C in fp32; 0 outside."""
-    inside = (t < length)[:, None]
-    return tl.load(start + t[:, None] * stride + n[None, :], mask=inside, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _steps(delta, stride, bias, group, t, d, length, channels):
-    """dt (T, W) = softplus(delta + bias); 0 outside, so that such a token changes nothing."""
-    v = _rows(delta, stride, t, d, length, channels)
-    if group is not None:
-        inside = (t < length)[:, None] & (d < channels)[None, :]
-        g = tl.load(group + t, mask=t < length, other=0).to(tl.int32)
-        v += tl.load(bias + g[:, None] * channels + d[None, :], mask=inside, other=0.0)
-    elif bias is not None:
-        v += tl.load(bias + d, mask=d < channels, other=0.0)[None, :]
-    e = tl.exp2(tl.minimum(v, 20.0) * LOG2E)
-    w = 1.0 + e
-    # log(1 + e) loses e's low bits; e / (w - 1) puts them back (Kahan)
-    soft = tl.where(w == 1.0, e, tl.log(w) * (e / tl.where(w == 1.0, 1.0, w - 1.0)))
-    soft = tl.where(v > 20.0, v, soft)
-    return tl.where((t < length)[:, None], soft, 0.0)
-
-
-@triton.jit
-def _cuts(reset, t, length):
-    """What is added to the exponents (T,): exp2 makes exactly 0 of it. Backward never divides by
-    a decay nor multiplies by an exponent, so nothing becomes inf · 0."""
-    if reset is None:
-        return tl.zeros(t.shape, tl.float32)
-    return tl.where(tl.load(reset + t, mask=t < length, other=0) != 0, -1e30, 0.0)
-
-
-@triton.jit
-def _silu(z):
-    gate = 1.0 / (1.0 + tl.exp2(z * -LOG2E))
-    return z * gate, gate
-
-
-@triton.jit
-def _exponents(dt, A2, cut, reset):
-    exponent = dt[:, None, :] * A2[None, :, :]
-    if reset is not None:
-        exponent += cut[:, None, None]
-    return exponent
-
-
-@triton.jit
-def _row_of(tile, token, t):
-    """One token's (N, W) of a (T, N, W) tile."""
-    return tl.sum(tl.where((t == token)[:, None, None], tile, 0.0), axis=0)
-
-
-@triton.jit
-def _advance(h, u, u_l, delta, delta_l, B, B_l, A2, bias, group, reset, t, d, n, length, channels):
-    """Through one tile from the state ``h`` before it: the last state; dt and cuts."""
-    dt = _steps(delta, delta_l, bias, group, t, d, length, channels)
-    x = dt * _rows(u, u_l, t, d, length, channels)
-    source = x[:, None, :] * _states(B, B_l, t, n, length)[:, :, None]
-    cut = _cuts(reset, t, length)
-    decay = tl.exp2(_exponents(dt, A2, cut, reset))
-    source = tl.where((t == 0)[:, None, None], source + decay * h[None], source)
-    _, states = tl.associative_scan((decay, source), 0, _carry)
-    return _row_of(states, t.shape[0] - 1, t), dt, cut
-
-
-# ---------------------------------------------------------------- forward
-
-
-@triton.jit
-def _ends_kernel(
-    u, delta, A, B, bias, group, reset, end, left,
-    length, channels, segment, segments,
-    u_b, u_l, delta_b, delta_l, B_b, B_l,
-    N: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """Segment s < S - 1: its end state from a zero start, and its decay, both (B, S, N, D)."""
-    batch, part = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
-    d, n, t = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH), tl.arange(0, N), tl.arange(0, TOKENS)
-    here = (d < channels)[None, :]
-    A2 = tl.load(A + d[None, :] * N + n[:, None], mask=here, other=0.0) * LOG2E
-    h = tl.zeros([N, WIDTH], tl.float32)
-    total = tl.zeros([WIDTH], tl.float32)
-    cuts = tl.zeros([TOKENS], tl.float32)
-    for start in range(part * segment, tl.minimum((part + 1) * segment, length), TOKENS):
-        token = batch * length + start
-        h, dt, cut = _advance(
-            h, u + batch * u_b + start * u_l, u_l, delta + batch * delta_b + start * delta_l,
-            delta_l, B + batch * B_b + start * B_l, B_l, A2, bias,
-            None if group is None else group + token, None if reset is None else reset + token,
-            t, d, n, (length - start).to(tl.int32), channels,
-        )  # fmt: skip
-        total += tl.sum(dt, axis=0)
-        cuts += cut
-    at = (batch * segments + part) * N * channels + n[:, None] * channels + d[None, :]
-    tl.store(end + at, h, mask=here)
-    exponent = total[None, :] * A2 + tl.sum(cuts, axis=0)
-    tl.store(left + at, tl.exp2(exponent), mask=here)
-
-
-@triton.jit
-def _forward_kernel(
-    u, delta, A, B, C, skip, z, bias, group, reset, first, end, left, y, final, starts,
-    length, channels, segment, segments, chunks,
-    u_b, u_l, delta_b, delta_l, B_b, B_l, C_b, C_l, z_b, z_l,
-    N: tl.constexpr, CHUNK: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    batch, part = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
-    d, n, t = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH), tl.arange(0, N), tl.arange(0, TOKENS)
-    here = (d < channels)[None, :]
-    A2 = tl.load(A + d[None, :] * N + n[:, None], mask=here, other=0.0) * LOG2E
-    outer = batch * channels * N + d[None, :] * N + n[:, None]
-    inner = n[:, None] * channels + d[None, :]
-    if first is not None:
-        h = tl.load(first + outer, mask=here, other=0.0)
-    else:
-        h = tl.zeros([N, WIDTH], tl.float32)
-    if end is not None:
-        for earlier in range(part):
-            at = (batch * segments + earlier) * N * channels + inner
-            h = tl.load(left + at, mask=here, other=0.0) * h
-            h += tl.load(end + at, mask=here, other=0.0)
-    stop = tl.minimum((part + 1) * segment, length)
-    for start in range(part * segment, stop, TOKENS):
-        if starts is not None:
-            if start % CHUNK == 0:
-                at = (batch * chunks + start // CHUNK) * N * channels + inner
-                tl.store(starts + at, h, mask=here)
-        token, rest = batch * length + start, (length - start).to(tl.int32)
-        dt = _steps(
-            delta + batch * delta_b + start * delta_l, delta_l, bias,
-            None if group is None else group + token, t, d, rest, channels,
-        )  # fmt: skip
-        u_TW = _rows(u + batch * u_b + start * u_l, u_l, t, d, rest, channels)
-        B_TN = _states(B + batch * B_b + start * B_l, B_l, t, n, rest)
-        C_TN = _states(C + batch * C_b + start * C_l, C_l, t, n, rest)
-        cut = _cuts(None if reset is None else reset + token, t, rest)
-        decay = tl.exp2(_exponents(dt, A2, cut, reset))
-        source = (dt * u_TW)[:, None, :] * B_TN[:, :, None]
-        source = tl.where((t == 0)[:, None, None], source + decay * h[None], source)
-        _, states = tl.associative_scan((decay, source), 0, _carry)
-        h = _row_of(states, TOKENS - 1, t)
-        y_TW = tl.sum(states * C_TN[:, :, None], axis=1)
-        if skip is not None:
-            y_TW += tl.load(skip + d, mask=d < channels, other=0.0)[None, :] * u_TW
-        if z is not None:
-            silu, _ = _silu(_rows(z + batch * z_b + start * z_l, z_l, t, d, rest, channels))
-            y_TW *= silu
-        at_y = y + token * channels + t[:, None] * channels + d[None, :]
-        tl.store(at_y, y_TW, mask=(t < rest)[:, None] & here)
-    if stop == length:
-        tl.store(final + outer, h, mask=here)
-
-
-# ---------------------------------------------------------------- backward
-
-
-@triton.jit
-def _adjoints_kernel(
-    dy, delta, A, C, z, bias, group, reset, into, left,
-    length, channels, segment, segments,
-    delta_b, delta_l, C_b, C_l, z_b, z_l,
-    N: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """Segment s: the gradient of the state before it from its own outputs alone, and its decay."""
-    batch, part = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
-    d, n, t = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH), tl.arange(0, N), tl.arange(0, TOKENS)
-    here = (d < channels)[None, :]
-    A2 = tl.load(A + d[None, :] * N + n[:, None], mask=here, other=0.0) * LOG2E
-    dh = tl.zeros([N, WIDTH], tl.float32)
-    total = tl.zeros([WIDTH], tl.float32)
-    cuts = tl.zeros([TOKENS], tl.float32)
-    tiles = segment // TOKENS
-    for i in range(tiles):
-        start = part * segment + (tiles - 1 - i) * TOKENS
-        token, rest = batch * length + start, (length - start).to(tl.int32)
-        dt = _steps(
-            delta + batch * delta_b + start * delta_l, delta_l, bias,
-            None if group is None else group + token, t, d, rest, channels,
-        )  # fmt: skip
-        dy_TW = _rows(dy + token * channels, channels, t, d, rest, channels)
-        if z is not None:
-            silu, _ = _silu(_rows(z + batch * z_b + start * z_l, z_l, t, d, rest, channels))
-            dy_TW *= silu
-        C_TN = _states(C + batch * C_b + start * C_l, C_l, t, n, rest)
-        cut = _cuts(None if reset is None else reset + token, t, rest)
-        decay = tl.exp2(_exponents(dt, A2, cut, reset))
-        _, dh = _retreat(decay, dy_TW, C_TN, dh, t)
-        total += tl.sum(dt, axis=0)
-        cuts += cut
-    at = (batch * segments + part) * N * channels + n[:, None] * channels + d[None, :]
-    tl.store(into + at, dh, mask=here)
-    exponent = total[None, :] * A2 + tl.sum(cuts, axis=0)
-    tl.store(left + at, tl.exp2(exponent), mask=here)
-
-
-@triton.jit
-def _retreat(decay, dy_TW, C_TN, dh, t):
-    """Gradients (T, N, W) of a tile's states from that after it, and of the state before it."""
-    T: tl.constexpr = t.shape[0]
-    seed = dy_TW[:, None, :] * C_TN[:, :, None]
-    seed = tl.where((t == T - 1)[:, None, None], seed + dh[None], seed)
-    # a scan with reverse=True goes through shuffles, a flip of the threads' own values costs nothing
-    decay, seed = tl.flip(decay, 0), tl.flip(seed, 0)
-    ones = tl.full(seed.shape, 1.0, tl.float32)
-    _, out, _, dh_TNW = tl.associative_scan((decay, decay * seed, ones, seed), 0, _carry_back)
-    return tl.flip(dh_TNW, 0), _row_of(out, T - 1, t)
-
-
-@triton.jit
-def _over_channels(tile, DOT: tl.constexpr):
-    """(T, N, W) → (T, N) summed over W; by tensor cores if DOT, for lanes would shuffle a lot."""
-    T: tl.constexpr = tile.shape[0]
-    N: tl.constexpr = tile.shape[1]
-    W: tl.constexpr = tile.shape[2]
-    if DOT:
-        one = (tl.arange(0, 16)[None, :] + tl.zeros([W, 16], tl.int32)) == 0
-        found = tl.dot(tl.reshape(tile, [T * N, W]), one.to(tl.float32), input_precision="tf32")
-        return tl.reshape(tl.sum(found, axis=1), [T, N])  # all is in the first column
-    return tl.sum(tile, axis=2)
-
-
-@triton.jit
-def _backward_kernel(
-    dy, dfinal, u, delta, A, B, C, skip, z, bias, group, reset, starts, into, left,
-    du, ddelta, dz, dA, dB, dC, dskip, dbias, dfirst,
-    length, channels, segment, segments, chunks,
-    u_b, u_l, delta_b, delta_l, B_b, B_l, C_b, C_l, z_b, z_l,
-    N: tl.constexpr, CHUNK: tl.constexpr, GROUPS: tl.constexpr, DOT: tl.constexpr,
-    TOKENS: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    batch, part = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
-    d, n, t = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH), tl.arange(0, N), tl.arange(0, TOKENS)
-    here = (d < channels)[None, :]
-    outer = batch * channels * N + d[None, :] * N + n[:, None]
-    inner = n[:, None] * channels + d[None, :]
-    if dfinal is not None:
-        dh = tl.load(dfinal + outer, mask=here, other=0.0)
-    else:
-        dh = tl.zeros([N, WIDTH], tl.float32)
-    if into is not None:
-        for i in range(segments - 1 - part):
-            at = (batch * segments + segments - 1 - i) * N * channels + inner
-            dh = tl.load(left + at, mask=here, other=0.0) * dh
-            dh += tl.load(into + at, mask=here, other=0.0)
-    dA_NW = tl.zeros([N, WIDTH], tl.float32)
-    dskip_W = tl.zeros([WIDTH], tl.float32)
-    rows = tl.arange(0, GROUPS)
-    dbias_GW = tl.zeros([GROUPS, WIDTH], tl.float32)
-    tiles = segment // TOKENS
-    for i in range(tiles):
-        start = part * segment + (tiles - 1 - i) * TOKENS
-        chunk = start // CHUNK
-        at = (batch * chunks + chunk) * N * channels + inner
-        h = tl.load(starts + at, mask=here & (chunk < chunks), other=0.0)
-        if TOKENS < CHUNK:
-            if start % CHUNK != 0:  # the second half of a chunk
-                earlier = start - TOKENS
-                token = batch * length + earlier
-                A2 = tl.load(A + d[None, :] * N + n[:, None], mask=here, other=0.0) * LOG2E
-                h, _, _ = _advance(
-                    h, u + batch * u_b + earlier * u_l, u_l,
-                    delta + batch * delta_b + earlier * delta_l, delta_l,
-                    B + batch * B_b + earlier * B_l, B_l, A2, bias,
-                    None if group is None else group + token,
-                    None if reset is None else reset + token,
-                    t, d, n, (length - earlier).to(tl.int32), channels,
-                )  # fmt: skip
-        A2 = tl.load(A + d[None, :] * N + n[:, None], mask=here, other=0.0) * LOG2E
-        token, rest = batch * length + start, (length - start).to(tl.int32)
-        inside = (t < rest)[:, None] & here
-        dt = _steps(
-            delta + batch * delta_b + start * delta_l, delta_l, bias,
-            None if group is None else group + token, t, d, rest, channels,
-        )  # fmt: skip
-        u_TW = _rows(u + batch * u_b + start * u_l, u_l, t, d, rest, channels)
-        B_TN = _states(B + batch * B_b + start * B_l, B_l, t, n, rest)
-        C_TN = _states(C + batch * C_b + start * C_l, C_l, t, n, rest)
-        dy_TW = _rows(dy + token * channels, channels, t, d, rest, channels)
-        cut = _cuts(None if reset is None else reset + token, t, rest)
-        decay = tl.exp2(_exponents(dt, A2, cut, reset))
-        source = (dt * u_TW)[:, None, :] * B_TN[:, :, None]
-        old = tl.where((t == 0)[:, None, None], decay * h[None], 0.0)
-        _, states, old = tl.associative_scan((decay, source + old, old), 0, _carry_apart)
-        at_y = token * channels + t[:, None] * channels + d[None, :]
-        if z is not None:
-            y_TW = tl.sum(states * C_TN[:, :, None], axis=1)
-            if skip is not None:
-                y_TW += tl.load(skip + d, mask=d < channels, other=0.0)[None, :] * u_TW
-            z_TW = _rows(z + batch * z_b + start * z_l, z_l, t, d, rest, channels)
-            silu, gate = _silu(z_TW)
-            dz_TW = dy_TW * y_TW * gate * (1.0 + z_TW * (1.0 - gate))
-            tl.store(dz + at_y, dz_TW, mask=inside)
-            dy_TW *= silu
-        block = batch * tl.num_programs(0) + tl.program_id(0)
-        at_B = (block * length + start) * N + t[:, None] * N + n[None, :]
-        dC_TN = _over_channels(states * dy_TW[:, None, :], DOT)
-        tl.store(dC + at_B, dC_TN, mask=(t < rest)[:, None])
-        # B, C and u are read again rather than held in registers meanwhile
-        C_TN = _states(C + batch * C_b + start * C_l, C_l, t, n, rest)
-        dh_TNW, dh = _retreat(decay, dy_TW, C_TN, dh, t)
-        old *= dh_TNW  # now the gradient of dt A
-        dA_NW += tl.sum(old * dt[:, None, :], axis=0)
-        ddt_TW = tl.sum(old * A2[None], axis=1) * LN2
-        u_TW = _rows(u + batch * u_b + start * u_l, u_l, t, d, rest, channels)
-        B_TN = _states(B + batch * B_b + start * B_l, B_l, t, n, rest)
-        dB_TN = _over_channels(dh_TNW * (dt * u_TW)[:, None, :], DOT)
-        tl.store(dB + at_B, dB_TN, mask=(t < rest)[:, None])
-        dx_TW = tl.sum(dh_TNW * B_TN[:, :, None], axis=1)
-        ddt_TW += dx_TW * u_TW
-        du_TW = dx_TW * dt
-        if skip is not None:
-            du_TW += tl.load(skip + d, mask=d < channels, other=0.0)[None, :] * dy_TW
-            dskip_W += tl.sum(dy_TW * u_TW, axis=0)
-        tl.store(du + at_y, du_TW, mask=inside)
-        # softplus has the derivative sigmoid(v) = 1 - exp(-dt); a series where that cancels
-        near = dt * (1.0 - dt * (0.5 - dt * (1.0 / 6.0 - dt * (1.0 / 24.0))))
-        dv_TW = ddt_TW * tl.where(dt < 0.06, near, 1.0 - tl.exp2(dt * -LOG2E))
-        tl.store(ddelta + at_y, dv_TW, mask=inside)
-        if group is not None:
-            g = tl.load(group + token + t, mask=t < rest, other=0).to(tl.int32)
-            picked = (g[:, None] == rows[None, :])[:, :, None]
-            dbias_GW += tl.sum(tl.where(picked, dv_TW[:, None, :], 0.0), axis=0)
-        elif bias is not None:
-            dbias_GW += tl.sum(dv_TW, axis=0)[None, :]
-    partial = batch * segments + part
-    tl.store(dA + partial * N * channels + inner, dA_NW, mask=here)
-    if skip is not None:
-        tl.store(dskip + partial * channels + d, dskip_W, mask=d < channels)
-    if bias is not None:
-        at_bias = partial * GROUPS * channels + rows[:, None] * channels + d[None, :]
-        tl.store(dbias + at_bias, dbias_GW, mask=here)
-    if part == 0:
-        tl.store(dfirst + outer, dh, mask=here)
 
 
 # ---------------------------------------------------------------- launchers
@@ -439,21 +64,20 @@ def forward(
         final = A_DN.new_zeros(batch, channels, states) if state_BDN is None else state_BDN.clone()
         return y_BLD, final, starts
     final_BDN = A_DN.new_empty(batch, channels, states)
-    u, delta, B, C, z = (_rows_of(t) for t in (u_BLD, delta_BLD, B_BLN, C_BLN, z_BLD))
-    A, skip, bias, group, reset, state = _dense(
-        A_DN, skip_D, bias_GD, group_BL, reset_BL, state_BDN
-    )
+    u, delta, B, C = (_rows_of(t) for t in (u_BLD, delta_BLD, B_BLN, C_BLN))
+    z, A = None if z_BLD is None else _rows_of(z_BLD), A_DN.contiguous()
+    skip, bias, group, reset, state = _dense(skip_D, bias_GD, group_BL, reset_BL, state_BDN)
     config, blocks, segment, segments = _plan(FORWARD[states], u_BLD.shape, states)
     end = left = None
     if segments > 1:
         end, left = A_DN.new_empty(2, batch, segments, states, channels).unbind(0)
-        _ends_kernel[(blocks, segments - 1, batch)](
+        ends_kernel[(blocks, segments - 1, batch)](
             *(u, delta, A, B, bias, group, reset, end, left),
             *(length, channels, segment, segments),
             *(*_strides(u), *_strides(delta), *_strides(B)),
             **config,
         )
-    _forward_kernel[(blocks, segments, batch)](
+    forward_kernel[(blocks, segments, batch)](
         *(u, delta, A, B, C, skip, z, bias, group, reset, state, end, left),
         *(y_BLD, final_BDN, starts if keep else None),
         *(length, channels, segment, segments, chunks),
@@ -488,10 +112,9 @@ def backward(
         zeros = [None if t is None else torch.zeros_like(t) for t in inputs]
         dfirst = A_DN.new_zeros(batch, channels, states)
         return _wanted([*zeros, dfirst if dfinal_BDN is None else dfinal_BDN.clone()], inputs, need)
-    u, delta, B, C, z = (_rows_of(t) for t in (u_BLD, delta_BLD, B_BLN, C_BLN, z_BLD))
-    A, skip, bias, group, reset, dfinal = _dense(
-        A_DN, skip_D, bias_GD, group_BL, reset_BL, dfinal_BDN
-    )
+    u, delta, B, C = (_rows_of(t) for t in (u_BLD, delta_BLD, B_BLN, C_BLN))
+    z, A = None if z_BLD is None else _rows_of(z_BLD), A_DN.contiguous()
+    skip, bias, group, reset, dfinal = _dense(skip_D, bias_GD, group_BL, reset_BL, dfinal_BDN)
     dy = torch.zeros(u.shape, dtype=u.dtype, device=u.device) if dy_BLD is None else dy_BLD
     dy = dy.contiguous()
     config, blocks, segment, segments = _plan(BACKWARD[states], u_BLD.shape, states)
@@ -499,13 +122,13 @@ def backward(
     into = left = None
     if segments > 1 or only_state:
         into, left = A.new_empty(2, batch, segments, states, channels).unbind(0)
-        _adjoints_kernel[(blocks, segments, batch)](
+        adjoints_kernel[(blocks, segments, batch)](
             *(dy, delta, A, C, z, bias, group, reset, into, left),
             *(length, channels, segment, segments),
             *(*_strides(delta), *_strides(C), *_strides(z)),
             **config,
         )
-    if only_state:
+    if only_state and into is not None and left is not None:
         dh_BND = torch.zeros_like(into[:, 0]) if dfinal is None else dfinal.mT
         for part in reversed(range(segments)):
             dh_BND = torch.addcmul(into[:, part], left[:, part], dh_BND)
@@ -517,7 +140,7 @@ def backward(
     dskip = None if skip is None else A.new_empty(batch, segments, channels)
     dbias = None if bias is None else A.new_empty(batch, segments, groups, channels)
     dfirst = A.new_empty(batch, channels, states)
-    _backward_kernel[(blocks, segments, batch)](
+    backward_kernel[(blocks, segments, batch)](
         *(dy, dfinal, u, delta, A, B, C, skip, z, bias, group, reset, starts_BIND, into, left),
         *(du, ddelta, dz, dA, dB, dC, dskip, dbias, dfirst),
         *(length, channels, segment, segments, chunks),
@@ -528,7 +151,7 @@ def backward(
         **config,
     )
     dskip = None if dskip is None else dskip.sum((0, 1))
-    dbias = None if dbias is None else dbias.sum((0, 1))[: bias_GD.shape[0]]
+    dbias = None if dbias is None or bias is None else dbias.sum((0, 1))[: bias.shape[0]]
     dA = dA.sum((0, 1)).t()
     return _wanted([du, ddelta, dA, dB.sum(1), dC.sum(1), dskip, dz, dbias, dfirst], inputs, need)
 
@@ -539,18 +162,20 @@ def _wanted(
     need: list[bool],
 ) -> list[torch.Tensor]:
     """Those needed, dense and in the types of their inputs; of size 0 the others."""
-    found = []
+    found: list[torch.Tensor] = []
+    u_BLD = inputs[0]
+    assert u_BLD is not None
     for gradient, like, wanted in zip(gradients, (*inputs, None), need, strict=True):
         if gradient is None or not wanted:
-            found.append(inputs[0].new_empty(0))
+            found.append(u_BLD.new_empty(0))
         else:
             found.append(gradient.to(gradient.dtype if like is None else like.dtype).contiguous())
     return found
 
 
-def _rows_of(tensor: torch.Tensor | None) -> torch.Tensor | None:
+def _rows_of(tensor: torch.Tensor) -> torch.Tensor:
     """Read in place if its last dimension is dense, as a slice of a projection's output is."""
-    return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _dense(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
@@ -584,43 +209,44 @@ def _by_tensor_cores(dtype: torch.dtype, width: int) -> bool:
 
 
 def variants() -> Iterator[Variant]:
-    """bf16 and fp32 at N = 16 as Mixture-of-Mamba calls it in training, and all other N in bf16."""
+    """N = 16 in bf16 and fp32, and the other N in bf16, all with every option given."""
     for dtype, states in (
         (torch.bfloat16, 16),
         (torch.float32, 16),
         (torch.bfloat16, 32),
         (torch.bfloat16, 64),
     ):
-        x, full, integer = pointer_type(dtype), "*fp32", "i32"
-        types = {name: x for name in ("u", "delta", "B", "C", "z", "y", "dy", "du", "ddelta", "dz")}
-        types |= dict.fromkeys(
-            ("A", "skip", "bias", "first", "end", "left", "into", "final", "starts", "dfinal"), full
-        )
-        types |= dict.fromkeys(("dA", "dB", "dC", "dskip", "dbias", "dfirst"), full)
-        types |= {"group": "*u8", "reset": "*i1"}
-        sizes = ("length", "channels", "segment", "segments", "chunks")
-        strides = [f"{name}_{axis}" for name in ("u", "delta", "B", "C", "z") for axis in "bl"]
-        types |= dict.fromkeys((*sizes, *strides), integer)
-        word = f"{str(dtype).removeprefix('torch.')}, N {states}"
-        for kernel, table in (
-            (_ends_kernel, FORWARD),
-            (_forward_kernel, FORWARD),
-            (_adjoints_kernel, BACKWARD),
-            (_backward_kernel, BACKWARD),
+        for kernel, (tokens, width, warps) in (
+            (ends_kernel, FORWARD[states]),
+            (forward_kernel, FORWARD[states]),
+            (adjoints_kernel, BACKWARD[states]),
+            (backward_kernel, BACKWARD[states]),
         ):
-            tokens, width, warps = table[states]
-            names = [p.name for p in kernel.params]
-            constants = {
-                **{"N": states, "TOKENS": tokens, "WIDTH": width, "CHUNK": CHUNK},
-                **{"GROUPS": 2, "DOT": _by_tensor_cores(dtype, width)},
-            }
+            by_tensor_cores = _by_tensor_cores(dtype, width)
+            constants = {"N": states, "CHUNK": CHUNK, "TOKENS": tokens, "WIDTH": width}
+            constants |= {"GROUPS": 2, "DOT": by_tensor_cores}
+            names = [p.name for p in kernel.params if p.name not in constants]
+            types = {name: _type_of(name, pointer_type(dtype)) for name in names}
             yield Variant(
-                name=f"selective_scan {kernel.fn.__name__.strip('_')}, {word}",
+                name=f"selective_scan {kernel.fn.__name__.removesuffix('_kernel')}, "
+                f"{str(dtype).removeprefix('torch.')}, N {states}",
                 kernel=kernel,
-                types={name: types[name] for name in names if name in types},
-                constants={name: constants[name] for name in names if name in constants},
-                aligned=("channels", "length", *(n for n in strides if n in names)),
+                types=types,
+                constants={p.name: constants[p.name] for p in kernel.params if p.name in constants},
+                aligned=tuple(n for n in names if n in ("length", "channels") or n[-2:] in _AXES),
                 warps=warps,
                 stages=1,
-                tensor_cores=constants["DOT"] and kernel is _backward_kernel,
+                tensor_cores=by_tensor_cores and kernel is backward_kernel,
             )
+
+
+_AXES = ("_b", "_l")
+_NARROW = ("u", "delta", "B", "C", "z", "y", "dy", "du", "ddelta", "dz")
+_SIZES = ("length", "channels", "segment", "segments", "chunks")
+
+
+def _type_of(name: str, narrow: str) -> str:
+    """Triton's word for an argument of these kernels."""
+    if name in _SIZES or name[-2:] in _AXES:
+        return "i32"
+    return {"group": "*u8", "reset": "*i1"}.get(name, narrow if name in _NARROW else "*fp32")
