@@ -1,0 +1,205 @@
+"""The selective scan of Mamba-1 (arXiv 2312.00752, 3.2): a diagonal, input-dependent recurrence.
+
+B batch, L tokens, D channels, N states, G groups of tokens that share a step bias.
+
+================  ===============  =================================================================
+argument          shape, dtype     meaning
+================  ===============  =================================================================
+``u_BLD``         (B, L, D) float  what is scanned
+``delta_BLD``     (B, L, D) as u   step sizes before bias and softplus
+``A_DN``          (D, N) fp32      rates of decay, negative: ``-exp(A_log)``, computed by the caller
+``B_BLN``         (B, L, N) as u   how much of the input each state takes, same for all channels
+``C_BLN``         (B, L, N) as u   how much of each state the output takes
+``skip_D``        (D,) fp32        factor of the input in the output (the D of the paper), or none
+``z_BLD``         (B, L, D) as u   gate: the output is multiplied by silu(z); or none
+``bias_GD``       (G, D) fp32      added to delta in fp32, a row per group of tokens; or none
+``group_BL``      (B, L) integer   each token's row of ``bias_GD``; none: there is one row
+``reset_BL``      (B, L) bool      true at the first token of a document; or none
+``state_BDN``     (B, D, N) fp32   the state before the first token; none: zero
+================  ===============  =================================================================
+
+    dt_t = softplus(delta_t + bias[group_t])
+    h_t  = exp(dt_t A) h_{t-1} + dt_t B_t u_t          the factor of h_{t-1} is 0 where reset_t
+    y_t  = (C_t · h_t + skip u_t) silu(z_t)
+
+fp32 stands for fp64 where ``u`` is fp64. Inputs may be slices of wider tensors, read in place where
+the last dimension is dense. In Mixture-of-Mamba the bias belongs to a modality: G = modalities,
+``group_BL`` = modality ids; no (B, L, D) bias exists. Backends: ``triton`` (CUDA), ``torch`` (fast
+on CPU), ``reference`` (the definition).
+"""
+
+import torch
+
+from earlyfuse.kernels.backend import resolve
+from earlyfuse.kernels.selective_scan import op, reference
+from earlyfuse.kernels.selective_scan.reference import step_sizes
+
+BACKENDS = ("triton", "torch", "reference")
+TRITON_STATES = (16, 32, 64)
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def selective_scan(
+    u_BLD: torch.Tensor,
+    delta_BLD: torch.Tensor,
+    A_DN: torch.Tensor,
+    B_BLN: torch.Tensor,
+    C_BLN: torch.Tensor,
+    skip_D: torch.Tensor | None = None,
+    z_BLD: torch.Tensor | None = None,
+    bias_GD: torch.Tensor | None = None,
+    group_BL: torch.Tensor | None = None,
+    reset_BL: torch.Tensor | None = None,
+    state_BDN: torch.Tensor | None = None,
+    *,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y (B, L, D) in the dtype of ``u``, and the final state (B, D, N) in that of ``A``.
+
+    Gradients reach every floating-point argument, through both results. No state crosses a reset:
+    there the gradient through the decay is exactly 0. Raises ``ValueError`` on wrong shapes,
+    dtypes, devices or groups, and on an unavailable backend.
+    """
+    options = (skip_D, z_BLD, bias_GD, group_BL, reset_BL, state_BDN)
+    inputs = (u_BLD, delta_BLD, A_DN, B_BLN, C_BLN, *options)
+    _check(*inputs)
+    name = _backend(backend, A_DN, u_BLD)
+    if name == "reference":
+        return reference.selective_scan(*inputs)
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    y_BLD, final_BDN, _ = op.selective_scan(*inputs, keep, name)
+    return y_BLD, final_BDN
+
+
+def selective_scan_step(
+    u_BD: torch.Tensor,
+    delta_BD: torch.Tensor,
+    A_DN: torch.Tensor,
+    B_BN: torch.Tensor,
+    C_BN: torch.Tensor,
+    skip_D: torch.Tensor | None = None,
+    z_BD: torch.Tensor | None = None,
+    bias_GD: torch.Tensor | None = None,
+    group_B: torch.Tensor | None = None,
+    state_BDN: torch.Tensor | None = None,
+    *,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One token of each sequence, for decoding: y (B, D) and the state after it (B, D, N).
+
+    A scan of length 1, so that decoding computes what training did. A new document starts from
+    ``state_BDN=None``, or from a row of zeros. Errors as in ``selective_scan``, which names the
+    arguments with a token dimension.
+    """
+    u, delta, B, C = (t.unsqueeze(1) for t in (u_BD, delta_BD, B_BN, C_BN))
+    z, group = (None if t is None else t.unsqueeze(1) for t in (z_BD, group_B))
+    y_BLD, next_BDN = selective_scan(
+        u, delta, A_DN, B, C, skip_D, z, bias_GD, group, None, state_BDN, backend=backend
+    )
+    return y_BLD.squeeze(1), next_BDN
+
+
+def segment_decay(
+    delta_BLD: torch.Tensor,
+    A_DN: torch.Tensor,
+    bias_GD: torch.Tensor | None = None,
+    group_BL: torch.Tensor | None = None,
+    reset_BL: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """What is left of a state after all these tokens (B, D, N): exp(A Σ dt), 0 if one is a reset.
+
+    With it, scans of consecutive segments are put together: final(start) = final(0) + decay ·
+    start. Differentiable; no scan is needed. Shapes as in ``selective_scan``.
+    """
+    dt_BD = step_sizes(delta_BLD.to(A_DN.dtype), bias_GD, group_BL).sum(1)
+    decay_BDN = torch.exp(dt_BD[..., None] * A_DN)
+    return decay_BDN if reset_BL is None else decay_BDN * ~reset_BL.any(1)[:, None, None]
+
+
+def _backend(requested: str, A_DN: torch.Tensor, u_BLD: torch.Tensor) -> str:
+    states = A_DN.shape[1]
+    fits = states in TRITON_STATES and u_BLD.dtype != torch.float64
+    if requested == "triton" and not fits:
+        raise ValueError(
+            f"A_DN {tuple(A_DN.shape)} with u_BLD in {u_BLD.dtype} is not for backend 'triton': it "
+            f"takes N of {', '.join(map(str, TRITON_STATES))} in fp32, bf16 or fp16; choose 'torch'"
+        )
+    return resolve("selective_scan", requested, BACKENDS if fits else BACKENDS[1:], u_BLD.device)
+
+
+def _check(
+    u_BLD: torch.Tensor,
+    delta_BLD: torch.Tensor,
+    A_DN: torch.Tensor,
+    B_BLN: torch.Tensor,
+    C_BLN: torch.Tensor,
+    skip_D: torch.Tensor | None,
+    z_BLD: torch.Tensor | None,
+    bias_GD: torch.Tensor | None,
+    group_BL: torch.Tensor | None,
+    reset_BL: torch.Tensor | None,
+    state_BDN: torch.Tensor | None,
+) -> None:
+    if u_BLD.ndim != 3 or not u_BLD.is_floating_point():
+        raise ValueError(
+            f"u_BLD ({tuple(u_BLD.shape)}, {u_BLD.dtype}) must be a floating-point tensor "
+            "(batch, tokens, channels)"
+        )
+    if A_DN.ndim != 2 or A_DN.shape[1] == 0:
+        raise ValueError(
+            f"A_DN {tuple(A_DN.shape)} must be (channels, states) with at least one state"
+        )
+    if (group_BL is not None) and bias_GD is None:
+        raise ValueError("group_BL is given without bias_GD, whose rows it picks; give both")
+    rows = 1 if group_BL is None else (0 if bias_GD is None else bias_GD.shape[0])
+    batch, length, channels = u_BLD.shape
+    states = A_DN.shape[1]
+    narrow = u_BLD.dtype
+    wide = torch.float64 if narrow == torch.float64 else torch.float32
+    for name, tensor, shape, dtypes in (
+        ("delta_BLD", delta_BLD, (batch, length, channels), (narrow,)),
+        ("A_DN", A_DN, (channels, states), (wide,)),
+        ("B_BLN", B_BLN, (batch, length, states), (narrow,)),
+        ("C_BLN", C_BLN, (batch, length, states), (narrow,)),
+        ("skip_D", skip_D, (channels,), (wide,)),
+        ("z_BLD", z_BLD, (batch, length, channels), (narrow,)),
+        ("bias_GD", bias_GD, (rows, channels), (wide,)),
+        ("group_BL", group_BL, (batch, length), _INTEGERS),
+        ("reset_BL", reset_BL, (batch, length), (torch.bool,)),
+        ("state_BDN", state_BDN, (batch, channels, states), (wide,)),
+    ):
+        if tensor is not None:
+            _check_one(name, tensor, shape, dtypes, u_BLD)
+    # elsewhere this would wait for the device, or stand in the way of a compiler
+    readable = u_BLD.device.type == "cpu" and not torch.compiler.is_compiling()
+    if group_BL is not None and readable and group_BL.numel():
+        low, high = (int(t) for t in group_BL.aminmax())
+        if low < 0 or high >= rows:
+            raise ValueError(
+                f"group_BL ({low} … {high}) must lie in 0 … {rows - 1}, the rows of bias_GD"
+            )
+
+
+def _check_one(
+    name: str,
+    tensor: torch.Tensor,
+    shape: tuple[int, ...],
+    dtypes: tuple[torch.dtype, ...],
+    u_BLD: torch.Tensor,
+) -> None:
+    if tuple(tensor.shape) != shape:
+        shared = name == "bias_GD" and shape[0] == 1
+        hint = " (one row: without group_BL all tokens share it)" if shared else ""
+        raise ValueError(
+            f"{name} {tuple(tensor.shape)} must have the shape {shape}{hint}, as u_BLD "
+            f"{tuple(u_BLD.shape)} and A_DN have it"
+        )
+    if tensor.dtype not in dtypes:
+        allowed = " or ".join(str(dtype) for dtype in dtypes)
+        raise ValueError(
+            f"{name} ({tensor.dtype}) must be {allowed} where u_BLD is {u_BLD.dtype}; cast it"
+        )
+    if tensor.device != u_BLD.device:
+        raise ValueError(
+            f"{name} ({tensor.device}) must be on the device of u_BLD ({u_BLD.device}); move it"
+        )

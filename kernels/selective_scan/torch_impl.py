@@ -1,0 +1,319 @@
+"""The selective scan in plain PyTorch, for CPUs: a hand-written backward, no (B, L, D, N) tensor.
+
+The recurrence is walked token by token, because on a CPU a scan that is parallel over L only adds
+work. What makes it fast is where the numbers are: one sequence and one block of channels at a time,
+so that the buffers of a chunk of Q tokens stay in the L2 cache, laid out (token, state, channel),
+so that every operation runs along contiguous channels. Exponentials, outer products and reductions
+are taken for a whole chunk at once; one in-place ``addcmul_`` per token is all that is sequential.
+Between forward and backward only the state before each chunk is kept; backward computes a chunk's
+states again from it and walks back.
+
+Resets are read on the host: on CUDA that is one synchronisation per call.
+
+Q tokens of a chunk, I chunks, W channels of a block; the other letters as in the package.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from earlyfuse.kernels.selective_scan.chunks import CHUNK, count_chunks
+from earlyfuse.kernels.selective_scan.reference import step_sizes
+
+STEP = 8192  # states of one token handled together: 16 tokens of 4 buffers are 2 MiB of fp32
+
+_aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class _Lane:
+    """One sequence and one block of channels: its numbers in the type that is computed in."""
+
+    row: int
+    channels: slice
+    u_LW: torch.Tensor
+    dt_LW: torch.Tensor
+    A_NW: torch.Tensor
+    B_LN: torch.Tensor
+    C_LN: torch.Tensor
+    skip_W: torch.Tensor | None
+    z_LW: torch.Tensor | None
+    resets: Sequence[int]  # token numbers, rising
+
+    def chunks(self, backwards: bool = False) -> Iterator[tuple[int, slice, list[int]]]:
+        """Number, tokens, and resets counted from the first of them."""
+        length = self.u_LW.shape[0]
+        numbers = range(count_chunks(length))
+        for i in reversed(numbers) if backwards else numbers:
+            tokens = slice(i * CHUNK, min((i + 1) * CHUNK, length))
+            inside = [t - tokens.start for t in self.resets if tokens.start <= t < tokens.stop]
+            yield i, tokens, inside
+
+
+class _Buffers:
+    """Memory for one chunk, used again for every chunk; ``h`` has the state before it in front."""
+
+    def __init__(self, like_NW: torch.Tensor, backward: bool) -> None:
+        self.decay = like_NW.new_empty(CHUNK, *like_NW.shape)
+        self.h = like_NW.new_empty(CHUNK + 1, *like_NW.shape)
+        self.decays, self.hs = self.decay.unbind(0), self.h.unbind(0)
+        if backward:
+            self.dh = like_NW.new_empty(CHUNK, *like_NW.shape)
+            self.product = like_NW.new_empty(CHUNK, *like_NW.shape)
+            self.dhs = self.dh.unbind(0)
+
+
+def forward(
+    u_BLD: torch.Tensor,
+    delta_BLD: torch.Tensor,
+    A_DN: torch.Tensor,
+    B_BLN: torch.Tensor,
+    C_BLN: torch.Tensor,
+    skip_D: torch.Tensor | None,
+    z_BLD: torch.Tensor | None,
+    bias_GD: torch.Tensor | None,
+    group_BL: torch.Tensor | None,
+    reset_BL: torch.Tensor | None,
+    state_BDN: torch.Tensor | None,
+    keep: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """y, the final state, and the states before each chunk (B, I, N, D), empty unless ``keep``."""
+    batch, length, _ = u_BLD.shape
+    wide = A_DN.dtype
+    y_BLD = u_BLD.new_empty(u_BLD.shape)
+    final_BDN = A_DN.new_empty(batch, *A_DN.shape)
+    shape = (batch, count_chunks(length), *A_DN.shape[::-1]) if keep else (0,)
+    starts = A_DN.new_empty(shape)
+    for lane in _lanes(
+        u_BLD, delta_BLD, A_DN, B_BLN, C_BLN, skip_D, z_BLD, bias_GD, group_BL, reset_BL
+    ):
+        at = lane.row, slice(None), lane.channels
+        buffers = _Buffers(lane.A_NW, backward=False)
+        last_NW = buffers.hs[0]
+        if state_BDN is None:
+            last_NW.zero_()
+        else:
+            last_NW.copy_(state_BDN[lane.row, lane.channels].t())
+        y_LW = lane.u_LW.new_empty(lane.u_LW.shape)
+        x_LW = lane.dt_LW * lane.u_LW
+        for i, tokens, resets in lane.chunks():
+            if last_NW is not buffers.hs[0]:
+                buffers.hs[0].copy_(last_NW)
+            if keep:
+                starts[lane.row, i, :, lane.channels].copy_(buffers.hs[0])
+            _advance(lane, buffers, x_LW, tokens, resets)
+            count = tokens.stop - tokens.start
+            last_NW = buffers.hs[count]
+            torch.bmm(lane.C_LN[tokens, None], buffers.h[1 : count + 1], out=y_LW[tokens, None])
+        final_BDN[lane.row, lane.channels] = last_NW.t()
+        if lane.skip_W is not None:
+            y_LW.addcmul_(lane.skip_W, lane.u_LW)
+        if lane.z_LW is not None:
+            y_LW.mul_(F.silu(lane.z_LW))
+        y_BLD[at] = y_LW
+    assert y_BLD.dtype == u_BLD.dtype and final_BDN.dtype == wide
+    return y_BLD, final_BDN, starts
+
+
+def backward(
+    dy_BLD: torch.Tensor | None,
+    dfinal_BDN: torch.Tensor | None,
+    u_BLD: torch.Tensor,
+    delta_BLD: torch.Tensor,
+    A_DN: torch.Tensor,
+    B_BLN: torch.Tensor,
+    C_BLN: torch.Tensor,
+    skip_D: torch.Tensor | None,
+    z_BLD: torch.Tensor | None,
+    bias_GD: torch.Tensor | None,
+    group_BL: torch.Tensor | None,
+    reset_BL: torch.Tensor | None,
+    starts_BIND: torch.Tensor,
+    need: list[bool],
+) -> list[torch.Tensor]:
+    """Gradients of u, delta, A, B, C, skip, z, bias, state; of size 0 where not in ``need``."""
+    inputs = (u_BLD, delta_BLD, A_DN, B_BLN, C_BLN, skip_D, z_BLD, bias_GD)
+    shapes = [(0,) if t is None else t.shape for t in inputs]
+    shapes.append((u_BLD.shape[0], *A_DN.shape))
+    # sums over tokens or channels are gathered in the wide type and rounded once
+    wide = [A_DN.new_zeros(s if n else (0,)) for s, n in zip(shapes, need, strict=True)]
+    du, ddelta, dA, dB, dC, dskip, dz, dbias, dstate = wide
+    only_state = not any(need[:-1])
+    for lane in _lanes(
+        u_BLD, delta_BLD, A_DN, B_BLN, C_BLN, skip_D, z_BLD, bias_GD, group_BL, reset_BL
+    ):
+        at = lane.row, slice(None), lane.channels
+        dh_NW = torch.zeros_like(lane.A_NW)  # of the state after the lane's current chunk
+        if dfinal_BDN is not None:
+            dh_NW.copy_(dfinal_BDN[lane.row, lane.channels].t())
+        dout_LW = torch.zeros_like(lane.u_LW) if dy_BLD is None else dy_BLD[at].to(A_DN.dtype)
+        dy_LW = dout_LW if lane.z_LW is None else dout_LW * F.silu(lane.z_LW)
+        if only_state:
+            _walk_back_state(lane, dy_LW, dh_NW)
+            dstate[lane.row, lane.channels] = dh_NW.t()
+            continue
+        found = _walk_back(lane, dy_LW, dh_NW, starts_BIND[lane.row], need)
+        y_LW, dx_LW, decay_LW, dA_NW, dB_LN, dC_LN = found
+        if need[0]:
+            du[at] = torch.mul(dx_LW, lane.dt_LW)
+            if lane.skip_W is not None:
+                du[at].addcmul_(dy_LW, lane.skip_W)
+        if need[1] or need[7]:
+            ddt_LW = decay_LW.addcmul_(dx_LW, lane.u_LW)
+            # dt = softplus(v) has the derivative sigmoid(v) = 1 - exp(-dt)
+            dv_LW = ddt_LW.mul_(torch.expm1(-lane.dt_LW).neg_())
+            if need[1]:
+                ddelta[at] = dv_LW
+            if need[7]:
+                group_L = None if group_BL is None else group_BL[lane.row].long()
+                _add_by_group(dbias[:, lane.channels], dv_LW, group_L)
+        if need[2]:
+            dA[lane.channels] += dA_NW.t()
+        if need[3]:
+            dB[lane.row] += dB_LN
+        if need[4]:
+            dC[lane.row] += dC_LN
+        if need[5]:
+            dskip[lane.channels] += (dy_LW * lane.u_LW).sum(0)
+        if need[6]:
+            if lane.skip_W is not None:
+                y_LW.addcmul_(lane.skip_W, lane.u_LW)
+            dz[at] = _aten.silu_backward(dout_LW * y_LW, lane.z_LW)
+        if need[8]:
+            dstate[lane.row, lane.channels] = dh_NW.t()
+    types = [u_BLD.dtype if t is None else t.dtype for t in inputs] + [A_DN.dtype]
+    return [t.to(dtype) for t, dtype in zip(wide, types, strict=True)]
+
+
+def _add_by_group(
+    sums_GW: torch.Tensor, values_LW: torch.Tensor, group_L: torch.Tensor | None
+) -> None:
+    if group_L is None:
+        sums_GW += values_LW.sum(0)
+    else:
+        sums_GW.index_add_(0, group_L, values_LW)
+
+
+def _walk_back(
+    lane: _Lane,
+    dy_LW: torch.Tensor,
+    dh_NW: torch.Tensor,
+    starts_IND: torch.Tensor,
+    need: list[bool],
+) -> tuple[torch.Tensor, ...]:
+    """Through the chunks from last to first, states again from their starts.
+
+    Returns y before skip and gate, the gradient of x = dt u, that of dt through the decay, and
+    those of A, B and C from this lane. ``dh_NW``, the gradient of the final state, is turned into
+    that of the initial state in place.
+    """
+    buffers = _Buffers(lane.A_NW, backward=True)
+    x_LW = lane.dt_LW * lane.u_LW
+    y_LW, dx_LW, ddt_LW = torch.empty_like(lane.u_LW).expand(3, -1, -1).clone()
+    dA_NW = torch.zeros_like(lane.A_NW)
+    dB_LN, dC_LN = torch.empty_like(lane.B_LN), torch.empty_like(lane.C_LN)
+    need_dt = need[1] or need[7]
+    for i, tokens, resets in lane.chunks(backwards=True):
+        count = tokens.stop - tokens.start
+        buffers.hs[0].copy_(starts_IND[i, :, lane.channels])
+        _advance(lane, buffers, x_LW, tokens, resets)
+        decay, dh, product = (t[:count] for t in (buffers.decay, buffers.dh, buffers.product))
+        h, before = buffers.h[1 : count + 1], buffers.h[:count]
+        if need[6]:
+            torch.bmm(lane.C_LN[tokens, None], h, out=y_LW[tokens, None])
+        if need[4]:
+            torch.mul(h, dy_LW[tokens, None], out=product)
+            torch.sum(product, 2, out=dC_LN[tokens])
+        _retreat(lane, buffers, dy_LW, dh_NW, tokens)
+        torch.bmm(lane.B_LN[tokens, None], dh, out=dx_LW[tokens, None])
+        if need[3]:
+            torch.mul(dh, x_LW[tokens, None], out=product)
+            torch.sum(product, 2, out=dB_LN[tokens])
+        if not (need[2] or need_dt):
+            continue
+        decay.mul_(before).mul_(dh)  # gradient of dt A; the decayed state itself, since h - x B
+        if need_dt:  # would cancel where the decay is strong
+            torch.mul(decay, lane.A_NW, out=product)
+            torch.sum(product, 1, out=ddt_LW[tokens])
+        if need[2]:
+            torch.mul(decay, lane.dt_LW[tokens, None], out=product)
+            dA_NW += product.sum(0)
+    return y_LW, dx_LW, ddt_LW, dA_NW, dB_LN, dC_LN
+
+
+def _walk_back_state(lane: _Lane, dy_LW: torch.Tensor, dh_NW: torch.Tensor) -> None:
+    """``dh_NW`` from the final state's gradient to the initial state's: no states are needed."""
+    buffers = _Buffers(lane.A_NW, backward=True)
+    for _, tokens, resets in lane.chunks(backwards=True):
+        _decays(lane, buffers, tokens, resets)
+        _retreat(lane, buffers, dy_LW, dh_NW, tokens)
+
+
+def _decays(lane: _Lane, buffers: _Buffers, tokens: slice, resets: list[int]) -> None:
+    decay = buffers.decay[: tokens.stop - tokens.start]
+    torch.mul(lane.dt_LW[tokens, None], lane.A_NW, out=decay).exp_()
+    for t in resets:
+        buffers.decays[t].zero_()
+
+
+def _advance(
+    lane: _Lane, buffers: _Buffers, x_LW: torch.Tensor, tokens: slice, resets: list[int]
+) -> None:
+    """Decays and states of a chunk, from the state in front of ``buffers.h``."""
+    count = tokens.stop - tokens.start
+    _decays(lane, buffers, tokens, resets)
+    torch.mul(x_LW[tokens, None], lane.B_LN[tokens, :, None], out=buffers.h[1 : count + 1])
+    h_NW = buffers.hs[0]
+    for decay_NW, next_NW in zip(buffers.decays[:count], buffers.hs[1 : count + 1], strict=True):
+        h_NW = next_NW.addcmul_(decay_NW, h_NW)
+
+
+def _retreat(
+    lane: _Lane, buffers: _Buffers, dy_LW: torch.Tensor, dh_NW: torch.Tensor, tokens: slice
+) -> None:
+    """Gradients of a chunk's states, and ``dh_NW`` moved from the state after it to before it."""
+    count = tokens.stop - tokens.start
+    torch.mul(dy_LW[tokens, None], lane.C_LN[tokens, :, None], out=buffers.dh[:count])
+    later_NW = buffers.dhs[count - 1].add_(dh_NW)
+    for t in range(count - 2, -1, -1):
+        later_NW = buffers.dhs[t].addcmul_(buffers.decays[t + 1], later_NW)
+    torch.mul(buffers.decays[0], later_NW, out=dh_NW)
+
+
+def _lanes(
+    u_BLD: torch.Tensor,
+    delta_BLD: torch.Tensor,
+    A_DN: torch.Tensor,
+    B_BLN: torch.Tensor,
+    C_BLN: torch.Tensor,
+    skip_D: torch.Tensor | None,
+    z_BLD: torch.Tensor | None,
+    bias_GD: torch.Tensor | None,
+    group_BL: torch.Tensor | None,
+    reset_BL: torch.Tensor | None,
+) -> Iterator[_Lane]:
+    wide = A_DN.dtype
+    channels, states = A_DN.shape
+    width = max(1, STEP // states)
+    for row in range(u_BLD.shape[0]):
+        resets = [] if reset_BL is None else reset_BL[row].nonzero().flatten().tolist()
+        B_LN, C_LN = (t[row].to(wide).contiguous() for t in (B_BLN, C_BLN))
+        for start in range(0, channels, width):
+            part = slice(start, start + width)
+            at = row, slice(None), part
+            bias_GW = None if bias_GD is None else bias_GD[:, part]
+            group_L = None if group_BL is None else group_BL[row]
+            yield _Lane(
+                row=row,
+                channels=part,
+                u_LW=u_BLD[at].to(wide),
+                dt_LW=step_sizes(delta_BLD[at].to(wide), bias_GW, group_L),
+                A_NW=A_DN[part].t().contiguous(),
+                B_LN=B_LN,
+                C_LN=C_LN,
+                skip_W=None if skip_D is None else skip_D[part],
+                z_LW=None if z_BLD is None else z_BLD[at].to(wide),
+                resets=resets,
+            )

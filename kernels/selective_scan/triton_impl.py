@@ -1,0 +1,252 @@
+"""The selective scan on CUDA: launches of ``triton_kernels``. No (B, L, D, N) tensor exists.
+
+Sequences are cut into segments when channels alone would leave processors idle. A first pass finds
+each segment's end state from a zero start, and the decay exp(A Σ dt) over it; the main pass puts
+the start of its segment together from those before it. Backward mirrors this. The same steps over
+ranks are sequence parallelism.
+
+Backward reads the state before each chunk, recomputes the states inside, and walks back. Sums over
+channels (of B and C), over tokens and sequences (of A, skip and bias) leave a program as fp32
+partial sums and are added in a fixed order: no atomics, so the same bits come out on every run.
+
+S segments, I chunks; the other letters as in the package.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import triton
+
+from earlyfuse.kernels.ahead_of_time import Variant
+from earlyfuse.kernels.selective_scan.chunks import CHUNK, count_chunks
+from earlyfuse.kernels.selective_scan.triton_kernels import (
+    adjoints_kernel,
+    backward_kernel,
+    ends_kernel,
+    forward_kernel,
+)
+from earlyfuse.kernels.triton_support import INTERPRETED, pointer_type
+
+# N → tokens of a tile, channels of a block, warps. Chosen from the compiled code (registers, loads,
+# shuffles), one each instead of an autotuner's choice: the shape of a tile decides the order of
+# sums, and the same run would get other bits after a restart.
+FORWARD = {16: (8, 32, 4), 32: (8, 32, 8), 64: (4, 16, 8)}
+BACKWARD = {16: (8, 32, 4), 32: (8, 32, 8), 64: (8, 8, 8)}
+if INTERPRETED:  # which combines scans element by element
+    FORWARD = BACKWARD = dict.fromkeys((4, *FORWARD), (8, 2, 1))
+PROGRAMS = 512  # about four for each processor of a large GPU: below that, sequences are cut
+SHORTEST = 8  # chunks of a segment: the passes over segments cost about one more forward
+
+
+# ---------------------------------------------------------------- launchers
+
+
+def forward(
+    u_BLD: torch.Tensor,
+    delta_BLD: torch.Tensor,
+    A_DN: torch.Tensor,
+    B_BLN: torch.Tensor,
+    C_BLN: torch.Tensor,
+    skip_D: torch.Tensor | None,
+    z_BLD: torch.Tensor | None,
+    bias_GD: torch.Tensor | None,
+    group_BL: torch.Tensor | None,
+    reset_BL: torch.Tensor | None,
+    state_BDN: torch.Tensor | None,
+    keep: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """y, the final state, and the states before each chunk (B, I, N, D), empty unless ``keep``."""
+    batch, length, channels = u_BLD.shape
+    states, chunks = A_DN.shape[1], count_chunks(length)
+    y_BLD = torch.empty(u_BLD.shape, dtype=u_BLD.dtype, device=u_BLD.device)
+    starts = A_DN.new_empty((batch, chunks, states, channels) if keep else (0,))
+    if u_BLD.numel() == 0:
+        final = A_DN.new_zeros(batch, channels, states) if state_BDN is None else state_BDN.clone()
+        return y_BLD, final, starts
+    final_BDN = A_DN.new_empty(batch, channels, states)
+    u, delta, B, C = (_rows_of(t) for t in (u_BLD, delta_BLD, B_BLN, C_BLN))
+    z, A = None if z_BLD is None else _rows_of(z_BLD), A_DN.contiguous()
+    skip, bias, group, reset, state = _dense(skip_D, bias_GD, group_BL, reset_BL, state_BDN)
+    config, blocks, segment, segments = _plan(FORWARD[states], u_BLD.shape, states)
+    end = left = None
+    if segments > 1:
+        end, left = A_DN.new_empty(2, batch, segments, states, channels).unbind(0)
+        ends_kernel[(blocks, segments - 1, batch)](
+            *(u, delta, A, B, bias, group, reset, end, left),
+            *(length, channels, segment, segments),
+            *(*_strides(u), *_strides(delta), *_strides(B)),
+            **config,
+        )
+    forward_kernel[(blocks, segments, batch)](
+        *(u, delta, A, B, C, skip, z, bias, group, reset, state, end, left),
+        *(y_BLD, final_BDN, starts if keep else None),
+        *(length, channels, segment, segments, chunks),
+        *(*_strides(u), *_strides(delta), *_strides(B), *_strides(C), *_strides(z)),
+        CHUNK=CHUNK,
+        **config,
+    )
+    return y_BLD, final_BDN, starts
+
+
+def backward(
+    dy_BLD: torch.Tensor | None,
+    dfinal_BDN: torch.Tensor | None,
+    u_BLD: torch.Tensor,
+    delta_BLD: torch.Tensor,
+    A_DN: torch.Tensor,
+    B_BLN: torch.Tensor,
+    C_BLN: torch.Tensor,
+    skip_D: torch.Tensor | None,
+    z_BLD: torch.Tensor | None,
+    bias_GD: torch.Tensor | None,
+    group_BL: torch.Tensor | None,
+    reset_BL: torch.Tensor | None,
+    starts_BIND: torch.Tensor,
+    need: list[bool],
+) -> list[torch.Tensor]:
+    """Gradients of u, delta, A, B, C, skip, z, bias, state; of size 0 where not in ``need``."""
+    batch, length, channels = u_BLD.shape
+    states, chunks = A_DN.shape[1], count_chunks(length)
+    inputs = (u_BLD, delta_BLD, A_DN, B_BLN, C_BLN, skip_D, z_BLD, bias_GD)
+    if u_BLD.numel() == 0:
+        zeros = [None if t is None else torch.zeros_like(t) for t in inputs]
+        dfirst = A_DN.new_zeros(batch, channels, states)
+        return _wanted([*zeros, dfirst if dfinal_BDN is None else dfinal_BDN.clone()], inputs, need)
+    u, delta, B, C = (_rows_of(t) for t in (u_BLD, delta_BLD, B_BLN, C_BLN))
+    z, A = None if z_BLD is None else _rows_of(z_BLD), A_DN.contiguous()
+    skip, bias, group, reset, dfinal = _dense(skip_D, bias_GD, group_BL, reset_BL, dfinal_BDN)
+    dy = torch.zeros(u.shape, dtype=u.dtype, device=u.device) if dy_BLD is None else dy_BLD
+    dy = dy.contiguous()
+    config, blocks, segment, segments = _plan(BACKWARD[states], u_BLD.shape, states)
+    only_state = not any(need[:8])
+    into = left = None
+    if segments > 1 or only_state:
+        into, left = A.new_empty(2, batch, segments, states, channels).unbind(0)
+        adjoints_kernel[(blocks, segments, batch)](
+            *(dy, delta, A, C, z, bias, group, reset, into, left),
+            *(length, channels, segment, segments),
+            *(*_strides(delta), *_strides(C), *_strides(z)),
+            **config,
+        )
+    if only_state and into is not None and left is not None:
+        dh_BND = torch.zeros_like(into[:, 0]) if dfinal is None else dfinal.mT
+        for part in reversed(range(segments)):
+            dh_BND = torch.addcmul(into[:, part], left[:, part], dh_BND)
+        return _wanted([*[None] * 8, dh_BND.mT.contiguous()], inputs, need)
+    groups = 1 if bias is None else triton.next_power_of_2(bias.shape[0])
+    du, ddelta, dz = (None if t is None else torch.empty_like(dy) for t in (u, delta, z))
+    dB, dC = (A.new_empty(batch, blocks, length, states) for _ in range(2))
+    dA = A.new_empty(batch, segments, states, channels)
+    dskip = None if skip is None else A.new_empty(batch, segments, channels)
+    dbias = None if bias is None else A.new_empty(batch, segments, groups, channels)
+    dfirst = A.new_empty(batch, channels, states)
+    backward_kernel[(blocks, segments, batch)](
+        *(dy, dfinal, u, delta, A, B, C, skip, z, bias, group, reset, starts_BIND, into, left),
+        *(du, ddelta, dz, dA, dB, dC, dskip, dbias, dfirst),
+        *(length, channels, segment, segments, chunks),
+        *(*_strides(u), *_strides(delta), *_strides(B), *_strides(C), *_strides(z)),
+        CHUNK=CHUNK,
+        GROUPS=groups,
+        DOT=_by_tensor_cores(u.dtype, config["WIDTH"]),
+        **config,
+    )
+    dskip = None if dskip is None else dskip.sum((0, 1))
+    dbias = None if dbias is None or bias is None else dbias.sum((0, 1))[: bias.shape[0]]
+    dA = dA.sum((0, 1)).t()
+    return _wanted([du, ddelta, dA, dB.sum(1), dC.sum(1), dskip, dz, dbias, dfirst], inputs, need)
+
+
+def _wanted(
+    gradients: list[torch.Tensor | None],
+    inputs: Sequence[torch.Tensor | None],
+    need: list[bool],
+) -> list[torch.Tensor]:
+    """Those needed, dense and in the types of their inputs; of size 0 the others."""
+    found: list[torch.Tensor] = []
+    u_BLD = inputs[0]
+    assert u_BLD is not None
+    for gradient, like, wanted in zip(gradients, (*inputs, None), need, strict=True):
+        if gradient is None or not wanted:
+            found.append(u_BLD.new_empty(0))
+        else:
+            found.append(gradient.to(gradient.dtype if like is None else like.dtype).contiguous())
+    return found
+
+
+def _rows_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Read in place if its last dimension is dense, as a slice of a projection's output is."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _dense(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    return [None if t is None else t.contiguous() for t in tensors]
+
+
+def _strides(tensor: torch.Tensor | None) -> tuple[int, int]:
+    """Between sequences, and between tokens."""
+    return (0, 0) if tensor is None else (tensor.stride(0), tensor.stride(1))
+
+
+def _plan(
+    sizes: tuple[int, int, int], shape: torch.Size, states: int
+) -> tuple[dict[str, int], int, int, int]:
+    """Options of a launch, blocks of channels, tokens of a segment (whole chunks), and segments."""
+    tokens, width, warps = sizes
+    batch, length, channels = shape
+    blocks, chunks = triton.cdiv(channels, width), count_chunks(length)
+    wanted = max(1, min(PROGRAMS // (batch * blocks), chunks // SHORTEST, 16))
+    segment = -(-chunks // wanted) * CHUNK
+    config = {"N": states, "TOKENS": tokens, "WIDTH": width}
+    return config | {"num_warps": warps, "num_stages": 1}, blocks, segment, -(-length // segment)
+
+
+def _by_tensor_cores(dtype: torch.dtype, width: int) -> bool:
+    """Whether sums over channels are products with ones, in tf32: not for fp32, nor below 16."""
+    return dtype != torch.float32 and width >= 16
+
+
+# ---------------------------------------------------------------- ahead of time
+
+
+def variants() -> Iterator[Variant]:
+    """N = 16 in bf16 and fp32, and the other N in bf16, all with every option given."""
+    for dtype, states in (
+        (torch.bfloat16, 16),
+        (torch.float32, 16),
+        (torch.bfloat16, 32),
+        (torch.bfloat16, 64),
+    ):
+        for kernel, (tokens, width, warps) in (
+            (ends_kernel, FORWARD[states]),
+            (forward_kernel, FORWARD[states]),
+            (adjoints_kernel, BACKWARD[states]),
+            (backward_kernel, BACKWARD[states]),
+        ):
+            by_tensor_cores = _by_tensor_cores(dtype, width)
+            constants = {"N": states, "CHUNK": CHUNK, "TOKENS": tokens, "WIDTH": width}
+            constants |= {"GROUPS": 2, "DOT": by_tensor_cores}
+            names = [p.name for p in kernel.params if p.name not in constants]
+            types = {name: _type_of(name, pointer_type(dtype)) for name in names}
+            yield Variant(
+                name=f"selective_scan {kernel.fn.__name__.removesuffix('_kernel')}, "
+                f"{str(dtype).removeprefix('torch.')}, N {states}",
+                kernel=kernel,
+                types=types,
+                constants={p.name: constants[p.name] for p in kernel.params if p.name in constants},
+                aligned=tuple(n for n in names if n in ("length", "channels") or n[-2:] in _AXES),
+                warps=warps,
+                stages=1,
+                tensor_cores=by_tensor_cores and kernel is backward_kernel,
+            )
+
+
+_AXES = ("_b", "_l")
+_NARROW = ("u", "delta", "B", "C", "z", "y", "dy", "du", "ddelta", "dz")
+_SIZES = ("length", "channels", "segment", "segments", "chunks")
+
+
+def _type_of(name: str, narrow: str) -> str:
+    """Triton's word for an argument of these kernels."""
+    if name in _SIZES or name[-2:] in _AXES:
+        return "i32"
+    return {"group": "*u8", "reset": "*i1"}.get(name, narrow if name in _NARROW else "*fp32")
