@@ -24,6 +24,7 @@ from earlyfuse.kernels.causal_conv1d import causal_conv1d  # noqa: E402
 from earlyfuse.kernels.grouped_gemm import grouped_swiglu, op  # noqa: E402
 from earlyfuse.kernels.linear_cross_entropy import linear_cross_entropy  # noqa: E402
 from earlyfuse.kernels.permute import gather_rows, scatter_add_rows, select_top_k  # noqa: E402
+from earlyfuse.kernels.selective_scan import selective_scan  # noqa: E402
 
 Run = Callable[[], Sequence[torch.Tensor]]
 
@@ -241,7 +242,65 @@ def dispatch(kind: str, tiny: bool) -> Iterator[Work]:
         )  # fmt: skip
 
 
-# ---------------------------------------------------------------- rows 5 and 6
+# ---------------------------------------------------------------- rows 4 to 6
+
+
+class Scan:
+    """A packed row of Mamba-1 at the sizes of a 1.5 B model, or a tiny one."""
+
+    def __init__(self, batch: int, length: int, channels: int, kind: str) -> None:
+        torch.manual_seed(0)
+        states = 16
+
+        def leaf(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, device=kind).bfloat16().requires_grad_()
+
+        wide, narrow = (batch, length, channels), (batch, length, states)
+        self.data = [leaf(*wide), leaf(*wide), leaf(*narrow), leaf(*narrow), leaf(*wide)]
+        self.A = -torch.rand(channels, states, device=kind) * 4 - 0.1
+        self.skip, self.bias = torch.randn(2, channels, device=kind)
+        self.reset = torch.arange(length, device=kind).expand(batch, -1) % 1000 == 0
+        self.dy = torch.randn(*wide, device=kind).bfloat16()
+
+    def forward(self, backend: str) -> list[torch.Tensor]:
+        """y, gated."""
+        u, delta, B, C, z = self.data
+        y, _ = selective_scan(
+            u, delta, self.A, B, C, self.skip, z, self.bias[None],
+            reset_BL=self.reset, backend=backend,
+        )  # fmt: skip
+        return [y]
+
+    @torch.no_grad()
+    def inference(self, backend: str) -> list[torch.Tensor]:
+        """y alone: nothing is kept."""
+        return self.forward(backend)
+
+    def both(self, backend: str) -> list[torch.Tensor]:
+        """y and the gradients of the data."""
+        (y,) = self.forward(backend)
+        return [y.detach(), *torch.autograd.grad(y, self.data, self.dy)]
+
+
+def scans(kind: str, tiny: bool) -> Iterator[Work]:
+    """Row 4: forward alone, and with backward, checked against the definition on a short row."""
+    check = Scan(1, 24, 32, kind)
+    yield Work(
+        "4 selective scan", "B 1 L 24 D 32 N 16, correctness", partial(check.both, "auto"),
+        {"definition": partial(check.both, "reference")}, ("definition",), 3e-2,
+    )  # fmt: skip
+    for batch in () if tiny else (2, 4, 8):
+        scan = Scan(batch, 4096, 4096, kind)
+        elements, at = batch * 4096 * 4096, f"B {batch} L 4096 D 4096 N 16"
+        yield Work(
+            "4 selective scan", f"{at}, forward", partial(scan.inference, "auto"), {}, (), 0.0,
+            bytes_moved=8 * elements, exponentials=16 * elements, goal="≥ 65 % of floor",
+        )  # fmt: skip
+        yield Work(
+            "4 selective scan", f"{at}, forward and backward", partial(scan.both, "auto"), {}, (),
+            0.0, flops=0.0, bytes_moved=22 * elements, exponentials=32 * elements,
+            goal="backward ≥ 40 % of its floor",
+        )  # fmt: skip
 
 
 def convolution(
@@ -319,4 +378,4 @@ def heads(kind: str, tiny: bool) -> Iterator[Work]:
     )  # fmt: skip
 
 
-ROWS = (moma_layers, grouped_products, dispatch, convolutions, heads)
+ROWS = (moma_layers, grouped_products, dispatch, scans, convolutions, heads)
