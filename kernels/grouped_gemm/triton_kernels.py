@@ -46,7 +46,7 @@ HALF_GATE_UP = (
 )
 ONE_PRODUCT = (HALF[1],)
 FROM_SM_90 = (_config(128, 128, 64, 8, 3),)  # of gate and up: registers of sm_80 do not suffice
-SINGLE = (_config(64, 64, 32, 8, 2, 2), _config(32, 64, 32, 4, 2, 2))
+SINGLE = (_config(64, 64, 32, 8, 2, 2),)  # fp32 without tensor cores
 
 
 def _suitable(configs: list[triton.Config], arguments: dict, **flags: Any) -> list[triton.Config]:
