@@ -18,7 +18,7 @@ from earlyfuse.kernels.ahead_of_time import Variant
 from earlyfuse.kernels.triton_support import pointer_type
 
 WIDTHS = (128, 1024)  # of a program's part of a row: narrow and wide models
-SELECT_BLOCK = 1024
+SELECT_BLOCK = 512
 RADIX_BITS = 8
 
 
