@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from layouts import CASES, MODELS
+from layouts import BY_NAME, CASES
 from ranks import output_of, torchrun
 from tiny_runs import SHAPE, moma
 from torch.torch_version import TorchVersion
@@ -160,7 +160,7 @@ def test_what_works_is_not_refused(monkeypatch):
         monkeypatch.setenv("WORLD_SIZE", str(ranks))
         for case in filter(attrgetter("runs"), cases.values()):
             config = case.config(Path(), Path(), ranks)
-            check_parallelism(config.parallelism, config.training, MODELS[case.model]())
+            check_parallelism(config.parallelism, config.training, BY_NAME[case.model]())
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU")

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch.distributed as dist
-from layouts import MODELS
+from layouts import BY_NAME
 from tiny_runs import tiny_config
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
@@ -67,7 +67,7 @@ class AnotherTrainer(Trainer):
 
 def counted_step(folder, name):
     model, parallelism, ac_config, dtype = (TWO | FOUR)[name]
-    config = tiny_config(folder / name.replace(" ", "_"), folder / "data", MODELS[model]())
+    config = tiny_config(folder / name.replace(" ", "_"), folder / "data", BY_NAME[model]())
     config.training.local_batch_size *= parallelism.get("pipeline_parallel_degree", 1)
     for field, value in parallelism.items():
         setattr(config.parallelism, field, value)
