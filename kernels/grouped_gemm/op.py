@@ -195,10 +195,13 @@ def _(
 def _keep_for_swiglu(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.once, ctx.keep, ctx.backend = inputs
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # else zeros as large as the activations are made for it
     ctx.save_for_backward(output[1], *tensors)
 
 
-def _swiglu_backward(ctx: Any, dy_TD: Tensor, _: None) -> tuple[Tensor | None, ...]:
+def _swiglu_backward(ctx: Any, dy_TD: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if dy_TD is None:
+        return (None,) * len(ctx.needs_input_grad)
     need = [ctx.needs_input_grad[i] for i in (0, 1, 2, 3, 6)]
     found = grouped_swiglu_backward(
         dy_TD.contiguous(), *ctx.saved_tensors, ctx.once, need, ctx.backend
