@@ -283,8 +283,6 @@ def _common(like: torch.Tensor, groups: int) -> dict[str, Any]:
 
 # ---------------------------------------------------------------- for kernels/ahead_of_time.py
 
-_NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
-
 
 def variants() -> Iterator[Variant]:
     """Every configuration of every kernel, with what costs most switched on."""
@@ -335,7 +333,7 @@ def _variants(
         blocks = "x".join(str(config.kwargs[f"BLOCK_{axis}"]) for axis in "MNK")
         common = {"BAND": BAND, "DOT": compute_type(dtype), "EVEN_K": True, "INDEX": tl.int32}
         yield Variant(
-            name=f"grouped_gemm {name} {_NAMES[dtype]} {blocks}",
+            name=f"grouped_gemm {name} {pointer_type(dtype)[1:]} {blocks}",
             kernel=kernel,
             types=types,
             constants={**common, "PRECISION": product_precision(dtype), **flags, **config.kwargs},
