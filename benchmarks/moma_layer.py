@@ -30,6 +30,7 @@ from earlyfuse.kernels.grouped_gemm import grouped_swiglu
 from earlyfuse.models.blocks.experts import ExpertPool, MixtureOfExperts
 from earlyfuse.models.blocks.feed_forward import FeedForward
 from earlyfuse.models.blocks.layout import Layout
+from earlyfuse.models.routing.expert_choice import ExpertChoice
 from harness import Report, Rival, Timing, compare, verify
 
 POOLS, EXPERTS_PER_POOL = ("text", "image"), 4
@@ -140,12 +141,12 @@ def ours(problem: Problem) -> Rival:
                 experts=EXPERTS_PER_POOL,
                 groups=(group,),
                 share=setting.shares[group],
-                routing_rows=ROWS,
+                router=ExpertChoice.Config(routing_rows=ROWS),
             )
             for group, name in enumerate(POOLS)
         ]
     ).build()
-    names = ("router", "experts.w1", "experts.w3", "experts.w2")
+    names = ("router.weight", "experts.w1", "experts.w3", "experts.w2")
     for name, stacked in zip(names, problem.parameters, strict=True):
         for pool, part in zip(module.pools, stacked.split(EXPERTS_PER_POOL), strict=True):
             pool.get_parameter(name).data.copy_(part.detach())

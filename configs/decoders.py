@@ -14,6 +14,7 @@ from earlyfuse.models.blocks.experts import ExpertPool, MixtureOfExperts
 from earlyfuse.models.blocks.feed_forward import FeedForward
 from earlyfuse.models.decoder import Block, Decoder
 from earlyfuse.models.modality import Modality
+from earlyfuse.models.routing.expert_choice import ExpertChoice
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def moe(shape: Shape, experts: int = 8, *, routing_rows: int = 1) -> Decoder.Con
                     dim=shape.dim,
                     hidden_dim=shape.hidden_dim,
                     experts=experts,
-                    routing_rows=routing_rows,
+                    router=ExpertChoice.Config(routing_rows=routing_rows),
                 )
             ]
         ),
@@ -105,7 +106,7 @@ def moma(
                     experts=experts[modality],
                     groups=(group,),
                     share=shares[modality],
-                    routing_rows=routing_rows,
+                    router=ExpertChoice.Config(routing_rows=routing_rows),
                 )
                 for group, modality in enumerate(shape.modalities)
             ]

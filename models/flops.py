@@ -95,7 +95,7 @@ def _matrices_met(
     for pool in config.pools:
         serves = not pool.groups or group in pool.groups
         if serves:
-            met += pool.capacity_factor * _expert(pool)
+            met += pool.router.capacity_factor * _expert(pool)
         if serves or routers_of_all:  # every pool scores every token of the batch
             met += pool.experts * pool.dim
     return met

@@ -107,16 +107,16 @@ class DataSet(Configurable):
         }
         for name, pool, _, _ in model.traverse(ExpertPool.Config):
             for field_name, rows in rows_per_rank.items():
-                if rows % pool.routing_rows:
+                if rows % pool.router.routing_rows:
                     raise ValueError(
                         f"{field_name} ({rows:g}) must be a multiple of routing_rows "
-                        f"({pool.routing_rows}) of {name}; change one of them"
+                        f"({pool.router.routing_rows}) of {name}; change one of them"
                     )
-            if pool.budget == "static":
+            if pool.router.budget == "static":
                 static_budget(
                     pool.share,
-                    pool.capacity_factor,
-                    pool.routing_rows * training.seq_len,
+                    pool.router.capacity_factor,
+                    pool.router.routing_rows * training.seq_len,
                     pool.experts,
                 )
 

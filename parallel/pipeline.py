@@ -245,11 +245,11 @@ def _microbatches(
             f"({rows}); change one of them"
         )
     for name, pool, _, _ in model.traverse(ExpertPool.Config):
-        if size % pool.routing_rows:
+        if size % pool.router.routing_rows:
             yield (
                 f"pipeline_parallel_microbatch_size ({size}) must be a multiple of routing_rows "
-                f"({pool.routing_rows}) of {name}, within which a choice of experts is made; "
-                "change one of them"
+                f"({pool.router.routing_rows}) of {name}, within which a choice of experts is "
+                "made; change one of them"
             )
     count = rows // size
     if schedule != "GPipe" and count < degree:

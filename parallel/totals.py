@@ -6,10 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from earlyfuse.models.blocks.experts import MixtureOfExperts, RouterStats
+from earlyfuse.models.blocks.experts import MixtureOfExperts
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.flops import training_flops
 from earlyfuse.models.modality import Modality
+from earlyfuse.models.routing.statistics import RouterStats
 
 MODALITIES = len(Modality)
 
@@ -86,13 +87,14 @@ def router_statistics(
     for name, module in (named for part in parts for named in part.named_modules()):
         if isinstance(module, RouterStats):
             path = name.split(".")
-            here[f"layer{path[path.index('layers') + 1]}.pool{path[-2]}"] = module
+            layer, pool = (path[path.index(of) + 1] for of in ("layers", "pools"))
+            here[f"layer{layer}.pool{pool}"] = module
     statistics: dict[str, RouterStats] = {}
-    for number, layer in enumerate(model.layers):
-        if isinstance(layer.feed_forward, MixtureOfExperts.Config):
-            for index, pool in enumerate(layer.feed_forward.pools):
+    for number, block in enumerate(model.layers):
+        if isinstance(block.feed_forward, MixtureOfExperts.Config):
+            for index, config in enumerate(block.feed_forward.pools):
                 place = f"layer{number}.pool{index}"
-                statistics[place] = here.get(place) or RouterStats(pool.experts).to(device)
+                statistics[place] = here.get(place) or RouterStats(config.experts).to(device)
     return statistics
 
 

@@ -210,6 +210,7 @@ def routed_rows(pool: ExpertPool.Config, training: TrainingConfig) -> int:
 
     By the static rule; with exact budgets, what that is on average.
     """
-    group_tokens = pool.routing_rows * training.seq_len
-    budget = static_budget(pool.share, pool.capacity_factor, group_tokens, pool.experts)
-    return pool.experts * budget * (training.local_batch_size // pool.routing_rows)
+    router = pool.router
+    group_tokens = router.routing_rows * training.seq_len
+    budget = static_budget(pool.share, router.capacity_factor, group_tokens, pool.experts)
+    return pool.experts * budget * (training.local_batch_size // router.routing_rows)

@@ -20,10 +20,10 @@ from torchtitan.distributed import ParallelDims
 from earlyfuse.data.lanes import Blend
 from earlyfuse.data.shards import TokenSource
 from earlyfuse.data.stream import validation_batches
-from earlyfuse.models.blocks.experts import ExpertPool
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.modality import Modality, Vocabulary
 from earlyfuse.models.objectives.chameleon import ChameleonObjective, label_members
+from earlyfuse.models.routing.expert_choice import ExpertChoice
 from earlyfuse.parallel.pipeline import Pipeline
 from earlyfuse.parallel.tasks import Ranks, Task, load_tasks
 
@@ -145,15 +145,15 @@ class Validation(Validator):
 @contextmanager
 def evaluating(model: Decoder | Pipeline) -> Iterator[None]:
     """Evaluation mode with budgets from actual counts; puts everything back."""
-    pools = [module for module in model.modules() if isinstance(module, ExpertPool)]
-    budgets = [pool.budget for pool in pools]
+    routers = [module for module in model.modules() if isinstance(module, ExpertChoice)]
+    budgets = [router.budget for router in routers]
     was_training = model.training
     model.eval()
-    for pool in pools:
-        pool.budget = "exact"
+    for router in routers:
+        router.budget = "exact"
     try:
         yield
     finally:
         model.train(was_training)
-        for pool, budget in zip(pools, budgets, strict=True):
-            pool.budget = budget
+        for router, budget in zip(routers, budgets, strict=True):
+            router.budget = budget

@@ -5,9 +5,9 @@ import torch
 from tiny_runs import MODELS, SHAPE
 
 from earlyfuse.configs import decoders
-from earlyfuse.models.blocks.experts import ExpertPool
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.modality import Modality
+from earlyfuse.models.routing.expert_choice import ExpertChoice
 
 B, S = 2, 24
 
@@ -53,18 +53,18 @@ def test_later_tokens_do_not_move_earlier_outputs_of_moma_with_routing_fixed(mon
     model = build(MODELS["moma"]())
     tokens, modality, positions = batch()
     chosen = {}
-    choose = ExpertPool._choose
+    choose = ExpertChoice._choose
 
-    def once(pool, logits, eligible, layout):
+    def once(router, logits, eligible, layout):
         """The first forward's choice of rows, with the weights of the present logits."""
-        routes = choose(pool, logits, eligible, layout)
-        row, offset, _ = chosen.setdefault(pool, routes)
+        routes = choose(router, logits, eligible, layout)
+        row, offset, _ = chosen.setdefault(router, routes)
         expert = torch.repeat_interleave(torch.arange(logits.shape[1]), offset.diff())
         return routes._replace(
             row_R=row, offset_G1=offset, weight_R=logits[row, expert].sigmoid() * eligible[row]
         )
 
-    monkeypatch.setattr(ExpertPool, "_choose", once)
+    monkeypatch.setattr(ExpertChoice, "_choose", once)
     changed = tokens.clone()
     changed[:, 15] = (changed[:, 15] + 1) % 48
     before, after = model(tokens, modality, positions), model(changed, modality, positions)
@@ -116,7 +116,7 @@ def test_one_expert_that_takes_everything_is_the_dense_model_with_its_weight():
     moe, dense = build(config), build(decoders.dense(SHAPE))
     state = moe.state_dict()
     for key in list(state):
-        if key.endswith("router"):
+        if key.endswith("router.weight"):
             state.pop(key)
     renamed = {}
     for key, value in state.items():
@@ -125,8 +125,8 @@ def test_one_expert_that_takes_everything_is_the_dense_model_with_its_weight():
         renamed[key.replace(".pools.0.experts.", ".")] = value
     dense.load_state_dict(renamed)
     for module in moe.modules():
-        if isinstance(module, ExpertPool):
-            torch.nn.init.zeros_(module.router)
+        if isinstance(module, ExpertChoice):
+            torch.nn.init.zeros_(module.weight)
     inputs = batch()
     torch.testing.assert_close(moe(*inputs), dense(*inputs), rtol=0, atol=1e-5)
 

@@ -96,7 +96,7 @@ def layer(budget: str = "static"):
     )
     module = config.build()
     for pool in module.pools:
-        pool.budget = budget
+        pool.router.budget = budget
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return module
@@ -110,17 +110,17 @@ def masked_dense(module, x_TD, modality_T):
     """The same layer without any routing: every expert computes every token, then masks choose."""
     out = torch.zeros_like(x_TD)
     for m, pool in enumerate(module.pools):
-        logits = x_TD @ pool.router.T
+        logits = x_TD @ pool.router.weight.T
         w1, w3, w2 = pool.experts.w1, pool.experts.w3, pool.experts.w2
         eligible = modality_T == m
-        length = T // pool.config.routing_rows // N
+        length = T // pool.router.config.routing_rows // N
         for n in range(N):
             inside = (torch.arange(T) // length) == n
             candidates = torch.where((eligible & inside)[:, None], logits, -torch.inf)
-            k = static_budget(pool.config.share, 1.0, length, len(pool.router))
-            if pool.budget == "exact":
-                k = round(int((eligible & inside).sum()) / len(pool.router))
-            for e in range(len(pool.router)):
+            k = static_budget(pool.config.share, 1.0, length, len(logits.T))
+            if pool.router.budget == "exact":
+                k = round(int((eligible & inside).sum()) / len(logits.T))
+            for e in range(len(logits.T)):
                 best = candidates[:, e].topk(k).indices
                 mask = torch.zeros(T).index_fill(0, best, 1.0) * (eligible & inside)
                 expert = F.linear(F.silu(F.linear(x_TD, w1[e])) * F.linear(x_TD, w3[e]), w2[e])
@@ -173,14 +173,14 @@ def test_routing_does_not_depend_on_which_rows_share_a_micro_batch():
 
 def test_a_batch_that_does_not_hold_whole_routing_groups_is_refused():
     module = layer()
-    module.pools[0].config.routing_rows = 4
+    module.pools[0].router.config.routing_rows = 4
     with pytest.raises(ValueError, match=r"batch of 2 rows.*routing_rows \(4\)"):
         module(torch.randn(T, SHAPE.dim), layout(torch.zeros(N, T // N, dtype=torch.uint8)))
 
 
 def test_statistics_count_what_the_routers_did():
     module = layer()
-    stats = module.pools[1].stats
+    stats = module.pools[1].router.stats
     stats.recording = True
     modality = torch.zeros(T, dtype=torch.uint8)
     modality[:2] = (

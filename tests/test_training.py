@@ -260,7 +260,7 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(tmp_path, data):
     description = (tmp_path / "run.json").read_text()
     refused(
         tiny_config(tmp_path, data, moma()),
-        r"is of another model: layers.0.feed_forward.pools.0.router: not in",
+        r"is of another model: layers.0.feed_forward.pools.0.router.weight: not in",
     )
     wider = decoders.dense(replace(SHAPE, hidden_dim=64))
     refused(

@@ -7,11 +7,10 @@ image experts); a single pool over all modalities is plain expert choice (``moe_
 T tokens, D width, E experts of the pool, F inner width, R routed rows.
 """
 
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torchtitan.protocols.module import Module, ModuleList
 
@@ -19,21 +18,20 @@ from earlyfuse.kernels.grouped_gemm import grouped_swiglu
 from earlyfuse.models.blocks.held import held
 from earlyfuse.models.blocks.layout import Layout
 from earlyfuse.models.routes import Routes
-from earlyfuse.models.routing.expert_choice import expert_choice, static_budget
+from earlyfuse.models.routing.expert_choice import ExpertChoice
 
 
 class ExpertPool(Module):
-    """E experts that choose among the tokens of some modality groups.
+    """E experts for the tokens of some modality groups, and the router that brings them together.
 
-    Output of a token: Σ over the experts that chose it of sigmoid(score) · SwiGLU(x); zero if none
-    did (MoMa eq. 1). Parameters: router (E, D), and those of ``Experts``.
+    Output of a token: Σ over the experts that it is routed to of weight · SwiGLU(x); zero if there
+    is none (MoMa eq. 1). Parameters: those of the router and of ``Experts``.
     """
 
     @dataclass(kw_only=True, slots=True)
     class Config(Module.Config):
         """``groups``: indices of the modality groups served, () for all. ``share``: the part of all
-        tokens that they make up in the data, from which static budgets follow. ``routing_rows``:
-        rows of the batch among which one choice is made."""
+        tokens that they make up in the data, from which static budgets follow."""
 
         name: str
         dim: int
@@ -41,9 +39,7 @@ class ExpertPool(Module):
         experts: int
         groups: tuple[int, ...] = ()
         share: float = 1.0
-        capacity_factor: float = 1.0
-        routing_rows: int = 1
-        budget: Literal["static", "exact"] = "static"
+        router: ExpertChoice.Config = field(default_factory=ExpertChoice.Config)
 
         def __post_init__(self) -> None:
             if not 0 < self.share <= 1:
@@ -51,58 +47,31 @@ class ExpertPool(Module):
                     f"share ({self.share}) of the {self.name} experts must be in (0, 1]; "
                     "give the part of all tokens that has this modality"
                 )
-            for field in ("experts", "routing_rows", "capacity_factor", "hidden_dim"):
-                if getattr(self, field) <= 0:
+            for name in ("experts", "hidden_dim"):
+                if getattr(self, name) <= 0:
                     raise ValueError(
-                        f"{field} ({getattr(self, field)}) of the {self.name} experts must be "
+                        f"{name} ({getattr(self, name)}) of the {self.name} experts must be "
                         "positive"
                     )
 
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.budget = config.budget
-        self.router = nn.Parameter(torch.empty(config.experts, config.dim))
+        self.router = config.router.build(
+            dim=config.dim, experts=config.experts, share=config.share
+        )
         self.experts = Experts(config.experts, config.hidden_dim, config.dim)
         self.exchange: Exchange = NoExchange()
-        self.stats = RouterStats(config.experts)
 
     def route(self, x_TD: torch.Tensor, layout: Layout) -> Routes:
         """Which of the tokens (T, D) each expert takes, and their weights."""
-        eligible_T = self._eligible(layout)
-        # router in fp32: ties in bf16 would reorder the top-k
-        logits_TE = F.linear(x_TD.float(), self.router.float())
-        routes = self._choose(logits_TE, eligible_T, layout)
-        if self.stats.recording:
-            self.stats.record(logits_TE, eligible_T, routes)
-        return routes
+        return self.router(x_TD, self._eligible(layout), layout)
 
     def _eligible(self, layout: Layout) -> torch.Tensor | None:
         if not self.config.groups:
             return None
         served = [layout.group_T == group for group in self.config.groups]
         return served[0] if len(served) == 1 else torch.stack(served).any(0)
-
-    def _choose(
-        self, logits_TE: torch.Tensor, eligible_T: torch.Tensor | None, layout: Layout
-    ) -> Routes:
-        config = self.config
-        if layout.rows % config.routing_rows:
-            raise ValueError(
-                f"batch of {layout.rows} rows cannot be cut into routing groups of routing_rows "
-                f"({config.routing_rows}); make the local batch size a multiple of it"
-            )
-        budget = None
-        if self.budget == "static":
-            tokens = config.routing_rows * layout.seq_len
-            budget = static_budget(config.share, config.capacity_factor, tokens, config.experts)
-        return expert_choice(
-            logits_TE,
-            eligible_T,
-            layout.rows // config.routing_rows,
-            budget=budget,
-            capacity_factor=config.capacity_factor,
-        )
 
 
 class Experts(Module):
@@ -153,62 +122,6 @@ class NoExchange:
         return returned
 
 
-class RouterStats(Module):
-    """Sums over the forwards made while ``recording``: what the routers did, kept on the device.
-
-    ``load_E`` counts real tokens taken by each expert. ``sums_6``: eligible tokens, eligible tokens
-    that some expert took, rows, rows of real tokens, their weights, squared logits.
-    """
-
-    def __init__(self, experts: int):
-        super().__init__()
-        self.recording = False
-        self.register_buffer("load_E", torch.zeros(experts), persistent=False)
-        self.register_buffer("sums_6", torch.zeros(6), persistent=False)
-
-    def _init_self_buffers(self, *, buffer_device: torch.device | None = None) -> None:
-        self.load_E.zero_()
-        self.sums_6.zero_()
-
-    @torch.no_grad()
-    def record(
-        self, logits_TE: torch.Tensor, eligible_T: torch.Tensor | None, routes: Routes
-    ) -> None:
-        """Add one forward's routing. No host synchronisation."""
-        row_R, _, weight_R = routes
-        assert weight_R is not None, "expert choice always weighs its rows"
-        tokens, experts = logits_TE.shape
-        eligible = logits_TE.new_ones(tokens) if eligible_T is None else eligible_T.float()
-        real_R = eligible[row_R]
-        reached_T = torch.zeros_like(eligible).index_fill_(0, row_R, 1.0) * eligible
-        squares = (logits_TE.square().mean(1) * eligible).sum()
-        self.load_E += real_R.view(experts, -1).sum(1)
-        rows = real_R.new_full((), real_R.numel())
-        self.sums_6 += torch.stack(
-            [eligible.sum(), reached_T.sum(), rows, real_R.sum(), weight_R.sum(), squares]
-        )
-
-    def take(self) -> dict[str, float]:
-        """Summary since the last call, and start anew.
-
-        ``load_min``, ``load_max``: least and most loaded expert relative to an even share of the
-        eligible tokens; ``reached``: share of eligible tokens with an expert; ``filled``: share of
-        the budget used; ``weight``: mean weight of a chosen token; ``logit_rms``.
-        """
-        eligible, reached, rows, real, weight, squares = self.sums_6.tolist()
-        load = (self.load_E * len(self.load_E) / max(eligible, 1)).tolist()
-        summary = {
-            "load_min": min(load),
-            "load_max": max(load),
-            "reached": reached / max(eligible, 1),
-            "filled": real / max(rows, 1),
-            "weight": weight / max(real, 1),
-            "logit_rms": (squares / max(eligible, 1)) ** 0.5,
-        }
-        self._init_self_buffers()
-        return summary
-
-
 class MixtureOfExperts(Module):
     """The sum of its pools; of disjoint modalities, each token meets those of its own."""
 
@@ -231,7 +144,7 @@ class MixtureOfExperts(Module):
         In turns over the pools: while the rows of one travel, another one computes.
         """
         sent = [
-            pool.exchange.send(x_TD, pool.route(x_TD, layout), pool.budget == "static")
+            pool.exchange.send(x_TD, pool.route(x_TD, layout), pool.router.static)
             for pool in self.pools
         ]
         returned = [

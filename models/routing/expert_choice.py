@@ -4,14 +4,87 @@ A routing group is a fixed number of rows of the global batch, so the function c
 depend on ranks, micro-batches or accumulation, and routing needs no communication. Selection sees a
 whole group at once, hence also later tokens: not causal.
 
-T tokens, N routing groups of L = T/N tokens, E experts, k tokens an expert takes in a group,
-R = E·N·k rows.
+T tokens, D width, N routing groups of L = T/N tokens, E experts, k tokens an expert takes in a
+group, R = E·N·k rows.
 """
 
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
+import torch.nn.functional as F
+from torch import nn
+from torchtitan.protocols.module import Module
 
 from earlyfuse.kernels.permute import select_top_k
+from earlyfuse.models.blocks.layout import Layout
 from earlyfuse.models.routes import Routes
+from earlyfuse.models.routing.statistics import RouterStats
+
+
+class ExpertChoice(Module):
+    """The router of a pool whose experts choose their tokens. Parameter: weight (E, D)."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Module.Config):
+        """``capacity_factor``: experts that a token gets on average. ``routing_rows``: rows of the
+        batch among which one choice is made. ``budget``: see ``expert_choice``."""
+
+        capacity_factor: float = 1.0
+        routing_rows: int = 1
+        budget: Literal["static", "exact"] = "static"
+
+        def __post_init__(self) -> None:
+            for name in ("routing_rows", "capacity_factor"):
+                if getattr(self, name) <= 0:
+                    raise ValueError(f"{name} ({getattr(self, name)}) must be positive")
+            if self.budget not in ("static", "exact"):
+                raise ValueError(f'budget ({self.budget!r}) must be "static" or "exact"')
+
+    def __init__(self, config: Config, *, dim: int, experts: int, share: float):
+        super().__init__()
+        self.config, self.share = config, share
+        self.budget = config.budget
+        self.weight = nn.Parameter(torch.empty(experts, dim))
+        self.stats = RouterStats(experts)
+
+    @property
+    def static(self) -> bool:
+        """Whether every rank routes the same number of rows, known beforehand."""
+        return self.budget == "static"
+
+    def forward(
+        self, x_TD: torch.Tensor, eligible_T: torch.Tensor | None, layout: Layout
+    ) -> Routes:
+        """Which of the tokens (T, D) each expert takes, and their weights."""
+        # router in fp32: ties in bf16 would reorder the top-k
+        logits_TE = F.linear(x_TD.float(), self.weight.float())
+        routes = self._choose(logits_TE, eligible_T, layout)
+        if self.stats.recording:
+            self.stats.record(logits_TE, eligible_T, routes)
+        return routes
+
+    def _choose(
+        self, logits_TE: torch.Tensor, eligible_T: torch.Tensor | None, layout: Layout
+    ) -> Routes:
+        config = self.config
+        if layout.rows % config.routing_rows:
+            raise ValueError(
+                f"batch of {layout.rows} rows cannot be cut into routing groups of routing_rows "
+                f"({config.routing_rows}); make the local batch size a multiple of it"
+            )
+        budget = None
+        if self.static:
+            tokens = config.routing_rows * layout.seq_len
+            experts = logits_TE.shape[1]
+            budget = static_budget(self.share, config.capacity_factor, tokens, experts)
+        return expert_choice(
+            logits_TE,
+            eligible_T,
+            layout.rows // config.routing_rows,
+            budget=budget,
+            capacity_factor=config.capacity_factor,
+        )
 
 
 def expert_choice(

@@ -1,0 +1,65 @@
+"""What routers did, counted on the device and read when a step is logged.
+
+T tokens, E experts, R routed rows.
+"""
+
+import torch
+from torchtitan.protocols.module import Module
+
+from earlyfuse.models.routes import Routes
+
+
+class RouterStats(Module):
+    """Sums over the forwards made while ``recording``: what the routers did, kept on the device.
+
+    ``load_E`` counts real tokens taken by each expert. ``sums_6``: eligible tokens, eligible tokens
+    that some expert took, rows, rows of real tokens, their weights, squared logits.
+    """
+
+    def __init__(self, experts: int):
+        super().__init__()
+        self.recording = False
+        self.register_buffer("load_E", torch.zeros(experts), persistent=False)
+        self.register_buffer("sums_6", torch.zeros(6), persistent=False)
+
+    def _init_self_buffers(self, *, buffer_device: torch.device | None = None) -> None:
+        self.load_E.zero_()
+        self.sums_6.zero_()
+
+    @torch.no_grad()
+    def record(
+        self, logits_TE: torch.Tensor, eligible_T: torch.Tensor | None, routes: Routes
+    ) -> None:
+        """Add one forward's routing. No host synchronisation."""
+        row_R, _, weight_R = routes
+        assert weight_R is not None, "expert choice always weighs its rows"
+        tokens, experts = logits_TE.shape
+        eligible = logits_TE.new_ones(tokens) if eligible_T is None else eligible_T.float()
+        real_R = eligible[row_R]
+        reached_T = torch.zeros_like(eligible).index_fill_(0, row_R, 1.0) * eligible
+        squares = (logits_TE.square().mean(1) * eligible).sum()
+        self.load_E += real_R.view(experts, -1).sum(1)
+        rows = real_R.new_full((), real_R.numel())
+        self.sums_6 += torch.stack(
+            [eligible.sum(), reached_T.sum(), rows, real_R.sum(), weight_R.sum(), squares]
+        )
+
+    def take(self) -> dict[str, float]:
+        """Summary since the last call, and start anew.
+
+        ``load_min``, ``load_max``: least and most loaded expert relative to an even share of the
+        eligible tokens; ``reached``: share of eligible tokens with an expert; ``filled``: share of
+        the budget used; ``weight``: mean weight of a chosen token; ``logit_rms``.
+        """
+        eligible, reached, rows, real, weight, squares = self.sums_6.tolist()
+        load = (self.load_E * len(self.load_E) / max(eligible, 1)).tolist()
+        summary = {
+            "load_min": min(load),
+            "load_max": max(load),
+            "reached": reached / max(eligible, 1),
+            "filled": real / max(rows, 1),
+            "weight": weight / max(real, 1),
+            "logit_rms": (squares / max(eligible, 1)) ** 0.5,
+        }
+        self._init_self_buffers()
+        return summary
