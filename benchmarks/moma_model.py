@@ -1,0 +1,250 @@
+"""Whole models, forward and backward: MoMa, its dense twin and torchtitan's MoE (row 12).
+
+    python benchmarks/moma_model.py
+
+A unit of work is one batch: forward, cross entropy over all logits, backward. AdamW is timed by
+itself, since an MoE has several times the parameters of a dense model to update, however few tokens
+there are: how much of a step that is depends on the tokens per step, which is for the user to set.
+
+Every model has the same width, depth, heads, inner width and vocabulary, hence the same FLOPs per
+token up to its routers. torchtitan's is Qwen3 with 8 experts of which a token gets one, balanced by
+its own debugging switch, so that no expert waits for another; its experts are kept in fp32 and its
+attention is SDPA, as a CPU needs. One document a row: attention is plain causal everywhere.
+"""
+
+import logging
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+import torchtitan
+from torch import nn
+from torchtitan.models.common import CosSinRoPE, Embedding, Linear
+from torchtitan.models.common.attention import FlexAttention, ScaledDotProductAttention
+from torchtitan.models.common.moe import GroupedExperts, TokenChoiceTopKRouter
+from torchtitan.models.qwen3 import Qwen3Model, _build_qwen3_moe_layers, _qwen3_norm
+
+from earlyfuse.configs import decoders
+from earlyfuse.models.decoder import Decoder
+from earlyfuse.models.modality import Modality
+from harness import Report, Rival, Timing, compare
+from moma_layer import Fp32Experts
+
+EXPERTS_PER_MODALITY, SEGMENT = 4, 64
+DENSE, MOMA, TITAN = "ours, dense Chameleon", "ours, MoMa 4t4i", "torchtitan Qwen3, 8 experts"
+GOAL = 0.95
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Sizes shared by all models; a batch is ``rows`` x ``seq_len`` tokens, half of them text."""
+
+    layers: int
+    dim: int
+    heads: int
+    hidden_dim: int
+    vocab_size: int
+    rows: int
+    seq_len: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a batch."""
+        return self.rows * self.seq_len
+
+    @property
+    def shape(self) -> decoders.Shape:
+        """As our configs name it."""
+        return decoders.Shape(
+            self.dim, self.layers, self.heads, self.hidden_dim, self.vocab_size, norm_order="pre"
+        )
+
+
+SETTINGS = (
+    Setting(6, 512, 8, 2048, 2048, rows=4, seq_len=1024),
+    Setting(6, 256, 4, 768, 2048, rows=4, seq_len=512),
+)
+
+
+# ---------------------------------------------------------------- models
+
+
+def ours(config: Decoder.Config) -> Decoder:
+    """Our decoder with its initial values."""
+    model = Decoder(config)
+    model.init_states()
+    return model
+
+
+def moma(setting: Setting) -> Decoder:
+    """Four experts for each modality, static budgets for half the tokens each."""
+    experts = {Modality.TEXT: EXPERTS_PER_MODALITY, Modality.IMAGE: EXPERTS_PER_MODALITY}
+    shares = {Modality.TEXT: 0.5, Modality.IMAGE: 0.5}
+    return ours(decoders.moma(setting.shape, experts, shares, routing_rows=setting.rows))
+
+
+def titan(setting: Setting) -> Qwen3Model:
+    """torchtitan's MoE decoder of this size; its own initial values."""
+    head_dim = setting.dim // setting.heads
+    normal = {"weight": partial(nn.init.normal_, std=0.02)}
+    config = Qwen3Model.Config(
+        vocab_size=setting.vocab_size,
+        dim=setting.dim,
+        norm=_qwen3_norm(setting.dim),
+        tok_embeddings=Embedding.Config(
+            num_embeddings=setting.vocab_size, embedding_dim=setting.dim, param_init=normal
+        ),
+        lm_head=Linear.Config(
+            in_features=setting.dim, out_features=setting.vocab_size, param_init=normal
+        ),
+        layers=_build_qwen3_moe_layers(
+            n_layers=setting.layers,
+            dim=setting.dim,
+            n_heads=setting.heads,
+            n_kv_heads=setting.heads,
+            head_dim=head_dim,
+            moe_hidden_dim=setting.hidden_dim,
+            num_experts=2 * EXPERTS_PER_MODALITY,
+            top_k=1,
+            attn_backend="flex",
+            moe_comm_backend="standard",
+            rope=CosSinRoPE.Config(dim=head_dim, max_seq_len=setting.seq_len, theta=10_000.0),
+        ),
+    )
+    swaps: list[tuple[type, Callable]] = [
+        (FlexAttention.Config, lambda _: ScaledDotProductAttention.Config()),
+        (GroupedExperts.Config, _in_fp32),
+    ]
+    for kind, swap in swaps:
+        for _, found, parent, field in list(config.traverse(kind)):
+            setattr(parent, field, swap(found))
+    for _, router, _, _ in config.traverse(TokenChoiceTopKRouter.Config):
+        router._debug_force_load_balance = True
+    model = Qwen3Model(config)
+    model.init_states()
+    return model
+
+
+def _in_fp32(found: GroupedExperts.Config) -> Fp32Experts.Config:
+    return Fp32Experts.Config(
+        dim=found.dim,
+        hidden_dim=found.hidden_dim,
+        num_experts=found.num_experts,
+        param_init=found.param_init,
+    )
+
+
+# ---------------------------------------------------------------- work
+
+
+def batch(setting: Setting) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tokens, labels (rows, seq_len) and the modalities: segments of text and image in turn."""
+    generator = torch.Generator().manual_seed(0)
+    tokens_BS = torch.randint(
+        setting.vocab_size, (setting.rows, setting.seq_len + 1), generator=generator
+    )
+    image_S = torch.arange(setting.seq_len) // SEGMENT % 2
+    return tokens_BS[:, :-1], tokens_BS[:, 1:], image_S.expand(setting.rows, -1).to(torch.uint8)
+
+
+def training(model: nn.Module, setting: Setting) -> Callable[[], list[torch.Tensor]]:
+    """One batch, forward and backward."""
+    tokens_BS, labels_BS, modality_BS = batch(setting)
+    positions_BS = torch.arange(setting.seq_len).expand(setting.rows, -1)
+
+    def run() -> list[torch.Tensor]:
+        model.zero_grad(set_to_none=True)
+        if isinstance(model, Decoder):
+            logits_BSV = model(tokens_BS, modality_BS, positions_BS)
+        else:
+            logits_BSV = model(tokens_BS, positions_BS)
+        F.cross_entropy(logits_BSV.flatten(0, 1), labels_BS.flatten()).backward()
+        return []
+
+    return run
+
+
+def updating(model: nn.Module) -> Callable[[], list[torch.Tensor]]:
+    """One step of AdamW on the gradients that are there."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+
+    def run() -> list[torch.Tensor]:
+        optimizer.step()
+        return []
+
+    return run
+
+
+def parameters(model: nn.Module) -> int:
+    """How many there are."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def summary(
+    setting: Setting, models: dict[str, nn.Module], passes: list[Timing], updates: list[Timing]
+) -> str:
+    """Markdown: speed of each with and without the optimizer, and the goals."""
+    lines = [
+        f"dim {setting.dim}, {setting.tokens} tokens a batch",
+        "",
+        "| model | parameters | tokens per CPU-s | relative to dense | with AdamW every batch |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    dense = passes[0].cpu + updates[0].cpu
+    for passing, update in zip(passes, updates, strict=True):
+        relative = "too noisy" if passing.cpu_ratio is None else f"{1 / passing.cpu_ratio:.3f}"
+        lines.append(
+            f"| {passing.name} | {parameters(models[passing.name]):,} "
+            f"| {setting.tokens / passing.cpu:,.0f} | {relative} "
+            f"| {dense / (passing.cpu + update.cpu):.3f} |"
+        )
+    ratios = {timing.name: timing.cpu_ratio for timing in passes}
+    mine, theirs = ratios[MOMA], ratios[TITAN]
+    if mine is None:
+        return "\n".join([*lines, "", "MoMa: too noisy to judge."]) + "\n"
+    verdict = "met" if 1 / mine >= GOAL else "missed"
+    lines += ["", f"- MoMa ≥ {GOAL} × dense tokens/s: {verdict} ({1 / mine:.3f})"]
+    if theirs is not None:
+        verdict = "met" if mine <= theirs else "missed"
+        lines += [f"- MoMa ≥ torchtitan's MoE in tokens/s: {verdict} ({theirs / mine:.3f})"]
+    return "\n".join(lines) + "\n"
+
+
+def main(rounds: int = 15, warmups: int = 3) -> None:
+    """Time all models and write ``results/moma_model.{jsonl,md}``."""
+    torch.set_num_threads(1)
+    logging.getLogger().setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="In CPU autocast")
+    report = Report("moma_model", "Whole MoMa models, forward and backward (row 12)")
+    report.environment |= {"torchtitan": torchtitan.__version__}
+    pages = []
+    for setting in SETTINGS:
+        models: dict[str, nn.Module] = {
+            DENSE: ours(decoders.dense(setting.shape)),
+            MOMA: moma(setting),
+            TITAN: titan(setting),
+        }
+        sizes = {"dtype": "fp32", "rounds": rounds} | vars(setting)
+        passes = compare(
+            [Rival(name, training(model, setting)) for name, model in models.items()],
+            rounds=rounds,
+            warmups=warmups,
+        )
+        report.add(sizes | {"work": "forward and backward"}, passes)
+        updates = compare(
+            [Rival(name, updating(model)) for name, model in models.items()],
+            rounds=rounds,
+            warmups=warmups,
+        )
+        report.add(sizes | {"work": "AdamW, fused"}, updates)
+        pages.append(summary(setting, models, passes, updates))
+        print(pages[-1], flush=True)
+    page = report.write()
+    page.write_text(page.read_text() + "\n" + "\n".join(pages))
+
+
+if __name__ == "__main__":
+    main()
