@@ -22,17 +22,13 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from earlyfuse.kernels.linear_cross_entropy import linear_cross_entropy
-from earlyfuse.models.objectives.chameleon import token_losses
 from harness import Report, Rival, Timing, compare
 
 IGNORED, MODALITIES, CHUNK = -100, 2, 256
 OURS, WHOLE = "ours", "F.linear, F.cross_entropy"
-ONE_BUFFER = "F.linear, the objective's token_losses"
 CHECKPOINTED = f"{CHUNK} tokens at a time, checkpointed"
 COMPILED = "cut-cross-entropy, torch_compile"
 TIME_GOAL, MEMORY_GOAL = 0.90, 0.25
-
-Losses = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
 
 
 @dataclass(frozen=True)
@@ -82,13 +78,9 @@ class Problem:
         )
         return self.gradients(total, nll_M, *([z_M] if self.setting.z_weight else []))
 
-    def rival(self, name: str, losses: Losses) -> Rival:
-        """Per-token losses of all tokens at once, then sums."""
-
-        def run() -> list[torch.Tensor]:
-            return self.from_sums(self.sums(losses, slice(None), self.x_TD, self.w_VD))
-
-        return Rival(name, run, OURS)
+    def whole(self) -> list[torch.Tensor]:
+        """All logits at once."""
+        return self.from_sums(self.sums(slice(None), self.x_TD, self.w_VD))
 
     def checkpointed(self) -> list[torch.Tensor]:
         """Chunks whose logits are made again in backward."""
@@ -96,23 +88,17 @@ class Problem:
         for start in range(0, self.setting.tokens, CHUNK):
             chunk = slice(start, start + CHUNK)
             parts.append(
-                checkpoint(
-                    self.sums, whole, chunk, self.x_TD[chunk], self.w_VD, use_reentrant=False
-                )
+                checkpoint(self.sums, chunk, self.x_TD[chunk], self.w_VD, use_reentrant=False)
             )
         return self.from_sums(torch.stack(parts).sum(0))
 
-    def sums(
-        self, losses: Losses, chunk: slice, x_CD: torch.Tensor, w_VD: torch.Tensor
-    ) -> torch.Tensor:
+    def sums(self, chunk: slice, x_CD: torch.Tensor, w_VD: torch.Tensor) -> torch.Tensor:
         """Sums (1 or 2, M) of nll and, with the z-loss, of log² Z by modality."""
         logits_CV = F.linear(x_CD, w_VD)
         labels_C = self.labels_T[chunk]
-        nll_C, log_z_C = losses(logits_CV, labels_C)
-        values = [nll_C]
+        values = [F.cross_entropy(logits_CV, labels_C, reduction="none", ignore_index=IGNORED)]
         if self.setting.z_weight:
-            log_z_C = logits_CV.logsumexp(1) if log_z_C is None else log_z_C
-            values.append(log_z_C.square())
+            values.append(logits_CV.logsumexp(1).square())
         return self.by_modality(torch.stack(values), chunk)
 
     def by_modality(self, values_SC: torch.Tensor, chunk: slice) -> torch.Tensor:
@@ -143,24 +129,11 @@ class Problem:
         return self.from_sums(self.by_modality(nll_T[None], slice(None)))
 
 
-def whole(logits_TV: torch.Tensor, labels_T: torch.Tensor) -> tuple[torch.Tensor, None]:
-    """torch's cross-entropy."""
-    return F.cross_entropy(logits_TV, labels_T, reduction="none", ignore_index=IGNORED), None
-
-
-def one_buffer(
-    logits_TV: torch.Tensor, labels_T: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ours from before the op: losses of given logits, their gradient in one buffer."""
-    return token_losses(logits_TV, labels_T.clamp(min=0))
-
-
 def rivals_of(problem: Problem) -> list[Rival]:
     """Ours first."""
     rivals = [
         Rival(OURS, problem.ours),
-        problem.rival(WHOLE, whole),
-        problem.rival(ONE_BUFFER, one_buffer),
+        Rival(WHOLE, problem.whole, OURS),
         Rival(CHECKPOINTED, problem.checkpointed, OURS),
     ]
     # it has no log Z to give

@@ -121,7 +121,7 @@ def _memory(model: Decoder.Config, config: Trainer.Config, dims: ParallelDims) -
         ("optimizer", memory.optimizer),
         ("gathered by FSDP, about", memory.gathered),
         (f"activations ({checkpointing}), about", memory.activations),
-        ("logits and their gradient, about", memory.logits),
+        ("gradients of the head and a chunk of logits, about", memory.head),
     ):
         yield f"{_bytes(size):>11}  {what}"
 

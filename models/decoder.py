@@ -8,6 +8,7 @@ sparse relatives differ only in what their blocks are composed of: ``FeedForward
 B rows, S positions, T = B·S tokens, D width, V vocabulary.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,6 +25,9 @@ from earlyfuse.models.blocks.held import held
 from earlyfuse.models.blocks.layout import Layout
 from earlyfuse.models.blocks.linear import RMSNorm
 from earlyfuse.models.initialise import initialise
+
+# of hidden states (T, D) and the head's weight (V, D): what an objective wants in place of logits
+Loss = Callable[[torch.Tensor, torch.Tensor], Any]
 
 
 class Block(Module):
@@ -143,8 +147,10 @@ class Decoder(BaseModel):
         modality_BS: torch.Tensor | None = None,
         positions_BS: torch.Tensor | None = None,
         span_BS: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Logits (B, S, V) of the next token.
+        loss: Loss | None = None,
+    ) -> Any:
+        """Logits (B, S, V) of the next token; with ``loss``, what that makes of hidden states and
+        head, and no logits.
 
         ``tokens_BS`` int64; ``modality_BS`` uint8, all text if None; ``positions_BS`` int64
         restarting at 0 with each document, one document per row if None; ``span_BS`` is not used by
@@ -168,7 +174,7 @@ class Decoder(BaseModel):
             return x_TD
         if self.recording:
             self._record_output_norm(x_TD)
-        return self.lm_head(self.norm(x_TD, layout).unflatten(0, (rows, seq_len)))
+        return self.lm_head(self.norm(x_TD, layout).unflatten(0, (rows, seq_len)), loss)
 
     @torch.no_grad()
     def _record_output_norm(self, x_TD: torch.Tensor) -> None:
@@ -215,7 +221,7 @@ class Embedding(Module):
 
 
 class Head(Module):
-    """Logits over the vocabulary; weight (V, D), not tied to the embedding."""
+    """Logits over the vocabulary, or a loss; weight (V, D), not tied to the embedding."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(Module.Config):
@@ -226,6 +232,11 @@ class Head(Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.dim))
 
-    def forward(self, x_BSD: torch.Tensor) -> torch.Tensor:
-        """(B, S, D) → (B, S, V)."""
-        return F.linear(x_BSD, held(self.weight))
+    def forward(self, x_BSD: torch.Tensor, loss: Loss | None) -> Any:
+        """(B, S, D) → logits (B, S, V), or ``loss`` of (B·S, D) and the weight.
+
+        The loss is computed in here because here all of the weight is at hand, however it is spread
+        over ranks elsewhere.
+        """
+        weight_VD = held(self.weight)
+        return F.linear(x_BSD, weight_VD) if loss is None else loss(x_BSD.flatten(0, 1), weight_VD)

@@ -5,7 +5,8 @@
     counter.seen  # [Seen("all_gather", ranks=2, size=4096), …]
 
 What passes the dispatcher is seen, in forward and backward: FSDP2's collectives, functional ones
-and plain ``torch.distributed``. Sizes are those of ``parallel/traffic.py``.
+and plain ``torch.distributed``, also those that the head's operator makes. Sizes are those of
+``parallel/traffic.py``.
 """
 
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from earlyfuse.kernels.linear_cross_entropy import op
 from earlyfuse.parallel.traffic import Kind
 
 # operator → kind, position of the whole tensor (or list of tensors), position of the group
@@ -73,6 +75,9 @@ class CollectiveCounter(TorchDispatchMode):
             self.seen.append(Seen(kind, ranks, size))
         elif name in _HOST_READS:
             self.host_reads += 1
+        elif func is torch.ops.earlyfuse.linear_cross_entropy.default:
+            with self:  # what an operator does inside passes its maker only
+                return op.compute(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 

@@ -1,10 +1,10 @@
 """Bytes that one rank needs in a training step: an estimate from the config alone.
 
 Parameters, gradients and optimizer states are exact: a rank's shard of every unit, with padding.
-The rest is an estimate of the highest moment, at the start of backward: what FSDP holds gathered,
-what autograd has saved, logits with their gradient. Of a pipeline it is the fullest rank that
-counts. Not counted: the allocator's fragmentation, the runtime itself, buffers of the collectives
-library.
+The rest is an estimate of the highest moment, in the head: what FSDP holds gathered, what autograd
+has saved, gradients of the head, which its forward makes, and a chunk of logits. Of a pipeline it
+is the fullest rank that counts. Not counted: the allocator's fragmentation, the runtime itself,
+buffers of the collectives library.
 
 T tokens of a micro-batch, D width, N heads of width H, K key/value heads, F inner width, R routed
 rows, V vocabulary.
@@ -13,6 +13,7 @@ rows, V vocabulary.
 from dataclasses import dataclass, fields
 from math import ceil
 
+import torch
 from torchtitan.config import TORCH_DTYPE_MAP, ParallelismConfig, TrainingConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.activation_checkpoint import (
@@ -21,6 +22,7 @@ from torchtitan.distributed.activation_checkpoint import (
     SelectiveAC,
 )
 
+from earlyfuse.kernels.linear_cross_entropy.chunked import chunk_tokens
 from earlyfuse.models.blocks.experts import MixtureOfExperts
 from earlyfuse.models.decoder import Block, Decoder
 from earlyfuse.parallel.pipeline import SCHEDULES, microbatch, rank_stages, stage_blocks
@@ -40,7 +42,7 @@ class Memory:
     optimizer: int
     gathered: int
     activations: int
-    logits: int
+    head: int
 
     @property
     def total(self) -> int:
@@ -83,7 +85,7 @@ def _pipeline_rank_memory(
     stages = stage_blocks(parallelism, len(model.layers))
     own = [stages[index] for index in rank_stages(parallelism, rank)]
     layers = [model.layers[block] for blocks in own for block in blocks]
-    has_head, words = own[-1].stop == len(model.layers), tokens * (model.vocab_size // dims.tp)
+    has_head = own[-1].stop == len(model.layers)
     kept, recomputed = _saved(layers, dims, part, ac_config)
     kept += 2 * model.dim * has_head  # around the last norm
     return Memory(
@@ -92,7 +94,7 @@ def _pipeline_rank_memory(
         optimizer=ADAM_STATES * held,
         gathered=_gathered(units, param, dims),
         activations=tokens * param * (held_parts * kept // len(own) + recomputed),
-        logits=has_head * _logits(words, param, ceil(held_parts / len(own))),
+        head=has_head * _head(model, dims, part, ceil(held_parts / len(own))),
     )
 
 
@@ -129,9 +131,21 @@ def _gathered(units: list[Unit], param: int, dims: ParallelDims) -> int:
     return (kept + sum(freed[:2])) * param + largest * (param + FP32)
 
 
-def _logits(numel: int, param: int, held_parts: int) -> int:
-    """Logits, their gradient in fp32, and that in the logits' precision where it differs."""
-    return numel * (held_parts * param + FP32 + (param if param != FP32 else 0))
+def _head(
+    model: Decoder.Config, dims: ParallelDims, training: TrainingConfig, held_parts: int
+) -> int:
+    """What its forward keeps of each part of a batch, and one chunk of logits."""
+    dtype, words = TORCH_DTYPE_MAP[training.mixed_precision_param], model.vocab_size // dims.tp
+    tokens = training.local_batch_size * training.seq_len
+    chunk = chunk_tokens(tokens, words, dtype, "cuda") * words * dtype.itemsize
+    return chunk + held_parts * kept_by_head(tokens, words, model.dim, dtype)
+
+
+def kept_by_head(tokens: int, words: int, dim: int, dtype: torch.dtype) -> int:
+    """Bytes that autograd keeps of the head with its loss: the gradient of its input, and that of
+    its weight, summed over tokens, in fp32.
+    """
+    return tokens * dim * dtype.itemsize + words * dim * FP32
 
 
 def _saved(

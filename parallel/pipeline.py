@@ -5,7 +5,7 @@ rows, by one of torch's schedules; activations travel forward, their gradients b
 of a pipeline reads the same rows: a stage works out masks, angles and routes from the modalities
 and positions itself, so nothing else travels. Only the rank of the last stage has losses.
 
-T tokens of a micro-batch, D width, V vocabulary.
+T tokens of a micro-batch, D width.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,11 +23,8 @@ from torchtitan.config import TORCH_DTYPE_MAP, ParallelismConfig, TrainingConfig
 from torchtitan.distributed import ParallelDims
 
 from earlyfuse.models.blocks.experts import ExpertPool
-from earlyfuse.models.decoder import Decoder
+from earlyfuse.models.decoder import Decoder, Loss
 from earlyfuse.parallel import compat
-
-Microbatch = tuple[dict[str, torch.Tensor], torch.Tensor]
-Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 # the schedules that are tested against one rank, and the stages that each rank has
 SCHEDULES = {"1F1B": 1, "GPipe": 1, "Interleaved1F1B": 2}
@@ -48,19 +45,20 @@ class Pipeline(nn.Module):
         self.parts, self.config = nn.ModuleList(parts), parts[0].config
         self.stages, self.schedule, self.dtype = stages, schedule, dtype
 
-    def step(self, microbatches: list[Microbatch], loss: Loss) -> None:
+    def step(
+        self, microbatches: list[dict[str, Any]], minimised: Callable[[Any], torch.Tensor]
+    ) -> None:
         """Forward and backward of all micro-batches; adds up gradients.
 
-        ``loss``: logits (B, S, V) and labels (B, S) → what to minimise; called on the ranks of the
-        last stage alone.
+        ``microbatches``: arguments of ``Decoder.forward`` with a ``loss``. ``minimised``: what the
+        loss returned → what to minimise; called on the ranks of the last stage alone.
         """
-        inputs = [dict(fields) for fields, _ in microbatches]
-        tokens = [(fields.pop("input"),) for fields in inputs]
+        others = [dict(inputs) for inputs in microbatches]
+        tokens = [(inputs.pop("tokens_BS"),) for inputs in others]
         self.schedule.step(
             arg_mbs=tokens if self.stages[0].is_first else None,
-            kwarg_mbs=inputs,
-            target_mbs=[labels_BS for _, labels_BS in microbatches],
-            loss_kwargs={"loss": loss},
+            kwarg_mbs=others,
+            target_mbs=[minimised] * len(others),
             return_outputs=False,
         )
 
@@ -71,9 +69,10 @@ class Pipeline(nn.Module):
         modality_BS: torch.Tensor,
         positions_BS: torch.Tensor,
         span_BS: torch.Tensor | None = None,
-    ) -> torch.Tensor | None:
-        """Logits (B, S, V) of any number of rows, without gradients; None where the last stage is
-        not.
+        loss: Loss | None = None,
+    ) -> Any:
+        """What ``Decoder.forward`` returns of any number of rows, without gradients; None where the
+        last stage is not.
         """
         for stage in self.stages:
             ranks, index = dist.get_world_size(stage.group), stage.stage_index
@@ -83,7 +82,7 @@ class Pipeline(nn.Module):
                     tokens_BS.numel(), self.config.dim, dtype=self.dtype, device=tokens_BS.device
                 )
                 dist.recv(x, group=stage.group, group_src=(index - 1) % ranks)
-            x = stage.submod(x, modality_BS, positions_BS, span_BS)  # (T, D), at last logits
+            x = stage.submod(x, modality_BS, positions_BS, span_BS, loss)  # (T, D) but at last
             if stage.is_last:
                 return x
             dist.send(x, group=stage.group, group_dst=(index + 1) % ranks)
@@ -127,7 +126,7 @@ def pipeline(
                 len(blocks),
                 device,
                 input_args=activations_TD if index else tokens_BS,
-                output_args=activations_TD,  # logits do not travel
+                output_args=activations_TD,  # sums of losses do not travel
                 group=mesh.get_group(),
             )
         )
@@ -135,16 +134,18 @@ def pipeline(
     schedule = schedule_class(
         stages if issubclass(schedule_class, PipelineScheduleMulti) else stages[0],
         n_microbatches=training.local_batch_size // rows,
-        loss_fn=_loss_of_step,
+        loss_fn=_minimised,
         scale_grads=False,
     )
     whole = Pipeline(parts, stages, schedule, dtype)
     return whole, parts, stages[0].is_first, stages[-1].is_last
 
 
-def _loss_of_step(logits_BSV: torch.Tensor, labels_BS: torch.Tensor, *, loss: Loss) -> torch.Tensor:
-    """A schedule has one loss for all its life; ours knows the counts of the step."""
-    return loss(logits_BSV, labels_BS)
+def _minimised(output: Any, minimised: Callable[[Any], torch.Tensor]) -> torch.Tensor:
+    """A schedule has one loss for all its life; ours knows the counts of the step, and stands where
+    a schedule has targets.
+    """
+    return minimised(output)
 
 
 # ---------------------------------------------------------------- who holds what

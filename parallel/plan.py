@@ -231,7 +231,7 @@ def _shard(
     for block in model.layers.values():
         shard(block, reshard)
     if model.norm is not None and model.lm_head is not None:
-        # the head is needed again at once in backward: keep it gathered unless told otherwise
+        # backward begins with the head, at once: keep it gathered unless told otherwise
         shard([model.norm, model.lm_head], parallelism.fsdp_reshard_after_forward == "always")
     shard(model, False)
     for module in model.modules():

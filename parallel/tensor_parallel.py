@@ -5,10 +5,10 @@ matrix is cut by its outputs, the last by its inputs, so each rank has a summand
 output (Megatron-LM, arXiv 1909.08053). Entering costs an all-reduce of the input's gradient,
 leaving one of the output. Norms and routers are whole on every rank.
 
-The embedding is cut by columns, which an all-gather puts together; the head by words, and the loss
-is computed from each rank's part of the logits.
+The embedding is cut by columns, which an all-gather puts together; the head by words: a loss is
+told which words are here, logits are gathered.
 
-T tokens, D width, V vocabulary, W ranks.
+T tokens, D width.
 """
 
 from functools import partial
@@ -21,11 +21,11 @@ from torch.distributed._functional_collectives import all_gather_single, all_red
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from earlyfuse.kernels.linear_cross_entropy import VocabularyShard
 from earlyfuse.models.blocks.attention import Attention
 from earlyfuse.models.blocks.experts import Experts
 from earlyfuse.models.blocks.feed_forward import FeedForward
 from earlyfuse.models.decoder import Decoder, Embedding, Head
-from earlyfuse.models.objectives.chameleon import token_losses
 from earlyfuse.models.routes import Routes
 
 # dimension, from the end, along which each parameter is cut: untied ones have a leading group
@@ -61,25 +61,9 @@ def cut_tensors(model: Decoder, mesh: DeviceMesh) -> None:
             continue
         module.register_forward_pre_hook(partial(_enter, mesh=mesh))
         if isinstance(module, Head):
-            module.register_forward_hook(partial(_whole_logits_outside_training, mesh=mesh))
+            module.register_forward_hook(partial(_gather_logits, mesh=mesh))
         else:
             module.register_forward_hook(lambda _, args, out: _Sum.apply(out, mesh))
-
-
-def sharded_token_losses(vocab_size: int, mesh: DeviceMesh) -> Any:
-    """``token_losses`` of the objective for logits that are cut over the vocabulary.
-
-    Logits of all ``vocab_size`` words, as evaluation has them, are taken as they are.
-    """
-
-    def losses(
-        logits_TV: torch.Tensor, labels_T: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if logits_TV.shape[1] == vocab_size:
-            return token_losses(logits_TV, labels_T)
-        return _ShardedTokenLosses.apply(logits_TV, labels_T, mesh)
-
-    return losses
 
 
 def _cut(module: nn.Module, name: str, dim: int, mesh: DeviceMesh) -> None:
@@ -93,18 +77,27 @@ def _cut(module: nn.Module, name: str, dim: int, mesh: DeviceMesh) -> None:
 
 
 def _enter(module: nn.Module, args: tuple[Any, ...], mesh: DeviceMesh) -> tuple[Any, ...]:
-    """What reaches a cut region has gradients from all ranks: tokens, and weights of routes."""
+    """What reaches a cut region has gradients from all ranks: tokens, and weights of routes. A loss
+    in the head is told which words this rank has.
+    """
     x_TD, *rest = args
-    if isinstance(module, Experts):
+    if isinstance(module, Head) and rest[0] is not None:
+        rest = [partial(rest[0], shard=_words(module, mesh))]
+    elif isinstance(module, Experts):
         row_R, offset_G1, weight_R = rest[0]
         rest = [Routes(row_R, offset_G1, _Copy.apply(weight_R, mesh))]
     return _Copy.apply(x_TD, mesh), *rest
 
 
-def _whole_logits_outside_training(
-    module: nn.Module, args: tuple[Any, ...], logits_BSV: torch.Tensor, mesh: DeviceMesh
-) -> torch.Tensor:
-    return logits_BSV if module.training else _Gather.apply(logits_BSV, mesh)
+def _words(head: Head, mesh: DeviceMesh) -> VocabularyShard:
+    words = head.weight.shape[0] // mesh.size()
+    return VocabularyShard(mesh.get_local_rank() * words, head.weight.shape[0], mesh.get_group())
+
+
+def _gather_logits(head: nn.Module, args: tuple[Any, ...], out: Any, mesh: DeviceMesh) -> Any:
+    """A loss is the same on all ranks already."""
+    _, loss = args
+    return _Gather.apply(out, mesh) if loss is None else out
 
 
 class _Copy(torch.autograd.Function):
@@ -146,32 +139,3 @@ class _Gather(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dx: torch.Tensor) -> tuple[torch.Tensor, None]:
         return dx.narrow(-1, ctx.rank * ctx.columns, ctx.columns), None  # mesh
-
-
-class _ShardedTokenLosses(torch.autograd.Function):
-    """``token_losses`` from this rank's V/W columns of the logits: three all-reduces of (T,)."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, logits_TV: torch.Tensor, labels_T: torch.Tensor, mesh: DeviceMesh
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        words = logits_TV.shape[1]
-        local_T = labels_T - mesh.get_local_rank() * words
-        here_T = (local_T >= 0) & (local_T < words)
-        local_T = local_T.clamp(0, words - 1)
-        largest_T = all_reduce(logits_TV.float().amax(1), "max", mesh)
-        sum_T = (logits_TV.float() - largest_T[:, None]).exp_().sum(1)
-        log_z_T = all_reduce(sum_T, "sum", mesh).log() + largest_T
-        label_T = logits_TV.gather(1, local_T[:, None]).squeeze(1).float() * here_T
-        ctx.save_for_backward(logits_TV, local_T, here_T, log_z_T)
-        return log_z_T - all_reduce(label_T, "sum", mesh), log_z_T
-
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, dnll_T: torch.Tensor, dlog_z_T: torch.Tensor
-    ) -> tuple[torch.Tensor, None, None]:
-        logits_TV, local_T, here_T, log_z_T = ctx.saved_tensors
-        dlogits_TV = (logits_TV - log_z_T[:, None]).exp_().mul_((dnll_T + dlog_z_T)[:, None])
-        dlogits_TV.scatter_add_(1, local_T[:, None], (-dnll_T * here_T)[:, None])
-        return dlogits_TV.to(logits_TV.dtype), None, None  # labels, mesh

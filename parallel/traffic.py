@@ -13,7 +13,7 @@ gradient replicas      all_reduce      HSDP: a rank's shard of every unit, in th
 split activations      all_reduce      tensor parallel: (T, D) for each region, forward and
                                        backward; (R,) weights of routes, backward
 embedding columns      all_gather      tensor parallel: (T, D)
-split losses           all_reduce      tensor parallel: three fp32 vectors (T,)
+split losses           all_gather      tensor parallel: three fp32 numbers per token of each rank
 expert rows            all_to_all      expert parallel: (R, D) of every pool, to the experts and
                                        back, forward and backward
 stage activations      receive         pipeline: (T, D) from the stage before, forward
@@ -25,6 +25,9 @@ handful of numbers per step whatever the model. Activation checkpointing repeats
 in forward, except the rows of experts where it is selective. Uneven shards are padded to the
 largest, and padding travels. A pipeline cuts the micro-batch once more: T are the tokens of such a
 part, and all but the parameters and their gradients travels once for each. Its ranks differ.
+
+The head exchanges a chunk of tokens at a time, as large as on a GPU; on a CPU, the same bytes in
+smaller chunks.
 
 T tokens of a micro-batch on one rank, R routed rows of a pool, D width.
 """
@@ -42,6 +45,7 @@ from torchtitan.distributed.activation_checkpoint import (
     SelectiveAC,
 )
 
+from earlyfuse.kernels.linear_cross_entropy.chunked import chunk_tokens
 from earlyfuse.models.blocks.experts import ExpertPool, MixtureOfExperts
 from earlyfuse.models.decoder import Block, Decoder
 from earlyfuse.models.routing.expert_choice import static_budget
@@ -153,7 +157,7 @@ def microbatch_calls(
     stages = stage_blocks(parallelism, len(model.layers))
     part = microbatch(parallelism, training)
     for index in rank_stages(parallelism, pipeline_rank):
-        calls = list(_stage(model, stages[index], part, param, ac_config))
+        calls = list(_stage(model, stages[index], part, dims.tp, ac_config))
         yield from calls * (training.local_batch_size // part.local_batch_size)
 
 
@@ -161,7 +165,7 @@ def _stage(
     model: Decoder.Config,
     blocks: range,
     training: TrainingConfig,
-    param: int,
+    tensor_ranks: int,
     ac_config: ActivationCheckpointing.Config | None,
 ) -> Iterator[Call]:
     """What ``blocks``, with embedding and head where these are theirs, send of a local batch."""
@@ -169,13 +173,18 @@ def _stage(
     row_forwards = 2 if isinstance(ac_config, FullAC.Config) else 1
     sum_forwards = 2 if isinstance(ac_config, (FullAC.Config, SelectiveAC.Config)) else 1
     tokens = training.local_batch_size * training.seq_len
-    activations = tokens * model.dim * param
+    dtype = TORCH_DTYPE_MAP[training.mixed_precision_param]
+    activations = tokens * model.dim * dtype.itemsize
     if blocks.start == 0:
         yield Call("embedding columns", "all_gather", "tp", activations)
     else:
         yield Call("stage activations", "receive", "pp", activations)
     if blocks.stop == len(model.layers):
-        yield from _head(tokens, activations)
+        yield Call("split activations", "all_reduce", "tp", activations)  # backward
+        chunk = chunk_tokens(tokens, model.vocab_size // tensor_ranks, dtype, "cuda")
+        for first in range(0, tokens, chunk):
+            numbers = 3 * min(chunk, tokens - first) * tensor_ranks
+            yield Call("split losses", "all_gather", "tp", numbers * FP32)
     else:
         yield Call("stage gradients", "receive", "pp", activations)
     for layer in (model.layers[block] for block in blocks):
@@ -184,13 +193,7 @@ def _stage(
             for pool in layer.feed_forward.pools:
                 rows = routed_rows(pool, training)
                 for _ in range(2 * row_forwards + 2):
-                    yield Call("expert rows", "all_to_all", "ep", rows * model.dim * param)
-
-
-def _head(tokens: int, activations: int) -> Iterator[Call]:
-    yield Call("split activations", "all_reduce", "tp", activations)  # backward
-    for _ in ("largest logit", "sum of exponentials", "logit of the label"):
-        yield Call("split losses", "all_reduce", "tp", tokens * FP32)
+                    yield Call("expert rows", "all_to_all", "ep", rows * model.dim * dtype.itemsize)
 
 
 def _split_regions(

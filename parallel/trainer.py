@@ -19,6 +19,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torchtitan.distributed import ParallelDims
 
 from earlyfuse.data.loader import LaneLoader
+from earlyfuse.kernels.linear_cross_entropy import LossSums
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.modality import Modality
 from earlyfuse.models.objectives.chameleon import ChameleonObjective, label_members
@@ -28,15 +29,16 @@ from earlyfuse.parallel.checkpoint import Checkpoints
 from earlyfuse.parallel.data_set import DataSet, NoTokenizer
 from earlyfuse.parallel.gradients import clip
 from earlyfuse.parallel.metrics import RunMetrics
-from earlyfuse.parallel.pipeline import Microbatch, Pipeline
+from earlyfuse.parallel.pipeline import Pipeline
 from earlyfuse.parallel.plan import check_parallelism
 from earlyfuse.parallel.skip import SkipRule
-from earlyfuse.parallel.tensor_parallel import sharded_token_losses
 from earlyfuse.parallel.totals import StepTotals, router_load, router_statistics, work_done
 from earlyfuse.parallel.validate import Validation
 from earlyfuse.parallel.watchdog import Phase, Watchdog
 
 MODALITIES = len(Modality)
+
+Microbatch = tuple[dict[str, torch.Tensor], torch.Tensor]
 
 
 class Trainer(titan.Trainer):
@@ -81,10 +83,6 @@ class Trainer(titan.Trainer):
             self.dataloader.mesh = self.parallel_dims.get_mesh("batch")
         pipelined = self.parallel_dims.pp_enabled
         self.model: Decoder | Pipeline = self.pp_schedule if pipelined else self.model_parts[0]
-        if self.parallel_dims.tp_enabled:
-            self.loss_fn.token_losses = sharded_token_losses(
-                self.vocabulary.size, self.parallel_dims.get_mesh("tp")
-            )
         # ranks of one tensor-parallel group compute the same sums, and those of one pipeline read
         # the same rows: one of them counts
         self._counts_sums = self._is_first_along("tp")
@@ -167,22 +165,28 @@ class Trainer(titan.Trainer):
         """
         sums_2M = torch.zeros(2, MODALITIES, device=self.device)
 
-        def loss(logits_BSV: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:
-            sums = self.loss_fn.sums(logits_BSV, labels_BS, self.vocabulary.modality_of(labels_BS))
-            sums_2M.add_(torch.stack([sums.nll_M, sums.z_M]).detach())
-            return self.loss_fn.total(sums, global_labels)
+        def minimised(sums: LossSums) -> torch.Tensor:
+            sums_2M.add_(torch.stack([sums.nll_M, sums.z_M]))
+            return sums.total / global_labels
 
-        here = [
-            ({n: tensor.to(self.device) for n, tensor in inputs.items()}, labels_BS.to(self.device))
-            for inputs, labels_BS in microbatches
-        ]
+        arguments = [self._arguments(*microbatch) for microbatch in microbatches]
         with self.train_context():
             if isinstance(self.model, Pipeline):
-                self.model.step(here, loss)
+                self.model.step(arguments, minimised)
             else:
-                ((inputs, labels_BS),) = here
-                loss(self.model(inputs.pop("input"), **inputs), labels_BS).backward()
+                (only,) = arguments
+                minimised(self.model(**only)).backward()
         return sums_2M
+
+    def _arguments(
+        self, inputs: dict[str, torch.Tensor], labels_BS: torch.Tensor
+    ) -> dict[str, Any]:
+        """Of the model's forward, with the loss of these labels."""
+        arguments: dict[str, Any] = {n: tensor.to(self.device) for n, tensor in inputs.items()}
+        arguments["tokens_BS"] = arguments.pop("input")
+        labels_BS = labels_BS.to(self.device)
+        arguments["loss"] = self.loss_fn.loss_of(labels_BS, self.vocabulary.modality_of(labels_BS))
+        return arguments
 
     def _global_counts(self, microbatches: list[Microbatch]) -> torch.Tensor:
         """Input tokens (M), labels (M) of this step and ranks asked to stop (1) over all ranks."""

@@ -93,14 +93,17 @@ class Validation(Validator):
         with evaluating(model):
             for batch in self.batches:
                 batch = batch.to(device)
-                logits = model(
-                    batch.tokens_BS, batch.modality_BS, batch.positions_BS, batch.span_BS
+                label_modality_BS = vocabulary.modality_of(batch.labels_BS)
+                sums = model(
+                    batch.tokens_BS,
+                    batch.modality_BS,
+                    batch.positions_BS,
+                    batch.span_BS,
+                    objective.loss_of(batch.labels_BS, label_modality_BS),
                 )
-                if logits is not None:
-                    sums = objective.sums(
-                        logits, batch.labels_BS, vocabulary.modality_of(batch.labels_BS)
-                    )
-                    sums_2M += torch.stack([sums.nll_M, sums.count_M])
+                if sums is not None:
+                    count_M = label_members(batch.labels_BS.flatten(), label_modality_BS.flatten())
+                    sums_2M += torch.stack([sums.nll_M, count_M.sum(1)])
             nll_M, count_M = self._sum_over_stages(self._sum_over_rows(sums_2M)).tolist()
             metrics = {"loss": sum(nll_M) / max(sum(count_M), 1)}
             present = [m for m in vocabulary.modalities if count_M[m]]

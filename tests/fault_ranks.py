@@ -55,14 +55,18 @@ def optimizer_state(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 
 def spoil_losses(trainer: Trainer) -> None:
-    sums = trainer.loss_fn.sums
+    loss_of = trainer.loss_fn.loss_of
 
-    def spoiled(*batch: torch.Tensor) -> Any:
-        found = sums(*batch)
-        bad = trainer.step in NOT_A_NUMBER and torch.is_grad_enabled()
-        return found._replace(nll_M=found.nll_M * torch.nan) if bad else found
+    def spoiled(*labels: torch.Tensor) -> Any:
+        def loss(*head: torch.Tensor) -> Any:
+            found = loss_of(*labels)(*head)
+            if trainer.step not in NOT_A_NUMBER or not torch.is_grad_enabled():
+                return found
+            return found._replace(total=found.total * torch.nan, nll_M=found.nll_M * torch.nan)
 
-    trainer.loss_fn.sums = spoiled
+        return loss
+
+    trainer.loss_fn.loss_of = spoiled
 
 
 def arrange(trainer: Trainer, folder: Path, name: str) -> None:

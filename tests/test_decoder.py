@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny_runs import MODELS, SHAPE
 
 from earlyfuse.configs import decoders
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.modality import Modality
+from earlyfuse.models.objectives.chameleon import ChameleonObjective
 from earlyfuse.models.routing.expert_choice import ExpertChoice
 
 B, S = 2, 24
@@ -135,6 +137,34 @@ def test_missing_modality_and_positions_mean_one_text_document_per_row():
     model = build(MODELS["mot"]())
     tokens, modality, positions = batch()
     torch.testing.assert_close(model(tokens), model(tokens, torch.zeros_like(modality), positions))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_loss_in_the_head_is_the_loss_of_the_logits(name):
+    model = build(MODELS[name]()).train()
+    tokens, modality, positions = batch()
+    labels = torch.where(positions < 5, -100, tokens.roll(-1, 1))
+    objective = ChameleonObjective.Config(z_loss=0.1).build()
+    total = model(tokens, modality, positions, loss=objective.loss_of(labels, modality)).total
+    logits = model(tokens, modality, positions)
+    z = logits.logsumexp(-1)[labels != -100].square().sum()
+    nll = F.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum"
+    )
+    expected = nll + 0.1 * z
+    torch.testing.assert_close(total, expected)
+    gradients = [torch.autograd.grad(loss, model.parameters()) for loss in (total, expected)]
+    for (key, _), found, wanted in zip(model.named_parameters(), *gradients, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4, msg=key)
+
+
+def test_a_loss_gets_hidden_states_and_the_head_and_its_result_is_returned():
+    model = build(MODELS["dense"]())
+    tokens, modality, positions = batch()
+    found = model(tokens, modality, positions, loss=lambda x, w: {"logits": F.linear(x, w)})
+    torch.testing.assert_close(
+        found["logits"], model(tokens, modality, positions).flatten(0, 1), rtol=0, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("name", MODELS)

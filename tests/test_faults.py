@@ -149,14 +149,17 @@ def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_and_counted_on_all(sto
 def train(config, factors=None, until_step=None) -> Trainer:
     """Train with the loss of some steps multiplied; ``factors`` by step."""
     trainer = config.build()
-    sums = trainer.loss_fn.sums
+    loss_of = trainer.loss_fn.loss_of
 
-    def spoiled(*batch):
-        found = sums(*batch)
-        factor = (factors or {}).get(trainer.step, 1.0) if torch.is_grad_enabled() else 1.0
-        return found._replace(nll_M=found.nll_M * factor)
+    def spoiled(*labels):
+        def loss(*head):
+            found = loss_of(*labels)(*head)
+            factor = (factors or {}).get(trainer.step, 1.0) if torch.is_grad_enabled() else 1.0
+            return found._replace(total=found.total * factor, nll_M=found.nll_M * factor)
 
-    trainer.loss_fn.sums = spoiled
+        return loss
+
+    trainer.loss_fn.loss_of = spoiled
     if until_step:
         trainer.should_continue_training = lambda: trainer.step < until_step
     trainer.train()

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from earlyfuse.configs import decoders
 from earlyfuse.models.flops import count_parameters, forward_flops, training_flops
 from earlyfuse.models.modality import Modality
+from earlyfuse.models.objectives.chameleon import ChameleonObjective
 
 ALL = {**MODELS, "moe_1t1i": lambda: decoders.moe_1t1i(SHAPE)}
 
@@ -31,7 +32,9 @@ def test_active_parameters_of_a_dense_model_are_all_but_the_other_embeddings(kv_
 
 @pytest.mark.parametrize("name", ALL)
 def test_flops_equal_counted_matrix_products(name):
-    """Half of the tokens are images: a step costs the mean of both modalities' FLOPs per token."""
+    """Half of the tokens are images: a step costs the mean of both modalities' FLOPs per token,
+    with logits and with the loss that makes none.
+    """
     config = ALL[name]()
     if name == "moma":
         config = decoders.moma(
@@ -43,12 +46,15 @@ def test_flops_equal_counted_matrix_products(name):
     tokens = torch.randint(0, 48, (rows, seq_len))
     modality = (torch.arange(seq_len) % 2).to(torch.uint8).expand(rows, seq_len)
     # only plain matrix products are counted by the counter, and attention as its math form
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        out = model(tokens, modality)
-        forward = counter.get_total_flops()
-        out.sum().backward()
     expected = sum(forward_flops(config, seq_len)) / 2 * rows * seq_len
-    assert forward == pytest.approx(expected, rel=1e-6)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        logits = model(tokens, modality)
+        assert counter.get_total_flops() == pytest.approx(expected, rel=1e-6)
+        logits.sum().backward()
+    assert counter.get_total_flops() == pytest.approx(3 * expected, rel=0.02)
+    loss = ChameleonObjective.Config().build().loss_of(tokens, modality)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(tokens, modality, loss=loss).total.backward()
     assert counter.get_total_flops() == pytest.approx(3 * expected, rel=0.02)
 
 

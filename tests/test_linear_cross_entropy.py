@@ -13,7 +13,6 @@ from earlyfuse.kernels.linear_cross_entropy import (
     VocabularyShard,
     chunked,
     linear_cross_entropy,
-    token_losses,
     torch_impl,
 )
 
@@ -54,6 +53,13 @@ def sums_and_gradients(x, w, labels, modality, backend, z_weight=Z_WEIGHT, **opt
     return [*(s.detach() for s in sums), *torch.autograd.grad(sums.total / 7, [x, w])]
 
 
+@torch.no_grad()
+def sums_alone(x, w, labels, modality, backend, **options):
+    """total, nll_M, z_M, as validation has them."""
+    options |= {"modalities": MODALITIES, "z_weight": Z_WEIGHT, "backend": backend}
+    return linear_cross_entropy(x, w, labels, modality, **options)
+
+
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Three tokens of 1500 words, two of which are handled in cache together."""
@@ -68,11 +74,7 @@ def check_against_reference(backend, sizes, dtype, tolerance):
     for have, want in zip(sums_and_gradients(*inputs, backend), expected, strict=True):
         assert have.shape == want.shape and have.dtype == want.dtype
         assert rms_ratio(have, want) <= tolerance
-    for have, want in zip(
-        token_losses(*inputs[:3], backend=backend),
-        token_losses(*inputs[:3], backend="reference"),
-        strict=True,
-    ):
+    for have, want in zip(sums_alone(*inputs, backend), expected[:3], strict=True):
         assert rms_ratio(have, want) <= tolerance
 
 
@@ -183,7 +185,7 @@ def test_counted_flops_are_those_of_three_products_or_of_one_without_gradients()
         sums_and_gradients(*inputs, "torch")
     assert counter.get_total_flops() == 3 * (2 * 6 * 20 * 4)
     with FlopCounterMode(display=False) as counter:
-        token_losses(*inputs[:3], backend="torch")
+        sums_alone(*inputs, "torch")
     assert counter.get_total_flops() == 2 * 6 * 20 * 4
 
 
@@ -260,9 +262,8 @@ def test_what_cannot_be_summed_is_refused():
 @pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")
 def test_triton_is_not_replaced_where_it_cannot_run(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET")
-    x, w, labels, _ = problem(3, 4, 2)
     with pytest.raises(ValueError, match=r"backend \('triton'\) .*CUDA"):
-        token_losses(x, w, labels, backend="triton")
+        sums_alone(*problem(3, 4, 2), "triton")
 
 
 # ---------------------------------------------------------------- a vocabulary over two ranks
@@ -296,13 +297,12 @@ def check_shards(rank, meeting_place):
         first = own.clone()
         dist.broadcast(first, 0)
         assert torch.equal(own, first)
-        losses = token_losses(x, own_w, labels, shard=shard, backend=backend)
-        whole = token_losses(x, w, labels, backend="reference")
-        assert all(rms_ratio(a, b) <= 1e-6 for a, b in zip(losses, whole, strict=True))
+        alone = sums_alone(x, own_w, labels, modality, backend, shard=shard)
+        assert all(rms_ratio(a, b) <= 1e-6 for a, b in zip(alone, expected[:3], strict=True))
     with pytest.raises(ValueError, match=r"backend \('reference'\) .*shard"):
-        token_losses(x, own_w, labels, shard=shard, backend="reference")
+        sums_alone(x, own_w, labels, modality, "reference", shard=shard)
     with pytest.raises(ValueError, match=r"shard.first \(9\)"):
-        token_losses(x, own_w, labels, shard=shard._replace(first=9))
+        sums_alone(x, own_w, labels, modality, "torch", shard=shard._replace(first=9))
     chunked.CPU_BYTES = before
     dist.destroy_process_group()
 

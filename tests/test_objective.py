@@ -7,67 +7,63 @@ from toy import VOCABULARY
 
 from earlyfuse.models.objectives.chameleon import ChameleonObjective
 
-B, S, V = 2, 10, VOCABULARY.size
+B, S, D, V = 2, 10, 6, VOCABULARY.size
 
 
 def case():
+    """Hidden states (B·S, D), a head (V, D), labels (B, S)."""
     generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(B, S, V, generator=generator, requires_grad=True)
+    x = torch.randn(B * S, D, generator=generator, requires_grad=True)
+    w = torch.randn(V, D, generator=generator, requires_grad=True)
     labels = torch.randint(0, V, (B, S), generator=generator)
     labels[0, :3] = -100
-    return logits, labels, VOCABULARY.modality_of(labels)
+    return x, w, labels
+
+
+def sums_of(x, w, labels, **config):
+    loss = (
+        ChameleonObjective.Config(**config).build().loss_of(labels, VOCABULARY.modality_of(labels))
+    )
+    return loss(x, w)
 
 
 def test_loss_is_cross_entropy_plus_z_loss_over_counted_labels():
-    logits, labels, modality = case()
-    objective = ChameleonObjective.Config(z_loss=0.1).build()
-    counted = labels != -100
-    total = objective.total(objective.sums(logits, labels, modality), int(counted.sum()))
+    x, w, labels = case()
+    counted = labels.flatten() != -100
+    total = sums_of(x, w, labels, z_loss=0.1).total / counted.sum()
+    logits = F.linear(x, w)
     z = logits.logsumexp(-1)[counted].square().mean()
-    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100) + 0.1 * z
+    expected = F.cross_entropy(logits, labels.flatten(), ignore_index=-100) + 0.1 * z
     torch.testing.assert_close(total, expected)
-    gradients = [
-        torch.autograd.grad(loss, logits, retain_graph=True)[0] for loss in (total, expected)
-    ]
-    torch.testing.assert_close(*gradients)
+    for found, wanted in zip(
+        *(torch.autograd.grad(loss, (x, w)) for loss in (total, expected)), strict=True
+    ):
+        torch.testing.assert_close(found, wanted)
 
 
 def test_sums_are_split_by_the_modality_of_the_label():
-    logits, labels, modality = case()
-    sums = ChameleonObjective.Config().build().sums(logits, labels, modality)
-    nll = F.cross_entropy(
-        logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none"
-    ).view(B, S)
-    image = (labels >= 32) & (labels != -100)
-    assert sums.count_M.tolist() == [
-        int(((labels < 32) & (labels >= 0)).sum()),
-        int(image.sum()),
-        0,
-    ]
-    torch.testing.assert_close(sums.nll_M[1], nll[image].sum())
-    torch.testing.assert_close(sums.nll_M.sum(), nll.sum())
+    x, w, labels = case()
+    sums = sums_of(x, w, labels)
+    flat = labels.flatten()
+    nll = F.cross_entropy(F.linear(x, w), flat, ignore_index=-100, reduction="none")
+    image = flat >= 32
+    torch.testing.assert_close(sums.nll_M[1], nll[image].sum().detach())
+    torch.testing.assert_close(sums.nll_M[0], nll[~image].sum().detach())
+    assert sums.nll_M[2] == 0
 
 
 def test_a_batch_without_labels_costs_nothing_and_has_a_gradient():
-    logits, labels, _ = case()
-    labels = torch.full_like(labels, -100)
-    objective = ChameleonObjective.Config().build()
-    total = objective.total(objective.sums(logits, labels, VOCABULARY.modality_of(labels)), 7)
+    x, w, labels = case()
+    total = sums_of(x, w, torch.full_like(labels, -100)).total / 7
     total.backward()
-    assert total == 0 and (logits.grad == 0).all()
+    assert total == 0 and (x.grad == 0).all() and (w.grad == 0).all()
 
 
 def test_two_micro_batches_over_the_global_count_equal_one_batch():
-    logits, labels, modality = case()
-    objective = ChameleonObjective.Config().build()
+    x, w, labels = case()
     count = int((labels != -100).sum())
-    whole = objective.total(objective.sums(logits, labels, modality), count)
-    parts = [
-        objective.total(
-            objective.sums(logits[i : i + 1], labels[i : i + 1], modality[i : i + 1]), count
-        )
-        for i in range(B)
-    ]
+    whole = sums_of(x, w, labels).total / count
+    parts = [sums_of(x[i * S :][:S], w, labels[i : i + 1]).total / count for i in range(B)]
     torch.testing.assert_close(whole, sum(parts))
 
 

@@ -57,9 +57,10 @@ def test_a_layout_computes_what_one_rank_computes(results, ranks, name):
     case = CASES[ranks][name]
     expected = results(1, f"{case.model}-apart" if case.apart else case.model)
     found = results(ranks, name)
-    # key biases have what cancellation leaves: measured by a hundredth of the whole norm
+    # key biases have what cancellation leaves, which AdamW scales up: measured by a hundredth of
+    # the whole norm, and their values by a thousandth
     assert relative_errors(found, expected, "gradients", 1e-2, above=TOLERANCE) == {}
-    assert relative_errors(found, expected, "parameters", 1e-4, above=TOLERANCE) == {}
+    assert relative_errors(found, expected, "parameters", 1e-3, above=TOLERANCE) == {}
     for line, wanted in zip(found["metrics"], expected["metrics"], strict=True):
         for key in (key for key in wanted if key.split("/")[0] in EQUAL):
             assert line[key] == pytest.approx(wanted[key], rel=TOLERANCE, abs=1e-7), key

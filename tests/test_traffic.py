@@ -17,9 +17,10 @@ from traffic_ranks import LAYOUTS
 from earlyfuse.configs import decoders, dry_run
 from earlyfuse.models.blocks.layout import Layout
 from earlyfuse.models.flops import count_parameters
+from earlyfuse.models.objectives.chameleon import ChameleonObjective
 from earlyfuse.models.routes import by_modality
 from earlyfuse.models.routing.expert_choice import expert_choice
-from earlyfuse.parallel.memory import saved_per_token
+from earlyfuse.parallel.memory import kept_by_head, rank_memory, saved_per_token
 from earlyfuse.parallel.traffic import Traffic, step_traffic, total
 from earlyfuse.tools.doctor import Cluster, main, step_time
 
@@ -196,6 +197,37 @@ def test_the_estimate_of_activations_is_what_autograd_keeps(run, name, order):
     block.norm_order = order
     training = replace(run.training, local_batch_size=2, seq_len=64)
     assert 4 * 128 * saved_per_token(block, training) == pytest.approx(saved_bytes(block), rel=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_the_head_keeps_is_predicted(dtype):
+    tokens, words, dim, kept = 24, 40, 6, {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    x, w = (torch.randn(n, dim, dtype=dtype, requires_grad=True) for n in (tokens, words))
+    labels = torch.arange(tokens)
+    loss = ChameleonObjective.Config().build().loss_of(labels, labels % 2)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        total = loss(x, w).total
+    assert total.requires_grad
+    assert sum(kept.values()) == kept_by_head(tokens, words, dim, dtype)
+
+
+@pytest.mark.parametrize("vocab_size", [1 << 16, 1 << 18])
+def test_memory_of_the_head_does_not_grow_with_tokens_but_by_their_gradients(run, vocab_size):
+    model = decoders.dense(replace(SHAPE, vocab_size=vocab_size))
+    dims = ParallelDims.from_config(run.parallelism, 1)
+
+    def head(rows):
+        training = replace(run.training, local_batch_size=rows)
+        return rank_memory(model, dims, training, run.parallelism, None).head
+
+    tokens = 8 * run.training.seq_len
+    gradients = tokens * model.dim * 2
+    assert head(16) - head(8) == pytest.approx(gradients, rel=0.01)
 
 
 # ---------------------------------------------------------------- dry run

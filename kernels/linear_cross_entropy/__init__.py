@@ -30,7 +30,7 @@ import torch.distributed as dist
 from earlyfuse.kernels.backend import resolve
 from earlyfuse.kernels.linear_cross_entropy import op, reference
 
-__all__ = ["LossSums", "VocabularyShard", "linear_cross_entropy", "token_losses"]
+__all__ = ["LossSums", "VocabularyShard", "linear_cross_entropy"]
 
 
 class LossSums(NamedTuple):
@@ -92,7 +92,13 @@ def linear_cross_entropy(
         total = reference.total(nll_T, log_z_T, z_weight)
     else:
         need = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (x_TD, w_VD)]
-        total, nll_T, log_z_T = _run(x_TD, w_VD, labels_T, z_weight, need, shard, chosen)
+        if shard is None:
+            cut = (0, w_VD.shape[0], "", 1)
+        else:
+            cut = (shard.first, shard.vocabulary, shard.group.group_name, shard.group.size())
+        total, nll_T, log_z_T, _, _ = op.linear_cross_entropy(
+            x_TD, w_VD, labels_T, float(z_weight), need, *cut, chosen
+        )
     ids_M1 = torch.arange(modalities, device=labels_T.device)[:, None]
     member_MT = modality_T == ids_M1  # what does not count has losses of 0
     nll_M, z_M = (
@@ -100,46 +106,6 @@ def linear_cross_entropy(
         for values_T in (nll_T, log_z_T.detach().square())
     )
     return LossSums(total, nll_M, z_M)
-
-
-@torch.no_grad()
-def token_losses(
-    x_TD: torch.Tensor,
-    w_VD: torch.Tensor,
-    labels_T: torch.Tensor,
-    *,
-    shard: VocabularyShard | None = None,
-    backend: str = "auto",
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Negative log likelihood and log Z of each token, (T,) fp32, 0 where the label is -100.
-
-    Without gradients: for validation. Raises ``ValueError`` as ``linear_cross_entropy`` does.
-    """
-    _check(x_TD, w_VD, labels_T, shard)
-    chosen = _resolve(x_TD, shard, backend)
-    if chosen == "reference":
-        return reference.token_losses(x_TD, w_VD, labels_T)
-    _, nll_T, log_z_T = _run(x_TD, w_VD, labels_T, 0.0, [False, False], shard, chosen)
-    return nll_T, log_z_T
-
-
-def _run(
-    x_TD: torch.Tensor,
-    w_VD: torch.Tensor,
-    labels_T: torch.Tensor,
-    z_weight: float,
-    need: list[bool],
-    shard: VocabularyShard | None,
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    if shard is None:
-        cut = (0, w_VD.shape[0], "", 1)
-    else:
-        cut = (shard.first, shard.vocabulary, shard.group.group_name, shard.group.size())
-    total, nll_T, log_z_T, _, _ = op.linear_cross_entropy(
-        x_TD, w_VD, labels_T, float(z_weight), need, *cut, backend
-    )
-    return total, nll_T, log_z_T
 
 
 def _resolve(x_TD: torch.Tensor, shard: VocabularyShard | None, backend: str) -> str:

@@ -61,7 +61,8 @@ def forward(
     nll_T, log_z_T = (x_TD.new_empty(x_TD.shape[0], dtype=dtype) for _ in range(2))
     if x_TD.device.type == "cpu":  # products of bf16 crawl there, and would round the logits
         x_TD, w_VD = x_TD.to(dtype), w_VD.to(dtype)
-    size = _chunk_tokens(x_TD, -(-vocabulary // group_size))
+    words = -(-vocabulary // group_size)
+    size = chunk_tokens(len(x_TD), words, x_TD.dtype, x_TD.device.type)
     buffer_CV = x_TD.new_empty(size, w_VD.shape[0])
     for start in range(0, x_TD.shape[0], size):
         chunk = slice(start, start + size)
@@ -93,14 +94,13 @@ def _label_rows(labels_T: torch.Tensor, first: int, words: int, vocabulary: int)
     return torch.where(counted_T, rows_T, UNCOUNTED)
 
 
-def _chunk_tokens(x_TD: torch.Tensor, words: int) -> int:
+def chunk_tokens(tokens: int, words: int, dtype: torch.dtype, device_type: str) -> int:
     """Tokens of a chunk: as many as the memory allows, all chunks about equal.
 
     ``words`` is the same on all ranks, so that their chunks are, even if the last rank has fewer.
     """
-    tokens = x_TD.shape[0]
-    allowed = CPU_BYTES if x_TD.device.type == "cpu" else GPU_BYTES
-    most = max(allowed // (words * x_TD.element_size()), 1)
+    allowed = CPU_BYTES if device_type == "cpu" else GPU_BYTES
+    most = max(allowed // (words * dtype.itemsize), 1)
     chunks = max(-(-tokens // most), 1)
     return max(-(-tokens // chunks), 1)
 

@@ -16,8 +16,7 @@ from earlyfuse.kernels.backend import implementation
 Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-@torch.library.custom_op("earlyfuse::linear_cross_entropy", mutates_args=())
-def linear_cross_entropy(
+def compute(
     x_TD: torch.Tensor,
     w_VD: torch.Tensor,
     labels_T: torch.Tensor,
@@ -34,6 +33,11 @@ def linear_cross_entropy(
     cut over ``group``; all of them where that is ""."""
     forward = implementation(__package__, backend).forward
     return forward(x_TD, w_VD, labels_T, z_weight, need, first, vocabulary, group, group_size)
+
+
+linear_cross_entropy = torch.library.custom_op(
+    "earlyfuse::linear_cross_entropy", compute, mutates_args=()
+)
 
 
 @linear_cross_entropy.register_fake
