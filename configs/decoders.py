@@ -6,8 +6,9 @@ token as the dense model of the same shape.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Literal
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from earlyfuse.models.blocks.attention import Attention
 from earlyfuse.models.blocks.experts import ExpertPool, MixtureOfExperts
@@ -113,6 +114,20 @@ def moma(
         )
 
     return _decoder(shape, feed_forward)
+
+
+def with_routers(model: Decoder.Config, **fields: Any) -> Decoder.Config:
+    """A copy of ``model`` whose expert-choice routers have these ``fields`` of
+    ``ExpertChoice.Config``: causal routers, noise, how weights are made. ``ValueError`` without
+    such routers.
+    """
+    model = deepcopy(model)
+    pools = [pool for _, pool, _, _ in model.traverse(ExpertPool.Config)]
+    if not pools:
+        raise ValueError(f"{', '.join(fields)} cannot be set: the model has no routed experts")
+    for pool in pools:
+        pool.router = replace(pool.router, **fields)
+    return model
 
 
 def moma_1_4b() -> Decoder.Config:

@@ -15,9 +15,10 @@ from torchtitan.config import ParallelismConfig, TrainingConfig
 from torchtitan.config.configs import CompileConfig
 from torchtitan.protocols.model_spec import ModelSpec
 
-from earlyfuse.configs import decoders
+from earlyfuse.configs import decoders, stages
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.modality import Modality
+from earlyfuse.models.routing.causal_router import CausalRouter
 from earlyfuse.parallel.checkpoint import Checkpoints
 from earlyfuse.parallel.data_set import DataSet
 from earlyfuse.parallel.metrics import RunMetrics
@@ -36,8 +37,25 @@ SHAPE = decoders.Shape(
 
 def moma_4t4i() -> Trainer.Config:
     """MoMa with four text and four image experts: the default"""
-    experts = {Modality.TEXT: 4, Modality.IMAGE: 4}
-    return _run("moma_4t4i", decoders.moma(SHAPE, experts, SHARES, routing_rows=4))
+    return _run("moma_4t4i", decoders.with_routers(_moma_4t4i(), causal=CausalRouter.Config()))
+
+
+def moma_4t4i_upcycled() -> Trainer.Config:
+    """moma_4t4i grown out of runs/moe_1t1i, with noise in its choice for 300 steps"""
+    return stages.upcycled(_run("moma_4t4i_upcycled", _upcycled_4t4i()), "runs/moe_1t1i", 300)
+
+
+def moma_4t4i_stage2() -> Trainer.Config:
+    """causal routers alone, on the finished model of runs/moma_4t4i_upcycled"""
+    config = _run("moma_4t4i_stage2", _upcycled_4t4i())
+    return stages.causal_routers_only(
+        config,
+        "runs/moma_4t4i_upcycled",
+        lr=4e-3,
+        end_lr=4e-5,
+        warmup_steps=30,
+        steps=300,
+    )
 
 
 def dense() -> Trainer.Config:
@@ -47,7 +65,8 @@ def dense() -> Trainer.Config:
 
 def moe_8x() -> Trainer.Config:
     """eight experts that choose among all tokens"""
-    return _run("moe_8x", decoders.moe(SHAPE, experts=8, routing_rows=4))
+    model = decoders.moe(SHAPE, experts=8, routing_rows=4)
+    return _run("moe_8x", decoders.with_routers(model, causal=CausalRouter.Config()))
 
 
 def moe_1t1i() -> Trainer.Config:
@@ -58,6 +77,16 @@ def moe_1t1i() -> Trainer.Config:
 def mot() -> Trainer.Config:
     """Mixture-of-Transformers: attention projections, norms and feed-forward per modality"""
     return _run("mot", decoders.mixture_of_transformers(SHAPE))
+
+
+def _moma_4t4i() -> Decoder.Config:
+    experts = {Modality.TEXT: 4, Modality.IMAGE: 4}
+    return decoders.moma(SHAPE, experts, SHARES, routing_rows=4)
+
+
+def _upcycled_4t4i() -> Decoder.Config:
+    """The routers with which the loss jumps least at step 0 (docs/moma.md)."""
+    return decoders.with_routers(_moma_4t4i(), init="centred", weights="normalised")
 
 
 def adamw(lr: float) -> OptimizersContainer.Config:

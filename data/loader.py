@@ -20,7 +20,6 @@ from torchtitan.components.dataloader import BaseDataLoader
 from earlyfuse.data.lanes import Blend, check_seq_len
 from earlyfuse.data.shards import TokenSource
 from earlyfuse.data.stream import Drawn, LaneStream, Prefetcher
-from earlyfuse.models.batch import MixedBatch
 from earlyfuse.models.modality import Vocabulary
 
 Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
@@ -36,7 +35,8 @@ class LaneLoader(BaseDataLoader):
     """Rank ``dp_rank``'s lanes: rows [r·G/R, (r+1)·G/R) of every global batch of G rows.
 
     Yields micro-batches of ``local_batch_size`` rows, as ``MixedBatch`` fields under the names the
-    trainer wants: ``({"input": tokens_BS, "modality_BS", "positions_BS", "span_BS"}, labels_BS)``.
+    trainer wants: ``({"input": tokens_BS, "modality_BS", "positions_BS", "span_BS", "row_B"},
+    labels_BS)``; ``row_B`` int64 (B,) are the rows' numbers in the global batch.
     G/R/local_batch_size of them are one step. Every iterator continues the one stream;
     ``state_dict`` is the state after the last batch handed out, whatever is prefetched.
 
@@ -109,11 +109,13 @@ class LaneLoader(BaseDataLoader):
 
     def __iter__(self) -> Iterator[Batch]:
         while True:
-            fields = self._next().tensors()
+            drawn = self._next()
+            fields = drawn.batch.tensors()
+            fields["row_B"] = torch.arange(self._lanes.start, self._lanes.stop)[drawn.lanes]
             labels_BS = fields.pop("labels_BS")
             yield {"input": fields.pop("tokens_BS"), **fields}, labels_BS
 
-    def _next(self) -> MixedBatch:
+    def _next(self) -> Drawn:
         if self._drawn is None:
             stream = LaneStream(
                 self.blend,
@@ -133,7 +135,7 @@ class LaneLoader(BaseDataLoader):
             self.close()  # lanes may stand within a batch: begin anew after the last whole one
             raise
         self._state_LK[drawn.lanes] = drawn.state_BK
-        return drawn.batch
+        return drawn
 
     def close(self) -> None:
         """Stop drawing ahead; the loader continues after the last batch handed out."""

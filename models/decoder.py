@@ -148,13 +148,15 @@ class Decoder(BaseModel):
         positions_BS: torch.Tensor | None = None,
         span_BS: torch.Tensor | None = None,
         loss: Loss | None = None,
+        row_B: torch.Tensor | None = None,
     ) -> Any:
         """Logits (B, S, V) of the next token; with ``loss``, what that makes of hidden states and
         head, and no logits.
 
         ``tokens_BS`` int64; ``modality_BS`` uint8, all text if None; ``positions_BS`` int64
         restarting at 0 with each document, one document per row if None; ``span_BS`` is not used by
-        this objective, whose attention is causal inside images too.
+        this objective, whose attention is causal inside images too; ``row_B`` int64, which rows of
+        the global batch these are: seeds the noise of routers that have it.
         """
         if modality_BS is None:
             modality_BS = torch.zeros_like(tokens_BS, dtype=torch.uint8)
@@ -163,7 +165,7 @@ class Decoder(BaseModel):
             positions_BS = torch.arange(seq_len, device=tokens_BS.device).expand(rows, seq_len)
         config = self.config
         layout = Layout.build(
-            modality_BS, positions_BS, config.modalities, self.head_dim, config.rope_theta
+            modality_BS, positions_BS, config.modalities, self.head_dim, config.rope_theta, row_B
         )
         x_TD = tokens_BS
         if self.tok_embeddings is not None:

@@ -3,8 +3,10 @@
 Convention: a multiply-add is 2 FLOPs; only matrix products count (no norms, softmax, routing sort);
 the head counts, the embedding lookup does not; attention is counted over the full S × S square, as
 in PaLM's appendix B, without the causal half; training is 3 × the forward pass, without
-recomputation. Expert choice: a pool of E experts with capacity factor c gives its tokens c experts
-on average.
+recomputation, less the gradient that causal routers do not give to their input. Expert choice: a
+pool of E experts with capacity factor c gives its tokens c experts on average; its routers, main
+and causal, score every token of the batch. In a second stage, where all but the causal routers is
+frozen, a step takes about two thirds of what is counted here.
 
 S positions, D width, N heads of width H.
 """
@@ -55,8 +57,16 @@ def forward_flops(config: Decoder.Config, seq_len: int) -> tuple[float, ...]:
 
 
 def training_flops(config: Decoder.Config, seq_len: int) -> tuple[float, ...]:
-    """Forward and backward FLOPs of one token of each modality group: 3 × forward."""
-    return tuple(3 * flops for flops in forward_flops(config, seq_len))
+    """Forward and backward FLOPs of one token of each modality group: 3 × forward, less the
+    gradient that causal routers do not give to their input.
+    """
+    spared = 2 * sum(
+        pool.dim * (pool.dim // 2)
+        for layer in config.layers
+        for pool in _pools(layer.feed_forward)
+        if pool.router.causal is not None
+    )
+    return tuple(3 * flops - spared for flops in forward_flops(config, seq_len))
 
 
 def mean_training_flops(config: Decoder.Config, seq_len: int) -> float:
@@ -78,7 +88,7 @@ def _attention_parameters(config: Attention.Config) -> int:
 def _feed_forward_parameters(config: FeedForward.Config | MixtureOfExperts.Config) -> int:
     if isinstance(config, FeedForward.Config):
         return 3 * config.dim * config.hidden_dim * config.groups
-    return sum(pool.experts * (_expert(pool) + pool.dim) for pool in config.pools)
+    return sum(pool.experts * _expert(pool) + _routers(pool) for pool in config.pools)
 
 
 def _active_feed_forward(config: FeedForward.Config | MixtureOfExperts.Config, group: int) -> int:
@@ -97,8 +107,18 @@ def _matrices_met(
         if serves:
             met += pool.router.capacity_factor * _expert(pool)
         if serves or routers_of_all:  # every pool scores every token of the batch
-            met += pool.experts * pool.dim
+            met += _routers(pool)
     return met
+
+
+def _pools(config: FeedForward.Config | MixtureOfExperts.Config) -> list[ExpertPool.Config]:
+    return config.pools if isinstance(config, MixtureOfExperts.Config) else []
+
+
+def _routers(pool: ExpertPool.Config) -> int:
+    """Parameters of a pool's router, and of its causal router."""
+    causal = pool.router.causal is not None
+    return pool.experts * pool.dim + causal * (pool.dim // 2) * (pool.dim + pool.experts)
 
 
 def _expert(pool: ExpertPool.Config) -> int:

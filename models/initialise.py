@@ -7,7 +7,10 @@ embedding                              normal(0, 1), cut at ±3: with a small on
                                        are as large as the rows themselves and learning is slow
 head, wq, wk, wv, w1, w3               normal(0, std), cut at ±3 std
 wo, w2 (write into the residual)       normal(0, std / sqrt(2 · layers)), cut likewise
-router                                 normal(0, std), cut likewise
+router                                 normal(0, gain · std), cut likewise; ``init`` "centred": less
+                                       the mean over experts, so that their directions are those
+                                       of a simplex and they choose tokens apart from each other
+w_hidden, w_score (causal router)      normal(0, std), cut likewise
 norm weights                           1
 norm biases                            0
 =====================================  ==========================================================
@@ -25,6 +28,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from earlyfuse.models.routing.expert_choice import ExpertChoice
+
 RESIDUAL_WRITERS = ("wo", "w2")
 BLOCK_ROWS = 256
 
@@ -32,6 +37,7 @@ BLOCK_ROWS = 256
 @torch.no_grad()
 def initialise(model: nn.Module, *, std: float, layers: int, seed: int) -> None:
     """Fill all parameters of ``model`` in place, whole or sharded, by the table above."""
+    routers = {m.weight: m.config for m in model.modules() if isinstance(m, ExpertChoice)}
     for name, parameter in model.named_parameters():
         for wrapper in ("_checkpoint_wrapped_module.", "_orig_mod."):
             name = name.replace(wrapper, "")
@@ -41,15 +47,18 @@ def initialise(model: nn.Module, *, std: float, layers: int, seed: int) -> None:
         elif leaf.endswith("norm"):
             parameter.fill_(1.0)
         else:
-            scale = std
+            scale, centred = std, False
             if leaf == "tok_embeddings":
                 scale = 1.0
             elif leaf in RESIDUAL_WRITERS:
                 scale = std / (2 * layers) ** 0.5
-            _fill_normal(parameter, scale, seed=f"{seed}:{name}")
+            elif router := routers.get(parameter):
+                scale, centred = std * router.init_gain, router.init == "centred"
+            _fill_normal(parameter, scale, f"{seed}:{name}", centred)
 
 
-def _fill_normal(parameter: torch.Tensor, std: float, seed: str) -> None:
+def _fill_normal(parameter: torch.Tensor, std: float, seed: str, centred: bool) -> None:
+    """``centred``: each column less its mean over the rows of a block."""
     local, offset = _held(parameter)
     *_, rows, columns = parameter.shape
     *lead_offset, row_offset, column_offset = offset
@@ -64,6 +73,8 @@ def _fill_normal(parameter: torch.Tensor, std: float, seed: str) -> None:
             generator = torch.Generator().manual_seed(zlib.crc32(name))
             values = torch.empty(stop - start, columns, dtype=torch.float32)
             nn.init.trunc_normal_(values, std=std, a=-3 * std, b=3 * std, generator=generator)
+            if centred:
+                values -= values.mean(0)
             first, last = max(start, row_offset), min(stop, end)
             target[first - row_offset : last - row_offset].copy_(
                 values[first - start : last - start, wanted]

@@ -36,3 +36,10 @@ def by_modality(group_T: torch.Tensor, groups: int) -> Routes:
         group_T.unsqueeze(0) == torch.arange(groups, device=group_T.device).unsqueeze(1)
     ).sum(1)
     return Routes(row_T, torch.nn.functional.pad(count_G.cumsum(0), (1, 0)))
+
+
+def group_of_rows(offset_G1: torch.Tensor, rows: int) -> torch.Tensor:
+    """(R,) int64 group of each routed row. No host synchronisation."""
+    return torch.searchsorted(
+        offset_G1[1:], torch.arange(rows, device=offset_G1.device), right=True
+    )

@@ -325,18 +325,7 @@ class Checkpoints(CheckpointManager):
         return [step for step in reversed(steps) if step <= first]
 
     def _damage(self, folder: Path) -> str:
-        """What is wrong with a checkpoint, "" if nothing; each rank looks at its share."""
-        world = dist.get_world_size(self.pg)
-        try:
-            files = read_manifest(folder).files
-            share = sorted(files)[self.rank :: world]
-            found = damage(folder, {name: files[name] for name in share})
-        except (ValueError, OSError) as error:
-            found = [str(error)]
-        shares: list[Any] = [None] * world
-        dist.all_gather_object(shares, found, group=self.pg)
-        lines = sorted({line for share in shares for line in share})
-        return "; ".join(lines[:4]) + (f"; and {len(lines) - 4} more" if len(lines) > 4 else "")
+        return damage_seen_by_all(folder, self.pg)
 
     def _check_holds_everything(self, step: int) -> None:
         folder = self.disk.complete(step)
@@ -354,6 +343,21 @@ class Checkpoints(CheckpointManager):
         if not options.get("from_hf"):
             refuse_other_run(self.states, state_dict, checkpoint_id)
         super().dcp_load(state_dict, checkpoint_id=checkpoint_id, **options)
+
+
+def damage_seen_by_all(folder: Path, group: dist.ProcessGroup | None = None) -> str:
+    """What is wrong with a checkpoint, "" if nothing; each rank of ``group`` looks at its share."""
+    rank, world = dist.get_rank(group), dist.get_world_size(group)
+    try:
+        files = read_manifest(folder).files
+        share = sorted(files)[rank::world]
+        found = damage(folder, {name: files[name] for name in share})
+    except (ValueError, OSError) as error:
+        found = [str(error)]
+    shares: list[Any] = [None] * world
+    dist.all_gather_object(shares, found, group=group)
+    lines = sorted({line for share in shares for line in share})
+    return "; ".join(lines[:4]) + (f"; and {len(lines) - 4} more" if len(lines) > 4 else "")
 
 
 def _nothing_begun(async_mode: AsyncMode) -> Future | AsyncSaveResponse | None:

@@ -31,12 +31,7 @@ def refuse_other_run(
     dist.all_gather_object(everywhere, (list(model_keys), [line for line in wrong if line]))
     known = {key for keys, _ in everywhere for key in keys}
     wrong = list(dict.fromkeys(line for _, lines in everywhere for line in lines))
-    unexpected = {
-        key
-        for key in stored
-        if key.partition(".")[0] in ("layers", "tok_embeddings", "lm_head", "norm")
-        and key not in known
-    }
+    unexpected = {key for key in stored if is_parameter(key) and key not in known}
     wrong += [f"{key}: only in the checkpoint" for key in sorted(unexpected)]
     if wrong:
         shown = "; ".join(wrong[:4]) + (f"; and {len(wrong) - 4} more" if len(wrong) > 4 else "")
@@ -49,6 +44,11 @@ def refuse_other_run(
         saved = {DATALOADER: {"identity": ""}}
         dcp.load(saved, checkpoint_id=checkpoint_id)
         loader.check_identity(saved[DATALOADER]["identity"])
+
+
+def is_parameter(key: str) -> bool:
+    """Whether a key of a checkpoint is a parameter of the model."""
+    return key.partition(".")[0] in ("layers", "tok_embeddings", "lm_head", "norm")
 
 
 def _difference(key: str, shape: torch.Size, stored: Any) -> str:

@@ -66,6 +66,15 @@ def _draw_losses(
         axis.plot(
             *zip(*held_out, strict=True), color=colour, marker="o", markersize=3, label="held out"
         )
+        causal = [
+            (tokens_at[x["step"]], x[f"causal_{key}"])
+            for x in validation
+            if f"causal_{key}" in x and x["step"] in tokens_at
+        ]
+        if causal:
+            axis.plot(
+                *zip(*causal, strict=True), color=colour, linestyle="--", label="held out, causal"
+            )
         unigram = validation[-1].get(f"unigram_entropy/{label}")
         if unigram:
             axis.axhline(

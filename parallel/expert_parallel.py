@@ -3,7 +3,8 @@
 A rank sends each routed row to the rank that holds its expert, and gets the result back, in two
 all-to-alls. Expert choice with static budgets takes the same number of rows for every expert on
 every rank, so these are of fixed, equal sizes: no counts are exchanged and none reaches the host.
-With exact budgets (validation) ranks first tell each other their counts.
+Other routes (exact budgets, causal routing) may have any number of rows for each expert: ranks
+first tell each other all counts.
 
 Collectives are waited for where their result is used, in forward and backward: the layer sends the
 rows of all pools before it computes the first, so one modality's rows travel while another's
@@ -13,6 +14,7 @@ T tokens of this rank, R routed rows of this rank, W ranks, D width.
 """
 
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -43,13 +45,21 @@ class Sent(NamedTuple):
     """Rows on their way, and what is needed to bring them home.
 
     ``rows_RD``   this rank's routed rows, sorted by expert, hence by the rank they go to
-    ``counts_W``  rows per expert on each rank
+    ``to_W``      rows that this rank sends to each rank
+    ``came_WE``   rows that each rank sends to each of the experts here
     """
 
     rows_RD: torch.Tensor
-    counts_W: list[int]
+    to_W: list[int]
+    came_WE: tuple[tuple[int, ...], ...]
+    static: bool
     tokens: int
     routes: Routes
+
+    @property
+    def from_W(self) -> list[int]:
+        """Rows that each rank sends to this one."""
+        return [sum(count_E) for count_E in self.came_WE]
 
 
 class AllToAll:
@@ -60,54 +70,56 @@ class AllToAll:
 
     def send(self, x_TD: torch.Tensor, routes: Routes, static: bool) -> Sent:
         """Start the rows' journey to their experts."""
-        ranks, experts = self.mesh.size(), self.experts_here
-        rows = routes.row_R.shape[0] // (ranks * experts)
-        counts = [rows] * ranks if static else self._counts(rows, x_TD.device)
-        travelling = self._exchange(gather_rows(x_TD, routes.row_R), [rows] * ranks, counts)
-        return Sent(travelling, counts, x_TD.shape[0], routes)
+        ranks, here = self.mesh.size(), self.experts_here
+        if static:
+            rows = routes.row_R.shape[0] // (ranks * here)
+            to_W, came_WE = [rows * here] * ranks, ((rows,) * here,) * ranks
+        else:
+            to_W, came_WE = self._counts(routes.offset_G1.diff())
+        sent = Sent(gather_rows(x_TD, routes.row_R), to_W, came_WE, static, x_TD.shape[0], routes)
+        return sent._replace(rows_RD=_AllToAll.apply(sent.rows_RD, to_W, sent.from_W, self.mesh))
 
     def receive(self, sent: Sent) -> tuple[torch.Tensor, Routes]:
         """What arrived lies by sender, then expert; the routes read it by expert."""
-        return sent.rows_RD, _routes(self.experts_here, tuple(sent.counts_W), sent.rows_RD.device)
+        by_expert = _equal_routes_by_expert if sent.static else _routes_by_expert
+        return sent.rows_RD, by_expert(sent.came_WE, sent.rows_RD.device)
 
     def send_back(self, y_RD: torch.Tensor, sent: Sent) -> Sent:
         """Start the results' journey home."""
-        own = sent.counts_W[self.mesh.get_local_rank()]
-        travelling = self._exchange(y_RD, sent.counts_W, [own] * self.mesh.size())
-        return sent._replace(rows_RD=travelling)
+        return sent._replace(rows_RD=_AllToAll.apply(y_RD, sent.from_W, sent.to_W, self.mesh))
 
     def combine(self, returned: Sent) -> torch.Tensor:
         """(T, D): each token's weighted sum."""
         row_R, _, weight_R = returned.routes
         return scatter_add_rows(returned.rows_RD, row_R, returned.tokens, weight_R)
 
-    def _exchange(self, rows_RD: torch.Tensor, to_W: list[int], from_W: list[int]) -> torch.Tensor:
-        """Rows per expert to and from each rank."""
-        here = self.experts_here
-        to, come = [count * here for count in to_W], [count * here for count in from_W]
-        return _AllToAll.apply(rows_RD, to, come, self.mesh)
+    def _counts(self, count_G: torch.Tensor) -> tuple[list[int], tuple[tuple[int, ...], ...]]:
+        """``to_W`` and ``came_WE`` of ``Sent``; ``count_G``: rows of this rank for every expert."""
+        ranks, here = self.mesh.size(), self.experts_here
+        count_WG = count_G.new_empty(ranks * len(count_G))
+        dist.all_gather_single(count_WG, count_G.contiguous(), group=self.mesh.get_group())
+        by_rank_WG = count_WG.view(ranks, -1).tolist()
+        rank = self.mesh.get_local_rank()
+        mine = by_rank_WG[rank]
+        to_W = [sum(mine[first : first + here]) for first in range(0, len(mine), here)]
+        return to_W, tuple(tuple(row[rank * here : (rank + 1) * here]) for row in by_rank_WG)
 
-    def _counts(self, rows: int, device: torch.device) -> list[int]:
-        counts_W = torch.empty(self.mesh.size(), dtype=torch.int64, device=device)
-        mine = torch.full((1,), rows, dtype=torch.int64, device=device)
-        dist.all_gather_single(counts_W, mine, group=self.mesh.get_group())
-        return counts_W.tolist()
+
+def _routes_by_expert(came_WE: tuple[tuple[int, ...], ...], device: torch.device) -> Routes:
+    """Rows that lie by sender, then expert, as many as ``came_WE`` says, read by expert."""
+    ranges_EW: list[list[torch.Tensor]] = [[] for _ in came_WE[0]]
+    start = 0
+    for count_E in came_WE:
+        for ranges_W, count in zip(ranges_EW, count_E, strict=True):
+            ranges_W.append(torch.arange(start, start + count, device=device))
+            start += count
+    ends = accumulate((sum(map(len, ranges_W)) for ranges_W in ranges_EW), initial=0)
+    rows = [rows for ranges_W in ranges_EW for rows in ranges_W]
+    return Routes(torch.cat(rows), torch.tensor(list(ends), device=device))
 
 
-@lru_cache(maxsize=64)
-def _routes(experts: int, counts_W: tuple[int, ...], device: torch.device) -> Routes:
-    """Rows that lie by sender, then expert, each ``counts_W`` long, read by expert."""
-    first, starts = 0, []
-    for count in counts_W:
-        starts.append(first)
-        first += count * experts
-    row_R = [
-        torch.arange(start + expert * count, start + (expert + 1) * count, device=device)
-        for expert in range(experts)
-        for start, count in zip(starts, counts_W, strict=True)
-    ]
-    offset_G1 = torch.arange(experts + 1, device=device) * sum(counts_W)
-    return Routes(torch.cat(row_R), offset_G1)
+# with static budgets the same in every step
+_equal_routes_by_expert = lru_cache(maxsize=64)(_routes_by_expert)
 
 
 class _AllToAll(torch.autograd.Function):

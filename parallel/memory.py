@@ -182,6 +182,8 @@ def saved_per_token(layer: Block.Config, training: TrainingConfig, tensor_ranks:
         for pool in feed_forward.pools:
             rows = routed_rows(pool, training)
             saved += 2 * pool.hidden_dim * rows // tokens // tensor_ranks
+            if pool.router.causal is not None:  # hidden width before and after SiLU, logits
+                saved += 2 * (pool.dim // 2) + 2 * pool.experts
         return saved
     copies = 2 if feed_forward.groups > 1 else 4
     return saved + copies * feed_forward.hidden_dim // tensor_ranks

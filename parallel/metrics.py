@@ -117,7 +117,8 @@ class RunLogger(BaseLogger):
         """Open for appending after ``step``; later lines of an interrupted run are dropped."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
-            kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= step]
+            lines = self.path.read_text().splitlines() if step else []
+            kept = [line for line in lines if _step_of(line) <= step]
             replacement = self.path.with_suffix(".tmp")
             replacement.write_text("".join(line + "\n" for line in kept))
             os.replace(replacement, self.path)
@@ -181,7 +182,8 @@ class Console:
             for name, value in metrics.items()
             if name.startswith("task/")
         )
-        self._print(f"validation at step {step} | {_losses('loss', metrics)}{tasks}")
+        causal = f" | {_losses('causal_loss', metrics)}" if "causal_loss" in metrics else ""
+        self._print(f"validation at step {step} | {_losses('loss', metrics)}{causal}{tasks}")
 
     def close(self) -> None:
         """Leave the line as it is."""
@@ -201,7 +203,7 @@ class Console:
 
 
 def _losses(prefix: str, metrics: dict[str, float]) -> str:
-    parts = [f"{prefix} {metrics[prefix]:.3f}"]
+    parts = [f"{prefix.replace('_', ' ')} {metrics[prefix]:.3f}"]
     parts += [
         f"{name.removeprefix(prefix + '/')} {value:.3f}"
         for name, value in metrics.items()

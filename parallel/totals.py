@@ -1,18 +1,20 @@
 """Sums of one step over all ranks, read by the host in one go, and the metrics that follow."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import nn
 
-from earlyfuse.models.blocks.experts import MixtureOfExperts
+from earlyfuse.models.blocks.experts import ExpertPool, MixtureOfExperts
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.flops import training_flops
 from earlyfuse.models.modality import Modality
-from earlyfuse.models.routing.statistics import RouterStats
+from earlyfuse.models.routing.statistics import CausalStats, RouterStats
 
 MODALITIES = len(Modality)
+Stats = TypeVar("Stats", RouterStats, CausalStats)
 
 
 @dataclass(frozen=True)
@@ -83,25 +85,48 @@ def router_statistics(
     Those of the ``parts`` that are here, else new ones that count nothing: so all ranks of a
     pipeline have the same sums to add up.
     """
-    here: dict[str, RouterStats] = {}
-    for name, module in (named for part in parts for named in part.named_modules()):
-        if isinstance(module, RouterStats):
-            path = name.split(".")
-            layer, pool = (path[path.index(of) + 1] for of in ("layers", "pools"))
-            here[f"layer{layer}.pool{pool}"] = module
-    statistics: dict[str, RouterStats] = {}
+    here = _by_place(parts, RouterStats)
+    return {
+        place: here.get(place) or RouterStats(pool.experts).to(device)
+        for place, pool in _pools(model)
+    }
+
+
+def causal_statistics(
+    parts: Iterable[nn.Module], model: Decoder.Config, device: torch.device
+) -> dict[str, CausalStats]:
+    """The same of all causal routers."""
+    here = _by_place(parts, CausalStats)
+    return {
+        place: here.get(place) or CausalStats().to(device)
+        for place, pool in _pools(model)
+        if pool.router.causal is not None
+    }
+
+
+def _pools(model: Decoder.Config) -> Iterator[tuple[str, ExpertPool.Config]]:
     for number, block in enumerate(model.layers):
         if isinstance(block.feed_forward, MixtureOfExperts.Config):
             for index, config in enumerate(block.feed_forward.pools):
-                place = f"layer{number}.pool{index}"
-                statistics[place] = here.get(place) or RouterStats(config.experts).to(device)
-    return statistics
+                yield f"layer{number}.pool{index}", config
 
 
-def router_load(statistics: dict[str, RouterStats]) -> dict[str, float]:
-    """What the routers recorded in this step: ``router/layer3.pool1/…``."""
+def _by_place(parts: Iterable[nn.Module], kind: type[Stats]) -> dict[str, Stats]:
+    here = {}
+    for name, module in (named for part in parts for named in part.named_modules()):
+        if isinstance(module, kind):
+            path = name.split(".")
+            layer, pool = (path[path.index(of) + 1] for of in ("layers", "pools"))
+            here[f"layer{layer}.pool{pool}"] = module
+    return here
+
+
+def router_load(
+    name: str, statistics: Mapping[str, RouterStats] | Mapping[str, CausalStats]
+) -> dict[str, float]:
+    """What the routers recorded since the last call: ``name/layer3.pool1/…``."""
     return {
-        f"router/{place}/{key}": value
+        f"{name}/{place}/{key}": value
         for place, recorded in statistics.items()
         for key, value in recorded.take().items()
     }

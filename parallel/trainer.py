@@ -9,9 +9,9 @@ B rows, S positions, M modality ids.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torchtitan.trainer as titan
@@ -23,6 +23,8 @@ from earlyfuse.kernels.linear_cross_entropy import LossSums
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.modality import Modality
 from earlyfuse.models.objectives.chameleon import ChameleonObjective, label_members
+from earlyfuse.models.routing.causal import normalise_over
+from earlyfuse.models.routing.noise import router_noises
 from earlyfuse.parallel import compat, lost_hosts, rank_log, run_folder, stop
 from earlyfuse.parallel.agreement import check_ranks_agree
 from earlyfuse.parallel.checkpoint import Checkpoints
@@ -32,7 +34,15 @@ from earlyfuse.parallel.metrics import RunMetrics
 from earlyfuse.parallel.pipeline import Pipeline
 from earlyfuse.parallel.plan import check_parallelism
 from earlyfuse.parallel.skip import SkipRule
-from earlyfuse.parallel.totals import StepTotals, router_load, router_statistics, work_done
+from earlyfuse.parallel.start import Start
+from earlyfuse.parallel.totals import (
+    StepTotals,
+    causal_statistics,
+    router_load,
+    router_statistics,
+    work_done,
+)
+from earlyfuse.parallel.trainable import apart, causal_routers_alone, check_optimizer
 from earlyfuse.parallel.validate import Validation
 from earlyfuse.parallel.watchdog import Phase, Watchdog
 
@@ -55,6 +65,10 @@ class Trainer(titan.Trainer):
         validator: Validation.Config = field(default_factory=Validation.Config)
         skip: SkipRule.Config = field(default_factory=SkipRule.Config)
         watchdog: Watchdog.Config = field(default_factory=Watchdog.Config)
+        start: Start.Config = field(default_factory=Start.Config)
+
+        train_only: Literal["everything", "causal_routers"] = "everything"
+        """Leave all but the causal routers as they are: the second stage (docs/moma.md)."""
 
     config: Config
     loss_fn: ChameleonObjective
@@ -68,7 +82,12 @@ class Trainer(titan.Trainer):
         compat.apply()
         self._alone = compat.join_process_group_alone()
         assert config.model_spec is not None, "configs always set model_spec"
-        check_parallelism(config.parallelism, config.training, config.model_spec.model)
+        model = config.model_spec.model
+        check_parallelism(config.parallelism, config.training, model)
+        if config.train_only == "causal_routers":
+            check_optimizer(config.optimizer, model)
+            spread = causal_routers_alone(config.model_spec.parallelize_fn)
+            config.model_spec = replace(config.model_spec, parallelize_fn=spread)
         self.data = DataSet(config.data)
         self.data.connect(config)
         self.vocabulary = self.data.vocabulary
@@ -87,7 +106,14 @@ class Trainer(titan.Trainer):
         # the same rows: one of them counts
         self._counts_sums = self._is_first_along("tp")
         self._counts_rows = self._counts_sums and self._is_first_along("pp")
-        self.statistics = router_statistics(self.model_parts, config.model_spec.model, self.device)
+        self.statistics = router_statistics(self.model_parts, model, self.device)
+        self.causal_statistics = causal_statistics(self.model_parts, model, self.device)
+        if config.validator.enable:
+            self.validator.causal_statistics = self.causal_statistics
+        # rows of a step over all ranks: a constant, as micro-batches differ in what they hold
+        rows = config.training.global_batch_size
+        normalise_over(self.model_parts, rows * config.training.seq_len)
+        self.router_noises = router_noises(self.model_parts)
         if not run_folder.knows_peak(self.metrics_processor.device_memory_monitor.device_name):
             self.metrics_processor.gpu_peak_flops = 0
 
@@ -121,6 +147,8 @@ class Trainer(titan.Trainer):
             self.metrics_processor.should_log(self.step) or self.step == self.config.training.steps
         )
         self._record_statistics(logging)
+        for name, noise in self.router_noises.items():
+            noise.set_step(name, self.step)
         # dropout depends on the step alone, so that a resumed run draws what the unbroken one would
         torch.manual_seed((self.config.debug.seed or 0) * 1_000_003 + self.step)
 
@@ -138,9 +166,8 @@ class Trainer(titan.Trainer):
 
         self.watchdog.enter(self.step, Phase.OPTIMIZER)
         sums_2M = self._sum_over_ranks(own_sums_2M * self._counts_sums)
-        grad_norm = clip(
-            self.model.parameters(), self.config.training.max_norm, self.parallel_dims.pp
-        )
+        groups = apart(dict(self.model.named_parameters()))
+        grad_norm = clip(groups, self.config.training.max_norm, self.parallel_dims.pp)
         totals = StepTotals.read(counts, sums_2M, grad_norm)
         sound = self.skip.check(
             self.step, totals, own_sums_2M, self.model.parameters(), self._last_checkpoint()
@@ -212,12 +239,14 @@ class Trainer(titan.Trainer):
     # ---------------------------------------------------------------- metrics
 
     def _record_statistics(self, recording: bool) -> None:
-        for counting in (*self.model_parts, *self.statistics.values()):
+        routers = (*self.statistics.values(), *self.causal_statistics.values())
+        for counting in (*self.model_parts, *routers):
             counting.recording = recording
 
     def _sum_statistics(self) -> None:
         """Add up over ranks what routers and the last block counted."""
         counted = [b for s in self.statistics.values() for b in (s.load_E, s.sums_6)]
+        counted += [s.sums_5 for s in self.causal_statistics.values()]
         counted.append(self.model_parts[-1].output_norm_2)
         total = self._sum_over_ranks(torch.cat(counted) * self._counts_sums)
         for buffer, part in zip(counted, total.split([len(b) for b in counted]), strict=True):
@@ -230,7 +259,8 @@ class Trainer(titan.Trainer):
         output_norm = self.model_parts[-1].take_output_norm()
         metrics |= {"skipped_steps": self.skip.total, "output_norm": output_norm}
         metrics |= work_done(self.model.config, self.config.training.seq_len, self.tokens_M)
-        metrics |= router_load(self.statistics)
+        metrics |= router_load("router", self.statistics)
+        metrics |= router_load("causal", self.causal_statistics)
         self.metrics_processor.log_step(self.step, metrics)
 
     # ---------------------------------------------------------------- the run
@@ -242,12 +272,18 @@ class Trainer(titan.Trainer):
         SIGTERM or SIGUSR1 to any rank lets all of them finish their step, save, and end.
         """
         config, metrics = self.config, self.metrics_processor
-        self.checkpointer.load(step=config.checkpoint.load_step)
+        begun = ""
+        if not self.checkpointer.load(step=config.checkpoint.load_step):
+            begun = self._begin()
         # only now: a refused checkpoint leaves the folder's own description in place
         run_folder.write_description(Path(config.dump_folder), config.to_dict())
         metrics.start(self.step, config.training.steps)
-        if self.step and torch.distributed.get_rank() == 0:
-            print(f"resumed at step {self.step}", flush=True)
+        if self.step:
+            begun = f"resumed at step {self.step}"
+        if begun and torch.distributed.get_rank() == 0:
+            print(begun, flush=True)
+        if begun and not self.step and config.validator.enable:
+            self._validate()  # what the other run's model is worth in this one
         first_step, saved = self.step, False
         profiling = config.profiler.build(global_step=self.step, base_folder=config.dump_folder)
         with stop.listening(), profiling as profiler:
@@ -265,6 +301,21 @@ class Trainer(titan.Trainer):
                     metrics.restart_clock()  # neither saving nor warming up is throughput
                 profiler.step()
         self._finish(saved)
+
+    def _begin(self) -> str:
+        """Take over from another run, if the config says so; returns what was done."""
+        start, spec = self.config.start.build(), self.config.model_spec
+        assert spec is not None and isinstance(spec.model, Decoder.Config)
+        seed = start.find(spec.model)
+        if seed is None:
+            return ""
+        if self.config.checkpoint.initial_load_path:
+            raise ValueError(
+                f"start.run ({start.config.run}) and checkpoint.initial_load_path "
+                f"({self.config.checkpoint.initial_load_path}) both say what to begin with; give "
+                "one of them"
+            )
+        return start.take_over(seed, spec.model, self.model_parts, self.dataloader)
 
     def _save(self, last: bool) -> bool:
         """Save if it is time to, or the last opportunity; whether it was done."""

@@ -1,8 +1,10 @@
 """Validation: loss per modality on a fixed list of rows, and checks of what the model has learned.
 
-Expert-choice routers see a whole routing group, later tokens included; losses reported here use
-that batch routing, with budgets from the actual counts (the paper's exact rule), as do the training
-losses with static budgets. The task checks never put the answer into the input.
+Expert-choice routers see a whole routing group, later tokens included; ``loss`` uses that batch
+routing, with budgets from the actual counts (the paper's exact rule), as do the training losses
+with static budgets. Where there are causal routers, ``causal_loss`` is what inference has: nothing
+looks ahead. The task checks never put the answer into the input; ``causal_task`` are the same under
+the causal rule.
 """
 
 from collections.abc import Iterator
@@ -23,9 +25,12 @@ from earlyfuse.data.stream import validation_batches
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.modality import Modality, Vocabulary
 from earlyfuse.models.objectives.chameleon import ChameleonObjective, label_members
+from earlyfuse.models.routing.causal import routing
 from earlyfuse.models.routing.expert_choice import ExpertChoice
+from earlyfuse.models.routing.statistics import CausalStats
 from earlyfuse.parallel.pipeline import Pipeline
 from earlyfuse.parallel.tasks import Ranks, Task, load_tasks
+from earlyfuse.parallel.totals import router_load
 
 MODALITIES = len(Modality)
 
@@ -81,38 +86,81 @@ class Validation(Validator):
         )
         self.unigram = self._unigram_entropy(blend.vocabulary)
         self.ranks = Ranks(dp_rank, dp_world_size, self._sum_answers)
+        self.causal_statistics: dict[str, CausalStats] = {}  # of the model; set by the trainer
         self.tasks: list[Task] = load_tasks(Path(config.data_folder)) if config.tasks else []
 
     @torch.no_grad()
     def measure(
         self, model: Decoder | Pipeline, objective: ChameleonObjective, vocabulary: Vocabulary
     ) -> dict[str, float]:
-        """Loss, loss per modality, the unigram entropies to compare with, and task accuracies."""
+        """Loss, loss per modality, the unigram entropies to compare with, and task accuracies.
+
+        With causal routers, losses and tasks under the causal rule too, and on these data the
+        routers' cross-entropy, precision and recall.
+        """
+        with evaluating(model):
+            self._record_causal(True)
+            metrics = self._losses("loss", model, objective, vocabulary)
+            self._record_causal(False)
+            metrics |= {
+                f"unigram_entropy/{m.label}": self.unigram[m]
+                for m in vocabulary.modalities
+                if f"loss/{m.label}" in metrics
+            }
+            metrics |= self._task_checks("task", model)
+            if self.causal_statistics:
+                metrics |= self._causal_quality()
+                with routing(model, "causal"):
+                    metrics |= self._losses("causal_loss", model, objective, vocabulary)
+                    metrics |= self._task_checks("causal_task", model)
+        return metrics
+
+    def _losses(
+        self,
+        name: str,
+        model: Decoder | Pipeline,
+        objective: ChameleonObjective,
+        vocabulary: Vocabulary,
+    ) -> dict[str, float]:
+        """``name``, and ``name``/modality for those that have labels: nats per label."""
         device = next(model.parameters()).device
         sums_2M = torch.zeros(2, MODALITIES, dtype=torch.float64, device=device)
-        with evaluating(model):
-            for batch in self.batches:
-                batch = batch.to(device)
-                label_modality_BS = vocabulary.modality_of(batch.labels_BS)
-                sums = model(
-                    batch.tokens_BS,
-                    batch.modality_BS,
-                    batch.positions_BS,
-                    batch.span_BS,
-                    objective.loss_of(batch.labels_BS, label_modality_BS),
-                )
-                if sums is not None:
-                    count_M = label_members(batch.labels_BS.flatten(), label_modality_BS.flatten())
-                    sums_2M += torch.stack([sums.nll_M, count_M.sum(1)])
-            nll_M, count_M = self._sum_over_stages(self._sum_over_rows(sums_2M)).tolist()
-            metrics = {"loss": sum(nll_M) / max(sum(count_M), 1)}
-            present = [m for m in vocabulary.modalities if count_M[m]]
-            metrics |= {f"loss/{m.label}": nll_M[m] / count_M[m] for m in present}
-            metrics |= {f"unigram_entropy/{m.label}": self.unigram[m] for m in present}
-            for task in self.tasks:
-                metrics[f"task/{task.name}"] = task.accuracy(model, self.batches, self.ranks)
-                metrics[f"chance/{task.name}"] = task.chance
-        return metrics
+        for batch in self.batches:
+            batch = batch.to(device)
+            label_modality_BS = vocabulary.modality_of(batch.labels_BS)
+            sums = model(
+                batch.tokens_BS,
+                batch.modality_BS,
+                batch.positions_BS,
+                batch.span_BS,
+                objective.loss_of(batch.labels_BS, label_modality_BS),
+            )
+            if sums is not None:
+                count_M = label_members(batch.labels_BS.flatten(), label_modality_BS.flatten())
+                sums_2M += torch.stack([sums.nll_M, count_M.sum(1)])
+        nll_M, count_M = self._sum_over_stages(self._sum_over_rows(sums_2M)).tolist()
+        losses = {name: sum(nll_M) / max(sum(count_M), 1)}
+        present = [m for m in vocabulary.modalities if count_M[m]]
+        return losses | {f"{name}/{m.label}": nll_M[m] / count_M[m] for m in present}
+
+    def _task_checks(self, name: str, model: Decoder | Pipeline) -> dict[str, float]:
+        accuracies = {}
+        for task in self.tasks:
+            accuracies[f"{name}/{task.name}"] = task.accuracy(model, self.batches, self.ranks)
+            accuracies[f"chance/{task.name}"] = task.chance
+        return accuracies
+
+    def _record_causal(self, recording: bool) -> None:
+        for statistics in self.causal_statistics.values():
+            statistics.recording = recording
+
+    def _causal_quality(self) -> dict[str, float]:
+        """What the causal routers recorded, over all ranks."""
+        counted = [statistics.sums_5 for statistics in self.causal_statistics.values()]
+        total = self._sum_over_stages(self._sum_over_rows(torch.cat(counted)))
+        for sums_5, part in zip(counted, total.split(5), strict=True):
+            sums_5.copy_(part)
+        return router_load("causal", self.causal_statistics)
 
     def _sum_over_rows(self, tensor: torch.Tensor) -> torch.Tensor:
         if self.parallel_dims.dp_enabled:

@@ -6,6 +6,8 @@ from pathlib import Path
 from earlyfuse.configs import decoders, embedded
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.modality import Modality
+from earlyfuse.models.routing.causal_router import CausalRouter
+from earlyfuse.models.routing.noise import RouterNoise
 from earlyfuse.parallel.trainer import Trainer
 
 SHAPE = decoders.Shape(dim=32, layers=2, heads=2, hidden_dim=48, vocab_size=48)
@@ -23,6 +25,14 @@ MODELS = {
     "moe_8x": lambda: decoders.moe(SHAPE, experts=4, routing_rows=2),
     "moma": moma,
     "mot": lambda: decoders.mixture_of_transformers(SHAPE),
+    "moma_causal": lambda: decoders.with_routers(
+        moma(),
+        causal=CausalRouter.Config(at_least_one=True),
+        noise=RouterNoise.Config(end_step=20),
+        weights="normalised",
+        init="centred",
+        init_gain=20.0,
+    ),
 }
 
 

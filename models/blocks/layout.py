@@ -19,6 +19,7 @@ class Layout:
     ``by_group``    the same as routes, every token once
     ``cos_BS1H``, ``sin_BS1H``  (B, S, 1, H) fp32: of the rotary angles; see ``rotary_angles``
     ``mask``        who attends whom: see ``attention_mask``
+    ``place_T``     (T,) int64: row of the global batch · S + position in the row
     """
 
     rows: int
@@ -28,6 +29,7 @@ class Layout:
     cos_BS1H: torch.Tensor
     sin_BS1H: torch.Tensor
     mask: "torch.Tensor | BlockMask | None"
+    place_T: torch.Tensor
 
     @classmethod
     def build(
@@ -37,9 +39,16 @@ class Layout:
         modalities: tuple[int, ...],
         head_dim: int,
         rope_theta: float,
+        row_B: torch.Tensor | None = None,
     ) -> "Layout":
-        """Work out the layout of one batch from its modalities and positions alone."""
+        """Work out the layout of one batch from its modalities and positions alone.
+
+        ``row_B`` int64: which rows of the global batch these are; the first ones if None.
+        """
         rows, seq_len = positions_BS.shape
+        if row_B is None:
+            row_B = torch.arange(rows, device=positions_BS.device)
+        place_BS = row_B[:, None] * seq_len + torch.arange(seq_len, device=row_B.device)
         group_T = group_of_modality(modality_BS.reshape(-1), modalities)
         cos_BS1H, sin_BS1H = rotary_angles(positions_BS, head_dim, rope_theta)
         return cls(
@@ -50,6 +59,7 @@ class Layout:
             cos_BS1H,
             sin_BS1H,
             attention_mask(positions_BS),
+            place_BS.flatten(),
         )
 
 

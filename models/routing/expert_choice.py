@@ -18,40 +18,65 @@ from torchtitan.protocols.module import Module
 
 from earlyfuse.kernels.permute import select_top_k
 from earlyfuse.models.blocks.layout import Layout
-from earlyfuse.models.routes import Routes
+from earlyfuse.models.routes import Routes, group_of_rows
+from earlyfuse.models.routing.causal_router import CausalRouter
+from earlyfuse.models.routing.noise import RouterNoise
 from earlyfuse.models.routing.statistics import RouterStats
 
 
 class ExpertChoice(Module):
-    """The router of a pool whose experts choose their tokens. Parameter: weight (E, D)."""
+    """The router of a pool whose experts choose their tokens. Parameter: weight (E, D).
+
+    ``rule`` is "batch", or "causal" for inference: ``routing.causal.routing`` sets it.
+    """
 
     @dataclass(kw_only=True, slots=True)
     class Config(Module.Config):
         """``capacity_factor``: experts that a token gets on average. ``routing_rows``: rows of the
-        batch among which one choice is made. ``budget``: see ``expert_choice``."""
+        batch among which one choice is made. ``budget``: see ``expert_choice``. ``weights``:
+        "sigmoid" scores as in MoMa eq. 1, or "normalised" to a sum of 1 over a token's experts.
+        ``init``: of the weight, see ``models/initialise.py``. ``causal``: a router for inference,
+        trained along. ``noise``: in the choice, while training."""
 
         capacity_factor: float = 1.0
         routing_rows: int = 1
         budget: Literal["static", "exact"] = "static"
+        weights: Literal["sigmoid", "normalised"] = "sigmoid"
+        init: Literal["normal", "centred"] = "normal"
+        init_gain: float = 1.0
+        causal: CausalRouter.Config | None = None
+        noise: RouterNoise.Config | None = None
 
         def __post_init__(self) -> None:
-            for name in ("routing_rows", "capacity_factor"):
+            for name in ("routing_rows", "capacity_factor", "init_gain"):
                 if getattr(self, name) <= 0:
                     raise ValueError(f"{name} ({getattr(self, name)}) must be positive")
-            if self.budget not in ("static", "exact"):
-                raise ValueError(f'budget ({self.budget!r}) must be "static" or "exact"')
+            for name, allowed in (
+                ("budget", ("static", "exact")),
+                ("weights", ("sigmoid", "normalised")),
+                ("init", ("normal", "centred")),
+            ):
+                if getattr(self, name) not in allowed:
+                    first, second = allowed
+                    raise ValueError(
+                        f'{name} ({getattr(self, name)!r}) must be "{first}" or "{second}"'
+                    )
 
     def __init__(self, config: Config, *, dim: int, experts: int, share: float):
         super().__init__()
         self.config, self.share = config, share
         self.budget = config.budget
+        self.rule: Literal["batch", "causal"] = "batch"
         self.weight = nn.Parameter(torch.empty(experts, dim))
         self.stats = RouterStats(experts)
+        sizes = {"dim": dim, "experts": experts, "share": share}
+        self.causal = config.causal.build(**sizes) if config.causal is not None else None
+        self.noise = config.noise.build() if config.noise is not None else None
 
     @property
     def static(self) -> bool:
         """Whether every rank routes the same number of rows, known beforehand."""
-        return self.budget == "static"
+        return self.budget == "static" and self.rule == "batch"
 
     def forward(
         self, x_TD: torch.Tensor, eligible_T: torch.Tensor | None, layout: Layout
@@ -59,10 +84,18 @@ class ExpertChoice(Module):
         """Which of the tokens (T, D) each expert takes, and their weights."""
         # router in fp32: ties in bf16 would reorder the top-k
         logits_TE = F.linear(x_TD.float(), self.weight.float())
-        routes = self._choose(logits_TE, eligible_T, layout)
+        if self.rule == "causal":
+            assert self.causal is not None, "routing() has made sure of it"
+            return self._weighed(self.causal.choose(x_TD, logits_TE, eligible_T), len(x_TD))
+        routes = self._weighed(self._choose(logits_TE, eligible_T, layout), len(x_TD))
         if self.stats.recording:
             self.stats.record(logits_TE, eligible_T, routes)
+        if self.causal is not None:
+            routes = routes._replace(weight_R=self.causal.learn(x_TD, routes, eligible_T))
         return routes
+
+    def _weighed(self, routes: Routes, tokens: int) -> Routes:
+        return routes if self.config.weights == "sigmoid" else normalised(routes, tokens)
 
     def _choose(
         self, logits_TE: torch.Tensor, eligible_T: torch.Tensor | None, layout: Layout
@@ -78,13 +111,34 @@ class ExpertChoice(Module):
             tokens = config.routing_rows * layout.seq_len
             experts = logits_TE.shape[1]
             budget = static_budget(self.share, config.capacity_factor, tokens, experts)
+        selected_by_TE = logits_TE
+        if self.noise is not None and self.training:
+            selected_by_TE = self.noise(logits_TE, layout.place_T)
         return expert_choice(
             logits_TE,
             eligible_T,
             layout.rows // config.routing_rows,
             budget=budget,
             capacity_factor=config.capacity_factor,
+            selected_by_TE=selected_by_TE,
         )
+
+
+def normalised(routes: Routes, tokens: int) -> Routes:
+    """``routes`` whose weights sum to 1 over the experts of each token that has any.
+
+    A token of one expert then has weight 1, whatever its score: only tokens of several experts
+    teach the router. If all experts are equal, so is every routed token's output to that of one of
+    them, which un-normalised sigmoid weights do not preserve.
+    """
+    row_R, offset_G1, weight_R = routes
+    assert weight_R is not None, "expert choice always weighs its rows"
+    group_R = group_of_rows(offset_G1, len(row_R))
+    weight_TE = weight_R.new_zeros(tokens, len(offset_G1) - 1)
+    # each pair is there once: the sum over experts has one order on all devices
+    total_T = weight_TE.index_put((row_R, group_R), weight_R).sum(1)
+    total_T = torch.where(total_T > 0, total_T, torch.ones_like(total_T))
+    return Routes(row_R, offset_G1, weight_R / total_T[row_R])
 
 
 def expert_choice(
@@ -94,19 +148,24 @@ def expert_choice(
     *,
     budget: int | None,
     capacity_factor: float,
+    selected_by_TE: torch.Tensor | None = None,
 ) -> Routes:
     """Routes of the tokens that the experts choose; weights are sigmoid scores (MoMa eq. 1).
 
     ``logits_TE``   (T, E) fp32 raw router outputs; selection and ties (lower index first) use these
+                    unless ``selected_by_TE``, of the same shape, is given: weights always do
     ``eligible_T``  (T,) bool, tokens that may be chosen; None means all
     ``budget``      k for the static rule: always k rows per expert and group; those that no
                     eligible token fills have weight 0. None for the paper's exact rule,
                     k = round(capacity_factor · eligible tokens of the group / E), which needs the
                     counts on the host.
     """
+    scores_ENL = _scores_by_expert(
+        logits_TE if selected_by_TE is None else selected_by_TE, eligible_T, routing_groups
+    )
     if budget is not None:
-        return _static(logits_TE, eligible_T, routing_groups, budget)
-    return _exact(logits_TE, eligible_T, routing_groups, capacity_factor)
+        return _static(logits_TE, scores_ENL, eligible_T, budget)
+    return _exact(logits_TE, scores_ENL, capacity_factor)
 
 
 def static_budget(share: float, capacity_factor: float, group_tokens: int, experts: int) -> int:
@@ -127,10 +186,12 @@ def static_budget(share: float, capacity_factor: float, group_tokens: int, exper
 
 
 def _static(
-    logits_TE: torch.Tensor, eligible_T: torch.Tensor | None, routing_groups: int, budget: int
+    logits_TE: torch.Tensor,
+    scores_ENL: torch.Tensor,
+    eligible_T: torch.Tensor | None,
+    budget: int,
 ) -> Routes:
-    scores_ENL = _scores_by_expert(logits_TE, eligible_T, routing_groups)
-    experts, _, length = scores_ENL.shape
+    experts, routing_groups, length = scores_ENL.shape
     chosen_ENk = select_top_k(scores_ENL.flatten(0, 1), budget).view(
         experts, routing_groups, budget
     )
@@ -146,14 +207,8 @@ def _static(
     return Routes(row_R, offset_G1, weight_R)
 
 
-def _exact(
-    logits_TE: torch.Tensor,
-    eligible_T: torch.Tensor | None,
-    routing_groups: int,
-    capacity_factor: float,
-) -> Routes:
-    scores_ENL = _scores_by_expert(logits_TE, eligible_T, routing_groups)
-    experts, _, length = scores_ENL.shape
+def _exact(logits_TE: torch.Tensor, scores_ENL: torch.Tensor, capacity_factor: float) -> Routes:
+    experts, routing_groups, length = scores_ENL.shape
     count_N = (scores_ENL[0] > -torch.inf).sum(1)
     # half to even, like Python's round in static_budget, so that both rules agree on equal counts
     budget_N = (count_N * capacity_factor / experts).round().long().clamp(max=count_N)

@@ -63,3 +63,53 @@ class RouterStats(Module):
         }
         self._init_self_buffers()
         return summary
+
+
+class CausalStats(Module):
+    """How well a causal router foretells the batch's choice, summed over forwards while
+    ``recording``, on the device.
+
+    ``sums_5``: decisions (eligible tokens times experts), their cross-entropy in nats, members of
+    the batch's choice, those that the router takes, those that both have.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recording = False
+        self.register_buffer("sums_5", torch.zeros(5), persistent=False)
+
+    def _init_self_buffers(self, *, buffer_device: torch.device | None = None) -> None:
+        self.sums_5.zero_()
+
+    @torch.no_grad()
+    def record(
+        self,
+        bce_TE: torch.Tensor,
+        logits_TE: torch.Tensor,
+        member_TE: torch.Tensor,
+        eligible_T: torch.Tensor | None,
+    ) -> None:
+        """Add one forward. No host synchronisation."""
+        taken_TE = logits_TE > 0
+        decided_TE = torch.ones_like(taken_TE)
+        if eligible_T is not None:
+            decided_TE = decided_TE & eligible_T[:, None]
+        both_TE = taken_TE & member_TE
+        counts = [decided_TE, bce_TE, member_TE, taken_TE & decided_TE, both_TE]
+        self.sums_5 += torch.stack([count.sum().float() for count in counts])
+
+    def take(self) -> dict[str, float]:
+        """Summary since the last call, and start anew.
+
+        ``bce``: nats per decision; ``precision``: share of what it takes that the batch took;
+        ``recall``: share of what the batch took that it takes; ``taken``: share of all decisions
+        in which it takes a token (the batch takes capacity_factor / E of them).
+        """
+        decisions, bce, member, taken, both = self.sums_5.tolist()
+        self._init_self_buffers()
+        return {
+            "bce": bce / max(decisions, 1),
+            "precision": both / max(taken, 1),
+            "recall": both / max(member, 1),
+            "taken": taken / max(decisions, 1),
+        }

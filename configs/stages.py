@@ -1,0 +1,92 @@
+"""Second lives of a run: its causal routers trained alone, or experts grown out of its layers.
+
+Each function takes the config of a run from its beginning and makes it continue another one. The
+command line does the same by hand: ``--start.run`` with any config, whose model may be a child of
+that run's (``models/upcycle.py``).
+"""
+
+from copy import deepcopy
+from dataclasses import replace
+
+from torchtitan.components.optimizer import (
+    LRSchedulersContainer,
+    OptimizersContainer,
+    ParamGroupConfig,
+)
+
+from earlyfuse.configs import decoders
+from earlyfuse.models.decoder import Decoder
+from earlyfuse.models.routing.causal_router import CausalRouter
+from earlyfuse.models.routing.noise import RouterNoise
+from earlyfuse.parallel.start import Start
+from earlyfuse.parallel.trainer import Trainer
+
+
+def causal_routers_only(
+    config: Trainer.Config,
+    run: str,
+    *,
+    lr: float = 1e-4,
+    end_lr: float = 1e-6,
+    warmup_steps: int = 2000,
+    steps: int = 10_000,
+    at_least_one: bool = False,
+) -> Trainer.Config:
+    """The second stage of MoMa (arXiv 2407.21770, 2.4 and table 6) on the finished ``run``.
+
+    Its defaults are those of the paper's 1.4B models; 435M: 1000 steps of warm-up, 5000 in all. The
+    paper's batch is 4,194,304 tokens. AdamW and weight decay are those of the first stage: the
+    paper does not say. Data go on where ``run`` stopped, which needs its global batch.
+    """
+    config = deepcopy(config)
+    causal = CausalRouter.Config(at_least_one=at_least_one)
+    _set_model(config, decoders.with_routers(_model(config), causal=causal))
+    config.start = Start.Config(run=run)
+    config.train_only = "causal_routers"
+    config.optimizer = OptimizersContainer.Config(
+        param_groups=[
+            ParamGroupConfig(
+                pattern=r"\.causal\.",
+                optimizer_name="AdamW",
+                optimizer_kwargs={
+                    "lr": lr,
+                    "betas": (0.9, 0.95),
+                    "eps": 1e-5,
+                    "weight_decay": 0.1,
+                },
+            )
+        ]
+    )
+    config.lr_scheduler = LRSchedulersContainer.Config(
+        warmup_steps=warmup_steps, decay_type="linear", min_lr_factor=end_lr / lr
+    )
+    config.training.steps = steps
+    return config
+
+
+def upcycled(
+    config: Trainer.Config, run: str, noise_steps: int | None = None, temperature: float = 1.0
+) -> Trainer.Config:
+    """``config`` begun with the model of ``run``, a parent of its own, and that run's place in the
+    data; schedule and optimizer anew (arXiv 2407.21770, 2.5).
+
+    ``noise_steps``: until when the routers' choice is noisy, falling from ``temperature``; None:
+    not at all.
+    """
+    config = deepcopy(config)
+    noise = None
+    if noise_steps is not None:
+        noise = RouterNoise.Config(end_step=noise_steps, temperature=temperature)
+    _set_model(config, decoders.with_routers(_model(config), noise=noise))
+    config.start = Start.Config(run=run)
+    return config
+
+
+def _model(config: Trainer.Config) -> Decoder.Config:
+    assert config.model_spec is not None and isinstance(config.model_spec.model, Decoder.Config)
+    return config.model_spec.model
+
+
+def _set_model(config: Trainer.Config, model: Decoder.Config) -> None:
+    assert config.model_spec is not None
+    config.model_spec = replace(config.model_spec, model=model)

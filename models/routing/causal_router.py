@@ -1,0 +1,125 @@
+"""Causal routers: which experts a token meets when later tokens are not there yet.
+
+Expert choice compares a token with the whole of its routing group. When tokens come one by one, an
+auxiliary router decides from the token alone (MoMa, arXiv 2407.21770, 2.4):
+
+    score(x) = sigmoid(silu(x W1ᵀ) W2ᵀ)          selected where score > 0.5, i.e. its logit > 0
+
+It learns, by binary cross-entropy, what the batch's choice was; the main router still supplies the
+weight. Its input is detached: it never moves the main model.
+
+T tokens, D width, E experts, R routed rows.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torchtitan.protocols.module import Module
+
+from earlyfuse.models.routes import Routes, group_of_rows
+from earlyfuse.models.routing.statistics import CausalStats
+
+
+class CausalRouter(Module):
+    """The auxiliary router of a pool. Parameters: w_hidden (D/2, D) and w_score (E, D/2).
+
+    ``share``: the part of all tokens that the pool serves. ``step_tokens``: tokens of a whole step
+    over all ranks and micro-batches, by which its loss is divided (``normalise_over``); those of
+    the batch at hand while it is None.
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Module.Config):
+        """``at_least_one``: a token that no expert would take goes to the one of its highest score;
+        the paper lets it pass by."""
+
+        at_least_one: bool = False
+
+    def __init__(self, config: Config, *, dim: int, experts: int, share: float):
+        super().__init__()
+        self.config, self.share = config, share
+        self.step_tokens: float | None = None
+        self.w_hidden = nn.Parameter(torch.empty(dim // 2, dim))
+        self.w_score = nn.Parameter(torch.empty(experts, dim // 2))
+        self.stats = CausalStats()
+
+    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """Logits (T, E) fp32 of each expert taking each token (T, D)."""
+        hidden_TH = F.silu(F.linear(x_TD.detach(), self.w_hidden))
+        return F.linear(hidden_TH, self.w_score).float()
+
+    def choose(
+        self, x_TD: torch.Tensor, main_TE: torch.Tensor, eligible_T: torch.Tensor | None
+    ) -> Routes:
+        """Routes by the causal rule. ``main_TE``: logits of the main router, for the weights.
+
+        As many rows as come out: their number goes to the host.
+        """
+        logits_TE = self(x_TD)
+        taken_TE = logits_TE > 0
+        if self.config.at_least_one:
+            best_T1 = logits_TE.argmax(1, keepdim=True)
+            taken_TE = taken_TE | ~taken_TE.any(1, keepdim=True) & torch.zeros_like(
+                taken_TE
+            ).scatter(1, best_T1, True)
+        if eligible_T is not None:
+            taken_TE = taken_TE & eligible_T[:, None]
+        expert_R, row_R = taken_TE.t().nonzero(as_tuple=True)
+        offset_G1 = F.pad(taken_TE.sum(0).cumsum(0), (1, 0))
+        return Routes(row_R, offset_G1, main_TE[row_R, expert_R].sigmoid())
+
+    def learn(
+        self, x_TD: torch.Tensor, routes: Routes, eligible_T: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The weights (R,) of ``routes``, which now carry this router's loss into the graph.
+
+        Loss: binary cross-entropy between its scores and which expert took which token, summed over
+        experts, divided by the tokens of a whole step that the pool expects (share · step_tokens):
+        a constant, so that ranks and micro-batches add up. Rows of weight 0 that no token fills are
+        no members. No host synchronisation. In evaluation it is only counted.
+        """
+        assert routes.weight_R is not None, "expert choice always weighs its rows"
+        if not (self.training or self.stats.recording):
+            return routes.weight_R
+        logits_TE = self(x_TD)
+        member_TE = members(routes, eligible_T, *logits_TE.shape)
+        bce_TE = F.binary_cross_entropy_with_logits(
+            logits_TE, member_TE.to(logits_TE.dtype), reduction="none"
+        )
+        if eligible_T is not None:
+            bce_TE = bce_TE * eligible_T[:, None]
+        if self.stats.recording:
+            self.stats.record(bce_TE, logits_TE, member_TE, eligible_T)
+        if not (self.training and torch.is_grad_enabled()):
+            return routes.weight_R
+        tokens = self.step_tokens or len(x_TD)
+        return _Carry.apply(routes.weight_R, bce_TE.sum() / (self.share * tokens))
+
+
+def members(
+    routes: Routes, eligible_T: torch.Tensor | None, tokens: int, experts: int
+) -> torch.Tensor:
+    """(T, E) bool: which expert took which token; rows of ineligible tokens only pad."""
+    row_R, offset_G1, _ = routes
+    real_R = torch.ones_like(row_R, dtype=torch.bool) if eligible_T is None else eligible_T[row_R]
+    member_TE = torch.zeros(tokens, experts, dtype=torch.bool, device=row_R.device)
+    return member_TE.index_put((row_R, group_of_rows(offset_G1, len(row_R))), real_R)
+
+
+class _Carry(torch.autograd.Function):
+    """The first argument; the second, a scalar loss, gets gradient 1 whenever it has one."""
+
+    @staticmethod
+    def forward(ctx: Any, carrier: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(loss)
+        return carrier.view_as(carrier)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dcarrier: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        (loss,) = ctx.saved_tensors
+        return dcarrier, torch.ones_like(loss)

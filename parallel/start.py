@@ -1,0 +1,215 @@
+"""A run that begins where another one stopped, with another model: upcycled, or a second stage.
+
+Taken from the other run's checkpoint: the parameters, by the map of ``models/upcycle.py``, and the
+place of every lane in the data, so that no document comes twice. Begun anew: optimizer, schedule,
+step, skip rule, and the counters of tokens and FLOPs, which count this run alone: what the other
+one took is in its own folder.
+
+Every rank reads the regions that it holds, on any layout, whatever layout wrote them.
+"""
+
+import json
+import warnings
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torchtitan.components.checkpointer import DATALOADER
+from torchtitan.config import Configurable
+
+from earlyfuse.data.loader import LaneLoader
+from earlyfuse.models.decoder import Decoder
+from earlyfuse.models.upcycle import Inherited, Shape, inherit
+from earlyfuse.parallel.checkpoint import damage_seen_by_all
+from earlyfuse.parallel.checkpoint_files import EVERYTHING, CheckpointFolder, read_manifest
+from earlyfuse.parallel.checkpoint_identity import is_parameter
+from earlyfuse.parallel.run_folder import DESCRIPTION
+
+
+class Start(Configurable):
+    """Takes over what another run has learned; nothing if ``run`` is empty."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Configurable.Config):
+        run: str = ""
+        """Folder of the run to begin with; its model may be a parent of this one (docs/moma.md)."""
+
+        step: int = -1
+        """Step of its checkpoint; -1: the one completed last."""
+
+        data: bool = True
+        """Go on in the data where it stopped; else from the beginning."""
+
+    def __init__(self, config: Config):
+        self.config = config
+
+    def find(self, child: Decoder.Config) -> "Seed | None":
+        """The checkpoint to begin with; ``ValueError`` if there is none or it cannot become
+        ``child``. Reads no tensor. All ranks call it.
+        """
+        if not self.config.run:
+            return None
+        run = Path(self.config.run)
+        if not (run / DESCRIPTION).is_file():
+            raise ValueError(
+                f"start.run ({run}) must be the folder of a run, with its {DESCRIPTION}: that says "
+                "what model its checkpoints hold"
+            )
+        described = json.loads((run / DESCRIPTION).read_text())["config"]
+        folder = CheckpointFolder(run / described["checkpoint"]["folder"])
+        step = folder.latest() if self.config.step == -1 else self.config.step
+        if step not in folder.steps():
+            raise ValueError(
+                f"start.step ({self.config.step}) must be a step with a checkpoint in "
+                f"{folder.root}: {folder.steps() or 'there is none'}"
+            )
+        seed = Seed(folder.complete(step), described["model_spec"]["model"])
+        if found := damage_seen_by_all(seed.folder):
+            raise ValueError(
+                f"checkpoint {seed.folder} is damaged: {found}. Restore the files, or begin with "
+                "another one by --start.step"
+            )
+        if self.config.data and read_manifest(seed.folder).holds != EVERYTHING:
+            raise ValueError(
+                f"checkpoint {seed.folder} holds only weights (checkpoint.last_save_model_only), "
+                "not where its data stood; begin with an earlier one by --start.step, or from the "
+                "beginning of the data with --start.no-data"
+            )
+        inherit(seed.shapes(), seed.model, child)
+        return seed
+
+    def take_over(
+        self, seed: "Seed", child: Decoder.Config, parts: list[Any], loader: LaneLoader
+    ) -> str:
+        """Fill the parameters of ``parts`` in place and set the loader; returns what was done.
+
+        ``ValueError`` if the data are not those of the other run. All ranks call it.
+        """
+        if self.config.data:
+            saved: dict[str, Any] = {DATALOADER: {"identity": ""}}
+            dcp.load(saved, checkpoint_id=seed.folder)
+            try:
+                loader.check_identity(saved[DATALOADER]["identity"])
+            except ValueError as error:
+                raise ValueError(
+                    f"{error}; or begin anew in the data with --start.no-data"
+                ) from error
+            dcp.load({DATALOADER: loader}, checkpoint_id=seed.folder)
+        origins = inherit(seed.shapes(), seed.model, child)
+        for part in parts:
+            load_inherited(part, origins, seed.folder)
+        fresh = sum(origin is None for origin in origins.values())
+        return (
+            f"begun with {seed.folder}: {len(origins) - fresh} tensors of it, {fresh} new; data "
+            f"{'go on' if self.config.data else 'begin anew'}"
+        )
+
+
+@dataclass(frozen=True)
+class Seed:
+    """A checkpoint of another run, and ``Decoder.Config.to_dict`` of its model."""
+
+    folder: Path
+    model: dict[str, Any]
+
+    def shapes(self) -> dict[str, Shape]:
+        """Of all parameters in the checkpoint, by name."""
+        metadata = dcp.FileSystemReader(self.folder).read_metadata().state_dict_metadata
+        return {
+            name: tuple(stored.size)
+            for name, stored in metadata.items()
+            if is_parameter(name) and isinstance(stored, TensorStorageMetadata)
+        }
+
+
+@torch.no_grad()
+def load_inherited(model: nn.Module, origins: dict[str, Inherited | None], folder: Path) -> None:
+    """Fill the parameters of ``model``, whole or sharded, from a checkpoint. No communication."""
+    regions = _Regions()
+    copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for name, parameter in model.state_dict().items():
+        origin = origins[name]
+        if origin is None:
+            continue
+        local, offset = parameter, (0,) * parameter.ndim
+        if isinstance(parameter, DTensor):
+            local = parameter.to_local()
+            _, offset = compute_local_shape_and_global_offset(
+                parameter.shape, parameter.device_mesh, parameter.placements
+            )
+        if not local.numel():
+            continue
+        if origin.parts is None:
+            regions.want(origin.name, offset, local)
+            continue
+        for place, target in enumerate(local):
+            part = origin.parts[offset[0] + place]
+            start = offset[1:] if part is None else (part, *offset[1:])
+            copies.append((target, regions.read(origin.name, start, target)))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # by no_dist, on purpose
+        wanted = dict.fromkeys(regions.chunks)
+        dcp.load(wanted, checkpoint_id=folder, planner=regions, no_dist=True)
+    for target, source in copies:
+        target.copy_(source.view_as(target))
+
+
+class _Regions(dcp.DefaultLoadPlanner):
+    """Reads regions of stored tensors into given ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.chunks: dict[str, list[tuple[ChunkStorageMetadata, torch.Tensor]]] = defaultdict(list)
+
+    def want(self, name: str, offset: tuple[int, ...], target: torch.Tensor) -> None:
+        """Fill ``target`` with the region of its shape that begins at ``offset`` of ``name``."""
+        chunk = ChunkStorageMetadata(torch.Size(offset), target.shape)
+        self.chunks[name].append((chunk, target))
+
+    def read(self, name: str, offset: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+        """A new tensor, on the host, for the region of the size of ``like``; one for all that want
+        the same.
+        """
+        size = torch.Size((1,) * (len(offset) - like.ndim) + tuple(like.shape))
+        wanted = ChunkStorageMetadata(torch.Size(offset), size)
+        for chunk, target in self.chunks[name]:
+            if chunk == wanted:
+                return target
+        self.want(name, offset, torch.empty(size, dtype=like.dtype))
+        return self.chunks[name][-1][1]
+
+    def set_up_planner(
+        self, state_dict: Any, metadata: Metadata | None = None, is_coordinator: bool = False
+    ) -> None:
+        """Nothing of the state dict: what is wanted is known."""
+        self.metadata = metadata
+
+    def create_local_plan(self) -> LoadPlan:
+        """Where each region lies in the files."""
+        assert self.metadata is not None
+        items = []
+        for name, wanted in self.chunks.items():
+            stored = self.metadata.state_dict_metadata[name]
+            assert isinstance(stored, TensorStorageMetadata)
+            chunks = [chunk for chunk, _ in wanted]
+            items += create_read_items_for_chunk_list(name, stored, chunks)
+        return LoadPlan(items)
+
+    def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
+        """The tensor that a region is read into."""
+        assert index.index is not None
+        return self.chunks[index.fqn][index.index][1].detach()
