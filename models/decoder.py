@@ -18,6 +18,7 @@ from torchtitan.protocols.model import BaseModel
 from torchtitan.protocols.module import Module, ModuleDict
 
 from earlyfuse.models.blocks.attention import Attention
+from earlyfuse.models.blocks.decoding import Decoding
 from earlyfuse.models.blocks.experts import MixtureOfExperts
 from earlyfuse.models.blocks.feed_forward import FeedForward
 from earlyfuse.models.blocks.held import held
@@ -143,8 +144,10 @@ class Decoder(BaseModel):
         modality_BS: torch.Tensor | None = None,
         positions_BS: torch.Tensor | None = None,
         span_BS: torch.Tensor | None = None,
+        decoding: Decoding | None = None,
     ) -> torch.Tensor:
-        """Logits (B, S, V) of the next token.
+        """Logits (B, S, V) of the next token; (B, 1, V), after each row's last, with ``decoding``,
+        to which tokens are then added.
 
         ``tokens_BS`` int64; ``modality_BS`` uint8, all text if None; ``positions_BS`` int64
         restarting at 0 with each document, one document per row if None; ``span_BS`` is not used by
@@ -157,7 +160,7 @@ class Decoder(BaseModel):
             positions_BS = torch.arange(seq_len, device=tokens_BS.device).expand(rows, seq_len)
         config = self.config
         layout = Layout.build(
-            modality_BS, positions_BS, config.modalities, self.head_dim, config.rope_theta
+            modality_BS, positions_BS, config.modalities, self.head_dim, config.rope_theta, decoding
         )
         x_TD = tokens_BS
         if self.tok_embeddings is not None:
@@ -168,7 +171,8 @@ class Decoder(BaseModel):
             return x_TD
         if self.recording:
             self._record_output_norm(x_TD)
-        return self.lm_head(self.norm(x_TD, layout).unflatten(0, (rows, seq_len)))
+        x_BSD = self.norm(x_TD, layout).unflatten(0, (rows, seq_len))
+        return self.lm_head(x_BSD if decoding is None else decoding.last(x_BSD))
 
     @torch.no_grad()
     def _record_output_norm(self, x_TD: torch.Tensor) -> None:

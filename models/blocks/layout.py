@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
+from earlyfuse.models.blocks.decoding import Decoding
 from earlyfuse.models.routes import Routes, by_modality
 
 
@@ -19,6 +20,7 @@ class Layout:
     ``by_group``    the same as routes, every token once
     ``cos_BS1H``, ``sin_BS1H``  (B, S, 1, H) fp32: of the rotary angles; see ``rotary_angles``
     ``mask``        who attends whom: see ``attention_mask``
+    ``decoding``    what blocks keep of the tokens read before, where a document is being written
     """
 
     rows: int
@@ -28,6 +30,7 @@ class Layout:
     cos_BS1H: torch.Tensor
     sin_BS1H: torch.Tensor
     mask: "torch.Tensor | BlockMask | None"
+    decoding: Decoding | None = None
 
     @classmethod
     def build(
@@ -37,8 +40,11 @@ class Layout:
         modalities: tuple[int, ...],
         head_dim: int,
         rope_theta: float,
+        decoding: Decoding | None = None,
     ) -> "Layout":
-        """Work out the layout of one batch from its modalities and positions alone."""
+        """Work out the layout of one batch from its modalities and positions alone; with
+        ``decoding``, that of the next tokens of the session's documents.
+        """
         rows, seq_len = positions_BS.shape
         group_T = group_of_modality(modality_BS.reshape(-1), modalities)
         cos_BS1H, sin_BS1H = rotary_angles(positions_BS, head_dim, rope_theta)
@@ -49,7 +55,8 @@ class Layout:
             by_modality(group_T, len(modalities)),
             cos_BS1H,
             sin_BS1H,
-            attention_mask(positions_BS),
+            attention_mask(positions_BS) if decoding is None else decoding.begin(positions_BS),
+            decoding,
         )
 
 
