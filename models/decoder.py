@@ -160,7 +160,12 @@ class Decoder(BaseModel):
             positions_BS = torch.arange(seq_len, device=tokens_BS.device).expand(rows, seq_len)
         config = self.config
         layout = Layout.build(
-            modality_BS, positions_BS, config.modalities, self.head_dim, config.rope_theta, decoding
+            modality_BS,
+            positions_BS,
+            config.modalities,
+            self.head_dim,
+            config.rope_theta,
+            decoding=decoding,
         )
         x_TD = tokens_BS
         if self.tok_embeddings is not None:
