@@ -27,6 +27,7 @@ COMMON_FIELDS = (
     ("dataloader.seed", "order of the documents"),
     ("checkpoint.interval", "steps between checkpoints"),
     ("validator.freq", "steps between validations"),
+    ("sampler.number", "held-out prompts written at each validation; --sampler.no-enable: none"),
     ("metrics.log_freq", "steps between logged lines"),
     ("compile.enable", "torch.compile per block"),
 )

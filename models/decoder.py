@@ -19,6 +19,7 @@ from torchtitan.protocols.model import BaseModel
 from torchtitan.protocols.module import Module, ModuleDict
 
 from earlyfuse.models.blocks.attention import Attention
+from earlyfuse.models.blocks.decoding import Decoding
 from earlyfuse.models.blocks.experts import MixtureOfExperts
 from earlyfuse.models.blocks.feed_forward import FeedForward
 from earlyfuse.models.blocks.held import held
@@ -149,9 +150,11 @@ class Decoder(BaseModel):
         span_BS: torch.Tensor | None = None,
         loss: Loss | None = None,
         row_B: torch.Tensor | None = None,
+        decoding: Decoding | None = None,
     ) -> Any:
-        """Logits (B, S, V) of the next token; with ``loss``, what that makes of hidden states and
-        head, and no logits.
+        """Logits (B, S, V) of the next token; (B, 1, V), after each row's last, with ``decoding``,
+        to which tokens are then added. With ``loss``, what that makes of hidden states and head,
+        and no logits.
 
         ``tokens_BS`` int64; ``modality_BS`` uint8, all text if None; ``positions_BS`` int64
         restarting at 0 with each document, one document per row if None; ``span_BS`` is not used by
@@ -165,7 +168,13 @@ class Decoder(BaseModel):
             positions_BS = torch.arange(seq_len, device=tokens_BS.device).expand(rows, seq_len)
         config = self.config
         layout = Layout.build(
-            modality_BS, positions_BS, config.modalities, self.head_dim, config.rope_theta, row_B
+            modality_BS,
+            positions_BS,
+            config.modalities,
+            self.head_dim,
+            config.rope_theta,
+            row_B,
+            decoding,
         )
         x_TD = tokens_BS
         if self.tok_embeddings is not None:
@@ -176,7 +185,8 @@ class Decoder(BaseModel):
             return x_TD
         if self.recording:
             self._record_output_norm(x_TD)
-        return self.lm_head(self.norm(x_TD, layout).unflatten(0, (rows, seq_len)), loss)
+        x_BSD = self.norm(x_TD, layout).unflatten(0, (rows, seq_len))
+        return self.lm_head(x_BSD if decoding is None else decoding.last(x_BSD), loss)
 
     @torch.no_grad()
     def _record_output_norm(self, x_TD: torch.Tensor) -> None:

@@ -85,7 +85,7 @@ class DataSet(Configurable):
         config.dataloader.sources = {str(train[name]): share for name, share in self.shares.items()}
         config.dataloader.global_batch_size = training.global_batch_size
         config.validator.sources = [str(folder) for folder in self.sources("validation").values()]
-        config.validator.data_folder = str(self.folder)
+        config.validator.data_folder = config.sampler.data_folder = str(self.folder)
         self._check_model(config.model_spec.model, training, config.validator.batch_rows / ranks)
 
     def _check_model(self, model: Any, training: Any, validator_rows: float) -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
 import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 from torchtitan.components.metrics import BaseLogger, MetricsProcessor
@@ -88,6 +89,12 @@ class RunMetrics(MetricsProcessor):
         self.logger.log({"kind": "validation", **metrics}, step)
         if self.console:
             self.console.validation(step, metrics)
+
+    def log_samples(self, step: int, pixels: np.ndarray, captions: str) -> None:
+        """Show a picture (H, W, 3) uint8 and Markdown text in TensorBoard; rank 0 only."""
+        if isinstance(self.logger, RunLogger) and self.logger.writer:
+            self.logger.writer.add_image("samples", pixels, step, dataformats="HWC")
+            self.logger.writer.add_text("samples", captions, step)
 
     def restart_clock(self) -> None:
         """Throughput counts from now on."""

@@ -33,6 +33,7 @@ from earlyfuse.parallel.gradients import clip
 from earlyfuse.parallel.metrics import RunMetrics
 from earlyfuse.parallel.pipeline import Pipeline
 from earlyfuse.parallel.plan import check_parallelism
+from earlyfuse.parallel.sampler import Sampler
 from earlyfuse.parallel.skip import SkipRule
 from earlyfuse.parallel.start import Start
 from earlyfuse.parallel.totals import (
@@ -63,6 +64,7 @@ class Trainer(titan.Trainer):
         checkpoint: Checkpoints.Config = field(default_factory=Checkpoints.Config)
         metrics: RunMetrics.Config = field(default_factory=RunMetrics.Config)
         validator: Validation.Config = field(default_factory=Validation.Config)
+        sampler: Sampler.Config = field(default_factory=Sampler.Config)
         skip: SkipRule.Config = field(default_factory=SkipRule.Config)
         watchdog: Watchdog.Config = field(default_factory=Watchdog.Config)
         start: Start.Config = field(default_factory=Start.Config)
@@ -102,6 +104,7 @@ class Trainer(titan.Trainer):
             self.dataloader.mesh = self.parallel_dims.get_mesh("batch")
         pipelined = self.parallel_dims.pp_enabled
         self.model: Decoder | Pipeline = self.pp_schedule if pipelined else self.model_parts[0]
+        self.sampler = config.sampler.build(model=self.model, seq_len=config.training.seq_len)
         # ranks of one tensor-parallel group compute the same sums, and those of one pipeline read
         # the same rows: one of them counts
         self._counts_sums = self._is_first_along("tp")
@@ -331,13 +334,29 @@ class Trainer(titan.Trainer):
         self.metrics_processor.log_validation_step(
             self.step, self.validator.measure(self.model, self.loss_fn, self.vocabulary)
         )
+        if self.sampler.pairs:
+            self._sample()
         self.metrics_processor.restart_clock()
+
+    def _sample(self) -> None:
+        """Let the model write, and show it in TensorBoard and samples.png."""
+        self.watchdog.enter(self.step, Phase.VALIDATION)
+        seq_len = self.config.training.seq_len
+        samples = self.sampler.write(self.model, self.vocabulary, seq_len)
+        if samples:
+            from earlyfuse.parallel import sample_grid  # matplotlib: for one rank
+
+            pixels = sample_grid.draw_samples(samples, self.step)
+            sample_grid.write_picture(pixels, Path(self.config.dump_folder))
+            captions = sample_grid.as_table(samples)
+            self.metrics_processor.log_samples(self.step, pixels, captions)
 
     def _finish(self, saved: bool) -> None:
         self.metrics_processor.close()
         if torch.distributed.get_rank() != 0:
             return
         from earlyfuse.parallel.curves import plot_curves  # matplotlib: for one rank, once
+        from earlyfuse.parallel.sample_grid import PICTURE as SAMPLES
 
         picture = plot_curves(Path(self.config.dump_folder))
         if self.should_continue_training():
@@ -345,7 +364,9 @@ class Trainer(titan.Trainer):
             words = f"stopped at step {self.step}, {found}; the same command resumes"
         else:
             words = f"done: {self.step} steps in {self.config.dump_folder}"
-        print(f"{words}. Curves: {picture}", flush=True)
+        samples = picture.with_name(SAMPLES)
+        shown = f"Curves: {picture}" + (f", samples: {samples}" if self.sampler.pairs else "")
+        print(f"{words}. {shown}", flush=True)
 
     def close(self) -> None:
         """Release everything; the other ranks no longer wait for this one."""

@@ -5,6 +5,7 @@
     <folder>/train/{text,glyphs,digits,interleaved}/000000.tar …
     <folder>/validation/{text,glyphs,digits,interleaved}/000000.tar …
     <folder>/validation/tasks.json      checks on held-out images (tasks.py)
+    <folder>/validation/prompts.json    held-out captions and their images (prompts.py)
     <folder>/corpus.json                what was asked for, versions, counts
     <folder>/README.md                  sources and licences
 

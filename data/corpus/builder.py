@@ -13,8 +13,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from earlyfuse.data.atomic import atomic_write_bytes
 from earlyfuse.data.corpus import compose, digits, glyphs, prose
 from earlyfuse.data.corpus.compose import Parts
+from earlyfuse.data.corpus.prompts import prompts
 from earlyfuse.data.corpus.shards import write_shards
 from earlyfuse.data.corpus.tasks import tasks
 
@@ -58,6 +60,10 @@ class CorpusPaths:
     def tasks(self) -> Path:
         return self.folder / "validation" / "tasks.json"
 
+    @property
+    def prompts(self) -> Path:
+        return self.folder / "validation" / "prompts.json"
+
 
 def build_corpus(
     folder: Path, *, seed: int = 0, scale: float = 1.0, image_size: int = 16, progress: bool = False
@@ -77,7 +83,7 @@ def build_corpus(
     folder = Path(folder)
     spec = {"seed": seed, "scale": scale, "image_size": image_size}
     if _is_built(folder, spec):
-        return CorpusPaths(folder)
+        return _with_prompts(CorpusPaths(folder), spec)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as beside:
         made = Path(beside) / "corpus"
@@ -88,6 +94,14 @@ def build_corpus(
             if not _is_built(folder, spec):
                 raise
     return CorpusPaths(folder)
+
+
+def _with_prompts(paths: CorpusPaths, spec: dict[str, Any]) -> CorpusPaths:
+    """A corpus of before there were prompts gets the same that a new one has."""
+    if not paths.prompts.exists():
+        held_out = _glyphs(spec["seed"], spec["scale"], spec["image_size"])["validation"]
+        atomic_write_bytes(paths.prompts, _json(prompts(held_out, spec["seed"])))
+    return paths
 
 
 def _is_built(folder: Path, spec: dict[str, Any]) -> bool:
@@ -146,6 +160,7 @@ def _write(
             folder / "validation" / "tasks.json",
             tasks(scans["validation"], drawn["validation"], seed),
         )
+        _write_json(folder / "validation" / "prompts.json", prompts(drawn["validation"], seed))
         (folder / "README.md").write_text(_README, encoding="utf-8")
         _write_json(folder / "corpus.json", _description(spec, counts, drawn["train"]))
 
@@ -198,4 +213,8 @@ def _description(
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_bytes(_json(value))
+
+
+def _json(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()

@@ -16,7 +16,7 @@ def prepare_corpus(
     """Raw shards in ``<out>/raw``, the rest as ``prepare`` lays it out. Quick when it is there.
 
     ``scale``: share of the corpus to build. ``options``: fields of ``PrepareSpec``. Returns the raw
-    corpus, for its task checks. Raises what ``build_corpus`` and ``prepare`` raise.
+    corpus, for its task checks and prompts. Raises what ``build_corpus`` and ``prepare`` raise.
     """
     progress = progress or Progress()
     image_size = options.get("image_size", PrepareSpec.image_size)
@@ -31,6 +31,7 @@ def prepare_corpus(
         split: {name: paths.shards(split, name) for name in SOURCES} for split in SPLITS
     }
     prepare(PrepareSpec(out=out, **splits, **options), progress)
-    # the trainer looks for task checks beside the validation sources
-    atomic_write_bytes(out / "validation" / paths.tasks.name, paths.tasks.read_bytes())
+    # the trainer looks for task checks and prompts beside the validation sources
+    for path in (paths.tasks, paths.prompts):
+        atomic_write_bytes(out / "validation" / path.name, path.read_bytes())
     return paths

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torchtitan.protocols.module import Module
 
+from earlyfuse.models.blocks.decoding import KeyValues
 from earlyfuse.models.blocks.layout import Layout
 from earlyfuse.models.blocks.linear import HeadNorm, Linear
 
@@ -74,7 +75,10 @@ class Attention(Module):
         q_BSNH, k_BSKH, v_BSKH = (
             t.unflatten(0, (layout.rows, layout.seq_len)) for t in (q_TNH, k_TKH, v_TKH)
         )
-        out_BSNH = attend(rotate(q_BSNH, layout), rotate(k_BSKH, layout), v_BSKH, layout.mask)
+        q_BSNH, k_BSKH = rotate(q_BSNH, layout), rotate(k_BSKH, layout)
+        if layout.decoding is not None:
+            k_BSKH, v_BSKH = layout.decoding.state(self, KeyValues).extend(k_BSKH, v_BSKH)
+        out_BSNH = attend(q_BSNH, k_BSKH, v_BSKH, layout.mask)
         return self.wo(out_BSNH.flatten(0, 1).flatten(1), layout)
 
 

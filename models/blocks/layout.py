@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
+from earlyfuse.models.blocks.decoding import Decoding
 from earlyfuse.models.routes import Routes, by_modality
 
 
@@ -20,6 +21,7 @@ class Layout:
     ``cos_BS1H``, ``sin_BS1H``  (B, S, 1, H) fp32: of the rotary angles; see ``rotary_angles``
     ``mask``        who attends whom: see ``attention_mask``
     ``place_T``     (T,) int64: row of the global batch · S + position in the row
+    ``decoding``    what blocks keep of the tokens read before, where a document is being written
     """
 
     rows: int
@@ -30,6 +32,7 @@ class Layout:
     sin_BS1H: torch.Tensor
     mask: "torch.Tensor | BlockMask | None"
     place_T: torch.Tensor
+    decoding: Decoding | None = None
 
     @classmethod
     def build(
@@ -40,8 +43,10 @@ class Layout:
         head_dim: int,
         rope_theta: float,
         row_B: torch.Tensor | None = None,
+        decoding: Decoding | None = None,
     ) -> "Layout":
-        """Work out the layout of one batch from its modalities and positions alone.
+        """Work out the layout of one batch from its modalities and positions alone; with
+        ``decoding``, that of the next tokens of the session's documents.
 
         ``row_B`` int64: which rows of the global batch these are; the first ones if None.
         """
@@ -58,8 +63,9 @@ class Layout:
             by_modality(group_T, len(modalities)),
             cos_BS1H,
             sin_BS1H,
-            attention_mask(positions_BS),
+            attention_mask(positions_BS) if decoding is None else decoding.begin(positions_BS),
             place_BS.flatten(),
+            decoding,
         )
 
 
