@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from earlyfuse.models.generate import Sampling, choose, generate
 from earlyfuse.models.grammar import Draft
 from earlyfuse.models.modality import MediaCodes, Modality, Vocabulary
 from earlyfuse.models.routing.causal import routing
+from earlyfuse.models.routing.causal_router import CausalRouter
 
 BOS, EOS, PAD, BEGIN, END, BLOCK = 0, 1, 2, 3, 4, 4
 CODES = range(32, 48)
@@ -28,10 +30,21 @@ PROMPTS = [
     [BOS, BEGIN, 32, 33],  # in the midst of an image
     [BOS, BEGIN, 32, 33, 34, 35, END, 6, 7, 8, 9, 10, 11],
 ]
-FORMS = MODELS | {
-    "grouped heads": lambda: decoders.dense(replace(SHAPE, kv_heads=1)),
-    "moe_1t1i, pre-norm": lambda: decoders.moe_1t1i(replace(SHAPE, norm_order="pre")),
-}
+
+
+def with_causal_routers(form):
+    return decoders.with_routers(form(), causal=CausalRouter.Config())
+
+
+SPARSE = ("moe_8x", "moma")
+FORMS = (
+    {name: form for name, form in MODELS.items() if name not in SPARSE}
+    | {f"{name}, causal routers": partial(with_causal_routers, MODELS[name]) for name in SPARSE}
+    | {
+        "grouped heads": lambda: decoders.dense(replace(SHAPE, kv_heads=1)),
+        "moe_1t1i, pre-norm": lambda: decoders.moe_1t1i(replace(SHAPE, norm_order="pre")),
+    }
+)
 
 
 def built(name: str) -> nn.Module:
