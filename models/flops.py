@@ -4,8 +4,8 @@ Convention: a multiply-add is 2 FLOPs; only matrix products count (no norms, sof
 the head counts, the embedding lookup does not; attention is counted over the full S × S square, as
 in PaLM's appendix B, without the causal half; training is 3 × the forward pass, without
 recomputation, less the gradient that causal routers do not give to their input. Expert choice: a
-pool of E experts with capacity factor c gives its tokens c experts on average; its routers, main and
-causal, score every token of the batch. In a second stage, where all but the causal routers is
+pool of E experts with capacity factor c gives its tokens c experts on average; its routers, main
+and causal, score every token of the batch. In a second stage, where all but the causal routers is
 frozen, a step takes about two thirds of what is counted here.
 
 S positions, D width, N heads of width H.
