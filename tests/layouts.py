@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 from toy import VOCABULARY
 
-from earlyfuse.configs import decoders
+from earlyfuse.configs import decoders, stages
 from earlyfuse.models.blocks.experts import Experts
 from earlyfuse.parallel.compat import can_pipeline
 from earlyfuse.parallel.expert_parallel import _AllToAll
@@ -34,6 +34,8 @@ ROWS, STEPS = 8, 2
 # "deep": six blocks, for pipelines of several stages a rank. Dense, because the first tokens of all
 # documents tie exactly in routers, and over so many layers rounding comes to decide between them
 BY_NAME = MODELS | {"deep": lambda: decoders.dense(replace(SHAPE, layers=6))}
+# begun with the run of moe_1t1i in DATA's neighbour "seed"
+BY_NAME["upcycled"] = MODELS["moma_causal"]
 RECOMPUTE = {"none": lambda: None, "full": FullAC.Config, "selective": SelectiveAC.Config}
 
 
@@ -41,6 +43,7 @@ RECOMPUTE = {"none": lambda: None, "full": FullAC.Config, "selective": Selective
 class Case:
     """``degrees``: fields of the parallelism config, without "_degree". ``micro_batches``: of each
     rank and step. ``apart``: the first half of the rows is all image, the second all text.
+    ``stage2``: the causal routers alone learn.
     """
 
     model: str
@@ -48,6 +51,7 @@ class Case:
     micro_batches: int = 1
     recompute: str = "none"
     apart: bool = False
+    stage2: bool = False
     reshard: str = "default"
     schedule: str = "1F1B"
 
@@ -58,6 +62,11 @@ class Case:
     def config(self, out: Path, data: Path, ranks: int) -> Trainer.Config:
         config = tiny_config(out, data, BY_NAME[self.model](), steps=STEPS)
         config.checkpoint.enable = False
+        if self.model == "upcycled":
+            config.start.run = str(data.with_name("seed"))
+        if self.stage2:
+            stage2 = stages.causal_routers_only(config, str(data.with_name("seed")), lr=1e-2)
+            config.train_only, config.optimizer = stage2.train_only, stage2.optimizer
         config.metrics.enable_tensorboard = False
         config.validator.freq = STEPS
         config.validator.batch_rows = ROWS
@@ -81,10 +90,19 @@ TP, EP, PP = {"tensor_parallel": 2}, {"expert_parallel": 2}, {"pipeline_parallel
 # what a case must equal is its model on one rank: the first four, and "apart"
 CASES: dict[int, dict[str, Case]] = {
     1: {model: Case(model) for model in (BY_NAME if can_pipeline() else MODELS)}
-    | {f"{model}-apart": Case(model, apart=True) for model in MODELS},
+    | {f"{model}-apart": Case(model, apart=True) for model in MODELS}
+    | {"upcycled": Case("upcycled"), "upcycled-stage2": Case("upcycled", stage2=True)},
     2: {f"{model}-fsdp": Case(model, FSDP) for model in MODELS}
     | {f"{model}-tp": Case(model, TP) for model in MODELS}
-    | {f"{model}-ep": Case(model, EP) for model in ("moe_8x", "moma")}
+    | {f"{model}-ep": Case(model, EP) for model in ("moe_8x", "moma", "moma_causal")}
+    | {
+        "upcycled-ep": Case("upcycled", EP),
+        "upcycled-tp": Case("upcycled", TP),
+        "upcycled-fsdp-accumulated-full": Case("upcycled", micro_batches=2, recompute="full"),
+        "upcycled-fsdp-stage2": Case("upcycled", stage2=True),
+        "upcycled-ep-stage2-full": Case("upcycled", EP, stage2=True, recompute="full"),
+        "moma_causal-ep-apart": Case("moma_causal", EP, apart=True),
+    }
     | {f"{model}-fsdp-apart": Case(model, FSDP, apart=True) for model in MODELS}
     | {
         "moma-ep-apart": Case("moma", EP, apart=True),
@@ -105,7 +123,7 @@ CASES: dict[int, dict[str, Case]] = {
     },
     4: {f"{model}-fsdp": Case(model, FSDP) for model in MODELS}
     | {f"{model}-hsdp": Case(model, HSDP) for model in ("dense", "moma")}
-    | {f"{model}-fsdp-ep": Case(model, EP) for model in ("moe_8x", "moma")}
+    | {f"{model}-fsdp-ep": Case(model, EP) for model in ("moe_8x", "moma", "upcycled")}
     | {f"{model}-fsdp-tp": Case(model, TP) for model in ("mot", "moma")}
     | {
         "moma-hsdp-ep-full": Case("moma", HSDP | EP, recompute="full"),
@@ -149,7 +167,7 @@ class Keeping(Trainer):
         super().train_step(data_iterator)
         named = [(_plain(n), p) for part in self.model_parts for n, p in part.named_parameters()]
         kept = {
-            "gradients": {name: whole(p.grad) for name, p in named},
+            "gradients": {name: whole(p.grad) for name, p in named if p.grad is not None},
             "parameters": {name: whole(p) for name, p in named},
         }
         ranks = [kept] * dist.get_world_size()

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from layouts import BY_NAME, CASES
+from layouts import BY_NAME, CASES, ROWS
 from ranks import output_of, torchrun
-from tiny_runs import SHAPE, moma
+from tiny_runs import SHAPE, moma, tiny_config
 from torch.torch_version import TorchVersion
 from toy import make_data
 
@@ -22,7 +22,7 @@ from earlyfuse.parallel.plan import check_parallelism
 
 TOLERANCE = 1e-5
 EQUAL = ("loss", "grad_norm", "z_loss", "output_norm", "unigram_entropy", "router", "task")
-EQUAL += ("tokens", "flops", "lr", "skipped_steps")
+EQUAL += ("tokens", "flops", "lr", "skipped_steps", "causal", "causal_loss", "causal_task")
 SCRIPT = str(Path(__file__).with_name("layouts.py"))
 
 
@@ -31,6 +31,7 @@ def results(tmp_path_factory):
     """(ranks, case) → what ``layouts.py`` wrote; each number of ranks is launched once."""
     folder = tmp_path_factory.mktemp("layouts")
     data = make_data(folder / "data")
+    make_seed(folder / "seed", data)
     launched: set[int] = set()
 
     def result(ranks: int, name: str) -> dict:
@@ -41,6 +42,16 @@ def results(tmp_path_factory):
         return torch.load(out / f"{name}.pt")
 
     return result
+
+
+def make_seed(folder: Path, data: Path) -> None:
+    """A run of moe_1t1i, out of which others grow."""
+    config = tiny_config(folder, data, decoders.moe_1t1i(SHAPE), steps=3)
+    config.training.global_batch_size = config.validator.batch_rows = ROWS
+    config.validator.enable = config.metrics.enable_tensorboard = False
+    trainer = config.build()
+    trainer.train()
+    trainer.close()
 
 
 def cases() -> list:
@@ -55,7 +66,7 @@ def cases() -> list:
 @pytest.mark.parametrize(("ranks", "name"), cases())
 def test_a_layout_computes_what_one_rank_computes(results, ranks, name):
     case = CASES[ranks][name]
-    expected = results(1, f"{case.model}-apart" if case.apart else case.model)
+    expected = results(1, case.model + "-apart" * case.apart + "-stage2" * case.stage2)
     found = results(ranks, name)
     # key biases have what cancellation leaves, which AdamW scales up: measured by a hundredth of
     # the whole norm, and their values by a thousandth
