@@ -104,8 +104,8 @@ def vocabulary_map(source: Path) -> dict[str, int] | None:
         return None
     try:
         return token_ids(read_json(path))
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no Hugging Face tokenizer.json: {error!r}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is no Hugging Face tokenizer.json: {error}") from error
 
 
 def _text_path(source: Path) -> Path | None:
@@ -152,9 +152,9 @@ def _pixel_settings(source: Path, resolution: int) -> dict[str, Any]:
     if fields is None:
         scaled = {"scale": 2 / 255, "mean": 1.0, "std": 1.0}
         return {"image_size": resolution, **scaled, "long_side": "round"}
-    crop, size = fields.get("crop_size", resolution), fields.get("size", {})
+    crop, size = fields.get("crop_size", 512), fields.get("size", 512)
     sides = set(crop.values()) if isinstance(crop, dict) else {crop}
-    short = size.get("shortest_edge", resolution) if isinstance(size, dict) else size
+    short = size.get("shortest_edge") if isinstance(size, dict) else size
     mean, std = (np.unique(fields.get(f"image_{name}", 1.0)) for name in ("mean", "std"))
     steps = [f"do_{step}" for step in ("resize", "center_crop", "rescale", "normalize")]
     usual = all(fields.get(step, True) for step in steps)
@@ -168,7 +168,7 @@ def _pixel_settings(source: Path, resolution: int) -> dict[str, Any]:
         raise ValueError(f"{path}: image_mean and image_std must be equal in all channels")
     return {
         "image_size": short,
-        "scale": fields.get("rescale_factor", 0.0078),  # Hugging Face's own default
+        "scale": fields.get("rescale_factor", 0.0078),  # the default there, as is 512 above
         "mean": float(mean[0]),
         "std": float(std[0]),
         "long_side": "floor",

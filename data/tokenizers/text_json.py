@@ -97,7 +97,7 @@ def with_sentinels(content: bytes, folder: Path) -> bytes:
         if (folder / name).exists():
             config |= _parse((folder / name).read_bytes())
     fields[KEY] = sentinel_names(token_ids(fields), config)
-    return json.dumps(fields, ensure_ascii=False, indent=1).encode() + b"\n"
+    return json.dumps(fields, ensure_ascii=False).encode() + b"\n"
 
 
 def sentinel_names(tokens: dict[str, int], config: dict[str, Any]) -> dict[str, str]:
@@ -122,12 +122,18 @@ def sentinel_names(tokens: dict[str, int], config: dict[str, Any]) -> dict[str, 
 
 
 def token_ids(fields: dict[str, Any]) -> dict[str, int]:
-    """Name → id of all tokens of a parsed ``tokenizer.json``, added ones included."""
-    vocabulary = fields["model"]["vocab"]
-    if isinstance(vocabulary, list):  # Unigram: (piece, score) by id
-        vocabulary = {piece: number for number, (piece, _) in enumerate(vocabulary)}
-    added = {added["content"]: added["id"] for added in fields.get("added_tokens") or []}
-    return {**vocabulary, **added}
+    """Name → id of all tokens of a parsed ``tokenizer.json``, added ones included.
+
+    Raises ``ValueError`` where it lists none.
+    """
+    try:
+        vocabulary = fields["model"]["vocab"]
+        if isinstance(vocabulary, list):  # Unigram: (piece, score) by id
+            vocabulary = {piece: number for number, (piece, _) in enumerate(vocabulary)}
+        added = {added["content"]: added["id"] for added in fields.get("added_tokens") or []}
+        return {**vocabulary, **added}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"it must list its tokens in model.vocab: {error!r}") from error
 
 
 def _unknown(model: dict[str, Any]) -> int | None:
