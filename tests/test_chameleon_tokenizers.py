@@ -150,6 +150,17 @@ def test_the_original_checkpoint_brings_its_decoder(tmp_path):
     assert (medium.start, medium.count, medium.block) == (START, CODES, 64)
 
 
+def test_a_model_folder_of_the_original_layout_finds_its_tokenizers(tmp_path):
+    write_meta(tmp_path / "data", taming(janus()))
+    model = tmp_path / "data" / "models" / "7b"
+    model.mkdir(parents=True)
+    assert not import_vq(model, tmp_path / "out")
+    (model / "params.json").write_text("{}")
+    import_all(model, tmp_path / "out")
+    import_all(tmp_path / "data", tmp_path / "whole")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
 def test_a_checkpoint_beside_hugging_face_files_adds_the_decoder(source, tmp_path):
     names = ("config.json", "processor_config.json", "tokenizer.json")
     folder = copied(source, tmp_path / "hf", *names)

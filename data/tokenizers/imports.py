@@ -19,7 +19,14 @@ from earlyfuse.data.tokenizers.image_chameleon import ChameleonTokenizer, shape_
 from earlyfuse.data.tokenizers.text import TextTokenizer
 from earlyfuse.data.tokenizers.text_json import token_ids
 from earlyfuse.data.tokenizers.vocabulary_map import code_range, image_code_ids
-from earlyfuse.data.tokenizers.vq_files import VQFiles, find_vq, read_config, read_json, vq_config
+from earlyfuse.data.tokenizers.vq_files import (
+    VQFiles,
+    find_vq,
+    read_config,
+    read_json,
+    tokenizer_folders,
+    vq_config,
+)
 from earlyfuse.data.tokenizers.vqgan import VQGAN
 from earlyfuse.models.modality import MediaCodes, Modality, Vocabulary
 
@@ -109,7 +116,7 @@ def vocabulary_map(source: Path) -> dict[str, int] | None:
 
 
 def _text_path(source: Path) -> Path | None:
-    places = [folder / name for folder in (source, source / "tokenizer") for name in _TEXT_FILES]
+    places = [folder / name for folder in tokenizer_folders(source) for name in _TEXT_FILES]
     return next((path for path in places if path.exists()), None)
 
 

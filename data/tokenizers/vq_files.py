@@ -1,6 +1,6 @@
 """Where the VQ-GAN of a Chameleon checkpoint lies, and its tensors, from files of others.
 
-- ``vqgan.ckpt`` (also in ``tokenizer/``), the original: read as data only (``weights_only``), with
+- ``vqgan.ckpt``, the original: read as data only (``weights_only``), with
   ``vqgan.yaml`` beside it for its sizes. It alone has the decoder, so it is preferred.
 - Hugging Face: ``model.vqmodel.*`` in ``model.safetensors`` or in its shards, sizes from
   ``vq_config`` in config.json; or a folder of the VQ-GAN alone, as ``ChameleonVQVAE`` saves it.
@@ -74,8 +74,19 @@ def vq_config(source: Path) -> dict[str, Any]:
     return {**_RELEASED, **told}
 
 
+def tokenizer_folders(source: Path) -> list[Path]:
+    """Where ``source`` keeps tokenizers: itself, ``tokenizer/`` in it and, for one of Meta's model
+    folders (``data/models/7b``), ``data/tokenizer``.
+    """
+    folders = [source, source / "tokenizer"]
+    if (source / "params.json").exists():
+        above = source.resolve().parents
+        folders += [folder / "tokenizer" for folder in above[:2]]
+    return folders
+
+
 def _checkpoint(source: Path) -> Path | None:
-    places = (source / CHECKPOINT, source / "tokenizer" / CHECKPOINT)
+    places = [folder / CHECKPOINT for folder in tokenizer_folders(source)]
     return next((path for path in places if path.exists()), None)
 
 
