@@ -17,7 +17,6 @@ import numpy as np
 import torch
 
 from earlyfuse.data.tokenizers import Tokenizers
-from earlyfuse.data.tokenizers.pixels import image_pixels
 from earlyfuse.models.batch import MixedBatch
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.modality import Modality, Vocabulary
@@ -154,7 +153,7 @@ def load_tasks(folder: Path) -> list[Task]:
             [text.encode(fields["prefix"] + w) for w in fields["candidates"]]
         )
         encoded = [base64.b64decode(item["image"]) for item in fields["items"]]
-        pixels = np.stack([image_pixels(image, images.image_size) for image in encoded])
+        pixels = np.stack([images.pixels(image) for image in encoded])
         prompts = [
             [vocabulary.bos, medium.begin, *(codes + medium.start).tolist(), medium.end, *prefix]
             for codes in images.encode(pixels)

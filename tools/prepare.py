@@ -116,7 +116,16 @@ def _add_tokenizer_options(parser: argparse.ArgumentParser) -> None:
     """Options of both commands. None has a default here: they are those of ``PrepareSpec``."""
     add = parser.add_argument
     add(
-        "--text-tokenizer", type=Path, metavar="FILE", help="ready sentencepiece .model (learn one)"
+        "--tokenizers",
+        type=Path,
+        metavar="FOLDER",
+        help="ready ones with their vocabulary: of prepared data, or imported (make them)",
+    )
+    add(
+        "--text-tokenizer",
+        type=Path,
+        metavar="FILE",
+        help="ready sentencepiece .model or Hugging Face tokenizer.json (learn one)",
     )
     add("--text-vocab", type=int, metavar="N", help="pieces to learn (2048)")
     add(

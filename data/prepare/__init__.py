@@ -2,7 +2,7 @@
 
 ::
 
-    <out>/tokenizers/        text.model, image.safetensors, vocabulary.json
+    <out>/tokenizers/        text.model or text.json, image.safetensors, vocabulary.json
     <out>/<split>/<source>/  manifest.json and shards (data/tokenised.py); split: train, validation
 
 Every file appears whole or not at all, and says what it was made from; so the process may be killed
@@ -88,7 +88,7 @@ def prepare(spec: PrepareSpec, progress: Progress | None = None) -> dict[str, di
 
 
 def _jobs(spec: PrepareSpec, source: Source, tokenizers: Tokenizers) -> list[ShardJob]:
-    recipe = recipe_of(tokenizers.hashes, spec.layout, spec.image_first)
+    recipe = recipe_of(tokenizers, spec.layout, spec.image_first)
     return [
         ShardJob(
             raw=raw,

@@ -39,9 +39,8 @@ def describe(out: Path) -> str:
 
 
 def _tokenizer_lines(tokenizers: Tokenizers) -> list[str]:
-    lines = [
-        f"text   sentencepiece, {tokenizers.text.size} pieces, sha256 {tokenizers.text.sha256}"
-    ]
+    text = tokenizers.text
+    lines = [f"text   {text.kind}, {text.size} pieces, sha256 {text.sha256}"]
     image = tokenizers.image
     if image is not None:
         settings = ", ".join(f"{key} {value}" for key, value in image.settings.items())
@@ -68,10 +67,11 @@ def _row(folder: Path, manifest: dict[str, Any], tokenizers: Tokenizers) -> list
     row.append(f"{sum(manifest['drops'].values()):,}")
     if tokenizers.image is None:
         return row
-    if "image_squared_error" not in manifest:
+    if not manifest["tokens"][Modality.IMAGE.label]:
         return [*row, "-", "-", "-"]
     used, perplexity = code_usage(_image_code_counts(folder, manifest))
-    quality = f"{psnr(manifest['image_squared_error']):.1f}"
+    measured = "image_squared_error" in manifest  # not without a decoder
+    quality = f"{psnr(manifest['image_squared_error']):.1f}" if measured else "-"
     return [*row, quality, f"{used} / {tokenizers.image.codes}", f"{perplexity:.0f}"]
 
 

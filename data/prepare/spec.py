@@ -9,6 +9,7 @@ from pathlib import Path
 
 from earlyfuse.data.raw import LAYOUTS
 from earlyfuse.data.raw.safety import checked_shard
+from earlyfuse.data.tokenizers import TEXT_FILES, text_file
 from earlyfuse.data.tokenizers.image import check_image_geometry
 from earlyfuse.data.tokenizers.text import check_vocabulary_size
 
@@ -44,7 +45,9 @@ class PrepareSpec:
     """A whole preparation. Raises ``ValueError`` on values that cannot be, when it is built.
 
     ``train`` and ``validation``: source name → shards, as files, folders of tars or glob patterns.
-    ``text_tokenizer``: a sentencepiece .model; none: learn ``text_vocab`` pieces.
+    ``tokenizers``: a folder of ready ones, as a prepared folder or an import holds it; all of them
+    are taken, with their vocabulary. Else ``text_tokenizer``: a sentencepiece .model or a Hugging
+    Face tokenizer.json; none: learn ``text_vocab`` pieces.
     ``image_tokenizer``: "kmeans", "vqvae" or "none" (text only), or the file of a ready one. A new
     one cuts images of ``image_size`` pixels into patches of ``patch`` and learns ``codes`` codes.
     ``layout``, ``image_first``: see ``read_documents``. ``on_bad``: "skip" counts a bad sample and
@@ -54,6 +57,7 @@ class PrepareSpec:
     out: Path
     train: Mapping[str, Paths]
     validation: Mapping[str, Paths] = field(default_factory=dict)
+    tokenizers: Path | None = None
     text_tokenizer: Path | None = None
     text_vocab: int = 2048
     image_tokenizer: str = "kmeans"
@@ -84,8 +88,10 @@ class PrepareSpec:
             )
         if self.text_tokenizer is not None and not Path(self.text_tokenizer).is_file():
             raise ValueError(
-                f"text_tokenizer ({self.text_tokenizer}) must be an existing .model file"
+                f"text_tokenizer ({self.text_tokenizer}) must be an existing .model or "
+                "tokenizer.json file"
             )
+        self._check_tokenizers()
         for name in ("image_first", "max_bad_rate"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(
@@ -97,6 +103,20 @@ class PrepareSpec:
         if not self.train:
             raise ValueError(
                 "train names no source; tokenizers are learnt from it: give at least one"
+            )
+
+    def _check_tokenizers(self) -> None:
+        if self.tokenizers is None:
+            return
+        if not text_file(self.tokenizers).is_file():
+            raise ValueError(
+                f"tokenizers ({self.tokenizers}) must be a folder with {' or '.join(TEXT_FILES)}; "
+                "name the tokenizers folder of prepared data or of a converted checkpoint"
+            )
+        if self.text_tokenizer is not None or self.image_tokenizer != "kmeans":
+            raise ValueError(
+                f"tokenizers ({self.tokenizers}) names all tokenizers; leave out text_tokenizer "
+                f"({self.text_tokenizer}) and image_tokenizer ({self.image_tokenizer})"
             )
 
     def sources(self) -> list[Source]:

@@ -4,6 +4,7 @@ The work on one raw shard, the unit that ``prepare`` hands to a process and rest
 """
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,7 +17,6 @@ from earlyfuse.data.documents import BadSample, Document
 from earlyfuse.data.raw import read_documents
 from earlyfuse.data.tokenised import FORMAT, ShardRecord, shard_name, write_shard
 from earlyfuse.data.tokenizers import Tokenizers
-from earlyfuse.data.tokenizers.pixels import image_pixels
 from earlyfuse.models.modality import Modality
 
 # images encoded at a time, and the documents of a shard that may wait for them
@@ -42,11 +42,12 @@ class ShardJob:
     on_bad: str
 
 
-def recipe_of(hashes: dict[str, str], layout: str, image_first: float) -> str:
+def recipe_of(tokenizers: Tokenizers, layout: str, image_first: float) -> str:
     """Hash of everything besides the raw shard that decides its tokens."""
     parts = [
         FORMAT,
-        *(f"{kind}={sha}" for kind, sha in sorted(hashes.items())),
+        *(f"{kind}={sha}" for kind, sha in sorted(tokenizers.hashes.items())),
+        json.dumps(tokenizers.vocabulary.to_dict(), sort_keys=True),
         layout,
         str(image_first),
     ]
@@ -118,9 +119,13 @@ def _parts(document: Document, tokenizers: Tokenizers) -> list[list[int] | np.nd
     parts: list[list[int] | np.ndarray] = []
     for segment in document.segments:
         if isinstance(segment.payload, str):
-            parts.append(tokenizers.text.encode(segment.payload))
+            try:
+                parts.append(tokenizers.text.encode(segment.payload))
+            except ValueError as error:
+                message = f"document {document.key!r}: {error}"
+                raise BadSample("reserved-token", message) from error
         elif segment.modality == Modality.IMAGE and tokenizers.image is not None:
-            parts.append(image_pixels(segment.payload, tokenizers.image.image_size))
+            parts.append(tokenizers.image.pixels(segment.payload))
         else:
             label = segment.modality.label
             raise BadSample(
@@ -134,20 +139,20 @@ def _finish(
     waiting: list[list[list[int] | np.ndarray]], tokenizers: Tokenizers, record: ShardRecord
 ) -> Iterator[tuple[np.ndarray, list[int]]]:
     """Encode all waiting images in one call and put the documents together."""
-    text, vocabulary = tokenizers.text, tokenizers.vocabulary
-    codes = _encode_images(
-        [p for parts in waiting for p in parts if isinstance(p, np.ndarray)], tokenizers, record
-    )
+    vocabulary = tokenizers.vocabulary
+    images = [p for parts in waiting for p in parts if isinstance(p, np.ndarray)]
+    medium = vocabulary.medium(Modality.IMAGE) if images else None
+    codes = _encode_images(images, tokenizers, record)
     for parts in waiting:
-        ids, image_tokens = [text.bos], 0
+        ids, image_tokens = [vocabulary.bos], 0
         for part in parts:
-            if isinstance(part, np.ndarray):
+            if isinstance(part, np.ndarray) and medium is not None:
                 block = next(codes)
-                ids += [text.begin_image, *(block + text.size).tolist(), text.end_image]
+                ids += [medium.begin, *(block + medium.start).tolist(), medium.end]
                 image_tokens += len(block)
             else:
                 ids += part
-        ids.append(text.eos)
+        ids.append(vocabulary.eos)
         counts = [len(ids) - image_tokens, image_tokens]
         yield np.array(ids, dtype=np.int64), counts[: len(vocabulary.modalities)]
 
@@ -160,7 +165,7 @@ def _encode_images(
         return iter(())
     images = np.stack(pixels)
     codes = tokenizers.image.encode(images)
-    if record.pixels == 0:
+    if record.pixels == 0 and tokenizers.image.decodes:
         measured = images[:_MEASURED_IMAGES]
         error = tokenizers.image.decode(codes[:_MEASURED_IMAGES]).astype(np.int64) - measured
         record.squared_error, record.pixels = int((error**2).sum()), measured.size

@@ -1,5 +1,6 @@
 """The tokenizers of a prepared folder: made there once, from training data, and then kept."""
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,14 +11,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from earlyfuse.data.atomic import atomic_write_json, remove_temporaries
+from earlyfuse.data.atomic import atomic_write_bytes, atomic_write_json, remove_temporaries
 from earlyfuse.data.documents import BadSample, Document
 from earlyfuse.data.prepare.pool import ProcessPool
 from earlyfuse.data.prepare.progress import Progress
 from earlyfuse.data.prepare.spec import IMAGE_KINDS, PrepareSpec
 from earlyfuse.data.raw import read_documents
 from earlyfuse.data.tokenised import MANIFEST, read_manifest
-from earlyfuse.data.tokenizers import IMAGE_FILE, TEXT_FILE, VOCABULARY_FILE, Tokenizers
+from earlyfuse.data.tokenizers import (
+    IMAGE_FILE,
+    TEXT_FILES,
+    VOCABULARY_FILE,
+    Tokenizers,
+    text_file,
+)
 from earlyfuse.data.tokenizers.image import (
     ImageTokenizer,
     load_image_tokenizer,
@@ -70,10 +77,14 @@ def check_existing(spec: PrepareSpec) -> None:
     Raises ``ValueError`` that names both.
     """
     folder = spec.out / "tokenizers"
-    text, image = folder / TEXT_FILE, folder / IMAGE_FILE
+    text, image = text_file(folder), folder / IMAGE_FILE
     asked_text = None if spec.text_tokenizer is None else TextTokenizer.load(spec.text_tokenizer)
     asked_image = None
-    if spec.image_tokenizer not in IMAGE_KINDS:
+    if spec.tokenizers is not None:
+        asked = Tokenizers.load(spec.tokenizers)
+        asked_text, asked_image = asked.text, asked.image
+        _check_vocabulary(spec, folder / VOCABULARY_FILE, asked)
+    elif spec.image_tokenizer not in IMAGE_KINDS:
         asked_image = load_image_tokenizer(Path(spec.image_tokenizer))
     if text.exists():
         there = TextTokenizer.load(text)
@@ -85,14 +96,21 @@ def check_existing(spec: PrepareSpec) -> None:
     if image.exists():
         ready = load_image_tokenizer(image)
         made = f"{ready.sha256} ({ready.kind}, {ready.settings})"
-        if asked_image is not None and asked_image.sha256 != ready.sha256:
-            _refuse(spec, "image", made, asked_image.sha256)
-        settings = _image_settings(spec)
-        differs = any(ready.settings.get(key) != value for key, value in settings.items())
-        if asked_image is None and (ready.kind != spec.image_tokenizer or differs):
-            _refuse(spec, "image", made, f"{spec.image_tokenizer}, {settings}")
+        if asked_image is not None:
+            if asked_image.sha256 != ready.sha256:
+                _refuse(spec, "image", made, asked_image.sha256)
+        elif spec.tokenizers is not None:
+            _refuse(spec, "image", made, f"none ({spec.tokenizers})")
+        else:
+            settings = _image_settings(spec)
+            differs = any(ready.settings.get(key) != value for key, value in settings.items())
+            if ready.kind != spec.image_tokenizer or differs:
+                _refuse(spec, "image", made, f"{spec.image_tokenizer}, {settings}")
+    wants_image = asked_image is not None or (
+        spec.tokenizers is None and spec.image_tokenizer != "none"
+    )
     for path in sorted(spec.out.glob(f"*/*/{MANIFEST}")):
-        _check_manifest(spec, path.parent, text, image)
+        _check_manifest(spec, path.parent, text, image, wants_image)
 
 
 def make_tokenizers(
@@ -102,14 +120,20 @@ def make_tokenizers(
     folder = spec.out / "tokenizers"
     folder.mkdir(exist_ok=True)
     remove_temporaries(folder)
+    if spec.tokenizers is not None:
+        for name in (*TEXT_FILES, IMAGE_FILE, VOCABULARY_FILE):
+            if (spec.tokenizers / name).exists() and not (folder / name).exists():
+                atomic_write_bytes(folder / name, (spec.tokenizers / name).read_bytes())
+        return _with_vocabulary(folder)
     sample = Sample(tuple(shards), spec.layout, spec.image_first)
     text_ready: Callable[[], None] | None = None
-    if not (folder / TEXT_FILE).exists():
+    if not text_file(folder).exists():
         if spec.text_tokenizer is not None:
-            TextTokenizer.load(spec.text_tokenizer).save(folder / TEXT_FILE)
+            ready = TextTokenizer.load(spec.text_tokenizer)
+            ready.save(folder / ready.file_name)
         else:
             progress.tell(f"text tokenizer: learning {spec.text_vocab} pieces")
-            text_ready = pool.start(_train_text, (sample, spec.text_vocab, folder / TEXT_FILE))
+            text_ready = pool.start(_train_text, (sample, spec.text_vocab, text_file(folder)))
     if spec.image_tokenizer != "none" and not (folder / IMAGE_FILE).exists():
         if spec.image_tokenizer in IMAGE_KINDS:
             image = _train_image(spec, sample, progress)
@@ -118,6 +142,11 @@ def make_tokenizers(
         save_image_tokenizer(image, folder / IMAGE_FILE)
     if text_ready is not None:
         text_ready()
+    return _with_vocabulary(folder)
+
+
+def _with_vocabulary(folder: Path) -> Tokenizers:
+    """The tokenizers of ``folder``, their vocabulary stored beside them."""
     tokenizers = Tokenizers.load(folder)
     atomic_write_json(folder / VOCABULARY_FILE, tokenizers.vocabulary.to_dict())
     return tokenizers
@@ -210,12 +239,24 @@ def _image_settings(spec: PrepareSpec) -> dict[str, Any]:
     return settings
 
 
-def _check_manifest(spec: PrepareSpec, folder: Path, text: Path, image: Path) -> None:
+def _check_vocabulary(spec: PrepareSpec, stored: Path, asked: Tokenizers) -> None:
+    wanted = asked.vocabulary.to_dict()
+    if stored.exists() and json.loads(stored.read_bytes()) != wanted:
+        raise ValueError(
+            f"out ({spec.out}) was prepared with another vocabulary ({stored}) than that of "
+            f"tokenizers ({spec.tokenizers}); ask for the same, or choose another folder"
+        )
+
+
+def _check_manifest(
+    spec: PrepareSpec, folder: Path, text: Path, image: Path, wants_image: bool
+) -> None:
     recorded = read_manifest(folder)["tokenizers"]
     if not text.exists():
         _refuse(spec, "text", recorded["text"], "a new one, as the tokenizers folder is gone")
-    if not image.exists() and spec.image_tokenizer != "none":
-        _refuse(spec, "image", f"none ({folder})", spec.image_tokenizer)
+    if not image.exists() and wants_image:
+        asked = spec.tokenizers or spec.image_tokenizer
+        _refuse(spec, "image", f"none ({folder})", str(asked))
     hashes = {"text": TextTokenizer.load(text).sha256}
     if image.exists():
         hashes["image"] = load_image_tokenizer(image).sha256

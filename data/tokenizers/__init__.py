@@ -1,9 +1,16 @@
-"""Tokenizers: text by sentencepiece, images by k-means or VQ-VAE, and the folder that holds both.
+"""Tokenizers of text and images, and the folder that holds them.
+
+::
+
+    text.model or text.json   sentencepiece, or Hugging Face's tokenizer.json with our sentinels
+    image.safetensors         k-means, VQ-VAE or Chameleon's VQ-GAN; absent where only text is used
+    vocabulary.json           where text, sentinels and image codes lie among the ids
 
 ``Tokenizers.load(<out>/tokenizers)`` is what generation and evaluation need to read and show
 documents.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,24 +18,44 @@ from earlyfuse.data.tokenizers.image import ImageTokenizer, load_image_tokenizer
 from earlyfuse.data.tokenizers.text import TextTokenizer
 from earlyfuse.models.modality import MediaCodes, Modality, Vocabulary
 
-TEXT_FILE, IMAGE_FILE, VOCABULARY_FILE = "text.model", "image.safetensors", "vocabulary.json"
+TEXT_FILES = ("text.model", "text.json")
+IMAGE_FILE, VOCABULARY_FILE = "image.safetensors", "vocabulary.json"
 
 
 @dataclass(frozen=True)
 class Tokenizers:
-    """The tokenizers of one prepared folder; ``image`` is none where only text is prepared."""
+    """The tokenizers of one folder, ``image`` none where only text is used, and the ids' layout.
+
+    Raises ``ValueError`` when the layout is not one of these tokenizers.
+    """
 
     text: TextTokenizer
     image: ImageTokenizer | None
+    vocabulary: Vocabulary
+
+    def __post_init__(self) -> None:
+        _check_fit(self.text, self.image, self.vocabulary)
 
     @classmethod
     def load(cls, folder: Path) -> "Tokenizers":
-        """Read ``<out>/tokenizers``."""
-        image = folder / IMAGE_FILE
-        return cls(
-            TextTokenizer.load(folder / TEXT_FILE),
-            load_image_tokenizer(image) if image.exists() else None,
-        )
+        """Read ``<out>/tokenizers``. Without vocabulary.json, the layout is ``derived``.
+
+        Raises ``FileNotFoundError`` where there is no text tokenizer, ``ValueError`` for files that
+        are damaged or do not belong together.
+        """
+        text = TextTokenizer.load(text_file(folder))
+        path, stored = folder / IMAGE_FILE, folder / VOCABULARY_FILE
+        image = load_image_tokenizer(path) if path.exists() else None
+        if not stored.exists():
+            return cls(text, image, derived(text, image))
+        try:
+            vocabulary = Vocabulary.from_dict(json.loads(stored.read_bytes()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"vocabulary ({stored}) cannot be read: {error!r}") from error
+        try:
+            return cls(text, image, vocabulary)
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from error
 
     @property
     def hashes(self) -> dict[str, str]:
@@ -38,13 +65,65 @@ class Tokenizers:
             hashes[Modality.IMAGE.label] = self.image.sha256
         return hashes
 
-    @property
-    def vocabulary(self) -> Vocabulary:
-        """Text pieces with the sentinels among them, then image codes."""
-        text, image = self.text, self.image
-        if image is None:
-            return Vocabulary(text.size, text.bos, text.eos, text.pad)
-        codes = MediaCodes(
-            Modality.IMAGE, text.size, image.codes, text.begin_image, text.end_image, image.block
+
+def text_file(folder: Path) -> Path:
+    """The text tokenizer of ``folder``, or where one would be. ``ValueError`` where two are."""
+    found = [folder / name for name in TEXT_FILES if (folder / name).exists()]
+    if len(found) > 1:
+        raise ValueError(f"{folder} holds {TEXT_FILES[0]} and {TEXT_FILES[1]}; remove one of them")
+    return found[0] if found else folder / TEXT_FILES[0]
+
+
+def derived(text: TextTokenizer, image: ImageTokenizer | None) -> Vocabulary:
+    """Text pieces with the sentinels among them, then image codes, unless text names those itself.
+
+    Raises ``ValueError`` when it names them otherwise than as one range of ids.
+    """
+    if image is None:
+        return Vocabulary(text.size, text.bos, text.eos, text.pad)
+    start, size = text.size, text.size + image.codes
+    if text.image_codes:
+        start, size = min(text.image_codes), text.size
+        if text.image_codes != set(range(start, start + image.codes)):
+            raise ValueError(
+                f"the text tokenizer names {len(text.image_codes)} image codes at ids "
+                f"{start} … {max(text.image_codes)}, the image tokenizer has {image.codes}; take "
+                "both from one checkpoint"
+            )
+    codes = MediaCodes(
+        Modality.IMAGE, start, image.codes, text.begin_image, text.end_image, image.block
+    )
+    return Vocabulary(size, text.bos, text.eos, text.pad, (codes,))
+
+
+def _check_fit(text: TextTokenizer, image: ImageTokenizer | None, vocabulary: Vocabulary) -> None:
+    """Raises ``ValueError`` unless codes fit and no text can be mistaken for anything else."""
+    if text.pieces > vocabulary.size:
+        raise ValueError(
+            f"the text tokenizer has {text.pieces} ids, the vocabulary {vocabulary.size}; they "
+            "must come from one checkpoint"
         )
-        return Vocabulary(text.size + image.codes, text.bos, text.eos, text.pad, (codes,))
+    media = {medium.modality: medium for medium in vocabulary.media}
+    if image is not None:
+        medium = media.get(Modality.IMAGE)
+        found = (0, 0) if medium is None else (medium.count, medium.block or image.block)
+        if found != (image.codes, image.block):
+            raise ValueError(
+                f"the vocabulary has {found[0]} image codes in blocks of {found[1]}, the image "
+                f"tokenizer {image.codes} in blocks of {image.block}; they must come from one "
+                "checkpoint"
+            )
+    for medium in vocabulary.media:
+        inside = range(medium.start, min(medium.start + medium.count, text.pieces))
+        never_text = text.image_codes if medium.modality == Modality.IMAGE else frozenset()
+        spelled = [token for token in inside if token not in never_text]
+        spelled += [
+            token
+            for token in (medium.begin, medium.end)
+            if token < text.pieces and token not in text.reserved
+        ]
+        if spelled:
+            raise ValueError(
+                f"the vocabulary gives id {spelled[0]} to {medium.modality.label}, but the text "
+                "tokenizer uses it for text; they must come from one checkpoint"
+            )

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
@@ -20,23 +21,29 @@ LARGEST_CODEBOOK = 1 << 20
 class ImageTokenizer(Protocol):
     """Square images ↔ a fixed number of codes, in raster order.
 
-    ``codes`` K, ``image_size`` pixels a side, ``block`` codes an image, ``settings`` plain values
-    that say how it was made, ``sha256`` of its file: what manifests and checkpoints record.
+    ``codes`` K, ``image_size`` pixels a side, ``block`` codes an image, ``decodes`` whether it has
+    a decoder, ``settings`` plain values that say how it was made, ``sha256`` of its file: what
+    manifests and checkpoints record.
     """
 
     kind: str
     codes: int
     image_size: int
     block: int
+    decodes: bool
     settings: dict[str, Any]
     sha256: str
+
+    def pixels(self, encoded: bytes) -> np.ndarray:
+        """An image file → uint8 (image_size, image_size, 3). ``BadSample`` where it is damaged."""
+        ...
 
     def encode(self, images: np.ndarray) -> np.ndarray:
         """uint8 (N, H, W, 3) → int64 (N, block), each in [0, codes)."""
         ...
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
-        """int64 (N, block) → uint8 (N, H, W, 3)."""
+        """int64 (N, block) → uint8 (N, H, W, 3). ``ValueError`` unless it ``decodes``."""
         ...
 
     def to_bytes(self) -> bytes:
@@ -86,19 +93,25 @@ def load_image_tokenizer(path: Path) -> ImageTokenizer:
 
     Raises ``ValueError`` when the file is no such tokenizer.
     """
-    # here, not above: the two kinds build on this file
+    # here, not above: the kinds build on this file
+    from earlyfuse.data.tokenizers.image_chameleon import ChameleonTokenizer
     from earlyfuse.data.tokenizers.image_kmeans import KMeansTokenizer
     from earlyfuse.data.tokenizers.image_vqvae import VQVAETokenizer
 
     content = Path(path).read_bytes()
     kind, settings = _read_metadata(content, path)
-    kinds: dict[str, type[KMeansTokenizer] | type[VQVAETokenizer]] = {
-        KMeansTokenizer.kind: KMeansTokenizer,
-        VQVAETokenizer.kind: VQVAETokenizer,
+    kinds: dict[str, type[KMeansTokenizer | VQVAETokenizer | ChameleonTokenizer]] = {
+        kind.kind: kind for kind in (KMeansTokenizer, VQVAETokenizer, ChameleonTokenizer)
     }
     if kind not in kinds:
         raise ValueError(f"image tokenizer ({path}) has kind ({kind!r}), known are {sorted(kinds)}")
-    tokenizer = kinds[kind].from_tensors(load_tensors(content), settings)
+    try:
+        tensors = load_tensors(content)
+    except SafetensorError as error:
+        raise ValueError(
+            f"image tokenizer ({path}) is damaged or cut short: {error}; copy or make it again"
+        ) from error
+    tokenizer = kinds[kind].from_tensors(tensors, settings)
     # a newer writer of the file format may order bytes differently: the file's hash is the one to
     # keep
     tokenizer.sha256 = hashlib.sha256(content).hexdigest()

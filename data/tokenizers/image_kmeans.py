@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from earlyfuse.data.tokenizers.image import check_image_geometry, pack_tokenizer
+from earlyfuse.data.tokenizers.pixels import image_pixels
 
 # patches compared at a time: scores of 4096 × K floats stay in the cache's neighbourhood
 _CHUNK = 4096
@@ -26,6 +27,7 @@ class KMeansTokenizer:
     """Nearest codeword for each patch. ``codebook_KD``: distinct rows, uint8."""
 
     kind = "kmeans"
+    decodes = True
 
     def __init__(self, codebook_KD: np.ndarray, settings: dict[str, Any]) -> None:
         self.settings = settings
@@ -85,6 +87,10 @@ class KMeansTokenizer:
         return pack_tokenizer(
             self.kind, self.settings, {"codebook": torch.from_numpy(self.codebook_KD)}
         )
+
+    def pixels(self, encoded: bytes) -> np.ndarray:
+        """See ``ImageTokenizer``."""
+        return image_pixels(encoded, self.image_size)
 
     def encode(self, images: np.ndarray) -> np.ndarray:
         """uint8 (N, H, H, 3) → int64 (N, P)."""

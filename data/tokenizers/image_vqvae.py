@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from earlyfuse.data.tokenizers.image import check_image_geometry, pack_tokenizer
+from earlyfuse.data.tokenizers.pixels import image_pixels
 
 _ENCODE_BATCH, _ENCODE_PIXELS = 64, 1 << 22
 _COMMITMENT = 0.25
@@ -34,6 +35,7 @@ class VQVAETokenizer:
     """Encoder, nearest entry of the codebook, decoder."""
 
     kind = "vqvae"
+    decodes = True
 
     def __init__(self, net: "VQVAE", settings: dict[str, Any]) -> None:
         self.net = net.eval().requires_grad_(False)
@@ -115,6 +117,10 @@ class VQVAETokenizer:
         """See ``ImageTokenizer``."""
         tensors = {name: tensor.contiguous() for name, tensor in self.net.state_dict().items()}
         return pack_tokenizer(self.kind, self.settings, tensors)
+
+    def pixels(self, encoded: bytes) -> np.ndarray:
+        """See ``ImageTokenizer``."""
+        return image_pixels(encoded, self.image_size)
 
     @torch.no_grad()
     def encode(self, images: np.ndarray) -> np.ndarray:

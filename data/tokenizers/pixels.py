@@ -1,6 +1,7 @@
 """Encoded images → square RGB pixels."""
 
 import io
+import math
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -18,22 +19,51 @@ def image_pixels(encoded: bytes, size: int) -> np.ndarray:
     Transparency is laid on white. Raises ``BadSample`` "corrupt-image", also for cut files and for
     images of more than 2^26 pixels.
     """
+    return np.asarray(_square(_upright_rgb(encoded, draft=size), size), dtype=np.uint8)
+
+
+def image_pixels_whole(encoded: bytes, size: int, long_side: str) -> np.ndarray:
+    """As ``image_pixels``, pixel for pixel as Chameleon's own preparation, which is slower.
+
+    JPEGs are decoded at full resolution, the whole image is resized, then cropped at whole pixels.
+    ``long_side``: how the longer side is made whole, "round" (Meta) or "floor" (Hugging Face).
+    Raises ``BadSample`` also for images so long that resized they exceed 2^26 pixels.
+    """
+    image = _upright_rgb(encoded, draft=None)
+    width, height = image.size
+    short = min(width, height)
+    if long_side == "round":  # scale first, as there: it decides halves
+        scale = size / short
+        wide, high = round(scale * width), round(scale * height)
+    else:
+        wide, high = (math.floor(size * side / short) for side in (width, height))
+    if wide * high > LARGEST_IMAGE:
+        raise BadSample(
+            "corrupt-image", f"image of {width} × {height} pixels is too long to be cut to a square"
+        )
+    left, top = (wide - size) // 2, (high - size) // 2
+    resized = image.resize((wide, high), Image.Resampling.LANCZOS)
+    return np.asarray(resized.crop((left, top, left + size, top + size)), dtype=np.uint8)
+
+
+def _upright_rgb(encoded: bytes, draft: int | None) -> Image.Image:
+    """The image in RGB; with ``draft``, at a lower resolution that still has so many pixels."""
     try:
-        image = _decoded(encoded, size)
+        image = _decoded(encoded, draft)
     except BadSample:
         raise
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
         raise BadSample("corrupt-image", f"{type(error).__name__}: {error}") from error
-    return np.asarray(_square(_rgb(ImageOps.exif_transpose(image)), size), dtype=np.uint8)
+    return _rgb(ImageOps.exif_transpose(image))
 
 
-def _decoded(encoded: bytes, size: int) -> Image.Image:
+def _decoded(encoded: bytes, draft: int | None) -> Image.Image:
     image = Image.open(io.BytesIO(encoded), formats=FORMATS)
     width, height = image.size
     if width * height > LARGEST_IMAGE:
         raise BadSample("corrupt-image", f"image of {width} × {height} pixels is too large")
-    if image.format == "JPEG":
-        image.draft("RGB", (size, size))  # decodes at a fraction of the resolution
+    if image.format == "JPEG" and draft is not None:
+        image.draft("RGB", (draft, draft))  # decodes at a fraction of the resolution
     image.load()
     return image
 

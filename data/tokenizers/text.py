@@ -1,5 +1,8 @@
 """Text tokenizer: sentencepiece BPE with byte fallback that gives every string back unchanged.
 
+That is what ``train`` makes; ``load`` also reads those of others, sentencepiece models and Hugging
+Face's ``tokenizer.json`` (text_json.py), with the properties that they have.
+
 Sentinels are control pieces, which sentencepiece never produces from text: a document that happens
 to contain ``<image>`` cannot open an image.
 """
@@ -12,6 +15,7 @@ from pathlib import Path
 import sentencepiece
 
 from earlyfuse.data.atomic import atomic_write_bytes
+from earlyfuse.data.tokenizers.text_json import JsonPieces, is_json, with_sentinels
 
 BEGIN_IMAGE, END_IMAGE = "<image>", "</image>"
 # unknown, bos, eos, pad, two image sentinels, newline, 256 bytes, and room for letters and merges
@@ -21,49 +25,50 @@ _SPACE_SYMBOL = "\u2581"  # how sentencepiece spells a space inside pieces; deco
 
 
 class TextTokenizer:
-    """A sentencepiece model and its sentinels.
+    """A file of text pieces, sentencepiece's or Hugging Face's, and its sentinels.
 
-    ``size`` counts the model's pieces and, behind them, any of pad / begin image / end image that a
-    model made elsewhere lacks. ``sha256`` is that of the model file.
+    ``pieces`` counts the file's ids; ``size`` counts also, behind them, any sentinel that the file
+    lacks. ``image_codes``: ids among the pieces that stand for image codes (Chameleon's), never for
+    text; ``reserved``: these, the sentinels and whatever else text never gives. ``sha256`` is that
+    of the file, ``model`` its content.
     """
 
     def __init__(self, model: bytes) -> None:
         self.model = model
         self.sha256 = hashlib.sha256(model).hexdigest()
-        self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
-        self.size = self._pieces.get_piece_size()
-        self.bos = self._sentinel(self._pieces.bos_id())
-        self.eos = self._sentinel(self._pieces.eos_id())
-        self.pad = self._sentinel(self._pieces.pad_id())
-        self.begin_image = self._sentinel(self._pieces.piece_to_id(BEGIN_IMAGE))
-        self.end_image = self._sentinel(self._pieces.piece_to_id(END_IMAGE))
-        space = [self._pieces.piece_to_id(f"<0x{value:02X}>") for value in _SPACE_SYMBOL.encode()]
-        self._space_symbol_ids = space if all(map(self._pieces.is_byte, space)) else []
+        self._pieces = JsonPieces(model) if is_json(model) else SentencePieces(model)
+        self.kind, self.file_name = self._pieces.kind, self._pieces.file_name
+        self.pieces = self.size = self._pieces.size
+        self.image_codes = self._pieces.image_codes
+        self.bos = self._sentinel("bos")
+        self.eos = self._sentinel("eos")
+        self.pad = self._sentinel("pad")
+        self.begin_image = self._sentinel("begin_image")
+        self.end_image = self._sentinel("end_image")
+        self.reserved = self._pieces.reserved | set(range(self.pieces, self.size))
 
     def encode(self, text: str) -> list[int]:
-        """Piece ids of ``text``, without sentinels. ``UnicodeEncodeError`` on lone surrogates."""
+        """Ids of ``text``, without sentinels.
+
+        Raises ``UnicodeEncodeError`` on lone surrogates, ``ValueError`` where a Hugging Face
+        vocabulary of whole words would turn text into a reserved token.
+        """
         text.encode()
-        if not self._space_symbol_ids or _SPACE_SYMBOL not in text:
-            return self._pieces.encode(text)
-        # spelled in bytes, U+2581 survives decode
-        ids: list[int] = []
-        for number, part in enumerate(text.split(_SPACE_SYMBOL)):
-            ids += self._space_symbol_ids if number else []
-            ids += self._pieces.encode(part)
-        return ids
+        return self._pieces.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids``; sentinels give nothing, broken byte sequences U+FFFD.
 
-        Raises ``ValueError`` for ids that are no text (image codes lie behind ``size``).
+        Raises ``ValueError`` for ids that are no text: image codes, and what lies behind ``size``.
         """
-        foreign = [token for token in ids if not 0 <= token < self.size]
-        if foreign:
-            raise ValueError(
-                f"token ({foreign[0]}) must lie in [0, {self.size}) to be text; decode images apart"
-            )
-        pieces = self._pieces.get_piece_size()
-        return self._pieces.decode([int(token) for token in ids if token < pieces])
+        for token in ids:
+            if not 0 <= token < self.size:
+                raise ValueError(
+                    f"token ({token}) must lie in [0, {self.size}) to be text; decode images apart"
+                )
+            if token in self.image_codes:
+                raise ValueError(f"token ({token}) is an image code, no text; decode images apart")
+        return self._pieces.decode([int(token) for token in ids if token < self.pieces])
 
     def save(self, path: Path) -> None:
         """Write the model file, whole or not at all."""
@@ -71,13 +76,19 @@ class TextTokenizer:
 
     @classmethod
     def load(cls, path: Path) -> "TextTokenizer":
-        """Read a sentencepiece ``.model``. Raises ``ValueError`` naming a file that is none."""
-        model = Path(path).read_bytes()
+        """Read a sentencepiece ``.model``, a Hugging Face ``tokenizer.json`` or our ``text.json``.
+
+        Beside a ``tokenizer.json``, ``tokenizer_config.json`` says which tokens are the sentinels.
+        Raises ``ValueError`` naming a file that is none of them.
+        """
+        path = Path(path)
+        model = path.read_bytes()
         try:
-            return cls(model)
-        except RuntimeError as error:
+            return cls(with_sentinels(model, path.parent) if is_json(model) else model)
+        except (RuntimeError, ValueError) as error:
             raise ValueError(
-                f"text tokenizer ({path}) must be a sentencepiece .model file, which says: {error}"
+                f"text tokenizer ({path}) must be a sentencepiece .model file or a Hugging Face "
+                f"tokenizer.json, and cannot be read as one: {error}"
             ) from error
 
     @classmethod
@@ -121,12 +132,54 @@ class TextTokenizer:
             ) from error
         return cls(model.getvalue())
 
-    def _sentinel(self, piece: int) -> int:
-        """``piece`` where text cannot produce it, else a new id behind the model's pieces."""
-        if piece >= 0 and self._pieces.is_control(piece):
+    def _sentinel(self, name: str) -> int:
+        """The file's own, or a new id behind its pieces."""
+        piece = self._pieces.sentinels.get(name)
+        if piece is not None:
             return piece
         self.size += 1
         return self.size - 1
+
+
+class SentencePieces:
+    """Pieces of a sentencepiece model; the attributes are those of ``JsonPieces``."""
+
+    kind = "sentencepiece"
+    file_name = "text.model"
+    image_codes: frozenset[int] = frozenset()
+
+    def __init__(self, content: bytes) -> None:
+        self._processor = pieces = sentencepiece.SentencePieceProcessor(model_proto=content)
+        self.size = pieces.get_piece_size()
+        found = {
+            "bos": pieces.bos_id(),
+            "eos": pieces.eos_id(),
+            "pad": pieces.pad_id(),
+            "begin_image": pieces.piece_to_id(BEGIN_IMAGE),
+            "end_image": pieces.piece_to_id(END_IMAGE),
+        }
+        # only a control piece is out of reach of text
+        self.sentinels = {
+            name: piece for name, piece in found.items() if piece >= 0 and pieces.is_control(piece)
+        }
+        self.reserved = frozenset(filter(pieces.is_control, range(self.size)))
+        space = [pieces.piece_to_id(f"<0x{value:02X}>") for value in _SPACE_SYMBOL.encode()]
+        self._space_symbol_ids = space if all(map(pieces.is_byte, space)) else []
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of ``text``."""
+        if not self._space_symbol_ids or _SPACE_SYMBOL not in text:
+            return self._processor.encode(text)
+        # spelled in bytes, U+2581 survives decode
+        ids: list[int] = []
+        for number, part in enumerate(text.split(_SPACE_SYMBOL)):
+            ids += self._space_symbol_ids if number else []
+            ids += self._processor.encode(part)
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ``ids``; control pieces give nothing."""
+        return self._processor.decode(list(ids))
 
 
 def check_vocabulary_size(size: int) -> None:

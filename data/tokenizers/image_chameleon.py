@@ -1,0 +1,128 @@
+"""Image tokenizer of Chameleon checkpoints: their VQ-GAN, their pixels, their order of codes.
+
+Made by ``import_vq`` (imports.py) from a Hugging Face folder or from the original ``vqgan.ckpt``;
+not trained here. Pixels go the way the source prepares them (resize, centre crop, scale), and a
+code is numbered by the place of its token: id = start + code, whatever order the vocabulary has.
+
+B images, H pixels a side, P codes an image, K codes.
+"""
+
+import hashlib
+from typing import Any
+
+import numpy as np
+import torch
+
+from earlyfuse.data.tokenizers.image import check_image_geometry, pack_tokenizer
+from earlyfuse.data.tokenizers.image_vqvae import to_pixels
+from earlyfuse.data.tokenizers.pixels import image_pixels_whole
+from earlyfuse.data.tokenizers.vqgan import VQGAN, VQGANShape
+
+# values of one activation held at a time: 512² pixels of 128 channels, an image of Chameleon's
+_ACTIVATION = 1 << 25
+_SHAPE = VQGANShape.__dataclass_fields__.keys()
+
+
+class ChameleonTokenizer:
+    """Encoder, nearest entry of the codebook and, where the source had one, decoder; in float32.
+
+    ``rank_K``: int64, place of each codebook row's token among the image tokens, a permutation.
+    ``settings``: ``image_size``, the fields of ``VQGANShape``, how 8-bit values become the input of
+    the network (``(value · scale − mean) / std``), and ``long_side``, "round" or "floor": how the
+    longer side is made whole when the shorter becomes ``image_size``.
+    """
+
+    kind = "chameleon"
+
+    def __init__(self, net: VQGAN, rank_K: torch.Tensor, settings: dict[str, Any]) -> None:
+        self.net = net.eval().requires_grad_(False)
+        self.settings = settings
+        self.image_size, self.codes = settings["image_size"], settings["codes"]
+        self.decodes = settings["decoder"]
+        shape = shape_of(settings)
+        check_image_geometry(self.image_size, shape.factor, self.codes)
+        self.side = self.image_size // shape.factor
+        self.block = self.side**2
+        self._batch = max(1, _ACTIVATION // (self.image_size**2 * shape.width))
+        if not torch.equal(rank_K.sort().values, torch.arange(self.codes)):
+            raise ValueError(
+                f"order of the {self.codes} codes must name each of them once; the file is damaged"
+            )
+        self.rank_K, self.row_K = rank_K, rank_K.argsort()
+        self._sha256: str | None = None
+        values = np.arange(256, dtype=np.uint8).astype(np.float64) * settings["scale"]
+        scaled = (values.astype(np.float32) - np.float32(settings["mean"])) / np.float32(
+            settings["std"]
+        )
+        self._value_256 = torch.from_numpy(scaled.astype(np.float32))
+
+    @property
+    def sha256(self) -> str:
+        """Of the file. Whoever has read it says so, as released files are hundreds of megabytes."""
+        if self._sha256 is None:
+            self._sha256 = hashlib.sha256(self.to_bytes()).hexdigest()
+        return self._sha256
+
+    @sha256.setter
+    def sha256(self, value: str) -> None:
+        self._sha256 = value
+
+    @classmethod
+    def from_tensors(
+        cls, tensors: dict[str, torch.Tensor], settings: dict[str, Any]
+    ) -> "ChameleonTokenizer":
+        """Inverse of ``to_bytes``, given what it holds. ``ValueError`` on foreign tensors."""
+        weights = dict(tensors)
+        with torch.device("meta"):
+            net = VQGAN(shape_of(settings))
+        try:
+            rank_K = weights.pop("rank")
+            net.load_state_dict(weights, assign=True)
+        except (KeyError, RuntimeError) as error:
+            raise ValueError(
+                f"image tokenizer tensors must fit settings {settings}: {error}"
+            ) from error
+        return cls(net, rank_K, settings)
+
+    def to_bytes(self) -> bytes:
+        """See ``ImageTokenizer``."""
+        tensors = {name: tensor.contiguous() for name, tensor in self.net.state_dict().items()}
+        return pack_tokenizer(self.kind, self.settings, {**tensors, "rank": self.rank_K})
+
+    def pixels(self, encoded: bytes) -> np.ndarray:
+        """See ``ImageTokenizer``: the whole image resized, then cropped, as Chameleon does."""
+        return image_pixels_whole(encoded, self.image_size, self.settings["long_side"])
+
+    @torch.no_grad()
+    def encode(self, images: np.ndarray) -> np.ndarray:
+        """uint8 (B, H, H, 3) → int64 (B, P)."""
+        parts = [
+            self.rank_K[self.net.encode(self._floats(part))]
+            for part in torch.from_numpy(images).split(self._batch)
+        ]
+        return torch.cat(parts).numpy()
+
+    @torch.no_grad()
+    def decode(self, codes: np.ndarray) -> np.ndarray:
+        """int64 (B, P) → uint8 (B, H, H, 3). Raises ``ValueError`` where there is no decoder."""
+        if not self.decodes:
+            raise ValueError(
+                "image tokenizer (chameleon) has no decoder: Hugging Face's Chameleon files leave "
+                "it out; put the original vqgan.ckpt into the source folder and import it again"
+            )
+        parts = [
+            to_pixels(self.net.decode(self.row_K[part].reshape(-1, self.side, self.side)))
+            for part in torch.from_numpy(codes).split(self._batch)
+        ]
+        return torch.cat(parts).numpy()
+
+    def _floats(self, pixels_BHHC: torch.Tensor) -> torch.Tensor:
+        """uint8 (B, H, H, 3) → float32 (B, 3, H, H) as the source scales them."""
+        return self._value_256[pixels_BHHC.permute(0, 3, 1, 2).to(torch.int64)]
+
+
+def shape_of(settings: dict[str, Any]) -> VQGANShape:
+    """The network's sizes among ``settings``. Raises ``ValueError`` on ones that cannot be."""
+    fields = {name: settings[name] for name in _SHAPE}
+    lists = {name: tuple(fields[name]) for name in ("multipliers", "attention")}
+    return VQGANShape(**{**fields, **lists})
