@@ -113,7 +113,8 @@ def _to_dcp(opened: Opened, tensors: Tensors, max_shard_bytes: int) -> Target:
     tokenizers, remarks = _tokenizers(opened)
 
     def write(folder: Path) -> None:
-        write_dcp(Writer(folder), tensors)
+        # DCP keeps the tensors of a file until it is complete
+        write_dcp(Writer(folder, single_file_per_rank=False), tensors)
         _write_beside(folder, opened, tokenizers)
         step = opened.source.get("step") or 0
         write_manifest(folder, Manifest(step, WEIGHTS, 1, checkpoint_files.describe(folder, 0)))
@@ -122,11 +123,12 @@ def _to_dcp(opened: Opened, tensors: Tensors, max_shard_bytes: int) -> Target:
 
 
 def _to_huggingface(opened: Opened, tensors: Tensors, max_shard_bytes: int) -> Target:
-    theirs: Tensors = Made(huggingface.export_recipes(opened.config), tensors)
+    sizes = Sizes.of(opened.config, "Hugging Face's Chameleon")
+    theirs: Tensors = Made(huggingface.export_recipes(sizes), tensors)
     dtypes = {entry.dtype for entry in theirs.entries.values()}
     dtype = str(dtypes.pop()).removeprefix("torch.") if len(dtypes) == 1 else None
     carried = opened.carried.get("huggingface")
-    config = huggingface.write_config(opened.config, opened.vocabulary, carried, dtype)
+    config = huggingface.write_config(sizes, opened.config, opened.vocabulary, carried, dtype)
     remarks = []
     if opened.vq is None:
         remarks.append("no image tokenizer in it: transformers will make one of random weights")
@@ -214,14 +216,15 @@ def _tokenizers(opened: Opened) -> tuple[Path | None, list[str]]:
     if beside.is_dir():
         return beside, []
     run = opened.folder.parent.parent / RUN
-    if opened.format != "checkpoint" or not run.is_file():
+    wanted = opened.source.get("tokenizers")
+    if not wanted or not run.is_file():
         return None, []
     data = read_json(run).get("config", {}).get("data", {}).get("folder", "")
     folder = Path(data) / TOKENIZERS
     if not data or not folder.is_dir():
         return None, [f"{folder}: the tokenizers of the data are not there and were not copied"]
     here = {sha256_file(path) for path in folder.iterdir() if path.is_file()}
-    other = [name for name, digest in opened.source["tokenizers"].items() if digest not in here]
+    other = [name for name, digest in wanted.items() if digest not in here]
     if other:
         return None, [f"{folder}: the {other} tokenizers are not the run's and were not copied"]
     return folder, []

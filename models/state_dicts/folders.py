@@ -113,7 +113,7 @@ def _checkpoint(folder: Path) -> Opened:
         )
     opened = _described(folder, read_json(folder / CONFIG), DcpFolder(folder))
     manifest = folder / "manifest.json"
-    if manifest.is_file():
+    if manifest.is_file() and opened.source.get("format") == "checkpoint":
         opened.source["step"] = read_json(manifest).get("step")
     return replace(opened, format="checkpoint")
 

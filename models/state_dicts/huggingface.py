@@ -78,9 +78,10 @@ def import_recipes(config: Decoder.Config, raw: dict[str, Any]) -> dict[str, Rec
     return recipes
 
 
-def export_recipes(config: Decoder.Config) -> dict[str, Recipe]:
+def export_recipes(sizes: Sizes) -> dict[str, Recipe]:
     """Theirs from ours."""
-    return {name_of(name): renamed(name, shape) for name, shape in parameter_shapes(config).items()}
+    shapes = parameter_shapes(sizes.decoder())
+    return {name_of(name): renamed(name, shape) for name, shape in shapes.items()}
 
 
 def read_config(raw: dict[str, Any]) -> tuple[Decoder.Config, Vocabulary, str]:
@@ -141,17 +142,17 @@ def refuse_unknown(raw: dict[str, Any]) -> None:
 
 
 def write_config(
+    sizes: Sizes,
     config: Decoder.Config,
     vocabulary: Vocabulary,
     carried: dict[str, Any] | None,
     dtype: str | None,
 ) -> dict[str, Any]:
-    """``config.json`` of an exported model; ``dtype`` such as "bfloat16", None if mixed.
+    """``config.json`` of a model of these sizes; ``dtype`` such as "bfloat16", None if mixed.
 
     ``carried``: the config that the model came with. It goes back as it was if it still describes
     the model.
     """
-    sizes = Sizes.of(config, "Hugging Face's Chameleon")
     if carried is not None and not function_differences(config, read_config(carried)[0]):
         fields = dict(carried)
         if fields.get("tie_word_embeddings"):
