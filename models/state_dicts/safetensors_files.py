@@ -100,11 +100,12 @@ def open_folder(folder: Path) -> SafetensorsFiles:
             f"{index} names {(outside or absent)[:8]}, which {wrong} its folder; copy them again"
         )
     files = SafetensorsFiles([folder / name for name in names])
-    wrong = [name for name, file in places.items() if files.places.get(name) != folder / file]
-    wrong += sorted(set(files.entries) - set(places))
-    if wrong:
+    misplaced = [name for name, file in places.items() if files.places.get(name) != folder / file]
+    misplaced += sorted(set(files.entries) - set(places))
+    if misplaced:
         raise ValueError(
-            f"{index} and its files disagree on {len(wrong)} tensors: {wrong[:8]}; copy them again"
+            f"{index} and its files disagree on {len(misplaced)} tensors: {misplaced[:8]}; "
+            "copy them again"
         )
     return files
 
