@@ -34,6 +34,8 @@ from torchtitan.components.checkpointer.dcp import AsyncMode
 from torchtitan.tools import filesystem
 from torchtitan.tools.utils import GarbageCollection
 
+from earlyfuse.data.atomic import atomic_write_json
+from earlyfuse.models.state_dicts.exported import CONFIG
 from earlyfuse.parallel import rank_log
 from earlyfuse.parallel.checkpoint_files import (
     EVERYTHING,
@@ -46,7 +48,7 @@ from earlyfuse.parallel.checkpoint_files import (
     describe,
     read_manifest,
 )
-from earlyfuse.parallel.checkpoint_identity import refuse_other_run
+from earlyfuse.parallel.checkpoint_identity import refuse_other_function, refuse_other_run
 
 
 class Checkpoints(CheckpointManager):
@@ -54,7 +56,8 @@ class Checkpoints(CheckpointManager):
 
     ``newest`` is the step of the last checkpoint that is known to be whole, None before there is
     one; ``saved`` and ``failed`` count saves; ``stall_seconds`` is how long saving has kept the
-    training loop waiting. All ranks agree on the first three.
+    training loop waiting. All ranks agree on the first three. ``description``, if set, becomes the
+    ``config.json`` of every checkpoint: what model it is of, for those who find the folder alone.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -90,6 +93,7 @@ class Checkpoints(CheckpointManager):
                 "CUDA device: there is no memory to pin for"
             )
         self.newest: int | None = None
+        self.description: dict[str, Any] | None = None
         self.saved, self.failed, self.stall_seconds = 0, 0, 0.0
         super().__init__(config, **built)
         if not self.enable:
@@ -129,7 +133,7 @@ class Checkpoints(CheckpointManager):
         step = int(checkpoint_id.rpartition("-")[2])
         holds = EVERYTHING if OPTIMIZER in state_dict else WEIGHTS
         partial = self.disk.partial(step)
-        _, errors = self._together(lambda: self.disk.prepare(step) if self.rank == 0 else None)
+        _, errors = self._together(lambda: self._prepare(step) if self.rank == 0 else None)
         if errors:
             self._give_up(step, errors)
             return _nothing_begun(async_mode)
@@ -144,6 +148,11 @@ class Checkpoints(CheckpointManager):
             done = self._finisher.submit(self._finish, step, holds, upload.result)
             return AsyncSaveResponse(begun.staging_completion, done)
         return self._finisher.submit(self._finish, step, holds, begun.result)
+
+    def _prepare(self, step: int) -> None:
+        self.disk.prepare(step)
+        if self.description is not None:
+            atomic_write_json(self.disk.partial(step) / CONFIG, self.description)
 
     def _write(self, state_dict: dict[str, Any], partial: Path, to_hf: bool) -> None:
         if to_hf:
@@ -341,6 +350,7 @@ class Checkpoints(CheckpointManager):
         checkpoint's.
         """
         if not options.get("from_hf"):
+            refuse_other_function(self.description, Path(checkpoint_id))
             refuse_other_run(self.states, state_dict, checkpoint_id)
         super().dcp_load(state_dict, checkpoint_id=checkpoint_id, **options)
 

@@ -110,8 +110,7 @@ class CheckpointFolder:
         for name, record in manifest.files.items():
             if (partial / name).stat().st_size != record.bytes:
                 raise OSError(f"{partial / name} has not the size that its writer gave it")
-        with atomic_write(partial / MANIFEST) as file:
-            file.write(_written(manifest))
+        write_manifest(partial, manifest)
         with atomic_write(self.root / LATEST) as file:
             file.write(f"{complete.name}\n".encode())
             file.flush()
@@ -125,6 +124,12 @@ class CheckpointFolder:
         discarded = self.root / f"step-{step}{DISCARDED}"
         shutil.rmtree(discarded, ignore_errors=True)
         return self.complete(step).rename(discarded)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Put the manifest into a checkpoint's folder."""
+    with atomic_write(folder / MANIFEST) as file:
+        file.write(_written(manifest))
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -3,6 +3,7 @@
 DCP itself would fail late, or load what happens to fit.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,9 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torchtitan.components.checkpointer import DATALOADER, MODEL
+
+from earlyfuse.models.state_dicts.decoder_config import differences
+from earlyfuse.models.state_dicts.exported import CONFIG, read_json
 
 
 def refuse_other_run(
@@ -49,6 +53,26 @@ def refuse_other_run(
 def is_parameter(key: str) -> bool:
     """Whether a key of a checkpoint is a parameter of the model."""
     return key.partition(".")[0] in ("layers", "tok_embeddings", "lm_head", "norm")
+
+
+def refuse_other_function(here: dict[str, Any] | None, folder: Path) -> None:
+    """``ValueError`` if the checkpoint's model computes another function of the same parameters.
+
+    ``here``: the run's own description, as in the checkpoint's ``config.json``; None, or a folder
+    without one, is not compared.
+    """
+    if here is None or not (folder / CONFIG).is_file():
+        return
+    wrong = [
+        line
+        for line in differences(here["model"], read_json(folder / CONFIG).get("model"))
+        if line.partition(" ")[0].endswith((".norm_order", ".rope_theta"))
+    ]
+    if wrong:
+        raise ValueError(
+            f"checkpoint {folder} is of another model: here, {wrong[0]}. Use the config it was "
+            "trained with, or one that agrees"
+        )
 
 
 def _difference(key: str, shape: torch.Size, stored: Any) -> str:

@@ -25,6 +25,7 @@ from earlyfuse.models.modality import Modality
 from earlyfuse.models.objectives.chameleon import ChameleonObjective, label_members
 from earlyfuse.models.routing.causal import normalise_over
 from earlyfuse.models.routing.noise import router_noises
+from earlyfuse.models.state_dicts.exported import describe
 from earlyfuse.parallel import compat, lost_hosts, rank_log, run_folder, stop
 from earlyfuse.parallel.agreement import check_ranks_agree
 from earlyfuse.parallel.checkpoint import Checkpoints
@@ -103,6 +104,9 @@ class Trainer(titan.Trainer):
         if self.parallel_dims.dp_enabled:
             self.dataloader.mesh = self.parallel_dims.get_mesh("batch")
         pipelined = self.parallel_dims.pp_enabled
+        self.checkpointer.description = describe(
+            config.model_spec.model, self.vocabulary, self._provenance()
+        )
         self.model: Decoder | Pipeline = self.pp_schedule if pipelined else self.model_parts[0]
         self.sampler = config.sampler.build(model=self.model, seq_len=config.training.seq_len)
         # ranks of one tensor-parallel group compute the same sums, and those of one pipeline read
@@ -134,6 +138,12 @@ class Trainer(titan.Trainer):
         self.watchdog = config.watchdog.build(folder=Path(config.dump_folder))
         check_ranks_agree(config.to_dict())
         return parallel_dims
+
+    def _provenance(self) -> dict[str, Any]:
+        """Where a checkpoint's parameters are from: source revision and data."""
+        identity = self.dataloader.identity()
+        about_data = {name: identity[name] for name in ("tokenizers", "data", "shares")}
+        return {"format": "checkpoint", "revision": run_folder.revision(), **about_data}
 
     def _is_first_along(self, axis: str) -> bool:
         mesh = self.parallel_dims.get_optional_mesh(axis)

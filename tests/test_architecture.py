@@ -131,7 +131,13 @@ def test_torchtitan_is_imported_only_where_it_is_met():
 @pytest.mark.parametrize("package", ["transformers", "hypothesis", "pytest"])
 def test_test_packages_stay_in_tests(package):
     files = sources(*FOLDERS, "train.py")
-    assert offences(files, lambda _, name: not within(name, package)) == []
+    # convert --verify asks transformers itself, where it is installed
+    exception = ("tools/compare_logits.py", "transformers")
+
+    def allowed(path, name):
+        return not within(name, package) or (path, package) == exception
+
+    assert offences(files, allowed) == []
 
 
 def test_triton_is_imported_only_by_triton_implementations():

@@ -18,6 +18,7 @@ from test_training import TIMES
 from tiny_runs import tiny_config
 from toy import make_data
 
+from earlyfuse.models.state_dicts import load_model
 from earlyfuse.parallel.checkpoint_files import read_manifest
 from earlyfuse.parallel.compat import can_pipeline
 
@@ -141,6 +142,15 @@ def test_a_layout_continues_the_run_of_one_process(layout, root):
     assert_same_training(root / layout, root / "alone", after=2)
     ranks, _ = LAYOUTS[layout]
     assert read_manifest(root / layout / "checkpoint" / "step-4").ranks == ranks
+
+
+def test_the_parts_of_all_ranks_load_as_one_model(layout, root):
+    model, _ = load_model(root / layout)
+    state = {name: torch.zeros_like(tensor) for name, tensor in model.state_dict().items()}
+    dcp.load(state, checkpoint_id=root / layout / "checkpoint" / f"step-{STEPS}", no_dist=True)
+    assert [
+        name for name, tensor in model.state_dict().items() if not tensor.equal(state[name])
+    ] == []
 
 
 def test_one_process_continues_the_run_of_a_layout(layout, root, tmp_path):

@@ -1,0 +1,143 @@
+"""A ``Decoder.Config`` as plain JSON values, and back.
+
+Every nested config becomes an object with its fields and ``kind``, the name of the class it is the
+config of. Reading is strict: what the classes do not know is refused, so that a model that this
+version cannot compute is not taken for one that it can. Fields that a file lacks keep their
+defaults, which is how a model written before a field existed is read.
+"""
+
+import dataclasses
+import types
+import typing
+from typing import Any
+
+from torchtitan.config import Configurable
+
+from earlyfuse.models.decoder import Decoder
+
+KIND = "kind"
+# torchtitan's own fields of every module's config: callables and meshes, None in all our models
+_NOT_WRITTEN = ("param_init", "sharding_config")
+
+
+def to_dict(config: Configurable.Config) -> dict[str, Any]:
+    """Plain JSON values; ``from_dict`` is the inverse."""
+    fields: dict[str, Any] = {KIND: _kind(type(config))}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name not in _NOT_WRITTEN:
+            fields[field.name] = _plain(value, field.name)
+        elif value is not None:
+            raise ValueError(
+                f"{field.name} of {fields[KIND]} is set and cannot be written; leave it None"
+            )
+    return fields
+
+
+def from_dict(fields: dict[str, Any]) -> Decoder.Config:
+    """Inverse of ``to_dict``; ``ValueError`` names the field that is unknown, missing or wrong."""
+    return _config((Decoder.Config,), fields, "model")
+
+
+def differences(left: Any, right: Any, place: str = "model") -> list[str]:
+    """Where two results of ``to_dict`` differ, as ``place: left value, right value``."""
+    if isinstance(left, dict) and isinstance(right, dict) and left.get(KIND) == right.get(KIND):
+        return [
+            line
+            for name in left | right
+            for line in differences(left.get(name), right.get(name), f"{place}.{name}")
+        ]
+    if isinstance(left, list) and isinstance(right, list) and len(left) == len(right):
+        pairs = enumerate(zip(left, right, strict=True))
+        return [line for i, (a, b) in pairs for line in differences(a, b, f"{place}[{i}]")]
+    if left == right:
+        return []
+    shown = [value.get(KIND) if isinstance(value, dict) else value for value in (left, right)]
+    return [f"{place} is {shown[0]!r} instead of {shown[1]!r}"]
+
+
+def _kind(config: type) -> str:
+    """``FeedForward`` of the class ``FeedForward.Config``."""
+    return config.__qualname__.removesuffix(".Config")
+
+
+def _plain(value: Any, name: str) -> Any:
+    if isinstance(value, Configurable.Config):
+        return to_dict(value)
+    if isinstance(value, list | tuple):
+        return [_plain(item, name) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item, name) for key, item in value.items()}
+    if isinstance(value, int) and not isinstance(value, bool):
+        return int(value)  # of an IntEnum, too
+    if value is None or isinstance(value, str | float | bool):
+        return value
+    raise ValueError(f"{name} ({value!r}) is no plain value and cannot be written")
+
+
+def _config(classes: tuple[type, ...], fields: Any, place: str) -> Any:
+    if not isinstance(fields, dict) or KIND not in fields:
+        raise ValueError(f"{place} must be an object with a {KIND!r}, not {fields!r}")
+    by_kind = {_kind(cls): cls for cls in classes}
+    if fields[KIND] not in by_kind:
+        raise ValueError(
+            f"{place}.{KIND} ({fields[KIND]!r}) must be one of {sorted(by_kind)}; it was written "
+            "by another version of earlyfuse, or for another model"
+        )
+    cls = by_kind[fields[KIND]]
+    hints = typing.get_type_hints(cls)
+    known = [f for f in dataclasses.fields(cls) if f.name not in _NOT_WRITTEN]
+    names = {field.name for field in known}
+    unknown = sorted(set(fields) - names - {KIND})
+    required = {
+        f.name
+        for f in known
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    }
+    missing = sorted(required - set(fields))
+    if unknown or missing:
+        raise ValueError(
+            f"{place} ({fields[KIND]}) has unknown fields {unknown} and lacks {missing}; it was "
+            "written by another version of earlyfuse: read it with that one"
+        )
+    return cls(
+        **{
+            name: _typed(hints[name], value, f"{place}.{name}")
+            for name, value in fields.items()
+            if name != KIND
+        }
+    )
+
+
+def _typed(hint: Any, value: Any, place: str) -> Any:
+    """``value`` as the type ``hint`` says; the types are those that configs of models have."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        options = tuple(option for option in arguments if option is not type(None))
+        if all(_is_config(option) for option in options):
+            return _config(options, value, place)
+        return _typed(options[0], value, place)
+    if _is_config(hint):
+        return _config((hint,), value, place)
+    if origin is list and isinstance(value, list):
+        return [_typed(arguments[0], item, f"{place}[{i}]") for i, item in enumerate(value)]
+    if origin is tuple and isinstance(value, list):
+        kinds = [arguments[0]] * len(value) if arguments[1:] == (...,) else arguments
+        if len(kinds) == len(value):
+            pairs = enumerate(zip(kinds, value, strict=True))
+            return tuple(_typed(kind, item, f"{place}[{i}]") for i, (kind, item) in pairs)
+    elif origin is dict and isinstance(value, dict):
+        return {key: _typed(arguments[1], item, f"{place}.{key}") for key, item in value.items()}
+    elif origin is typing.Literal and value in arguments:
+        return value
+    elif hint is float and type(value) in (int, float):
+        return float(value)
+    elif hint in (int, str, bool) and type(value) is hint:
+        return value
+    raise ValueError(f"{place} ({value!r}) must be {hint}")
+
+
+def _is_config(hint: Any) -> bool:
+    return isinstance(hint, type) and issubclass(hint, Configurable.Config)

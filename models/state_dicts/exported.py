@@ -1,0 +1,75 @@
+"""The folder that we export, and the ``config.json`` in it and in our checkpoints.
+
+================================  =================================================================
+file                              what it is
+================================  =================================================================
+``config.json``                   ``describe``: format, version, model, vocabulary, where it is from
+``model-0000k-of-0000N…``         safetensors, with ``model.safetensors.index.json``
+``tokenizers/``                   the tokenizers of the data, where they are known
+``vqmodel.safetensors``           image tokenizer of a Hugging Face folder, as it came
+``huggingface/``                  other files of a Hugging Face folder, as they came
+================================  =================================================================
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from earlyfuse.models.decoder import Decoder
+from earlyfuse.models.modality import Vocabulary
+from earlyfuse.models.state_dicts import decoder_config
+
+FORMAT, VERSION = "earlyfuse", 1
+CONFIG, TOKENIZERS, VQ_FILE, HUGGINGFACE = (
+    "config.json",
+    "tokenizers",
+    "vqmodel.safetensors",
+    "huggingface",
+)
+
+
+def describe(
+    config: Decoder.Config, vocabulary: Vocabulary, source: dict[str, Any]
+) -> dict[str, Any]:
+    """What ``config.json`` says. ``source``: plain values on where the parameters are from."""
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "model": decoder_config.to_dict(config),
+        "vocabulary": vocabulary.to_dict(),
+        "source": source,
+    }
+
+
+def read_description(
+    raw: dict[str, Any], where: Path
+) -> tuple[Decoder.Config, Vocabulary, dict[str, Any]]:
+    """Inverse of ``describe``; ``ValueError`` if it was written by another version."""
+    if raw.get("version") != VERSION:
+        raise ValueError(
+            f"{where}: version ({raw.get('version')!r}) must be {VERSION}; read it with the "
+            "earlyfuse that wrote it"
+        )
+    try:
+        vocabulary = Vocabulary.from_dict(raw["vocabulary"])
+        config = decoder_config.from_dict(raw["model"])
+        source = dict(raw["source"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{where} is no description of a model ({error!r})") from error
+    if vocabulary.size != config.vocab_size:
+        raise ValueError(
+            f"{where}: vocab_size of the model ({config.vocab_size}) must equal the size of its "
+            f"vocabulary ({vocabulary.size})"
+        )
+    return config, vocabulary, source
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object in a file; ``ValueError`` if it is none."""
+    try:
+        content = json.loads(path.read_text())
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path} is no JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, not {type(content).__name__}")
+    return content

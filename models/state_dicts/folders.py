@@ -1,0 +1,241 @@
+"""What a folder holds, recognised and opened: every format as tensors under our names.
+
+===============================  ==================================================================
+format                           recognised by
+===============================  ==================================================================
+``run``                          ``run.json`` (its checkpoint completed last is opened)
+``checkpoint``                   ``.metadata`` of DCP, with our ``config.json``
+``earlyfuse``                    ``config.json`` with ``format`` "earlyfuse"
+``huggingface``                  ``config.json`` with ``model_type``
+``meta``                         ``params.json`` and ``consolidated*.pth``
+===============================  ==================================================================
+"""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torchtitan.protocols.module import Module
+
+from earlyfuse.models.blocks.experts import ExpertPool
+from earlyfuse.models.decoder import Decoder
+from earlyfuse.models.modality import Vocabulary
+from earlyfuse.models.state_dicts import decoder_config, huggingface, meta, vocabulary_map
+from earlyfuse.models.state_dicts.chameleon import function_differences, parameter_shapes
+from earlyfuse.models.state_dicts.dcp_files import METADATA, DcpFolder
+from earlyfuse.models.state_dicts.exported import (
+    CONFIG,
+    FORMAT,
+    HUGGINGFACE,
+    VQ_FILE,
+    read_description,
+    read_json,
+)
+from earlyfuse.models.state_dicts.meta_files import MetaShards, shard_files
+from earlyfuse.models.state_dicts.recipes import Made, Recipes, Tensors, check, renamed
+from earlyfuse.models.state_dicts.safetensors_files import SafetensorsFiles, open_folder
+
+RUN, PARAMS, CONSOLIDATE_PARAMS = "run.json", "params.json", "consolidate_params.json"
+_TEXT_TOKENIZER = "text_tokenizer.json"  # Meta's: in the model's folder, or tokenizer/ beside it
+HUGGINGFACE_FILES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model in a folder, whatever its format.
+
+    ``tensors`` are named as the decoder's parameters. ``carried`` are descriptions of other formats
+    that the model came with; ``vq``: tensors of an image tokenizer under Hugging Face's names;
+    ``files``: Hugging Face's others. ``remark``: what a user should know of the vocabulary, or "".
+    """
+
+    format: str
+    folder: Path
+    config: Decoder.Config
+    vocabulary: Vocabulary
+    tensors: Tensors
+    source: dict[str, Any]
+    carried: dict[str, Any] = field(default_factory=dict)
+    vq: Tensors | None = None
+    files: list[Path] = field(default_factory=list)
+    remark: str = ""
+
+
+def open_model(folder: str | Path) -> Opened:
+    """Recognise and open ``folder``; all its keys and shapes are checked, no tensor is read.
+
+    ``ValueError`` says what is wrong with it, key by key where keys are.
+    """
+    folder = Path(folder)
+    if (folder / RUN).is_file():
+        folder = _last_checkpoint(folder)
+    if (folder / METADATA).is_file():
+        return _checkpoint(folder)
+    if (folder / CONFIG).is_file():
+        raw = read_json(folder / CONFIG)
+        return _exported(folder, raw) if raw.get("format") == FORMAT else _huggingface(folder, raw)
+    if (folder / PARAMS).is_file():
+        return _meta(folder)
+    names = sorted(path.name for path in folder.iterdir())[:8] if folder.is_dir() else "no folder"
+    raise ValueError(
+        f"{folder} ({names}) must hold a model: config.json with safetensors (ours, or Hugging "
+        f"Face's), {PARAMS} with consolidated.*.pth (Meta's), a run ({RUN}) or a checkpoint of it"
+    )
+
+
+def _last_checkpoint(run: Path) -> Path:
+    settings = read_json(run / RUN).get("config", {}).get("checkpoint", {})
+    root = run / settings.get("folder", "checkpoint")
+    latest = root / "latest"
+    if not latest.is_file():
+        raise ValueError(f"the run {run} has no complete checkpoint in {root} yet")
+    return root / latest.read_text().strip()
+
+
+def _checkpoint(folder: Path) -> Opened:
+    if not (folder / CONFIG).is_file():
+        raise ValueError(
+            f"{folder} is a checkpoint without {CONFIG}, which says what model it is of; copy it "
+            "from another checkpoint of the same run"
+        )
+    opened = _described(folder, read_json(folder / CONFIG), DcpFolder(folder))
+    manifest = folder / "manifest.json"
+    if manifest.is_file() and opened.source.get("format") == "checkpoint":
+        opened.source["step"] = read_json(manifest).get("step")
+    return replace(opened, format="checkpoint")
+
+
+def _exported(folder: Path, raw: dict[str, Any]) -> Opened:
+    return _described(folder, raw, open_folder(folder))
+
+
+def _described(folder: Path, raw: dict[str, Any], tensors: Tensors) -> Opened:
+    config, vocabulary, source = read_description(raw, folder / CONFIG)
+    same = {name: renamed(name, shape) for name, shape in parameter_shapes(config).items()}
+    check(same, tensors.entries, str(folder))
+    beside = folder / HUGGINGFACE
+    return Opened(
+        format=FORMAT,
+        folder=folder,
+        config=config,
+        vocabulary=vocabulary,
+        tensors=Made(same, tensors),
+        source=source,
+        carried=raw.get("carried", {}),
+        vq=SafetensorsFiles([folder / VQ_FILE]) if (folder / VQ_FILE).is_file() else None,
+        files=sorted(beside.iterdir()) if beside.is_dir() else [],
+    )
+
+
+def _huggingface(folder: Path, raw: dict[str, Any]) -> Opened:
+    config, vocabulary, remark = huggingface.read_config(raw)
+    found = open_folder(folder)
+    recipes = huggingface.import_recipes(config, raw)
+    of_vq = [name for name in found.entries if name.startswith(huggingface.VQ_PREFIX)]
+    tied = ["lm_head.weight"] if raw.get("tie_word_embeddings") else []
+    check(recipes, found.entries, str(folder), ignored=of_vq + tied)
+    vq = {name: renamed(name, found.entries[name].shape) for name in of_vq}
+    carried = {} if huggingface.OURS in raw else {"huggingface": raw}
+    return Opened(
+        format="huggingface",
+        folder=folder,
+        config=config,
+        vocabulary=vocabulary,
+        tensors=Made(recipes, found),
+        source={"format": "huggingface"},
+        carried=carried,
+        vq=Made(vq, found) if vq else None,
+        files=[folder / name for name in HUGGINGFACE_FILES if (folder / name).is_file()],
+        remark=remark,
+    )
+
+
+def _meta(folder: Path) -> Opened:
+    files = shard_files(folder)
+    if not files:
+        raise ValueError(f"{folder} has {PARAMS}, but no consolidated.*.pth")
+    params = read_json(folder / PARAMS)
+    if (folder / CONSOLIDATE_PARAMS).is_file():
+        params |= read_json(folder / CONSOLIDATE_PARAMS)
+    found = MetaShards(files)
+    sizes = meta.read_sizes(params, found.entries, len(files))
+    config = sizes.decoder()
+    recipes: Recipes = meta.import_recipes(sizes, len(files))
+    check(recipes, found.entries, str(folder))
+    vocabulary, remark = _meta_vocabulary(folder, params, sizes.vocab_size)
+    if meta.OURS in params:
+        written = decoder_config.from_dict(params[meta.OURS]["model"])
+        if wrong := function_differences(written, config):
+            raise ValueError(f"{folder / PARAMS} contradicts its part {meta.OURS!r}: {wrong[0]}")
+        config = written
+    carried = {"shards": len(files), "params": params}
+    return Opened(
+        format="meta",
+        folder=folder,
+        config=config,
+        vocabulary=vocabulary,
+        tensors=Made(recipes, found),
+        source={"format": "meta"},
+        carried={"meta": carried},
+        remark=remark,
+    )
+
+
+def _meta_vocabulary(folder: Path, params: dict[str, Any], size: int) -> tuple[Vocabulary, str]:
+    if meta.OURS in params:
+        return Vocabulary.from_dict(params[meta.OURS]["vocabulary"]), ""
+    places = (folder, folder / "tokenizer", folder.parent / "tokenizer")
+    for place in (*places, folder.parent.parent / "tokenizer"):
+        if (place / _TEXT_TOKENIZER).is_file():
+            named = read_json(place / _TEXT_TOKENIZER)["model"]["vocab"]
+            block = vocabulary_map.RELEASED_BLOCK
+            return vocabulary_map.to_vocabulary(named, {"vocab_size": size}, block)
+    if size == vocabulary_map.RELEASED_SIZE:
+        return vocabulary_map.released(), "ids are those of the released models"
+    text_only = vocabulary_map.to_vocabulary(vocabulary_map.TEXT_ONLY, {"vocab_size": size}, 1)[0]
+    return text_only, f"no {_TEXT_TOKENIZER} was found"
+
+
+def load_model(
+    folder: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+) -> tuple[Decoder, Vocabulary]:
+    """The model of an exported folder, run, checkpoint, or folder of Hugging Face's or Meta's.
+
+    Returns it in evaluation mode, and its vocabulary. ``model(tokens_BS, modality_BS=…,
+    positions_BS=…)`` gives logits (B, S, V); ``vocabulary.modality_of(tokens_BS)`` the modalities.
+    ``dtype`` None keeps that of the files. No launcher, no process group; ``ValueError`` says what
+    is wrong with the folder. Expert pools take their budgets from the actual counts, as in
+    validation.
+    """
+    opened = open_model(folder)
+    with torch.device("meta"):
+        model = opened.config.build()
+    for name, entry in opened.tensors.entries.items():
+        values = opened.tensors.read(name)
+        owner, _, leaf = name.rpartition(".")
+        values = values.to(device=device, dtype=dtype or entry.dtype, copy=True)
+        model.get_submodule(owner).register_parameter(leaf, nn.Parameter(values))
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module.register_buffer(name, torch.zeros_like(buffer, device=device), persistent=False)
+        if isinstance(module, Module):
+            module._init_self_buffers(buffer_device=torch.device(device))
+        if isinstance(module, ExpertPool):
+            module.budget = "exact"
+    return model.eval(), opened.vocabulary

@@ -1,0 +1,141 @@
+"""Recipes: how each tensor of a target is made from tensors of a source.
+
+A conversion is a mapping from target names to recipes. A recipe names the tensors it needs, with
+the shapes they must have, and a function of them. Everything else follows from mappings: the report
+of keys (``check``), and ``Made``, the target as tensors that are computed one at a time when they
+are read. Conversions chain, since what a mapping makes can be the source of the next one:
+
+    file → (names of another project → ours) → (parent → upcycled child) → (ours → theirs) → file
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a file says of a tensor before it is read."""
+
+    shape: Shape
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        """Size of its values."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+class Tensors(Protocol):
+    """Tensors by name, read one at a time; ``entries`` are known without reading any."""
+
+    @property
+    def entries(self) -> Mapping[str, Entry]: ...
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor on the CPU; perhaps a view of a mapped file: not to be written to."""
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor as it is."""
+    return tensor
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One target tensor of ``shape``: ``make`` of the ``sources`` (name, shape), in this order.
+
+    Its dtype is that of the first source. Without sources, ``make()`` gives a new tensor, such as
+    the router of an upcycled model.
+    """
+
+    shape: Shape
+    sources: tuple[tuple[str, Shape], ...]
+    make: Callable[..., torch.Tensor] = whole
+
+
+Recipes = Mapping[str, Recipe]
+
+
+def renamed(name: str, shape: Shape) -> Recipe:
+    """The source tensor ``name`` under another name."""
+    return Recipe(shape, ((name, shape),))
+
+
+class Made:
+    """The target of ``recipes`` over ``source``, tensor by tensor."""
+
+    def __init__(self, recipes: Recipes, source: Tensors):
+        self.recipes, self.source = recipes, source
+        first = next(iter(source.entries.values()))
+        self.entries = {
+            name: Entry(
+                recipe.shape,
+                source.entries[recipe.sources[0][0]].dtype if recipe.sources else first.dtype,
+            )
+            for name, recipe in recipes.items()
+        }
+
+    def read(self, name: str) -> torch.Tensor:
+        """Compute the target tensor ``name`` from its sources."""
+        recipe = self.recipes[name]
+        made = recipe.make(*(self.source.read(source) for source, _ in recipe.sources))
+        assert tuple(made.shape) == recipe.shape, f"{name}: made {made.shape}, not {recipe.shape}"
+        return made.to(self.entries[name].dtype)
+
+
+class Cast:
+    """Tensors in another type; a null one keeps each as it is."""
+
+    def __init__(self, source: Tensors, dtype: torch.dtype | None):
+        self.source = source
+        self.entries = {
+            name: Entry(entry.shape, dtype or entry.dtype) for name, entry in source.entries.items()
+        }
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor ``name`` of the source, converted."""
+        return self.source.read(name).to(self.entries[name].dtype)
+
+
+class Together:
+    """The tensors of two sources; no name is in both."""
+
+    def __init__(self, first: Tensors, second: Tensors):
+        self.first, self.second = first, second
+        self.entries = {**first.entries, **second.entries}
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor ``name`` of the source that has it."""
+        return (self.first if name in self.first.entries else self.second).read(name)
+
+
+def check(
+    recipes: Recipes, entries: Mapping[str, Entry], where: str, ignored: Iterable[str] = ()
+) -> None:
+    """``ValueError`` with every key that is missing, unexpected or mis-shaped, or no floating-point
+    number, if there is any.
+
+    ``where`` names the source in the message; ``ignored`` are keys that may be there unused.
+    """
+    wanted = {name: shape for recipe in recipes.values() for name, shape in recipe.sources}
+    unexpected = set(entries) - set(wanted) - set(ignored)
+    lines = [f"missing    {name} {shape}" for name, shape in wanted.items() if name not in entries]
+    lines += [f"unexpected {name} {entries[name].shape}" for name in sorted(unexpected)]
+    for name, shape in wanted.items():
+        if name not in entries:
+            continue
+        if entries[name].shape != shape:
+            lines.append(f"mis-shaped {name}: {entries[name].shape} instead of {shape}")
+        elif not entries[name].dtype.is_floating_point:
+            lines.append(f"mis-typed  {name}: {entries[name].dtype} instead of floating point")
+    if lines:
+        listing = "\n  ".join(lines)
+        raise ValueError(
+            f"{where} is not the model that its config describes; {len(lines)} of its keys are "
+            f"wrong:\n  {listing}\nCorrect the config or complete the files"
+        )

@@ -1,0 +1,104 @@
+"""Hugging Face's ``vocabulary_map`` (token → id) and our ``Vocabulary``.
+
+An image code's token is named ``IMGIMG``, its decimal digits as letters A to J, then ``Z``: code 12
+is ``IMGIMGBCZ``. The map, not the order of the ids, says which id a code has.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from earlyfuse.models.modality import MediaCodes, Modality, Vocabulary
+
+BOS, PAD, EOS = "<s>", "<pad>", "</s>"
+BEGIN_IMAGE, END_IMAGE = "<racm3:break>", "<eoss>"
+PLACEHOLDER = "<image>"  # where transformers' processor wants an image
+_PREFIX, _SUFFIX = "IMGIMG", "Z"
+
+# ids of the released 7B and 30B models (arXiv 2405.09818), for checkpoints that come without a map
+RELEASED_SIZE = 65536
+RELEASED = {BOS: 0, PAD: 1, EOS: 2, END_IMAGE: 8196, BEGIN_IMAGE: 8197, PLACEHOLDER: 8711}
+TEXT_ONLY = {token: RELEASED[token] for token in (BOS, PAD, EOS)}
+RELEASED_CODES, RELEASED_START, RELEASED_BLOCK = 8192, 4, 1024
+
+
+def token_of_code(code: int) -> str:
+    """Name of an image code's token."""
+    return _PREFIX + "".join(chr(ord("A") + int(digit)) for digit in str(code)) + _SUFFIX
+
+
+def ids_of_codes(vocabulary_map: Mapping[str, int]) -> list[int]:
+    """Token id of each image code, by code; empty without image tokens.
+
+    ``ValueError`` if codes do not count from 0, or two of them share an id.
+    """
+    by_code: dict[int, int] = {}
+    for token, number in vocabulary_map.items():
+        if token.startswith(_PREFIX):
+            letters = token.removeprefix(_PREFIX).removesuffix(_SUFFIX)
+            digits = "".join(str(ord(letter) - ord("A")) for letter in letters)
+            if not digits.isdecimal() or token != token_of_code(int(digits)):
+                raise ValueError(f"vocabulary_map: {token} is no name of an image code")
+            by_code[int(digits)] = number
+    if sorted(by_code) != list(range(len(by_code))) or len(set(by_code.values())) != len(by_code):
+        raise ValueError(
+            f"vocabulary_map names {len(by_code)} image codes; they must be 0 … {len(by_code) - 1} "
+            "and each have an id of its own"
+        )
+    return [by_code[code] for code in range(len(by_code))]
+
+
+def to_vocabulary(
+    vocabulary_map: Mapping[str, int], config: Mapping[str, Any], block: int
+) -> tuple[Vocabulary, str]:
+    """The vocabulary, and a remark if image codes had to be left out of it ("" if not).
+
+    ``config`` gives the ``vocab_size`` and, where the map has no name for it, the
+    ``bos_token_id`` …; ``block``: codes of one image. Images are left out where the map does not
+    say how one begins and ends, or their ids are no range.
+    """
+    size = config["vocab_size"]
+    eos = vocabulary_map.get(EOS, _first(config.get("eos_token_id"), 0))
+    bos = vocabulary_map.get(BOS, _first(config.get("bos_token_id"), eos))
+    pad = vocabulary_map.get(PAD, _first(config.get("pad_token_id"), eos))
+    text_only = Vocabulary(size, bos, eos, pad)
+    ids = ids_of_codes(vocabulary_map)
+    if not ids:
+        return text_only, ""
+    unnamed = [token for token in (BEGIN_IMAGE, END_IMAGE) if token not in vocabulary_map]
+    if unnamed:
+        return text_only, f"images are left out: the vocabulary_map has no {' and '.join(unnamed)}"
+    if max(ids) - min(ids) + 1 != len(ids):
+        return text_only, f"images are left out: the ids of the {len(ids)} codes are no range"
+    begin, end = vocabulary_map[BEGIN_IMAGE], vocabulary_map[END_IMAGE]
+    codes = MediaCodes(Modality.IMAGE, min(ids), len(ids), begin, end, block)
+    try:
+        return Vocabulary(size, bos, eos, pad, (codes,)), ""
+    except ValueError as error:
+        return text_only, f"images are left out: {error}"
+
+
+def released() -> Vocabulary:
+    """The vocabulary of Meta's released models."""
+    begin, end = RELEASED[BEGIN_IMAGE], RELEASED[END_IMAGE]
+    codes = MediaCodes(Modality.IMAGE, RELEASED_START, RELEASED_CODES, begin, end, RELEASED_BLOCK)
+    return Vocabulary(RELEASED_SIZE, RELEASED[BOS], RELEASED[EOS], RELEASED[PAD], (codes,))
+
+
+def from_vocabulary(vocabulary: Vocabulary) -> dict[str, int]:
+    """The map of a vocabulary of ours: its sentinels and image codes. Text pieces have no names.
+
+    transformers needs an id for its placeholder of images; text never holds the padding.
+    """
+    named = {BOS: vocabulary.bos, PAD: vocabulary.pad, EOS: vocabulary.eos}
+    named[PLACEHOLDER] = vocabulary.pad
+    if Modality.IMAGE in vocabulary.modalities:
+        images = vocabulary.medium(Modality.IMAGE)
+        named |= {BEGIN_IMAGE: images.begin, END_IMAGE: images.end}
+        named |= {token_of_code(code): images.start + code for code in range(images.count)}
+    return named
+
+
+def _first(value: int | list[int] | None, default: int) -> int:
+    if isinstance(value, list):
+        value = value[0] if value else None
+    return default if value is None else value

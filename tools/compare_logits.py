@@ -1,0 +1,137 @@
+"""Logits of two folders on the same random tokens, each computed by its own project's means.
+
+Hugging Face folders by transformers; Meta's by attention that turns neighbouring pairs, straight
+from the shards; ours by ``load_model``. In fp32, one model in memory at a time.
+
+B rows, S positions, V vocabulary, D width, H width of a head.
+"""
+
+from math import lcm
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from earlyfuse.models.blocks.experts import ExpertPool
+from earlyfuse.models.blocks.linear import NORM_EPS
+from earlyfuse.models.decoder import Decoder
+from earlyfuse.models.modality import Vocabulary
+from earlyfuse.models.state_dicts import load_model, meta, open_model
+from earlyfuse.models.state_dicts.chameleon import Sizes
+from earlyfuse.models.state_dicts.meta_files import MetaShards, shard_files
+
+SEQ_LEN = 64
+LARGEST_KL = 1e-6  # nats a token, where no type was changed; fp32 in another order gives 1e-9
+
+
+def compare(left: Path, right: Path, *, exact: bool) -> None:
+    """Print the largest difference of logits and the mean KL; ``ValueError`` if ``exact`` and they
+    are too large to be rounding.
+    """
+    opened = open_model(left)
+    rows = lcm(2, *(pool.routing_rows for _, pool, _, _ in _pools(opened.config)))
+    random = torch.Generator().manual_seed(0)
+    tokens_BS = torch.randint(opened.vocabulary.size, (rows, SEQ_LEN), generator=random)
+    logits = [logits_of(folder, tokens_BS, opened.vocabulary) for folder in (left, right)]
+    difference = (logits[0] - logits[1]).abs().max().item()
+    first, second = (values.double().log_softmax(-1) for values in logits)
+    kl = (first.exp() * (first - second)).sum(-1).mean().item()
+    spread = logits[0].std().item()
+    print(
+        f"verified on {tokens_BS.numel()} random tokens: largest difference of logits "
+        f"{difference:.2e} (their spread {spread:.2e}), KL {kl:.2e} nats per token"
+    )
+    if not kl <= (LARGEST_KL if exact else float("inf")):
+        raise ValueError(
+            f"the converted model has other logits (KL {kl:.2e}, at most {LARGEST_KL:.0e}); "
+            "nothing was kept. Please report this with both configs"
+        )
+
+
+def _pools(config: Decoder.Config) -> list[Any]:
+    return list(config.traverse(ExpertPool.Config))
+
+
+@torch.no_grad()
+def logits_of(folder: Path, tokens_BS: torch.Tensor, vocabulary: Vocabulary) -> torch.Tensor:
+    """(B, S) → (B, S, V) fp32, each row one document, by the means of the folder's project."""
+    opened = open_model(folder)
+    if opened.format == "huggingface":
+        return _by_transformers(folder, tokens_BS)
+    if opened.format == "meta":
+        shards = MetaShards(shard_files(folder))
+        return _by_pairs(Sizes.of(opened.config, "Meta's"), shards, tokens_BS)
+    model, _ = load_model(folder, dtype=torch.float32)
+    return model(tokens_BS, modality_BS=vocabulary.modality_of(tokens_BS))
+
+
+def _by_transformers(folder: Path, tokens_BS: torch.Tensor) -> torch.Tensor:
+    try:
+        import transformers
+    except ImportError as error:
+        raise ValueError(
+            "--verify of a Hugging Face folder needs transformers: pip install transformers"
+        ) from error
+    model = transformers.ChameleonForConditionalGeneration.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    # before its mask, which takes all image ids away
+    return model.lm_head(model.model(input_ids=tokens_BS).last_hidden_state)
+
+
+def _by_pairs(sizes: Sizes, shards: MetaShards, tokens_BS: torch.Tensor) -> torch.Tensor:
+    """Meta's layout computed as it is: shard by shard, pairs of neighbours turned."""
+    count = len(shards.files)
+
+    def read(shard: int, name: str) -> torch.Tensor:
+        return shards.read(meta.shard_name(shard, name)).float()
+
+    def rms_norm(x_BSD: torch.Tensor, name: str) -> torch.Tensor:
+        weight_D = torch.stack([read(s, f"{name}.weight") for s in range(count)]).mean(0)
+        return F.rms_norm(x_BSD, (sizes.dim,), weight_D, NORM_EPS)
+
+    frequency_P = sizes.rope_theta ** (-torch.arange(0, sizes.head_dim, 2) / sizes.head_dim)
+    angle_SP = torch.arange(tokens_BS.shape[1])[:, None] * frequency_P
+    turn_S1P = torch.polar(torch.ones_like(angle_SP), angle_SP)[:, None]
+
+    def heads(x_BSD: torch.Tensor, shard: int, layer: str, which: str) -> torch.Tensor:
+        x_BSNH = (x_BSD @ read(shard, f"{layer}.attention.w{which}.weight").T).unflatten(
+            -1, (-1, sizes.head_dim)
+        )
+        if which == "v":
+            return x_BSNH.transpose(1, 2)
+        weight_H, bias_H = (
+            read(shard, f"{layer}.attention.{which}_normalization.{leaf}")
+            for leaf in ("weight", "bias")
+        )
+        normed = F.layer_norm(x_BSNH, (sizes.head_dim,), weight_H, bias_H, NORM_EPS)
+        turned = torch.view_as_complex(normed.unflatten(-1, (-1, 2)).contiguous()) * turn_S1P
+        return torch.view_as_real(turned).flatten(-2).transpose(1, 2)
+
+    def attention(x_BSD: torch.Tensor, layer: str) -> torch.Tensor:
+        out_BSD = torch.zeros_like(x_BSD)
+        for s in range(count):
+            q, k, v = (heads(x_BSD, s, layer, which) for which in "qkv")
+            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            flat = mixed.transpose(1, 2).flatten(2)
+            out_BSD = out_BSD + flat @ read(s, f"{layer}.attention.wo.weight").T
+        return out_BSD
+
+    def feed_forward(x_BSD: torch.Tensor, layer: str) -> torch.Tensor:
+        out_BSD = torch.zeros_like(x_BSD)
+        for s in range(count):
+            w1, w2, w3 = (read(s, f"{layer}.feed_forward.w{i}.weight") for i in (1, 2, 3))
+            out_BSD = out_BSD + (F.silu(x_BSD @ w1.T) * (x_BSD @ w3.T)) @ w2.T
+        return out_BSD
+
+    x_BSD = torch.cat([read(s, "tok_embeddings.weight")[tokens_BS] for s in range(count)], -1)
+    for number in range(sizes.layers):
+        layer = f"layers.{number}"
+        for branch, norm in ((attention, "attention_norm"), (feed_forward, "ffn_norm")):
+            if sizes.norm_order == "pre":
+                x_BSD = x_BSD + branch(rms_norm(x_BSD, f"{layer}.{norm}"), layer)
+            else:
+                x_BSD = x_BSD + rms_norm(branch(x_BSD, layer), f"{layer}.{norm}")
+    x_BSD = rms_norm(x_BSD, "norm")
+    return torch.cat([x_BSD @ read(s, "output.weight").T for s in range(count)], -1)

@@ -1,0 +1,311 @@
+"""Checkpoints between earlyfuse, Hugging Face's Chameleon, Meta's files and DCP.
+
+``python -m earlyfuse.tools.convert SRC DST [--to FORMAT] [--dtype TYPE] [--max-shard-size SIZE]
+[--verify]``. What SRC is, is recognised. DST is made whole or not at all. docs/conversion.md
+describes formats and what is refused.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from earlyfuse.data.atomic import sha256_file
+from earlyfuse.models.state_dicts import Opened, huggingface, meta, open_model
+from earlyfuse.models.state_dicts.chameleon import Sizes
+from earlyfuse.models.state_dicts.dcp_files import write_dcp
+from earlyfuse.models.state_dicts.exported import (
+    CONFIG,
+    HUGGINGFACE,
+    TOKENIZERS,
+    VQ_FILE,
+    describe,
+    read_json,
+)
+from earlyfuse.models.state_dicts.folders import CONSOLIDATE_PARAMS, PARAMS, RUN
+from earlyfuse.models.state_dicts.meta_files import write_shards
+from earlyfuse.models.state_dicts.recipes import Cast, Made, Tensors, Together
+from earlyfuse.models.state_dicts.safetensors_files import (
+    SINGLE,
+    assign_files,
+    write_file,
+    write_folder,
+)
+from earlyfuse.parallel import checkpoint_files
+from earlyfuse.parallel.checkpoint_files import (
+    MANIFEST,
+    WEIGHTS,
+    Manifest,
+    Writer,
+    damage,
+    read_manifest,
+    write_manifest,
+)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MAX_SHARD_SIZE = "5GB"
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclass(frozen=True)
+class Target:
+    """A checked conversion, ready to be written: ``write`` fills a new folder."""
+
+    write: Callable[[Path], None]
+    remarks: list[str]
+
+
+def convert(
+    source: Path,
+    destination: Path,
+    to: str = "earlyfuse",
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+    verify: bool = False,
+) -> list[str]:
+    """Convert; returns remarks on what the target format does not hold.
+
+    ``dtype`` None keeps the types of the source. Raises ``ValueError`` before anything is written
+    if SRC is damaged, foreign or not what its config says, if the target format cannot express the
+    model, or ``destination`` is there; and after, with nothing left, if ``verify`` finds other
+    logits.
+    """
+    if destination.exists():
+        raise ValueError(f"{destination} is there already; give another DST, or remove it")
+    opened = open_model(source)
+    _check_undamaged(opened)
+    tensors = Cast(opened.tensors, dtype)
+    target = TARGETS[to](opened, tensors, max_shard_bytes)
+    with _new_folder(destination) as folder:
+        target.write(folder)
+        if verify:
+            from earlyfuse.tools.compare_logits import compare
+
+            compare(opened.folder, folder, exact=dtype is None)
+    return ([opened.remark] if opened.remark else []) + target.remarks
+
+
+# ---------------------------------------------------------------- targets
+
+
+def _to_earlyfuse(opened: Opened, tensors: Tensors, max_shard_bytes: int) -> Target:
+    files = assign_files(tensors.entries, max_shard_bytes)
+    tokenizers, remarks = _tokenizers(opened)
+
+    def write(folder: Path) -> None:
+        write_folder(folder, tensors, files)
+        _write_beside(folder, opened, tokenizers)
+
+    return Target(write, remarks)
+
+
+def _to_dcp(opened: Opened, tensors: Tensors, max_shard_bytes: int) -> Target:
+    tokenizers, remarks = _tokenizers(opened)
+
+    def write(folder: Path) -> None:
+        # DCP keeps the tensors of a file until it is complete
+        write_dcp(Writer(folder, single_file_per_rank=False), tensors)
+        _write_beside(folder, opened, tokenizers)
+        step = opened.source.get("step") or 0
+        write_manifest(folder, Manifest(step, WEIGHTS, 1, checkpoint_files.describe(folder, 0)))
+
+    return Target(write, remarks)
+
+
+def _to_huggingface(opened: Opened, tensors: Tensors, max_shard_bytes: int) -> Target:
+    sizes = Sizes.of(opened.config, "Hugging Face's Chameleon")
+    theirs: Tensors = Made(huggingface.export_recipes(sizes), tensors)
+    dtypes = {entry.dtype for entry in theirs.entries.values()}
+    dtype = str(dtypes.pop()).removeprefix("torch.") if len(dtypes) == 1 else None
+    carried = opened.carried.get("huggingface")
+    config = huggingface.write_config(sizes, opened.config, opened.vocabulary, carried, dtype)
+    remarks = []
+    if opened.vq is None:
+        remarks.append("no image tokenizer in it: transformers will make one of random weights")
+    else:
+        theirs = Together(theirs, opened.vq)
+    files = assign_files(theirs.entries, max_shard_bytes)
+
+    def write(folder: Path) -> None:
+        if len(files) == 1:
+            write_file(folder / SINGLE, theirs, list(theirs.entries))
+        else:
+            write_folder(folder, theirs, files)
+        _copy(opened.files, folder)
+        _write_json(folder / CONFIG, config)
+
+    return Target(write, remarks)
+
+
+def _to_meta(opened: Opened, tensors: Tensors, max_shard_bytes: int) -> Target:
+    sizes = Sizes.of(opened.config, "Meta's Chameleon")
+    came_in = opened.carried.get("meta", {})
+    shards = meta.shards_that_hold(sizes, tensors, came_in.get("shards", 1))
+    theirs = Made(meta.export_recipes(sizes, shards), tensors)
+    params, consolidated = meta.write_params(sizes, opened.config, opened.vocabulary, shards)
+
+    def write(folder: Path) -> None:
+        write_shards(folder, theirs, shards)
+        _write_json(folder / PARAMS, params)
+        _write_json(folder / CONSOLIDATE_PARAMS, consolidated)
+
+    remarks = [] if opened.vq is None else ["the image tokenizer is no part of this format"]
+    return Target(write, remarks)
+
+
+TARGETS: dict[str, Callable[[Opened, Tensors, int], Target]] = {
+    "earlyfuse": _to_earlyfuse,
+    "hf": _to_huggingface,
+    "meta": _to_meta,
+    "dcp": _to_dcp,
+}
+
+
+def _write_beside(folder: Path, opened: Opened, tokenizers: Path | None) -> None:
+    """Our description, and all that is no tensor of the decoder."""
+    if opened.vq is not None:
+        write_file(folder / VQ_FILE, opened.vq, list(opened.vq.entries))
+    if opened.files:
+        (folder / HUGGINGFACE).mkdir()
+        _copy(opened.files, folder / HUGGINGFACE)
+    if tokenizers is not None:
+        shutil.copytree(tokenizers, folder / TOKENIZERS)
+    content = describe(opened.config, opened.vocabulary, opened.source)
+    if opened.carried:
+        content["carried"] = opened.carried
+    _write_json(folder / CONFIG, content)
+
+
+def _write_json(path: Path, content: object) -> None:
+    # as transformers writes its configs
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _copy(files: Sequence[Path], folder: Path) -> None:
+    for path in files:
+        shutil.copyfile(path, folder / path.name)
+
+
+# ---------------------------------------------------------------- sources
+
+
+def _check_undamaged(opened: Opened) -> None:
+    """``ValueError`` if a file of a checkpoint is not as it was written."""
+    if (opened.folder / MANIFEST).is_file():
+        found = damage(opened.folder, read_manifest(opened.folder).files)
+        if found:
+            raise ValueError(f"{opened.folder} is damaged: {'; '.join(found[:4])}; copy it again")
+
+
+def _tokenizers(opened: Opened) -> tuple[Path | None, list[str]]:
+    """The folder of the model's tokenizers, as far as it is known; a remark if it is not as it was.
+
+    In an exported folder they lie beside the model; those of a run in its data folder.
+    """
+    beside = opened.folder / TOKENIZERS
+    if beside.is_dir():
+        return beside, []
+    run = opened.folder.parent.parent / RUN
+    wanted = opened.source.get("tokenizers")
+    if not wanted or not run.is_file():
+        return None, []
+    data = read_json(run).get("config", {}).get("data", {}).get("folder", "")
+    folder = Path(data) / TOKENIZERS
+    if not data or not folder.is_dir():
+        return None, [f"{folder}: the tokenizers of the data are not there and were not copied"]
+    here = {sha256_file(path) for path in folder.iterdir() if path.is_file()}
+    other = [name for name, digest in wanted.items() if digest not in here]
+    if other:
+        return None, [f"{folder}: the {other} tokenizers are not the run's and were not copied"]
+    return folder, []
+
+
+@contextmanager
+def _new_folder(destination: Path) -> Iterator[Path]:
+    """A folder under a temporary name that becomes ``destination`` when the block ends well."""
+    temporary = destination.with_name(f"{destination.name}.part")
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        temporary.mkdir()
+    except FileExistsError:
+        raise ValueError(
+            f"{temporary} is there: another conversion writes it, or one was killed; remove it"
+        ) from None
+    try:
+        yield temporary
+        descriptor = os.open(temporary, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+        temporary.rename(destination)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+# ---------------------------------------------------------------- command line
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; 0 when it succeeded, 2 with what to change when it could not."""
+    options = _parser().parse_args(arguments)
+    begin = time.perf_counter()
+    try:
+        remarks = convert(
+            options.source,
+            options.destination,
+            options.to,
+            dtype=DTYPES.get(options.dtype),
+            max_shard_bytes=shard_bytes(options.max_shard_size),
+            verify=options.verify,
+        )
+    except (ValueError, OSError) as error:
+        print(f"convert: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("convert: stopped; nothing was written", file=sys.stderr)
+        return 130
+    for remark in remarks:
+        print(f"note: {remark}")
+    size = sum(path.stat().st_size for path in options.destination.rglob("*") if path.is_file())
+    seconds = time.perf_counter() - begin
+    print(f"{options.destination}: {options.to}, {size / 1e6:.1f} MB in {seconds:.1f} s")
+    return 0
+
+
+def shard_bytes(text: str) -> int:
+    """Bytes of ``5GB``, ``200MB``, ``2GiB`` or a plain number."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B)?", text.strip().upper())
+    size = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
+    if size <= 0:
+        raise ValueError(f"--max-shard-size ({text!r}) must be a size such as {MAX_SHARD_SIZE}")
+    return size
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="convert",
+        description="Checkpoints of earlyfuse, Hugging Face's Chameleon, Meta's files and DCP.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("source", type=Path, metavar="SRC", help="folder, recognised: also a run or its step-N")
+    add("destination", type=Path, metavar="DST", help="folder to make; must not be there")
+    add("--to", choices=list(TARGETS), default="earlyfuse", help="format of DST (earlyfuse)")
+    add("--dtype", choices=list(DTYPES), help="type of the decoder's tensors (as they are)")
+    add("--max-shard-size", default=MAX_SHARD_SIZE, help=f"of safetensors ({MAX_SHARD_SIZE})")
+    add("--verify", action="store_true", help="compare logits of both on random tokens")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
