@@ -27,8 +27,9 @@ from earlyfuse.models.blocks.layout import Layout
 from earlyfuse.models.blocks.linear import RMSNorm
 from earlyfuse.models.initialise import initialise
 
-# of hidden states (T, D) and the head's weight (V, D): what an objective wants in place of logits
-Loss = Callable[[torch.Tensor, torch.Tensor], Any]
+# of hidden states (T, D) and the head's weight (V, D): what an objective wants in place of logits;
+# where the weight has been cut over ranks, which part this is comes as ``shard``
+Loss = Callable[..., Any]
 
 
 class Block(Module):

@@ -45,20 +45,18 @@ class Pipeline(nn.Module):
         self.parts, self.config = nn.ModuleList(parts), parts[0].config
         self.stages, self.schedule, self.dtype = stages, schedule, dtype
 
-    def step(
-        self, microbatches: list[dict[str, Any]], minimised: Callable[[Any], torch.Tensor]
-    ) -> None:
+    def step(self, microbatches: list[dict[str, Any]]) -> None:
         """Forward and backward of all micro-batches; adds up gradients.
 
-        ``microbatches``: arguments of ``Decoder.forward`` with a ``loss``. ``minimised``: what the
-        loss returned → what to minimise; called on the ranks of the last stage alone.
+        ``microbatches``: arguments of ``Decoder.forward``; their ``loss`` returns what to minimise,
+        and is called on the ranks of the last stage alone.
         """
-        others = [dict(inputs) for inputs in microbatches]
-        tokens = [(inputs.pop("tokens_BS"),) for inputs in others]
+        others = [dict(arguments) for arguments in microbatches]
+        tokens = [(arguments.pop("tokens_BS"),) for arguments in others]
         self.schedule.step(
             arg_mbs=tokens if self.stages[0].is_first else None,
             kwarg_mbs=others,
-            target_mbs=[minimised] * len(others),
+            target_mbs=[None] * len(others),
             return_outputs=False,
         )
 
@@ -98,7 +96,7 @@ def pipeline(
     device: torch.device,
     model_config: Decoder.Config,
     parallelize_fn: Callable[..., Decoder],
-    loss_fn: Any,  # a step's loss is given to ``Pipeline.step``
+    loss_fn: Any,  # each micro-batch of ``Pipeline.step`` brings its own
     **settings: Any,
 ) -> tuple[Pipeline, list[Decoder], bool, bool]:
     """torchtitan's ``pipelining_fn``: this rank's stages of ``model`` (on the meta device), each
@@ -126,7 +124,7 @@ def pipeline(
                 len(blocks),
                 device,
                 input_args=activations_TD if index else tokens_BS,
-                output_args=activations_TD,  # sums of losses do not travel
+                output_args=activations_TD,  # losses do not travel
                 group=mesh.get_group(),
             )
         )
@@ -134,18 +132,11 @@ def pipeline(
     schedule = schedule_class(
         stages if issubclass(schedule_class, PipelineScheduleMulti) else stages[0],
         n_microbatches=training.local_batch_size // rows,
-        loss_fn=_minimised,
+        loss_fn=lambda loss, target: loss,  # the head has made it
         scale_grads=False,
     )
     whole = Pipeline(parts, stages, schedule, dtype)
     return whole, parts, stages[0].is_first, stages[-1].is_last
-
-
-def _minimised(output: Any, minimised: Callable[[Any], torch.Tensor]) -> torch.Tensor:
-    """A schedule has one loss for all its life; ours knows the counts of the step, and stands where
-    a schedule has targets.
-    """
-    return minimised(output)
 
 
 # ---------------------------------------------------------------- who holds what

@@ -19,7 +19,6 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torchtitan.distributed import ParallelDims
 
 from earlyfuse.data.loader import LaneLoader
-from earlyfuse.kernels.linear_cross_entropy import LossSums
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.modality import Modality
 from earlyfuse.models.objectives.chameleon import ChameleonObjective, label_members
@@ -205,28 +204,26 @@ class Trainer(titan.Trainer):
         """
         sums_2M = torch.zeros(2, MODALITIES, device=self.device)
 
-        def minimised(sums: LossSums) -> torch.Tensor:
-            sums_2M.add_(torch.stack([sums.nll_M, sums.z_M]))
-            return sums.total / global_labels
+        def arguments(inputs: dict[str, torch.Tensor], labels_BS: torch.Tensor) -> dict[str, Any]:
+            here = {name: tensor.to(self.device) for name, tensor in inputs.items()}
+            labels_BS = labels_BS.to(self.device)
+            sums_of = self.loss_fn.loss_of(labels_BS, self.vocabulary.modality_of(labels_BS))
 
-        arguments = [self._arguments(*microbatch) for microbatch in microbatches]
+            def loss(*head: torch.Tensor, **shard: Any) -> torch.Tensor:
+                sums = sums_of(*head, **shard)
+                sums_2M.add_(torch.stack([sums.nll_M, sums.z_M]))
+                return sums.total / global_labels
+
+            return {"tokens_BS": here.pop("input"), **here, "loss": loss}
+
+        calls = [arguments(*microbatch) for microbatch in microbatches]
         with self.train_context():
             if isinstance(self.model, Pipeline):
-                self.model.step(arguments, minimised)
+                self.model.step(calls)
             else:
-                (only,) = arguments
-                minimised(self.model(**only)).backward()
+                (only,) = calls
+                self.model(**only).backward()
         return sums_2M
-
-    def _arguments(
-        self, inputs: dict[str, torch.Tensor], labels_BS: torch.Tensor
-    ) -> dict[str, Any]:
-        """Of the model's forward, with the loss of these labels."""
-        arguments: dict[str, Any] = {n: tensor.to(self.device) for n, tensor in inputs.items()}
-        arguments["tokens_BS"] = arguments.pop("input")
-        labels_BS = labels_BS.to(self.device)
-        arguments["loss"] = self.loss_fn.loss_of(labels_BS, self.vocabulary.modality_of(labels_BS))
-        return arguments
 
     def _global_counts(self, microbatches: list[Microbatch]) -> torch.Tensor:
         """Input tokens (M), labels (M) of this step and ranks asked to stop (1) over all ranks."""

@@ -58,8 +58,8 @@ def spoil_losses(trainer: Trainer) -> None:
     loss_of = trainer.loss_fn.loss_of
 
     def spoiled(*labels: torch.Tensor) -> Any:
-        def loss(*head: torch.Tensor) -> Any:
-            found = loss_of(*labels)(*head)
+        def loss(*head: torch.Tensor, **shard: Any) -> Any:
+            found = loss_of(*labels)(*head, **shard)
             if trainer.step not in NOT_A_NUMBER or not torch.is_grad_enabled():
                 return found
             return found._replace(total=found.total * torch.nan, nll_M=found.nll_M * torch.nan)
