@@ -8,11 +8,13 @@ T tokens, R routed rows, G groups, D model, F hidden.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import triton
 import triton.language as tl
+from triton.tools.ragged_tma import create_ragged_descriptor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from earlyfuse.kernels.ahead_of_time import Variant
 from earlyfuse.kernels.grouped_gemm.triton_kernels import (
@@ -26,12 +28,17 @@ from earlyfuse.kernels.grouped_gemm.triton_kernels import (
     activation_backward_kernel,
     gate_up_kernel,
     rows_kernel,
+    tiles,
     weight_gradient_kernel,
 )
 from earlyfuse.kernels.permute.triton_impl import combine, inverse_of
 from earlyfuse.kernels.triton_support import compute_type, pointer_type, product_precision
 
 PROGRAMS_IN_INTERPRETER = 2
+
+# how a kernel reads an operand: rows picked by the route; tiles anywhere in it; rows of one group
+Reading = Literal["gathered", "dense", "ragged"]
+GATHERED, DENSE, RAGGED = get_args(Reading)
 
 
 def linear(
@@ -96,9 +103,10 @@ def swiglu(
     gate_RF, up_RF = gate_up_2RF if keep else (gate_up_2RF, gate_up_2RF)
     h_RF = x_TD.new_empty(rows, hidden)
     if h_RF.numel():
+        tma, (w1, w3) = _operands((w1_GFD, DENSE), (w3_GFD, DENSE))
         gate_up_kernel[_programs(x_TD, rows, groups, hidden)](
-            x_TD, w1_GFD.contiguous(), w3_GFD.contiguous(), row_R, offset_G1, gate_RF, up_RF, h_RF,
-            groups, hidden, dim, KEEP=keep, INDEX=_index(x_TD), **_common(x_TD, groups),
+            x_TD, w1, w3, row_R, offset_G1, gate_RF, up_RF, h_RF, groups, hidden, dim,
+            KEEP=keep, TMA=tma, INDEX=_index(x_TD), **_common(x_TD, groups),
         )  # fmt: skip
     y_TD = _to_tokens(
         h_RF, w2_GDF, row_R, offset_G1, weight_R, once,
@@ -166,11 +174,12 @@ def _activation_backward(
         triton.cdiv(hidden, narrowest) if need_weight else 0, rows, dtype=torch.float32
     )
     if h_RF.numel():
+        tma, (w2,) = _operands((w2_GDF, DENSE))
         activation_backward_kernel[_programs(dy_TD, rows, groups, hidden)](
-            dy_TD, w2_GDF, gate_up_2RF[0], gate_up_2RF[1], row_R, offset_G1, weight_R,
+            dy_TD, w2, gate_up_2RF[0], gate_up_2RF[1], row_R, offset_G1, weight_R,
             dgate_RF, dup_RF, h_RF, partial_NR, rows, groups, hidden, dim,
-            WEIGHTED=weight_R is not None, NEED_WEIGHT=need_weight, INDEX=_index(dy_TD),
-            **_common(dy_TD, groups),
+            WEIGHTED=weight_R is not None, NEED_WEIGHT=need_weight, TMA=tma,
+            INDEX=_index(dy_TD), **_common(dy_TD, groups),
         )  # fmt: skip
     dweight_R = dy_TD.new_empty(0)
     if need_weight and weight_R is not None:
@@ -216,17 +225,18 @@ def _rows(
     scatter_to: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One product per routed row, in rows of its own or of its token in ``scatter_to``."""
-    a, b = a.contiguous(), b.contiguous()
     a2, b2 = second if second is not None else (a, b)
     groups, rows = b.shape[0], row_R.shape[0]
     columns, inner = (b.shape[1], b.shape[2]) if transposed else (b.shape[2], b.shape[1])
     out = a.new_empty(rows, columns) if scatter_to is None else scatter_to
     if rows and columns:
+        reading = GATHERED if gather else DENSE
+        tma, operands = _operands((a, reading), (b, DENSE), (a2, reading), (b2, DENSE))
         rows_kernel[_programs(a, rows, groups, columns)](
-            a, b, a2.contiguous(), b2.contiguous(), row_R, offset_G1, weight_R, out,
-            groups, columns, inner, GATHER=gather, TRANSPOSED=transposed, TWO=second is not None,
-            SCATTER=scatter_to is not None, WEIGHTED=weight_R is not None, INDEX=_index(a, out),
-            **_common(a, groups),
+            *operands, row_R, offset_G1, weight_R, out, groups, columns, inner,
+            GATHER=gather, TRANSPOSED=transposed, TWO=second is not None,
+            SCATTER=scatter_to is not None, WEIGHTED=weight_R is not None, TMA=tma,
+            INDEX=_index(a, out), **_common(a, groups),
         )  # fmt: skip
     return out
 
@@ -242,16 +252,58 @@ def _weight_gradient(
     gather_q: bool,
 ) -> torch.Tensor:
     """Σ over the rows of each group of weight · pᵀ q → (G, columns of p, columns of q)."""
-    p, q, groups = p.contiguous(), q.contiguous(), offset_G1.shape[0] - 1
+    groups = offset_G1.shape[0] - 1
     out = p.new_empty(groups, p.shape[1], q.shape[1])
     if out.numel():
         common = _common(p, groups)
         del common["GROUPS"]
+        tma, operands = _operands(
+            (p, GATHERED if gather_p else RAGGED), (q, GATHERED if gather_q else RAGGED)
+        )
         weight_gradient_kernel[_programs(p, groups * p.shape[1], groups, q.shape[1])](
-            p, q, row_R, offset_G1, weight_R, out, groups, p.shape[1], q.shape[1],
-            GATHER_P=gather_p, GATHER_Q=gather_q, WEIGHTED=weight_R is not None, **common,
+            *operands, row_R, offset_G1, weight_R, out, groups, p.shape[1], q.shape[1],
+            GATHER_P=gather_p, GATHER_Q=gather_q, WEIGHTED=weight_R is not None, TMA=tma, **common,
         )  # fmt: skip
     return out
+
+
+def _operands(
+    *readings: tuple[torch.Tensor, Reading],
+) -> tuple[bool, list[torch.Tensor | TensorDescriptor]]:
+    """Whether a launch uses TMA, and its operands: then as descriptors where they are not gathered.
+
+    It does where the device has it for this type and every operand that is not gathered begins, and
+    has its rows and matrices begin, at multiples of 16 bytes; else all come through pointers. Tiles
+    are set when a configuration is chosen (``triton_kernels.tiles``).
+    """
+    tensors = [tensor.contiguous() for tensor, _ in readings]
+    dense = [t for t, (_, reading) in zip(tensors, readings, strict=True) if reading != GATHERED]
+    if not dense or not all(has_tma(t) and _tma_reads(t) for t in dense):
+        return False, list(tensors)
+    return True, [
+        t if reading == GATHERED
+        else create_ragged_descriptor(t, [1, 1]) if reading == RAGGED
+        else TensorDescriptor.from_tensor(t, [1] * t.ndim)
+        for t, (_, reading) in zip(tensors, readings, strict=True)
+    ]  # fmt: skip
+
+
+def has_tma(tensor: torch.Tensor) -> bool:
+    """Whether tiles of such a tensor are fetched by the device's tensor memory accelerator.
+
+    From compute capability 9.0 on. Not fp32: its products do not wait for their operands.
+    """
+    return (
+        tensor.device.type == "cuda"
+        and torch.cuda.get_device_capability(tensor.device) >= (9, 0)
+        and tensor.dtype != torch.float32
+    )
+
+
+def _tma_reads(tensor: torch.Tensor) -> bool:
+    """The hardware's rule: base and strides (of a contiguous tensor) in units of 16 bytes."""
+    row_bytes = tensor.shape[-1] * tensor.element_size()
+    return tensor.numel() > 0 and tensor.data_ptr() % 16 == 0 and row_bytes % 16 == 0
 
 
 def _programs(like: torch.Tensor, rows: int, groups: int, columns: int) -> Callable[[dict], tuple]:
