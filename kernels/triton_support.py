@@ -38,7 +38,8 @@ class _FirstConfig:
         def launch(*args: Any, **kwargs: Any) -> Any:
             arguments = {**kwargs, **self.config.kwargs}
             if self.config.pre_hook is not None:
-                self.config.pre_hook({**dict(zip(self.fn.arg_names, args)), **arguments})
+                positional = dict(zip(self.fn.arg_names, args, strict=False))
+                self.config.pre_hook(positional | arguments)
             return self.fn[grid](*args, **arguments)
 
         return launch

@@ -15,81 +15,17 @@ tensor memory accelerator; what is gathered is read through pointers all the sam
 a group's matrix in either direction, so no tile has anything of the next group.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
 from triton.tools.ragged_tma import load_ragged
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from earlyfuse.kernels.triton_support import tuned
-
-BAND = 8
-
-
-def tiles(arguments: Mapping[str, Any]) -> dict[str, list[int]]:
-    """Shape of a tile of each operand that may come by TMA, for the blocks in ``arguments``."""
-    m, n, k = (arguments[f"BLOCK_{axis}"] for axis in "MNK")
-    a, b = [m, k], [1, n, k] if arguments.get("TRANSPOSED") else [1, k, n]
-    return {
-        "a_ptr": a, "b_ptr": b, "a2_ptr": a, "b2_ptr": b,
-        "w1_ptr": [1, n, k], "w3_ptr": [1, n, k], "w2_ptr": [1, k, n],
-        "p_ptr": [1, 1, k, m], "q_ptr": [1, 1, k, n],
-    }  # fmt: skip
-
-
-def _set_tiles(arguments: dict[str, Any]) -> None:
-    """Before a launch: descriptors get the tiles of the configuration that is launched."""
-    for name, tile in tiles(arguments).items():
-        if isinstance(operand := arguments.get(name), TensorDescriptor):
-            operand.block_shape = tile
-
-
-def _config(m: int, n: int, k: int, warps: int, stages: int, per_sm: int = 1) -> triton.Config:
-    blocks = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "PER_SM": per_sm}
-    return triton.Config(blocks, num_warps=warps, num_stages=stages, pre_hook=_set_tiles)
-
-
-# None of these spills on sm_80, sm_90 or sm_100 (tests/test_kernels_compiled.py); half precision:
-HALF = (
-    _config(128, 128, 64, 8, 3),
-    _config(256, 128, 64, 8, 3),
-    _config(64, 128, 64, 4, 4, 2),
+from earlyfuse.kernels.grouped_gemm.configurations import (
+    FROM_SM_90,
+    HALF,
+    HALF_BACKWARD,
+    HALF_GATE_UP,
+    tuned_for,
 )
-HALF_BACKWARD = (
-    _config(128, 128, 64, 8, 3),
-    _config(128, 64, 64, 8, 3, 2),
-    _config(64, 128, 64, 8, 3, 2),
-)
-# two accumulators
-HALF_GATE_UP = (
-    _config(128, 64, 64, 8, 3, 2),
-    _config(64, 128, 64, 8, 3, 2),
-    _config(64, 64, 64, 4, 4, 2),
-)
-ONE_PRODUCT = (HALF[1],)
-FROM_SM_90 = (_config(128, 128, 64, 8, 3),)  # of gate and up: registers of sm_80 do not suffice
-SINGLE = (_config(64, 64, 32, 8, 2, 2),)  # fp32 without tensor cores
-
-
-def _suitable(configs: list[triton.Config], arguments: dict, **flags: Any) -> list[triton.Config]:
-    """Configurations for the dtype of the tensors, for their device, and for two products."""
-    first = next(value for value in arguments.values() if isinstance(value, torch.Tensor))
-    single = first.dtype == torch.float32
-    old = torch.cuda.get_device_capability(first.device) < (9, 0)
-    return [
-        config
-        for config in configs
-        if (config in SINGLE) == single
-        and not (old and config in FROM_SM_90)
-        and not (flags.get("TWO") and config in ONE_PRODUCT)
-    ]
-
-
-def _tuned(half: tuple[triton.Config, ...], key: list[str]) -> Callable[[Any], Any]:
-    return tuned([*half, *SINGLE], key=key, prune_configs_by={"early_config_prune": _suitable})
 
 
 @triton.jit
@@ -175,7 +111,7 @@ def _add_product(
 _EVEN_K = {"EVEN_K": lambda arguments: arguments["K"] % arguments["BLOCK_K"] == 0}
 
 
-@_tuned(HALF, ["N", "K", "TRANSPOSED", "TWO", "TMA"])
+@tuned_for(HALF, ["N", "K", "TRANSPOSED", "TWO", "TMA"])
 @triton.heuristics(_EVEN_K)
 @triton.jit
 def rows_kernel(
@@ -225,6 +161,17 @@ def _halves(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def _parts(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Its columns from left to right in two or, of 128, in four parts, as few as do not spill."""
+    left, right = _halves(tile, BLOCK_M, BLOCK_N)
+    if BLOCK_N == 128:
+        parts = _halves(left, BLOCK_M, 64) + _halves(right, BLOCK_M, 64)
+    else:
+        parts = (left, right)
+    return parts
+
+
+@triton.jit
 def _activate(gate, up, tensors, lane, column, valid, N, KEEP: tl.constexpr):
     """Stores h = silu(gate) · up of a tile, and gate and up if KEEP."""
     gate_ptr, up_ptr, h_ptr = tensors
@@ -236,7 +183,7 @@ def _activate(gate, up, tensors, lane, column, valid, N, KEEP: tl.constexpr):
     tl.store(h_ptr + at, gate * tl.sigmoid(gate) * up, mask=mask)
 
 
-@_tuned((*HALF_GATE_UP, *FROM_SM_90), ["N", "K", "KEEP", "TMA"])
+@tuned_for((*HALF_GATE_UP, *FROM_SM_90), ["N", "K", "KEEP", "TMA"])
 @triton.heuristics(_EVEN_K)
 @triton.jit
 def gate_up_kernel(
@@ -302,7 +249,7 @@ def _activation_backward(dh, tensors, lane, column, valid, weight, N):
     return dots
 
 
-@_tuned(HALF_BACKWARD, ["N", "K", "TMA"])
+@tuned_for(HALF_BACKWARD, ["N", "K", "TMA"])
 @triton.heuristics(_EVEN_K)
 @triton.jit
 def activation_backward_kernel(
@@ -323,7 +270,6 @@ def activation_backward_kernel(
     for tile in range(tl.program_id(0), tl.max(ends), tl.num_programs(0)):
         group, first, end, block = _place(tile, ends, offset_ptr, columns, BLOCK_M, BAND)
         valid = first + lane < end
-        column = block * BLOCK_N + tl.arange(0, BLOCK_N)
         token = tl.load(row_ptr + first + lane, mask=valid, other=0).to(INDEX)
         dh = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         dh = _add_product(
@@ -333,18 +279,20 @@ def activation_backward_kernel(
         weight = tl.zeros((BLOCK_M,), tl.float32) + 1.0
         if WEIGHTED:
             weight = tl.load(weight_ptr + first + lane, mask=valid, other=0.0).to(tl.float32)
-        left, right = _halves(dh, BLOCK_M, BLOCK_N)
-        half = block * BLOCK_N + tl.arange(0, BLOCK_N // 2)
         skip = first.to(tl.int64) * N
         tensors = (gate_ptr + skip, up_ptr + skip, h_ptr + skip, dgate_ptr + skip, dup_ptr + skip)
-        dots = _activation_backward(left, tensors, lane, half, valid, weight, N)
-        dots += _activation_backward(right, tensors, lane, half + BLOCK_N // 2, valid, weight, N)
+        parts = _parts(dh, BLOCK_M, BLOCK_N)
+        width: tl.constexpr = BLOCK_N // len(parts)
+        dots = tl.zeros((BLOCK_M,), tl.float32)
+        for part in tl.static_range(len(parts)):
+            column = block * BLOCK_N + part * width + tl.arange(0, width)
+            dots += _activation_backward(parts[part], tensors, lane, column, valid, weight, N)
         if NEED_WEIGHT:
             partial = partial_ptr + block.to(tl.int64) * rows + first
             tl.store(partial + lane, dots, mask=valid)
 
 
-@_tuned(HALF, ["M", "N", "GATHER_P", "GATHER_Q", "TMA"])
+@tuned_for(HALF, ["M", "N", "GATHER_P", "GATHER_Q", "TMA"])
 @triton.jit
 def weight_gradient_kernel(
     p_ptr, q_ptr, row_ptr, offset_ptr, weight_ptr, out_ptr, groups, M, N,
