@@ -63,6 +63,7 @@ SINGLE = (_config(64, 64, 32, 8, 2, 2),)  # fp32 without tensor cores
 
 def _suitable(configs: list[triton.Config], arguments: dict, **flags: Any) -> list[triton.Config]:
     """Configurations for the dtype of the tensors, for their device, and for two products."""
+    # the first operand or, if all come by TMA, which is never used for fp32, the route
     first = next(value for value in arguments.values() if isinstance(value, torch.Tensor))
     single = first.dtype == torch.float32
     old = torch.cuda.get_device_capability(first.device) < (9, 0)

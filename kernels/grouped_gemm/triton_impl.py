@@ -278,6 +278,7 @@ def _rows(
     scatter_to: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One product per routed row, in rows of its own or of its token in ``scatter_to``."""
+    a, b = a.contiguous(), b.contiguous()
     a2, b2 = second if second is not None else (a, b)
     groups, rows = b.shape[0], row_R.shape[0]
     columns, inner = (b.shape[1], b.shape[2]) if transposed else (b.shape[2], b.shape[1])
