@@ -19,7 +19,7 @@ from triton.tools.ragged_tma import create_ragged_descriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from earlyfuse.kernels.ahead_of_time import Variant
-from earlyfuse.kernels.grouped_gemm.configurations import (
+from earlyfuse.kernels.grouped_gemm.triton_configurations import (
     BAND,
     FROM_SM_90,
     HALF,
@@ -168,7 +168,7 @@ def operands(*readings: tuple[torch.Tensor, Reading]) -> tuple[bool, list[Any]]:
 
     It does where the device has a TMA for them and can address every operand that is not gathered;
     else all are read through pointers. What is gathered always is. The tiles of descriptors are set
-    when a configuration is chosen (``configurations.tiles``).
+    when a configuration is chosen (``triton_configurations.tiles``).
     """
     # flattened, because a dimension of size 1 may have any stride and TMA needs the packed one
     tensors = [tensor.contiguous().flatten().view(tensor.shape) for tensor, _ in readings]

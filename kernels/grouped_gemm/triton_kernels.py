@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from triton.tools.ragged_tma import load_ragged
 
-from earlyfuse.kernels.grouped_gemm.configurations import (
+from earlyfuse.kernels.grouped_gemm.triton_configurations import (
     FROM_SM_90,
     HALF,
     HALF_BACKWARD,
