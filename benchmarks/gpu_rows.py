@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +47,21 @@ class Work:
 
 
 # ---------------------------------------------------------------- rows 1 to 3
+
+
+def without_tma(run: Run) -> Sequence[torch.Tensor]:
+    """Results of ``run`` where the grouped kernels read every tile through pointers."""
+    from earlyfuse.kernels.grouped_gemm import triton_impl  # needs Triton
+
+    with mock.patch.object(triton_impl, "has_tma", lambda tensor: False):
+        return run()
+
+
+def pointers(run: Run, kind: str) -> dict[str, Run]:
+    """The rival of ``run`` that does not use TMA, where the device has it."""
+    if kind != "cuda" or torch.cuda.get_device_capability() < (9, 0):
+        return {}
+    return {"pointers": partial(without_tma, run)}
 
 
 @dataclass
@@ -118,12 +134,13 @@ def moma_layers(kind: str, tiny: bool) -> Iterator[Work]:
     for tokens in (32,) if tiny else (8192, 16384, 32768):
         layer = Experts(tokens, *((16, 32, 4) if tiny else (2048, 5632, 8)), kind)
         size = layer.dim * layer.hidden
+        other = pointers(layer.ours, kind)
         yield Work(
             "1 MoMa layer",
             f"T {tokens} d {layer.dim} f {layer.hidden} 4t4i",
             layer.ours,
-            {"dense": layer.dense, "F.grouped_mm": layer.torch_grouped},
-            ("F.grouped_mm",),
+            {"dense": layer.dense, "F.grouped_mm": layer.torch_grouped, **other},
+            ("F.grouped_mm", *other),
             3e-2,
             flops=18 * tokens * size,
             bytes_moved=6 * 3 * layer.experts * size,
@@ -184,6 +201,8 @@ def grouped_products(kind: str, tiny: bool) -> Iterator[Work]:
         sizes[-1] += tokens - sum(sizes)
         products = Products(sizes, dim, hidden, kind)
         for part in ("forward", "dX", "dW"):
+            # both operands of dW are gathered: there is no other path
+            other = pointers(partial(products.ours, part), kind) if part != "dW" else {}
             yield Work(
                 "2 grouped GEMM",
                 f"{part}, {name}, T {tokens} d {dim} f {hidden}",
@@ -191,8 +210,9 @@ def grouped_products(kind: str, tiny: bool) -> Iterator[Work]:
                 {
                     "dense": partial(products.dense, part),
                     "F.grouped_mm": partial(products.grouped, part),
+                    **other,
                 },
-                ("F.grouped_mm",),
+                ("F.grouped_mm", *other),
                 2e-2,
                 flops=2 * tokens * dim * hidden,
                 bytes_moved=2 * (tokens * (dim + hidden) + 8 * dim * hidden),

@@ -6,7 +6,7 @@
 A ``triton_impl.py`` names its kernels in ``variants()``: one ``Variant`` per specialisation that a
 launch may compile, over the list its autotuner chooses from. What a compiled kernel takes is read
 from the machine code: registers, stack and local memory (spills), shared memory, and instructions
-of the tensor cores.
+of the tensor cores and of the tensor memory accelerator.
 """
 
 import argparse
@@ -53,11 +53,13 @@ TARGETS = (
 class Variant:
     """One specialisation of a kernel, as a launch would compile it.
 
-    ``types``: Triton's word for each argument that is no constant ("*bf16", "i32", "fp32").
+    ``types``: Triton's word for each argument that is no constant ("*bf16", "i32", "fp32",
+    "tensordesc<bf16[64, 128]>").
     ``constants``: values of ``tl.constexpr`` arguments, and None for pointers that are not given.
     ``aligned``: integer arguments known to be multiples of 16; pointers always are.
-    ``tensor_cores``: whether its products are meant to run on them. ``oldest``: the first
-    capability that has what it uses.
+    ``tensor_cores``: whether its products are meant to run on them. ``tma``: whether tiles are
+    meant to be fetched by the tensor memory accelerator. ``oldest``: the first capability that has
+    what it uses.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Variant:
     warps: int = 4
     stages: int = 3
     tensor_cores: bool = False
+    tma: bool = False
     oldest: int = 80
 
 
@@ -81,6 +84,7 @@ class Resources:
     spilled_bytes: int
     shared_bytes: int
     tensor_core_instructions: int
+    tma_loads: int
 
 
 def variants() -> list[Variant]:
@@ -124,6 +128,7 @@ def compiled(variant: Variant, target: Target) -> Resources:
         spilled_bytes=counts["STACK"] + counts["LOCAL"],
         shared_bytes=binary.metadata.shared,
         tensor_core_instructions=len(re.findall(rf"\s{target.tensor_core}[.\s]", code)),
+        tma_loads=len(re.findall(r"\sUTMALDG[.\s]", code)),
     )
 
 

@@ -36,7 +36,11 @@ class _FirstConfig:
 
     def __getitem__(self, grid: Any) -> Callable[..., Any]:
         def launch(*args: Any, **kwargs: Any) -> Any:
-            return self.fn[grid](*args, **kwargs, **self.config.kwargs)
+            arguments = {**kwargs, **self.config.kwargs}
+            if self.config.pre_hook is not None:
+                positional = dict(zip(self.fn.arg_names, args, strict=False))
+                self.config.pre_hook(positional | arguments)
+            return self.fn[grid](*args, **arguments)
 
         return launch
 

@@ -1,5 +1,5 @@
-"""Triton kernels compiled ahead of time, without a GPU: nothing spills, all fits, and products that
-are meant for tensor cores run there."""
+"""Triton kernels compiled ahead of time, without a GPU: nothing spills, all fits, products that are
+meant for tensor cores run there, and tiles that are meant for TMA are loaded by it."""
 
 import json
 import os
@@ -15,8 +15,10 @@ from dataclasses import asdict
 from earlyfuse.kernels import ahead_of_time
 if __name__ == "__main__":
     found = ahead_of_time.compile_all(2)
-    tensor_cores = {v.name: v.tensor_cores for v in ahead_of_time.variants()}
-    print(json.dumps([asdict(r) | {"meant": tensor_cores[r.variant]} for r in found]))
+    meant = {
+        v.name: {"meant": v.tensor_cores, "tma": v.tma} for v in ahead_of_time.variants()
+    }
+    print(json.dumps([asdict(r) | meant[r.variant] for r in found]))
     print(json.dumps(ahead_of_time.table(found)))
 """
 
@@ -52,6 +54,11 @@ def test_products_meant_for_tensor_cores_run_there(compiled):
     meant = [r for r in compiled[0] if r["meant"]]
     assert len(meant) > 30
     assert [r for r in meant if r["tensor_core_instructions"] == 0] == []
+
+
+def test_tiles_meant_for_tma_are_loaded_by_it_and_no_others(compiled):
+    assert sum(r["tma"] for r in compiled[0]) >= 30
+    assert [r for r in compiled[0] if (r["tma_loads"] > 0) != r["tma"]] == []
 
 
 def test_the_table_in_the_readme_is_what_was_compiled(compiled):

@@ -4,6 +4,8 @@ the device where there is one.
 The interpreter takes about 0.1 s for a program and a step of its inner loop, so sizes are small.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from kernel_checks import DEVICE, outputs_and_gradients, rms_ratio
@@ -12,6 +14,7 @@ from earlyfuse.kernels.grouped_gemm import grouped_linear, grouped_swiglu
 from earlyfuse.kernels.permute import gather_rows, scatter_add_rows, select_top_k
 
 pytest.importorskip("triton")
+triton_impl = pytest.importorskip("earlyfuse.kernels.grouped_gemm.triton_impl")
 
 # name → (tokens of each group, whether no token occurs twice)
 ROUTES = {
@@ -102,6 +105,105 @@ def test_a_token_twice_gives_the_same_bits_on_every_run():
     )
     for once, again in zip(first, second, strict=True):
         assert torch.equal(once, again)
+
+
+# ---------------------------------------------------------------- tiles by TMA
+
+# what a device with TMA uses it for; the interpreter computes in fp32 whatever it is given
+TMA_TYPE, TMA_BOUND = (torch.float32, 1e-5) if DEVICE == "cpu" else (torch.bfloat16, 1e-2)
+
+
+def choose(monkeypatch, tma):
+    """TMA or pointers, whatever the device has; returns (TMA, readings) of launches to come."""
+    if DEVICE == "cuda" and tma and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs a device with TMA")
+    launches, operands = [], triton_impl.operands
+
+    def noted(*readings):
+        launches.append((operands(*readings)[0], [how for _, how in readings]))
+        return operands(*readings)
+
+    monkeypatch.setattr(triton_impl, "has_tma", lambda tensor: tma)
+    monkeypatch.setattr(triton_impl, "operands", noted)
+    return launches
+
+
+@pytest.mark.usefixtures("nan_filled_memory")
+@pytest.mark.parametrize("name", [name for name in ROUTES if name != "no rows"])
+def test_tiles_by_tma_equal_the_reference(name, monkeypatch):
+    groups, once = ROUTES[name]
+    launches = choose(monkeypatch, tma=True)
+    tensors = problem(groups, width=24, hidden=40, dtype=TMA_TYPE)
+    assert_equal_to_reference(tensors, once, TMA_BOUND)
+    # all but the weight gradient of both tokens and their gradients, which has no dense operand
+    assert launches and all(
+        tma == (set(how) != {triton_impl.Reading.GATHERED}) for tma, how in launches
+    )
+
+
+def test_several_tiles_by_tma_equal_the_reference(monkeypatch):
+    """As above: groups larger than a tile, widths that are not multiples of one."""
+    generator = torch.Generator().manual_seed(5)
+    groups = [torch.randint(0, 90, (n,), generator=generator).tolist() for n in (70, 0, 3)]
+    choose(monkeypatch, tma=True)
+    tensors = problem(groups, tokens=90, width=72, hidden=136, dtype=TMA_TYPE)
+    assert_equal_to_reference(tensors, False, TMA_BOUND)
+
+
+@pytest.mark.parametrize("tma", [True, False], ids=["tma", "pointers"])
+def test_nan_in_one_group_moves_no_bit_of_another(tma, monkeypatch):
+    """Every tile here is larger than its group, so it would read what lies next to it."""
+    choose(monkeypatch, tma)
+    groups = [list(range(7)), [7, 8, 9], list(range(10, 18))]
+    *clean, row_R, offset_G1, weight_R = problem(groups, 18, 24, 40, TMA_TYPE)
+    damaged = [tensor.detach().clone() for tensor in clean]
+    damaged[0][7:10] = torch.nan
+    for weights in damaged[1:]:
+        weights[1] = torch.nan
+    others = [0, 1, 2, 3, 4, 5, 6, *range(10, 18)]
+    for op, used in ((grouped_swiglu, 4), (grouped_linear, 2)):
+        expected, found = (
+            outputs_and_gradients(op, inputs, row_R, offset_G1, weight_R, backend="triton")
+            for inputs in (clean[:used], [t.requires_grad_() for t in damaged[:used]])
+        )
+        y, dx, *dw, dweight = zip(expected, found, strict=True)
+        for want, have in (y, dx, dweight):
+            assert torch.equal(have[others], want[others])
+        for want, have in dw:
+            assert have[1].isnan().all() and torch.equal(have[[0, 2]], want[[0, 2]])
+
+
+def test_what_tma_cannot_address_comes_through_pointers(monkeypatch):
+    choose(monkeypatch, tma=True)
+    dense, gathered = triton_impl.Reading.DENSE, triton_impl.Reading.GATHERED
+
+    def by_tma(*tensors):
+        return triton_impl.operands(*((tensor, dense) for tensor in tensors))[0]
+
+    whole = torch.zeros(2, 3, 8, device=DEVICE)
+    assert by_tma(whole)
+    assert not by_tma(torch.zeros(2, 3, 6, device=DEVICE))  # rows of 24 bytes
+    assert not by_tma(torch.zeros(49, device=DEVICE)[1:].view(2, 3, 8))  # begins at 4 bytes
+    assert not by_tma(torch.zeros(2, 0, 8, device=DEVICE))
+    assert not by_tma(whole, torch.zeros(2, 3, 6, device=DEVICE))
+    assert not triton_impl.operands((whole[0], gathered), (whole[0], gathered))[0]
+    # the one matrix of a tensor with another's stride is still addressed by its own
+    tma, (single,) = triton_impl.operands((whole.as_strided((1, 3, 8), (1, 8, 1)), dense))
+    assert tma and list(single.strides) == [24, 8, 1]
+
+
+@pytest.mark.parametrize(
+    ("capability", "has"), [((8, 0), False), ((8, 9), False), ((9, 0), True), ((10, 0), True)]
+)
+def test_tma_is_for_half_precision_on_devices_that_have_it(capability, has, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    cuda = torch.device("cuda")
+    for dtype, wanted in ((torch.bfloat16, has), (torch.float16, has), (torch.float32, False)):
+        assert triton_impl.has_tma(SimpleNamespace(device=cuda, dtype=dtype)) == wanted
+    assert not triton_impl.has_tma(torch.zeros(1, dtype=torch.bfloat16))
+
+
+# ---------------------------------------------------------------- rows moved and chosen
 
 
 @pytest.mark.usefixtures("nan_filled_memory")

@@ -8,14 +8,18 @@ T tokens, R routed rows, G groups, D model, F hidden.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from enum import Enum
+from itertools import product
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from triton.tools.ragged_tma import create_ragged_descriptor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from earlyfuse.kernels.ahead_of_time import Variant
-from earlyfuse.kernels.grouped_gemm.triton_kernels import (
+from earlyfuse.kernels.grouped_gemm.triton_configurations import (
     BAND,
     FROM_SM_90,
     HALF,
@@ -23,6 +27,9 @@ from earlyfuse.kernels.grouped_gemm.triton_kernels import (
     HALF_GATE_UP,
     ONE_PRODUCT,
     SINGLE,
+    tiles,
+)
+from earlyfuse.kernels.grouped_gemm.triton_kernels import (
     activation_backward_kernel,
     gate_up_kernel,
     rows_kernel,
@@ -32,6 +39,14 @@ from earlyfuse.kernels.permute.triton_impl import combine, inverse_of
 from earlyfuse.kernels.triton_support import compute_type, pointer_type, product_precision
 
 PROGRAMS_IN_INTERPRETER = 2
+
+
+class Reading(Enum):
+    """How a kernel reads an operand."""
+
+    GATHERED = "rows picked by the route"
+    DENSE = "tiles anywhere in it"
+    RAGGED = "rows of one group, zeros after its last"
 
 
 def linear(
@@ -96,9 +111,10 @@ def swiglu(
     gate_RF, up_RF = gate_up_2RF if keep else (gate_up_2RF, gate_up_2RF)
     h_RF = x_TD.new_empty(rows, hidden)
     if h_RF.numel():
+        tma, (w1, w3) = operands((w1_GFD, Reading.DENSE), (w3_GFD, Reading.DENSE))
         gate_up_kernel[_programs(x_TD, rows, groups, hidden)](
-            x_TD, w1_GFD.contiguous(), w3_GFD.contiguous(), row_R, offset_G1, gate_RF, up_RF, h_RF,
-            groups, hidden, dim, KEEP=keep, INDEX=_index(x_TD), **_common(x_TD, groups),
+            x_TD, w1, w3, row_R, offset_G1, gate_RF, up_RF, h_RF, groups, hidden, dim,
+            KEEP=keep, TMA=tma, INDEX=_index(x_TD), **_common(x_TD, groups),
         )  # fmt: skip
     y_TD = _to_tokens(
         h_RF, w2_GDF, row_R, offset_G1, weight_R, once,
@@ -144,6 +160,51 @@ def swiglu_backward(
     return dx_TD, gradients[0], gradients[1], gradients[2], dweight_R
 
 
+# ---------------------------------------------------------------- TMA or pointers
+
+
+def operands(*readings: tuple[torch.Tensor, Reading]) -> tuple[bool, list[Any]]:
+    """Whether a launch fetches tiles by TMA, and its operands: contiguous tensors or descriptors.
+
+    It does where the device has a TMA for them and can address every operand that is not gathered;
+    else all are read through pointers. What is gathered always is. The tiles of descriptors are set
+    when a configuration is chosen (``triton_configurations.tiles``).
+    """
+    # flattened, because a dimension of size 1 may have any stride and TMA needs the packed one
+    tensors = [tensor.contiguous().flatten().view(tensor.shape) for tensor, _ in readings]
+    how = [reading for _, reading in readings]
+    tiled = [t for t, reading in zip(tensors, how, strict=True) if reading != Reading.GATHERED]
+    if not tiled or not all(has_tma(t) and _addressable(t) for t in tiled):
+        return False, tensors
+    return True, list(map(_described, tensors, how))
+
+
+def has_tma(tensor: torch.Tensor) -> bool:
+    """Whether the tensor memory accelerator of its device is used for tensors of its type.
+
+    fp32 products do not wait for tiles, and with TMA their kernels take twice the registers.
+    """
+    return (
+        tensor.device.type == "cuda"
+        and torch.cuda.get_device_capability(tensor.device) >= (9, 0)
+        and tensor.dtype != torch.float32
+    )
+
+
+def _addressable(tensor: torch.Tensor) -> bool:
+    """Not empty, and every row of it begins at a multiple of 16 bytes: a rule of the hardware."""
+    row_bytes = tensor.shape[-1] * tensor.element_size()
+    return tensor.numel() > 0 and tensor.data_ptr() % 16 == 0 and row_bytes % 16 == 0
+
+
+def _described(tensor: torch.Tensor, reading: Reading) -> torch.Tensor | TensorDescriptor:
+    if reading == Reading.GATHERED:
+        return tensor
+    if reading == Reading.RAGGED:
+        return create_ragged_descriptor(tensor, [1, 1])
+    return TensorDescriptor.from_tensor(tensor, [1] * tensor.ndim)
+
+
 # ---------------------------------------------------------------- launches
 
 
@@ -166,11 +227,12 @@ def _activation_backward(
         triton.cdiv(hidden, narrowest) if need_weight else 0, rows, dtype=torch.float32
     )
     if h_RF.numel():
+        tma, (w2,) = operands((w2_GDF, Reading.DENSE))
         activation_backward_kernel[_programs(dy_TD, rows, groups, hidden)](
-            dy_TD, w2_GDF, gate_up_2RF[0], gate_up_2RF[1], row_R, offset_G1, weight_R,
+            dy_TD, w2, gate_up_2RF[0], gate_up_2RF[1], row_R, offset_G1, weight_R,
             dgate_RF, dup_RF, h_RF, partial_NR, rows, groups, hidden, dim,
-            WEIGHTED=weight_R is not None, NEED_WEIGHT=need_weight, INDEX=_index(dy_TD),
-            **_common(dy_TD, groups),
+            WEIGHTED=weight_R is not None, NEED_WEIGHT=need_weight, TMA=tma,
+            INDEX=_index(dy_TD), **_common(dy_TD, groups),
         )  # fmt: skip
     dweight_R = dy_TD.new_empty(0)
     if need_weight and weight_R is not None:
@@ -222,11 +284,13 @@ def _rows(
     columns, inner = (b.shape[1], b.shape[2]) if transposed else (b.shape[2], b.shape[1])
     out = a.new_empty(rows, columns) if scatter_to is None else scatter_to
     if rows and columns:
+        reading, dense = Reading.GATHERED if gather else Reading.DENSE, Reading.DENSE
+        tma, tensors = operands((a, reading), (b, dense), (a2, reading), (b2, dense))
         rows_kernel[_programs(a, rows, groups, columns)](
-            a, b, a2.contiguous(), b2.contiguous(), row_R, offset_G1, weight_R, out,
-            groups, columns, inner, GATHER=gather, TRANSPOSED=transposed, TWO=second is not None,
-            SCATTER=scatter_to is not None, WEIGHTED=weight_R is not None, INDEX=_index(a, out),
-            **_common(a, groups),
+            *tensors, row_R, offset_G1, weight_R, out, groups, columns, inner,
+            GATHER=gather, TRANSPOSED=transposed, TWO=second is not None,
+            SCATTER=scatter_to is not None, WEIGHTED=weight_R is not None, TMA=tma,
+            INDEX=_index(a, out), **_common(a, groups),
         )  # fmt: skip
     return out
 
@@ -242,14 +306,18 @@ def _weight_gradient(
     gather_q: bool,
 ) -> torch.Tensor:
     """Σ over the rows of each group of weight · pᵀ q → (G, columns of p, columns of q)."""
-    p, q, groups = p.contiguous(), q.contiguous(), offset_G1.shape[0] - 1
+    groups = offset_G1.shape[0] - 1
     out = p.new_empty(groups, p.shape[1], q.shape[1])
     if out.numel():
         common = _common(p, groups)
         del common["GROUPS"]
+        tma, tensors = operands(
+            (p, Reading.GATHERED if gather_p else Reading.RAGGED),
+            (q, Reading.GATHERED if gather_q else Reading.RAGGED),
+        )
         weight_gradient_kernel[_programs(p, groups * p.shape[1], groups, q.shape[1])](
-            p, q, row_R, offset_G1, weight_R, out, groups, p.shape[1], q.shape[1],
-            GATHER_P=gather_p, GATHER_Q=gather_q, WEIGHTED=weight_R is not None, **common,
+            *tensors, row_R, offset_G1, weight_R, out, groups, p.shape[1], q.shape[1],
+            GATHER_P=gather_p, GATHER_Q=gather_q, WEIGHTED=weight_R is not None, TMA=tma, **common,
         )  # fmt: skip
     return out
 
@@ -285,39 +353,44 @@ def _common(like: torch.Tensor, groups: int) -> dict[str, Any]:
 
 
 def variants() -> Iterator[Variant]:
-    """Every configuration of every kernel, with what costs most switched on."""
+    """Every configuration of every kernel, with what costs most switched on; bf16 also by TMA."""
     for dtype in (torch.bfloat16, torch.float32):
         data, single = pointer_type(dtype), dtype == torch.float32
         route = {"row_ptr": "*i64", "offset_ptr": "*i64", "weight_ptr": "*fp32"}
         sizes = {"groups": "i32", "N": "i32", "K": "i32"}
         half_dx = [config for config in HALF if config not in ONE_PRODUCT]
-        for name, half, flags in (
-            ("linear", HALF, {"GATHER": True, "TRANSPOSED": True, "TWO": False, "SCATTER": True}),
-            ("dx", half_dx, {"GATHER": False, "TRANSPOSED": False, "TWO": True, "SCATTER": False}),
+        linear = {"GATHER": True, "TRANSPOSED": True, "TWO": False, "SCATTER": True}
+        dx = {"GATHER": False, "TRANSPOSED": False, "TWO": True, "SCATTER": False}
+        matrices = ("b_ptr", "b2_ptr")
+        for name, half, flags, tiled in (
+            ("linear", HALF, linear, matrices),
+            ("dx", half_dx, dx, ("a_ptr", "a2_ptr", *matrices)),
         ):
             pointers = dict.fromkeys(("a_ptr", "b_ptr", "a2_ptr", "b2_ptr", "out_ptr"), data)
             yield from _variants(
                 name, rows_kernel, dtype, SINGLE if single else half,
                 pointers | route | sizes, {**flags, "WEIGHTED": name == "linear", "GROUPS": 8},
+                tiled,
             )  # fmt: skip
         names: tuple[str, ...] = ("x_ptr", "w1_ptr", "w3_ptr", "gate_ptr", "up_ptr", "h_ptr")
         types = dict.fromkeys(names, data) | {"row_ptr": "*i64", "offset_ptr": "*i64"} | sizes
         yield from _variants(
             "gate and up", gate_up_kernel, dtype,
             SINGLE if single else (*HALF_GATE_UP, *FROM_SM_90), types, {"KEEP": True, "GROUPS": 8},
+            ("w1_ptr", "w3_ptr"),
         )  # fmt: skip
         names = ("dy_ptr", "w2_ptr", "gate_ptr", "up_ptr", "dgate_ptr", "dup_ptr", "h_ptr")
         types = dict.fromkeys(names, data) | route | sizes
         yield from _variants(
             "activation backward", activation_backward_kernel, dtype,
             SINGLE if single else HALF_BACKWARD, types | {"partial_ptr": "*fp32", "rows": "i32"},
-            {"WEIGHTED": True, "NEED_WEIGHT": True, "GROUPS": 8},
+            {"WEIGHTED": True, "NEED_WEIGHT": True, "GROUPS": 8}, ("w2_ptr",),
         )  # fmt: skip
         types = dict.fromkeys(("p_ptr", "q_ptr", "out_ptr"), data) | route
         yield from _variants(
             "dw", weight_gradient_kernel, dtype, SINGLE if single else HALF,
             types | {"groups": "i32", "M": "i32", "N": "i32"},
-            {"GATHER_P": False, "GATHER_Q": True, "WEIGHTED": False},
+            {"GATHER_P": False, "GATHER_Q": True, "WEIGHTED": False}, ("p_ptr",),
         )  # fmt: skip
 
 
@@ -328,18 +401,27 @@ def _variants(
     configs: Sequence[triton.Config],
     types: dict[str, str],
     flags: dict[str, Any],
+    tiled: Sequence[str],
 ) -> Iterator[Variant]:
-    for config in configs:
+    """``tiled``: the operands that are not gathered, which come by TMA where it is used."""
+    data = pointer_type(dtype)[1:]
+    common = {"BAND": BAND, "DOT": compute_type(dtype), "EVEN_K": True, "INDEX": tl.int32}
+    for tma, config in product((False, True) if dtype == torch.bfloat16 else (False,), configs):
+        constants = {**common, "PRECISION": product_precision(dtype), "TMA": tma}
+        constants |= {**flags, **config.kwargs}
+        shapes = tiles(constants)
+        descriptors = {name: f"tensordesc<{data}{shapes[name]}>" for name in tiled}
         blocks = "x".join(str(config.kwargs[f"BLOCK_{axis}"]) for axis in "MNK")
-        common = {"BAND": BAND, "DOT": compute_type(dtype), "EVEN_K": True, "INDEX": tl.int32}
+        new = tma or (kernel is gate_up_kernel and config in FROM_SM_90)
         yield Variant(
-            name=f"grouped_gemm {name} {pointer_type(dtype)[1:]} {blocks}",
+            name=f"grouped_gemm {name} {data} {blocks}{', TMA' if tma else ''}",
             kernel=kernel,
-            types=types,
-            constants={**common, "PRECISION": product_precision(dtype), **flags, **config.kwargs},
+            types=types | descriptors if tma else types,
+            constants=constants,
             aligned=tuple(name for name in ("M", "N", "K") if name in types),
             warps=config.num_warps,
             stages=config.num_stages,
             tensor_cores=dtype == torch.bfloat16,
-            oldest=90 if kernel is gate_up_kernel and config in FROM_SM_90 else 80,
+            tma=tma,
+            oldest=90 if new else 80,
         )

@@ -8,63 +8,24 @@ fp32.
 N columns of the result, K inner dimension, R routed rows. A tile is BLOCK_M × BLOCK_N. Matrices
 begin at int64 addresses; offsets inside one are 32 bits wide, which saves registers, and INDEX is
 the type of offsets into all tokens: int64 where they need it.
+
+With TMA, operands that are dense arrive as ``TensorDescriptor`` and their tiles are fetched by the
+tensor memory accelerator; what is gathered is read through pointers all the same. A matrix tile is
+(1, rows, columns) of a descriptor (G, rows, columns): the device itself reads zeros past the end of
+a group's matrix in either direction, so no tile has anything of the next group.
 """
 
-from collections.abc import Callable
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
+from triton.tools.ragged_tma import load_ragged
 
-from earlyfuse.kernels.triton_support import tuned
-
-BAND = 8
-
-
-def _config(m: int, n: int, k: int, warps: int, stages: int, per_sm: int = 1) -> triton.Config:
-    blocks = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "PER_SM": per_sm}
-    return triton.Config(blocks, num_warps=warps, num_stages=stages)
-
-
-# None of these spills on sm_80, sm_90 or sm_100 (tests/test_kernels_compiled.py); half precision:
-HALF = (
-    _config(128, 128, 64, 8, 3),
-    _config(256, 128, 64, 8, 3),
-    _config(64, 128, 64, 4, 4, 2),
+from earlyfuse.kernels.grouped_gemm.triton_configurations import (
+    FROM_SM_90,
+    HALF,
+    HALF_BACKWARD,
+    HALF_GATE_UP,
+    tuned_for,
 )
-HALF_BACKWARD = (
-    _config(128, 128, 64, 8, 3),
-    _config(128, 64, 64, 8, 3, 2),
-    _config(64, 128, 64, 8, 3, 2),
-)
-# two accumulators
-HALF_GATE_UP = (
-    _config(128, 64, 64, 8, 3, 2),
-    _config(64, 128, 64, 8, 3, 2),
-    _config(64, 64, 64, 4, 4, 2),
-)
-ONE_PRODUCT = (HALF[1],)
-FROM_SM_90 = (_config(128, 128, 64, 8, 3),)  # of gate and up: registers of sm_80 do not suffice
-SINGLE = (_config(64, 64, 32, 8, 2, 2),)  # fp32 without tensor cores
-
-
-def _suitable(configs: list[triton.Config], arguments: dict, **flags: Any) -> list[triton.Config]:
-    """Configurations for the dtype of the tensors, for their device, and for two products."""
-    first = next(value for value in arguments.values() if isinstance(value, torch.Tensor))
-    single = first.dtype == torch.float32
-    old = torch.cuda.get_device_capability(first.device) < (9, 0)
-    return [
-        config
-        for config in configs
-        if (config in SINGLE) == single
-        and not (old and config in FROM_SM_90)
-        and not (flags.get("TWO") and config in ONE_PRODUCT)
-    ]
-
-
-def _tuned(half: tuple[triton.Config, ...], key: list[str]) -> Callable[[Any], Any]:
-    return tuned([*half, *SINGLE], key=key, prune_configs_by={"early_config_prune": _suitable})
 
 
 @triton.jit
@@ -92,13 +53,36 @@ def _place(
 
 
 @triton.jit
+def _matrix_tile(b_ptr, group, row, column, TRANSPOSED: tl.constexpr):
+    """By TMA: the (K, N) tile of a group's matrix from ``row`` of K and ``column`` of N on."""
+    if TRANSPOSED:
+        tile = b_ptr.load([group, column, row])
+        tile = tl.trans(tl.reshape(tile, (tile.shape[1], tile.shape[2])))
+    else:
+        tile = b_ptr.load([group, row, column])
+        tile = tl.reshape(tile, (tile.shape[1], tile.shape[2]))
+    return tile
+
+
+@triton.jit
 def _add_product(
-    total, a_ptr, a_row, valid, b_ptr, column, N, K,
-    TRANSPOSED: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_K: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
+    total, a_ptr, a_row, first, valid, b_ptr, group, block, N, K,
+    GATHER: tl.constexpr, TRANSPOSED: tl.constexpr, TMA: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """total + a @ b, where b is (N, K) if TRANSPOSED, else (K, N); ``a_row``: where rows begin."""
+    """total + a @ b[group], where b[group] is (N, K) if TRANSPOSED, else (K, N).
+
+    ``a_row``: where the rows of a begin, seen from row ``first`` or, with GATHER, from row 0.
+    """
     inner = tl.arange(0, BLOCK_K)
+    column = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    # rows of their own begin at a scalar; rows of tokens are anywhere
+    if GATHER:
+        a_begin = a_ptr
+    elif not TMA:
+        a_begin = a_ptr + first.to(tl.int64) * K
+    if not TMA:
+        b_begin = b_ptr + group.to(tl.int64) * N * K
     a_at = a_row[:, None] + inner[None, :]
     if TRANSPOSED:
         b_at = column[None, :] * K + inner[:, None]
@@ -106,16 +90,20 @@ def _add_product(
         b_at = inner[:, None] * N + column[None, :]
     inside = (column < N)[None, :]
     for start in range(0, K, BLOCK_K):
-        # only these two scalars move: the offsets of a tile stay in registers
-        a_here = a_ptr + start
-        b_here = b_ptr + (start if TRANSPOSED else start * N)
-        if EVEN_K:
-            a = tl.load(a_here + a_at, mask=valid[:, None], other=0.0)
-            b = tl.load(b_here + b_at, mask=inside, other=0.0)
-        else:
+        a_mask, b_mask = valid[:, None], inside
+        if not EVEN_K:
             within = start + inner < K
-            a = tl.load(a_here + a_at, mask=valid[:, None] & within[None, :], other=0.0)
-            b = tl.load(b_here + b_at, mask=inside & within[:, None], other=0.0)
+            a_mask, b_mask = a_mask & within[None, :], b_mask & within[:, None]
+        # without TMA only two scalars move: the offsets of a tile stay in registers
+        if TMA and not GATHER:
+            a = a_ptr.load([first, start])  # rows past the group's end are not stored
+        else:
+            a = tl.load(a_begin + start + a_at, mask=a_mask, other=0.0)
+        if TMA:
+            b = _matrix_tile(b_ptr, group, start, block * BLOCK_N, TRANSPOSED)
+        else:
+            b_here = b_begin + (start if TRANSPOSED else start * N)
+            b = tl.load(b_here + b_at, mask=b_mask, other=0.0)
         total = tl.dot(a.to(DOT), b.to(DOT), total, input_precision=PRECISION)
     return total
 
@@ -123,15 +111,15 @@ def _add_product(
 _EVEN_K = {"EVEN_K": lambda arguments: arguments["K"] % arguments["BLOCK_K"] == 0}
 
 
-@_tuned(HALF, ["N", "K", "TRANSPOSED", "TWO"])
+@tuned_for(HALF, ["N", "K", "TRANSPOSED", "TWO", "TMA"])
 @triton.heuristics(_EVEN_K)
 @triton.jit
 def rows_kernel(
     a_ptr, b_ptr, a2_ptr, b2_ptr, row_ptr, offset_ptr, weight_ptr, out_ptr, groups, N, K,
     GATHER: tl.constexpr, TRANSPOSED: tl.constexpr, TWO: tl.constexpr, SCATTER: tl.constexpr,
-    WEIGHTED: tl.constexpr, GROUPS: tl.constexpr, BAND: tl.constexpr, INDEX: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PER_SM: tl.constexpr,
+    WEIGHTED: tl.constexpr, TMA: tl.constexpr, GROUPS: tl.constexpr, BAND: tl.constexpr,
+    INDEX: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PER_SM: tl.constexpr,
 ):  # fmt: skip
     """out[r] = weight · (a[r] @ b[g] (+ a2[r] @ b2[g])).
 
@@ -146,19 +134,16 @@ def rows_kernel(
         column = block * BLOCK_N + tl.arange(0, BLOCK_N)
         if GATHER or SCATTER:
             token = tl.load(row_ptr + first + lane, mask=valid, other=0).to(INDEX)
-        # rows of their own begin at a scalar; rows of tokens are anywhere
-        skip = 0 if GATHER else first.to(tl.int64) * K
         a_row = token * K if GATHER else lane * K
-        matrix = group.to(tl.int64) * N * K
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         total = _add_product(
-            total, a_ptr + skip, a_row, valid, b_ptr + matrix, column, N, K,
-            TRANSPOSED, EVEN_K, BLOCK_K, DOT, PRECISION,
+            total, a_ptr, a_row, first, valid, b_ptr, group, block, N, K,
+            GATHER, TRANSPOSED, TMA, EVEN_K, BLOCK_N, BLOCK_K, DOT, PRECISION,
         )  # fmt: skip
         if TWO:
             total = _add_product(
-                total, a2_ptr + skip, a_row, valid, b2_ptr + matrix, column, N, K,
-                TRANSPOSED, EVEN_K, BLOCK_K, DOT, PRECISION,
+                total, a2_ptr, a_row, first, valid, b2_ptr, group, block, N, K,
+                GATHER, TRANSPOSED, TMA, EVEN_K, BLOCK_N, BLOCK_K, DOT, PRECISION,
             )  # fmt: skip
         if WEIGHTED:
             weight = tl.load(weight_ptr + first + lane, mask=valid, other=0.0).to(tl.float32)
@@ -176,6 +161,17 @@ def _halves(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def _parts(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Its columns from left to right in two or, of 128, in four parts, as few as do not spill."""
+    left, right = _halves(tile, BLOCK_M, BLOCK_N)
+    if BLOCK_N == 128:
+        parts = _halves(left, BLOCK_M, 64) + _halves(right, BLOCK_M, 64)
+    else:
+        parts = (left, right)
+    return parts
+
+
+@triton.jit
 def _activate(gate, up, tensors, lane, column, valid, N, KEEP: tl.constexpr):
     """Stores h = silu(gate) · up of a tile, and gate and up if KEEP."""
     gate_ptr, up_ptr, h_ptr = tensors
@@ -187,14 +183,14 @@ def _activate(gate, up, tensors, lane, column, valid, N, KEEP: tl.constexpr):
     tl.store(h_ptr + at, gate * tl.sigmoid(gate) * up, mask=mask)
 
 
-@_tuned((*HALF_GATE_UP, *FROM_SM_90), ["N", "K", "KEEP"])
+@tuned_for((*HALF_GATE_UP, *FROM_SM_90), ["N", "K", "KEEP", "TMA"])
 @triton.heuristics(_EVEN_K)
 @triton.jit
 def gate_up_kernel(
     x_ptr, w1_ptr, w3_ptr, row_ptr, offset_ptr, gate_ptr, up_ptr, h_ptr, groups, N, K,
-    KEEP: tl.constexpr, GROUPS: tl.constexpr, BAND: tl.constexpr, INDEX: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PER_SM: tl.constexpr,
+    KEEP: tl.constexpr, TMA: tl.constexpr, GROUPS: tl.constexpr, BAND: tl.constexpr,
+    INDEX: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PER_SM: tl.constexpr,
 ):  # fmt: skip
     """h[r] = silu(x[row[r]] @ w1[g].T) · (x[row[r]] @ w3[g].T); KEEP stores both products."""
     columns = tl.cdiv(N, BLOCK_N)
@@ -217,10 +213,14 @@ def gate_up_kernel(
                 within = start + inner < K
                 x_mask, w_mask = x_mask & within[None, :], w_mask & within[:, None]
             x = tl.load(x_ptr + start + x_at, mask=x_mask, other=0.0).to(DOT)
-            w1 = tl.load(w1_ptr + matrix + start + w_at, mask=w_mask, other=0.0).to(DOT)
-            w3 = tl.load(w3_ptr + matrix + start + w_at, mask=w_mask, other=0.0).to(DOT)
-            gate = tl.dot(x, w1, gate, input_precision=PRECISION)
-            up = tl.dot(x, w3, up, input_precision=PRECISION)
+            if TMA:
+                w1 = _matrix_tile(w1_ptr, group, start, block * BLOCK_N, True)
+                w3 = _matrix_tile(w3_ptr, group, start, block * BLOCK_N, True)
+            else:
+                w1 = tl.load(w1_ptr + matrix + start + w_at, mask=w_mask, other=0.0)
+                w3 = tl.load(w3_ptr + matrix + start + w_at, mask=w_mask, other=0.0)
+            gate = tl.dot(x, w1.to(DOT), gate, input_precision=PRECISION)
+            up = tl.dot(x, w3.to(DOT), up, input_precision=PRECISION)
         gate_left, gate_right = _halves(gate, BLOCK_M, BLOCK_N)
         up_left, up_right = _halves(up, BLOCK_M, BLOCK_N)
         half = block * BLOCK_N + tl.arange(0, BLOCK_N // 2)
@@ -249,15 +249,16 @@ def _activation_backward(dh, tensors, lane, column, valid, weight, N):
     return dots
 
 
-@_tuned(HALF_BACKWARD, ["N", "K"])
+@tuned_for(HALF_BACKWARD, ["N", "K", "TMA"])
 @triton.heuristics(_EVEN_K)
 @triton.jit
 def activation_backward_kernel(
     dy_ptr, w2_ptr, gate_ptr, up_ptr, row_ptr, offset_ptr, weight_ptr,
     dgate_ptr, dup_ptr, h_ptr, partial_ptr, rows, groups, N, K,
-    WEIGHTED: tl.constexpr, NEED_WEIGHT: tl.constexpr, GROUPS: tl.constexpr, BAND: tl.constexpr,
-    INDEX: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, EVEN_K: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PER_SM: tl.constexpr,
+    WEIGHTED: tl.constexpr, NEED_WEIGHT: tl.constexpr, TMA: tl.constexpr, GROUPS: tl.constexpr,
+    BAND: tl.constexpr, INDEX: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PER_SM: tl.constexpr,
 ):  # fmt: skip
     """From dh = dy[row[r]] @ w2[g] to weighted dgate, dup and h, and <dh, h> of each column block.
 
@@ -269,34 +270,35 @@ def activation_backward_kernel(
     for tile in range(tl.program_id(0), tl.max(ends), tl.num_programs(0)):
         group, first, end, block = _place(tile, ends, offset_ptr, columns, BLOCK_M, BAND)
         valid = first + lane < end
-        column = block * BLOCK_N + tl.arange(0, BLOCK_N)
         token = tl.load(row_ptr + first + lane, mask=valid, other=0).to(INDEX)
         dh = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         dh = _add_product(
-            dh, dy_ptr, token * K, valid, w2_ptr + group.to(tl.int64) * N * K, column, N, K,
-            False, EVEN_K, BLOCK_K, DOT, PRECISION,
+            dh, dy_ptr, token * K, first, valid, w2_ptr, group, block, N, K,
+            True, False, TMA, EVEN_K, BLOCK_N, BLOCK_K, DOT, PRECISION,
         )  # fmt: skip
         weight = tl.zeros((BLOCK_M,), tl.float32) + 1.0
         if WEIGHTED:
             weight = tl.load(weight_ptr + first + lane, mask=valid, other=0.0).to(tl.float32)
-        left, right = _halves(dh, BLOCK_M, BLOCK_N)
-        half = block * BLOCK_N + tl.arange(0, BLOCK_N // 2)
         skip = first.to(tl.int64) * N
         tensors = (gate_ptr + skip, up_ptr + skip, h_ptr + skip, dgate_ptr + skip, dup_ptr + skip)
-        dots = _activation_backward(left, tensors, lane, half, valid, weight, N)
-        dots += _activation_backward(right, tensors, lane, half + BLOCK_N // 2, valid, weight, N)
+        parts = _parts(dh, BLOCK_M, BLOCK_N)
+        width: tl.constexpr = BLOCK_N // len(parts)
+        dots = tl.zeros((BLOCK_M,), tl.float32)
+        for part in tl.static_range(len(parts)):
+            column = block * BLOCK_N + part * width + tl.arange(0, width)
+            dots += _activation_backward(parts[part], tensors, lane, column, valid, weight, N)
         if NEED_WEIGHT:
             partial = partial_ptr + block.to(tl.int64) * rows + first
             tl.store(partial + lane, dots, mask=valid)
 
 
-@_tuned(HALF, ["M", "N", "GATHER_P", "GATHER_Q"])
+@tuned_for(HALF, ["M", "N", "GATHER_P", "GATHER_Q", "TMA"])
 @triton.jit
 def weight_gradient_kernel(
     p_ptr, q_ptr, row_ptr, offset_ptr, weight_ptr, out_ptr, groups, M, N,
-    GATHER_P: tl.constexpr, GATHER_Q: tl.constexpr, WEIGHTED: tl.constexpr, BAND: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, PER_SM: tl.constexpr,
+    GATHER_P: tl.constexpr, GATHER_Q: tl.constexpr, WEIGHTED: tl.constexpr, TMA: tl.constexpr,
+    BAND: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PER_SM: tl.constexpr,
 ):  # fmt: skip
     """out[g] (M, N) = Σ over the rows of g of weight · p[r]ᵀ q[r]; zero where it has none.
 
@@ -309,8 +311,8 @@ def weight_gradient_kernel(
         band = local // (BAND * columns)
         height = tl.minimum(heights - band * BAND, BAND)
         inside = local % (BAND * columns)
-        m = (band * BAND + inside % height) * BLOCK_M + tl.arange(0, BLOCK_M)
-        n = (inside // height) * BLOCK_N + tl.arange(0, BLOCK_N)
+        m_first, n_first = (band * BAND + inside % height) * BLOCK_M, (inside // height) * BLOCK_N
+        m, n = m_first + tl.arange(0, BLOCK_M), n_first + tl.arange(0, BLOCK_N)
         begin = tl.load(offset_ptr + group).to(tl.int32)
         end = tl.load(offset_ptr + group + 1).to(tl.int32)
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -322,10 +324,16 @@ def weight_gradient_kernel(
                 token = tl.load(row_ptr + routed, mask=valid, other=0).to(tl.int32)
             p_row = (token if GATHER_P else routed).to(tl.int64)
             q_row = (token if GATHER_Q else routed).to(tl.int64)
-            p_mask = (m < M)[:, None] & valid[None, :]
-            p = tl.load(p_ptr + p_row[None, :] * M + m[:, None], mask=p_mask, other=0.0)
-            q_mask = valid[:, None] & (n < N)[None, :]
-            q = tl.load(q_ptr + q_row[:, None] * N + n[None, :], mask=q_mask, other=0.0)
+            if TMA and not GATHER_P:
+                p = tl.trans(load_ragged(p_ptr, begin, end - begin, [start - begin, m_first]))
+            else:
+                p_mask = (m < M)[:, None] & valid[None, :]
+                p = tl.load(p_ptr + p_row[None, :] * M + m[:, None], mask=p_mask, other=0.0)
+            if TMA and not GATHER_Q:
+                q = load_ragged(q_ptr, begin, end - begin, [start - begin, n_first])
+            else:
+                q_mask = valid[:, None] & (n < N)[None, :]
+                q = tl.load(q_ptr + q_row[:, None] * N + n[None, :], mask=q_mask, other=0.0)
             if WEIGHTED:
                 weight = tl.load(weight_ptr + routed, mask=valid, other=0.0).to(tl.float32)
                 q = (q.to(tl.float32) * weight[:, None]).to(q.dtype)
