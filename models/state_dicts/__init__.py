@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed.checkpoint as dcp
 
 from earlyfuse.models.blocks.attention import Attention
@@ -14,7 +15,9 @@ from earlyfuse.models.modality import Vocabulary
 from earlyfuse.models.routing.expert_choice import ExpertChoice
 
 
-def load_model(folder: str | Path) -> tuple[Decoder, Vocabulary]:
+def load_model(
+    folder: str | Path, *, device: str | torch.device = "cpu"
+) -> tuple[Decoder, Vocabulary]:
     """The model of a run folder, in evaluation mode, and its vocabulary."""
     folder = Path(folder)
     if not (folder / "run.json").is_file():
@@ -28,7 +31,7 @@ def load_model(folder: str | Path) -> tuple[Decoder, Vocabulary]:
     states = model.state_dict()
     dcp.load(states, checkpoint_id=str(root / (root / "latest").read_text().strip()))
     vocabulary = Path(config["data"]["folder"]) / "tokenizers" / "vocabulary.json"
-    return model.eval(), Vocabulary.from_dict(json.loads(vocabulary.read_text()))
+    return model.to(device).eval(), Vocabulary.from_dict(json.loads(vocabulary.read_text()))
 
 
 def _decoder(fields: dict[str, Any]) -> Decoder.Config:
