@@ -56,14 +56,14 @@ def generate(
     vocabulary: Vocabulary,
     prompts: Sequence[Sequence[int]],
     *,
-    new_tokens: int,
+    new_tokens: int | Sequence[int],
     mode: Mode = "interleaved",
     sampling: Sampling | None = None,
     seeds: Sequence[int] | None = None,
     cache: bool = True,
     agree: Callable[[torch.Tensor], torch.Tensor] = lambda tokens_B: tokens_B,
 ) -> list[list[int]]:
-    """What is written behind each of ``prompts``, at most ``new_tokens`` each.
+    """What is written behind each of ``prompts``, at most ``new_tokens`` (of each, or one for all).
 
     ``prompts``: token ids from begin-of-document on. ``mode``: "text" to the end of the document,
     "image" one image with its sentinels, "interleaved" either to the end of the document. ``seeds``
@@ -76,12 +76,16 @@ def generate(
     """
     sampling = sampling or Sampling()
     seeds = range(len(prompts)) if seeds is None else seeds
-    if len(seeds) != len(prompts):
-        raise ValueError(f"seeds ({len(seeds)}) must be as many as prompts ({len(prompts)})")
-    drafts = [Draft(vocabulary, prompt, mode, new_tokens) for prompt in prompts]
-    draws = [_draws(seed, new_tokens) for seed in seeds]
+    rooms = [new_tokens] * len(prompts) if isinstance(new_tokens, int) else new_tokens
+    for name, values in (("seeds", seeds), ("new_tokens", rooms)):
+        if len(values) != len(prompts):
+            raise ValueError(f"{name} ({len(values)}) must be as many as prompts ({len(prompts)})")
+    drafts = [
+        Draft(vocabulary, prompt, mode, room) for prompt, room in zip(prompts, rooms, strict=True)
+    ]
+    draws = [_draws(seed, room) for seed, room in zip(seeds, rooms, strict=True)]
     guided = sampling.guidance != 1 and mode != "text" and bool(vocabulary.media)
-    longest = max((len(draft.tokens) for draft in drafts), default=0) + new_tokens
+    longest = max((len(draft.tokens) + draft.room for draft in drafts), default=0)
     reader = _Cached(model, vocabulary, longest) if cache else _Rereading(model, vocabulary)
     was_training = model.training
     model.eval()

@@ -21,7 +21,6 @@ import torch.distributed as dist
 from torchtitan.config import Configurable
 
 from earlyfuse.data.tokenizers import Tokenizers
-from earlyfuse.data.tokenizers.pixels import image_pixels
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.generate import Sampling, generate
 from earlyfuse.models.modality import Modality, Vocabulary
@@ -173,7 +172,7 @@ def load_pairs(path: Path, tokenizers: Tokenizers) -> list[Pair]:
         prompts = json.loads(path.read_text(encoding="utf-8"))["prompts"]
         captions = [str(prompt["caption"]) for prompt in prompts]
         encoded = [base64.b64decode(prompt["image"], validate=True) for prompt in prompts]
-        pixels = [image_pixels(image, images.image_size) for image in encoded]
+        pixels = [images.pixels(image) for image in encoded]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f'{path} must be {{"prompts": [{{"caption": text, "image": base64 of an image file}}]}}'

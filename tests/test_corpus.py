@@ -84,7 +84,7 @@ def test_another_process_with_other_hashes_and_locale_writes_the_same_bytes(corp
     )
     odd = {"PYTHONHASHSEED": "77", "LC_ALL": "C", "TZ": "Asia/Tokyo", "PYTHONUTF8": "0"}
     subprocess.run([sys.executable, "-c", program, again], env=os.environ | odd, check=True)
-    assert len(hashes(again)) == 11
+    assert len(hashes(again)) == 12
     assert hashes(again) == hashes(corpus.folder)
 
 
@@ -236,6 +236,30 @@ def test_a_finished_corpus_is_not_built_again(corpus, monkeypatch):
     monkeypatch.setattr(builder, "_write", None)  # would fail if called
     assert build_corpus(corpus.folder, scale=SCALE) == corpus
     assert hashes(corpus.folder) == before
+
+
+def test_prompts_are_held_out_captions_and_their_images(corpus, images):
+    prompts = json.loads(corpus.prompts.read_text())["prompts"]
+    assert len(prompts) == 30 and len({prompt["caption"] for prompt in prompts[:12]}) == 12
+    held_out = {
+        (text, png)
+        for source in ("glyphs", "digits")
+        for document in documents(corpus, "validation", source)
+        for png, text in zip(*parts(document), strict=True)
+    }
+    for number, prompt in enumerate(prompts):
+        png = base64.b64decode(prompt["image"])
+        assert (prompt["caption"], png) in held_out and png not in images["train"]
+        kind = compose.DIGIT_PREFIX if number % 3 == 2 else compose.GLYPH_PREFIX
+        assert prompt["caption"].startswith(kind)
+
+
+def test_a_corpus_of_before_there_were_prompts_gets_the_same(tmp_path):
+    new = build_corpus(tmp_path / "corpus", scale=0.01)
+    before = hashes(new.folder)
+    new.prompts.unlink()
+    build_corpus(new.folder, scale=0.01)
+    assert hashes(new.folder) == before
 
 
 def test_a_build_that_breaks_leaves_nothing(tmp_path, monkeypatch):

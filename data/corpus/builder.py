@@ -99,8 +99,11 @@ def build_corpus(
 def _with_prompts(paths: CorpusPaths, spec: dict[str, Any]) -> CorpusPaths:
     """A corpus of before there were prompts gets the same that a new one has."""
     if not paths.prompts.exists():
-        held_out = _glyphs(spec["seed"], spec["scale"], spec["image_size"])["validation"]
-        atomic_write_bytes(paths.prompts, _json(prompts(held_out, spec["seed"])))
+        seed, scale, size = spec["seed"], spec["scale"], spec["image_size"]
+        glyphs_held_out = _glyphs(seed, scale, size)["validation"]
+        _, digits_held_out = digits.load(size, seed, scale)
+        content = prompts(digits_held_out, glyphs_held_out, seed)
+        atomic_write_bytes(paths.prompts, _json(content))
     return paths
 
 
@@ -160,7 +163,10 @@ def _write(
             folder / "validation" / "tasks.json",
             tasks(scans["validation"], drawn["validation"], seed),
         )
-        _write_json(folder / "validation" / "prompts.json", prompts(drawn["validation"], seed))
+        _write_json(
+            folder / "validation" / "prompts.json",
+            prompts(scans["validation"], drawn["validation"], seed),
+        )
         (folder / "README.md").write_text(_README, encoding="utf-8")
         _write_json(folder / "corpus.json", _description(spec, counts, drawn["train"]))
 

@@ -1,0 +1,184 @@
+"""Documents of text and images as people give and take them: files ↔ tokens of a model.
+
+A document is a list of segments, ``{"text": …}`` or ``{"image": path}``. Its tokenizers are those
+that its model was trained with, which the checkpoint knows by their hashes.
+"""
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed.checkpoint as dcp
+from PIL import Image
+
+from earlyfuse.data.atomic import atomic_write_bytes
+from earlyfuse.data.documents import BadSample
+from earlyfuse.data.tokenizers import TEXT_FILE, Tokenizers
+from earlyfuse.data.tokenizers.pixels import image_pixels
+from earlyfuse.models.modality import Modality, Vocabulary
+from earlyfuse.parallel.checkpoint_files import LATEST
+from earlyfuse.parallel.run_folder import DESCRIPTION
+
+TOKENIZERS, CONFIG = "tokenizers", "config.json"
+Segment = dict[str, str]
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """What is known of the model in a run, checkpoint or exported folder, besides its parameters.
+
+    ``run``: the description of its run, {} if there is none. ``hashes``: those of the tokenizers it
+    was trained with, {} if unknown.
+    """
+
+    folder: Path
+    run: dict[str, Any]
+    hashes: dict[str, str]
+
+    @classmethod
+    def read(cls, folder: Path) -> "ModelFolder":
+        """Look into ``folder``; a checkpoint is looked at in its run."""
+        run_folder = folder.parent.parent if (folder / ".metadata").exists() else folder
+        description = run_folder / DESCRIPTION
+        run = json.loads(description.read_text()) if description.is_file() else {}
+        checkpoint = folder
+        if run_folder == folder and run:
+            root = folder / run["config"]["checkpoint"]["folder"]
+            if (root / LATEST).is_file():
+                checkpoint = root / (root / LATEST).read_text().strip()
+        return cls(folder, run, _recorded_hashes(checkpoint))
+
+    @property
+    def seq_len(self) -> int | None:
+        """Positions of the rows that it was trained on."""
+        return self.run["config"]["training"]["seq_len"] if self.run else None
+
+    def tokenizers(self, vocabulary: Vocabulary, given: Path | None) -> Tokenizers:
+        """Those of the model: ``given``, else beside it, else in the data folder of its run.
+
+        ``ValueError`` if there are none, or they are not those that the model was trained with.
+        """
+        places = [given] if given is not None else [self.folder / TOKENIZERS]
+        if given is None and self.run:
+            places.append(Path(self.run["config"]["data"]["folder"]) / TOKENIZERS)
+        found = [place for place in places if (place / TEXT_FILE).is_file()]
+        if not found:
+            raise ValueError(
+                f"no tokenizers ({TEXT_FILE}, image.safetensors) in {' or '.join(map(str, places))}"
+                "; name the folder that has those of the model's data with --tokenizers"
+            )
+        tokenizers = Tokenizers.load(found[0])
+        for kind in sorted(self.hashes.keys() | tokenizers.hashes.keys() if self.hashes else ()):
+            here, trained = tokenizers.hashes.get(kind), self.hashes.get(kind)
+            if here != trained:
+                raise ValueError(
+                    f"the {kind} tokenizer in {found[0]} ({here}) is not the one that the model "
+                    f"was trained with ({trained}); name the folder that has it with --tokenizers"
+                )
+        if tokenizers.vocabulary != vocabulary:
+            raise ValueError(
+                f"the tokenizers in {found[0]} make a vocabulary of {tokenizers.vocabulary.size} "
+                f"ids, and the model's is another one, of {vocabulary.size} ids; name the folder "
+                "that has its tokenizers with --tokenizers"
+            )
+        return tokenizers
+
+
+def _recorded_hashes(checkpoint: Path) -> dict[str, str]:
+    """Modality label → SHA-256 of the tokenizers, as a checkpoint or an exported folder says."""
+    if (checkpoint / CONFIG).is_file():
+        source = json.loads((checkpoint / CONFIG).read_text()).get("source", {})
+        return source.get("tokenizers", {})
+    if not (checkpoint / ".metadata").is_file():
+        return {}
+    loader = {"dataloader": {"identity": ""}}
+    dcp.load(loader, checkpoint_id=str(checkpoint), no_dist=True)
+    return json.loads(loader["dataloader"]["identity"])["tokenizers"]
+
+
+# ---------------------------------------------------------------- prompts
+
+
+def read_prompts(path: Path) -> list[list[Segment]]:
+    """One JSON list of segments a line; images by their path from the folder of the file."""
+    documents = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            segments = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number} is no JSON: {error}") from error
+        right = isinstance(segments, list) and all(
+            isinstance(s, dict) and len(s) == 1 and isinstance(s.get("text", s.get("image")), str)
+            for s in segments
+        )
+        if not right:
+            raise ValueError(
+                f'{path}, line {number} must be a list of {{"text": …}} and {{"image": path}}'
+            )
+        documents.append(
+            [{"image": str(path.parent / s["image"])} if "image" in s else s for s in segments]
+        )
+    return documents
+
+
+def to_tokens(segments: Sequence[Segment], tokenizers: Tokenizers) -> list[int]:
+    """Begin-of-document and the segments, as training data are tokenised."""
+    vocabulary = tokenizers.vocabulary
+    tokens = [vocabulary.bos]
+    for segment in segments:
+        if "text" in segment:
+            tokens += tokenizers.text.encode(segment["text"])
+            continue
+        if tokenizers.image is None:
+            raise ValueError(
+                f"image {segment['image']} cannot be read: the model was trained on text alone and "
+                "has no image tokenizer; give text only"
+            )
+        try:
+            encoded = Path(segment["image"]).read_bytes()
+            pixels = image_pixels(encoded, tokenizers.image.image_size)
+        except (OSError, BadSample) as error:
+            raise ValueError(f"image {segment['image']} cannot be read: {error}") from error
+        medium = vocabulary.medium(Modality.IMAGE)
+        codes = tokenizers.image.encode(pixels[None])[0] + medium.start
+        tokens += [medium.begin, *codes.tolist(), medium.end]
+    return tokens
+
+
+# ---------------------------------------------------------------- results
+
+
+def to_segments(
+    tokens: Sequence[int], tokenizers: Tokenizers, folder: Path, stem: str
+) -> list[Segment]:
+    """What was written; its images go to ``folder``/``stem``-0.png … and are named by that."""
+    modality_T = tokenizers.vocabulary.modality_of(torch.tensor(tokens)).tolist()
+    segments: list[Segment] = []
+    images = 0
+    for modality, run in groupby(zip(modality_T, tokens, strict=True), key=lambda pair: pair[0]):
+        ids = [token for _, token in run]
+        if modality == Modality.TEXT:
+            text = tokenizers.text.decode(ids)  # sentinels give nothing
+            segments += [{"text": text}] if text else []
+            continue
+        assert tokenizers.image is not None, "there are codes"
+        name = f"{stem}-{images}.png"
+        codes = np.array([ids]) - tokenizers.vocabulary.medium(Modality.IMAGE).start
+        _write_png(tokenizers.image.decode(codes)[0], folder / name)
+        segments.append({"image": name})
+        images += 1
+    return segments
+
+
+def _write_png(pixels: np.ndarray, path: Path) -> None:
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    atomic_write_bytes(path, stream.getvalue())

@@ -1,0 +1,221 @@
+"""Write text and images with a trained model.
+
+``python -m earlyfuse.tools.generate FOLDER --out DIR [--prompt TEXT] [--image FILE] …``; FOLDER is
+a run, a checkpoint or an exported model. docs/generation.md describes prompts and results.
+"""
+
+import argparse
+import json
+import sys
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+_EXAMPLES = """examples:
+  an image:       … FOLDER --mode image --prompt "glyph: greek small letter alpha" --out samples
+  a caption:      … FOLDER --mode text --image alpha.png --out captions
+  both, mixed:    … FOLDER --image 3.png --prompt plus --image 4.png --out sums
+  many prompts:   … FOLDER --mode image --prompts captions.jsonl --samples 4 --out samples
+"""
+LONGEST = 256  # tokens to write where nothing else says
+RESULTS = "results.jsonl"
+
+
+@dataclass(frozen=True)
+class Work:
+    """One document to write. ``stem``: how its files begin."""
+
+    segments: list[dict[str, str]]
+    tokens: list[int]
+    sample: int
+    seed: int
+    room: int
+    stem: str
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; 0 when it succeeded, 2 with one line on what to change when it could not."""
+    options = _parser().parse_args(arguments)
+    try:
+        write(options)
+    except (ValueError, OSError) as error:
+        print(f"generate: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def write(options: argparse.Namespace) -> None:
+    """Write all documents that ``options`` ask for, into ``options.out``."""
+    # heavy imports stand here, so that --help does not pay for them
+    import torch
+
+    from earlyfuse.data.atomic import atomic_write
+    from earlyfuse.models.generate import Sampling, generate
+    from earlyfuse.models.state_dicts import load_model
+    from earlyfuse.tools.documents import ModelFolder, to_segments
+
+    sampling = Sampling(options.temperature, options.top_p, options.top_k, options.guidance)
+    _check(options)
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model, vocabulary = load_model(options.folder, device=device)
+    about = ModelFolder.read(options.folder)
+    tokenizers = about.tokenizers(vocabulary, options.tokenizers)
+    works = _works(options, tokenizers, about.seq_len)
+    options.out.mkdir(parents=True, exist_ok=True)
+    with atomic_write(options.out / RESULTS) as file:
+        todo = iter(works)
+        while batch := list(islice(todo, options.batch_size)):
+            written = generate(
+                model,
+                vocabulary,
+                [work.tokens for work in batch],
+                new_tokens=[work.room for work in batch],
+                mode=options.mode,
+                sampling=sampling,
+                seeds=[work.seed for work in batch],
+            )
+            for work, tokens in zip(batch, written, strict=True):
+                segments = to_segments(tokens, tokenizers, options.out, work.stem)
+                whole = tokens[-1:] == [vocabulary.eos] or options.mode == "image"
+                file.write(_line(options, work, segments, len(tokens), whole))
+                print(f"{work.stem}: {_shown(segments)}{'' if whole else ' …'}", flush=True)
+    print(f"{len(works)} documents in {options.out / RESULTS}")
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Raises ``ValueError`` for what is wrong before anything is loaded."""
+    for name in ("batch_size", "samples"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+    if options.segments and options.prompts:
+        raise ValueError("--prompts and --prompt or --image were given; give one or the other")
+    if options.temperature == 0 and options.samples > 1:
+        raise ValueError(
+            f"--temperature 0 writes the same in each of --samples {options.samples}; give another "
+            "temperature, or one sample"
+        )
+    if (options.out / RESULTS).exists():
+        raise ValueError(f"--out ({options.out}) has {RESULTS} already; give another folder")
+    if not options.folder.is_dir():
+        raise ValueError(f"{options.folder} is no folder; give a run, a checkpoint or an export")
+
+
+def _works(options: argparse.Namespace, tokenizers: Any, seq_len: int | None) -> list[Work]:
+    """All documents to write; raises ``ValueError`` for prompts that cannot be read or continued.
+
+    A seed follows from ``--seed``, the prompt's number and the sample's alone.
+    """
+    from earlyfuse.tools.documents import read_prompts, to_tokens
+
+    documents = read_prompts(options.prompts) if options.prompts else [options.segments or []]
+    works = []
+    for number, segments in enumerate(documents):
+        tokens = to_tokens(segments, tokenizers)
+        room = _room(options, tokenizers.vocabulary, number, len(tokens), seq_len)
+        for sample in range(options.samples):
+            seed = zlib.crc32(f"{options.seed}:{number}:{sample}".encode())
+            works.append(Work(segments, tokens, sample, seed, room, f"{number:06d}-{sample}"))
+    return works
+
+
+def _room(
+    options: argparse.Namespace, vocabulary: Any, number: int, length: int, seq_len: int | None
+) -> int:
+    """Tokens that may be written behind prompt ``number`` of ``length`` tokens."""
+    left = LONGEST if seq_len is None else seq_len - length
+    if options.mode == "image" and vocabulary.media:
+        wanted = vocabulary.media[0].block + 2
+    else:
+        wanted = options.new_tokens or max(1, min(LONGEST, left))
+    if seq_len is not None and wanted > left:
+        raise ValueError(
+            f"prompt {number} of {length} tokens and {wanted} to write are longer than the "
+            f"{seq_len} positions that the model was trained on; shorten the prompt"
+            + ("" if options.mode == "image" else " or lower --new-tokens")
+        )
+    return wanted
+
+
+def _line(
+    options: argparse.Namespace,
+    work: Work,
+    segments: list[dict[str, str]],
+    tokens: int,
+    whole: bool,
+) -> bytes:
+    fields = {
+        "prompt": work.segments,
+        "written": segments,
+        "sample": work.sample,
+        "mode": options.mode,
+        "seed": work.seed,
+        "temperature": options.temperature,
+        "top_p": options.top_p,
+        "top_k": options.top_k,
+        "guidance": options.guidance,
+        "tokens": tokens,
+        "ended": whole,
+    }
+    return json.dumps(fields, ensure_ascii=False).encode() + b"\n"
+
+
+def _shown(segments: list[dict[str, str]]) -> str:
+    return " ".join(s["text"] if "text" in s else f"[{s['image']}]" for s in segments)
+
+
+class _Segment(argparse.Action):
+    """``--prompt`` and ``--image`` in the order in which they are given."""
+
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        kind = "image" if option == "--image" else "text"
+        namespace.segments = [*(namespace.segments or []), {kind: values}]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="generate",
+        description="Write text and images with a trained model.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("folder", type=Path, help="a run, a checkpoint or an exported model")
+    add("--out", type=Path, required=True, help=f"folder for {RESULTS} and images")
+    segment: dict[str, Any] = {"dest": "segments", "action": _Segment}
+    add(
+        "--prompt",
+        metavar="TEXT",
+        help="text of the prompt; may come again, with --image",
+        **segment,
+    )
+    add("--image", metavar="FILE", help="image of the prompt, in its place", **segment)
+    add("--prompts", type=Path, metavar="FILE", help="many prompts, one JSON list a line")
+    add(
+        "--mode",
+        choices=("text", "image", "interleaved"),
+        default="interleaved",
+        help="what to write (interleaved)",
+    )
+    add("--samples", type=int, default=1, metavar="N", help="documents for each prompt (1)")
+    add("--batch-size", type=int, default=16, metavar="N", help="documents written at once (16)")
+    add("--new-tokens", type=int, metavar="N", help=f"tokens to write at most ({LONGEST})")
+    add("--temperature", type=float, default=1.0, help="0: the most likely tokens (1.0)")
+    add("--top-p", type=float, default=1.0, help="draw from this much of the probability (1.0)")
+    add("--top-k", type=int, default=0, help="draw from so many tokens; 0: all (0)")
+    add(
+        "--guidance", "--cfg", type=float, default=1.0, help="of images by the prompt; 1: off (1.0)"
+    )
+    add("--seed", type=int, default=0, help="of all samples (0)")
+    add("--tokenizers", type=Path, metavar="DIR", help="tokenizers of the model's data, if moved")
+    add("--device", help="cpu, cuda … (a GPU if there is one)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
