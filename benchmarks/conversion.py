@@ -21,7 +21,7 @@ import torch
 
 from earlyfuse.models.modality import Vocabulary
 from earlyfuse.models.state_dicts import huggingface
-from earlyfuse.models.state_dicts.chameleon import Sizes, parameter_shapes
+from earlyfuse.models.state_dicts.chameleon import Sizes, tensor_shapes
 from earlyfuse.models.state_dicts.recipes import Entry
 from earlyfuse.models.state_dicts.safetensors_files import SINGLE, write_file
 from harness import RESULTS, environment
@@ -71,7 +71,7 @@ class Random:
     """Tensors of a Hugging Face checkpoint, made when they are read; qk-norms are plain."""
 
     def __init__(self, sizes: Sizes) -> None:
-        shapes = parameter_shapes(sizes.decoder())
+        shapes = tensor_shapes(sizes.decoder())
         self.entries = {
             huggingface.name_of(name): Entry(shape, torch.bfloat16)
             for name, shape in shapes.items()

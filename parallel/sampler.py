@@ -142,6 +142,9 @@ class Sampler(Configurable):
         if not (folder / PROMPTS).exists():
             return []
         self.tokenizers = Tokenizers.load(folder / "tokenizers")
+        if self.tokenizers.image is not None and not self.tokenizers.image.decodes:
+            rank_log.tell("no samples are written: the image tokenizer has no decoder")
+            return []
         # a row holds caption, image, begin and end of the document
         fitting = [
             pair

@@ -11,7 +11,7 @@ from exported_models import write
 
 from earlyfuse.models.modality import Vocabulary
 from earlyfuse.models.state_dicts import exported
-from earlyfuse.models.state_dicts.chameleon import Sizes, parameter_shapes
+from earlyfuse.models.state_dicts.chameleon import Sizes, tensor_shapes
 
 SHARD = 120 * 10**6
 SIZES = Sizes(
@@ -54,7 +54,7 @@ def exported_model(folder: Path, sizes: Sizes) -> int:
     """A model of ours with plain qk-norms; returns its bytes."""
     tensors = {
         name: torch.ones(shape) if "norm" in name else torch.rand(shape)
-        for name, shape in parameter_shapes(sizes.decoder()).items()
+        for name, shape in tensor_shapes(sizes.decoder()).items()
     }
     folder.mkdir(parents=True)
     write(folder, tensors, SHARD)

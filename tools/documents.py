@@ -19,8 +19,7 @@ from PIL import Image
 
 from earlyfuse.data.atomic import atomic_write_bytes
 from earlyfuse.data.documents import BadSample
-from earlyfuse.data.tokenizers import TEXT_FILE, Tokenizers
-from earlyfuse.data.tokenizers.pixels import image_pixels
+from earlyfuse.data.tokenizers import TEXT_FILES, Tokenizers, text_file
 from earlyfuse.models.modality import Modality, Vocabulary
 from earlyfuse.parallel.checkpoint_files import LATEST
 from earlyfuse.parallel.run_folder import DESCRIPTION
@@ -67,11 +66,11 @@ class ModelFolder:
         places = [given] if given is not None else [self.folder / TOKENIZERS]
         if given is None and self.run:
             places.append(Path(self.run["config"]["data"]["folder"]) / TOKENIZERS)
-        found = [place for place in places if (place / TEXT_FILE).is_file()]
+        found = [place for place in places if text_file(place).is_file()]
         if not found:
             raise ValueError(
-                f"no tokenizers ({TEXT_FILE}, image.safetensors) in {' or '.join(map(str, places))}"
-                "; name the folder that has those of the model's data with --tokenizers"
+                f"no tokenizers ({' or '.join(TEXT_FILES)}) in {' or '.join(map(str, places))}; "
+                "name the folder that has those of the model's data with --tokenizers"
             )
         tokenizers = Tokenizers.load(found[0])
         for kind in sorted(self.hashes.keys() | tokenizers.hashes.keys() if self.hashes else ()):
@@ -144,7 +143,7 @@ def to_tokens(segments: Sequence[Segment], tokenizers: Tokenizers) -> list[int]:
             )
         try:
             encoded = Path(segment["image"]).read_bytes()
-            pixels = image_pixels(encoded, tokenizers.image.image_size)
+            pixels = tokenizers.image.pixels(encoded)
         except (OSError, BadSample) as error:
             raise ValueError(f"image {segment['image']} cannot be read: {error}") from error
         medium = vocabulary.medium(Modality.IMAGE)

@@ -63,6 +63,11 @@ def write(options: argparse.Namespace) -> None:
     model, vocabulary = load_model(options.folder, device=device)
     about = ModelFolder.read(options.folder)
     tokenizers = about.tokenizers(vocabulary, options.tokenizers)
+    if options.mode != "text" and tokenizers.image is not None and not tokenizers.image.decodes:
+        raise ValueError(
+            f"--mode {options.mode} writes images, and the image tokenizer has no decoder: import "
+            "one that has (vqgan.ckpt, docs/data.md), or write --mode text"
+        )
     works = _works(options, tokenizers, about.seq_len)
     options.out.mkdir(parents=True, exist_ok=True)
     with atomic_write(options.out / RESULTS) as file:

@@ -105,8 +105,10 @@ def _cannot(target: str, reasons: list[str]) -> str:
     )
 
 
-def parameter_shapes(config: Decoder.Config) -> dict[str, Shape]:
-    """Shape of every parameter by name, in the order of the module; nothing is allocated."""
+def tensor_shapes(config: Decoder.Config) -> dict[str, Shape]:
+    """Shape of every tensor that a checkpoint of the model holds, by name, in the order of the
+    module; nothing is allocated.
+    """
     with torch.device("meta"):
         model = config.build()
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

@@ -19,11 +19,11 @@ import torch
 from torch import nn
 from torchtitan.protocols.module import Module
 
-from earlyfuse.models.blocks.experts import ExpertPool
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.modality import Vocabulary
+from earlyfuse.models.routing.expert_choice import ExpertChoice
 from earlyfuse.models.state_dicts import decoder_config, huggingface, meta, vocabulary_map
-from earlyfuse.models.state_dicts.chameleon import function_differences, parameter_shapes
+from earlyfuse.models.state_dicts.chameleon import function_differences, tensor_shapes
 from earlyfuse.models.state_dicts.dcp_files import METADATA, DcpFolder
 from earlyfuse.models.state_dicts.exported import (
     CONFIG,
@@ -124,7 +124,7 @@ def _exported(folder: Path, raw: dict[str, Any]) -> Opened:
 
 def _described(folder: Path, raw: dict[str, Any], tensors: Tensors) -> Opened:
     config, vocabulary, source = read_description(raw, folder / CONFIG)
-    same = {name: renamed(name, shape) for name, shape in parameter_shapes(config).items()}
+    same = {name: renamed(name, shape) for name, shape in tensor_shapes(config).items()}
     check(same, tensors.entries, str(folder))
     beside = folder / HUGGINGFACE
     return Opened(
@@ -226,16 +226,20 @@ def load_model(
     opened = open_model(folder)
     with torch.device("meta"):
         model = opened.config.build()
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.zeros_like(buffer, device=device))
+        if isinstance(module, Module):
+            module._init_self_buffers(buffer_device=torch.device(device))
+        if isinstance(module, ExpertChoice):
+            module.budget = "exact"
     for name, entry in opened.tensors.entries.items():
         values = opened.tensors.read(name)
         owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        if leaf in module._buffers:  # what a router balances with is as it was
+            getattr(module, leaf).copy_(values)
+            continue
         values = values.to(device=device, dtype=dtype or entry.dtype, copy=True)
-        model.get_submodule(owner).register_parameter(leaf, nn.Parameter(values))
-    for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            module.register_buffer(name, torch.zeros_like(buffer, device=device), persistent=False)
-        if isinstance(module, Module):
-            module._init_self_buffers(buffer_device=torch.device(device))
-        if isinstance(module, ExpertPool):
-            module.budget = "exact"
+        module.register_parameter(leaf, nn.Parameter(values))
     return model.eval(), opened.vocabulary

@@ -12,7 +12,7 @@ from earlyfuse.models.blocks.linear import NORM_EPS
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.modality import Modality, Vocabulary
 from earlyfuse.models.state_dicts import decoder_config
-from earlyfuse.models.state_dicts.chameleon import Sizes, function_differences, parameter_shapes
+from earlyfuse.models.state_dicts.chameleon import Sizes, function_differences, tensor_shapes
 from earlyfuse.models.state_dicts.recipes import Recipe, renamed
 from earlyfuse.models.state_dicts.vocabulary_map import from_vocabulary, to_vocabulary
 
@@ -71,7 +71,7 @@ def name_of(ours: str) -> str:
 
 def import_recipes(config: Decoder.Config, raw: dict[str, Any]) -> dict[str, Recipe]:
     """Ours from theirs. A tied head is a copy of the embedding."""
-    shapes = parameter_shapes(config)
+    shapes = tensor_shapes(config)
     recipes = {name: renamed(name_of(name), shape) for name, shape in shapes.items()}
     if raw.get("tie_word_embeddings"):
         recipes["lm_head.weight"] = recipes["tok_embeddings.weight"]
@@ -80,7 +80,7 @@ def import_recipes(config: Decoder.Config, raw: dict[str, Any]) -> dict[str, Rec
 
 def export_recipes(sizes: Sizes) -> dict[str, Recipe]:
     """Theirs from ours."""
-    shapes = parameter_shapes(sizes.decoder())
+    shapes = tensor_shapes(sizes.decoder())
     return {name_of(name): renamed(name, shape) for name, shape in shapes.items()}
 
 

@@ -29,7 +29,7 @@ from earlyfuse.models.blocks.linear import NORM_EPS
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.modality import Vocabulary
 from earlyfuse.models.state_dicts import decoder_config
-from earlyfuse.models.state_dicts.chameleon import Sizes, parameter_shapes
+from earlyfuse.models.state_dicts.chameleon import Sizes, tensor_shapes
 from earlyfuse.models.state_dicts.recipes import Entry, Recipe, Shape, Tensors
 
 OURS = "earlyfuse"  # our part of a params.json that we write; Meta's code reads what it knows
@@ -126,7 +126,7 @@ def import_recipes(sizes: Sizes, shards: int) -> dict[str, Recipe]:
     """Ours from the shards."""
     where = layouts(sizes)
     recipes = {}
-    for ours, shape in parameter_shapes(sizes.decoder()).items():
+    for ours, shape in tensor_shapes(sizes.decoder()).items():
         theirs, layout = where[ours]
         part = layout.shard_shape(shape, shards)
         sources = tuple((shard_name(shard, theirs), part) for shard in range(shards))
@@ -139,7 +139,7 @@ def export_recipes(sizes: Sizes, shards: int) -> dict[str, Recipe]:
     where = layouts(sizes)
     recipes = {}
     for shard in range(shards):
-        for ours, shape in parameter_shapes(sizes.decoder()).items():
+        for ours, shape in tensor_shapes(sizes.decoder()).items():
             theirs, layout = where[ours]
             make: Callable[..., torch.Tensor] = partial(layout.part, shard, shards)
             part = layout.shard_shape(shape, shards)
