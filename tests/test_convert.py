@@ -222,6 +222,16 @@ def test_metas_shards_there_and_back_are_the_same_and_so_is_an_export_from_huggi
     assert params["n_kv_heads"] == 2 and params["swin_norm"] and params["rope_theta"] == 500.0
 
 
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_model_goes_back_into_as_many_shards_as_it_came_in_else_into_the_fewest(tmp_path, shards):
+    theirs = chameleon(kv_heads=2, shards=1)
+    write_meta(tmp_path / "meta", theirs, shards)
+    convert(tmp_path / "meta", tmp_path / "back", "meta")
+    assert len(list((tmp_path / "back").glob("consolidated.*.pth"))) == shards
+    convert(saved(theirs, tmp_path / "hf"), tmp_path / "fewest", "meta")
+    assert len(list((tmp_path / "fewest").glob("consolidated.*.pth"))) == 1
+
+
 @pytest.mark.parametrize("hidden_dim", [80, 256, 333, 7])
 def test_metas_two_numbers_give_the_width_of_the_feed_forward(tmp_path, hidden_dim):
     from earlyfuse.models.state_dicts.meta import _width
