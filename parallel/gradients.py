@@ -15,9 +15,10 @@ def clip(
     """Scale the gradients of each group of parameters, in place, so that their joint norm is at
     most ``max_norm``.
 
-    Returns the norm of all groups before, a scalar equal on all ranks. Each rank sums the squares
-    of what it holds, divided by the number of ranks that hold the same; one all-reduce of a number
-    for each group adds them up. Of ``pipeline_ranks`` ranks each has gradients of its own.
+    Returns the norm of each group before, equal on all ranks; 0 of one without gradients. Each rank
+    sums the squares of what it holds, divided by the number of ranks that hold the same; one
+    all-reduce of a number for each group adds them up. Of ``pipeline_ranks`` ranks each has
+    gradients of its own.
     """
     gradients = [[p.grad for p in group if p.grad is not None] for group in groups]
     alike = dist.get_world_size() // pipeline_ranks
@@ -28,10 +29,11 @@ def clip(
             totals[index] = _squares(group, alike)
     if dist.get_world_size() > 1:
         totals = _sum_over_ranks(totals, any_gradient)
-    for group, norm in zip(gradients, totals.sqrt(), strict=True):
+    norms = totals.sqrt()
+    for group, norm in zip(gradients, norms, strict=True):
         if group:
             torch._foreach_mul_(_held(group), (max_norm / (norm + 1e-6)).clamp(max=1.0))
-    return totals.sum().sqrt()
+    return norms
 
 
 def _squares(gradients: list[torch.Tensor], alike: int) -> torch.Tensor:

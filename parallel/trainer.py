@@ -179,7 +179,10 @@ class Trainer(titan.Trainer):
         self.watchdog.enter(self.step, Phase.OPTIMIZER)
         sums_2M = self._sum_over_ranks(own_sums_2M * self._counts_sums)
         groups = apart(dict(self.model.named_parameters()))
-        grad_norm = clip(groups, self.config.training.max_norm, self.parallel_dims.pp)
+        norms = clip(groups, self.config.training.max_norm, self.parallel_dims.pp)
+        # the main model's, or in a second stage the causal routers'; not finite if either is not
+        alone = self.config.train_only == "causal_routers"
+        grad_norm = norms[int(alone)] + 0 * norms.sum()
         totals = StepTotals.read(counts, sums_2M, grad_norm)
         sound = self.skip.check(
             self.step, totals, own_sums_2M, self.model.parameters(), self._last_checkpoint()
