@@ -23,7 +23,7 @@ COMMON_FIELDS = (
     ("training.global_batch_size", "rows per step over all ranks; -1: no accumulation"),
     ("training.max_norm", "gradient clipping"),
     ("lr_scheduler.warmup_steps", "steps of linear warm-up"),
-    ("lr_scheduler.decay_type", "linear, cosine or sqrt; with decay_ratio: warm-up, stable, decay"),
+    ("lr_scheduler.decay_type", "linear, cosine, sqrt or exponential; decay_ratio: share of steps"),
     ("dataloader.seed", "order of the documents"),
     ("checkpoint.interval", "steps between checkpoints"),
     ("validator.freq", "steps between validations"),

@@ -6,11 +6,7 @@ stand.
 
 import os
 
-from torchtitan.components.optimizer import (
-    LRSchedulersContainer,
-    OptimizersContainer,
-    ParamGroupConfig,
-)
+from torchtitan.components.optimizer import OptimizersContainer, ParamGroupConfig
 from torchtitan.config import ParallelismConfig, TrainingConfig
 from torchtitan.config.configs import CompileConfig
 from torchtitan.protocols.model_spec import ModelSpec
@@ -23,6 +19,7 @@ from earlyfuse.parallel.data_set import DataSet
 from earlyfuse.parallel.metrics import RunMetrics
 from earlyfuse.parallel.pipeline import pipeline
 from earlyfuse.parallel.plan import parallelize
+from earlyfuse.parallel.schedule import LearningRate
 from earlyfuse.parallel.trainer import Trainer
 from earlyfuse.parallel.validate import Validation
 
@@ -58,6 +55,25 @@ def moe_1t1i() -> Trainer.Config:
 def mot() -> Trainer.Config:
     """Mixture-of-Transformers: attention projections, norms and feed-forward per modality"""
     return _run("mot", decoders.mixture_of_transformers(SHAPE))
+
+
+def moma_4t4i_shared() -> Trainer.Config:
+    """MoMa 4t4i with experts shared by all tokens and by all of a modality, each a third as wide"""
+    experts = {Modality.TEXT: 4, Modality.IMAGE: 4}
+    shared = decoders.Shared(everyone=1, by_modality=1)
+    model = decoders.moma(SHAPE, experts, SHARES, routing_rows=4, shared=shared)
+    return _run("moma_4t4i_shared", model)
+
+
+def moma_4t4i_token_choice() -> Trainer.Config:
+    """four text and four image experts, of which each token takes one of its modality"""
+    experts = {Modality.TEXT: 4, Modality.IMAGE: 4}
+    return _run("moma_4t4i_token_choice", decoders.token_choice(SHAPE, experts))
+
+
+def token_choice_8x() -> Trainer.Config:
+    """eight experts, of which each token takes one, whatever its modality"""
+    return _run("token_choice_8x", decoders.token_choice(SHAPE, 8))
 
 
 def adamw(lr: float) -> OptimizersContainer.Config:
@@ -99,7 +115,7 @@ def _run(name: str, model: Decoder.Config) -> Trainer.Config:
             shares={"text": 0.2, "glyphs": 0.4, "digits": 0.2, "interleaved": 0.2},
         ),
         optimizer=adamw(lr=4e-3),
-        lr_scheduler=LRSchedulersContainer.Config(
+        lr_scheduler=LearningRate.Config(
             warmup_steps=60, decay_type="cosine", min_lr_factor=0.05
         ),
         training=TrainingConfig(

@@ -4,7 +4,7 @@ Convention: a multiply-add is 2 FLOPs; only matrix products count (no norms, sof
 the head counts, the embedding lookup does not; attention is counted over the full S × S square, as
 in PaLM's appendix B, without the causal half; training is 3 × the forward pass, without
 recomputation. Expert choice: a pool of E experts with capacity factor c gives its tokens c experts
-on average.
+on average; token choice gives each its top k.
 
 S positions, D width, N heads of width H.
 """
@@ -15,6 +15,7 @@ from earlyfuse.models.blocks.attention import Attention
 from earlyfuse.models.blocks.experts import ExpertPool, MixtureOfExperts
 from earlyfuse.models.blocks.feed_forward import FeedForward
 from earlyfuse.models.decoder import Decoder
+from earlyfuse.models.routing.token_choice import TokenChoice
 
 
 @dataclass(frozen=True)
@@ -78,11 +79,12 @@ def _attention_parameters(config: Attention.Config) -> int:
 def _feed_forward_parameters(config: FeedForward.Config | MixtureOfExperts.Config) -> int:
     if isinstance(config, FeedForward.Config):
         return 3 * config.dim * config.hidden_dim * config.groups
-    return sum(pool.experts * (_expert(pool) + pool.dim) for pool in config.pools)
+    pools = sum(pool.experts * (_expert(pool) + pool.dim) for pool in config.pools)
+    return pools + sum(_feed_forward_parameters(shared) for shared in config.shared)
 
 
 def _active_feed_forward(config: FeedForward.Config | MixtureOfExperts.Config, group: int) -> int:
-    """Parameters met by a token: all routers of its pools, and capacity_factor experts of each."""
+    """Parameters met by a token: all routers of its pools, its experts of each, shared ones."""
     return round(_matrices_met(config, group, routers_of_all=False))
 
 
@@ -91,14 +93,20 @@ def _matrices_met(
 ) -> float:
     if isinstance(config, FeedForward.Config):
         return 3 * config.dim * config.hidden_dim
-    met = 0.0
+    met = float(sum(3 * shared.dim * shared.hidden_dim for shared in config.shared))
     for pool in config.pools:
         serves = not pool.groups or group in pool.groups
         if serves:
-            met += pool.router.capacity_factor * _expert(pool)
+            met += _experts_met(pool) * _expert(pool)
         if serves or routers_of_all:  # every pool scores every token of the batch
             met += pool.experts * pool.dim
     return met
+
+
+def _experts_met(pool: ExpertPool.Config) -> float:
+    """Experts of a pool that a token takes, on average."""
+    router = pool.router
+    return router.top_k if isinstance(router, TokenChoice.Config) else router.capacity_factor
 
 
 def _expert(pool: ExpertPool.Config) -> int:

@@ -15,7 +15,7 @@ from torchtitan.config import Configurable
 from earlyfuse.data.tokenised import MANIFEST
 from earlyfuse.models.blocks.experts import ExpertPool
 from earlyfuse.models.modality import Modality, Vocabulary
-from earlyfuse.models.routing.expert_choice import static_budget
+from earlyfuse.models.routing.expert_choice import ExpertChoice, static_budget
 
 
 class DataSet(Configurable):
@@ -112,7 +112,7 @@ class DataSet(Configurable):
                         f"{field_name} ({rows:g}) must be a multiple of routing_rows "
                         f"({pool.router.routing_rows}) of {name}; change one of them"
                     )
-            if pool.router.budget == "static":
+            if isinstance(pool.router, ExpertChoice.Config) and pool.router.budget == "static":
                 static_budget(
                     pool.share,
                     pool.router.capacity_factor,

@@ -3,13 +3,15 @@
 A rank sends each routed row to the rank that holds its expert, and gets the result back, in two
 all-to-alls. Expert choice with static budgets takes the same number of rows for every expert on
 every rank, so these are of fixed, equal sizes: no counts are exchanged and none reaches the host.
-With exact budgets (validation) ranks first tell each other their counts.
+With token choice, and with exact budgets (validation), ranks first tell each other how many rows
+each expert gets, and the host reads it: one wait for the device in a layer's forward.
 
 Collectives are waited for where their result is used, in forward and backward: the layer sends the
 rows of all pools before it computes the first, so one modality's rows travel while another's
 experts work.
 
-T tokens of this rank, R routed rows of this rank, W ranks, D width.
+T tokens of this rank, R routed rows of this rank, W ranks, E experts of a pool, H of them on each
+rank, D width.
 """
 
 from functools import lru_cache
@@ -42,12 +44,15 @@ def spread_experts(model: Decoder, mesh: DeviceMesh) -> None:
 class Sent(NamedTuple):
     """Rows on their way, and what is needed to bring them home.
 
-    ``rows_RD``   this rank's routed rows, sorted by expert, hence by the rank they go to
-    ``counts_W``  rows per expert on each rank
+    ``rows_RD``    this rank's routed rows, sorted by expert, hence by the rank they go to
+    ``to_W``       rows that went to each rank
+    ``come_WH``    rows that came from each rank for each expert here
     """
 
     rows_RD: torch.Tensor
-    counts_W: list[int]
+    to_W: list[int]
+    come_WH: tuple[tuple[int, ...], ...]
+    static: bool
     tokens: int
     routes: Routes
 
@@ -60,20 +65,23 @@ class AllToAll:
 
     def send(self, x_TD: torch.Tensor, routes: Routes, static: bool) -> Sent:
         """Start the rows' journey to their experts."""
-        ranks, experts = self.mesh.size(), self.experts_here
-        rows = routes.row_R.shape[0] // (ranks * experts)
-        counts = [rows] * ranks if static else self._counts(rows, x_TD.device)
-        travelling = self._exchange(gather_rows(x_TD, routes.row_R), [rows] * ranks, counts)
-        return Sent(travelling, counts, x_TD.shape[0], routes)
+        ranks, here = self.mesh.size(), self.experts_here
+        if static:
+            rows = routes.row_R.shape[0] // (ranks * here)
+            to_W, come_WH = [rows * here] * ranks, ((rows,) * here,) * ranks
+        else:
+            to_W, come_WH = self._counts(routes.offset_G1.diff())
+        travelling = self._exchange(gather_rows(x_TD, routes.row_R), to_W, _totals(come_WH))
+        return Sent(travelling, to_W, come_WH, static, x_TD.shape[0], routes)
 
     def receive(self, sent: Sent) -> tuple[torch.Tensor, Routes]:
         """What arrived lies by sender, then expert; the routes read it by expert."""
-        return sent.rows_RD, _routes(self.experts_here, tuple(sent.counts_W), sent.rows_RD.device)
+        routes = _static_routes if sent.static else _routes
+        return sent.rows_RD, routes(sent.come_WH, sent.rows_RD.device)
 
     def send_back(self, y_RD: torch.Tensor, sent: Sent) -> Sent:
         """Start the results' journey home."""
-        own = sent.counts_W[self.mesh.get_local_rank()]
-        travelling = self._exchange(y_RD, sent.counts_W, [own] * self.mesh.size())
+        travelling = self._exchange(y_RD, _totals(sent.come_WH), sent.to_W)
         return sent._replace(rows_RD=travelling)
 
     def combine(self, returned: Sent) -> torch.Tensor:
@@ -82,32 +90,34 @@ class AllToAll:
         return scatter_add_rows(returned.rows_RD, row_R, returned.tokens, weight_R)
 
     def _exchange(self, rows_RD: torch.Tensor, to_W: list[int], from_W: list[int]) -> torch.Tensor:
-        """Rows per expert to and from each rank."""
-        here = self.experts_here
-        to, come = [count * here for count in to_W], [count * here for count in from_W]
-        return _AllToAll.apply(rows_RD, to, come, self.mesh)
+        return _AllToAll.apply(rows_RD, to_W, from_W, self.mesh)
 
-    def _counts(self, rows: int, device: torch.device) -> list[int]:
-        counts_W = torch.empty(self.mesh.size(), dtype=torch.int64, device=device)
-        mine = torch.full((1,), rows, dtype=torch.int64, device=device)
-        dist.all_gather_single(counts_W, mine, group=self.mesh.get_group())
-        return counts_W.tolist()
+    def _counts(self, count_E: torch.Tensor) -> tuple[list[int], tuple[tuple[int, ...], ...]]:
+        """Rows of this rank for each rank, and of each rank for each expert here."""
+        rank, here = self.mesh.get_local_rank(), self.experts_here
+        counts = count_E.new_empty(self.mesh.size() * len(count_E))
+        dist.all_gather_single(counts, count_E, group=self.mesh.get_group())
+        counts_WE = counts.view(-1, len(count_E)).tolist()
+        own_E, mine = counts_WE[rank], slice(rank * here, (rank + 1) * here)
+        to_W = [sum(own_E[first : first + here]) for first in range(0, len(own_E), here)]
+        return to_W, tuple(tuple(count_E[mine]) for count_E in counts_WE)
 
 
-@lru_cache(maxsize=64)
-def _routes(experts: int, counts_W: tuple[int, ...], device: torch.device) -> Routes:
-    """Rows that lie by sender, then expert, each ``counts_W`` long, read by expert."""
-    first, starts = 0, []
-    for count in counts_W:
-        starts.append(first)
-        first += count * experts
-    row_R = [
-        torch.arange(start + expert * count, start + (expert + 1) * count, device=device)
-        for expert in range(experts)
-        for start, count in zip(starts, counts_W, strict=True)
-    ]
-    offset_G1 = torch.arange(experts + 1, device=device) * sum(counts_W)
-    return Routes(torch.cat(row_R), offset_G1)
+def _totals(counts_WH: tuple[tuple[int, ...], ...]) -> list[int]:
+    return [sum(counts_H) for counts_H in counts_WH]
+
+
+def _routes(counts_WH: tuple[tuple[int, ...], ...], device: torch.device) -> Routes:
+    """Rows that lie by sender, then expert, in the given numbers, read by expert."""
+    count_WH = torch.tensor(counts_WH, device=device)
+    ranks, experts = count_WH.shape
+    expert_R = torch.arange(experts, device=device).repeat(ranks)
+    expert_R = expert_R.repeat_interleave(count_WH.flatten(), output_size=sum(_totals(counts_WH)))
+    offset_G1 = torch.nn.functional.pad(count_WH.sum(0).cumsum(0), (1, 0))
+    return Routes(expert_R.argsort(stable=True), offset_G1)
+
+
+_static_routes = lru_cache(maxsize=64)(_routes)
 
 
 class _AllToAll(torch.autograd.Function):

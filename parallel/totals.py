@@ -1,16 +1,18 @@
 """Sums of one step over all ranks, read by the host in one go, and the metrics that follow."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
-from earlyfuse.models.blocks.experts import MixtureOfExperts
+from earlyfuse.models.blocks.experts import ExpertPool, MixtureOfExperts
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.flops import training_flops
 from earlyfuse.models.modality import Modality
 from earlyfuse.models.routing.statistics import RouterStats
+from earlyfuse.models.routing.token_choice import TokenChoice, experts_served
 
 MODALITIES = len(Modality)
 
@@ -78,24 +80,46 @@ def work_done(model: Decoder.Config, seq_len: int, tokens_M: torch.Tensor) -> di
 def router_statistics(
     parts: Iterable[nn.Module], model: Decoder.Config, device: torch.device
 ) -> dict[str, RouterStats]:
-    """``layer3.pool1`` … → statistics of every router of ``model``, in order.
+    """``layer3.pool1`` … → statistics of every router of ``model``, in order; of token choice,
+    ``layer3.pool0.text`` where its experts serve single modalities.
 
     Those of the ``parts`` that are here, else new ones that count nothing: so all ranks of a
     pipeline have the same sums to add up.
     """
-    here: dict[str, RouterStats] = {}
-    for name, module in (named for part in parts for named in part.named_modules()):
-        if isinstance(module, RouterStats):
-            path = name.split(".")
-            layer, pool = (path[path.index(of) + 1] for of in ("layers", "pools"))
-            here[f"layer{layer}.pool{pool}"] = module
+    here = routers_by_place(parts)
     statistics: dict[str, RouterStats] = {}
+    for place, pool in pools_by_place(model):
+        router = here.get(place)
+        if isinstance(pool.router, TokenChoice.Config):
+            served = experts_served(pool.router, pool.experts)
+            for index, (group, experts) in enumerate(served.items()):
+                name = "" if group is None else f".{Modality(model.modalities[group]).label}"
+                found = None if router is None else router.stats[index]
+                new = RouterStats(experts, pool.router.top_k)
+                statistics[place + name] = found or new.to(device)
+        else:
+            found = None if router is None else router.stats
+            statistics[place] = found or RouterStats(pool.experts).to(device)
+    return statistics
+
+
+def pools_by_place(model: Decoder.Config) -> Iterator[tuple[str, ExpertPool.Config]]:
+    """``layer3.pool1`` … and the pool there, of all pools of ``model`` in order."""
     for number, block in enumerate(model.layers):
         if isinstance(block.feed_forward, MixtureOfExperts.Config):
-            for index, config in enumerate(block.feed_forward.pools):
-                place = f"layer{number}.pool{index}"
-                statistics[place] = here.get(place) or RouterStats(config.experts).to(device)
-    return statistics
+            for index, pool in enumerate(block.feed_forward.pools):
+                yield f"layer{number}.pool{index}", pool
+
+
+def routers_by_place(parts: Iterable[nn.Module]) -> dict[str, Any]:
+    """``layer3.pool1`` … → router of the pool there, of the pools in ``parts``."""
+    here: dict[str, Any] = {}
+    for name, module in (named for part in parts for named in part.named_modules()):
+        if isinstance(module, ExpertPool):
+            path = name.split(".")
+            layer, pool = (path[path.index(of) + 1] for of in ("layers", "pools"))
+            here[f"layer{layer}.pool{pool}"] = module.router
+    return here
 
 
 def router_load(statistics: dict[str, RouterStats]) -> dict[str, float]:

@@ -24,12 +24,14 @@ from earlyfuse.models.modality import Modality
 from earlyfuse.models.objectives.chameleon import ChameleonObjective, label_members
 from earlyfuse.parallel import compat, lost_hosts, rank_log, run_folder, stop
 from earlyfuse.parallel.agreement import check_ranks_agree
+from earlyfuse.parallel.balance import ExpertBalance
 from earlyfuse.parallel.checkpoint import Checkpoints
 from earlyfuse.parallel.data_set import DataSet, NoTokenizer
 from earlyfuse.parallel.gradients import clip
 from earlyfuse.parallel.metrics import RunMetrics
 from earlyfuse.parallel.pipeline import Microbatch, Pipeline
 from earlyfuse.parallel.plan import check_parallelism
+from earlyfuse.parallel.schedule import LearningRate
 from earlyfuse.parallel.skip import SkipRule
 from earlyfuse.parallel.tensor_parallel import sharded_token_losses
 from earlyfuse.parallel.totals import StepTotals, router_load, router_statistics, work_done
@@ -51,6 +53,7 @@ class Trainer(titan.Trainer):
         checkpoint: Checkpoints.Config = field(default_factory=Checkpoints.Config)
         metrics: RunMetrics.Config = field(default_factory=RunMetrics.Config)
         validator: Validation.Config = field(default_factory=Validation.Config)
+        lr_scheduler: LearningRate.Config = field(default_factory=LearningRate.Config)
         skip: SkipRule.Config = field(default_factory=SkipRule.Config)
         watchdog: Watchdog.Config = field(default_factory=Watchdog.Config)
 
@@ -90,6 +93,7 @@ class Trainer(titan.Trainer):
         self._counts_sums = self._is_first_along("tp")
         self._counts_rows = self._counts_sums and self._is_first_along("pp")
         self.statistics = router_statistics(self.model_parts, config.model_spec.model, self.device)
+        self.balance = ExpertBalance(self.model_parts, config.model_spec.model, self.device)
         if not run_folder.knows_peak(self.metrics_processor.device_memory_monitor.device_name):
             self.metrics_processor.gpu_peak_flops = 0
 
@@ -152,6 +156,7 @@ class Trainer(titan.Trainer):
             self.optimizers.step()
         else:
             self.optimizers.zero_grad()
+        self.balance.update(self._sum_over_ranks, self._counts_sums, taken=sound)
         self.lr_schedulers.step()
         self.tokens_M += torch.tensor(totals.tokens_M)
         self.ntokens_seen = int(self.tokens_M.sum())
