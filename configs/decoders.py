@@ -75,8 +75,7 @@ def moe(
 
     def pools(width: int) -> list[ExpertPool.Config]:
         router = ExpertChoice.Config(routing_rows=routing_rows)
-        sizes = {"dim": shape.dim, "hidden_dim": width, "experts": experts}
-        return [ExpertPool.Config(name="all", router=router, **sizes)]
+        return [_for_all(shape, width, experts, router)]
 
     return _decoder(shape, lambda: _mixture(shape, 1, pools, shared))
 
@@ -135,20 +134,29 @@ def token_choice(
     ``router``: top k, weights and balance; which experts serve what is filled in.
     """
     router = router or TokenChoice.Config()
-    total, serves = experts, ()
-    if isinstance(experts, dict):
+    if isinstance(experts, int):
+        total = experts
+    else:
         if set(experts) != set(shape.modalities):
             raise ValueError(
                 f"experts {_named(experts)} must be given for exactly the modalities "
                 f"{[m.label for m in shape.modalities]}"
             )
-        total, serves = sum(experts.values()), _spread(experts, shape.modalities)
+        total = sum(experts.values())
+        router = replace(router, serves=_spread(experts, shape.modalities))
 
     def pools(width: int) -> list[ExpertPool.Config]:
-        sizes = {"dim": shape.dim, "hidden_dim": width, "experts": total}
-        return [ExpertPool.Config(name="all", router=replace(router, serves=serves), **sizes)]
+        return [_for_all(shape, width, total, router)]
 
     return _decoder(shape, lambda: _mixture(shape, router.top_k, pools, shared))
+
+
+def _for_all(
+    shape: Shape, width: int, experts: int, router: ExpertChoice.Config | TokenChoice.Config
+) -> ExpertPool.Config:
+    return ExpertPool.Config(
+        name="all", dim=shape.dim, hidden_dim=width, experts=experts, router=router
+    )
 
 
 def _spread(experts: dict[Modality, int], modalities: tuple[Modality, ...]) -> tuple[int, ...]:

@@ -58,7 +58,7 @@ def mot() -> Trainer.Config:
 
 
 def moma_4t4i_shared() -> Trainer.Config:
-    """MoMa 4t4i with experts shared by all tokens and by all of a modality, each a third as wide"""
+    """MoMa 4t4i beside experts for all tokens and for all of a modality, a third as wide"""
     experts = {Modality.TEXT: 4, Modality.IMAGE: 4}
     shared = decoders.Shared(everyone=1, by_modality=1)
     model = decoders.moma(SHAPE, experts, SHARES, routing_rows=4, shared=shared)
@@ -66,13 +66,13 @@ def moma_4t4i_shared() -> Trainer.Config:
 
 
 def moma_4t4i_token_choice() -> Trainer.Config:
-    """four text and four image experts, of which each token takes one of its modality"""
+    """four text and four image experts; each token takes one of its modality"""
     experts = {Modality.TEXT: 4, Modality.IMAGE: 4}
     return _run("moma_4t4i_token_choice", decoders.token_choice(SHAPE, experts))
 
 
 def token_choice_8x() -> Trainer.Config:
-    """eight experts, of which each token takes one, whatever its modality"""
+    """eight experts; each token takes one, whatever its modality"""
     return _run("token_choice_8x", decoders.token_choice(SHAPE, 8))
 
 
@@ -115,9 +115,7 @@ def _run(name: str, model: Decoder.Config) -> Trainer.Config:
             shares={"text": 0.2, "glyphs": 0.4, "digits": 0.2, "interleaved": 0.2},
         ),
         optimizer=adamw(lr=4e-3),
-        lr_scheduler=LearningRate.Config(
-            warmup_steps=60, decay_type="cosine", min_lr_factor=0.05
-        ),
+        lr_scheduler=LearningRate.Config(warmup_steps=60, decay_type="cosine", min_lr_factor=0.05),
         training=TrainingConfig(
             local_batch_size=4,
             seq_len=256,

@@ -13,7 +13,7 @@ class LearningRate(LRSchedulersContainer):
     @dataclass(kw_only=True, slots=True)
     class Config(LRSchedulersContainer.Config):
         # the field is torchtitan's, with one more choice
-        decay_type: Literal["linear", "sqrt", "cosine", "exponential"] = "linear"  # type: ignore[assignment]
+        decay_type: Literal["linear", "sqrt", "cosine", "exponential"] = "linear"
         """Decay of the learning rate; "exponential": by the same factor in each step, down to
         min_lr_factor, which must be positive then: an exponential never reaches 0."""
 

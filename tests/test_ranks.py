@@ -21,6 +21,7 @@ from earlyfuse.configs import decoders, embedded
 from earlyfuse.parallel.plan import check_parallelism
 
 TOLERANCE = 1e-5
+PARAMETER_TOLERANCE = 2e-5  # Adam divides by gradients, of which some are all but rounding
 EQUAL = ("loss", "grad_norm", "z_loss", "output_norm", "unigram_entropy", "router", "task")
 EQUAL += ("tokens", "flops", "lr", "skipped_steps")
 SCRIPT = str(Path(__file__).with_name("layouts.py"))
@@ -59,7 +60,7 @@ def test_a_layout_computes_what_one_rank_computes(results, ranks, name):
     found = results(ranks, name)
     # key biases have what cancellation leaves: measured by a hundredth of the whole norm
     assert relative_errors(found, expected, "gradients", 1e-2, above=TOLERANCE) == {}
-    assert relative_errors(found, expected, "parameters", 1e-4, above=TOLERANCE) == {}
+    assert relative_errors(found, expected, "parameters", 1e-4, above=PARAMETER_TOLERANCE) == {}
     for line, wanted in zip(found["metrics"], expected["metrics"], strict=True):
         for key in (key for key in wanted if key.split("/")[0] in EQUAL):
             assert line[key] == pytest.approx(wanted[key], rel=TOLERANCE, abs=1e-7), key

@@ -294,7 +294,7 @@ def test_a_skipped_step_moves_no_bias_and_its_load_is_forgotten(tmp_path, data, 
 def test_load_is_told_by_modality(tmp_path, data):
     config = tiny_config(tmp_path, data, token_choice(), steps=1)
     run(config)
-    line = metrics(tmp_path)[1]
+    line = next(line for line in metrics(tmp_path) if line["kind"] == "train")
     for group in ("text", "image"):
         at = f"router/layer1.pool0.{group}"
         assert line[f"{at}/reached"] == line[f"{at}/filled"] == 1.0, "dropless, no padding"
