@@ -151,7 +151,7 @@ def test_traffic_hides_behind_compute_only_as_far_as_there_is_compute(run):
     for flops in (1e10, 1e12, 1e14, 1e16):
         time = step_time(sent, dims, flops, cluster)
         assert time.step >= max(time.compute, time.fsdp)
-        assert time.step >= time.compute + 0.2 * time.fsdp
+        assert time.step >= (time.compute + 0.2 * time.fsdp) * (1 - 1e-9)
         assert time.step <= time.compute + time.fsdp
     alone = step_time(sent, dims, 1e14, replace(cluster, nvlink=1e30, network=1e30))
     assert alone.step == pytest.approx(alone.compute)
