@@ -24,10 +24,10 @@ def main(arguments: list[str]) -> int:
     configs = catalogue()
     name = arguments.pop(0) if arguments and not arguments[0].startswith("-") else DEFAULT
     if LIST in arguments:
-        print(list_text(configs))
+        print(list_text())
         return 0
     if name not in configs:
-        print(f"unknown config {name!r}; the configs are:\n{list_text(configs)}", file=sys.stderr)
+        print(f"unknown config {name!r}; the configs are:\n{list_text()}", file=sys.stderr)
         return 2
     config = configs[name]()
     if any(flag in arguments for flag in SHORT_HELP):

@@ -2,13 +2,12 @@
 
 import os
 import sys
-from collections.abc import Mapping
 from typing import Any
 
 import tyro
 from torchtitan.config.manager import ConfigManager, custom_registry
 
-from earlyfuse.configs.catalogue import DEFAULT, ConfigFunction
+from earlyfuse.configs.catalogue import DEFAULT, sections
 from earlyfuse.parallel.trainer import Trainer
 
 DRY_RUN = "--dry-run"
@@ -23,7 +22,7 @@ COMMON_FIELDS = (
     ("training.global_batch_size", "rows per step over all ranks; -1: no accumulation"),
     ("training.max_norm", "gradient clipping"),
     ("lr_scheduler.warmup_steps", "steps of linear warm-up"),
-    ("lr_scheduler.decay_type", "linear, cosine or sqrt; with decay_ratio: warm-up, stable, decay"),
+    ("lr_scheduler.decay_type", "linear, cosine, sqrt or exponential; decay_ratio: share of steps"),
     ("dataloader.seed", "order of the documents"),
     ("checkpoint.interval", "steps between checkpoints"),
     ("validator.freq", "steps between validations"),
@@ -33,13 +32,18 @@ COMMON_FIELDS = (
 )
 
 
-def list_text(configs: Mapping[str, ConfigFunction]) -> str:
-    """One line per config: its name and the first line of its docstring."""
-    width = max(map(len, configs))
-    return "\n".join(
-        f"  {name:<{width}}  {(function.__doc__ or '').strip().splitlines()[0]}"
-        for name, function in configs.items()
-    )
+def list_text() -> str:
+    """One line per config, by module: its name and the first line of its docstring."""
+    parts = sections()
+    width = max(len(name) for configs in parts.values() for name in configs)
+    lines: list[str] = []
+    for title, configs in parts.items():
+        lines += ["", title]
+        lines += [
+            f"  {name:<{width}}  {(function.__doc__ or '').strip().splitlines()[0]}"
+            for name, function in configs.items()
+        ]
+    return "\n".join(lines[1:])
 
 
 def help_text(name: str, config: Trainer.Config) -> str:

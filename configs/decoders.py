@@ -2,7 +2,8 @@
 
 ``moe_8x``, ``1t1i``, ``4t4i`` are MoMa's names (arXiv 2407.21770, 4.1): expert choice over all
 tokens, one feed-forward per modality, four text and four image experts. All have the same FLOPs per
-token as the dense model of the same shape.
+token as the dense model of the same shape, but for their routers: where a token takes n experts,
+shared ones counted, each has an n-th of the shape's inner width.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,6 +17,7 @@ from earlyfuse.models.blocks.feed_forward import FeedForward
 from earlyfuse.models.decoder import Block, Decoder
 from earlyfuse.models.modality import Modality
 from earlyfuse.models.routing.expert_choice import ExpertChoice
+from earlyfuse.models.routing.token_choice import TokenChoice
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,18 @@ class Shape:
     kv_heads: int | None = None
     norm_order: Literal["pre", "swin"] = "swin"
     init_std: float = 0.02
+    dropout: float = 0.0
     modalities: tuple[Modality, ...] = (Modality.TEXT, Modality.IMAGE)
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Experts that every token takes besides its routed ones: ``everyone`` the same for all tokens,
+    ``by_modality`` those of its modality.
+    """
+
+    everyone: int = 0
+    by_modality: int = 0
 
 
 def dense(shape: Shape) -> Decoder.Config:
@@ -56,22 +69,16 @@ def mixture_of_transformers(shape: Shape) -> Decoder.Config:
     )
 
 
-def moe(shape: Shape, experts: int = 8, *, routing_rows: int = 1) -> Decoder.Config:
+def moe(
+    shape: Shape, experts: int = 8, *, routing_rows: int = 1, shared: Shared = Shared()
+) -> Decoder.Config:
     """Expert choice over all tokens, whatever their modality."""
-    return _decoder(
-        shape,
-        lambda: MixtureOfExperts.Config(
-            pools=[
-                ExpertPool.Config(
-                    name="all",
-                    dim=shape.dim,
-                    hidden_dim=shape.hidden_dim,
-                    experts=experts,
-                    router=ExpertChoice.Config(routing_rows=routing_rows),
-                )
-            ]
-        ),
-    )
+
+    def pools(width: int) -> list[ExpertPool.Config]:
+        router = ExpertChoice.Config(routing_rows=routing_rows)
+        return [_for_all(shape, width, experts, router)]
+
+    return _decoder(shape, lambda: _mixture(shape, 1, pools, shared))
 
 
 def moma(
@@ -80,6 +87,7 @@ def moma(
     shares: dict[Modality, float],
     *,
     routing_rows: int = 1,
+    shared: Shared = Shared(),
 ) -> Decoder.Config:
     """MoMa: experts of each modality choose among the tokens of theirs.
 
@@ -97,23 +105,21 @@ def moma(
             f"shares {_named(shares)} must sum to 1, not {sum(shares.values()):.6g}; rescale them"
         )
 
-    def feed_forward() -> MixtureOfExperts.Config:
-        return MixtureOfExperts.Config(
-            pools=[
-                ExpertPool.Config(
-                    name=modality.label,
-                    dim=shape.dim,
-                    hidden_dim=shape.hidden_dim,
-                    experts=experts[modality],
-                    groups=(group,),
-                    share=shares[modality],
-                    router=ExpertChoice.Config(routing_rows=routing_rows),
-                )
-                for group, modality in enumerate(shape.modalities)
-            ]
-        )
+    def pools(width: int) -> list[ExpertPool.Config]:
+        return [
+            ExpertPool.Config(
+                name=modality.label,
+                dim=shape.dim,
+                hidden_dim=width,
+                experts=experts[modality],
+                groups=(group,),
+                share=shares[modality],
+                router=ExpertChoice.Config(routing_rows=routing_rows),
+            )
+            for group, modality in enumerate(shape.modalities)
+        ]
 
-    return _decoder(shape, feed_forward)
+    return _decoder(shape, lambda: _mixture(shape, 1, pools, shared))
 
 
 def with_routers(model: Decoder.Config, **fields: Any) -> Decoder.Config:
@@ -122,30 +128,94 @@ def with_routers(model: Decoder.Config, **fields: Any) -> Decoder.Config:
     such routers.
     """
     model = deepcopy(model)
-    pools = [pool for _, pool, _, _ in model.traverse(ExpertPool.Config)]
+    pools = [
+        pool
+        for _, pool, _, _ in model.traverse(ExpertPool.Config)
+        if isinstance(pool.router, ExpertChoice.Config)
+    ]
     if not pools:
-        raise ValueError(f"{', '.join(fields)} cannot be set: the model has no routed experts")
+        raise ValueError(
+            f"{', '.join(fields)} cannot be set: the model has no experts that choose tokens"
+        )
     for pool in pools:
         pool.router = replace(pool.router, **fields)
     return model
 
 
-def moma_1_4b() -> Decoder.Config:
-    """MoMa 1.4B 4t4i (arXiv 2407.21770, table 1): 7.3 B parameters, 1.4 B of them for a token.
+def token_choice(
+    shape: Shape,
+    experts: int | dict[Modality, int],
+    *,
+    shared: Shared = Shared(),
+    router: TokenChoice.Config | None = None,
+) -> Decoder.Config:
+    """Each token takes its ``router.top_k`` experts: of all, or of those of its modality where
+    ``experts`` says how many each has.
 
-    Inner widths are two thirds of 4 · dim, rounded up to 256 as in public Chameleon code.
+    ``router``: top k, weights and balance; which experts serve what is filled in.
     """
-    return _moma_4t4i(Shape(dim=2048, layers=24, heads=16, hidden_dim=5632, vocab_size=65536))
+    router = router or TokenChoice.Config()
+    if isinstance(experts, int):
+        total = experts
+    else:
+        if set(experts) != set(shape.modalities):
+            raise ValueError(
+                f"experts {_named(experts)} must be given for exactly the modalities "
+                f"{[m.label for m in shape.modalities]}"
+            )
+        total = sum(experts.values())
+        router = replace(router, serves=_spread(experts, shape.modalities))
+
+    def pools(width: int) -> list[ExpertPool.Config]:
+        return [_for_all(shape, width, total, router)]
+
+    return _decoder(shape, lambda: _mixture(shape, router.top_k, pools, shared))
 
 
-def moma_7b() -> Decoder.Config:
-    """MoMa 4t4i in the shape of Chameleon-7B: 37 B parameters, 7 B of them for a token."""
-    return _moma_4t4i(Shape(dim=4096, layers=32, heads=32, hidden_dim=11008, vocab_size=65536))
+def _for_all(
+    shape: Shape, width: int, experts: int, router: ExpertChoice.Config | TokenChoice.Config
+) -> ExpertPool.Config:
+    return ExpertPool.Config(
+        name="all", dim=shape.dim, hidden_dim=width, experts=experts, router=router
+    )
 
 
-def _moma_4t4i(shape: Shape) -> Decoder.Config:
-    experts = {Modality.TEXT: 4, Modality.IMAGE: 4}
-    return moma(shape, experts, {Modality.TEXT: 0.5, Modality.IMAGE: 0.5})
+def _spread(experts: dict[Modality, int], modalities: tuple[Modality, ...]) -> tuple[int, ...]:
+    """The modality group of each expert, every group spread evenly over the whole: equal parts of
+    all experts, as ranks hold them, are equal parts of each modality's.
+    """
+    places = [
+        ((number + 0.5) / experts[modality], group)
+        for group, modality in enumerate(modalities)
+        for number in range(experts[modality])
+    ]
+    return tuple(group for _, group in sorted(places))
+
+
+def _mixture(
+    shape: Shape, routed: int, pools: Callable[[int], list[ExpertPool.Config]], shared: Shared
+) -> MixtureOfExperts.Config:
+    """``pools`` of a width, and shared experts, that together cost what one feed-forward does."""
+    taken = routed + shared.everyone + shared.by_modality
+    if shape.hidden_dim % taken:
+        raise ValueError(
+            f"hidden_dim ({shape.hidden_dim}) must be a multiple of the {taken} experts that a "
+            f"token takes ({routed} routed, {shared.everyone} of everyone, {shared.by_modality} of "
+            "its modality), which share it; change one of them"
+        )
+    width = shape.hidden_dim // taken
+    sizes = [
+        (shared.everyone * width, 1),
+        (shared.by_modality * width, len(shape.modalities)),
+    ]
+    return MixtureOfExperts.Config(
+        pools=pools(width),
+        shared=[
+            FeedForward.Config(dim=shape.dim, hidden_dim=hidden_dim, groups=groups)
+            for hidden_dim, groups in sizes
+            if hidden_dim
+        ],
+    )
 
 
 def _decoder(
@@ -169,6 +239,7 @@ def _decoder(
             feed_forward=feed_forward(),
             norm_order=shape.norm_order,
             norm_groups=groups,
+            dropout=shape.dropout,
         )
         for _ in range(shape.layers)
     ]

@@ -145,17 +145,21 @@ def _which_rank(dims: ParallelDims) -> str:
 
 
 def _data(config: Trainer.Config, dims: ParallelDims) -> Iterator[str]:
+    if not config.data.folder:
+        yield "none yet: prepare some (docs/data.md), and give their folder with --data.folder"
+        return
     folder = Path(config.data.folder)
     found = [(name, folder / "train" / name) for name in config.data.shares]
     missing = [name for name, path in found if not path.is_dir()]
-    if missing:
+    if missing or not folder.is_dir():
         made = "they are made at the first start" if config.data.embedded else "prepare them first"
         yield f"{folder} does not have {', '.join(missing) or 'any source'} yet: {made}"
         return
     # what the start would refuse is refused here; only making the embedded corpus is left out
-    DataSet(replace(config.data, embedded=False)).connect(config)
-    sources = tuple(TokenSource(path) for _, path in found)
-    blend = Blend(sources, tuple(config.data.shares.values()), config.dataloader.media_share)
+    data = DataSet(replace(config.data, embedded=False))
+    data.connect(config)
+    sources = tuple(TokenSource(folder / "train" / name) for name in data.shares)
+    blend = Blend(sources, tuple(data.shares.values()), config.dataloader.media_share)
     tokens = config.training.steps * _step_tokens(config, dims)
     lanes = accumulation(config.training, dims) * config.training.local_batch_size
     lanes *= dims.dp_replicate * dims.dp_shard

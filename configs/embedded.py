@@ -6,11 +6,7 @@ stand.
 
 import os
 
-from torchtitan.components.optimizer import (
-    LRSchedulersContainer,
-    OptimizersContainer,
-    ParamGroupConfig,
-)
+from torchtitan.components.optimizer import OptimizersContainer, ParamGroupConfig
 from torchtitan.config import ParallelismConfig, TrainingConfig
 from torchtitan.config.configs import CompileConfig
 from torchtitan.protocols.model_spec import ModelSpec
@@ -24,6 +20,7 @@ from earlyfuse.parallel.data_set import DataSet
 from earlyfuse.parallel.metrics import RunMetrics
 from earlyfuse.parallel.pipeline import pipeline
 from earlyfuse.parallel.plan import parallelize
+from earlyfuse.parallel.schedule import LearningRate
 from earlyfuse.parallel.trainer import Trainer
 from earlyfuse.parallel.validate import Validation
 
@@ -89,6 +86,25 @@ def _upcycled_4t4i() -> Decoder.Config:
     return decoders.with_routers(_moma_4t4i(), init="centred", weights="normalised")
 
 
+def moma_4t4i_shared() -> Trainer.Config:
+    """MoMa 4t4i beside experts for all tokens and for all of a modality, a third as wide"""
+    experts = {Modality.TEXT: 4, Modality.IMAGE: 4}
+    shared = decoders.Shared(everyone=1, by_modality=1)
+    model = decoders.moma(SHAPE, experts, SHARES, routing_rows=4, shared=shared)
+    return _run("moma_4t4i_shared", model)
+
+
+def moma_4t4i_token_choice() -> Trainer.Config:
+    """four text and four image experts; each token takes one of its modality"""
+    experts = {Modality.TEXT: 4, Modality.IMAGE: 4}
+    return _run("moma_4t4i_token_choice", decoders.token_choice(SHAPE, experts))
+
+
+def token_choice_8x() -> Trainer.Config:
+    """eight experts; each token takes one, whatever its modality"""
+    return _run("token_choice_8x", decoders.token_choice(SHAPE, 8))
+
+
 def adamw(lr: float) -> OptimizersContainer.Config:
     """Chameleon's AdamW (arXiv 2405.09818, 2.3): 0.9/0.95, eps 1e-5, decay 0.1 except norms and
     biases.
@@ -128,9 +144,7 @@ def _run(name: str, model: Decoder.Config) -> Trainer.Config:
             shares={"text": 0.2, "glyphs": 0.4, "digits": 0.2, "interleaved": 0.2},
         ),
         optimizer=adamw(lr=4e-3),
-        lr_scheduler=LRSchedulersContainer.Config(
-            warmup_steps=60, decay_type="cosine", min_lr_factor=0.05
-        ),
+        lr_scheduler=LearningRate.Config(warmup_steps=60, decay_type="cosine", min_lr_factor=0.05),
         training=TrainingConfig(
             local_batch_size=4,
             seq_len=256,

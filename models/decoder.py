@@ -101,6 +101,8 @@ class Decoder(BaseModel):
                         f"layers[{index}].attention.dim ({layer.attention.dim}) must equal dim "
                         f"({self.dim})"
                     )
+                if isinstance(layer.feed_forward, MixtureOfExperts.Config):
+                    layer.feed_forward.check_modalities(len(self.modalities))
             if len({layer.attention.head_dim for layer in self.layers}) > 1:
                 raise ValueError(
                     "head_dim must be the same in all layers: they share rotary angles"

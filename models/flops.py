@@ -5,8 +5,9 @@ the head counts, the embedding lookup does not; attention is counted over the fu
 in PaLM's appendix B, without the causal half; training is 3 × the forward pass, without
 recomputation, less the gradient that causal routers do not give to their input. Expert choice: a
 pool of E experts with capacity factor c gives its tokens c experts on average; its routers, main
-and causal, score every token of the batch. In a second stage, where all but the causal routers is
-frozen, a step takes about two thirds of what is counted here.
+and causal, score every token of the batch. Token choice gives each token its top k. In a second
+stage, where all but the causal routers is frozen, a step takes about two thirds of what is counted
+here.
 
 S positions, D width, N heads of width H.
 """
@@ -17,6 +18,8 @@ from earlyfuse.models.blocks.attention import Attention
 from earlyfuse.models.blocks.experts import ExpertPool, MixtureOfExperts
 from earlyfuse.models.blocks.feed_forward import FeedForward
 from earlyfuse.models.decoder import Decoder
+from earlyfuse.models.routing.expert_choice import ExpertChoice
+from earlyfuse.models.routing.token_choice import TokenChoice
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ def training_flops(config: Decoder.Config, seq_len: int) -> tuple[float, ...]:
         pool.dim * (pool.dim // 2)
         for layer in config.layers
         for pool in _pools(layer.feed_forward)
-        if pool.router.causal is not None
+        if _has_causal(pool)
     )
     return tuple(3 * flops - spared for flops in forward_flops(config, seq_len))
 
@@ -88,11 +91,12 @@ def _attention_parameters(config: Attention.Config) -> int:
 def _feed_forward_parameters(config: FeedForward.Config | MixtureOfExperts.Config) -> int:
     if isinstance(config, FeedForward.Config):
         return 3 * config.dim * config.hidden_dim * config.groups
-    return sum(pool.experts * _expert(pool) + _routers(pool) for pool in config.pools)
+    pools = sum(pool.experts * _expert(pool) + _routers(pool) for pool in config.pools)
+    return pools + sum(_feed_forward_parameters(shared) for shared in config.shared)
 
 
 def _active_feed_forward(config: FeedForward.Config | MixtureOfExperts.Config, group: int) -> int:
-    """Parameters met by a token: all routers of its pools, and capacity_factor experts of each."""
+    """Parameters met by a token: all routers of its pools, its experts of each, shared ones."""
     return round(_matrices_met(config, group, routers_of_all=False))
 
 
@@ -101,11 +105,11 @@ def _matrices_met(
 ) -> float:
     if isinstance(config, FeedForward.Config):
         return 3 * config.dim * config.hidden_dim
-    met = 0.0
+    met = float(sum(3 * shared.dim * shared.hidden_dim for shared in config.shared))
     for pool in config.pools:
         serves = not pool.groups or group in pool.groups
         if serves:
-            met += pool.router.capacity_factor * _expert(pool)
+            met += _experts_met(pool) * _expert(pool)
         if serves or routers_of_all:  # every pool scores every token of the batch
             met += _routers(pool)
     return met
@@ -117,8 +121,18 @@ def _pools(config: FeedForward.Config | MixtureOfExperts.Config) -> list[ExpertP
 
 def _routers(pool: ExpertPool.Config) -> int:
     """Parameters of a pool's router, and of its causal router."""
-    causal = pool.router.causal is not None
-    return pool.experts * pool.dim + causal * (pool.dim // 2) * (pool.dim + pool.experts)
+    causal = _has_causal(pool) * (pool.dim // 2) * (pool.dim + pool.experts)
+    return pool.experts * pool.dim + causal
+
+
+def _has_causal(pool: ExpertPool.Config) -> bool:
+    return isinstance(pool.router, ExpertChoice.Config) and pool.router.causal is not None
+
+
+def _experts_met(pool: ExpertPool.Config) -> float:
+    """Experts of a pool that a token takes, on average."""
+    router = pool.router
+    return router.top_k if isinstance(router, TokenChoice.Config) else router.capacity_factor
 
 
 def _expert(pool: ExpertPool.Config) -> int:

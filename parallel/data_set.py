@@ -12,10 +12,11 @@ from typing import Any
 
 from torchtitan.config import Configurable
 
+from earlyfuse.data.shards import TokenSource
 from earlyfuse.data.tokenised import MANIFEST
 from earlyfuse.models.blocks.experts import ExpertPool
 from earlyfuse.models.modality import Modality, Vocabulary
-from earlyfuse.models.routing.expert_choice import static_budget
+from earlyfuse.models.routing.expert_choice import ExpertChoice, static_budget
 
 
 class DataSet(Configurable):
@@ -27,23 +28,38 @@ class DataSet(Configurable):
         """Folder written by the prepare tool."""
 
         shares: dict[str, float] = field(default_factory=dict)
-        """Source → share of the training tokens, summing to 1."""
+        """Source → share of the training tokens, summing to 1. None given: every source of the
+        folder, by the tokens that it has."""
 
         embedded: bool = False
         """Make the embedded corpus in this folder first, unless it is there."""
 
     def __init__(self, config: Config):
         self.folder = Path(config.folder)
-        self.shares = config.shares
         if config.embedded:
             _prepare_once(self.folder)
         path = self.folder / "tokenizers" / "vocabulary.json"
+        if not config.folder:
+            raise ValueError(
+                "data.folder is not set, and this config brings no data: give a folder of prepared "
+                "data with --data.folder FOLDER. `python -m earlyfuse.tools.prepare build --out "
+                "FOLDER …` makes one of your shards (docs/data.md)"
+            )
         if not path.exists():
             raise ValueError(
                 f"data.folder ({config.folder!r}) must be a folder written by "
                 "`python -m earlyfuse.tools.prepare`: it has no tokenizers/vocabulary.json"
             )
         self.vocabulary = Vocabulary.from_dict(json.loads(path.read_text()))
+
+        self.shares = config.shares or self._shares_by_tokens()
+
+    def _shares_by_tokens(self) -> dict[str, float]:
+        tokens = {
+            name: sum(TokenSource(folder).tokens.values())
+            for name, folder in self.sources("train").items()
+        }
+        return {name: count / sum(tokens.values()) for name, count in tokens.items() if count}
 
     def sources(self, split: str) -> dict[str, Path]:
         """Name → folder of every source of ``split`` ("train" or "validation")."""
@@ -77,6 +93,8 @@ class DataSet(Configurable):
         rows = training.local_batch_size * ranks
         if training.global_batch_size < 0:
             training.global_batch_size = rows
+        if config.validator.batch_rows < 0:
+            config.validator.batch_rows = rows
         if training.global_batch_size % rows:
             raise ValueError(
                 f"training.global_batch_size ({training.global_batch_size}) must be a multiple of "
@@ -112,7 +130,7 @@ class DataSet(Configurable):
                         f"{field_name} ({rows:g}) must be a multiple of routing_rows "
                         f"({pool.router.routing_rows}) of {name}; change one of them"
                     )
-            if pool.router.budget == "static":
+            if isinstance(pool.router, ExpertChoice.Config) and pool.router.budget == "static":
                 static_budget(
                     pool.share,
                     pool.router.capacity_factor,

@@ -3,18 +3,18 @@
 A rank sends each routed row to the rank that holds its expert, and gets the result back, in two
 all-to-alls. Expert choice with static budgets takes the same number of rows for every expert on
 every rank, so these are of fixed, equal sizes: no counts are exchanged and none reaches the host.
-Other routes (exact budgets, causal routing) may have any number of rows for each expert: ranks
-first tell each other all counts.
+With token choice, and with exact budgets (validation), ranks first tell each other how many rows
+each expert gets, and the host reads it: one wait for the device in a layer's forward.
 
 Collectives are waited for where their result is used, in forward and backward: the layer sends the
 rows of all pools before it computes the first, so one modality's rows travel while another's
 experts work.
 
-T tokens of this rank, R routed rows of this rank, W ranks, D width.
+T tokens of this rank, R routed rows of this rank, W ranks, E experts of a pool, H of them on each
+rank, D width.
 """
 
 from functools import lru_cache
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -44,22 +44,17 @@ def spread_experts(model: Decoder, mesh: DeviceMesh) -> None:
 class Sent(NamedTuple):
     """Rows on their way, and what is needed to bring them home.
 
-    ``rows_RD``   this rank's routed rows, sorted by expert, hence by the rank they go to
-    ``to_W``      rows that this rank sends to each rank
-    ``came_WE``   rows that each rank sends to each of the experts here
+    ``rows_RD``    this rank's routed rows, sorted by expert, hence by the rank they go to
+    ``to_W``       rows that went to each rank
+    ``come_WH``    rows that came from each rank for each expert here
     """
 
     rows_RD: torch.Tensor
     to_W: list[int]
-    came_WE: tuple[tuple[int, ...], ...]
+    come_WH: tuple[tuple[int, ...], ...]
     static: bool
     tokens: int
     routes: Routes
-
-    @property
-    def from_W(self) -> list[int]:
-        """Rows that each rank sends to this one."""
-        return [sum(count_E) for count_E in self.came_WE]
 
 
 class AllToAll:
@@ -73,53 +68,56 @@ class AllToAll:
         ranks, here = self.mesh.size(), self.experts_here
         if static:
             rows = routes.row_R.shape[0] // (ranks * here)
-            to_W, came_WE = [rows * here] * ranks, ((rows,) * here,) * ranks
+            to_W, come_WH = [rows * here] * ranks, ((rows,) * here,) * ranks
         else:
-            to_W, came_WE = self._counts(routes.offset_G1.diff())
-        sent = Sent(gather_rows(x_TD, routes.row_R), to_W, came_WE, static, x_TD.shape[0], routes)
-        return sent._replace(rows_RD=_AllToAll.apply(sent.rows_RD, to_W, sent.from_W, self.mesh))
+            to_W, come_WH = self._counts(routes.offset_G1.diff())
+        travelling = self._exchange(gather_rows(x_TD, routes.row_R), to_W, _totals(come_WH))
+        return Sent(travelling, to_W, come_WH, static, x_TD.shape[0], routes)
 
     def receive(self, sent: Sent) -> tuple[torch.Tensor, Routes]:
         """What arrived lies by sender, then expert; the routes read it by expert."""
-        by_expert = _equal_routes_by_expert if sent.static else _routes_by_expert
-        return sent.rows_RD, by_expert(sent.came_WE, sent.rows_RD.device)
+        routes = _static_routes if sent.static else _routes
+        return sent.rows_RD, routes(sent.come_WH, sent.rows_RD.device)
 
     def send_back(self, y_RD: torch.Tensor, sent: Sent) -> Sent:
         """Start the results' journey home."""
-        return sent._replace(rows_RD=_AllToAll.apply(y_RD, sent.from_W, sent.to_W, self.mesh))
+        travelling = self._exchange(y_RD, _totals(sent.come_WH), sent.to_W)
+        return sent._replace(rows_RD=travelling)
 
     def combine(self, returned: Sent) -> torch.Tensor:
         """(T, D): each token's weighted sum."""
         row_R, _, weight_R = returned.routes
         return scatter_add_rows(returned.rows_RD, row_R, returned.tokens, weight_R)
 
-    def _counts(self, count_G: torch.Tensor) -> tuple[list[int], tuple[tuple[int, ...], ...]]:
-        """``to_W`` and ``came_WE`` of ``Sent``; ``count_G``: rows of this rank for every expert."""
-        ranks, here = self.mesh.size(), self.experts_here
-        count_WG = count_G.new_empty(ranks * len(count_G))
-        dist.all_gather_single(count_WG, count_G.contiguous(), group=self.mesh.get_group())
-        by_rank_WG = count_WG.view(ranks, -1).tolist()
-        rank = self.mesh.get_local_rank()
-        mine = by_rank_WG[rank]
-        to_W = [sum(mine[first : first + here]) for first in range(0, len(mine), here)]
-        return to_W, tuple(tuple(row[rank * here : (rank + 1) * here]) for row in by_rank_WG)
+    def _exchange(self, rows_RD: torch.Tensor, to_W: list[int], from_W: list[int]) -> torch.Tensor:
+        return _AllToAll.apply(rows_RD, to_W, from_W, self.mesh)
+
+    def _counts(self, count_E: torch.Tensor) -> tuple[list[int], tuple[tuple[int, ...], ...]]:
+        """Rows of this rank for each rank, and of each rank for each expert here."""
+        rank, here = self.mesh.get_local_rank(), self.experts_here
+        counts = count_E.new_empty(self.mesh.size() * len(count_E))
+        dist.all_gather_single(counts, count_E, group=self.mesh.get_group())
+        counts_WE = counts.view(-1, len(count_E)).tolist()
+        own_E, mine = counts_WE[rank], slice(rank * here, (rank + 1) * here)
+        to_W = [sum(own_E[first : first + here]) for first in range(0, len(own_E), here)]
+        return to_W, tuple(tuple(count_E[mine]) for count_E in counts_WE)
 
 
-def _routes_by_expert(came_WE: tuple[tuple[int, ...], ...], device: torch.device) -> Routes:
-    """Rows that lie by sender, then expert, as many as ``came_WE`` says, read by expert."""
-    ranges_EW: list[list[torch.Tensor]] = [[] for _ in came_WE[0]]
-    start = 0
-    for count_E in came_WE:
-        for ranges_W, count in zip(ranges_EW, count_E, strict=True):
-            ranges_W.append(torch.arange(start, start + count, device=device))
-            start += count
-    ends = accumulate((sum(map(len, ranges_W)) for ranges_W in ranges_EW), initial=0)
-    rows = [rows for ranges_W in ranges_EW for rows in ranges_W]
-    return Routes(torch.cat(rows), torch.tensor(list(ends), device=device))
+def _totals(counts_WH: tuple[tuple[int, ...], ...]) -> list[int]:
+    return [sum(counts_H) for counts_H in counts_WH]
 
 
-# with static budgets the same in every step
-_equal_routes_by_expert = lru_cache(maxsize=64)(_routes_by_expert)
+def _routes(counts_WH: tuple[tuple[int, ...], ...], device: torch.device) -> Routes:
+    """Rows that lie by sender, then expert, in the given numbers, read by expert."""
+    count_WH = torch.tensor(counts_WH, device=device)
+    ranks, experts = count_WH.shape
+    expert_R = torch.arange(experts, device=device).repeat(ranks)
+    expert_R = expert_R.repeat_interleave(count_WH.flatten(), output_size=sum(_totals(counts_WH)))
+    offset_G1 = torch.nn.functional.pad(count_WH.sum(0).cumsum(0), (1, 0))
+    return Routes(expert_R.argsort(stable=True), offset_G1)
+
+
+_static_routes = lru_cache(maxsize=64)(_routes)
 
 
 class _AllToAll(torch.autograd.Function):

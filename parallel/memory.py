@@ -25,6 +25,7 @@ from torchtitan.distributed.activation_checkpoint import (
 from earlyfuse.kernels.linear_cross_entropy.chunked import chunk_tokens
 from earlyfuse.models.blocks.experts import MixtureOfExperts
 from earlyfuse.models.decoder import Block, Decoder
+from earlyfuse.models.routing.expert_choice import ExpertChoice
 from earlyfuse.parallel.pipeline import SCHEDULES, microbatch, rank_stages, stage_blocks
 from earlyfuse.parallel.traffic import routed_rows
 from earlyfuse.parallel.units import Unit, fsdp_units
@@ -182,11 +183,16 @@ def saved_per_token(layer: Block.Config, training: TrainingConfig, tensor_ranks:
         for pool in feed_forward.pools:
             rows = routed_rows(pool, training)
             saved += 2 * pool.hidden_dim * rows // tokens // tensor_ranks
-            if pool.router.causal is not None:  # hidden width before and after SiLU, logits
+            causal = isinstance(pool.router, ExpertChoice.Config) and pool.router.causal
+            if causal:  # hidden width before and after SiLU, logits
                 saved += 2 * (pool.dim // 2) + 2 * pool.experts
-        return saved
-    copies = 2 if feed_forward.groups > 1 else 4
-    return saved + copies * feed_forward.hidden_dim // tensor_ranks
+        plain = feed_forward.shared
+    else:
+        plain = [feed_forward]
+    for one in plain:
+        copies = 2 if one.groups > 1 else 4
+        saved += copies * one.hidden_dim // tensor_ranks
+    return saved
 
 
 def _kept_by_selective(layer: Block.Config, tensor_ranks: int) -> int:
@@ -196,6 +202,8 @@ def _kept_by_selective(layer: Block.Config, tensor_ranks: int) -> int:
     kept = attention.dim + width
     if attention.groups == 1:
         kept += width + attention.kv_heads * attention.head_dim // tensor_ranks
-    if not isinstance(feed_forward, MixtureOfExperts.Config) and feed_forward.groups == 1:
-        kept += feed_forward.hidden_dim // tensor_ranks + feed_forward.dim
+    mixture = isinstance(feed_forward, MixtureOfExperts.Config)
+    for one in feed_forward.shared if mixture else [feed_forward]:
+        if one.groups == 1:
+            kept += one.hidden_dim // tensor_ranks + one.dim
     return kept

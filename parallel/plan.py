@@ -42,6 +42,7 @@ from torchtitan.distributed.activation_checkpoint import ActivationCheckpointing
 from earlyfuse.models.blocks.experts import Experts, MixtureOfExperts
 from earlyfuse.models.blocks.feed_forward import FeedForward
 from earlyfuse.models.decoder import Decoder
+from earlyfuse.models.routing.token_choice import TokenChoice, experts_served
 from earlyfuse.parallel.compat import reduce_with_plain_sums
 from earlyfuse.parallel.expert_parallel import spread_experts
 from earlyfuse.parallel.pipeline import pipeline_problems
@@ -152,6 +153,8 @@ def _tensor(parallelism: ParallelismConfig, model: Decoder.Config) -> Iterator[s
         else:
             for pool in feed_forward.pools:
                 sizes[f"{at}.feed_forward.{pool.name}.hidden_dim"] = pool.hidden_dim
+            for number, shared in enumerate(feed_forward.shared):
+                sizes[f"{at}.feed_forward.shared[{number}].hidden_dim"] = shared.hidden_dim
     for name, size in sizes.items():
         if size % degree:
             yield (
@@ -172,11 +175,15 @@ def _experts(parallelism: ParallelismConfig, model: Decoder.Config) -> Iterator[
     if not mixtures:
         yield f"expert_parallel_degree ({degree}) must be 1: this model has no routed experts"
     for pool in (pool for mixture in mixtures for pool in mixture.pools):
-        if pool.experts % degree:
-            yield (
-                f"expert_parallel_degree ({degree}) must divide the {pool.experts} {pool.name} "
-                "experts, so that every rank holds as many; lower it or change the experts"
-            )
+        counts = [pool.experts]
+        if isinstance(pool.router, TokenChoice.Config):
+            counts = list(experts_served(pool.router, pool.experts).values())
+        for count in counts:
+            if count % degree:
+                yield (
+                    f"expert_parallel_degree ({degree}) must divide the {count} {pool.name} "
+                    "experts, so that every rank holds as many; lower it or change the experts"
+                )
 
 
 # ---------------------------------------------------------------- FSDP2 and HSDP

@@ -142,7 +142,7 @@ def load_inherited(model: nn.Module, origins: dict[str, Inherited | None], folde
     regions = _Regions()
     copies: list[tuple[torch.Tensor, torch.Tensor]] = []
     for name, parameter in model.state_dict().items():
-        origin = origins[name]
+        origin = origins.get(name)  # what routers balance with begins anew
         if origin is None:
             continue
         local, offset = parameter, (0,) * parameter.ndim

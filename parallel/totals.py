@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,10 +11,11 @@ from earlyfuse.models.blocks.experts import ExpertPool, MixtureOfExperts
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.flops import training_flops
 from earlyfuse.models.modality import Modality
+from earlyfuse.models.routing.expert_choice import ExpertChoice
 from earlyfuse.models.routing.statistics import CausalStats, RouterStats
+from earlyfuse.models.routing.token_choice import TokenChoice, experts_served
 
 MODALITIES = len(Modality)
-Stats = TypeVar("Stats", RouterStats, CausalStats)
 
 
 @dataclass(frozen=True)
@@ -80,44 +81,58 @@ def work_done(model: Decoder.Config, seq_len: int, tokens_M: torch.Tensor) -> di
 def router_statistics(
     parts: Iterable[nn.Module], model: Decoder.Config, device: torch.device
 ) -> dict[str, RouterStats]:
-    """``layer3.pool1`` … → statistics of every router of ``model``, in order.
+    """``layer3.pool1`` … → statistics of every router of ``model``, in order; of token choice,
+    ``layer3.pool0.text`` where its experts serve single modalities.
 
     Those of the ``parts`` that are here, else new ones that count nothing: so all ranks of a
     pipeline have the same sums to add up.
     """
-    here = _by_place(parts, RouterStats)
-    return {
-        place: here.get(place) or RouterStats(pool.experts).to(device)
-        for place, pool in _pools(model)
-    }
+    here = routers_by_place(parts)
+    statistics: dict[str, RouterStats] = {}
+    for place, pool in pools_by_place(model):
+        router = here.get(place)
+        if isinstance(pool.router, TokenChoice.Config):
+            served = experts_served(pool.router, pool.experts)
+            for index, (group, experts) in enumerate(served.items()):
+                name = "" if group is None else f".{Modality(model.modalities[group]).label}"
+                found = None if router is None else router.stats[index]
+                new = RouterStats(experts, pool.router.top_k)
+                statistics[place + name] = found or new.to(device)
+        else:
+            found = None if router is None else router.stats
+            statistics[place] = found or RouterStats(pool.experts).to(device)
+    return statistics
 
 
 def causal_statistics(
     parts: Iterable[nn.Module], model: Decoder.Config, device: torch.device
 ) -> dict[str, CausalStats]:
     """The same of all causal routers."""
-    here = _by_place(parts, CausalStats)
-    return {
-        place: here.get(place) or CausalStats().to(device)
-        for place, pool in _pools(model)
-        if pool.router.causal is not None
-    }
+    here = routers_by_place(parts)
+    statistics: dict[str, CausalStats] = {}
+    for place, pool in pools_by_place(model):
+        if isinstance(pool.router, ExpertChoice.Config) and pool.router.causal is not None:
+            router = here.get(place)
+            statistics[place] = CausalStats().to(device) if router is None else router.causal.stats
+    return statistics
 
 
-def _pools(model: Decoder.Config) -> Iterator[tuple[str, ExpertPool.Config]]:
+def pools_by_place(model: Decoder.Config) -> Iterator[tuple[str, ExpertPool.Config]]:
+    """``layer3.pool1`` … and the pool there, of all pools of ``model`` in order."""
     for number, block in enumerate(model.layers):
         if isinstance(block.feed_forward, MixtureOfExperts.Config):
-            for index, config in enumerate(block.feed_forward.pools):
-                yield f"layer{number}.pool{index}", config
+            for index, pool in enumerate(block.feed_forward.pools):
+                yield f"layer{number}.pool{index}", pool
 
 
-def _by_place(parts: Iterable[nn.Module], kind: type[Stats]) -> dict[str, Stats]:
-    here = {}
+def routers_by_place(parts: Iterable[nn.Module]) -> dict[str, Any]:
+    """``layer3.pool1`` … → router of the pool there, of the pools in ``parts``."""
+    here: dict[str, Any] = {}
     for name, module in (named for part in parts for named in part.named_modules()):
-        if isinstance(module, kind):
+        if isinstance(module, ExpertPool):
             path = name.split(".")
             layer, pool = (path[path.index(of) + 1] for of in ("layers", "pools"))
-            here[f"layer{layer}.pool{pool}"] = module
+            here[f"layer{layer}.pool{pool}"] = module.router
     return here
 
 

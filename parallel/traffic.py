@@ -16,15 +16,21 @@ embedding columns      all_gather      tensor parallel: (T, D)
 split losses           all_gather      tensor parallel: three fp32 numbers per token of each rank
 expert rows            all_to_all      expert parallel: (R, D) of every pool, to the experts and
                                        back, forward and backward
+expert counts          all_gather      expert parallel, token choice or exact budgets: rows of each
+                                       expert on each rank, int64
 stage activations      receive         pipeline: (T, D) from the stage before, forward
 stage gradients        receive         pipeline: (T, D) from the stage after, backward
 =====================  ==============  ============================================================
 
 Routing is not in the table: it sends nothing. Nor are counts, losses and the gradient norm, a
-handful of numbers per step whatever the model. Activation checkpointing repeats what a block sends
-in forward, except the rows of experts where it is selective. Uneven shards are padded to the
-largest, and padding travels. A pipeline cuts the micro-batch once more: T are the tokens of such a
-part, and all but the parameters and their gradients travels once for each. Its ranks differ.
+handful of numbers per step whatever the model, nor, with token choice, the loads of the experts,
+8 bytes each once a step. With token choice a rank sends its R rows to wherever their experts are,
+but its experts get, and send back, as many as chose them: R on average over the ranks.
+
+Activation checkpointing repeats what a block sends in forward, except the rows of experts where it
+is selective. Uneven shards are padded to the largest, and padding travels. A pipeline cuts the
+micro-batch once more: T are the tokens of such a part, and all but the parameters and their
+gradients travels once for each. Its ranks differ.
 
 The head exchanges a chunk of tokens at a time, as large as on a GPU; on a CPU, the same bytes in
 smaller chunks.
@@ -49,11 +55,12 @@ from earlyfuse.kernels.linear_cross_entropy.chunked import chunk_tokens
 from earlyfuse.models.blocks.experts import ExpertPool, MixtureOfExperts
 from earlyfuse.models.decoder import Block, Decoder
 from earlyfuse.models.routing.expert_choice import static_budget
+from earlyfuse.models.routing.token_choice import TokenChoice
 from earlyfuse.parallel.pipeline import microbatch, rank_stages, stage_blocks
 from earlyfuse.parallel.units import accumulation, axis_ranks, fsdp_units
 
 Kind = Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all", "receive"]
-FP32 = 4
+FP32, INT64 = 4, 8
 
 
 @dataclass(frozen=True)
@@ -157,7 +164,7 @@ def microbatch_calls(
     stages = stage_blocks(parallelism, len(model.layers))
     part = microbatch(parallelism, training)
     for index in rank_stages(parallelism, pipeline_rank):
-        calls = list(_stage(model, stages[index], part, dims.tp, ac_config))
+        calls = list(_stage(model, stages[index], part, dims, ac_config))
         yield from calls * (training.local_batch_size // part.local_batch_size)
 
 
@@ -165,7 +172,7 @@ def _stage(
     model: Decoder.Config,
     blocks: range,
     training: TrainingConfig,
-    tensor_ranks: int,
+    dims: ParallelDims,
     ac_config: ActivationCheckpointing.Config | None,
 ) -> Iterator[Call]:
     """What ``blocks``, with embedding and head where these are theirs, send of a local batch."""
@@ -181,9 +188,9 @@ def _stage(
         yield Call("stage activations", "receive", "pp", activations)
     if blocks.stop == len(model.layers):
         yield Call("split activations", "all_reduce", "tp", activations)  # backward
-        chunk = chunk_tokens(tokens, model.vocab_size // tensor_ranks, dtype, "cuda")
+        chunk = chunk_tokens(tokens, model.vocab_size // dims.tp, dtype, "cuda")
         for first in range(0, tokens, chunk):
-            numbers = 3 * min(chunk, tokens - first) * tensor_ranks
+            numbers = 3 * min(chunk, tokens - first) * dims.tp
             yield Call("split losses", "all_gather", "tp", numbers * FP32)
     else:
         yield Call("stage gradients", "receive", "pp", activations)
@@ -192,6 +199,10 @@ def _stage(
         if isinstance(layer.feed_forward, MixtureOfExperts.Config):
             for pool in layer.feed_forward.pools:
                 rows = routed_rows(pool, training)
+                if not _is_static(pool):
+                    counts = dims.ep * pool.experts * INT64
+                    for _ in range(sum_forwards):
+                        yield Call("expert counts", "all_gather", "ep", counts)
                 for _ in range(2 * row_forwards + 2):
                     yield Call("expert rows", "all_to_all", "ep", rows * model.dim * dtype.itemsize)
 
@@ -199,21 +210,31 @@ def _stage(
 def _split_regions(
     layer: Block.Config, training: TrainingConfig, activations: int, forwards: int
 ) -> Iterator[Call]:
-    """Attention, and a feed-forward or each pool of experts."""
+    """Attention, and a feed-forward or each pool of experts and each shared expert."""
     feed_forward = layer.feed_forward
-    pools = feed_forward.pools if isinstance(feed_forward, MixtureOfExperts.Config) else []
-    for _ in range((1 + max(len(pools), 1)) * (forwards + 1)):
+    pools: list[ExpertPool.Config] = []
+    regions = 1
+    if isinstance(feed_forward, MixtureOfExperts.Config):
+        pools, regions = feed_forward.pools, len(feed_forward.pools) + len(feed_forward.shared)
+    for _ in range((1 + regions) * (forwards + 1)):
         yield Call("split activations", "all_reduce", "tp", activations)
     for pool in pools:
         yield Call("split activations", "all_reduce", "tp", routed_rows(pool, training) * FP32)
 
 
+def _is_static(pool: ExpertPool.Config) -> bool:
+    """Whether all ranks route the same number of rows to every expert."""
+    return not isinstance(pool.router, TokenChoice.Config) and pool.router.budget == "static"
+
+
 def routed_rows(pool: ExpertPool.Config, training: TrainingConfig) -> int:
     """Rows that the experts of a pool take of one micro-batch, on one rank.
 
-    By the static rule; with exact budgets, what that is on average.
+    By the static rule; with exact budgets, what that is on average. With token choice exact too.
     """
     router = pool.router
+    if isinstance(router, TokenChoice.Config):
+        return router.top_k * training.local_batch_size * training.seq_len
     group_tokens = router.routing_rows * training.seq_len
     budget = static_budget(pool.share, router.capacity_factor, group_tokens, pool.experts)
     return pool.experts * budget * (training.local_batch_size // router.routing_rows)

@@ -27,6 +27,7 @@ from earlyfuse.models.routing.noise import router_noises
 from earlyfuse.models.state_dicts.exported import describe
 from earlyfuse.parallel import compat, lost_hosts, rank_log, run_folder, stop
 from earlyfuse.parallel.agreement import check_ranks_agree
+from earlyfuse.parallel.balance import ExpertBalance
 from earlyfuse.parallel.checkpoint import Checkpoints
 from earlyfuse.parallel.data_set import DataSet, NoTokenizer
 from earlyfuse.parallel.gradients import clip
@@ -34,6 +35,7 @@ from earlyfuse.parallel.metrics import RunMetrics
 from earlyfuse.parallel.pipeline import Pipeline
 from earlyfuse.parallel.plan import check_parallelism
 from earlyfuse.parallel.sampler import Sampler
+from earlyfuse.parallel.schedule import LearningRate
 from earlyfuse.parallel.skip import SkipRule
 from earlyfuse.parallel.start import Start
 from earlyfuse.parallel.totals import (
@@ -64,6 +66,7 @@ class Trainer(titan.Trainer):
         checkpoint: Checkpoints.Config = field(default_factory=Checkpoints.Config)
         metrics: RunMetrics.Config = field(default_factory=RunMetrics.Config)
         validator: Validation.Config = field(default_factory=Validation.Config)
+        lr_scheduler: LearningRate.Config = field(default_factory=LearningRate.Config)
         sampler: Sampler.Config = field(default_factory=Sampler.Config)
         skip: SkipRule.Config = field(default_factory=SkipRule.Config)
         watchdog: Watchdog.Config = field(default_factory=Watchdog.Config)
@@ -120,6 +123,7 @@ class Trainer(titan.Trainer):
         rows = config.training.global_batch_size
         normalise_over(self.model_parts, rows * config.training.seq_len)
         self.router_noises = router_noises(self.model_parts)
+        self.balance = ExpertBalance(self.model_parts, model, self.device)
         if not run_folder.knows_peak(self.metrics_processor.device_memory_monitor.device_name):
             self.metrics_processor.gpu_peak_flops = 0
 
@@ -192,6 +196,7 @@ class Trainer(titan.Trainer):
             self.optimizers.step()
         else:
             self.optimizers.zero_grad()
+        self.balance.update(self._sum_over_ranks, self._counts_sums, taken=sound)
         self.lr_schedulers.step()
         self.tokens_M += torch.tensor(totals.tokens_M)
         self.ntokens_seen = int(self.tokens_M.sum())

@@ -47,7 +47,7 @@ class Validation(Validator):
         """Steps between two validations."""
 
         batch_rows: int = 8
-        """Rows of a validation batch over all ranks."""
+        """Rows of a validation batch over all ranks; -1: local_batch_size on each."""
 
         max_batches: int = 8
         """Validation batches; fewer if the split is smaller."""

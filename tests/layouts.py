@@ -94,7 +94,10 @@ CASES: dict[int, dict[str, Case]] = {
     | {"upcycled": Case("upcycled"), "upcycled-stage2": Case("upcycled", stage2=True)},
     2: {f"{model}-fsdp": Case(model, FSDP) for model in MODELS}
     | {f"{model}-tp": Case(model, TP) for model in MODELS}
-    | {f"{model}-ep": Case(model, EP) for model in ("moe_8x", "moma", "moma_causal")}
+    | {
+        f"{model}-ep": Case(model, EP)
+        for model in ("moe_8x", "moma", "moma_causal", "shared", "token_choice")
+    }
     | {
         "upcycled-ep": Case("upcycled", EP),
         "upcycled-tp": Case("upcycled", TP),
@@ -110,6 +113,13 @@ CASES: dict[int, dict[str, Case]] = {
         "moma-ep-accumulated-full": Case("moma", EP, micro_batches=2, recompute="full"),
         "moma-tp-accumulated": Case("moma", TP, micro_batches=4),
         "moma-fsdp-selective": Case("moma", FSDP, recompute="selective"),
+        "token_choice-ep-apart": Case("token_choice", EP, apart=True),
+        "token_choice-fsdp-accumulated": Case("token_choice", FSDP, micro_batches=2),
+        "token_choice-ep-accumulated-full": Case(
+            "token_choice", EP, micro_batches=2, recompute="full"
+        ),
+        "token_choice-ep-selective": Case("token_choice", EP, recompute="selective"),
+        "token_choice-tp-accumulated": Case("token_choice", TP, micro_batches=2),
         "mot-tp-full": Case("mot", TP, recompute="full"),
         "dense-fsdp-kept": Case("dense", FSDP, reshard="never"),
     }
@@ -123,7 +133,10 @@ CASES: dict[int, dict[str, Case]] = {
     },
     4: {f"{model}-fsdp": Case(model, FSDP) for model in MODELS}
     | {f"{model}-hsdp": Case(model, HSDP) for model in ("dense", "moma")}
-    | {f"{model}-fsdp-ep": Case(model, EP) for model in ("moe_8x", "moma", "upcycled")}
+    | {
+        f"{model}-fsdp-ep": Case(model, EP)
+        for model in ("moe_8x", "moma", "upcycled", "token_choice")
+    }
     | {f"{model}-fsdp-tp": Case(model, TP) for model in ("mot", "moma")}
     | {
         "moma-hsdp-ep-full": Case("moma", HSDP | EP, recompute="full"),
@@ -136,6 +149,8 @@ CASES: dict[int, dict[str, Case]] = {
         "moma-pp-tp": Case("moma", PP | TP),
         "moma-pp-ep": Case("moma", PP | EP),
         "moma-pp-ep-full": Case("moma", PP | EP, recompute="full"),
+        "token_choice-pp-ep": Case("token_choice", PP | EP),
+        "token_choice-hsdp-ep": Case("token_choice", HSDP | EP),
         "deep-pp4": Case("deep", {"pipeline_parallel": 4}),
         "deep-pp-fsdp-interleaved": Case("deep", PP, schedule="Interleaved1F1B"),
     },
@@ -166,9 +181,11 @@ class Keeping(Trainer):
     def train_step(self, data_iterator: Iterator[Any]) -> None:
         super().train_step(data_iterator)
         named = [(_plain(n), p) for part in self.model_parts for n, p in part.named_parameters()]
+        biases = [(_plain(n), b) for part in self.model_parts for n, b in part.named_buffers()]
+        biases = [(name, bias) for name, bias in biases if name.endswith("bias_E")]
         kept = {
             "gradients": {name: whole(p.grad) for name, p in named if p.grad is not None},
-            "parameters": {name: whole(p) for name, p in named},
+            "parameters": {name: whole(p) for name, p in named + biases},
         }
         ranks = [kept] * dist.get_world_size()
         if self.parallel_dims.pp_enabled:

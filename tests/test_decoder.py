@@ -37,7 +37,7 @@ def packed(positions: torch.Tensor, starts: list[int]) -> torch.Tensor:
     return positions
 
 
-@pytest.mark.parametrize("name", ["dense", "mot"])
+@pytest.mark.parametrize("name", ["dense", "mot", "token_choice"])
 @pytest.mark.parametrize("several_documents", [False, True])
 def test_later_tokens_do_not_move_earlier_outputs(name, several_documents):
     model = build(MODELS[name]())
@@ -74,7 +74,7 @@ def test_later_tokens_do_not_move_earlier_outputs_of_moma_with_routing_fixed(mon
     assert (before[:, 15:] - after[:, 15:]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("name", ["dense", "mot"])
+@pytest.mark.parametrize("name", ["dense", "mot", "token_choice"])
 def test_packed_documents_do_not_see_each_other(name):
     model = build(MODELS[name]())
     tokens, modality, positions = batch()

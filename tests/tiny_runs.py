@@ -8,6 +8,7 @@ from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.modality import Modality
 from earlyfuse.models.routing.causal_router import CausalRouter
 from earlyfuse.models.routing.noise import RouterNoise
+from earlyfuse.models.routing.token_choice import TokenChoice
 from earlyfuse.parallel.trainer import Trainer
 
 SHAPE = decoders.Shape(dim=32, layers=2, heads=2, hidden_dim=48, vocab_size=48)
@@ -20,10 +21,22 @@ def moma(shape: decoders.Shape = SHAPE, **options) -> Decoder.Config:
     )
 
 
+def token_choice(shape: decoders.Shape = SHAPE, **router) -> Decoder.Config:
+    options = {"top_k": 2, "normalise": True, "scale": 1.5, "bias_rate": 0.05} | router
+    return decoders.token_choice(
+        shape,
+        {Modality.TEXT: 4, Modality.IMAGE: 2},
+        shared=decoders.Shared(everyone=3 - options["top_k"]),
+        router=TokenChoice.Config(**options),
+    )
+
+
 MODELS = {
     "dense": lambda: decoders.dense(SHAPE),
     "moe_8x": lambda: decoders.moe(SHAPE, experts=4, routing_rows=2),
     "moma": moma,
+    "shared": lambda: moma(shared=decoders.Shared(everyone=1, by_modality=1)),
+    "token_choice": token_choice,
     "mot": lambda: decoders.mixture_of_transformers(SHAPE),
     "moma_causal": lambda: decoders.with_routers(
         moma(),

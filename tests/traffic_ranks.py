@@ -34,6 +34,15 @@ TWO = {
     "tensor, full": ("moma", {"tensor_parallel_degree": 2}, FullAC.Config(), "float32"),
     "experts, full": ("moma", {"expert_parallel_degree": 2}, FullAC.Config(), "float32"),
     "experts, selective": ("moma", {"expert_parallel_degree": 2}, SelectiveAC.Config(), "float32"),
+    "shared, tensor": ("shared", {"tensor_parallel_degree": 2}, None, "float32"),
+    "token choice": ("token_choice", {}, None, "float32"),
+    "token choice, experts": ("token_choice", {"expert_parallel_degree": 2}, None, "float32"),
+    "token choice, experts, selective": (
+        "token_choice",
+        {"expert_parallel_degree": 2},
+        SelectiveAC.Config(),
+        "float32",
+    ),
 }
 PIPELINE = {"pipeline_parallel_degree": 2, "pipeline_parallel_microbatch_size": 2}
 INTERLEAVED = PIPELINE | {

@@ -1,7 +1,8 @@
 """What a config asks of a cluster, before there is one.
 
 ``python -m earlyfuse.tools.doctor traffic CONFIG --gpus 8 64 1024``: bytes per step, and how long a
-step would take by a simple model. CONFIG: any of ``train.py``, or ``moma_1_4b``, ``moma_7b``.
+step would take by a simple model. ``python -m earlyfuse.tools.doctor presets``: parameters, FLOPs
+and tokens of the configs that train on data of one's own, as in docs/presets.md.
 """
 
 import argparse
@@ -15,15 +16,13 @@ from typing import Any
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 
-from earlyfuse.configs import decoders, embedded
 from earlyfuse.configs.catalogue import catalogue
-from earlyfuse.configs.dry_run import check
-from earlyfuse.models.flops import mean_training_flops
+from earlyfuse.configs.dry_run import check, quantity
+from earlyfuse.models.flops import count_parameters, mean_training_flops, training_flops
 from earlyfuse.parallel.traffic import Traffic, received, step_traffic, total
 from earlyfuse.parallel.trainer import Trainer
 from earlyfuse.parallel.units import accumulation
 
-SIZES = {"moma_1_4b": decoders.moma_1_4b, "moma_7b": decoders.moma_7b}
 RECOMPUTATION = {"none": None, "selective": SelectiveAC.Config(), "full": FullAC.Config()}
 GIGA, TERA = 1e9, 1e12
 TIMES = ("compute, ms", "FSDP traffic, ms", "other traffic, ms", "step, ms")
@@ -119,17 +118,40 @@ def traffic(config: str, gpus: list[int], **options: Any) -> str:
     return "\n".join([*lines, "", ASSUMPTIONS.format(**options)])
 
 
+def presets() -> str:
+    """A Markdown table of the configs that bring no data."""
+    names = ("config", "parameters", "of a token", "FLOPs of a token", "tokens of a step", "steps")
+    lines = ["| " + " | ".join(names) + " |", "|---|" + "---:|" * (len(names) - 1)]
+    for name, function in catalogue().items():
+        run = function()
+        if run.data.embedded:
+            continue
+        assert run.model_spec is not None, "configs always set model_spec"
+        model, training = run.model_spec.model, run.training
+        parameters, flops = count_parameters(model), training_flops(model, training.seq_len)
+        row = (
+            name,
+            quantity(parameters.total),
+            _by_modality(parameters.active),
+            _by_modality(flops),
+            f"{training.global_batch_size * training.seq_len:,}",
+            f"{training.steps:,}",
+        )
+        lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def _by_modality(values: Sequence[float]) -> str:
+    return " / ".join(dict.fromkeys(quantity(value) for value in values))
+
+
 def _run(name: str, options: dict[str, Any]) -> Trainer.Config:
-    """The config with the command line's layout; of another size, the embedded run's settings."""
+    """The config with the command line's layout and one micro-batch a step."""
     configs = catalogue()
-    if name not in configs and name not in SIZES:
-        raise ValueError(f"config ({name!r}) must be one of {', '.join([*configs, *SIZES])}")
-    run = deepcopy(configs[name]() if name in configs else embedded.moma_4t4i())
-    assert run.model_spec is not None, "configs always set model_spec"
-    if name in SIZES:
-        run.model_spec.model = SIZES[name]()
-        run.training.mixed_precision_param = "bfloat16"
-        run.training.seq_len = 4096
+    if name not in configs:
+        raise ValueError(f"config ({name!r}) must be one of {', '.join(configs)}")
+    run = deepcopy(configs[name]())
+    run.training.global_batch_size = -1  # one micro-batch
     for field in ("local_batch_size", "seq_len", "mixed_precision_param"):
         if options[field] is not None:
             setattr(run.training, field, options[field])
@@ -171,13 +193,15 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m earlyfuse.tools.doctor", description=(__doc__ or "").split("\n")[0]
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    table = commands.add_parser("presets", help="the papers' configs as a table")
+    table.set_defaults(command=presets)
     one = commands.add_parser(
         "traffic",
         help="bytes and time of a step on any number of GPUs",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     one.set_defaults(command=traffic)
-    one.add_argument("config", help="a config of train.py, moma_1_4b or moma_7b")
+    one.add_argument("config", help="a config of train.py")
     one.add_argument("--gpus", type=int, nargs="+", default=[8, 64, 1024], help="rows of the table")
     for name, default, meaning in (
         ("shard", -1, "ranks that share one copy of the parameters; -1: all, else replicas"),

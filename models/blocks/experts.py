@@ -1,8 +1,9 @@
 """Mixture of modality-aware experts: MoMa's feed-forward (arXiv 2407.21770, section 2.2).
 
-An ``ExpertPool`` is a number of SwiGLU experts that choose tokens of certain modalities; a
-``MixtureOfExperts`` is a list of pools. One pool per modality is MoMa (``4t4i``: four text and four
-image experts); a single pool over all modalities is plain expert choice (``moe_8x``).
+An ``ExpertPool`` is a number of SwiGLU experts and the router that brings tokens to them; a
+``MixtureOfExperts`` is a list of pools, and of feed-forwards shared by all tokens or by all of a
+modality. One pool of expert choice per modality is MoMa (``4t4i``: four text and four image
+experts); a single one over all modalities is plain expert choice (``moe_8x``).
 
 T tokens, D width, E experts of the pool, F inner width, R routed rows.
 """
@@ -15,10 +16,12 @@ from torch import nn
 from torchtitan.protocols.module import Module, ModuleList
 
 from earlyfuse.kernels.grouped_gemm import grouped_swiglu
+from earlyfuse.models.blocks.feed_forward import FeedForward
 from earlyfuse.models.blocks.held import held
 from earlyfuse.models.blocks.layout import Layout
 from earlyfuse.models.routes import Routes
 from earlyfuse.models.routing.expert_choice import ExpertChoice
+from earlyfuse.models.routing.token_choice import TokenChoice
 
 
 class ExpertPool(Module):
@@ -39,9 +42,16 @@ class ExpertPool(Module):
         experts: int
         groups: tuple[int, ...] = ()
         share: float = 1.0
-        router: ExpertChoice.Config = field(default_factory=ExpertChoice.Config)
+        router: ExpertChoice.Config | TokenChoice.Config = field(
+            default_factory=ExpertChoice.Config
+        )
 
         def __post_init__(self) -> None:
+            if self.groups and isinstance(self.router, TokenChoice.Config):
+                raise ValueError(
+                    f"groups ({self.groups}) of the {self.name} experts must be () with token "
+                    "choice; name the modality group of each expert in router.serves"
+                )
             if not 0 < self.share <= 1:
                 raise ValueError(
                     f"share ({self.share}) of the {self.name} experts must be in (0, 1]; "
@@ -123,35 +133,60 @@ class NoExchange:
 
 
 class MixtureOfExperts(Module):
-    """The sum of its pools; of disjoint modalities, each token meets those of its own."""
+    """The sum of its pools and shared experts; of disjoint modalities, each token meets those of
+    its own.
+    """
 
     @dataclass(kw_only=True, slots=True)
     class Config(Module.Config):
+        """``shared``: experts that every token takes, with weight 1: ``groups=1`` the same for all
+        tokens, else one for each modality group."""
+
         pools: list[ExpertPool.Config]
+        shared: list[FeedForward.Config] = field(default_factory=list)
 
         def __post_init__(self) -> None:
             names = [pool.name for pool in self.pools]
             if not names or len(set(names)) != len(names):
                 raise ValueError(f"pools {names} must be at least one, with different names")
 
+        def check_modalities(self, groups: int) -> None:
+            """``ValueError`` unless all of a model's modality groups have their experts."""
+            for pool in self.pools:
+                serves = getattr(pool.router, "serves", ())
+                if serves and set(serves) != set(range(groups)):
+                    raise ValueError(
+                        f"router.serves ({serves}) of the {pool.name} experts must name each of "
+                        f"the model's {groups} modality groups, from 0, and no other"
+                    )
+            for shared in self.shared:
+                if shared.groups not in (1, groups):
+                    raise ValueError(
+                        f"groups ({shared.groups}) of a shared expert must be 1, for all tokens, "
+                        f"or {groups}, one for each modality group of the model"
+                    )
+
     def __init__(self, config: Config):
         super().__init__()
         self.pools = ModuleList([pool.build() for pool in config.pools])
+        self.shared = ModuleList([shared.build() for shared in config.shared])
 
     def forward(self, x_TD: torch.Tensor, layout: Layout) -> torch.Tensor:
         """(T, D) → (T, D).
 
-        In turns over the pools: while the rows of one travel, another one computes.
+        In turns over the pools: while the rows of one travel, another one computes, first of all
+        the shared experts, whose tokens stay.
         """
         sent = [
             pool.exchange.send(x_TD, pool.route(x_TD, layout), pool.router.static)
             for pool in self.pools
         ]
+        outputs = [shared(x_TD, layout) for shared in self.shared]
         returned = [
             pool.exchange.send_back(pool.experts(*pool.exchange.receive(rows)), rows)
             for pool, rows in zip(self.pools, sent, strict=True)
         ]
-        outputs = [
+        outputs += [
             pool.exchange.combine(rows) for pool, rows in zip(self.pools, returned, strict=True)
         ]
         return sum(outputs[1:], start=outputs[0])

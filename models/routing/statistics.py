@@ -4,6 +4,7 @@ T tokens, E experts, R routed rows.
 """
 
 import torch
+import torch.nn.functional as F
 from torchtitan.protocols.module import Module
 
 from earlyfuse.models.routes import Routes
@@ -16,8 +17,9 @@ class RouterStats(Module):
     that some expert took, rows, rows of real tokens, their weights, squared logits.
     """
 
-    def __init__(self, experts: int):
+    def __init__(self, experts: int, per_token: int = 1):
         super().__init__()
+        self.per_token = per_token  # experts that a token takes
         self.recording = False
         self.register_buffer("load_E", torch.zeros(experts), persistent=False)
         self.register_buffer("sums_6", torch.zeros(6), persistent=False)
@@ -28,31 +30,42 @@ class RouterStats(Module):
 
     @torch.no_grad()
     def record(
-        self, logits_TE: torch.Tensor, eligible_T: torch.Tensor | None, routes: Routes
+        self,
+        logits_TE: torch.Tensor,
+        eligible_T: torch.Tensor | None,
+        routes: Routes,
+        own_E: torch.Tensor | None = None,
     ) -> None:
-        """Add one forward's routing. No host synchronisation."""
-        row_R, _, weight_R = routes
-        assert weight_R is not None, "expert choice always weighs its rows"
-        tokens, experts = logits_TE.shape
-        eligible = logits_TE.new_ones(tokens) if eligible_T is None else eligible_T.float()
+        """Add one forward's routing; of some experts alone, if ``own_E`` numbers them, whose tokens
+        are the eligible ones. No host synchronisation.
+        """
+        row_R, offset_G1, weight_R = routes
+        assert weight_R is not None, "routers always weigh their rows"
+        eligible = logits_TE.new_ones(len(logits_TE)) if eligible_T is None else eligible_T.float()
         real_R = eligible[row_R]
         reached_T = torch.zeros_like(eligible).index_fill_(0, row_R, 1.0) * eligible
+        # experts may have different numbers of rows
+        upto_R1 = F.pad(real_R.cumsum(0, dtype=torch.float64), (1, 0))
+        load_E, rows_E = upto_R1[offset_G1].diff(), offset_G1.diff()
+        if own_E is not None:
+            logits_TE, load_E, rows_E = logits_TE[:, own_E], load_E[own_E], rows_E[own_E]
         squares = (logits_TE.square().mean(1) * eligible).sum()
-        self.load_E += real_R.view(experts, -1).sum(1)
-        rows = real_R.new_full((), real_R.numel())
+        self.load_E += load_E
+        weights = (weight_R * real_R).sum()
         self.sums_6 += torch.stack(
-            [eligible.sum(), reached_T.sum(), rows, real_R.sum(), weight_R.sum(), squares]
+            [eligible.sum(), reached_T.sum(), rows_E.sum(), real_R.sum(), weights, squares]
         )
 
     def take(self) -> dict[str, float]:
         """Summary since the last call, and start anew.
 
-        ``load_min``, ``load_max``: least and most loaded expert relative to an even share of the
-        eligible tokens; ``reached``: share of eligible tokens with an expert; ``filled``: share of
-        the budget used; ``weight``: mean weight of a chosen token; ``logit_rms``.
+        ``load_min``, ``load_max``: least and most loaded expert relative to an even share of what
+        the eligible tokens take; ``reached``: share of eligible tokens with an expert; ``filled``:
+        share of the budget used; ``weight``: mean weight of a chosen token; ``logit_rms``.
         """
         eligible, reached, rows, real, weight, squares = self.sums_6.tolist()
-        load = (self.load_E * len(self.load_E) / max(eligible, 1)).tolist()
+        even = max(eligible, 1) * self.per_token / len(self.load_E)
+        load = (self.load_E / even).tolist()
         summary = {
             "load_min": min(load),
             "load_max": max(load),

@@ -1,0 +1,173 @@
+"""Token choice: each token takes its top k experts, by itself, hence causally.
+
+Sigmoid scores with a bias per expert that counts in the selection alone and is moved towards even
+load after each step, instead of an auxiliary loss (arXiv 2408.15664; 2412.19437, 2.1.2).
+
+Modality enters as in MoMa: an expert may serve one modality group only, and is then chosen by
+tokens of that group alone. All experts are one pool all the same: each token has exactly k rows, so
+no number of rows depends on the batch, nothing waits for the device, and no row is padding or
+dropped. Pools apart would each have as many rows as the batch has tokens of their modality, which
+only the device knows.
+
+T tokens, D width, E experts, k experts of a token, R = T·k rows.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchtitan.protocols.module import Module, ModuleList
+
+from earlyfuse.kernels.permute import select_top_k
+from earlyfuse.models.blocks.layout import Layout
+from earlyfuse.models.routes import Routes
+from earlyfuse.models.routing.statistics import RouterStats
+
+
+class TokenChoice(Module):
+    """The router of a pool whose experts are chosen by the tokens.
+
+    Parameter: ``weight`` (E, D). ``bias_E`` fp32: added to the logits in selection, saved in
+    checkpoints. ``load_E`` int64: rows of each expert in the training forwards since
+    ``balance`` (``parallel/balance.py`` sums it over ranks and calls it).
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Module.Config):
+        """``top_k``: experts of a token. ``serves``: the modality group that each expert serves, ()
+        if all serve all. ``normalise``: weights of a token's experts sum to ``scale``; else each is
+        ``scale`` times its sigmoid score. ``bias_rate``: what a step adds to the bias of an expert
+        with less than even load, and takes from one with more, in units of a logit; 0 leaves the
+        biases where they are."""
+
+        top_k: int = 1
+        serves: tuple[int, ...] = ()
+        normalise: bool = False
+        scale: float = 1.0
+        bias_rate: float = 0.001
+
+        routing_rows: ClassVar[int] = 1
+        """Rows of the batch among which one choice is made: a token chooses by itself."""
+
+        def __post_init__(self) -> None:
+            for name, least in (("top_k", 1), ("bias_rate", 0)):
+                if getattr(self, name) < least:
+                    raise ValueError(f"{name} ({getattr(self, name)}) must be at least {least}")
+            if self.scale <= 0:
+                raise ValueError(f"scale ({self.scale}) must be positive; 1 leaves weights alone")
+            for group in set(self.serves):
+                if (experts := self.serves.count(group)) < self.top_k:
+                    raise ValueError(
+                        f"top_k ({self.top_k}) must be at most the number of experts that serve "
+                        f"modality group {group} ({experts}); lower it or add experts"
+                    )
+            if self.normalise and self.top_k == 1:
+                raise ValueError(
+                    "normalise (True) needs top_k (1) of at least 2: a single weight would always "
+                    "be the same, and the router would not learn"
+                )
+
+    static = False  # ranks send different numbers of rows to an expert
+
+    def __init__(self, config: Config, *, dim: int, experts: int, share: float):
+        super().__init__()
+        if config.serves and len(config.serves) != experts:
+            raise ValueError(
+                f"serves ({config.serves}) must name a modality group for each of the {experts} "
+                "experts, or be empty"
+            )
+        if config.top_k > experts:
+            raise ValueError(
+                f"top_k ({config.top_k}) must be at most the number of experts ({experts}); lower "
+                "it or add experts"
+            )
+        if share != 1.0:
+            raise ValueError(
+                f"share ({share}) must be 1 with token choice, whose experts serve all tokens; "
+                "leave it out"
+            )
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(experts, dim))
+        self.register_buffer("bias_E", torch.zeros(experts))
+        self.register_buffer("load_E", torch.zeros(experts, dtype=torch.int64), persistent=False)
+        self.register_buffer("serves_E", torch.tensor(config.serves), persistent=False)
+        # one for each modality group served, in order
+        self.stats = ModuleList(
+            [RouterStats(n, config.top_k) for n in experts_served(config, experts).values()]
+        )
+
+    def _init_self_buffers(self, *, buffer_device: torch.device | None = None) -> None:
+        self.bias_E.zero_()
+        self.load_E.zero_()
+        self.serves_E.copy_(torch.tensor(self.config.serves))
+
+    def forward(
+        self, x_TD: torch.Tensor, eligible_T: torch.Tensor | None, layout: Layout
+    ) -> Routes:
+        """The experts that each of the tokens (T, D) takes, and their weights."""
+        assert eligible_T is None, "ExpertPool.Config refuses groups with token choice"
+        # router in fp32: ties in bf16 would reorder the top-k
+        logits_TE = F.linear(x_TD.float(), self.weight.float())
+        scores_TE = logits_TE.detach() + self.bias_E
+        if self.config.serves:
+            scores_TE = scores_TE.masked_fill(layout.group_T[:, None] != self.serves_E, -torch.inf)
+        config = self.config
+        routes = token_choice(logits_TE, scores_TE, config.top_k, config.normalise, config.scale)
+        if self.training and config.bias_rate:
+            self.load_E += routes.offset_G1.diff()
+        self._record(logits_TE, layout, routes)
+        return routes
+
+    def _record(self, logits_TE: torch.Tensor, layout: Layout, routes: Routes) -> None:
+        if not self.stats[0].recording:
+            return
+        if not self.config.serves:
+            self.stats[0].record(logits_TE, None, routes)
+            return
+        by_group_E = self.serves_E.argsort(stable=True).split([len(s.load_E) for s in self.stats])
+        for group, own_E, stats in zip(
+            sorted(set(self.config.serves)), by_group_E, self.stats, strict=True
+        ):
+            stats.record(logits_TE, layout.group_T == group, routes, own_E)
+
+    @torch.no_grad()
+    def balance(self, load_E: torch.Tensor) -> None:
+        """Move the biases by one step towards even load; ``load_E`` is that of all ranks.
+
+        Even among the experts of the same modality group. An expert at the mean stays.
+        """
+        load_E = load_E.double()
+        mean_E = load_E.mean().expand_as(load_E)
+        if self.config.serves:
+            same_EE = self.serves_E[:, None] == self.serves_E
+            mean_E = (load_E * same_EE).sum(1) / same_EE.sum(1)
+        self.bias_E += self.config.bias_rate * torch.sign(mean_E - load_E).float()
+
+
+def token_choice(
+    logits_TE: torch.Tensor, scores_TE: torch.Tensor, top_k: int, normalise: bool, scale: float
+) -> Routes:
+    """Routes of every token to the ``top_k`` experts of its highest scores; lower index in ties.
+
+    ``logits_TE``  (T, E) fp32, from which weights follow: scale · sigmoid, or divided by their sum
+                   over the token's experts (``normalise``)
+    ``scores_TE``  (T, E) fp32 without gradient, by which experts are chosen; -inf: may not be
+    """
+    # one row of a few scores per token: torch's own top-k, the Triton one is for a few long rows
+    chosen_Tk = select_top_k(scores_TE, top_k, backend="torch")
+    weight_Tk = logits_TE.gather(1, chosen_Tk).sigmoid()
+    if normalise:
+        weight_Tk = weight_Tk / weight_Tk.sum(1, keepdim=True).clamp_min(1e-20)
+    expert_R, order_R = chosen_Tk.flatten().sort(stable=True)
+    experts = torch.arange(logits_TE.shape[1] + 1, device=logits_TE.device)
+    weight_R = (weight_Tk * scale).flatten()[order_R]
+    return Routes(order_R // top_k, torch.searchsorted(expert_R, experts), weight_R)
+
+
+def experts_served(config: TokenChoice.Config, experts: int) -> dict[int | None, int]:
+    """Modality group → experts that serve it, in order; None → all, if all serve all."""
+    if not config.serves:
+        return {None: experts}
+    return {group: config.serves.count(group) for group in sorted(set(config.serves))}
