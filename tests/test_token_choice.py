@@ -279,6 +279,8 @@ def test_a_skipped_step_moves_no_bias_and_its_load_is_forgotten(tmp_path, data, 
 
         def noting(batches):
             step(batches)
+            counts = [b for n, b in trainer.model.named_buffers() if n.endswith("router.load_E")]
+            assert counts and not torch.cat(counts).any(), "the next step counts anew"
             seen.append(biases(trainer).clone())
 
         trainer.train_step = noting
@@ -288,7 +290,7 @@ def test_a_skipped_step_moves_no_bias_and_its_load_is_forgotten(tmp_path, data, 
 
     plain, one_less = biases_after(()), biases_after((2,))
     assert torch.equal(one_less[1], one_less[0]) and not torch.equal(plain[1], plain[0])
-    assert (one_less[2] - one_less[1]).abs().max() <= 0.05 * 1.001, "one step of one batch"
+    assert not torch.equal(one_less[2], one_less[1])
 
 
 def test_load_is_told_by_modality(tmp_path, data):
