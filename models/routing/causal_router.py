@@ -62,10 +62,8 @@ class CausalRouter(Module):
         logits_TE = self(x_TD)
         taken_TE = logits_TE > 0
         if self.config.at_least_one:
-            best_T1 = logits_TE.argmax(1, keepdim=True)
-            taken_TE = taken_TE | ~taken_TE.any(1, keepdim=True) & torch.zeros_like(
-                taken_TE
-            ).scatter(1, best_T1, True)
+            # where any logit is positive, the highest is
+            taken_TE = taken_TE.scatter(1, logits_TE.argmax(1, keepdim=True), True)
         if eligible_T is not None:
             taken_TE = taken_TE & eligible_T[:, None]
         expert_R, row_R = taken_TE.t().nonzero(as_tuple=True)
