@@ -25,7 +25,7 @@ SHAPE = decoders.Shape(
 CODES, BLOCK = 512, 16
 PAD, BOS, EOS, BEGIN, END = 1, 0, 2, 3, 4
 FIRST_CODE = 8
-SETTINGS = ((1, 32, 32), (8, 32, 32), (8, 32, 96))  # documents, tokens of a prompt, new tokens
+SETTINGS = ((1, 32, 32), (8, 32, 32), (8, 32, 64))  # documents, tokens of a prompt, new tokens
 
 VOCABULARY = Vocabulary(
     size=SHAPE.vocab_size,
