@@ -6,9 +6,11 @@ token as the dense model of the same shape, but for their routers: where a token
 shared ones counted, each has an n-th of the shape's inner width.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 from earlyfuse.models.blocks.attention import Attention
@@ -170,6 +172,51 @@ def token_choice(
         return [_for_all(shape, width, total, router)]
 
     return _decoder(shape, lambda: _mixture(shape, router.top_k, pools, shared))
+
+
+def grown(parent: Decoder.Config, form: str, *, routing_rows: int = 1) -> Decoder.Config:
+    """What a dense or 1t1i ``parent`` is upcycled to: the same but for its feed-forwards, and for
+    attention and norms in "mot".
+
+    ``form``: "1t1i", "mot", "8x" or the like, or experts of each modality by their first letters,
+    as "4t4i". Experts start alike, with the routers of the smallest jump (docs/moma.md). Raises
+    ``ValueError`` for other forms and parents.
+    """
+    labels = [Modality(modality).label for modality in parent.modalities]
+    counts = re.fullmatch("".join(rf"(\d+){label[0]}" for label in labels), form)
+    agnostic = re.fullmatch(r"(\d+)x", form)
+    if not (counts or agnostic or form == "mot"):
+        raise ValueError(
+            f"form ({form!r}) must be mot, a number of experts as 8x, or those of each modality, "
+            f"as {''.join(f'4{label[0]}' for label in labels)}"
+        )
+    child = deepcopy(parent)
+    for layer in child.layers:
+        if not isinstance(layer.feed_forward, FeedForward.Config):
+            raise ValueError("the parent has experts already; give a dense or 1t1i one")
+        if form == "mot":
+            layer.attention.groups = layer.norm_groups = len(labels)
+        if (counts is None and agnostic is None) or (counts and set(counts.groups()) == {"1"}):
+            layer.feed_forward.groups = len(labels)
+            continue
+        experts = partial(
+            ExpertPool.Config,
+            dim=layer.feed_forward.dim,
+            hidden_dim=layer.feed_forward.hidden_dim,
+            router=ExpertChoice.Config(
+                routing_rows=routing_rows, init="centred", weights="normalised"
+            ),
+        )
+        if agnostic:
+            pools = [experts(name="all", experts=int(agnostic[1]))]
+        else:
+            assert counts is not None
+            pools = [
+                experts(name=label, experts=int(count), groups=(group,), share=1 / len(labels))
+                for group, (label, count) in enumerate(zip(labels, counts.groups(), strict=True))
+            ]
+        layer.feed_forward = MixtureOfExperts.Config(pools=pools)
+    return child
 
 
 def _for_all(

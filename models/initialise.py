@@ -21,6 +21,7 @@ other parameters, or on how many ranks there are, and a rank draws only the bloc
 """
 
 import zlib
+from collections.abc import Container
 from itertools import product
 
 import torch
@@ -35,12 +36,18 @@ BLOCK_ROWS = 256
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, *, std: float, layers: int, seed: int) -> None:
-    """Fill all parameters of ``model`` in place, whole or sharded, by the table above."""
+def initialise(
+    model: nn.Module, *, std: float, layers: int, seed: int, only: Container[str] | None = None
+) -> None:
+    """Fill all parameters of ``model``, or ``only`` those of these names, in place, whole or
+    sharded, by the table above.
+    """
     routers = {m.weight: m.config for m in model.modules() if isinstance(m, ExpertChoice)}
     for name, parameter in model.named_parameters():
         for wrapper in ("_checkpoint_wrapped_module.", "_orig_mod."):
             name = name.replace(wrapper, "")
+        if only is not None and name not in only:
+            continue
         leaf = name.removesuffix(".weight").rpartition(".")[2]
         if leaf == "bias":
             parameter.zero_()

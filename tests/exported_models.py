@@ -27,7 +27,7 @@ def export(config: Decoder.Config, folder: Path) -> torch.nn.Module:
             if "norm" in name:
                 parameter.add_(torch.randn(parameter.shape, generator=random), alpha=0.3)
     folder.mkdir()
-    write(folder, dict(model.named_parameters()))
+    write(folder, model.state_dict())
     vocabulary = replace(VOCABULARY, size=config.vocab_size)
     description = exported.describe(config, vocabulary, {"step": 7})
     (folder / "config.json").write_text(json.dumps(description))

@@ -14,6 +14,7 @@ from tiny_runs import MODELS, SHAPE
 from earlyfuse.configs import decoders
 from earlyfuse.configs.catalogue import catalogue
 from earlyfuse.models.modality import Modality, Vocabulary
+from earlyfuse.models.routing.causal import routing
 from earlyfuse.models.state_dicts import decoder_config, load_model, vocabulary_map
 from earlyfuse.models.state_dicts.recipes import Made, Recipe
 from earlyfuse.models.state_dicts.safetensors_files import write_file
@@ -278,7 +279,7 @@ def test_every_kind_of_model_goes_through_every_format_of_ours(tmp_path, kind):
     for module in model.modules():
         if hasattr(module, "budget"):
             module.budget = "exact"
-    with torch.no_grad():
+    with torch.no_grad(), routing(loaded, "batch"):
         assert torch.equal(loaded(tokens, modality), model(tokens, modality))
 
 
@@ -438,3 +439,45 @@ def test_sizes_of_shards_are_read(text, size):
 def test_other_sizes_are_refused(text):
     with pytest.raises(ValueError, match="max-shard-size"):
         tool.shard_bytes(text)
+
+
+# ---------------------------------------------------------------- upcycled
+
+
+@pytest.mark.parametrize("form", ["1t1i", "mot", "1x"])
+def test_what_is_upcycled_computes_what_its_parent_does(form, tmp_path):
+    """Where each token has one feed-forward, or one expert whose weight is made 1."""
+    parent = export(decoders.dense(SHAPE), tmp_path / "dense").eval()
+    convert(tmp_path / "dense", tmp_path / form, upcycle=form)
+    child, vocabulary = load_model(tmp_path / form)
+    tokens = TOKENS % 48
+    modality = vocabulary.modality_of(tokens)
+    torch.testing.assert_close(child(tokens, modality), parent(tokens, modality), rtol=0, atol=1e-6)
+
+
+def test_upcycled_experts_are_copies_and_routers_are_those_of_a_new_model(tmp_path):
+    parent = export(decoders.dense(SHAPE), tmp_path / "dense")
+    convert(tmp_path / "dense", tmp_path / "moma", upcycle="3t2i", max_shard_bytes=10_000)
+    child, _ = load_model(tmp_path / "moma")
+    new = decoders.grown(decoders.dense(SHAPE), "3t2i").build()
+    new.init_states()
+    for number, layer in child.layers.items():
+        theirs = parent.layers[number].feed_forward
+        for pool, count, fresh in zip(
+            layer.feed_forward.pools, (3, 2), new.layers[number].feed_forward.pools, strict=True
+        ):
+            assert torch.equal(pool.experts.w2, theirs.w2.expand(count, -1, -1))
+            assert torch.equal(pool.router.weight, fresh.router.weight)
+
+
+def test_upcycling_is_refused_where_it_cannot_be(tmp_path):
+    export(decoders.dense(SHAPE), tmp_path / "dense")
+    export(MODELS["moma"](), tmp_path / "moma")
+    for source, options, words in (
+        ("dense", {"upcycle": "4q"}, r"form \('4q'\) must be mot"),
+        ("dense", {"upcycle": "4t4i", "verify": True}, "drop one"),
+        ("moma", {"upcycle": "4t4i"}, "has experts already"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            convert(tmp_path / source, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()

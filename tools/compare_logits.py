@@ -8,15 +8,13 @@ B rows, S positions, V vocabulary, D width, H width of a head.
 
 from math import lcm
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from earlyfuse.models.blocks.experts import ExpertPool
 from earlyfuse.models.blocks.linear import NORM_EPS
-from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.modality import Vocabulary
+from earlyfuse.models.routing.expert_choice import ExpertChoice
 from earlyfuse.models.state_dicts import load_model, meta, open_model
 from earlyfuse.models.state_dicts.chameleon import Sizes
 from earlyfuse.models.state_dicts.meta_files import MetaShards, shard_files
@@ -30,7 +28,8 @@ def compare(left: Path, right: Path, *, exact: bool) -> None:
     are too large to be rounding.
     """
     opened = open_model(left)
-    rows = lcm(2, *(pool.routing_rows for _, pool, _, _ in _pools(opened.config)))
+    routers = opened.config.traverse(ExpertChoice.Config)
+    rows = lcm(2, *(router.routing_rows for _, router, _, _ in routers))
     random = torch.Generator().manual_seed(0)
     tokens_BS = torch.randint(opened.vocabulary.size, (rows, SEQ_LEN), generator=random)
     logits = [logits_of(folder, tokens_BS, opened.vocabulary) for folder in (left, right)]
@@ -47,10 +46,6 @@ def compare(left: Path, right: Path, *, exact: bool) -> None:
             f"the converted model has other logits (KL {kl:.2e}, at most {LARGEST_KL:.0e}); "
             "nothing was kept. Please report this with both configs"
         )
-
-
-def _pools(config: Decoder.Config) -> list[Any]:
-    return list(config.traverse(ExpertPool.Config))
 
 
 @torch.no_grad()

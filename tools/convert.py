@@ -1,8 +1,8 @@
 """Checkpoints between earlyfuse, Hugging Face's Chameleon, Meta's files and DCP.
 
 ``python -m earlyfuse.tools.convert SRC DST [--to FORMAT] [--dtype TYPE] [--max-shard-size SIZE]
-[--verify]``. What SRC is, is recognised. DST is made whole or not at all. docs/conversion.md
-describes formats and what is refused.
+[--upcycle FORM] [--verify]``. What SRC is, is recognised. DST is made whole or not at all.
+docs/conversion.md describes formats and what is refused.
 """
 
 import argparse
@@ -14,12 +14,17 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from earlyfuse.configs import decoders
 from earlyfuse.data.atomic import sha256_file
+from earlyfuse.data.tokenizers import imports
+from earlyfuse.models.initialise import initialise
+from earlyfuse.models.modality import Modality
 from earlyfuse.models.state_dicts import Opened, huggingface, meta, open_model
 from earlyfuse.models.state_dicts.chameleon import Sizes
 from earlyfuse.models.state_dicts.dcp_files import write_dcp
@@ -33,13 +38,14 @@ from earlyfuse.models.state_dicts.exported import (
 )
 from earlyfuse.models.state_dicts.folders import CONSOLIDATE_PARAMS, PARAMS, RUN
 from earlyfuse.models.state_dicts.meta_files import write_shards
-from earlyfuse.models.state_dicts.recipes import Cast, Made, Tensors, Together
+from earlyfuse.models.state_dicts.recipes import Cast, Made, Recipe, Tensors, Together
 from earlyfuse.models.state_dicts.safetensors_files import (
     SINGLE,
     assign_files,
     write_file,
     write_folder,
 )
+from earlyfuse.models.upcycle import upcycle as upcycle_origins
 from earlyfuse.parallel import checkpoint_files
 from earlyfuse.parallel.checkpoint_files import (
     MANIFEST,
@@ -71,19 +77,26 @@ def convert(
     *,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = 5 * 10**9,
+    upcycle: str | None = None,
     verify: bool = False,
 ) -> list[str]:
     """Convert; returns remarks on what the target format does not hold.
 
-    ``dtype`` None keeps the types of the source. Raises ``ValueError`` before anything is written
+    ``dtype`` None keeps the types of the source. ``upcycle``: "1t1i", "mot", "8x", "4t4i" …, what
+    a dense source becomes (``decoders.grown``); its logits are another model's, so not verified.
+    Raises ``ValueError`` before anything is written
     if SRC is damaged, foreign or not what its config says, if the target format cannot express the
     model, or ``destination`` is there; and after, with nothing left, if ``verify`` finds other
     logits.
     """
     if destination.exists():
         raise ValueError(f"{destination} is there already; give another DST, or remove it")
+    if upcycle and verify:
+        raise ValueError("--verify compares the same model, and --upcycle makes another; drop one")
     opened = open_model(source)
     _check_undamaged(opened)
+    if upcycle:
+        opened = _upcycled(opened, upcycle)
     tensors = Cast(opened.tensors, dtype)
     target = TARGETS[to](opened, tensors, max_shard_bytes)
     with _new_folder(destination) as folder:
@@ -104,7 +117,7 @@ def _to_earlyfuse(opened: Opened, tensors: Tensors, max_shard_bytes: int) -> Tar
 
     def write(folder: Path) -> None:
         write_folder(folder, tensors, files)
-        _write_beside(folder, opened, tokenizers)
+        _write_beside(folder, opened, tokenizers, remarks)
 
     return Target(write, remarks)
 
@@ -115,7 +128,7 @@ def _to_dcp(opened: Opened, tensors: Tensors, max_shard_bytes: int) -> Target:
     def write(folder: Path) -> None:
         # DCP keeps the tensors of a file until it is complete
         write_dcp(Writer(folder, single_file_per_rank=False), tensors)
-        _write_beside(folder, opened, tokenizers)
+        _write_beside(folder, opened, tokenizers, remarks)
         step = opened.source.get("step") or 0
         write_manifest(folder, Manifest(step, WEIGHTS, 1, checkpoint_files.describe(folder, 0)))
 
@@ -171,8 +184,10 @@ TARGETS: dict[str, Callable[[Opened, Tensors, int], Target]] = {
 }
 
 
-def _write_beside(folder: Path, opened: Opened, tokenizers: Path | None) -> None:
-    """Our description, and all that is no tensor of the decoder."""
+def _write_beside(
+    folder: Path, opened: Opened, tokenizers: Path | None, remarks: list[str]
+) -> None:
+    """Our description, and all that is no tensor of the decoder; adds to ``remarks``."""
     if opened.vq is not None:
         write_file(folder / VQ_FILE, opened.vq, list(opened.vq.entries))
     if opened.files:
@@ -180,10 +195,59 @@ def _write_beside(folder: Path, opened: Opened, tokenizers: Path | None) -> None
         _copy(opened.files, folder / HUGGINGFACE)
     if tokenizers is not None:
         shutil.copytree(tokenizers, folder / TOKENIZERS)
+    elif opened.format in ("huggingface", "meta"):
+        remarks += _import_tokenizers(opened, folder / TOKENIZERS)
     content = describe(opened.config, opened.vocabulary, opened.source)
     if opened.carried:
         content["carried"] = opened.carried
     _write_json(folder / CONFIG, content)
+
+
+def _import_tokenizers(opened: Opened, folder: Path) -> list[str]:
+    """Those that lie beside a public model, as ours; a remark if they could not be taken over."""
+    try:
+        if not imports.import_text(opened.folder, folder):
+            return ["no text tokenizer lies beside the model: tokenizers/ was not written"]
+        if Modality.IMAGE in opened.vocabulary.modalities:
+            imports.import_vq(opened.folder, folder)
+            imports.import_vocabulary(opened.folder, folder)
+    except ValueError as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        return [f"tokenizers/ was not written: {error}"]
+    return []
+
+
+def _upcycled(opened: Opened, form: str) -> Opened:
+    """The model that ``opened`` is upcycled to, made of its tensors one by one."""
+    parent = opened.config
+    there = opened.vocabulary.modalities
+    missing = [m.label for m in map(Modality, parent.modalities) if m not in there]
+    if missing:
+        raise ValueError(
+            f"--upcycle {form} unties modalities, and the vocabulary of {opened.folder} has no "
+            f"{' and '.join(missing)} codes"
+        )
+    child = decoders.grown(parent, form)
+    origins = upcycle_origins(parent, child)
+    with torch.device("meta"):
+        fresh = child.build()
+    named = [name for name, origin in origins.items() if origin is None]
+    for name in named:
+        owner, _, leaf = name.rpartition(".")
+        module = fresh.get_submodule(owner)
+        empty = torch.empty_like(getattr(module, leaf), device="cpu")
+        module.register_parameter(leaf, torch.nn.Parameter(empty, requires_grad=False))
+    initialise(fresh, std=child.init_std, layers=len(child.layers), seed=child.seed, only=named)
+    recipes = {
+        name: Recipe(tuple(fresh.get_parameter(name).shape), (), partial(fresh.get_parameter, name))
+        if origin is None
+        else Recipe(
+            tuple(fresh.get_parameter(name).shape), ((origin.name, origin.shape),), origin.make
+        )
+        for name, origin in origins.items()
+    }
+    source = opened.source | {"upcycled_to": form}
+    return replace(opened, config=child, tensors=Made(recipes, opened.tensors), source=source)
 
 
 def _write_json(path: Path, content: object) -> None:
@@ -265,6 +329,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.destination,
             options.to,
             dtype=DTYPES.get(options.dtype),
+            upcycle=options.upcycle,
             max_shard_bytes=shard_bytes(options.max_shard_size),
             verify=options.verify,
         )
@@ -303,6 +368,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--to", choices=list(TARGETS), default="earlyfuse", help="format of DST (earlyfuse)")
     add("--dtype", choices=list(DTYPES), help="type of the decoder's tensors (as they are)")
     add("--max-shard-size", default=MAX_SHARD_SIZE, help=f"of safetensors ({MAX_SHARD_SIZE})")
+    add("--upcycle", metavar="FORM", help="make a dense SRC sparse: 1t1i, mot, 8x, 4t4i …")
     add("--verify", action="store_true", help="compare logits of both on random tokens")
     return parser
 

@@ -220,8 +220,9 @@ def load_model(
     Returns it in evaluation mode, and its vocabulary. ``model(tokens_BS, modality_BS=…,
     positions_BS=…)`` gives logits (B, S, V); ``vocabulary.modality_of(tokens_BS)`` the modalities.
     ``dtype`` None keeps that of the files. No launcher, no process group; ``ValueError`` says what
-    is wrong with the folder. Expert pools take their budgets from the actual counts, as in
-    validation.
+    is wrong with the folder. Experts are chosen by the causal rule where the model has causal
+    routers; else by batch, with budgets from the actual counts, as in validation
+    (``routing(model, rule)`` changes that).
     """
     opened = open_model(folder)
     with torch.device("meta"):
@@ -233,6 +234,7 @@ def load_model(
             module._init_self_buffers(buffer_device=torch.device(device))
         if isinstance(module, ExpertChoice):
             module.budget = "exact"
+            module.rule = "batch" if module.causal is None else "causal"
     for name, entry in opened.tensors.entries.items():
         values = opened.tensors.read(name)
         owner, _, leaf = name.rpartition(".")
