@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_hf_chameleon import chameleon, our_key
+from public_chameleons import chameleon
 from tiny_runs import MODELS, SHAPE
 from torch import nn
 from toy import VOCABULARY
@@ -20,6 +20,7 @@ from earlyfuse.models.grammar import Draft
 from earlyfuse.models.modality import MediaCodes, Modality, Vocabulary
 from earlyfuse.models.routing.causal import routing
 from earlyfuse.models.routing.causal_router import CausalRouter
+from earlyfuse.models.state_dicts import load_model
 
 BOS, EOS, PAD, BEGIN, END, BLOCK = 0, 1, 2, 3, 4, 4
 CODES = range(32, 48)
@@ -36,7 +37,7 @@ def with_causal_routers(form):
     return decoders.with_routers(form(), causal=CausalRouter.Config())
 
 
-SPARSE = ("moe_8x", "moma")
+SPARSE = ("moe_8x", "moma", "shared")
 FORMS = (
     {name: form for name, form in MODELS.items() if name not in SPARSE}
     | {f"{name}, causal routers": partial(with_causal_routers, MODELS[name]) for name in SPARSE}
@@ -113,16 +114,14 @@ def test_a_document_too_long_for_its_session_is_refused():
 # ---------------------------------------------------------------- transformers
 
 
-@pytest.mark.parametrize("kv_heads", [4, 2])
-def test_greedy_text_equals_that_of_transformers(kv_heads):
-    theirs = chameleon(swin_norm=False, kv_heads=kv_heads)
-    codes = MediaCodes(Modality.IMAGE, start=8, count=4, begin=5, end=6, block=4)
-    vocabulary = Vocabulary(96, bos=1, eos=2, pad=0, media=(codes,))
-    shape = replace(SHAPE, dim=64, layers=3, heads=4, kv_heads=kv_heads, hidden_dim=80)
-    ours = decoders.dense(replace(shape, vocab_size=96, norm_order="pre")).build()
-    weights = {our_key(k): v for k, v in theirs.state_dict().items() if "vqmodel" not in k}
-    ours.load_state_dict(weights, strict=True)
-    prompts = [[1, 20, 21, 22], [1], [1, 5, 8, 9, 10, 11, 6, 40], [1, 70]]
+@pytest.mark.parametrize("swin_norm, kv_heads", [(False, 4), (False, 2), (True, 4)])
+def test_greedy_text_equals_that_of_transformers(swin_norm, kv_heads, tmp_path):
+    theirs = chameleon(swin_norm, kv_heads)
+    theirs.save_pretrained(tmp_path)
+    ours, vocabulary = load_model(tmp_path)
+    images = replace(vocabulary.medium(Modality.IMAGE), block=4)
+    vocabulary = replace(vocabulary, media=(images,))
+    prompts = [[0, 20, 21, 22], [0], [0, 5, 8, 9, 10, 11, 4, 40], [0, 70]]
     written = generate(ours, vocabulary, prompts, new_tokens=20, mode="text", sampling=GREEDY)
     for prompt, tokens in zip(prompts, written, strict=True):
         expected = theirs.generate(
@@ -131,8 +130,8 @@ def test_greedy_text_equals_that_of_transformers(kv_heads):
             max_new_tokens=20,
             do_sample=False,
             eos_token_id=2,
-            pad_token_id=0,
-            suppress_tokens=[0, 1, 5, 6],  # their forward masks image codes itself
+            pad_token_id=1,
+            suppress_tokens=[0, 1, 4, 5],  # their forward masks image codes itself
         )
         assert tokens == expected[0, len(prompt) :].tolist()
     assert len({tuple(tokens) for tokens in written}) == len(prompts)
