@@ -171,7 +171,7 @@ def test_what_works_is_not_refused(monkeypatch):
     for ranks, cases in CASES.items():
         monkeypatch.setenv("WORLD_SIZE", str(ranks))
         for case in filter(attrgetter("runs"), cases.values()):
-            config = case.config(Path(), Path(), ranks)
+            config = case.config(Path("run"), Path("data"), ranks)
             check_parallelism(config.parallelism, config.training, BY_NAME[case.model]())
 
 
