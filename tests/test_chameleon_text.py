@@ -25,6 +25,9 @@ from earlyfuse.data.tokenizers import Tokenizers
 from earlyfuse.data.tokenizers.imports import import_text, import_vocabulary
 from earlyfuse.data.tokenizers.text import TextTokenizer
 from earlyfuse.models.modality import Modality
+from earlyfuse.models.state_dicts import load_model
+from earlyfuse.tools.convert import convert
+from earlyfuse.tools.generate import main as generate
 
 
 @pytest.fixture(scope="module")
@@ -173,3 +176,24 @@ def test_a_reserved_word_in_a_document_is_counted_as_bad(tmp_path):
     )  # fmt: skip
     manifest = prepare(spec, quiet())["train/t"]
     assert (manifest["documents"], manifest["drops"]) == (1, {"reserved-token": 1})
+
+
+def test_a_converted_checkpoint_writes_text_with_the_tokenizers_it_came_with(source, tmp_path):
+    convert(source, tmp_path / "ours")
+    _, vocabulary = load_model(tmp_path / "ours")
+    assert Tokenizers.load(tmp_path / "ours" / "tokenizers").vocabulary == vocabulary
+    prompt, out = ["--prompt", CORPUS[0]], ["--out", str(tmp_path / "out")]
+    settings = ["--mode", "text", "--temperature", "0", "--new-tokens", "5"]
+    assert generate([str(tmp_path / "ours"), *prompt, *settings, *out]) == 0
+    (written,) = map(json.loads, (tmp_path / "out" / "results.jsonl").read_text().splitlines())
+    assert 1 <= written["tokens"] <= 5
+
+
+def test_a_converted_checkpoint_without_a_decoder_of_images_refuses_to_write_one(
+    source, tmp_path, capsys
+):
+    convert(source, tmp_path / "ours")
+    asked = ["--mode", "image", "--prompt", CORPUS[0], "--out", str(tmp_path / "out")]
+    assert generate([str(tmp_path / "ours"), *asked]) == 2
+    assert "the image tokenizer has no decoder" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
