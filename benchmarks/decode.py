@@ -12,9 +12,9 @@ import sys
 from typing import Any
 
 import torch
-from torch import nn
 
 from earlyfuse.configs import decoders
+from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.generate import Sampling, generate
 from earlyfuse.models.modality import MediaCodes, Modality, Vocabulary
 from harness import Report, Rival, compare
@@ -52,7 +52,7 @@ OURS_TO_THEIRS = {
 }
 
 
-def ours() -> nn.Module:
+def ours() -> Decoder:
     """A dense decoder whose logits differ by more than rounding."""
     model = decoders.dense(SHAPE).build()
     model.init_states()
@@ -65,7 +65,7 @@ def ours() -> nn.Module:
     return model.eval()
 
 
-def theirs(model: nn.Module) -> nn.Module | None:
+def theirs(model: Decoder) -> Any:
     """transformers' Chameleon with the same parameters; none if it is not installed."""
     try:
         import transformers
@@ -100,7 +100,7 @@ def _layer(name: str) -> tuple[str, str]:
     return f"model.layers.{number}.", rest
 
 
-def rivals(model: nn.Module, other: nn.Module | None, prompts: list[list[int]], new: int) -> Any:
+def rivals(model: Decoder, other: Any, prompts: list[list[int]], new: int) -> Any:
     """Ours with the cache first, then without, then theirs; each returns what it wrote."""
 
     def run(cache: bool) -> list[torch.Tensor]:

@@ -149,7 +149,7 @@ def our_trainer(folder: Path, model: Decoder.Config, z_loss: float) -> Trainer:
     config.dataloader.media_share = None
     config.loss = ChameleonObjective.Config(z_loss=z_loss)
     config.training = replace(config.training, local_batch_size=ROWS, seq_len=SEQ_LEN, steps=NEVER)
-    config.lr_scheduler = replace(config.lr_scheduler, warmup_steps=5)
+    config.lr_scheduler.warmup_steps = 5
     config.checkpoint.enable = False
     config.validator.enable = False
     config.metrics = replace(config.metrics, log_freq=NEVER, enable_tensorboard=False)
