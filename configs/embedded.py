@@ -105,6 +105,19 @@ def token_choice_8x() -> Trainer.Config:
     return _run("token_choice_8x", decoders.token_choice(SHAPE, 8))
 
 
+def model_spec(name: str, model: Decoder.Config) -> ModelSpec:
+    """What torchtitan's trainer is told of a model: how it is spread out, and in pipelines."""
+    return ModelSpec(
+        name="earlyfuse",
+        flavor=name,
+        model=model,
+        parallelize_fn=parallelize,
+        pipelining_fn=pipeline,
+        post_optimizer_build_fn=None,
+        state_dict_adapter=None,
+    )
+
+
 def adamw(lr: float) -> OptimizersContainer.Config:
     """Chameleon's AdamW (arXiv 2405.09818, 2.3): 0.9/0.95, eps 1e-5, decay 0.1 except norms and
     biases.
@@ -128,15 +141,7 @@ def adamw(lr: float) -> OptimizersContainer.Config:
 
 def _run(name: str, model: Decoder.Config) -> Trainer.Config:
     config = Trainer.Config(
-        model_spec=ModelSpec(
-            name="earlyfuse",
-            flavor=name,
-            model=model,
-            parallelize_fn=parallelize,
-            pipelining_fn=pipeline,
-            post_optimizer_build_fn=None,
-            state_dict_adapter=None,
-        ),
+        model_spec=model_spec(name, model),
         dump_folder=f"runs/{name}",
         data=DataSet.Config(
             folder=os.path.join("runs", "data"),

@@ -11,15 +11,12 @@ from typing import Literal
 from torchtitan.config import ParallelismConfig, TrainingConfig
 from torchtitan.config.configs import CompileConfig
 from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
-from torchtitan.protocols.model_spec import ModelSpec
 
-from earlyfuse.configs.embedded import adamw
+from earlyfuse.configs.embedded import adamw, model_spec
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.objectives.chameleon import ChameleonObjective
 from earlyfuse.parallel.checkpoint import Checkpoints
 from earlyfuse.parallel.metrics import RunMetrics
-from earlyfuse.parallel.pipeline import pipeline
-from earlyfuse.parallel.plan import parallelize
 from earlyfuse.parallel.schedule import LearningRate
 from earlyfuse.parallel.trainer import Trainer
 from earlyfuse.parallel.validate import Validation
@@ -69,15 +66,7 @@ def _run(
     name: str, model: Decoder.Config, recipe: Recipe, media_share: float | None
 ) -> Trainer.Config:
     config = Trainer.Config(
-        model_spec=ModelSpec(
-            name="earlyfuse",
-            flavor=name,
-            model=model,
-            parallelize_fn=parallelize,
-            pipelining_fn=pipeline,
-            post_optimizer_build_fn=None,
-            state_dict_adapter=None,
-        ),
+        model_spec=model_spec(name, model),
         dump_folder=f"runs/{name}",
         loss=ChameleonObjective.Config(z_loss=1e-5),
         optimizer=adamw(recipe.lr),
