@@ -195,6 +195,8 @@ def grown(parent: Decoder.Config, form: str, *, routing_rows: int = 1) -> Decode
         if not isinstance(layer.feed_forward, FeedForward.Config):
             raise ValueError("the parent has experts already; give a dense or 1t1i one")
         if form == "mot":
+            if layer.attention is None:
+                raise ValueError("mot unties attention, and the parent has a layer without it")
             layer.attention.groups = layer.norm_groups = len(labels)
         if (counts is None and agnostic is None) or (counts and set(counts.groups()) == {"1"}):
             layer.feed_forward.groups = len(labels)

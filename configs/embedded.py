@@ -120,13 +120,13 @@ def model_spec(name: str, model: Decoder.Config) -> ModelSpec:
 
 def adamw(lr: float) -> OptimizersContainer.Config:
     """Chameleon's AdamW (arXiv 2405.09818, 2.3): 0.9/0.95, eps 1e-5, decay 0.1 except norms and
-    biases.
+    biases, and Mamba's rates of decay and skip.
     """
     settings = {"lr": lr, "betas": (0.9, 0.95), "eps": 1e-5}
     return OptimizersContainer.Config(
         param_groups=[
             ParamGroupConfig(
-                pattern=r"norm|bias$",
+                pattern=r"norm|bias$|scan\.(A_log|D)$",
                 optimizer_name="AdamW",
                 optimizer_kwargs=settings | {"weight_decay": 0.0},
             ),

@@ -1,8 +1,8 @@
 """The decoder: embeddings → blocks → head, over one sequence of text, image and speech tokens.
 
 This is Chameleon's transformer (arXiv 2405.09818): RMSNorm, SwiGLU, RoPE, qk-norm, untied head. Its
-sparse relatives differ only in what their blocks are composed of: ``FeedForward`` or
-``MixtureOfExperts``, shared or modality-untied. Parameters are initialised in
+relatives differ only in what their blocks are composed of: ``Attention`` or ``Mamba``,
+``FeedForward`` or ``MixtureOfExperts``, shared or modality-untied. Parameters are initialised in
 ``models/initialise.py``.
 
 B rows, S positions, T = B·S tokens, D width, V vocabulary.
@@ -25,6 +25,7 @@ from earlyfuse.models.blocks.feed_forward import FeedForward
 from earlyfuse.models.blocks.held import held
 from earlyfuse.models.blocks.layout import Layout
 from earlyfuse.models.blocks.linear import RMSNorm
+from earlyfuse.models.blocks.mamba import GROUPS, Mamba
 from earlyfuse.models.initialise import initialise
 
 # of hidden states (T, D) and the head's weight (V, D): what an objective wants in place of logits;
@@ -32,8 +33,12 @@ from earlyfuse.models.initialise import initialise
 Loss = Callable[..., Any]
 
 
+BRANCHES = ("attention", "mamba", "feed_forward")
+
+
 class Block(Module):
-    """Attention and feed-forward, each with a norm and a residual.
+    """Branches of ``BRANCHES``, those that its config has, in this order, each with a norm and a
+    residual: attention and feed-forward in a transformer, a mixer alone in Mamba.
 
     ``norm_order`` "pre": x + f(norm(x)); "swin": x + norm(f(x)), the order of Chameleon-34B and
     MoMa.
@@ -41,8 +46,9 @@ class Block(Module):
 
     @dataclass(kw_only=True, slots=True)
     class Config(Module.Config):
-        attention: Attention.Config
-        feed_forward: FeedForward.Config | MixtureOfExperts.Config
+        attention: Attention.Config | None = None
+        mamba: Mamba.Config | None = None
+        feed_forward: FeedForward.Config | MixtureOfExperts.Config | None = None
         norm_order: Literal["pre", "swin"] = "pre"
         norm_groups: int = 1
         dropout: float = 0.0
@@ -52,22 +58,36 @@ class Block(Module):
                 raise ValueError(f'norm_order ({self.norm_order!r}) must be "pre" or "swin"')
             if not 0 <= self.dropout < 1:
                 raise ValueError(f"dropout ({self.dropout}) must be in [0, 1)")
+            if not self.branches:
+                raise ValueError(f"a block must have one of {', '.join(BRANCHES)}, or several")
+            widths = {name: branch.dim for name, branch in self.branches.items()}
+            if len(set(widths.values())) > 1:
+                raise ValueError(f"dim must be the same in all branches of a block, not {widths}")
+
+        @property
+        def branches(self) -> dict[str, Any]:
+            """Configs of the branches by name, in order."""
+            found = {name: getattr(self, name) for name in BRANCHES}
+            return {name: branch for name, branch in found.items() if branch is not None}
+
+        @property
+        def dim(self) -> int:
+            """Width of what goes through the block."""
+            return next(iter(self.branches.values())).dim
 
     def __init__(self, config: Config):
         super().__init__()
         self.norm_order, self.dropout = config.norm_order, config.dropout
-        norm = RMSNorm.Config(dim=config.attention.dim, groups=config.norm_groups)
-        self.attention_norm = norm.build()
-        self.attention = config.attention.build()
-        self.feed_forward_norm = norm.build()
-        self.feed_forward = config.feed_forward.build()
+        self.branches = tuple(config.branches)
+        norm = RMSNorm.Config(dim=config.dim, groups=config.norm_groups)
+        for name, branch in config.branches.items():
+            self.add_module(f"{name}_norm", norm.build())
+            self.add_module(name, branch.build())
 
     def forward(self, x_TD: torch.Tensor, layout: Layout) -> torch.Tensor:
         """(T, D) → (T, D)."""
-        for norm, branch in (
-            (self.attention_norm, self.attention),
-            (self.feed_forward_norm, self.feed_forward),
-        ):
+        for name in self.branches:
+            norm, branch = getattr(self, f"{name}_norm"), getattr(self, name)
             if self.norm_order == "pre":
                 out_TD = branch(norm(x_TD, layout), layout)
             else:
@@ -96,17 +116,37 @@ class Decoder(BaseModel):
             if not self.layers:
                 raise ValueError("layers must hold at least one block")
             for index, layer in enumerate(self.layers):
-                if layer.attention.dim != self.dim:
+                if layer.dim != self.dim:
                     raise ValueError(
-                        f"layers[{index}].attention.dim ({layer.attention.dim}) must equal dim "
+                        f"layers[{index}] has branches of dim ({layer.dim}), which must equal dim "
                         f"({self.dim})"
                     )
                 if isinstance(layer.feed_forward, MixtureOfExperts.Config):
                     layer.feed_forward.check_modalities(len(self.modalities))
-            if len({layer.attention.head_dim for layer in self.layers}) > 1:
+                if layer.mamba is not None:
+                    self._check_mamba(layer.mamba, index)
+            if len({layer.attention.head_dim for layer in self.layers if layer.attention}) > 1:
                 raise ValueError(
                     "head_dim must be the same in all layers: they share rotary angles"
                 )
+
+        def _check_mamba(self, mamba: Mamba.Config, index: int) -> None:
+            for name in GROUPS:
+                if getattr(mamba, name) not in (1, len(self.modalities)):
+                    raise ValueError(
+                        f"layers[{index}].mamba.{name} ({getattr(mamba, name)}) must be 1, for all "
+                        f"tokens, or {len(self.modalities)}, one for each modality group"
+                    )
+
+        @property
+        def branch_count(self) -> int:
+            """How many branches write into the residual."""
+            return sum(len(layer.branches) for layer in self.layers)
+
+        @property
+        def head_dim(self) -> int:
+            """Width of an attention head, the same in all layers; 0 if none attends."""
+            return next((layer.attention.head_dim for layer in self.layers if layer.attention), 0)
 
         def update_from_config(self, *, config: Any, **kwargs: Any) -> None:
             """Nothing to take over: a run's sequence length does not shape this model."""
@@ -121,7 +161,6 @@ class Decoder(BaseModel):
         super().__init__()
         self.config = config
         self.recording = False  # statistics of the last block's outputs
-        self.head_dim = config.layers[0].attention.head_dim
         sizes = {"dim": config.dim, "vocab_size": config.vocab_size}
         self.tok_embeddings: Embedding | None = Embedding.Config(**sizes).build()
         # by index, so that a block keeps its name wherever it is held
@@ -174,7 +213,7 @@ class Decoder(BaseModel):
             modality_BS,
             positions_BS,
             config.modalities,
-            self.head_dim,
+            config.head_dim,
             config.rope_theta,
             row_B,
             decoding,
@@ -207,9 +246,8 @@ class Decoder(BaseModel):
 
     def init_states(self, *, buffer_device: torch.device | None = None) -> None:
         """Initial values of all parameters (``models/initialise.py``); statistics at zero."""
-        initialise(
-            self, std=self.config.init_std, layers=len(self.config.layers), seed=self.config.seed
-        )
+        config = self.config
+        initialise(self, std=config.init_std, branches=config.branch_count, seed=config.seed)
         for module in self.modules():
             if isinstance(module, Module):
                 module._init_self_buffers(buffer_device=buffer_device)

@@ -1,22 +1,26 @@
 """Parameters and FLOPs in closed form, per modality.
 
-Convention: a multiply-add is 2 FLOPs; only matrix products count (no norms, softmax, routing sort);
-the head counts, the embedding lookup does not; attention is counted over the full S × S square, as
-in PaLM's appendix B, without the causal half; training is 3 × the forward pass, without
-recomputation, less the gradient that causal routers do not give to their input. Expert choice: a
-pool of E experts with capacity factor c gives its tokens c experts on average; its routers, main
-and causal, score every token of the batch. Token choice gives each token its top k. In a second
-stage, where all but the causal routers is frozen, a step takes about two thirds of what is counted
-here.
+Convention: a multiply-add is 2 FLOPs; matrix products count, and Mamba's convolutions and scans (no
+norms, softmax, routing sort); the head counts, the embedding lookup does not; attention is counted
+over the full S × S square, as in PaLM's appendix B, without the causal half; training is 3 × the
+matrix products of the forward pass, without recomputation, less the gradient that causal routers do
+not give to their input, and what convolutions and scans take both ways (kernels/*/README.md).
+Expert choice: a pool of E experts with capacity factor c gives its tokens c experts on average; its
+routers, main and causal, score every token of the batch. Token choice gives each token its top k.
+In a second stage, where all but the causal routers is frozen, a step takes about two thirds of what
+is counted here.
 
-S positions, D width, N heads of width H.
+S positions, D width, N heads of width H; of Mamba: I inner width, N states, W taps.
 """
 
 from dataclasses import dataclass
 
+from earlyfuse.kernels.selective_scan.op import BACKWARD_FLOPS as SCAN_BACKWARD_FLOPS
+from earlyfuse.kernels.selective_scan.op import FORWARD_FLOPS as SCAN_FORWARD_FLOPS
 from earlyfuse.models.blocks.attention import Attention
 from earlyfuse.models.blocks.experts import ExpertPool, MixtureOfExperts
 from earlyfuse.models.blocks.feed_forward import FeedForward
+from earlyfuse.models.blocks.mamba import Mamba
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.routing.expert_choice import ExpertChoice
 from earlyfuse.models.routing.token_choice import TokenChoice
@@ -36,40 +40,73 @@ def count_parameters(config: Decoder.Config) -> Parameters:
     total = 2 * config.vocab_size * config.dim + config.dim
     active = [config.dim + config.vocab_size * config.dim + config.dim for _ in groups]
     for layer in config.layers:
-        attention = _attention_parameters(layer.attention)
-        norms = 2 * config.dim
-        total += attention * layer.attention.groups + norms * layer.norm_groups
-        total += _feed_forward_parameters(layer.feed_forward)
+        norms = len(layer.branches) * config.dim
+        total += norms * layer.norm_groups
+        shared = norms
+        if layer.attention is not None:
+            attention = _attention_parameters(layer.attention)
+            total += attention * layer.attention.groups
+            shared += attention
+        if layer.mamba is not None:
+            total += _mamba_total(layer.mamba)
+            shared += sum(_mamba_matrices(layer.mamba).values()) + _mamba_vectors(layer.mamba)
+        if layer.feed_forward is not None:
+            total += _feed_forward_parameters(layer.feed_forward)
         for group in groups:
-            active[group] += attention + norms + _active_feed_forward(layer.feed_forward, group)
+            active[group] += shared
+            if layer.feed_forward is not None:
+                active[group] += _active_feed_forward(layer.feed_forward, group)
     return Parameters(total, tuple(active))
 
 
 def forward_flops(config: Decoder.Config, seq_len: int) -> tuple[float, ...]:
     """Forward FLOPs of one token of each modality group in rows of ``seq_len``."""
-    flops = []
-    for group in range(len(config.modalities)):
-        matrices = float(config.vocab_size * config.dim)
-        scores = 0.0
-        for layer in config.layers:
+    return tuple(
+        2 * _products(config, seq_len, group) + _recurrences(config, backward=False)
+        for group in range(len(config.modalities))
+    )
+
+
+def _products(config: Decoder.Config, seq_len: int, group: int) -> float:
+    """Multiply-adds in matrix products of one token."""
+    products = float(config.vocab_size * config.dim)
+    for layer in config.layers:
+        if layer.attention is not None:
             attention = layer.attention
-            matrices += _attention_matrices(attention) + _matrices_met(layer.feed_forward, group)
-            scores += 2 * seq_len * attention.heads * attention.head_dim
-        flops.append(2 * (matrices + scores))
-    return tuple(flops)
+            products += _attention_matrices(attention)
+            products += 2 * seq_len * attention.heads * attention.head_dim
+        if layer.mamba is not None:
+            products += sum(_mamba_matrices(layer.mamba).values())
+        if layer.feed_forward is not None:
+            products += _matrices_met(layer.feed_forward, group)
+    return products
+
+
+def _recurrences(config: Decoder.Config, *, backward: bool) -> int:
+    """FLOPs of one token in convolutions and scans, forward or backward."""
+    flops = 0
+    for mamba in (layer.mamba for layer in config.layers if layer.mamba is not None):
+        scan = SCAN_BACKWARD_FLOPS if backward else SCAN_FORWARD_FLOPS
+        # backward, once each: of the inputs, of the taps, and what SiLU's derivative needs again
+        convolutions = 3 if backward else 1
+        flops += scan * mamba.inner_dim * mamba.states
+        flops += convolutions * 2 * mamba.inner_dim * mamba.conv_width
+    return flops
 
 
 def training_flops(config: Decoder.Config, seq_len: int) -> tuple[float, ...]:
-    """Forward and backward FLOPs of one token of each modality group: 3 × forward, less the
-    gradient that causal routers do not give to their input.
-    """
+    """Forward and backward FLOPs of one token of each modality group."""
     spared = 2 * sum(
         pool.dim * (pool.dim // 2)
         for layer in config.layers
         for pool in _pools(layer.feed_forward)
         if _has_causal(pool)
     )
-    return tuple(3 * flops - spared for flops in forward_flops(config, seq_len))
+    recurrences = _recurrences(config, backward=False) + _recurrences(config, backward=True)
+    return tuple(
+        6 * _products(config, seq_len, group) - spared + recurrences
+        for group in range(len(config.modalities))
+    )
 
 
 def mean_training_flops(config: Decoder.Config, seq_len: int) -> float:
@@ -86,6 +123,29 @@ def _attention_matrices(config: Attention.Config) -> int:
 def _attention_parameters(config: Attention.Config) -> int:
     norms = 2 * (config.heads + config.kv_heads) * config.head_dim if config.qk_norm else 0
     return _attention_matrices(config) + norms
+
+
+def _mamba_matrices(config: Mamba.Config) -> dict[str, int]:
+    """Parameters of one set of each projection."""
+    inner = config.inner_dim
+    return {
+        "in_proj": config.dim * 2 * inner,
+        "x_proj": inner * (config.dt_rank + 2 * config.states),
+        "dt_proj": config.dt_rank * inner,
+        "out_proj": inner * config.dim,
+    }
+
+
+def _mamba_vectors(config: Mamba.Config) -> int:
+    """Convolution with its bias, A, D and the bias of one modality's step sizes."""
+    return config.inner_dim * (config.conv_width + 1 + config.states + 1 + 1)
+
+
+def _mamba_total(config: Mamba.Config) -> int:
+    matrices = sum(
+        size * getattr(config, f"{name}_groups") for name, size in _mamba_matrices(config).items()
+    )
+    return matrices + _mamba_vectors(config) + (config.dt_proj_groups - 1) * config.inner_dim
 
 
 def _feed_forward_parameters(config: FeedForward.Config | MixtureOfExperts.Config) -> int:
@@ -115,7 +175,7 @@ def _matrices_met(
     return met
 
 
-def _pools(config: FeedForward.Config | MixtureOfExperts.Config) -> list[ExpertPool.Config]:
+def _pools(config: FeedForward.Config | MixtureOfExperts.Config | None) -> list[ExpertPool.Config]:
     return config.pools if isinstance(config, MixtureOfExperts.Config) else []
 
 

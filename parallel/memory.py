@@ -23,7 +23,11 @@ from torchtitan.distributed.activation_checkpoint import (
 )
 
 from earlyfuse.kernels.linear_cross_entropy.chunked import chunk_tokens
+from earlyfuse.kernels.selective_scan.chunks import count_chunks
+from earlyfuse.models.blocks.attention import Attention
 from earlyfuse.models.blocks.experts import MixtureOfExperts
+from earlyfuse.models.blocks.feed_forward import FeedForward
+from earlyfuse.models.blocks.mamba import Mamba
 from earlyfuse.models.decoder import Block, Decoder
 from earlyfuse.models.routing.expert_choice import ExpertChoice
 from earlyfuse.parallel.pipeline import SCHEDULES, microbatch, rank_stages, stage_blocks
@@ -125,11 +129,12 @@ def _gathered(units: list[Unit], param: int, dims: ParallelDims) -> int:
         return 0
     if dims.pp > 1:
         whole = [unit.gathered for unit in units]
-        return sum(whole) * (param + FP32) + max(whole) * param
-    freed = sorted((unit.gathered for unit in units if not unit.kept), reverse=True)
-    kept = sum(unit.gathered for unit in units if unit.kept)
+        in_use = sum(unit.gathered_bytes(param) for unit in units)
+        return in_use + sum(whole) * FP32 + max(whole) * param
+    freed = sorted((unit.gathered_bytes(param) for unit in units if not unit.kept), reverse=True)
+    kept = sum(unit.gathered_bytes(param) for unit in units if unit.kept)
     largest = max(unit.gathered for unit in units)
-    return (kept + sum(freed[:2])) * param + largest * (param + FP32)
+    return kept + sum(freed[:2]) + largest * (param + FP32)
 
 
 def _head(
@@ -158,37 +163,63 @@ def _saved(
     """Elements per token that autograd keeps of blocks, and of one more while it is recomputed."""
     saved = [saved_per_token(layer, training, dims.tp) for layer in layers]
     if isinstance(ac_config, FullAC.Config):  # inputs of all blocks
-        return sum(layer.attention.dim for layer in layers), max(saved)
+        return sum(layer.dim for layer in layers), max(saved)
     if isinstance(ac_config, SelectiveAC.Config):
         return sum(_kept_by_selective(layer, dims.tp) for layer in layers), max(saved)
     return sum(saved), 0
 
 
 def saved_per_token(layer: Block.Config, training: TrainingConfig, tensor_ranks: int = 1) -> int:
-    """Elements per token that autograd keeps of one block.
+    """Elements per token that autograd keeps of one block, its branches' norms included.
 
-    Attention: its input; q and k before and after their norm, and rotated; v; the output, twice.
-    Norms: the normed input. Feed-forward: its input; gate, SiLU of it, up and their product, or, in
-    the grouped product, gate and up of each routed row. Untied: the gains of each token too.
+    A norm: its input and the normed input, untied also the gains of each token.
     """
-    attention, feed_forward = layer.attention, layer.feed_forward
-    width = attention.heads * attention.head_dim // tensor_ranks
-    kv_width = attention.kv_heads * attention.head_dim // tensor_ranks
-    normed = 2 if attention.qk_norm else 0  # before and after; rotated are counted always
-    per_projection = 1 + normed + (attention.groups > 1 and attention.qk_norm)
-    saved = per_projection * (width + kv_width) + kv_width + 2 * width
-    saved += (4 + 2 * (layer.norm_groups > 1)) * attention.dim
-    if isinstance(feed_forward, MixtureOfExperts.Config):
+    saved = 0
+    if layer.attention is not None:
+        saved += _saved_by_attention(layer.attention, tensor_ranks)
+    if layer.mamba is not None:
+        saved += _saved_by_mamba(layer.mamba, training)
+    if layer.feed_forward is not None:
+        saved += _saved_by_feed_forward(layer.feed_forward, training, tensor_ranks)
+    return saved + (2 + (layer.norm_groups > 1)) * len(layer.branches) * layer.dim
+
+
+def _saved_by_attention(config: Attention.Config, tensor_ranks: int) -> int:
+    """Its input; q and k before and after their norm, and rotated; v; the output, twice."""
+    width = config.heads * config.head_dim // tensor_ranks
+    kv_width = config.kv_heads * config.head_dim // tensor_ranks
+    normed = 2 if config.qk_norm else 0  # before and after; rotated are counted always
+    per_projection = 1 + normed + (config.groups > 1 and config.qk_norm)
+    return per_projection * (width + kv_width) + kv_width + 2 * width
+
+
+def _saved_by_mamba(config: Mamba.Config, training: TrainingConfig) -> int:
+    """x and z, u, step sizes, the gated output; what x_proj selects; in fp32, the states before
+    each chunk.
+    """
+    wide = FP32 // TORCH_DTYPE_MAP[training.mixed_precision_param].itemsize
+    states = wide * config.inner_dim * config.states * count_chunks(training.seq_len)
+    selected = config.dt_rank + 2 * config.states
+    return 5 * config.inner_dim + selected + states // training.seq_len
+
+
+def _saved_by_feed_forward(
+    config: FeedForward.Config | MixtureOfExperts.Config,
+    training: TrainingConfig,
+    tensor_ranks: int,
+) -> int:
+    """Its input; gate, SiLU of it, up and their product, or, in the grouped product, gate and up of
+    each routed row.
+    """
+    saved, plain = 0, [config] if isinstance(config, FeedForward.Config) else config.shared
+    if isinstance(config, MixtureOfExperts.Config):
         tokens = training.local_batch_size * training.seq_len
-        for pool in feed_forward.pools:
+        for pool in config.pools:
             rows = routed_rows(pool, training)
             saved += 2 * pool.hidden_dim * rows // tokens // tensor_ranks
             causal = isinstance(pool.router, ExpertChoice.Config) and pool.router.causal
             if causal:  # hidden width before and after SiLU, logits
                 saved += 2 * (pool.dim // 2) + 2 * pool.experts
-        plain = feed_forward.shared
-    else:
-        plain = [feed_forward]
     for one in plain:
         copies = 2 if one.groups > 1 else 4
         saved += copies * one.hidden_dim // tensor_ranks
@@ -197,13 +228,26 @@ def saved_per_token(layer: Block.Config, training: TrainingConfig, tensor_ranks:
 
 def _kept_by_selective(layer: Block.Config, tensor_ranks: int) -> int:
     """Input, attention's output, and every second plain matrix product of torchtitan's policy."""
-    attention, feed_forward = layer.attention, layer.feed_forward
-    width = attention.heads * attention.head_dim // tensor_ranks
-    kept = attention.dim + width
-    if attention.groups == 1:
-        kept += width + attention.kv_heads * attention.head_dim // tensor_ranks
-    mixture = isinstance(feed_forward, MixtureOfExperts.Config)
-    for one in feed_forward.shared if mixture else [feed_forward]:
-        if one.groups == 1:
-            kept += one.hidden_dim // tensor_ranks + one.dim
+    kept, feed_forward = layer.dim, layer.feed_forward
+    if layer.attention is not None:
+        attention = layer.attention
+        width = attention.heads * attention.head_dim // tensor_ranks
+        kept += width
+        if attention.groups == 1:
+            kept += width + attention.kv_heads * attention.head_dim // tensor_ranks
+    if layer.mamba is not None:
+        mamba = layer.mamba
+        products = (
+            (mamba.in_proj_groups, 2 * mamba.inner_dim),
+            (mamba.x_proj_groups, mamba.dt_rank + 2 * mamba.states),
+            (mamba.dt_proj_groups, mamba.inner_dim),
+            (mamba.out_proj_groups, mamba.dim),
+        )
+        plain = [width for groups, width in products if groups == 1]
+        kept += sum(plain[::2])
+    if feed_forward is not None:
+        mixture = isinstance(feed_forward, MixtureOfExperts.Config)
+        for one in feed_forward.shared if mixture else [feed_forward]:
+            if one.groups == 1:
+                kept += one.hidden_dim // tensor_ranks + one.dim
     return kept

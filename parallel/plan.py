@@ -9,7 +9,8 @@
 3. compile — per block, so that all layers share one graph;
 4. FSDP2 or HSDP — last, around compiled blocks: its hooks gather parameters outside the graph. Its
    units are the embedding, each block, and norm with head; with expert parallelism, the experts of
-   a block are gathered beside the rest of it, from those ranks that hold the same ones.
+   a block are gathered beside the rest of it, from those ranks that hold the same ones; a
+   scan is a unit of its own, whose parameters are in fp32 whatever the rest computes in.
 
 n ranks compute what one rank computes on the same global batch: gradients are summed, not averaged,
 because losses are already divided by global counts.
@@ -17,6 +18,7 @@ because losses are already divided by global counts.
 
 import os
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -41,6 +43,7 @@ from torchtitan.distributed.activation_checkpoint import ActivationCheckpointing
 
 from earlyfuse.models.blocks.experts import Experts, MixtureOfExperts
 from earlyfuse.models.blocks.feed_forward import FeedForward
+from earlyfuse.models.blocks.mamba import Scan
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.routing.token_choice import TokenChoice, experts_served
 from earlyfuse.parallel.compat import reduce_with_plain_sums
@@ -146,11 +149,18 @@ def _tensor(parallelism: ParallelismConfig, model: Decoder.Config) -> Iterator[s
     sizes = {"dim": model.dim, "vocab_size": model.vocab_size}
     for index, layer in enumerate(model.layers):
         at, feed_forward = f"layers[{index}]", layer.feed_forward
-        sizes[f"{at}.attention.heads"] = layer.attention.heads
-        sizes[f"{at}.attention.kv_heads"] = layer.attention.kv_heads
+        if layer.mamba is not None and degree > 1:
+            yield (
+                f"tensor_parallel_degree ({degree}) must be 1: {at} is a Mamba block, whose "
+                "channels all meet in one projection; use FSDP"
+            )
+            return
+        if layer.attention is not None:
+            sizes[f"{at}.attention.heads"] = layer.attention.heads
+            sizes[f"{at}.attention.kv_heads"] = layer.attention.kv_heads
         if isinstance(feed_forward, FeedForward.Config):
             sizes[f"{at}.feed_forward.hidden_dim"] = feed_forward.hidden_dim
-        else:
+        elif feed_forward is not None:
             for pool in feed_forward.pools:
                 sizes[f"{at}.feed_forward.{pool.name}.hidden_dim"] = pool.hidden_dim
             for number, shared in enumerate(feed_forward.shared):
@@ -224,14 +234,21 @@ def _shard(
         dim = shard_dimension(parameter.shape, cut, over.mesh.size(-1))
         return ShardPlacementResult(Shard(dim), over)
 
-    def shard(module: nn.Module | list[nn.Module], reshard_after_forward: bool) -> None:
+    def shard(
+        module: nn.Module | list[nn.Module], reshard_after_forward: bool, **others: Any
+    ) -> None:
         fully_shard(
             module,
             mesh=mesh,
             reshard_after_forward=reshard_after_forward,
             shard_placement_fn=place,
-            **settings,
+            **(settings | others),
         )
+
+    in_fp32 = replace(settings["mp_policy"], param_dtype=torch.float32)
+    for module in model.modules():
+        if isinstance(module, Scan):
+            shard(module, reshard, mp_policy=in_fp32)
 
     if model.tok_embeddings is not None:
         shard(model.tok_embeddings, reshard)

@@ -156,9 +156,9 @@ def microbatch_calls(
     param = TORCH_DTYPE_MAP[training.mixed_precision_param].itemsize
     reduce = TORCH_DTYPE_MAP[training.mixed_precision_reduce].itemsize
     for unit in fsdp_units(model, dims, parallelism, pipeline_rank):
-        yield Call("parameters forward", "all_gather", unit.axis, unit.gathered * param)
+        yield Call("parameters forward", "all_gather", unit.axis, unit.gathered_bytes(param))
         if not unit.kept:
-            yield Call("parameters backward", "all_gather", unit.axis, unit.gathered * param)
+            yield Call("parameters backward", "all_gather", unit.axis, unit.gathered_bytes(param))
         yield Call("gradients", "reduce_scatter", unit.axis, unit.gathered * reduce)
         yield Call("gradient replicas", "all_reduce", "dp_replicate", unit.shard * reduce)
     stages = stage_blocks(parallelism, len(model.layers))
@@ -213,10 +213,11 @@ def _split_regions(
     """Attention, and a feed-forward or each pool of experts and each shared expert."""
     feed_forward = layer.feed_forward
     pools: list[ExpertPool.Config] = []
-    regions = 1
+    regions = len(layer.branches)
     if isinstance(feed_forward, MixtureOfExperts.Config):
-        pools, regions = feed_forward.pools, len(feed_forward.pools) + len(feed_forward.shared)
-    for _ in range((1 + regions) * (forwards + 1)):
+        pools = feed_forward.pools
+        regions += len(feed_forward.pools) + len(feed_forward.shared) - 1
+    for _ in range(regions * (forwards + 1)):
         yield Call("split activations", "all_reduce", "tp", activations)
     for pool in pools:
         yield Call("split activations", "all_reduce", "tp", routed_rows(pool, training) * FP32)

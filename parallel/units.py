@@ -19,13 +19,15 @@ from earlyfuse.parallel.pipeline import rank_stages, stage_blocks
 from earlyfuse.parallel.plan import shard_dimension
 from earlyfuse.parallel.tensor_parallel import CUTS
 
+SCAN = ".mamba.scan"  # a unit of its own in each Mamba block
+
 
 @dataclass(frozen=True)
 class Unit:
     """Parameters that one gather brings.
 
     ``shard``: elements that each of ``ranks`` ranks holds, padding included. ``kept``: stays
-    gathered from forward to backward.
+    gathered from forward to backward. ``fp32``: gathered in fp32 whatever the parameter dtype.
     """
 
     name: str
@@ -33,11 +35,16 @@ class Unit:
     ranks: int
     shard: int
     kept: bool
+    fp32: bool
 
     @property
     def gathered(self) -> int:
         """Elements that the gather brings together, padding included."""
         return self.shard * self.ranks
+
+    def gathered_bytes(self, param: int) -> int:
+        """The same in bytes, with parameters of ``param`` bytes."""
+        return self.gathered * (torch.float32.itemsize if self.fp32 else param)
 
 
 def accumulation(training: TrainingConfig, dims: ParallelDims) -> int:
@@ -82,6 +89,7 @@ def fsdp_units(
             ranks=axis_ranks(dims, axis),
             shard=shard,
             kept=reshard == "never" or dims.pp > 1 or (unit == "head" and reshard != "always"),
+            fp32=unit.endswith(SCAN),
         )
         for (unit, axis), shard in shards.items()
     ]
@@ -92,7 +100,7 @@ def _held(model: Decoder.Config, parallelism: ParallelismConfig, pipeline_rank: 
     names: set[str] = set()
     stages = stage_blocks(parallelism, len(model.layers))
     for blocks in (stages[index] for index in rank_stages(parallelism, pipeline_rank)):
-        names |= {f"layers.{block}" for block in blocks}
+        names |= {f"layers.{block}{part}" for block in blocks for part in ("", SCAN)}
         if blocks.start == 0:
             names.add("embedding")
         if blocks.stop == len(model.layers):
@@ -135,6 +143,8 @@ def _unit_of(name: str, dims: ParallelDims) -> tuple[str, str]:
     parts = name.split(".")
     if parts[0] != "layers":
         return ("embedding" if parts[0] == "tok_embeddings" else "head"), "fsdp"
+    if parts[2:4] == ["mamba", "scan"]:
+        return ".".join(parts[:2]) + SCAN, "fsdp"
     # the experts of all pools of a block travel together, over the ranks that hold the same ones
     return ".".join(parts[:2]), "efsdp" if "experts" in parts and dims.ep > 1 else "fsdp"
 

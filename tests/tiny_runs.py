@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from earlyfuse.configs import decoders, embedded
+from earlyfuse.configs import decoders, embedded, mamba_decoders
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.modality import Modality
 from earlyfuse.models.routing.causal_router import CausalRouter
@@ -45,6 +45,15 @@ MODELS = {
         weights="normalised",
         init="centred",
         init_gain=20.0,
+    ),
+}
+
+MAMBA_SHAPE = mamba_decoders.MambaShape(dim=32, layers=1, vocab_size=48)
+MAMBAS = {
+    "mamba": lambda: mamba_decoders.mamba(MAMBA_SHAPE),
+    "mixture_of_mamba": lambda: mamba_decoders.mixture_of_mamba(MAMBA_SHAPE),
+    "hybrid": lambda: mamba_decoders.hybrid(
+        decoders.mixture_of_transformers(replace(SHAPE, layers=3)), "ams"
     ),
 }
 

@@ -237,7 +237,7 @@ def _upcycled(opened: Opened, form: str) -> Opened:
         module = fresh.get_submodule(owner)
         empty = torch.empty_like(getattr(module, leaf), device="cpu")
         module.register_parameter(leaf, torch.nn.Parameter(empty, requires_grad=False))
-    initialise(fresh, std=child.init_std, layers=len(child.layers), seed=child.seed, only=named)
+    initialise(fresh, std=child.init_std, branches=child.branch_count, seed=child.seed, only=named)
     recipes = {
         name: Recipe(tuple(fresh.get_parameter(name).shape), (), partial(fresh.get_parameter, name))
         if origin is None

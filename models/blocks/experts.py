@@ -150,6 +150,11 @@ class MixtureOfExperts(Module):
             if not names or len(set(names)) != len(names):
                 raise ValueError(f"pools {names} must be at least one, with different names")
 
+        @property
+        def dim(self) -> int:
+            """Width of the tokens."""
+            return self.pools[0].dim
+
         def check_modalities(self, groups: int) -> None:
             """``ValueError`` unless all of a model's modality groups have their experts."""
             for pool in self.pools:

@@ -18,8 +18,10 @@ class Layout:
 
     ``group_T``     (T,) int64: modality group of each token; indexes untied parameters
     ``by_group``    the same as routes, every token once
-    ``cos_BS1H``, ``sin_BS1H``  (B, S, 1, H) fp32: of the rotary angles; see ``rotary_angles``
-    ``mask``        who attends whom: see ``attention_mask``
+    ``cos_BS1H``, ``sin_BS1H``  (B, S, 1, H) fp32: of the rotary angles; see ``rotary_angles``.
+                    H is 0 where no layer attends
+    ``mask``        who attends whom: see ``attention_mask``; None too where no layer attends
+    ``positions_BS``  (B, S) int64: places in the documents; 0 resets convolutions and scans
     ``place_T``     (T,) int64: row of the global batch · S + position in the row
     ``decoding``    what blocks keep of the tokens read before, where a document is being written
     """
@@ -31,6 +33,7 @@ class Layout:
     cos_BS1H: torch.Tensor
     sin_BS1H: torch.Tensor
     mask: "torch.Tensor | BlockMask | None"
+    positions_BS: torch.Tensor
     place_T: torch.Tensor
     decoding: Decoding | None = None
 
@@ -48,7 +51,8 @@ class Layout:
         """Work out the layout of one batch from its modalities and positions alone; with
         ``decoding``, that of the next tokens of the session's documents.
 
-        ``row_B`` int64: which rows of the global batch these are; the first ones if None.
+        ``head_dim`` 0: no layer attends. ``row_B`` int64: which rows of the global batch these
+        are; the first ones if None.
         """
         rows, seq_len = positions_BS.shape
         if row_B is None:
@@ -56,6 +60,11 @@ class Layout:
         place_BS = row_B[:, None] * seq_len + torch.arange(seq_len, device=row_B.device)
         group_T = group_of_modality(modality_BS.reshape(-1), modalities)
         cos_BS1H, sin_BS1H = rotary_angles(positions_BS, head_dim, rope_theta)
+        mask: torch.Tensor | BlockMask | None = None
+        if decoding is not None:
+            mask = decoding.begin(positions_BS)
+        elif head_dim:
+            mask = attention_mask(positions_BS)
         return cls(
             rows,
             seq_len,
@@ -63,7 +72,8 @@ class Layout:
             by_modality(group_T, len(modalities)),
             cos_BS1H,
             sin_BS1H,
-            attention_mask(positions_BS) if decoding is None else decoding.begin(positions_BS),
+            mask,
+            positions_BS,
             place_BS.flatten(),
             decoding,
         )

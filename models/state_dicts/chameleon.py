@@ -60,23 +60,25 @@ class Sizes:
     def of(cls, config: Decoder.Config, target: str) -> "Sizes":
         """The sizes of ``config``; ``ValueError`` says why ``target`` cannot express it."""
         first = config.layers[0]
-        feed_forward = first.feed_forward
+        attention, feed_forward = first.attention, first.feed_forward
+        if attention is None:
+            raise ValueError(_cannot(target, ["its first block does not attend"]))
         if not isinstance(feed_forward, FeedForward.Config):
             kind = type(feed_forward).__qualname__.removesuffix(".Config")
             raise ValueError(_cannot(target, [f"its feed-forward is a {kind}"]))
         sizes = cls(
             dim=config.dim,
             layers=len(config.layers),
-            heads=first.attention.heads,
-            kv_heads=first.attention.kv_heads,
+            heads=attention.heads,
+            kv_heads=attention.kv_heads,
             hidden_dim=feed_forward.hidden_dim,
             vocab_size=config.vocab_size,
             norm_order=first.norm_order,
             rope_theta=config.rope_theta,
             init_std=config.init_std,
         )
-        if config.dim != first.attention.heads * first.attention.head_dim:
-            width = f"{first.attention.heads} heads of {first.attention.head_dim}"
+        if config.dim != attention.heads * attention.head_dim:
+            width = f"{attention.heads} heads of {attention.head_dim}"
             raise ValueError(_cannot(target, [f"{width} are not its width ({config.dim})"]))
         if wrong := function_differences(config, sizes.decoder()):
             raise ValueError(_cannot(target, wrong))

@@ -1,0 +1,105 @@
+"""Mamba decoders by composition: dense, Mixture-of-Mamba and its ablations, and hybrids.
+
+Two Mamba blocks stand for one transformer layer (arXiv 2501.16295). All have the FLOPs of dense
+Mamba, whichever projections are untied.
+"""
+
+from collections.abc import Collection
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Literal
+
+from earlyfuse.models.blocks.mamba import Mamba
+from earlyfuse.models.decoder import Block, Decoder
+from earlyfuse.models.modality import Modality
+
+PROJECTIONS = ("in_proj", "x_proj", "dt_proj", "out_proj")
+
+
+@dataclass(frozen=True)
+class MambaShape:
+    """What all variants of a size share. ``layers``: pairs of Mamba blocks."""
+
+    dim: int
+    layers: int
+    vocab_size: int
+    expand: int = 2
+    states: int = 16
+    conv_width: int = 4
+    norm_order: Literal["pre", "swin"] = "pre"
+    init_std: float = 0.02
+    dropout: float = 0.0
+    modalities: tuple[Modality, ...] = (Modality.TEXT, Modality.IMAGE)
+
+
+def mamba(shape: MambaShape) -> Decoder.Config:
+    """Dense: every token meets the same parameters."""
+    return mixture_of_mamba(shape, untied=())
+
+
+def mixture_of_mamba(shape: MambaShape, untied: Collection[str] = PROJECTIONS) -> Decoder.Config:
+    """A set of each of the ``untied`` projections for each modality, of ``PROJECTIONS``; the others
+    are shared. ``ValueError`` for unknown ones.
+    """
+    blocks = [
+        Block.Config(mamba=mixer(shape, untied), norm_order=shape.norm_order, dropout=shape.dropout)
+        for _ in range(2 * shape.layers)
+    ]
+    return Decoder.Config(
+        dim=shape.dim,
+        vocab_size=shape.vocab_size,
+        layers=blocks,
+        modalities=tuple(int(m) for m in shape.modalities),
+        init_std=shape.init_std,
+    )
+
+
+def hybrid(
+    transformer: Decoder.Config,
+    pattern: str,
+    *,
+    expand: int = 2,
+    states: int = 16,
+    untied: Collection[str] = PROJECTIONS,
+) -> Decoder.Config:
+    """Layers of ``transformer``, of any kind, some with Mamba in place of attention.
+
+    ``pattern``, repeated over its layers, has a letter for each: "a" leaves the layer as it is, "m"
+    has Mamba in place of its attention, "s" is Mamba alone, without the feed-forward. ``untied`` as
+    in ``mixture_of_mamba``. ``ValueError`` for other letters.
+    """
+    if not pattern or set(pattern) - set("ams"):
+        raise ValueError(
+            f"pattern ({pattern!r}) must be letters a (attention and feed-forward), m (Mamba and "
+            "feed-forward) or s (Mamba alone), one for each layer of a period"
+        )
+    model = deepcopy(transformer)
+    modalities = tuple(Modality(modality) for modality in model.modalities)
+    shape = MambaShape(
+        dim=model.dim, layers=0, vocab_size=0, expand=expand, states=states, modalities=modalities
+    )
+    for index, layer in enumerate(model.layers):
+        letter = pattern[index % len(pattern)]
+        if letter != "a":
+            layer.attention, layer.mamba = None, mixer(shape, untied)
+        if letter == "s":
+            layer.feed_forward = None
+    return model
+
+
+def mixer(shape: MambaShape, untied: Collection[str] = PROJECTIONS) -> Mamba.Config:
+    """One mixer of Mamba's sizes: inner width ``expand`` · dim, rank a sixteenth of dim."""
+    unknown = sorted(set(untied) - set(PROJECTIONS))
+    if unknown:
+        raise ValueError(f"untied ({unknown}) must be among {', '.join(PROJECTIONS)}")
+    groups = {
+        f"{name}_groups": len(shape.modalities) if name in untied else 1 for name in PROJECTIONS
+    }
+    return Mamba.Config(
+        dim=shape.dim,
+        inner_dim=shape.expand * shape.dim,
+        dt_rank=-(-shape.dim // 16),
+        states=shape.states,
+        conv_width=shape.conv_width,
+        **groups,
+    )
