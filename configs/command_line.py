@@ -24,6 +24,7 @@ COMMON_FIELDS = (
     ("lr_scheduler.warmup_steps", "steps of linear warm-up"),
     ("lr_scheduler.decay_type", "linear, cosine, sqrt or exponential; decay_ratio: share of steps"),
     ("dataloader.seed", "order of the documents"),
+    ("debug.seed", "first values and dropout"),
     ("checkpoint.interval", "steps between checkpoints"),
     ("validator.freq", "steps between validations"),
     ("sampler.number", "held-out prompts written at each validation; --sampler.no-enable: none"),

@@ -11,7 +11,7 @@ from torchtitan.config import ParallelismConfig, TrainingConfig
 from torchtitan.config.configs import CompileConfig
 from torchtitan.protocols.model_spec import ModelSpec
 
-from earlyfuse.configs import decoders, stages
+from earlyfuse.configs import decoders, mamba_decoders, stages
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.modality import Modality
 from earlyfuse.models.routing.causal_router import CausalRouter
@@ -30,6 +30,8 @@ SHARES = {Modality.TEXT: 1 - IMAGE_SHARE, Modality.IMAGE: IMAGE_SHARE}
 SHAPE = decoders.Shape(
     dim=192, layers=4, heads=4, hidden_dim=384, vocab_size=2560, norm_order="pre"
 )
+# Scans cost most on a CPU, so these are smaller: 6 minutes, not 20. Compare them with one another.
+MAMBA_SHAPE = mamba_decoders.MambaShape(dim=128, layers=2, vocab_size=SHAPE.vocab_size)
 
 
 def moma_4t4i() -> Trainer.Config:
@@ -74,6 +76,21 @@ def moe_1t1i() -> Trainer.Config:
 def mot() -> Trainer.Config:
     """Mixture-of-Transformers: attention projections, norms and feed-forward per modality"""
     return _run("mot", decoders.mixture_of_transformers(SHAPE))
+
+
+def mamba() -> Trainer.Config:
+    """dense Mamba, smaller than the transformers: four blocks of 128"""
+    return _run("mamba", mamba_decoders.mamba(MAMBA_SHAPE))
+
+
+def mixture_of_mamba() -> Trainer.Config:
+    """the same with all projections per modality: Mixture-of-Mamba"""
+    return _run("mixture_of_mamba", mamba_decoders.mixture_of_mamba(MAMBA_SHAPE))
+
+
+def mamba_moma_hybrid() -> Trainer.Config:
+    """MoMa 4t4i whose layers have, all but the last, Mixture-of-Mamba in place of attention"""
+    return _run("mamba_moma_hybrid", mamba_decoders.hybrid(_moma_4t4i(), "mmma"))
 
 
 def _moma_4t4i() -> Decoder.Config:

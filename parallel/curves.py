@@ -1,10 +1,12 @@
-"""The picture of a run: losses and task accuracy over tokens, from ``metrics.jsonl``."""
+"""Pictures: of a run, losses and task accuracy over tokens; of several, losses over FLOPs."""
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -36,13 +38,48 @@ def plot_curves(folder: Path) -> Path:
     for axis in axes[0]:
         axis.xaxis.set_major_locator(MaxNLocator(5))
         axis.xaxis.set_major_formatter(EngFormatter())
+    _save(figure, folder / PICTURE)
+    return folder / PICTURE
+
+
+def plot_study(
+    found: Mapping[str, Mapping[str, np.ndarray]], labels: Sequence[str], picture: Path
+) -> None:
+    """Draw the held-out losses of several configs over FLOPs, a panel for each of ``labels``.
+
+    ``found``: config → ``flops`` (P,) and label → losses (seeds, P); lines are means, bands span
+    the seeds.
+    """
+    figure, axes = plt.subplots(1, len(labels), figsize=(4.6 * len(labels), 3.6), squeeze=False)
+    for axis, label in zip(axes[0], labels, strict=True):
+        for config, curve in found.items():
+            losses, flops = curve[label], curve["flops"]
+            later = flops > 0.05 * flops[-1]  # the first steps would hide all else
+            mean = losses.mean(0)
+            (line,) = axis.plot(
+                flops[later],
+                mean[later],
+                marker="o",
+                markersize=3,
+                label=f"{config} ({mean[-1]:.3f})",
+            )
+            low, high = losses.min(0)[later], losses.max(0)[later]
+            axis.fill_between(flops[later], low, high, color=line.get_color(), alpha=0.2)
+        axis.set_title(label)
+        axis.set_xlabel("training FLOPs")
+        axis.set_ylabel(f"held-out {label} loss (nats per token)")
+        axis.xaxis.set_major_locator(MaxNLocator(5))
+        axis.xaxis.set_major_formatter(EngFormatter())
+        axis.legend(frameon=False, fontsize=8)
+    _save(figure, picture)
+
+
+def _save(figure: Any, picture: Path) -> None:
     figure.tight_layout()
-    picture = folder / PICTURE
     temporary = picture.with_suffix(".tmp.png")
     figure.savefig(temporary, dpi=110)
     plt.close(figure)
     temporary.replace(picture)
-    return picture
 
 
 def _tokens(line: dict[str, Any]) -> float:

@@ -88,6 +88,8 @@ class Trainer(titan.Trainer):
         self._alone = compat.join_process_group_alone()
         assert config.model_spec is not None, "configs always set model_spec"
         model = config.model_spec.model
+        if config.debug.seed is not None:
+            model.seed = config.debug.seed
         check_parallelism(config.parallelism, config.training, model)
         if config.train_only == "causal_routers":
             check_optimizer(config.optimizer, model)
