@@ -5,13 +5,25 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import TypeAlias
 
-from earlyfuse.configs import chameleon, embedded, mixture_of_transformers, moma
+from earlyfuse.configs import (
+    chameleon,
+    embedded,
+    mixture_of_mamba,
+    mixture_of_transformers,
+    moma,
+)
 from earlyfuse.parallel.trainer import Trainer
 
 ConfigFunction: TypeAlias = Callable[[], Trainer.Config]
 
 DEFAULT = "moma_4t4i"
-MODULES: tuple[ModuleType, ...] = (embedded, moma, mixture_of_transformers, chameleon)
+MODULES: tuple[ModuleType, ...] = (
+    embedded,
+    moma,
+    mixture_of_mamba,
+    mixture_of_transformers,
+    chameleon,
+)
 
 
 def sections() -> dict[str, dict[str, ConfigFunction]]:

@@ -89,7 +89,7 @@ def mixture_of_mamba() -> Trainer.Config:
 
 
 def mamba_moma_hybrid() -> Trainer.Config:
-    """MoMa 4t4i whose layers have, all but the last, Mixture-of-Mamba in place of attention"""
+    """MoMa 4t4i with Mixture-of-Mamba in place of attention in three of four layers"""
     return _run("mamba_moma_hybrid", mamba_decoders.hybrid(_moma_4t4i(), "mmma"))
 
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from public_chameleons import chameleon
-from tiny_runs import MODELS, SHAPE
+from tiny_runs import MAMBAS, MODELS, SHAPE
 from torch import nn
 from toy import VOCABULARY
 
@@ -41,6 +41,7 @@ SPARSE = ("moe_8x", "moma", "shared")
 FORMS = (
     {name: form for name, form in MODELS.items() if name not in SPARSE}
     | {f"{name}, causal routers": partial(with_causal_routers, MODELS[name]) for name in SPARSE}
+    | MAMBAS
     | {
         "grouped heads": lambda: decoders.dense(replace(SHAPE, kv_heads=1)),
         "moe_1t1i, pre-norm": lambda: decoders.moe_1t1i(replace(SHAPE, norm_order="pre")),

@@ -7,10 +7,16 @@ from pathlib import Path
 
 import pytest
 from test_training import metrics, run
-from tiny_runs import SHAPE, moma, token_choice
+from tiny_runs import MAMBAS, SHAPE, moma, token_choice
 from toy import make_data
 
-from earlyfuse.configs import chameleon, decoders, dry_run, mixture_of_transformers
+from earlyfuse.configs import (
+    chameleon,
+    decoders,
+    dry_run,
+    mixture_of_mamba,
+    mixture_of_transformers,
+)
 from earlyfuse.configs import moma as moma_presets
 from earlyfuse.configs.catalogue import catalogue, sections
 from earlyfuse.configs.command_line import list_text
@@ -21,7 +27,9 @@ from earlyfuse.parallel.schedule import LearningRate, exponential_factor
 from earlyfuse.tools.doctor import presets
 
 PRESETS = [
-    name for module in (moma_presets, mixture_of_transformers, chameleon) for name in module.CONFIGS
+    name
+    for module in (moma_presets, mixture_of_mamba, mixture_of_transformers, chameleon)
+    for name in module.CONFIGS
 ]
 MILLION = 1_000_000
 
@@ -67,6 +75,32 @@ def test_parameters_of_mixture_of_transformers_are_in_its_names(size):
     assert experts == shape.layers * (9 * shape.dim * shape.hidden_dim + 4 * shape.dim)
 
 
+# dense Mamba of the sizes' widths and layers, in millions (derived from the public block's shapes)
+MAMBA = {"37m": 37.1, "94m": 94.2, "443m": 454, "880m": 917, "1_5b": 1540}
+TRANSFUSION = {"163m": 170, "760m": 814, "1_4b": 1400}
+
+
+@pytest.mark.parametrize("size", MAMBA)
+@pytest.mark.parametrize("setting", ["", "speech_"])
+def test_parameters_of_mixture_of_mamba(size, setting):
+    """Another set of all but convolution, A, D and norm for each further modality."""
+    config = model_of(f"mom_{size}_{setting}dense")
+    dense = count_parameters(config).total
+    assert dense == pytest.approx(MAMBA[size] * MILLION, rel=0.005)
+    mixture = count_parameters(model_of(f"mom_{size}_{setting}mom")).total
+    embeddings, shared = 2 * 65_536 * config.dim + config.dim, config.dim + 2 * config.dim * 22
+    block = (dense - embeddings) // len(config.layers)
+    further = len(config.modalities) - 1
+    assert mixture - dense == further * len(config.layers) * (block - shared)
+
+
+@pytest.mark.parametrize("size", TRANSFUSION)
+def test_parameters_of_the_decoders_for_transfusion(size):
+    dense = count_parameters(mixture_of_mamba.transfusion(size, mixture=False)).total
+    assert dense == pytest.approx(TRANSFUSION[size] * MILLION, rel=0.005)
+    assert count_parameters(mixture_of_mamba.transfusion(size, mixture=True)).total > 1.5 * dense
+
+
 def test_parameters_of_chameleon():
     assert count_parameters(model_of("chameleon_7b")).total == pytest.approx(7e9, rel=0.005)
     assert count_parameters(model_of("chameleon_34b")).total == pytest.approx(34e9, rel=0.01)
@@ -74,7 +108,8 @@ def test_parameters_of_chameleon():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_all_variants_of_a_size_cost_what_the_dense_one_does(name):
-    family, size = name.split("_dense")[0].split("_moe_")[0].removesuffix("_mot"), model_of(name)
+    family, size = name.split("_dense")[0].split("_moe_")[0], model_of(name)
+    family = family.removesuffix("_mot").removesuffix("_mom")
     dense = model_of(name if family == name else f"{family}_dense")
     routers = sum(
         pool.experts * pool.dim
@@ -84,7 +119,8 @@ def test_all_variants_of_a_size_cost_what_the_dense_one_does(name):
     )
     wanted = [flops + 2 * routers for flops in forward_flops(dense, 4096)]
     assert forward_flops(size, 4096) == pytest.approx(wanted)
-    assert training_flops(size, 4096) == pytest.approx([3 * flops for flops in wanted])
+    spent = [train + 6 * routers for train in training_flops(dense, 4096)]
+    assert training_flops(size, 4096) == pytest.approx(spent)
     for active, plain in zip(
         count_parameters(size).active, count_parameters(dense).active, strict=True
     ):
@@ -165,6 +201,7 @@ def test_a_dry_run_on_64_ranks_works_without_data(name, monkeypatch):
         ("moma_90m_moe_4t4i", moma),
         ("chameleon_7b", lambda: decoders.dense(replace(SHAPE, norm_order="pre", dropout=0.1))),
         ("mot_37m_mot", token_choice),
+        ("mom_37m_mom", MAMBAS["mixture_of_mamba"]),
     ],
 )
 def test_a_preset_trains_on_a_folder_given_to_it(tmp_path, name, model):

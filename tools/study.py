@@ -9,6 +9,7 @@ ones go on. OUT then holds the runs, and of all together ``study.png``, ``study.
 
 import argparse
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -68,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     split = given.index("--") if "--" in given else len(given)
     options = _parser().parse_args(given[:split])
+    logging.getLogger().setLevel(logging.ERROR)  # torchtitan warns of its own defaults
     try:
         runs = plan(options.out, options.configs, options.seeds, tuple(given[split + 1 :]))
         train(runs, options.jobs)
