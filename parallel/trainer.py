@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torchtitan.trainer as titan
 from torch.distributed.elastic.multiprocessing.errors import record
 from torchtitan.distributed import ParallelDims
 
@@ -26,6 +25,7 @@ from earlyfuse.models.routing.causal import normalise_over
 from earlyfuse.models.routing.noise import router_noises
 from earlyfuse.models.state_dicts.exported import describe
 from earlyfuse.parallel import compat, lost_hosts, rank_log, run_folder, stop
+from earlyfuse.parallel import torchtitan_run as titan
 from earlyfuse.parallel.agreement import check_ranks_agree
 from earlyfuse.parallel.balance import ExpertBalance
 from earlyfuse.parallel.checkpoint import Checkpoints

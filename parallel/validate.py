@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torchtitan.tools.utils as titan_utils
-from torchtitan.components.validate import Validator
 from torchtitan.distributed import ParallelDims
 
 from earlyfuse.data.lanes import Blend
@@ -30,6 +29,7 @@ from earlyfuse.models.routing.expert_choice import ExpertChoice
 from earlyfuse.models.routing.statistics import CausalStats
 from earlyfuse.parallel.pipeline import Pipeline
 from earlyfuse.parallel.tasks import Ranks, Task, load_tasks
+from earlyfuse.parallel.torchtitan_run import Validator
 from earlyfuse.parallel.totals import router_load
 
 MODALITIES = len(Modality)

@@ -1,6 +1,6 @@
-"""What one layout does with another's checkpoint; run by test_elastic_resume.py under torchrun.
+"""What one layout does with another's checkpoint; run by test_elastic_resume.py.
 
-    torchrun elastic_worker.py FOLDER LAYOUT ...
+    ranks.py RANKS elastic_worker FOLDER LAYOUT ...
 
 FOLDER/LAYOUT/checkpoint holds step 2 of a run by one process. Each layout continues it to the end,
 then once more from its own step 4, with step 6 damaged. The first also does so with a full disk.
@@ -8,7 +8,6 @@ then once more from its own step 4, with step 6 damaged. The first also does so 
 
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import torch
@@ -66,8 +65,9 @@ def meet_a_full_disk(config) -> None:
         FileSystem.create_stream = create_stream
 
 
-def main(root: Path, *names: str) -> None:
+def main(folder: str, *names: str) -> None:
     torch.set_num_threads(1)
+    root = Path(folder)
     for name in names:
         ranks, degrees = LAYOUTS[name]
         assert ranks == int(os.environ["WORLD_SIZE"])
@@ -77,7 +77,4 @@ def main(root: Path, *names: str) -> None:
         if name == WITH_FULL_DISK:
             copy_run(root / name, root / f"{name}-full", 2)
             meet_a_full_disk(config_of(root / f"{name}-full", root / "data", degrees))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), *sys.argv[2:])
+    torch.distributed.destroy_process_group()

@@ -1,9 +1,10 @@
 """A tiny run that meets faults at known places: started by ``test_faults.py`` under a launcher.
 
-    … fault_ranks.py FOLDER DATA [FAULT …]
+    … fault_ranks.py HARMED CALM DATA FAULT …
 
-Each FAULT happens once in the life of the run folder, however often the job is started again. In
-steps 3 and 14 the loss of rank 1 is not a number, always: that is part of the run.
+Each FAULT happens once in the life of the run folder HARMED, however often the job is started
+again. The start that brings it to its end then does the same run undisturbed, in CALM. In steps 3
+and 14 the loss of rank 1 is not a number, always: that is part of the run.
 """
 
 import os
@@ -11,8 +12,10 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from tiny_runs import tiny_config
@@ -26,8 +29,14 @@ from earlyfuse.parallel.validate import Validation
 STEPS, NOT_A_NUMBER = 20, (3, 14)
 
 
-def main(folder: Path, data: Path, faults: list[str]) -> None:
+def main(harmed: Path, calm: Path, data: Path, faults: list[str]) -> None:
     stop.listen()
+    if run(harmed, data, faults) == STEPS:
+        run(calm, data, [])
+
+
+def run(folder: Path, data: Path, faults: list[str]) -> int:
+    """Train until the end or a stop; returns the step reached."""
     rank = int(os.environ["RANK"])
     config = tiny_config(folder, data, steps=STEPS)
     config.checkpoint.interval, config.validator.batch_rows = 4, 4
@@ -36,10 +45,11 @@ def main(folder: Path, data: Path, faults: list[str]) -> None:
     (folder / f"pid-{rank}").write_text(str(os.getpid()))
     if rank == 1:
         spoil_losses(trainer)
-    for name in faults:
-        if FAULTS[name][0] == rank:
-            arrange(trainer, folder, name)
-    trainer.train()
+    with ExitStack() as arranged:
+        for name in faults:
+            if FAULTS[name][0] == rank:
+                arranged.enter_context(arrange(trainer, folder, name))
+        trainer.train()
     full = {
         name: value.full_tensor() if isinstance(value, DTensor) else value
         for name, value in (trainer.model.state_dict() | optimizer_state(trainer)).items()
@@ -47,6 +57,7 @@ def main(folder: Path, data: Path, faults: list[str]) -> None:
     if rank == 0:
         torch.save(full, folder / "final.pt")
     trainer.close()
+    return trainer.step
 
 
 def optimizer_state(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -69,7 +80,7 @@ def spoil_losses(trainer: Trainer) -> None:
     trainer.loss_fn.loss_of = spoiled
 
 
-def arrange(trainer: Trainer, folder: Path, name: str) -> None:
+def arrange(trainer: Trainer, folder: Path, name: str) -> AbstractContextManager[Any]:
     """Let the fault happen at the entry of its function, in its step, if it has not yet."""
     _, step, owner, function, fault = FAULTS[name]
     marker, whole = folder / f"fault-{name}", getattr(owner, function)
@@ -80,7 +91,7 @@ def arrange(trainer: Trainer, folder: Path, name: str) -> None:
             fault(folder / f"go-{name}")
         return whole(*arguments, **options)
 
-    setattr(owner, function, faulty)
+    return mock.patch.object(owner, function, faulty)
 
 
 def die(_: Path) -> None:
@@ -109,4 +120,4 @@ FAULTS: dict[str, Fault] = {
 }
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
+    main(*map(Path, sys.argv[1:4]), sys.argv[4:])

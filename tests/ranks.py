@@ -1,9 +1,17 @@
-"""Start a program on several ranks under torchrun, as users do."""
+"""Start a program on several ranks: under torchrun, as users do, or sooner.
 
+    ranks.py RANKS MODULE ARGUMENT …
+
+Imports MODULE once and forks into ranks under torchrun's agent, each of which calls its
+``main(*arguments)``.
+"""
+
+import importlib
 import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 
 
 def torchrun(
@@ -13,13 +21,25 @@ def torchrun(
 
     Its output, and that of all ranks, comes through ``stdout``.
     """
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = ["-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc-per-node={ranks}", f"--max-restarts={restarts}", *arguments]
+    return _started(command, env)
+
+
+def forked(ranks: int, program: Path, *arguments: str) -> subprocess.Popen:
+    """``ranks`` of ``program.main(*arguments)``: for whoever is not after how they start.
+
+    Its output, and that of all ranks, comes through ``stdout``.
+    """
+    return _started([__file__, str(ranks), program.stem, *arguments])
+
+
+def _started(command: list[str], env: Mapping[str, str] | None = None) -> subprocess.Popen:
     tests = os.path.dirname(os.path.abspath(__file__))
     paths = [tests, os.environ.get("PYTHONPATH", "")]
     settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     return subprocess.Popen(
-        command,
+        [sys.executable, *command],
         env={**os.environ, **settings, **(env or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -38,3 +58,22 @@ def output_of(process: subprocess.Popen, timeout: float = 900) -> str:
         raise AssertionError(f"not done after {timeout} s:\n{output}") from None
     assert process.returncode == 0, output
     return output
+
+
+def main(ranks: int, module: str, *arguments: str) -> None:
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        start_method="fork",
+    )
+    elastic_launch(config, importlib.import_module(module).main)(*arguments)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), *sys.argv[2:])

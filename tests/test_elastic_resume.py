@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from ranks import output_of, torchrun
+from ranks import forked, output_of
 from test_training import TIMES
 from tiny_runs import tiny_config
 from toy import make_data
@@ -85,7 +85,7 @@ def launch(root):
         for name in names:
             copy_step(root / "alone", root / name, 2)
         worker = Path(__file__).with_name("elastic_worker.py")
-        return output_of(torchrun(ranks, str(worker), str(root), *names))
+        return output_of(forked(ranks, worker, str(root), *names))
 
     return launch
 

@@ -39,21 +39,22 @@ def data(tmp_path_factory) -> Path:
 
 @dataclass
 class Story:
-    """An undisturbed run, and one that met every fault; what the latter's starts printed."""
+    """A run that met every fault, and the same one undisturbed; what each start printed of the
+    first, and the last one of the other.
+    """
 
-    calm: Path
     harmed: Path
-    calm_output: str
+    calm: Path
     outputs: list[str]
+    calm_output: str
 
 
 @pytest.fixture(scope="module")
 def story(data, tmp_path_factory) -> Story:
-    calm, harmed = (tmp_path_factory.mktemp(name) for name in ("calm", "harmed"))
-    calm_output = output_of(torchrun(2, JOB, str(calm), str(data)))
+    harmed, calm = (tmp_path_factory.mktemp(name) for name in ("harmed", "calm"))
     outputs = []
     for signalled in ("launcher-asked", "rank-asked", None):
-        process = launch(harmed, data)
+        process = launch(harmed, calm, data)
         if signalled is not None:
             until((harmed / f"fault-{signalled}").exists, process)
             if signalled == "launcher-asked":
@@ -62,7 +63,9 @@ def story(data, tmp_path_factory) -> Story:
                 os.kill(int((harmed / "pid-1").read_text()), signal.SIGTERM)
             (harmed / f"go-{signalled}").touch()
         outputs.append(output_of(process))
-    return Story(calm, harmed, calm_output, outputs)
+    outputs[-1], done, calm_output = outputs[-1].partition(f"done: {fault_ranks.STEPS} steps")
+    outputs[-1] += done
+    return Story(harmed, calm, outputs, calm_output)
 
 
 def metrics(folder: Path) -> list[dict]:
@@ -72,16 +75,11 @@ def metrics(folder: Path) -> list[dict]:
     return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
 
 
-def launch(folder: Path, data: Path) -> subprocess.Popen:
+def launch(harmed: Path, calm: Path, data: Path) -> subprocess.Popen:
     """The same command each time; restarts, since nothing here depends on how many there are."""
     command = [sys.executable, "-m", "earlyfuse.tools.launch", "--standalone"]
-    command += [
-        "--nproc-per-node=2",
-        "--max-restarts=20",
-        JOB,
-        str(folder),
-        str(data),
-    ]
+    command += ["--nproc-per-node=2", "--max-restarts=20", JOB]
+    command += map(str, (harmed, calm, data))
     return subprocess.Popen(
         [*command, *fault_ranks.FAULTS],
         env={**os.environ, "OMP_NUM_THREADS": "1"},

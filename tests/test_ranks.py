@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from layouts import BY_NAME, CASES, ROWS
-from ranks import output_of, torchrun
+from ranks import forked, output_of
 from tiny_runs import SHAPE, moma, tiny_config
 from torch.torch_version import TorchVersion
 from toy import make_data
@@ -23,7 +23,7 @@ from earlyfuse.parallel.plan import check_parallelism
 TOLERANCE = 1e-5
 EQUAL = ("loss", "grad_norm", "z_loss", "output_norm", "unigram_entropy", "router", "task")
 EQUAL += ("tokens", "flops", "lr", "skipped_steps", "causal", "causal_loss", "causal_task")
-SCRIPT = str(Path(__file__).with_name("layouts.py"))
+PROGRAM = Path(__file__).with_name("layouts.py")
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def results(tmp_path_factory):
         out = folder / str(ranks)
         if ranks not in launched:
             launched.add(ranks)
-            output_of(torchrun(ranks, SCRIPT, str(out), str(data)))
+            output_of(forked(ranks, PROGRAM, str(out), str(data)))
         return torch.load(out / f"{name}.pt")
 
     return result

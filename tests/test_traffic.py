@@ -4,11 +4,12 @@ import json
 from collections import Counter
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
 import traffic_ranks
-from ranks import output_of, torchrun
+from ranks import forked, output_of
 from tiny_runs import MODELS, SHAPE, tiny_config
 from torchtitan.distributed import ParallelDims
 from toy import make_data
@@ -40,7 +41,7 @@ def counted(tmp_path_factory):
         out = folder / str(ranks)
         out.mkdir()
         (out / "data").symlink_to(folder / "data")
-        output_of(torchrun(ranks, traffic_ranks.__file__, str(out), *LAYOUTS[ranks]))
+        output_of(forked(ranks, Path(traffic_ranks.__file__), str(out), *LAYOUTS[ranks]))
         return [json.loads((out / f"counted-{rank}.json").read_text()) for rank in range(ranks)]
 
     return lambda ranks, layout: [counted[layout] for counted in launched(ranks)]

@@ -18,8 +18,11 @@ from tiny_runs import MODELS, SHAPE, moma, tiny_config
 from toy import make_data
 
 from earlyfuse.configs import decoders
+from earlyfuse.parallel import compat
 from earlyfuse.parallel.trainer import Trainer
 
+# what torchtitan imports for other runs than ours
+UNUSED = ("datasets", "pandas", "torch._inductor.compile_fx")
 TIMES = {"tokens_per_second", "data_wait", "memory_gib", "mfu"}
 TIMES |= {"rank_seconds/max", "rank_seconds/min", "slowest_rank", "slowest_host"}
 
@@ -169,6 +172,7 @@ def test_sigterm_saves_and_the_same_command_resumes(tmp_path, data):
         f"config = tiny_config(Path({str(tmp_path / 'run')!r}), Path({str(data)!r}), steps=40)\n"
         "config.checkpoint.interval = 1000\nconfig.validator.freq = 1000\n"
         "trainer = config.build(); trainer.train(); trainer.close()\n"
+        f"print('imported', [name for name in {UNUSED} if name in sys.modules])\n"
     )
     job = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True)
     for line in job.stdout:
@@ -185,9 +189,34 @@ def test_sigterm_saves_and_the_same_command_resumes(tmp_path, data):
         [sys.executable, script], capture_output=True, text=True, check=True, timeout=120
     )
     assert "done: 40 steps" in again.stdout
+    assert "imported []" in again.stdout, "seconds and memory of every rank"
     assert [line["step"] for line in metrics(tmp_path / "run") if line["kind"] == "train"] == list(
         range(1, 41)
     )
+
+
+def test_what_torchtitan_imports_late_is_there_when_it_is_used():
+    import datasets.distributed
+
+    found = torch.compile
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("datasets", "datasets.distributed"):
+            patch.delitem(sys.modules, name)
+        with compat.light_imports():
+            from datasets import Dataset as Late
+            from datasets.distributed import split_dataset_by_node
+
+            twice = torch.compile(lambda x: 2 * x, backend="eager")
+        assert "datasets" not in sys.modules and torch.compile is found
+        patch.setitem(sys.modules, "datasets", datasets)
+        patch.setitem(sys.modules, "datasets.distributed", datasets.distributed)
+        rows = datasets.Dataset.from_dict({"row": [0, 1, 2, 3]})
+        assert isinstance(rows, Late) and not isinstance([], Late)
+        assert split_dataset_by_node(rows, rank=1, world_size=2)["row"] == [2, 3]
+        with compat.light_imports():
+            from datasets import Dataset
+        assert Dataset is datasets.Dataset, "what is there already stays"
+    assert twice(torch.ones(2)).tolist() == [2, 2]
 
 
 # ---------------------------------------------------------------- refusals

@@ -1,16 +1,16 @@
-"""Run by torchrun: one counted training step per layout, beside its closed form.
+"""Run on several ranks: one counted training step per layout, beside its closed form.
 
-    torchrun tests/traffic_ranks.py FOLDER LAYOUT...
+    ranks.py RANKS traffic_ranks FOLDER LAYOUT...
 
 ``FOLDER`` holds toy data in ``data``; rank N writes ``FOLDER/counted-N.json``.
 """
 
 import json
-import sys
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from layouts import BY_NAME
 from tiny_runs import tiny_config
@@ -141,9 +141,9 @@ def predicted_in_flight(config, rank):
     return in_flight(parallelism, parts, rank)
 
 
-if __name__ == "__main__":
-    folder, *names = sys.argv[1:]
-    folder = Path(folder)
+def main(root, *names):
+    torch.set_num_threads(1)
+    folder = Path(root)
     counted = {name: counted_step(folder, name) for name in names}
     (folder / f"counted-{dist.get_rank()}.json").write_text(json.dumps(counted))
     dist.destroy_process_group()
