@@ -3,6 +3,7 @@
 All with the scan made to matter: at the usual first values it is under a hundredth of the output.
 """
 
+import re
 from dataclasses import replace
 from itertools import product
 
@@ -11,8 +12,9 @@ import torch
 from tiny_runs import MAMBA_SHAPE, MAMBAS
 from torch import nn
 
-from earlyfuse.configs import mamba_decoders
+from earlyfuse.configs import embedded, mamba_decoders
 from earlyfuse.configs.mamba_decoders import PROJECTIONS
+from earlyfuse.models.blocks.layout import Layout
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.modality import Modality
 
@@ -211,3 +213,36 @@ def test_unknown_projections_and_patterns_are_refused():
         mamba_decoders.mixture_of_mamba(MAMBA_SHAPE, ["conv"])
     with pytest.raises(ValueError, match="pattern"):
         mamba_decoders.hybrid(MAMBAS["hybrid"](), "x")
+
+
+def test_blocks_take_vectors_as_well_as_tokens():
+    """Continuous patches at image positions: later ones move no earlier output, and all of them
+    get gradients.
+    """
+    config = mamba_decoders.mixture_of_mamba(MAMBA_SHAPE)
+    model = build(config)
+    _, modality, positions = batch()
+    layout = Layout.build(modality, positions, config.modalities, config.head_dim, 1e4)
+
+    def through(x_TD):
+        for layer in model.layers.values():
+            x_TD = layer(x_TD, layout)
+        return x_TD.unflatten(0, (B, S))
+
+    x_TD = torch.randn(B * S, config.dim, generator=torch.Generator().manual_seed(0))
+    x_TD.requires_grad_()
+    out_BSD = through(x_TD)
+    (gradient,) = torch.autograd.grad(out_BSD[:, 15].sum(), x_TD)
+    moved = gradient.unflatten(0, (B, S)).abs().amax((0, 2)) > 0
+    assert moved[:16].all() and not moved[16:].any()
+
+
+def test_rates_of_decay_skip_and_biases_are_not_decayed():
+    settings = embedded.adamw(1e-3).param_groups
+    undecayed = set()
+    for name, _ in MAMBAS["hybrid"]().build().named_parameters():
+        group = next(g for g in settings if re.search(g.pattern, name))
+        if not group.optimizer_kwargs["weight_decay"]:
+            undecayed.add(re.sub(r"layers\.\d+\.", "", name))
+    mamba = {name for name in undecayed if name.startswith("mamba.")}
+    assert mamba == {f"mamba.{x}" for x in ("conv.bias", "scan.A_log", "scan.D", "scan.dt_bias")}
