@@ -19,7 +19,7 @@ def scatter_add_rows(
     types = {y_RD.dtype, torch.float32 if weight_R is None else weight_R.dtype}
     if y_RD.device.type == "cpu" and types == {torch.float32}:
         return _sum_by_token(y_RD, row_R, tokens, weight_R)
-    out_TD = zeros_to_add_to(y_RD, tokens, y_RD.shape[1])
+    out_TD = sums(y_RD, tokens, y_RD.shape[1], False, y_RD.shape[0])
     add_rows(out_TD, row_R, y_RD if weight_R is None else y_RD * weight_R[:, None])
     return out_TD.to(y_RD.dtype)
 
@@ -118,7 +118,11 @@ def put_rows(out_TD: torch.Tensor, rows_N: torch.Tensor, y_ND: torch.Tensor, onc
         add_rows(out_TD, rows_N, y_ND)
 
 
-def zeros_to_add_to(like: torch.Tensor, tokens: int, width: int) -> torch.Tensor:
-    """Zeros (tokens, width) in at least fp32: what several rows add up to is rounded once."""
+def sums(like: torch.Tensor, tokens: int, width: int, once: bool, rows: int) -> torch.Tensor:
+    """Where ``put_rows`` puts all ``rows``: (tokens, width) in at least fp32, as what several rows
+    add up to is rounded once. Zeros, unless each token is certain to be written.
+    """
     dtype = torch.promote_types(like.dtype, torch.float32)
+    if once and rows == tokens:
+        return like.new_empty(tokens, width, dtype=dtype)
     return like.new_zeros(tokens, width, dtype=dtype)
