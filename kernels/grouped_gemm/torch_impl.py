@@ -71,7 +71,7 @@ def linear_backward(
     dy_buffer = x_TD.new_empty(largest, w_GFD.shape[1])
     dx_TD = x_TD.new_empty(0)
     if need_x:
-        dx_TD = sums(x_TD, *x_TD.shape, once, row_R.shape[0])
+        dx_TD = sums(x_TD, x_TD.shape[0], x_TD.shape[1], once, row_R.shape[0])
     dw_GFD, dw = _gradient(w_GFD, need_w, sizes)
     dweight_R, dweight = _gradient_by_row(weight_R, need_weight, x_TD, sizes)
     for n, rows_N, weight_N1, w_FD, dw_FD, dweight_N in zip(
@@ -123,7 +123,7 @@ def swiglu(
     gate_RF, up_RF = gate_up_2RF.unbind(0)
     x_buffer, y_buffer = x_TD.new_empty(2, largest, x_TD.shape[1]).unbind(0)
     h_buffer = x_TD.new_empty(largest, hidden)
-    y_TD = sums(x_TD, *x_TD.shape, once, rows)
+    y_TD = sums(x_TD, x_TD.shape[0], x_TD.shape[1], once, rows)
     for n, rows_N, weight_N1, gate_NF, up_NF, w1_FD, w3_FD, w2_DF in zip(
         sizes,
         row_R.split(sizes),
@@ -169,7 +169,7 @@ def swiglu_backward(
     h_buffer, dup_buffer, dgate_buffer = x_TD.new_empty(3, largest, w1_GFD.shape[1]).unbind(0)
     dx_TD = x_TD.new_empty(0)
     if need_x:
-        dx_TD = sums(x_TD, *x_TD.shape, once, row_R.shape[0])
+        dx_TD = sums(x_TD, x_TD.shape[0], x_TD.shape[1], once, row_R.shape[0])
     dw1_GFD, dw1 = _gradient(w1_GFD, need_w1, sizes)
     dw3_GFD, dw3 = _gradient(w3_GFD, need_w3, sizes)
     dw2_GDF, dw2 = _gradient(w2_GDF, need_w2, sizes)
