@@ -1,20 +1,26 @@
 """Compile every Triton kernel for three GPU generations, without a GPU, and say what it takes.
 
-    python -m earlyfuse.kernels.ahead_of_time            prints the table
-    python -m earlyfuse.kernels.ahead_of_time --write    writes it into kernels/README.md
+    python -m earlyfuse.kernels.ahead_of_time            checks all and prints the table
+    python -m earlyfuse.kernels.ahead_of_time --write    and writes it into kernels/README.md
 
 A ``triton_impl.py`` names its kernels in ``variants()``: one ``Variant`` per specialisation that a
 launch may compile, over the list its autotuner chooses from. What a compiled kernel takes is read
 from the machine code: registers, stack and local memory (spills), shared memory, and instructions
 of the tensor cores and of the tensor memory accelerator.
+
+The table carries a fingerprint of the kernels it was made from. With it the tests know that all
+variants passed on all targets since a kernel last changed, and compile a sample again.
 """
 
 import argparse
+import ast
+import hashlib
 import importlib
 import re
 import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -141,20 +147,68 @@ def _cuobjdump(option: str, path: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def compile_all(workers: int | None = None) -> list[Resources]:
-    """Every variant on every target that can have it, in order."""
-    jobs = [
-        (index, target)
-        for index, variant in enumerate(variants())
+def all_jobs() -> list[tuple[int, Target]]:
+    """Every variant, by number, on every target that can have it."""
+    return [
+        (number, target)
+        for number, variant in enumerate(variants())
         for target in TARGETS
         if target.capability >= variant.oldest
     ]
+
+
+def sample_jobs() -> list[tuple[int, Target]]:
+    """Every variant on sm_90; on the other targets the first of each kernel."""
+    first: dict[tuple[Any, bool], int] = {}
+    by_type = sorted(enumerate(variants()), key=lambda item: "*fp32" in item[1].types.values())
+    for number, variant in by_type:
+        first.setdefault((variant.kernel, variant.tma), number)
+    chosen = set(first.values())
+    return [(n, t) for n, t in all_jobs() if t.capability == 90 or n in chosen]
+
+
+def compile_all(jobs: Sequence[tuple[int, Target]], workers: int | None = None) -> list[Resources]:
+    """What the ``jobs`` take, in order."""
     with ProcessPoolExecutor(workers) as pool:
         return list(pool.map(_compile_numbered, *zip(*jobs, strict=True)))
 
 
-def _compile_numbered(index: int, target: Target) -> Resources:
-    return compiled(variants()[index], target)  # kernels do not travel between processes
+def _compile_numbered(number: int, target: Target) -> Resources:
+    return compiled(variants()[number], target)  # kernels do not travel between processes
+
+
+def faults(found: Sequence[Resources]) -> list[str]:
+    """What breaks a rule: spills, too much shared memory, tensor cores or TMA not used as meant."""
+    meant = {variant.name: variant for variant in variants()}
+    limits = {target.name: target.shared_bytes for target in TARGETS}
+    wrong = []
+    for r in found:
+        at, variant = f"{r.variant} on {r.target}", meant[r.variant]
+        if r.spilled_bytes:
+            wrong.append(f"{at}: {r.spilled_bytes} bytes spilled")
+        if r.shared_bytes > limits[r.target]:
+            wrong.append(f"{at}: {r.shared_bytes} bytes of shared memory")
+        if variant.tensor_cores and not r.tensor_core_instructions:
+            wrong.append(f"{at}: no tensor-core instruction")
+        if variant.tma != (r.tma_loads > 0):
+            wrong.append(f"{at}: {r.tma_loads} loads by TMA")
+    return wrong
+
+
+def fingerprint() -> str:
+    """Sixteen hex digits over the variants and the code of all kernels, but not its comments."""
+    parts = [
+        repr({name: value for name, value in vars(variant).items() if name != "kernel"})
+        for variant in variants()
+    ]
+    for path in sorted(Path(__file__).parent.glob("**/triton*.py")):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef) and node.decorator_list:
+                node.body = node.body[ast.get_docstring(node) is not None :]
+                parts.append(ast.dump(node))
+            elif isinstance(node, ast.Assign | ast.AnnAssign):  # constants that kernels read
+                parts.append(ast.dump(node))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
 def table(resources: list[Resources]) -> str:
@@ -175,14 +229,17 @@ def _table_lines(rows: dict[str, dict[str, str]], targets: list[str]) -> Iterato
 
 
 def main() -> None:
-    """Print the table, or write it between the marks in kernels/README.md."""
+    """Check everything; print the table, or write it between the marks in kernels/README.md."""
     parser = argparse.ArgumentParser(
         prog="python -m earlyfuse.kernels.ahead_of_time",
         description="Compile every Triton kernel for sm_80, sm_90 and sm_100; no GPU is needed.",
     )
     parser.add_argument("--write", action="store_true", help="write kernels/README.md")
     arguments = parser.parse_args()
-    words = table(compile_all())
+    found = compile_all(all_jobs())
+    if wrong := faults(found):
+        sys.exit("\n".join(wrong))
+    words = f"Kernels {fingerprint()}.\n\n{table(found)}"
     if not arguments.write:
         print(words, end="")
         return

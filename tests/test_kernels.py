@@ -219,6 +219,34 @@ def test_gather_and_scatter_equal_their_reference_with_repeated_rows():
         assert rms_ratio(have, want) < 1e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("tokens", [9, 70_000])
+def test_sums_by_token_are_those_of_the_definition_in_the_order_of_the_route(tokens, dtype):
+    """More tokens than 16 bits count, tokens without rows, and rows that only order keeps apart."""
+    generator = torch.Generator().manual_seed(7)
+    row_R = torch.randint(0, 3, (40,), generator=generator) * (tokens // 3)
+    row_R[::7] = tokens - 1
+    magnitude_R1 = 1e6 ** torch.rand(40, 1, generator=generator)
+    y_RD = (torch.randn(40, 3, generator=generator) * magnitude_R1).to(dtype)
+    y_RD[row_R == tokens // 3] = torch.inf  # stays with its token
+    for rows in (row_R, row_R.int()):
+        expected = scatter_add_rows(y_RD, rows, tokens, backend="reference")
+        assert torch.equal(scatter_add_rows(y_RD, rows, tokens, backend="torch"), expected)
+
+
+def test_a_row_beyond_the_tokens_is_refused_by_a_scatter():
+    for row_R, said in ((torch.tensor([0, 9]), r"up to 9\).*tokens \(9"), (-torch.arange(2), None)):
+        with pytest.raises(ValueError, match=said):
+            scatter_add_rows(torch.ones(2, 3), row_R, 9, backend="torch")
+
+
+def test_no_rows_or_no_width_scatter_to_zeros():
+    for rows, width, tokens in ((0, 3, 4), (2, 0, 4), (0, 3, 0)):
+        y_RD, row_R = torch.ones(rows, width), torch.zeros(rows, dtype=torch.int64)
+        out_TD = scatter_add_rows(y_RD, row_R, tokens, backend="torch")
+        assert torch.equal(out_TD, torch.zeros(tokens, width))
+
+
 def test_scatter_is_the_transpose_of_gather():
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(9, 5, generator=generator), torch.randn(7, 5, generator=generator)

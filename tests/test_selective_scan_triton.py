@@ -56,6 +56,16 @@ def test_triton_finds_the_initial_states_gradient_alone():
     assert rms_ratio(results(alone, "triton")[-1], expected) < 1e-5
 
 
+def test_triton_carries_nothing_over_a_reset_inside_another_segment():
+    """One reset in each of two segments, and decays so slow that what crossed them would show."""
+    inputs = scan_inputs(1, 27, 1, 4 if DEVICE == "cpu" else 16, device=DEVICE)
+    inputs[2] = torch.full_like(inputs[2], -1e-3).requires_grad_()
+    inputs[9] = torch.zeros_like(inputs[9])
+    inputs[9][0, [3, 20]] = True
+    for have, want in zip(results(inputs, "triton"), results(inputs, "reference"), strict=True):
+        assert rms_ratio(have, want) < 1e-5
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: too large for the interpreter")
 @pytest.mark.parametrize("states", [16, 32, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -21,7 +21,7 @@ from itertools import pairwise
 
 import torch
 
-from earlyfuse.kernels.permute.torch_impl import put_rows, zeros_to_add_to
+from earlyfuse.kernels.permute.torch_impl import put_rows, sums
 
 _aten = torch.ops.aten
 
@@ -39,7 +39,7 @@ def linear(
     largest = max(sizes, default=0)
     x_buffer = x_TD.new_empty(largest, x_TD.shape[1])
     y_buffer = x_TD.new_empty(largest, w_GFD.shape[1])
-    y_TF = zeros_to_add_to(x_TD, x_TD.shape[0], w_GFD.shape[1])
+    y_TF = sums(x_TD, x_TD.shape[0], w_GFD.shape[1], once, row_R.shape[0])
     for n, rows_N, weight_N1, w_FD in zip(
         sizes, row_R.split(sizes), _columns(weight_R, sizes), w_GFD.unbind(0), strict=True
     ):
@@ -69,7 +69,9 @@ def linear_backward(
     largest = max(sizes, default=0)
     x_buffer, dx_buffer = x_TD.new_empty(2, largest, x_TD.shape[1]).unbind(0)
     dy_buffer = x_TD.new_empty(largest, w_GFD.shape[1])
-    dx_TD = zeros_to_add_to(x_TD, *x_TD.shape) if need_x else x_TD.new_empty(0)
+    dx_TD = x_TD.new_empty(0)
+    if need_x:
+        dx_TD = sums(x_TD, x_TD.shape[0], x_TD.shape[1], once, row_R.shape[0])
     dw_GFD, dw = _gradient(w_GFD, need_w, sizes)
     dweight_R, dweight = _gradient_by_row(weight_R, need_weight, x_TD, sizes)
     for n, rows_N, weight_N1, w_FD, dw_FD, dweight_N in zip(
@@ -121,7 +123,7 @@ def swiglu(
     gate_RF, up_RF = gate_up_2RF.unbind(0)
     x_buffer, y_buffer = x_TD.new_empty(2, largest, x_TD.shape[1]).unbind(0)
     h_buffer = x_TD.new_empty(largest, hidden)
-    y_TD = zeros_to_add_to(x_TD, *x_TD.shape)
+    y_TD = sums(x_TD, x_TD.shape[0], x_TD.shape[1], once, rows)
     for n, rows_N, weight_N1, gate_NF, up_NF, w1_FD, w3_FD, w2_DF in zip(
         sizes,
         row_R.split(sizes),
@@ -165,7 +167,9 @@ def swiglu_backward(
     largest = max(sizes, default=0)
     x_buffer, dy_buffer = x_TD.new_empty(2, largest, x_TD.shape[1]).unbind(0)
     h_buffer, dup_buffer, dgate_buffer = x_TD.new_empty(3, largest, w1_GFD.shape[1]).unbind(0)
-    dx_TD = zeros_to_add_to(x_TD, *x_TD.shape) if need_x else x_TD.new_empty(0)
+    dx_TD = x_TD.new_empty(0)
+    if need_x:
+        dx_TD = sums(x_TD, x_TD.shape[0], x_TD.shape[1], once, row_R.shape[0])
     dw1_GFD, dw1 = _gradient(w1_GFD, need_w1, sizes)
     dw3_GFD, dw3 = _gradient(w3_GFD, need_w3, sizes)
     dw2_GDF, dw2 = _gradient(w2_GDF, need_w2, sizes)
