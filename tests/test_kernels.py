@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from kernel_checks import outputs_and_gradients, rms_ratio
 
 from earlyfuse.kernels import backend
-from earlyfuse.kernels.grouped_gemm import grouped_linear, grouped_swiglu
+from earlyfuse.kernels.grouped_gemm import grouped_linear, grouped_swiglu, torch_impl
 from earlyfuse.kernels.permute import gather_rows, scatter_add_rows, select_top_k
 
 TOKENS, WIDTH, HIDDEN = 37, 10, 14
@@ -20,6 +20,8 @@ ROUTES = {
     "experts: tokens in several groups": [[3, 5, 9], [5, 30, 3], [36, 0, 5]],
     "ragged, one group empty": [[1, 2, 3, 4, 5, 6, 7], [], [0]],
     "first and last group empty": [[], [4, 8], []],
+    "runs: the tokens of a group together": [list(range(20)), list(range(20, 37))],
+    "runs apart, out of order": [[30, 31, 32], list(range(2, 9)), [36]],
     "one group, as in Mixture-of-Depths": [[7, 1, 20]],
     "a token twice in one group": [[6, 6, 2], [6]],
     "all groups empty": [[], []],
@@ -69,7 +71,13 @@ def masked_dense_linear(x, w, row_R, offset_G1, weight_R=None):
     return out
 
 
-@pytest.mark.usefixtures("nan_filled_memory")
+@pytest.fixture(params=[1, 128], ids=["runs", "rows"])
+def long_run(request, monkeypatch):
+    """How long runs must be on average to be read in place: in the first case all are."""
+    monkeypatch.setattr(torch_impl, "LONG_RUN", request.param)
+
+
+@pytest.mark.usefixtures("nan_filled_memory", "long_run")
 @pytest.mark.parametrize("weighted", [True, False], ids=["weighted", "plain"])
 @pytest.mark.parametrize("name", ROUTES)
 def test_fast_path_equals_the_reference_in_output_and_every_gradient(name, weighted):
