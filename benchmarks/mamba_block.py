@@ -228,7 +228,8 @@ def memory(setting: Setting) -> str:
     inner = 2 * setting.dim
     lines = [
         f"Scan of {setting.rows} x {setting.seq_len} x {inner}, forward and backward, fp32; a "
-        "tensor of all states would take the last column.",
+        "tensor of all states would take the last column. The rest shrinks with more states: "
+        "fewer channels are handled together.",
         "",
         "| states | peak MB over inputs | states before chunks, MB | rest, MB | all states, MB |",
         "|---:|---:|---:|---:|---:|",
