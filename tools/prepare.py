@@ -88,7 +88,9 @@ def _parser() -> argparse.ArgumentParser:
         "--layout", help="pairs, interleaved, mmc4, text (auto: by the first samples)"
     )
     builder.add_argument(
-        "--image-first", type=float, help="share of pairs with the image before its text (0.5)"
+        "--image-first",
+        type=float,
+        help="share of pairs with the image or utterance before its text (0.5)",
     )
     builder.add_argument("--on-bad", help="skip: count bad samples; stop: end at the first (skip)")
     builder.add_argument(
@@ -137,6 +139,24 @@ def _add_tokenizer_options(parser: argparse.ArgumentParser) -> None:
     add("--patch", type=int, metavar="PX", help="side of the square that one code stands for (4)")
     add("--codes", type=int, metavar="N", help="image codes to learn (512)")
     add("--vq-steps", type=int, metavar="N", help="training steps of a vqvae (1500)")
+    add(
+        "--speech-tokenizer",
+        metavar="KIND",
+        help="none, kmeans, or a ready .safetensors (none)",
+    )
+    add("--speech-codes", type=int, metavar="N", help="speech codes to learn (500)")
+    add(
+        "--speech-frame-ms",
+        type=int,
+        metavar="MS",
+        help="speech that one code stands for; 40 is 25 codes a second (40)",
+    )
+    add(
+        "--speech-seconds",
+        type=float,
+        metavar="S",
+        help="longest utterance; a longer one is a bad sample (30.0)",
+    )
     add("--workers", type=int, metavar="N", help="processes (one a core, at most 8)")
     add("--seed", type=int, help="of tokenizer training (0)")
 
