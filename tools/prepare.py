@@ -45,12 +45,12 @@ def build(out: Path, train: list[str], validation: list[str], **options: Any) ->
     return 0
 
 
-def corpus(out: Path, scale: float, **options: Any) -> int:
+def corpus(out: Path, scale: float, speech: bool, **options: Any) -> int:
     """Build the embedded corpus and prepare it."""
     from earlyfuse.data.prepare.embedded import prepare_corpus
     from earlyfuse.data.prepare.report import describe
 
-    prepare_corpus(out, scale=scale, **_given(options))
+    prepare_corpus(out, scale=scale, speech=speech, **_given(options))
     print(describe(out))
     return 0
 
@@ -104,6 +104,11 @@ def _parser() -> argparse.ArgumentParser:
     embedded.add_argument("out", type=Path, help="folder to write, or to go on with")
     embedded.add_argument(
         "--scale", type=float, default=1.0, help="share of the corpus to build (1.0)"
+    )
+    embedded.add_argument(
+        "--speech",
+        action="store_true",
+        help="with digits and names spoken by espeak-ng, which must be installed; 256 codes (off)",
     )
     _add_tokenizer_options(embedded)
     viewer = commands.add_parser(

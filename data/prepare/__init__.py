@@ -11,9 +11,9 @@ at any moment, and the same call goes on where it ended, with the same bytes as 
 interruption. Tokenizers learn from training data only, and stay once made: more shards can join a
 folder later.
 
-The parts: ``spec`` (what to prepare, and what is refused), ``tokenizers`` (which there are to be) and
-``learn`` (making them), ``tokenise`` (the work on one shard), ``pool`` (processes), ``report`` (what
-is in a prepared folder).
+The parts: ``spec`` (what to prepare, and what is refused), ``tokenizers`` (which there are to be),
+``learn`` (making them), ``tokenise`` (the work on one shard), ``pool`` (processes), ``report``
+(what is in a prepared folder).
 """
 
 import fcntl
