@@ -21,7 +21,8 @@ from earlyfuse.data.documents import BadSample
 FORMATS = ("WAV", "WAVEX", "FLAC")
 RATES = range(1_000, 768_001)  # Hz
 LARGEST_AUDIO = 1 << 26  # samples of all channels; beyond it a small file can unpack to gigabytes
-# what is written for the size by programs that do not know it yet: no number of bytes
+_UNKNOWN_FRAMES = 1 << 36  # FLAC cannot state so many; libsndfile then gives far more
+# what is written for the size of WAV by programs that do not know it yet: no number of bytes
 _UNKNOWN_SIZE = 0x7FFF_0000
 
 
@@ -63,24 +64,21 @@ def _samples(file: soundfile.SoundFile, longest: float) -> np.ndarray:
             "corrupt-audio",
             f"a sample rate of {file.samplerate} Hz; known are {RATES[0]} to {RATES[-1]}",
         )
-    room = LARGEST_AUDIO // file.channels
-    limit = min(room, int(longest * file.samplerate)) if longest < room else room
-    # FLAC that was written to a pipe does not state its length
-    stated = file.frames if file.frames <= room else None
-    if (stated or 0) > limit:
-        raise _too_long(longest)
-    wanted = limit + 1 if stated is None else stated
-    samples_NC = file.read(wanted, dtype="float64", always_2d=True)
-    if len(samples_NC) > limit:
-        raise _too_long(longest)
-    if stated is not None and len(samples_NC) < stated:
-        raise BadSample("corrupt-audio", f"audio of {stated} samples ends after {len(samples_NC)}")
+    if file.frames >= _UNKNOWN_FRAMES:
+        raise BadSample(
+            "corrupt-audio",
+            "FLAC does not state its length, as when it was written to a pipe, so that a cut could "
+            "not be noticed; write it to a file",
+        )
+    if file.frames > longest * file.samplerate or file.frames * file.channels > LARGEST_AUDIO:
+        largest = f"{longest:g} s" if longest < float("inf") else f"{LARGEST_AUDIO} samples"
+        raise BadSample("long-audio", f"audio is longer than {largest}; cut it into utterances")
+    samples_NC = file.read(dtype="float64", always_2d=True)
+    if len(samples_NC) < file.frames:
+        raise BadSample(
+            "corrupt-audio", f"audio of {file.frames} samples ends after {len(samples_NC)}"
+        )
     return samples_NC
-
-
-def _too_long(longest: float) -> BadSample:
-    largest = f"{longest:g} s" if longest < float("inf") else f"{LARGEST_AUDIO} samples"
-    return BadSample("long-audio", f"audio is longer than {largest}; cut it into utterances")
 
 
 def _check_whole(encoded: bytes) -> None:
