@@ -20,7 +20,8 @@ from earlyfuse.data.corpus.glyphs import glyph_name
 
 PROGRAM = "espeak-ng"
 SPOKEN_PREFIX = "spoken: "
-ACCENTS = ("en-us", "en-gb", "en-gb-x-rp", "en-gb-scotland", "en-029")
+# "en" is British: of "en-gb" espeak-ng ignores the timbre
+ACCENTS = ("en-us", "en", "en-gb-x-rp", "en-gb-scotland", "en-029")
 TIMBRES = ("m1", "m2", "m4", "m5", "m6", "m7", "f1", "f2", "f4", "f5")
 HELD_OUT_TIMBRES = ("m3", "f3")
 _WORDS_A_MINUTE = (140, 190)
@@ -38,15 +39,29 @@ class Voice:
 
 
 def espeak_version() -> str:
-    """What ``espeak-ng --version`` says. ``ValueError`` where it is not installed."""
+    """What ``espeak-ng --version`` says.
+
+    Raises ``ValueError`` where it is not installed, or lacks a voice: it would speak with another.
+    """
     if shutil.which(PROGRAM) is None:
         raise ValueError(
             f"the corpus with speech needs the program {PROGRAM}, which is not installed (not on "
             f"PATH); install it (Debian, Ubuntu: apt-get install {PROGRAM}), or ask for the corpus "
             "without speech"
         )
-    told = subprocess.run([PROGRAM, "--version"], capture_output=True, text=True, check=True)
-    return told.stdout.partition("  Data at")[0].strip()
+    there = {*_told("--voices=en").split(), *_told("--voices=variant").split()}
+    wanted = [*ACCENTS, *(f"!v/{timbre}" for timbre in (*TIMBRES, *HELD_OUT_TIMBRES))]
+    missing = [voice for voice in wanted if voice not in there]
+    if missing:
+        raise ValueError(
+            f"{PROGRAM} has no voices {', '.join(missing)}; install it with all its data (Debian, "
+            "Ubuntu: apt-get install espeak-ng espeak-ng-data)"
+        )
+    return _told("--version").partition("  Data at")[0].strip()
+
+
+def _told(question: str) -> str:
+    return subprocess.run([PROGRAM, question], capture_output=True, text=True, check=True).stdout
 
 
 def speak(text: str, voice: Voice) -> Utterance:
