@@ -19,7 +19,7 @@ import torch
 
 from earlyfuse.models.modality import MediaCodes, Modality, Vocabulary
 
-Mode = Literal["text", "image", "speech", "interleaved"]
+Mode = Literal["text", "image", "interleaved", "speech"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 # modes that write one block, and of which medium
 BLOCKS: dict[str, Modality] = {"image": Modality.IMAGE, "speech": Modality.SPEECH}

@@ -215,7 +215,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--prompts", type=Path, metavar="FILE", help="many prompts, one JSON list a line")
     add(
         "--mode",
-        choices=("text", "image", "speech", "interleaved"),
+        choices=("text", "image", "interleaved", "speech"),
         default="interleaved",
         help="what to write (interleaved)",
     )
