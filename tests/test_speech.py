@@ -12,6 +12,7 @@ from scipy.signal import resample_poly
 from sounds import RATE, encoded, sound
 
 from earlyfuse.data.documents import BadSample
+from earlyfuse.data.tokenizers import speech_kmeans
 from earlyfuse.data.tokenizers.audio import wav_file, waveform
 from earlyfuse.data.tokenizers.speech_kmeans import (
     LONGEST_FRAME_MS,
@@ -191,6 +192,13 @@ def test_decoded_units_are_heard_as_mostly_the_same_units(tokenizer, waves):
         plain += ((features.astype(float) - features.mean(0)) ** 2).sum() / features.size / 12
     assert np.mean(same) > 0.8
     assert error < 0.5 * plain  # the spectrum is that of the utterance, not of any
+
+
+def test_a_phase_is_found_that_fits_the_spectrum(waves):
+    padded = waves[0][: 9600 // 640 * 640]
+    wanted = np.abs(speech_kmeans._spectrum(padded))
+    found = np.abs(speech_kmeans._spectrum(speech_kmeans._griffin_lim(wanted)))
+    assert np.linalg.norm(found - wanted) < 0.2 * np.linalg.norm(wanted)
 
 
 def test_decoding_is_quiet_enough_and_the_same_each_time(tokenizer, waves):

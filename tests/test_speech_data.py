@@ -140,6 +140,9 @@ def test_without_speech_nothing_is_other_than_before(raw, prepared, tmp_path):
     text = TextTokenizer.load(prepared / "tokenizers" / "text.model")
     assert text.size == text.pieces == 330 and text.begin_speech is None
     assert b"<speech>" not in text.model and not (prepared / "tokenizers" / SPEECH_FILE).exists()
+    for options in ({"text_tokenizer": prepared / "tokenizers" / "text.model"}, {}):
+        with pytest.raises(ValueError, match=r"prepared with (text|speech) tokenizer .*(none|332)"):
+            prepare(spec_of(raw, prepared, speech_tokenizer="kmeans", **options), quiet())
     for options in (
         {"speech_codes": 9},
         {"speech_seconds": 1.0},
