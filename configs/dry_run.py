@@ -156,7 +156,7 @@ def _data(config: Trainer.Config, dims: ParallelDims) -> Iterator[str]:
         yield f"{folder} does not have {', '.join(missing) or 'any source'} yet: {made}"
         return
     # what the start would refuse is refused here; only making the embedded corpus is left out
-    data = DataSet(replace(config.data, embedded=False))
+    data = DataSet(replace(config.data, embedded=False, speech=False))
     data.connect(config)
     sources = tuple(TokenSource(folder / "train" / name) for name in data.shares)
     blend = Blend(sources, tuple(data.shares.values()), config.dataloader.media_share)

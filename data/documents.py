@@ -1,7 +1,7 @@
 """What every raw layout is turned into: an ordered list of text and media segments.
 
 A document keeps media as the encoded bytes it was read with; decoding (and finding out that an
-image is corrupt) is the business of whoever needs pixels.
+image is corrupt) is the business of whoever needs pixels or samples.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from earlyfuse.models.modality import Modality
 
 @dataclass(frozen=True)
 class Segment:
-    """One stretch of one modality; ``payload`` is text, or an image as encoded bytes."""
+    """One stretch of one modality; ``payload`` is text, or an image or audio file's bytes."""
 
     modality: Modality
     payload: str | bytes
@@ -37,8 +37,8 @@ class BadSample(ValueError):
     """A sample, or the rest of a shard, that cannot be used.
 
     ``cause`` is a short kebab-case name, counted per shard (``missing-member``, ``corrupt-image``,
-    ``bad-json``, …); the message says what was found and where. Readers *yield* it, so that a
-    policy (skip, stop) is chosen in one place; whoever stops on it raises it.
+    ``corrupt-audio``, ``bad-json``, …); the message says what was found and where. Readers *yield*
+    it, so that a policy (skip, stop) is chosen in one place; whoever stops on it raises it.
     """
 
     def __init__(self, cause: str, message: str) -> None:

@@ -10,7 +10,8 @@ state), and its state is a handful of integers, so a run resumes exactly and on 
 - **Mixing** is by token share: the source whose drawn tokens lag furthest behind its share is next.
 - **Quota** (``media_share``): a lane below its share of media codes prefers a piece that raises it,
   a lane above one that lowers it. The quota decides how much comes from media-rich and media-poor
-  sources, the shares decide within each side (``Blend.effective_shares``).
+  sources, the shares decide within each side (``Blend.effective_shares``). It counts the codes of
+  all media together: the shares decide also how much of them is image and how much speech.
 - **Cutting**: text may be cut at the end of a row, the tail is the source's next piece. A media
   block (begin, codes, end) is never cut: another source's text fills the room, and if there is
   none, padding.
@@ -289,17 +290,26 @@ class Blend:
         return [until(len(source)) for source in self.sources]
 
 
-def check_seq_len(seq_len: int, vocabulary: Vocabulary) -> None:
+def check_seq_len(seq_len: int, blend: Blend) -> None:
     """``ValueError`` when a media block with its sentinels does not fit a row."""
     if seq_len < 1:
         raise ValueError(f"seq_len ({seq_len}) must be at least 1")
-    for medium in vocabulary.media:
+    for medium in blend.vocabulary.media:
         if medium.block + 2 > seq_len:
             raise ValueError(
                 f"seq_len ({seq_len}) must be at least {medium.block + 2}: a block of "
                 f"{medium.block} {medium.modality.label} codes and its 2 sentinels is never cut; "
                 "raise seq_len or prepare with fewer codes a block"
             )
+        for source in blend.sources:
+            longest = source.longest.get(medium.modality.label, 0)
+            if longest + 2 > seq_len:
+                raise ValueError(
+                    f"seq_len ({seq_len}) must be at least {longest + 2}: the longest block of "
+                    f"{medium.modality.label} in {source.folder} has {longest} codes and 2 "
+                    "sentinels, and is never cut; raise seq_len, or prepare again with a lower "
+                    f"{medium.modality.label}_seconds, which drops longer ones"
+                )
 
 
 class Lane:

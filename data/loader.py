@@ -56,7 +56,8 @@ class LaneLoader(BaseDataLoader):
         """Decides the order of the documents, with the epoch and the name of the source."""
 
         media_share: float | None = None
-        """Media codes among the tokens of each lane; None: whatever the sources give."""
+        """Codes of all media together among the tokens of each lane; None: whatever the sources
+        give. How much of it is image and how much speech follows from the sources' shares."""
 
         prefetch: int = 2
         """Micro-batches drawn ahead in the background; 0: drawn when asked for."""
@@ -92,7 +93,7 @@ class LaneLoader(BaseDataLoader):
         self.world_size, self.seq_len, self.rows = dp_world_size, seq_len, local_batch_size
         sources = tuple(TokenSource(folder) for folder in config.sources)
         self.blend = Blend(sources, tuple(config.sources.values()), config.media_share)
-        check_seq_len(seq_len, self.blend.vocabulary)
+        check_seq_len(seq_len, self.blend)
         self._lanes = range(dp_rank * lanes, (dp_rank + 1) * lanes)
         self._state_LK = np.zeros((lanes, self.blend.state_size()), np.int64)
         self._drawn: LaneStream | Prefetcher[Drawn] | None = None

@@ -29,6 +29,7 @@ class TokenSource:
     ``vocabulary``     layout of the ids
     ``tokenizers``     kind → SHA-256 of the tokenizer's file
     ``tokens``         modality label → number of tokens in all documents
+    ``longest``        label of a medium whose blocks vary in length → codes of the longest one
     ``identity``       SHA-256 over all that decides the tokens; independent of where the folder is
     =================  =========================================================================
 
@@ -48,6 +49,7 @@ class TokenSource:
         self.tokens = {
             m.label: int(manifest["tokens"][m.label]) for m in self.vocabulary.modalities
         }
+        self.longest: dict[str, int] = manifest.get("longest", {})
         self._shards = manifest["shards"]
         # first document of each shard, and the number of all documents at the end
         self._first = [0, *accumulate(shard["documents"] for shard in self._shards)]

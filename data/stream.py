@@ -111,7 +111,7 @@ class LaneStream:
         rows: int,
         state_LK: np.ndarray,
     ) -> None:
-        check_seq_len(seq_len, blend.vocabulary)
+        check_seq_len(seq_len, blend)
         self.blend, self.seq_len, self.rows = blend, seq_len, rows
         self._next = int(state_LK[:, -1].argmin())  # within a step: the lanes a row behind are next
         self._lanes = [
@@ -148,7 +148,7 @@ def validation_batches(
     Raises ``ValueError`` when ``ranks`` does not divide ``rows``, or a media block does not fit
     ``seq_len``.
     """
-    check_seq_len(seq_len, blend.vocabulary)
+    check_seq_len(seq_len, blend)
     if rows < 1 or rows % ranks:
         raise ValueError(
             f"rows of a validation batch ({rows}) must be a positive multiple of the ranks "

@@ -27,11 +27,12 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from earlyfuse.data.atomic import atomic_write, atomic_write_bytes, atomic_write_json, sha256_file
-from earlyfuse.models.modality import Vocabulary
+from earlyfuse.models.modality import Modality, Vocabulary
 
 FORMAT = "earlyfuse-tokens/1"
 MANIFEST = "manifest.json"
 MEMBER_BYTES = 1 << 20
+_OF_SPEECH = {"speech_error", "speech_values", "longest_speech"}  # of a record that has some
 
 
 def token_dtype(vocabulary_size: int) -> str:
@@ -110,7 +111,8 @@ class ShardRecord:
 
     ``recipe`` names everything besides the raw shard that decides the tokens (tokenizers, layout,
     format). ``squared_error`` and ``pixels`` sum the image tokenizer's error over some of the
-    shard's images.
+    shard's images; of speech, ``speech_error`` and ``speech_values`` sum it over all log-mel
+    levels, and ``longest_speech`` is the number of codes of the longest utterance.
     """
 
     name: str
@@ -126,10 +128,16 @@ class ShardRecord:
     drops: dict[str, int] = field(default_factory=dict)
     squared_error: int = 0
     pixels: int = 0
+    speech_error: int = 0
+    speech_values: int = 0
+    longest_speech: int = 0
 
     def save(self, folder: Path) -> None:
         """Mark the shard complete; its tar and index are on the disk already."""
-        atomic_write_json(folder / f"{Path(self.name).stem}.json", asdict(self))
+        values = asdict(self)
+        if not self.speech_values:  # as records were before there was speech
+            values = {name: value for name, value in values.items() if name not in _OF_SPEECH}
+        atomic_write_json(folder / f"{Path(self.name).stem}.json", values)
 
     @classmethod
     def load(cls, folder: Path, number: int) -> "ShardRecord | None":
@@ -139,7 +147,7 @@ class ShardRecord:
         if not path.exists():
             return None
         values = json.loads(path.read_bytes())
-        if values.keys() != {column.name for column in fields(cls)}:
+        if values.keys() | _OF_SPEECH != {column.name for column in fields(cls)}:
             return None  # written by another version
         record = cls(**values)
         tar, index = folder / f"{stem}.tar", folder / f"{stem}.index.npy"
@@ -213,6 +221,11 @@ def write_manifest(
     if pixels:
         error = sum(record.squared_error for record in records)
         manifest["image_squared_error"] = error / pixels
+    values = sum(record.speech_values for record in records)
+    if values:
+        manifest["speech_squared_error"] = sum(record.speech_error for record in records) / values
+        longest = max(record.longest_speech for record in records)
+        manifest["longest"] = {Modality.SPEECH.label: longest}
     atomic_write_json(folder / MANIFEST, manifest)
     return manifest
 

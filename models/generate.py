@@ -1,4 +1,4 @@
-"""Writing documents: text, images and both, from the next-token logits of a ``Decoder``.
+"""Writing documents: text, images, speech, mixed, from the next-token logits of a ``Decoder``.
 
 Each step reads the tokens just written, masks what the grammar of the vocabulary
 (``models/grammar.py``) does not allow, and draws. What has been read stays in the blocks' states
@@ -66,7 +66,8 @@ def generate(
     """What is written behind each of ``prompts``, at most ``new_tokens`` (of each, or one for all).
 
     ``prompts``: token ids from begin-of-document on. ``mode``: "text" to the end of the document,
-    "image" one image with its sentinels, "interleaved" either to the end of the document. ``seeds``
+    "image" or "speech" one block with its sentinels, "interleaved" all to the end of the document.
+    ``seeds``
     of the documents, 0 … B-1 if not given. ``cache`` off reads everything again for each token.
     ``agree``: where several ranks write the same, makes the tokens of a step (B,) those of one of
     them.

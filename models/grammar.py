@@ -19,8 +19,10 @@ import torch
 
 from earlyfuse.models.modality import MediaCodes, Modality, Vocabulary
 
-Mode = Literal["text", "image", "interleaved"]
+Mode = Literal["text", "image", "interleaved", "speech"]
 MODES: tuple[Mode, ...] = get_args(Mode)
+# modes that write one block, and of which medium
+BLOCKS: dict[str, Modality] = {"image": Modality.IMAGE, "speech": Modality.SPEECH}
 
 
 class Allowed(NamedTuple):
@@ -57,9 +59,9 @@ class Draft:
     """A document that is being written: its tokens, where in the grammar it stands, whether it is
     ``done``.
 
-    ``mode``: "text" writes text to the end of the document; "image" one image, to the end of its
-    block; "interleaved" anything to the end of the document. ``room``: tokens that may be added;
-    no block is begun that would not fit.
+    ``mode``: "text" writes text to the end of the document; "image" and "speech" one image or
+    utterance, to the end of its block; "interleaved" anything to the end of the document. ``room``:
+    tokens that may be added; no block is begun that would not fit.
     """
 
     def __init__(self, vocabulary: Vocabulary, prompt: Sequence[int], mode: Mode, room: int):
@@ -87,10 +89,10 @@ class Draft:
             # those of a block that varies in length: it may end after the code it has, or the first
             missing = self.medium.block - self._codes() if self.medium.block else not self._codes()
             _check_room(room, missing + 1)
-        elif mode == "image":
-            image = vocabulary.medium(Modality.IMAGE)
-            _check_room(room, max(image.block, 1) + 2)
-            self.write(image.begin)
+        elif mode in BLOCKS:
+            medium = vocabulary.medium(BLOCKS[mode])
+            _check_room(room, max(medium.block, 1) + 2)
+            self.write(medium.begin)
 
     @property
     def written(self) -> list[int]:
@@ -125,7 +127,7 @@ class Draft:
             self.done = token == self.vocabulary.eos
         elif token == self.medium.end:
             self.medium = None
-            self.done = self.mode == "image"
+            self.done = self.mode in BLOCKS
         self.done = self.done or self.room <= 0
 
     def _codes(self) -> int:
@@ -165,9 +167,9 @@ def _check_request(vocabulary: Vocabulary, prompt: Sequence[int], mode: str, roo
             f"a prompt must begin with begin-of-document ({vocabulary.bos}), not with "
             f"{prompt[0] if prompt else 'nothing'}"
         )
-    if mode == "image" and Modality.IMAGE not in vocabulary.modalities:
+    if mode in BLOCKS and BLOCKS[mode] not in vocabulary.modalities:
         raise ValueError(
-            "mode ('image') needs a vocabulary with image codes; this one has "
+            f"mode ({mode!r}) needs a vocabulary with {mode} codes; this one has "
             f"{[m.label for m in vocabulary.modalities]} only"
         )
 

@@ -34,10 +34,19 @@ class DataSet(Configurable):
         embedded: bool = False
         """Make the embedded corpus in this folder first, unless it is there."""
 
+        speech: bool = False
+        """The embedded corpus is the one with speech, which needs the program espeak-ng to be
+        made. It goes into another folder than the one without."""
+
     def __init__(self, config: Config):
         self.folder = Path(config.folder)
+        if config.speech and not config.embedded:
+            raise ValueError(
+                "data.speech (True) says which embedded corpus is made, and data.embedded is off; "
+                "set that too, or leave speech out: prepared data have the speech they have"
+            )
         if config.embedded:
-            _prepare_once(self.folder)
+            _prepare_once(self.folder, config.speech)
         path = self.folder / "tokenizers" / "vocabulary.json"
         if not config.folder:
             raise ValueError(
@@ -139,12 +148,12 @@ class DataSet(Configurable):
                 )
 
 
-def _prepare_once(folder: Path) -> None:
+def _prepare_once(folder: Path, speech: bool) -> None:
     """Rank 0 of each host prepares; the others wait for it."""
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
         from earlyfuse.data.prepare.embedded import prepare_corpus  # tokenizers, fonts: when needed
 
-        prepare_corpus(folder)
+        prepare_corpus(folder, speech=speech)
         return
     while not (folder / "tokenizers" / "vocabulary.json").exists() or not list(
         folder.glob(f"validation/*/{MANIFEST}")

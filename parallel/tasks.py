@@ -140,27 +140,51 @@ def load_tasks(folder: Path) -> list[Task]:
     if not path.exists():
         return []
     tokenizers = Tokenizers.load(folder / "tokenizers")
-    text, images, vocabulary = tokenizers.text, tokenizers.image, tokenizers.vocabulary
-    if images is None:
-        raise ValueError(
-            f"{path} asks for words after images, but {folder}/tokenizers has no image tokenizer; "
-            "remove the file or prepare with images"
-        )
-    medium = vocabulary.medium(Modality.IMAGE)
+    text, vocabulary = tokenizers.text, tokenizers.vocabulary
     tasks = []
     for fields in json.loads(path.read_text())["tasks"]:
         prefix, candidates = _split_prefix(
             [text.encode(fields["prefix"] + w) for w in fields["candidates"]]
         )
-        encoded = [base64.b64decode(item["image"]) for item in fields["items"]]
-        pixels = np.stack([images.pixels(image) for image in encoded])
-        prompts = [
-            [vocabulary.bos, medium.begin, *(codes + medium.start).tolist(), medium.end, *prefix]
-            for codes in images.encode(pixels)
-        ]
+        spoken = any("speech" in item for item in fields["items"])
+        medium_of = _utterances if spoken else _images
+        blocks = medium_of(path, fields["items"], tokenizers)
+        prompts = [[vocabulary.bos, *block, *prefix] for block in blocks]
         answers = [fields["candidates"].index(item["answer"]) for item in fields["items"]]
         tasks.append(Task(fields["name"], prompts, candidates, answers, vocabulary))
     return tasks
+
+
+def _images(path: Path, items: list[dict[str, str]], tokenizers: Tokenizers) -> list[list[int]]:
+    """Tokens of the items' images, sentinels included."""
+    images = tokenizers.image
+    if images is None:
+        raise ValueError(
+            f"{path} asks for words after images, but {path.parent.parent}/tokenizers has no image "
+            "tokenizer; remove the file or prepare with images"
+        )
+    medium = tokenizers.vocabulary.medium(Modality.IMAGE)
+    pixels = np.stack([images.pixels(base64.b64decode(item["image"])) for item in items])
+    return [
+        [medium.begin, *(codes + medium.start).tolist(), medium.end]
+        for codes in images.encode(pixels)
+    ]
+
+
+def _utterances(path: Path, items: list[dict[str, str]], tokenizers: Tokenizers) -> list[list[int]]:
+    """Tokens of the items' utterances, sentinels included."""
+    speech = tokenizers.speech
+    if speech is None:
+        raise ValueError(
+            f"{path} asks for words after speech, but {path.parent.parent}/tokenizers has no "
+            "speech tokenizer; remove the file or prepare with speech"
+        )
+    medium = tokenizers.vocabulary.medium(Modality.SPEECH)
+    features = [speech.features(base64.b64decode(item["speech"])) for item in items]
+    return [
+        [medium.begin, *(speech.encode(frames) + medium.start).tolist(), medium.end]
+        for frames in features
+    ]
 
 
 def _split_prefix(texts: list[list[int]]) -> tuple[list[int], list[tuple[int, ...]]]:

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import unicodedata
@@ -16,11 +17,26 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from earlyfuse.data.corpus import SOURCES, build_corpus, builder, compose, digits, glyphs
+from earlyfuse.data.corpus import (
+    SOURCES,
+    CorpusPaths,
+    build_corpus,
+    builder,
+    compose,
+    digits,
+    glyphs,
+    speech,
+)
 from earlyfuse.data.corpus.tasks import tasks as tasks_of
 from earlyfuse.data.documents import Document
+from earlyfuse.data.prepare.embedded import prepare_corpus
+from earlyfuse.data.prepare.progress import Progress
 from earlyfuse.data.raw import read_documents
+from earlyfuse.data.tokenizers import Tokenizers
+from earlyfuse.data.tokenizers.audio import waveform
 from earlyfuse.models.modality import Modality
+from earlyfuse.parallel.tasks import load_tasks
+from earlyfuse.tools import prepare as command
 
 SCALE = 0.03
 
@@ -284,6 +300,93 @@ def test_two_builders_at_once_end_with_one_corpus(tmp_path, monkeypatch):
     monkeypatch.setattr(builder, "_write", overtaken)
     assert build_corpus(folder, scale=0.01).tasks.is_file()
     assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_without_espeak_the_corpus_with_speech_is_refused_before_anything_is_written(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match=r"espeak-ng.*apt-get install espeak-ng"):
+        build_corpus(out / "raw", scale=0.01, with_speech=True)
+    assert command.main(["corpus", str(out), "--speech", "--scale", "0.01"]) == 2
+    assert "apt-get install espeak-ng" in capsys.readouterr().err and not out.exists()
+
+
+@pytest.fixture(scope="module")
+def spoken(tmp_path_factory):
+    if shutil.which(speech.PROGRAM) is None:
+        pytest.skip(f"{speech.PROGRAM} is not installed")
+    out = tmp_path_factory.mktemp("spoken") / "out"
+    options = {"text_vocab": 400, "codes": 24, "speech_codes": 32, "workers": 1}
+    prepare_corpus(out, scale=SCALE, speech=True, progress=Progress(io.StringIO()), **options)
+    return out
+
+
+def test_the_corpus_with_speech_is_the_other_one_and_a_source_more(corpus, spoken):
+    plain, with_speech = hashes(corpus.folder), hashes(spoken / "raw")
+    own = {name for name in with_speech if "/speech/" in name}
+    about = {"corpus.json", "README.md", "validation/tasks.json"}
+    assert own and with_speech.keys() - own == plain.keys()
+    assert {name for name in plain if plain[name] != with_speech[name]} == about
+    described = json.loads((spoken / "raw" / "corpus.json").read_text())
+    assert "eSpeak NG" in described["versions"]["espeak-ng"]
+    assert described["documents"]["train"]["speech"] == 120
+
+
+def test_every_spoken_document_is_words_and_their_sound(corpus, spoken, meaning):
+    raw = CorpusPaths(spoken / "raw")
+    orders, utterances = set(), {"train": set(), "validation": set()}
+    for split, flacs in utterances.items():
+        for document in documents(raw, split, "speech"):
+            kinds = tuple(segment.modality for segment in document.segments)
+            orders.add(kinds)
+            by_kind = {s.modality: s.payload for s in document.segments}
+            flac, text = by_kind[Modality.SPEECH], by_kind[Modality.TEXT]
+            flacs.add(flac)
+            seconds = len(waveform(flac, 16_000)) / 16_000
+            assert 0.15 < seconds < 9
+            if Modality.IMAGE not in by_kind:
+                assert text.startswith("spoken: ")
+            elif text.startswith("handwritten digit "):
+                shown = meaning[split][by_kind[Modality.IMAGE]]
+                assert text == f"handwritten digit {digits.NUMBER_WORDS[shown]}"
+            else:
+                unicodedata.lookup(text.removeprefix("glyph: "))
+    assert len(orders) == 6  # speech and text either way; with an image, it and speech either way
+    assert utterances["train"].isdisjoint(utterances["validation"])
+    assert set(speech.TIMBRES).isdisjoint(speech.HELD_OUT_TIMBRES)
+
+
+def test_an_utterance_is_the_same_each_time_and_every_voice_is_another(spoken, monkeypatch):
+    timbres = (*speech.TIMBRES, *speech.HELD_OUT_TIMBRES)
+    names = [f"{accent}+{timbre}" for accent in speech.ACCENTS for timbre in timbres]
+    said = [speech.speak("--seven", speech.Voice(name, 150, 50)) for name in [*names, names[0]]]
+    assert len(set(said)) == len(names) and said[0] == said[-1]
+    monkeypatch.setattr(speech, "TIMBRES", ("m1", "m99"))  # it would speak, with another voice
+    with pytest.raises(ValueError, match="has no voices !v/m99"):
+        speech.espeak_version()
+
+
+def test_spoken_digits_are_a_task_of_validation(spoken):
+    tasks = {task.name: task for task in load_tasks(spoken)}
+    assert tasks.keys() == {"digit label", "glyph script", "spoken digit"}
+    task, tokenizers = tasks["spoken digit"], Tokenizers.load(spoken / "tokenizers")
+    medium = tokenizers.vocabulary.medium(Modality.SPEECH)
+    for prompt in task.prompts:
+        assert prompt[1] == medium.begin and medium.end in prompt
+    words = [tokenizers.text.encode("spoken: " + word) for word in sorted(digits.NUMBER_WORDS[:10])]
+    assert [[*task.prompts[0][task.prompts[0].index(medium.end) + 1 :], *c] for c in
+            task.candidates] == words  # fmt: skip
+
+
+def test_a_finished_corpus_with_speech_needs_no_espeak(spoken, monkeypatch):
+    before = hashes(spoken / "raw")
+    monkeypatch.setenv("PATH", "")
+    build_corpus(spoken / "raw", scale=SCALE, with_speech=True)
+    assert hashes(spoken / "raw") == before
+    with pytest.raises(ValueError, match="asked for is"):
+        build_corpus(spoken / "raw", scale=SCALE)
 
 
 def test_wrong_requests_are_refused(corpus, tmp_path):

@@ -15,6 +15,7 @@ from earlyfuse.data.raw import read_documents
 from earlyfuse.models.modality import Modality
 
 IMAGE = bytes(range(256)) * 2  # readers hand on bytes; nobody decodes them here
+SOUND = IMAGE[::-1]
 
 
 def write_tar(path, members, format=tarfile.USTAR_FORMAT):
@@ -187,6 +188,36 @@ def test_files_without_a_sample_are_passed_over(tmp_path):
     assert read(shard, image_first=1.0) == [[IMAGE, "c"]]
 
 
+def test_audio_is_read_in_pairs_and_in_step_with_texts_and_images(tmp_path):
+    spoken = [
+        ("a.wav", SOUND), ("a.txt", b"words"),
+        ("b.flac", SOUND), ("b.json", as_json(text="of the json")),
+        ("c.flac", SOUND), ("c.json", as_json(caption="a caption", text="not this")),
+    ]  # fmt: skip
+    heard = [[SOUND, "words"], [SOUND, "of the json"], [SOUND, "a caption"]]
+    shard = write_tar(tmp_path / "a.tar", spoken)
+    assert read(shard, image_first=1.0) == heard
+    assert read(shard, image_first=0.0) == [parts[::-1] for parts in heard]
+    mixed = as_json(
+        texts=["one", None, None, "two", None],
+        images=[None, None, "0.png", None, None],
+        audio=[None, "0.WAV", None, None, "1.flac"],
+    )
+    members = [("m.json", mixed), ("m.0.WAV", SOUND), ("m.0.png", IMAGE), ("m.1.flac", SOUND)]
+    alone = [("n.json", as_json(texts=[None, "x"], audio=["0.wav", None])), ("n.0.wav", SOUND)]
+    silent = [("o.json", as_json(texts=["y"], audio=[None]))]
+    shard = write_tar(tmp_path / "b.tar", [*members, *alone, *silent])
+    found = list(read_documents(shard))
+    assert [plain(d) for d in found] == [["one", SOUND, IMAGE, "two", SOUND], [SOUND, "x"], ["y"]]
+    text, image, speech = Modality
+    assert [s.modality for s in found[0].segments] == [text, speech, image, text, speech]
+
+
+def test_an_image_pair_takes_no_caption_from_other_fields(tmp_path):
+    shard = write_tar(tmp_path / "a.tar", [("0.jpg", IMAGE), ("0.json", as_json(text="alt"))])
+    assert read(shard) == ["empty-text"]
+
+
 BAD = {
     "an image that json names": ("missing-member", interleaved(0)[:2]),
     "a pair's image": ("missing-member", [("0.txt", b"caption")]),
@@ -215,10 +246,46 @@ BAD = {
         [("0.json", as_json(texts=["a"], images=["0.png"])), ("0.0.png", IMAGE)],
     ),
     "video": ("unsupported-media", [("0.json", as_json(texts=[None], images=["0.mp4"]))]),
-    "audio beside": (
+    "audio in a container that is not read": (
         "unsupported-media",
-        [("0.json", as_json(texts=["a"], images=[None], audio=["0.wav"]))],
+        [("0.json", as_json(texts=[None], images=[None], audio=["0.mp3"])), ("0.0.mp3", SOUND)],
     ),
+    "text and audio in one place": (
+        "foreign-layout",
+        [("0.json", as_json(texts=["a"], images=[None], audio=["0.wav"])), ("0.0.wav", SOUND)],
+    ),
+    "audio of another length": (
+        "foreign-layout",
+        [("0.json", as_json(texts=[None, "a"], audio=["0.wav"])), ("0.0.wav", SOUND)],
+    ),
+    "audio beside matched images": (
+        "foreign-layout",
+        [
+            (
+                "0.json",
+                as_json(
+                    texts=["a"],
+                    images=[None, None],
+                    audio=["0.wav", None],
+                    matched_text_indices=[0, 0],
+                ),
+            ),
+            ("0.0.wav", SOUND),
+        ],
+    ),
+    "audio that json names": (
+        "missing-member",
+        [("0.json", as_json(texts=[None], audio=["0.wav"])), ("0.1.wav", SOUND)],
+    ),
+    "a name of audio that is none": (
+        "foreign-layout",
+        [("0.json", as_json(texts=[None], audio=[3])), ("0.3.wav", SOUND)],
+    ),
+    "an image and audio in a pair": (
+        "foreign-layout",
+        [("0.jpg", IMAGE), ("0.wav", SOUND), ("0.txt", b"c")],
+    ),
+    "audio without its words": ("empty-text", [("0.wav", SOUND), ("0.json", b"{}")]),
     "an interleaved document of nothing": (
         "empty-text",
         [("0.json", as_json(texts=[None], images=[None]))],

@@ -1,6 +1,7 @@
-"""Documents of text and images as people give and take them: files ↔ tokens of a model.
+"""Documents of text and media as people give and take them: files ↔ tokens of a model.
 
-A document is a list of segments, ``{"text": …}`` or ``{"image": path}``. Its tokenizers are those
+A document is a list of segments, ``{"text": …}``, ``{"image": path}`` or ``{"speech": path}``. Its
+tokenizers are those
 that its model was trained with, which the checkpoint knows by their hashes.
 """
 
@@ -20,11 +21,14 @@ from PIL import Image
 from earlyfuse.data.atomic import atomic_write_bytes
 from earlyfuse.data.documents import BadSample
 from earlyfuse.data.tokenizers import TEXT_FILES, Tokenizers, text_file
-from earlyfuse.models.modality import Modality, Vocabulary
+from earlyfuse.data.tokenizers.audio import wav_file
+from earlyfuse.data.tokenizers.speech_kmeans import RATE
+from earlyfuse.models.modality import MediaCodes, Modality, Vocabulary
 from earlyfuse.parallel.checkpoint_files import LATEST
 from earlyfuse.parallel.run_folder import DESCRIPTION
 
 TOKENIZERS, CONFIG = "tokenizers", "config.json"
+MEDIA = {"image": Modality.IMAGE, "speech": Modality.SPEECH}
 Segment = dict[str, str]
 
 
@@ -105,7 +109,7 @@ def _recorded_hashes(checkpoint: Path) -> dict[str, str]:
 
 
 def read_prompts(path: Path) -> list[list[Segment]]:
-    """One JSON list of segments a line; images by their path from the folder of the file."""
+    """One JSON list of segments a line; media by their path from the folder of the file."""
     documents = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip():
@@ -115,15 +119,23 @@ def read_prompts(path: Path) -> list[list[Segment]]:
         except ValueError as error:
             raise ValueError(f"{path}, line {number} is no JSON: {error}") from error
         right = isinstance(segments, list) and all(
-            isinstance(s, dict) and len(s) == 1 and isinstance(s.get("text", s.get("image")), str)
+            isinstance(s, dict)
+            and len(s) == 1
+            and s.keys() <= {"text", *MEDIA}
+            and all(isinstance(value, str) for value in s.values())
             for s in segments
         )
         if not right:
             raise ValueError(
-                f'{path}, line {number} must be a list of {{"text": …}} and {{"image": path}}'
+                f'{path}, line {number} must be a list of {{"text": …}}, {{"image": path}} and '
+                '{"speech": path}'
             )
         documents.append(
-            [{"image": str(path.parent / s["image"])} if "image" in s else s for s in segments]
+            [
+                {kind: value if kind == "text" else str(path.parent / value)}
+                for segment in segments
+                for kind, value in segment.items()
+            ]
         )
     return documents
 
@@ -136,20 +148,35 @@ def to_tokens(segments: Sequence[Segment], tokenizers: Tokenizers) -> list[int]:
         if "text" in segment:
             tokens += tokenizers.text.encode(segment["text"])
             continue
-        if tokenizers.image is None:
-            raise ValueError(
-                f"image {segment['image']} cannot be read: the model was trained on text alone and "
-                "has no image tokenizer; give text only"
-            )
-        try:
-            encoded = Path(segment["image"]).read_bytes()
-            pixels = tokenizers.image.pixels(encoded)
-        except (OSError, BadSample) as error:
-            raise ValueError(f"image {segment['image']} cannot be read: {error}") from error
-        medium = vocabulary.medium(Modality.IMAGE)
-        codes = tokenizers.image.encode(pixels[None])[0] + medium.start
+        ((kind, path),) = segment.items()
+        medium = _medium(kind, path, tokenizers)
+        codes = _codes(kind, path, tokenizers) + medium.start
         tokens += [medium.begin, *codes.tolist(), medium.end]
     return tokens
+
+
+def _medium(kind: str, path: str, tokenizers: Tokenizers) -> MediaCodes:
+    known = [m.label for m in tokenizers.vocabulary.modalities if m.label in tokenizers.hashes]
+    if kind not in known:
+        trained = "text alone" if known == ["text"] else " and ".join(known)
+        raise ValueError(
+            f"{kind} {path} cannot be read: the model was trained on {trained} and "
+            f"has no {kind} tokenizer; give {' and '.join(known)} only"
+        )
+    return tokenizers.vocabulary.medium(MEDIA[kind])
+
+
+def _codes(kind: str, path: str, tokenizers: Tokenizers) -> np.ndarray:
+    """Codes of a file, counted from the first of its medium."""
+    try:
+        encoded = Path(path).read_bytes()
+        if kind == "image":
+            assert tokenizers.image is not None, "its medium is there"
+            return tokenizers.image.encode(tokenizers.image.pixels(encoded)[None])[0]
+        assert tokenizers.speech is not None, "its medium is there"
+        return tokenizers.speech.encode(tokenizers.speech.features(encoded))
+    except (OSError, BadSample) as error:
+        raise ValueError(f"{kind} {path} cannot be read: {error}") from error
 
 
 # ---------------------------------------------------------------- results
@@ -158,22 +185,27 @@ def to_tokens(segments: Sequence[Segment], tokenizers: Tokenizers) -> list[int]:
 def to_segments(
     tokens: Sequence[int], tokenizers: Tokenizers, folder: Path, stem: str
 ) -> list[Segment]:
-    """What was written; its images go to ``folder``/``stem``-0.png … and are named by that."""
+    """What was written; media go to ``folder``/``stem``-0.png, -1.wav … and are named by that."""
     modality_T = tokenizers.vocabulary.modality_of(torch.tensor(tokens)).tolist()
     segments: list[Segment] = []
-    images = 0
+    media = 0
     for modality, run in groupby(zip(modality_T, tokens, strict=True), key=lambda pair: pair[0]):
         ids = [token for _, token in run]
         if modality == Modality.TEXT:
             text = tokenizers.text.decode(ids)  # sentinels give nothing
             segments += [{"text": text}] if text else []
             continue
-        assert tokenizers.image is not None, "there are codes"
-        name = f"{stem}-{images}.png"
-        codes = np.array([ids]) - tokenizers.vocabulary.medium(Modality.IMAGE).start
-        _write_png(tokenizers.image.decode(codes)[0], folder / name)
-        segments.append({"image": name})
-        images += 1
+        codes = np.array(ids) - tokenizers.vocabulary.medium(Modality(modality)).start
+        if modality == Modality.IMAGE:
+            assert tokenizers.image is not None, "there are codes"
+            name = f"{stem}-{media}.png"
+            _write_png(tokenizers.image.decode(codes[None])[0], folder / name)
+        else:
+            assert tokenizers.speech is not None, "there are codes"
+            name = f"{stem}-{media}.wav"
+            atomic_write_bytes(folder / name, wav_file(tokenizers.speech.decode(codes), RATE))
+        segments.append({Modality(modality).label: name})
+        media += 1
     return segments
 
 

@@ -1,7 +1,8 @@
-"""Write text and images with a trained model.
+"""Write text, images and speech with a trained model.
 
-``python -m earlyfuse.tools.generate FOLDER --out DIR [--prompt TEXT] [--image FILE] …``; FOLDER is
-a run, a checkpoint or an exported model. docs/generation.md describes prompts and results.
+``python -m earlyfuse.tools.generate FOLDER --out DIR [--prompt TEXT] [--image FILE] [--speech FILE]
+…``; FOLDER is a run, a checkpoint or an exported model. docs/generation.md describes prompts and
+results.
 """
 
 import argparse
@@ -18,6 +19,8 @@ _EXAMPLES = """examples:
   an image:       … FOLDER --mode image --prompt "glyph: greek small letter alpha" --out samples
   a caption:      … FOLDER --mode text --image alpha.png --out captions
   both, mixed:    … FOLDER --image 3.png --prompt plus --image 4.png --out sums
+  speech:         … FOLDER --mode speech --prompt "spoken: seven" --out said
+  its words:      … FOLDER --mode text --speech seven.wav --out heard
   many prompts:   … FOLDER --mode image --prompts captions.jsonl --samples 4 --out samples
 """
 LONGEST = 256  # tokens to write where nothing else says
@@ -54,6 +57,7 @@ def write(options: argparse.Namespace) -> None:
 
     from earlyfuse.data.atomic import atomic_write
     from earlyfuse.models.generate import Sampling, generate
+    from earlyfuse.models.grammar import BLOCKS
     from earlyfuse.models.state_dicts import load_model
     from earlyfuse.tools.documents import ModelFolder, to_segments
 
@@ -63,7 +67,8 @@ def write(options: argparse.Namespace) -> None:
     model, vocabulary = load_model(options.folder, device=device)
     about = ModelFolder.read(options.folder)
     tokenizers = about.tokenizers(vocabulary, options.tokenizers)
-    if options.mode != "text" and tokenizers.image is not None and not tokenizers.image.decodes:
+    draws = options.mode in ("image", "interleaved")
+    if draws and tokenizers.image is not None and not tokenizers.image.decodes:
         raise ValueError(
             f"--mode {options.mode} writes images, and the image tokenizer has no decoder: import "
             "one that has (vqgan.ckpt, docs/data.md), or write --mode text"
@@ -84,7 +89,7 @@ def write(options: argparse.Namespace) -> None:
             )
             for work, tokens in zip(batch, written, strict=True):
                 segments = to_segments(tokens, tokenizers, options.out, work.stem)
-                whole = tokens[-1:] == [vocabulary.eos] or options.mode == "image"
+                whole = tokens[-1:] == [vocabulary.eos] or options.mode in BLOCKS
                 file.write(_line(options, work, segments, len(tokens), whole))
                 print(f"{work.stem}: {_shown(segments)}{'' if whole else ' …'}", flush=True)
     print(f"{len(works)} documents in {options.out / RESULTS}")
@@ -96,7 +101,9 @@ def _check(options: argparse.Namespace) -> None:
         if getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
     if options.segments and options.prompts:
-        raise ValueError("--prompts and --prompt or --image were given; give one or the other")
+        raise ValueError(
+            "--prompts and --prompt, --image or --speech were given; give one or the other"
+        )
     if options.temperature == 0 and options.samples > 1:
         raise ValueError(
             f"--temperature 0 writes the same in each of --samples {options.samples}; give another "
@@ -131,8 +138,10 @@ def _room(
 ) -> int:
     """Tokens that may be written behind prompt ``number`` of ``length`` tokens."""
     left = LONGEST if seq_len is None else seq_len - length
-    if options.mode == "image" and vocabulary.media:
-        wanted = vocabulary.media[0].block + 2
+    from earlyfuse.models.modality import Modality
+
+    if options.mode == "image" and Modality.IMAGE in vocabulary.modalities:
+        wanted = vocabulary.medium(Modality.IMAGE).block + 2
     else:
         wanted = options.new_tokens or max(1, min(LONGEST, left))
     if seq_len is not None and wanted > left:
@@ -168,42 +177,45 @@ def _line(
 
 
 def _shown(segments: list[dict[str, str]]) -> str:
-    return " ".join(s["text"] if "text" in s else f"[{s['image']}]" for s in segments)
+    return " ".join(
+        value if kind == "text" else f"[{value}]" for s in segments for kind, value in s.items()
+    )
 
 
 class _Segment(argparse.Action):
-    """``--prompt`` and ``--image`` in the order in which they are given."""
+    """``--prompt``, ``--image`` and ``--speech`` in the order in which they are given."""
 
     def __call__(
         self, parser: Any, namespace: argparse.Namespace, values: Any, option: str | None = None
     ) -> None:
-        kind = "image" if option == "--image" else "text"
+        kind = {"--image": "image", "--speech": "speech"}.get(str(option), "text")
         namespace.segments = [*(namespace.segments or []), {kind: values}]
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="generate",
-        description="Write text and images with a trained model.",
+        description="Write text, images and speech with a trained model.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument
     add("folder", type=Path, help="a run, a checkpoint or an exported model")
-    add("--out", type=Path, required=True, help=f"folder for {RESULTS} and images")
+    add("--out", type=Path, required=True, help=f"folder for {RESULTS}, images and speech")
     segment: dict[str, Any] = {"dest": "segments", "action": _Segment}
     add(
         "--prompt",
         metavar="TEXT",
-        help="text of the prompt; may come again, with --image",
+        help="text of the prompt; may come again, with --image and --speech",
         **segment,
     )
     add("--image", metavar="FILE", help="image of the prompt, in its place", **segment)
+    add("--speech", metavar="FILE", help="wav or flac of the prompt, in its place", **segment)
     add("--prompts", type=Path, metavar="FILE", help="many prompts, one JSON list a line")
     add(
         "--mode",
-        choices=("text", "image", "interleaved"),
+        choices=("text", "image", "interleaved", "speech"),
         default="interleaved",
         help="what to write (interleaved)",
     )
@@ -213,9 +225,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--temperature", type=float, default=1.0, help="0: the most likely tokens (1.0)")
     add("--top-p", type=float, default=1.0, help="draw from this much of the probability (1.0)")
     add("--top-k", type=int, default=0, help="draw from so many tokens; 0: all (0)")
-    add(
-        "--guidance", "--cfg", type=float, default=1.0, help="of images by the prompt; 1: off (1.0)"
-    )
+    add("--guidance", "--cfg", type=float, default=1.0, help="of codes by the prompt; 1: off (1.0)")
     add("--seed", type=int, default=0, help="of all samples (0)")
     add("--tokenizers", type=Path, metavar="DIR", help="tokenizers of the model's data, if moved")
     add("--device", help="cpu, cuda … (a GPU if there is one)")

@@ -45,12 +45,12 @@ def build(out: Path, train: list[str], validation: list[str], **options: Any) ->
     return 0
 
 
-def corpus(out: Path, scale: float, **options: Any) -> int:
+def corpus(out: Path, scale: float, speech: bool, **options: Any) -> int:
     """Build the embedded corpus and prepare it."""
     from earlyfuse.data.prepare.embedded import prepare_corpus
     from earlyfuse.data.prepare.report import describe
 
-    prepare_corpus(out, scale=scale, **_given(options))
+    prepare_corpus(out, scale=scale, speech=speech, **_given(options))
     print(describe(out))
     return 0
 
@@ -88,7 +88,9 @@ def _parser() -> argparse.ArgumentParser:
         "--layout", help="pairs, interleaved, mmc4, text (auto: by the first samples)"
     )
     builder.add_argument(
-        "--image-first", type=float, help="share of pairs with the image before its text (0.5)"
+        "--image-first",
+        type=float,
+        help="share of pairs with the image or utterance before its text (0.5)",
     )
     builder.add_argument("--on-bad", help="skip: count bad samples; stop: end at the first (skip)")
     builder.add_argument(
@@ -102,6 +104,11 @@ def _parser() -> argparse.ArgumentParser:
     embedded.add_argument("out", type=Path, help="folder to write, or to go on with")
     embedded.add_argument(
         "--scale", type=float, default=1.0, help="share of the corpus to build (1.0)"
+    )
+    embedded.add_argument(
+        "--speech",
+        action="store_true",
+        help="with digits and names spoken by espeak-ng, which must be installed; 256 codes (off)",
     )
     _add_tokenizer_options(embedded)
     viewer = commands.add_parser(
@@ -137,6 +144,24 @@ def _add_tokenizer_options(parser: argparse.ArgumentParser) -> None:
     add("--patch", type=int, metavar="PX", help="side of the square that one code stands for (4)")
     add("--codes", type=int, metavar="N", help="image codes to learn (512)")
     add("--vq-steps", type=int, metavar="N", help="training steps of a vqvae (1500)")
+    add(
+        "--speech-tokenizer",
+        metavar="KIND",
+        help="none, kmeans, or a ready .safetensors (none)",
+    )
+    add("--speech-codes", type=int, metavar="N", help="speech codes to learn (500)")
+    add(
+        "--speech-frame-ms",
+        type=int,
+        metavar="MS",
+        help="speech that one code stands for; 40 is 25 codes a second (40)",
+    )
+    add(
+        "--speech-seconds",
+        type=float,
+        metavar="S",
+        help="longest utterance; a longer one is a bad sample (30.0)",
+    )
     add("--workers", type=int, metavar="N", help="processes (one a core, at most 8)")
     add("--seed", type=int, help="of tokenizer training (0)")
 

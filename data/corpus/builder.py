@@ -11,22 +11,26 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import soundfile
 from tqdm import tqdm
 
 from earlyfuse.data.atomic import atomic_write_bytes
-from earlyfuse.data.corpus import compose, digits, glyphs, prose
+from earlyfuse.data.corpus import compose, digits, glyphs, prose, speech
 from earlyfuse.data.corpus.compose import Parts
 from earlyfuse.data.corpus.prompts import prompts
 from earlyfuse.data.corpus.shards import write_shards
-from earlyfuse.data.corpus.tasks import tasks
+from earlyfuse.data.corpus.tasks import spoken_task, tasks
 
 FORMAT = "earlyfuse-corpus/1"
 SOURCES = ("text", "glyphs", "digits", "interleaved")
+SPEECH = "speech"
 SPLITS = ("train", "validation")
 
 _SAMPLES_PER_SHARD = 2500
 _DIGIT_PASSES = 3
 _INTERLEAVED = {"train": 3000, "validation": 300}
+_SPOKEN = {"train": 4000, "validation": 300}
+_SPOKEN_TASK = 15  # of each digit
 _GLYPHS_PER_WORD = {"train": 40, "validation": 25}  # of one script word in one face
 _HELD_OUT_TEXT = 0.05
 _SPELLED_WORDS = 400
@@ -44,6 +48,15 @@ Made by earlyfuse from packages that are installed; images are small and black o
 | glyph names | Unicode Character Database, from Python's `unicodedata` | Unicode License |
 | interleaved | composed of the above | as above |
 """
+_SPEECH_README = (
+    "| speech | digits and glyph names spoken by espeak-ng, composed with the above "
+    "| the program is GPL-3.0-or-later |\n"
+)
+
+
+def sources_of(with_speech: bool) -> tuple[str, ...]:
+    """Names of the sources that the corpus has."""
+    return (*SOURCES, SPEECH) if with_speech else SOURCES
 
 
 @dataclass(frozen=True)
@@ -53,7 +66,7 @@ class CorpusPaths:
     folder: Path
 
     def shards(self, split: str, source: str) -> list[Path]:
-        """Tars of ``train`` or ``validation``, of one of ``SOURCES``, in order."""
+        """Tars of ``train`` or ``validation``, of one of ``sources_of``, in order."""
         return sorted((self.folder / split / source).glob("*.tar"))
 
     @property
@@ -66,13 +79,21 @@ class CorpusPaths:
 
 
 def build_corpus(
-    folder: Path, *, seed: int = 0, scale: float = 1.0, image_size: int = 16, progress: bool = False
+    folder: Path,
+    *,
+    seed: int = 0,
+    scale: float = 1.0,
+    image_size: int = 16,
+    with_speech: bool = False,
+    progress: bool = False,
 ) -> CorpusPaths:
     """Build the corpus in ``folder``, or find it there; ``progress`` shows a bar.
 
     ``scale`` in (0, 1] is the share of documents to make, ``image_size`` a multiple of 8 pixels.
+    ``with_speech`` adds the source ``speech``, the others are the same with it and without.
     Everything is made in a folder beside and renamed at the end: what is there is complete.
-    Raises ``ValueError`` for values out of range, and when ``folder`` holds something else.
+    Raises ``ValueError`` for values out of range, when ``folder`` holds something else, and when
+    speech is to be made and espeak-ng is not installed.
     """
     if not 0 < scale <= 1:
         raise ValueError(f"scale ({scale}) is a share of the corpus; it must lie in (0, 1]")
@@ -81,13 +102,16 @@ def build_corpus(
             f"image_size ({image_size}) must be a multiple of 8, the size of a digit scan"
         )
     folder = Path(folder)
-    spec = {"seed": seed, "scale": scale, "image_size": image_size}
+    spec: dict[str, Any] = {"seed": seed, "scale": scale, "image_size": image_size}
+    if with_speech:
+        spec[SPEECH] = True
     if _is_built(folder, spec):
         return _with_prompts(CorpusPaths(folder), spec)
+    synthesiser = speech.espeak_version() if with_speech else None
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as beside:
         made = Path(beside) / "corpus"
-        _write(made, seed, scale, image_size, spec, progress)
+        _write(made, spec, synthesiser, progress)
         try:
             made.rename(folder)  # takes the place of an empty folder, of no other
         except OSError:  # another process was first
@@ -125,11 +149,13 @@ def _is_built(folder: Path, spec: dict[str, Any]) -> bool:
     return True
 
 
-def _write(
-    folder: Path, seed: int, scale: float, size: int, spec: dict[str, Any], progress: bool
-) -> None:
-    """All files of the corpus; ``corpus.json`` is the last."""
-    total = 1 + len(SPLITS) * len(SOURCES)
+def _write(folder: Path, spec: dict[str, Any], synthesiser: str | None, progress: bool) -> None:
+    """All files of the corpus; ``corpus.json`` is the last. ``synthesiser``: its version if there
+    is to be speech.
+    """
+    seed, scale, size = spec["seed"], spec["scale"], spec["image_size"]
+    sources = sources_of(synthesiser is not None)
+    total = 1 + len(SPLITS) * len(sources)
     with tqdm(total=total, desc="embedded corpus", unit="step", disable=not progress) as bar:
         text = _text(seed, scale)
         letters = prose.frequent_words([str(parts[0]) for parts in text["train"]], _SPELLED_WORDS)
@@ -154,21 +180,32 @@ def _write(
                     rng,
                 ),
             }
-            counts[split] = {source: len(documents[source]) for source in SOURCES}
             for source in SOURCES:
                 rng.shuffle(documents[source])
+            if synthesiser is not None:
+                documents[SPEECH] = _speech(split, seed, scale, scans[split], drawn[split])
+            counts[split] = {source: len(documents[source]) for source in sources}
+            for source in sources:
                 write_shards(folder / split / source, documents[source], _SAMPLES_PER_SHARD)
                 bar.update()
-        _write_json(
-            folder / "validation" / "tasks.json",
-            tasks(scans["validation"], drawn["validation"], seed),
-        )
+        checks = tasks(scans["validation"], drawn["validation"], seed)
+        if synthesiser is not None:
+            checks["tasks"].append(_spoken_task(seed, scale))
+        _write_json(folder / "validation" / "tasks.json", checks)
         _write_json(
             folder / "validation" / "prompts.json",
             prompts(scans["validation"], drawn["validation"], seed),
         )
-        (folder / "README.md").write_text(_README, encoding="utf-8")
-        _write_json(folder / "corpus.json", _description(spec, counts, drawn["train"]))
+        readme = _README if synthesiser is None else _README + _SPEECH_README
+        (folder / "README.md").write_text(readme, encoding="utf-8")
+        about = _description(spec, counts, drawn["train"])
+        if synthesiser is not None:
+            about["versions"] |= {
+                speech.PROGRAM: synthesiser,
+                "libsndfile": soundfile.__libsndfile_version__,
+            }
+            about["held_out_timbres"] = list(speech.HELD_OUT_TIMBRES)
+        _write_json(folder / "corpus.json", about)
 
 
 def _text(seed: int, scale: float) -> dict[str, list[Parts]]:
@@ -199,6 +236,25 @@ def _glyphs(seed: int, scale: float, size: int) -> dict[str, list[tuple[str, byt
                     seen.add(pixels.tobytes())
                     drawn[split].append((character, glyphs.encode_png(pixels)))
     return drawn
+
+
+def _speech(
+    split: str,
+    seed: int,
+    scale: float,
+    scans: Sequence[digits.Digit],
+    drawn: Sequence[tuple[str, bytes]],
+) -> list[Parts]:
+    timbres = speech.TIMBRES if split == "train" else speech.HELD_OUT_TIMBRES
+    count = max(1, round(_SPOKEN[split] * scale))
+    rng = random.Random(f"{seed}/speech/{split}")
+    return speech.speech_documents(count, scans, drawn, timbres, rng)
+
+
+def _spoken_task(seed: int, scale: float) -> dict[str, Any]:
+    rng = random.Random(f"{seed}/speech/task")
+    each = max(1, round(_SPOKEN_TASK * scale))
+    return spoken_task(speech.spoken_digits(each, speech.HELD_OUT_TIMBRES, rng))
 
 
 def _description(

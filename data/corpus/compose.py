@@ -1,16 +1,26 @@
 """Documents composed of digit and glyph images and words, in relations that are true.
 
-A document is a list of parts: text as ``str``, an image as its PNG ``bytes``. What has to be
-predicted follows the images as early as the sentence allows, after words that are always the same.
+A document is a list of parts: text as ``str``, an image as its PNG ``bytes``, an ``Utterance``.
+What has to be predicted follows the media as early as the sentence allows, after words that are
+always the same.
 """
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from earlyfuse.data.corpus.digits import NUMBER_WORDS, Digit
 from earlyfuse.data.corpus.glyphs import covered, glyph_name, glyph_png
 
-Parts = list[str | bytes]
+
+@dataclass(frozen=True)
+class Utterance:
+    """Speech as the bytes of a FLAC file."""
+
+    flac: bytes
+
+
+Parts = list[str | bytes | Utterance]
 
 IMAGE_FIRST = 0.7  # share of documents in which the images come before their words
 DIGIT_PREFIX = "handwritten digit "

@@ -2,7 +2,8 @@
 
 ``tasks.json`` is ``{"tasks": [{"name", "prefix", "candidates", "items": [{"image", "answer"}]}]}``
 with images as base64 of PNG. The answer comes right after image and prefix; chance is one in
-``len(candidates)``, or the share of the most frequent answer, whichever is more.
+``len(candidates)``, or the share of the most frequent answer, whichever is more. Of a spoken task,
+items have ``speech``, base64 of FLAC, instead of an image.
 """
 
 import base64
@@ -14,6 +15,7 @@ from typing import Any
 from earlyfuse.data.corpus.compose import DIGIT_PREFIX, GLYPH_PREFIX
 from earlyfuse.data.corpus.digits import Digit
 from earlyfuse.data.corpus.glyphs import script_word
+from earlyfuse.data.corpus.speech import SPOKEN_PREFIX
 
 _ITEMS = 200
 _FEWEST = 15  # items of a script word that make it a candidate
@@ -30,6 +32,18 @@ def tasks(
             _task("digit label", DIGIT_PREFIX, labelled, seed),
             _task("glyph script", GLYPH_PREFIX, scripts, seed),
         ]
+    }
+
+
+def spoken_task(said: Sequence[tuple[str, bytes]]) -> dict[str, Any]:
+    """Which word was said, of all ``said`` (word, FLAC)."""
+    return {
+        "name": "spoken digit",
+        "prefix": SPOKEN_PREFIX,
+        "candidates": sorted({word for word, _ in said}),
+        "items": [
+            {"speech": base64.b64encode(flac).decode(), "answer": word} for word, flac in said
+        ],
     }
 
 

@@ -2,7 +2,8 @@
 
 ::
 
-    <out>/tokenizers/        text.model or text.json, image.safetensors, vocabulary.json
+    <out>/tokenizers/        text.model or text.json, image.safetensors, speech.safetensors,
+                             vocabulary.json
     <out>/<split>/<source>/  manifest.json and shards (data/tokenised.py); split: train, validation
 
 Every file appears whole or not at all, and says what it was made from; so the process may be killed
@@ -10,9 +11,9 @@ at any moment, and the same call goes on where it ended, with the same bytes as 
 interruption. Tokenizers learn from training data only, and stay once made: more shards can join a
 folder later.
 
-The parts: ``spec`` (what to prepare, and what is refused), ``tokenizers`` (making them),
-``tokenise`` (the work on one shard), ``pool`` (processes), ``report`` (what is in a prepared
-folder).
+The parts: ``spec`` (what to prepare, and what is refused), ``tokenizers`` (which there are to be),
+``learn`` (making them), ``tokenise`` (the work on one shard), ``pool`` (processes), ``report``
+(what is in a prepared folder).
 """
 
 import fcntl
@@ -88,7 +89,7 @@ def prepare(spec: PrepareSpec, progress: Progress | None = None) -> dict[str, di
 
 
 def _jobs(spec: PrepareSpec, source: Source, tokenizers: Tokenizers) -> list[ShardJob]:
-    recipe = recipe_of(tokenizers, spec.layout, spec.image_first)
+    recipe = recipe_of(tokenizers, spec.layout, spec.image_first, spec.speech_seconds)
     return [
         ShardJob(
             raw=raw,
@@ -99,6 +100,7 @@ def _jobs(spec: PrepareSpec, source: Source, tokenizers: Tokenizers) -> list[Sha
             recipe=recipe,
             layout=spec.layout,
             image_first=spec.image_first,
+            speech_seconds=spec.speech_seconds,
             on_bad=spec.on_bad,
         )
         for number, (raw, name) in enumerate(zip(source.shards, source.raw_names, strict=True))

@@ -9,6 +9,7 @@ from earlyfuse.data.prepare.spec import SPLITS
 from earlyfuse.data.tokenised import MANIFEST, read_manifest
 from earlyfuse.data.tokenizers import Tokenizers
 from earlyfuse.data.tokenizers.image import code_usage, psnr
+from earlyfuse.data.tokenizers.speech_kmeans import log_mel_error
 from earlyfuse.models.modality import Modality, Vocabulary
 
 _WORST_SHARDS = 10
@@ -45,15 +46,21 @@ def _tokenizer_lines(tokenizers: Tokenizers) -> list[str]:
     if image is not None:
         settings = ", ".join(f"{key} {value}" for key, value in image.settings.items())
         lines.append(f"image  {image.kind}, {settings}, block {image.block}, sha256 {image.sha256}")
+    speech = tokenizers.speech
+    if speech is not None:
+        settings = ", ".join(f"{key} {value}" for key, value in speech.settings.items())
+        lines.append(f"speech {speech.kind}, {settings}, sha256 {speech.sha256}")
     return lines
 
 
 def _heading(tokenizers: Tokenizers) -> list[str]:
     labels = [modality.label for modality in tokenizers.vocabulary.modalities]
     heading = ["source", "shards", "documents", *(f"{label} tokens" for label in labels), "dropped"]
-    return heading + (
-        ["PSNR dB", "codes used", "perplexity"] if tokenizers.image is not None else []
-    )
+    if tokenizers.image is not None:
+        heading += ["PSNR dB", "codes used", "perplexity"]
+    if tokenizers.speech is not None:
+        heading += ["log-mel dB", "speech codes", "perplexity", "longest"]
+    return heading
 
 
 def _row(folder: Path, manifest: dict[str, Any], tokenizers: Tokenizers) -> list[str]:
@@ -65,20 +72,35 @@ def _row(folder: Path, manifest: dict[str, Any], tokenizers: Tokenizers) -> list
     labels = [modality.label for modality in tokenizers.vocabulary.modalities]
     row += [f"{manifest['tokens'][label]:,}" for label in labels]
     row.append(f"{sum(manifest['drops'].values()):,}")
-    if tokenizers.image is None:
-        return row
+    if tokenizers.image is not None:
+        row += _image_cells(folder, manifest, tokenizers.image.codes)
+    if tokenizers.speech is not None:
+        row += _speech_cells(folder, manifest, tokenizers.speech.codes)
+    return row
+
+
+def _image_cells(folder: Path, manifest: dict[str, Any], codes: int) -> list[str]:
     if not manifest["tokens"][Modality.IMAGE.label]:
-        return [*row, "-", "-", "-"]
-    used, perplexity = code_usage(_image_code_counts(folder, manifest))
+        return ["-"] * 3
     measured = "image_squared_error" in manifest  # not without a decoder
     quality = f"{psnr(manifest['image_squared_error']):.1f}" if measured else "-"
-    return [*row, quality, f"{used} / {tokenizers.image.codes}", f"{perplexity:.0f}"]
+    used, perplexity = code_usage(_code_counts(folder, manifest, Modality.IMAGE))
+    return [quality, f"{used} / {codes}", f"{perplexity:.0f}"]
 
 
-def _image_code_counts(folder: Path, manifest: dict[str, Any]) -> np.ndarray:
-    """How often each image code occurs in all shards, int64 (codes,)."""
+def _speech_cells(folder: Path, manifest: dict[str, Any], codes: int) -> list[str]:
+    if not manifest["tokens"][Modality.SPEECH.label]:
+        return ["-"] * 4
+    quality = f"{log_mel_error(manifest['speech_squared_error'], 1):.1f}"
+    used, perplexity = code_usage(_code_counts(folder, manifest, Modality.SPEECH))
+    longest = str(manifest["longest"][Modality.SPEECH.label])
+    return [quality, f"{used} / {codes}", f"{perplexity:.0f}", longest]
+
+
+def _code_counts(folder: Path, manifest: dict[str, Any], modality: Modality) -> np.ndarray:
+    """How often each code of ``modality`` occurs in all shards, int64 (codes,)."""
     vocabulary = Vocabulary.from_dict(manifest["vocabulary"])
-    codes = vocabulary.medium(Modality.IMAGE)
+    codes = vocabulary.medium(modality)
     counts = np.zeros(codes.count, dtype=np.int64)
     dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
     for shard in manifest["shards"]:

@@ -11,11 +11,13 @@ from earlyfuse.data.raw import LAYOUTS
 from earlyfuse.data.raw.safety import checked_shard
 from earlyfuse.data.tokenizers import TEXT_FILES, text_file
 from earlyfuse.data.tokenizers.image import check_image_geometry
+from earlyfuse.data.tokenizers.speech_kmeans import check_speech_geometry
 from earlyfuse.data.tokenizers.text import check_vocabulary_size
 
 SPLITS = ("train", "validation")
 POLICIES = ("skip", "stop")
 IMAGE_KINDS = ("kmeans", "vqvae", "none")
+SPEECH_KINDS = ("none", "kmeans")
 
 Paths = str | Path | Sequence[str | Path]
 
@@ -50,6 +52,9 @@ class PrepareSpec:
     Face tokenizer.json; none: learn ``text_vocab`` pieces.
     ``image_tokenizer``: "kmeans", "vqvae" or "none" (text only), or the file of a ready one. A new
     one cuts images of ``image_size`` pixels into patches of ``patch`` and learns ``codes`` codes.
+    ``speech_tokenizer``: "none", "kmeans" or the file of a ready one; a new one learns
+    ``speech_codes`` codes of ``speech_frame_ms`` each. An utterance above ``speech_seconds`` is a
+    bad sample: it is never cut, and has to fit a row of training.
     ``layout``, ``image_first``: see ``read_documents``. ``on_bad``: "skip" counts a bad sample and
     goes on, while at most ``max_bad_rate`` of a source's samples are bad; "stop" ends at the first.
     """
@@ -65,6 +70,10 @@ class PrepareSpec:
     patch: int = 4
     codes: int = 512
     vq_steps: int = 1500
+    speech_tokenizer: str = "none"
+    speech_codes: int = 500
+    speech_frame_ms: int = 40
+    speech_seconds: float = 30.0
     layout: str = "auto"
     image_first: float = 0.5
     on_bad: str = "skip"
@@ -75,12 +84,19 @@ class PrepareSpec:
     def __post_init__(self) -> None:
         check_vocabulary_size(self.text_vocab)
         check_image_geometry(self.image_size, self.patch, self.codes)
+        check_speech_geometry(self.speech_frame_ms, self.speech_codes)
         _check_one_of("layout", self.layout, ("auto", *LAYOUTS))
         _check_one_of("on_bad", self.on_bad, POLICIES)
-        if self.image_tokenizer not in IMAGE_KINDS and not Path(self.image_tokenizer).is_file():
+        for name, kinds in (("image_tokenizer", IMAGE_KINDS), ("speech_tokenizer", SPEECH_KINDS)):
+            given = getattr(self, name)
+            if given not in kinds and not Path(given).is_file():
+                raise ValueError(
+                    f"{name} ({given}) must be one of {', '.join(kinds)} "
+                    "or the file of a prepared tokenizer; no such file is there"
+                )
+        if not self.speech_seconds > 0:
             raise ValueError(
-                f"image_tokenizer ({self.image_tokenizer}) must be one of {', '.join(IMAGE_KINDS)} "
-                "or the file of a prepared tokenizer; no such file is there"
+                f"speech_seconds ({self.speech_seconds}) must be above 0: the longest utterance"
             )
         if self.image_tokenizer == "vqvae" and (self.patch < 2 or self.patch & (self.patch - 1)):
             raise ValueError(
@@ -113,10 +129,12 @@ class PrepareSpec:
                 f"tokenizers ({self.tokenizers}) must be a folder with {' or '.join(TEXT_FILES)}; "
                 "name the tokenizers folder of prepared data or of a converted checkpoint"
             )
-        if self.text_tokenizer is not None or self.image_tokenizer != "kmeans":
+        others = (self.text_tokenizer, self.image_tokenizer, self.speech_tokenizer)
+        if others != (None, "kmeans", "none"):
             raise ValueError(
                 f"tokenizers ({self.tokenizers}) names all tokenizers; leave out text_tokenizer "
-                f"({self.text_tokenizer}) and image_tokenizer ({self.image_tokenizer})"
+                f"({self.text_tokenizer}), image_tokenizer ({self.image_tokenizer}) and "
+                f"speech_tokenizer ({self.speech_tokenizer})"
             )
 
     def sources(self) -> list[Source]:

@@ -1,4 +1,4 @@
-"""Documents → token ids: ``[bos] segments [eos]``, an image as begin, codes, end.
+"""Documents → token ids: ``[bos] segments [eos]``, an image or utterance as begin, codes, end.
 
 The work on one raw shard, the unit that ``prepare`` hands to a process and restarts.
 """
@@ -17,6 +17,7 @@ from earlyfuse.data.documents import BadSample, Document
 from earlyfuse.data.raw import read_documents
 from earlyfuse.data.tokenised import FORMAT, ShardRecord, shard_name, write_shard
 from earlyfuse.data.tokenizers import Tokenizers
+from earlyfuse.data.tokenizers.speech_kmeans import SpeechTokenizer
 from earlyfuse.models.modality import Modality
 
 # images encoded at a time, and the documents of a shard that may wait for them
@@ -39,10 +40,26 @@ class ShardJob:
     recipe: str
     layout: str
     image_first: float
+    speech_seconds: float
     on_bad: str
 
 
-def recipe_of(tokenizers: Tokenizers, layout: str, image_first: float) -> str:
+@dataclass(frozen=True)
+class _Utterance:
+    """Codes of one, (n,) int64; its squared error in levels, of how many values."""
+
+    codes: np.ndarray
+    squared_error: int
+    values: int
+
+
+# text ids, pixels that wait to be encoded with others, or an utterance
+_Part = list[int] | np.ndarray | _Utterance
+
+
+def recipe_of(
+    tokenizers: Tokenizers, layout: str, image_first: float, speech_seconds: float
+) -> str:
     """Hash of everything besides the raw shard that decides its tokens."""
     parts = [
         FORMAT,
@@ -51,6 +68,8 @@ def recipe_of(tokenizers: Tokenizers, layout: str, image_first: float) -> str:
         layout,
         str(image_first),
     ]
+    if tokenizers.speech is not None:
+        parts.append(str(speech_seconds))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
@@ -80,11 +99,11 @@ def tokenise(
     """(int64 ids, tokens per modality) of each good document; ``record`` counts the others."""
     size = tokenizers.image.image_size if tokenizers.image is not None else 1
     image_batch = max(1, min(_IMAGE_BATCH, _IMAGE_BYTES // (3 * size**2)))
-    waiting: list[list[list[int] | np.ndarray]] = []
+    waiting: list[list[_Part]] = []
     images = 0
     for document in documents:
         try:
-            parts = _parts(document, tokenizers)
+            parts = _parts(document, tokenizers, job.speech_seconds)
         except BadSample as bad:
             _drop(bad, job, record)
             continue
@@ -114,47 +133,66 @@ def _drop(bad: BadSample, job: ShardJob, record: ShardRecord) -> None:
     record.drops[bad.cause] = record.drops.get(bad.cause, 0) + 1
 
 
-def _parts(document: Document, tokenizers: Tokenizers) -> list[list[int] | np.ndarray]:
-    """Segments as text ids or as pixels to encode. ``BadSample`` where one cannot be used."""
-    parts: list[list[int] | np.ndarray] = []
+def _parts(document: Document, tokenizers: Tokenizers, speech_seconds: float) -> list[_Part]:
+    """Segments as text ids, pixels to encode and utterances. ``BadSample`` where one cannot be
+    used.
+    """
+    parts: list[_Part] = []
     for segment in document.segments:
-        if isinstance(segment.payload, str):
+        modality, payload = segment.modality, segment.payload
+        if isinstance(payload, str):
             try:
-                parts.append(tokenizers.text.encode(segment.payload))
+                parts.append(tokenizers.text.encode(payload))
             except ValueError as error:
                 message = f"document {document.key!r}: {error}"
                 raise BadSample("reserved-token", message) from error
-        elif segment.modality == Modality.IMAGE and tokenizers.image is not None:
-            parts.append(tokenizers.image.pixels(segment.payload))
+        elif modality == Modality.IMAGE and tokenizers.image is not None:
+            parts.append(tokenizers.image.pixels(payload))
+        elif modality == Modality.SPEECH and tokenizers.speech is not None:
+            parts.append(_utterance(payload, tokenizers.speech, speech_seconds))
         else:
-            label = segment.modality.label
             raise BadSample(
-                f"no-{label}-tokenizer",
-                f"document {document.key!r} holds {label}, which has no tokenizer",
+                f"no-{modality.label}-tokenizer",
+                f"document {document.key!r} holds {modality.label}, which has no tokenizer",
             )
     return parts
 
 
+def _utterance(encoded: bytes, tokenizer: SpeechTokenizer, longest: float) -> _Utterance:
+    features = tokenizer.features(encoded, longest)
+    codes = tokenizer.encode(features)
+    return _Utterance(codes, tokenizer.squared_error(features, codes), features.size)
+
+
 def _finish(
-    waiting: list[list[list[int] | np.ndarray]], tokenizers: Tokenizers, record: ShardRecord
+    waiting: list[list[_Part]], tokenizers: Tokenizers, record: ShardRecord
 ) -> Iterator[tuple[np.ndarray, list[int]]]:
     """Encode all waiting images in one call and put the documents together."""
     vocabulary = tokenizers.vocabulary
-    images = [p for parts in waiting for p in parts if isinstance(p, np.ndarray)]
-    medium = vocabulary.medium(Modality.IMAGE) if images else None
-    codes = _encode_images(images, tokenizers, record)
+    codes = _encode_images(
+        [part for parts in waiting for part in parts if isinstance(part, np.ndarray)],
+        tokenizers,
+        record,
+    )
     for parts in waiting:
-        ids, image_tokens = [vocabulary.bos], 0
+        ids = [vocabulary.bos]
+        counts = dict.fromkeys(vocabulary.modalities, 0)
         for part in parts:
-            if isinstance(part, np.ndarray) and medium is not None:
-                block = next(codes)
-                ids += [medium.begin, *(block + medium.start).tolist(), medium.end]
-                image_tokens += len(block)
-            else:
+            if isinstance(part, list):
                 ids += part
+                continue
+            modality = Modality.SPEECH if isinstance(part, _Utterance) else Modality.IMAGE
+            block = part.codes if isinstance(part, _Utterance) else next(codes)
+            medium = vocabulary.medium(modality)
+            ids += [medium.begin, *(block + medium.start).tolist(), medium.end]
+            counts[modality] += len(block)
+            if isinstance(part, _Utterance):
+                record.speech_error += part.squared_error
+                record.speech_values += part.values
+                record.longest_speech = max(record.longest_speech, len(block))
         ids.append(vocabulary.eos)
-        counts = [len(ids) - image_tokens, image_tokens]
-        yield np.array(ids, dtype=np.int64), counts[: len(vocabulary.modalities)]
+        counts[Modality.TEXT] = len(ids) - sum(counts.values())
+        yield np.array(ids, dtype=np.int64), [counts[m] for m in vocabulary.modalities]
 
 
 def _encode_images(

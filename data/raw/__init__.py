@@ -12,8 +12,8 @@ from pathlib import Path
 from earlyfuse.data.documents import BadSample, Document
 from earlyfuse.data.raw.archive import Sample, read_samples
 from earlyfuse.data.raw.layouts import (
-    IMAGE_SUFFIXES,
     json_fields,
+    media_members,
     parse_interleaved,
     parse_mmc4,
     parse_pair,
@@ -33,8 +33,8 @@ def read_documents(
     """Documents of one ``.tar`` or ``.tar.gz`` in order, a ``BadSample`` for each unusable one.
 
     ``layout`` is one of ``LAYOUTS``, or ``auto``: the first samples of the shard decide.
-    ``image_first`` is the share of pairs in which the image leads (Chameleon: 0.5); the
-    hash of the key decides which, so it does not depend on order or process.
+    ``image_first`` is the share of pairs in which the image or utterance leads (Chameleon: 0.5);
+    the hash of the key decides which, so it does not depend on order or process.
 
     A cut file yields the documents known to be complete, then one ``BadSample("truncated")``.
     Raises at the call ``ValueError`` (unknown layout, ``image_first`` outside [0, 1], a URL or
@@ -100,9 +100,10 @@ def _layout_of(sample: Sample) -> str | None:
     members, fields = sample.members, json_fields(sample)
     if isinstance(fields.get("text_list"), list) and isinstance(fields.get("image_info"), list):
         return "mmc4"
-    if isinstance(fields.get("texts"), list) and isinstance(fields.get("images"), list):
+    media = any(isinstance(fields.get(name), list) for name in ("images", "audio"))
+    if isinstance(fields.get("texts"), list) and media:
         return "interleaved"
-    if any(suffix in members for suffix in IMAGE_SUFFIXES):
+    if media_members(sample):
         return "pairs" if "txt" in members or "json" in members else None
     if members.keys() <= {"txt", "json"} and (
         "txt" in members or isinstance(fields.get("text"), str)

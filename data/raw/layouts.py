@@ -3,16 +3,19 @@
 =============  ==================================================================================
 layout         members of one sample
 =============  ==================================================================================
-pairs          an image (jpg, jpeg, png, webp) and ``txt``, else ``caption`` in ``json``
-interleaved    ``json`` with lists ``texts`` and ``images`` of one length, null in one of them at
-               each place, and a member for each image name (OBELICS, Energon). With
-               ``matched_text_indices``, images stand before the text they match instead
+pairs          an image (jpg, jpeg, png, webp) or an utterance (wav, flac), and ``txt``, else
+               ``caption`` in ``json``, else of an utterance ``text`` there
+interleaved    ``json`` with lists ``texts``, ``images`` and ``audio`` of one length, null in all
+               but one of them at each place, and a member for each name (OBELICS, Energon);
+               ``images`` or ``audio`` may be absent. With ``matched_text_indices``, images stand
+               before the text they match instead, and there is no audio
 mmc4           ``json`` with ``text_list`` and ``image_info``, images in it as base64
 text           ``txt``, else ``text`` in ``json``
 =============  ==================================================================================
 
 Parsers raise ``BadSample``: ``missing-member``, ``bad-json``, ``not-utf8``, ``empty-text``,
-``corrupt-image`` (base64 that is none), ``unsupported-media`` (audio, video), ``foreign-layout``.
+``corrupt-image`` (base64 that is none), ``unsupported-media`` (video, audio in other containers),
+``foreign-layout``.
 """
 
 import base64
@@ -27,41 +30,72 @@ from earlyfuse.data.raw.archive import Sample
 from earlyfuse.models.modality import Modality
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+AUDIO_SUFFIXES = ("wav", "flac")
+MEDIA_SUFFIXES = {Modality.IMAGE: IMAGE_SUFFIXES, Modality.SPEECH: AUDIO_SUFFIXES}
 _BYTES_LITERAL = re.compile(r"b(['\"])(.*)\1", re.DOTALL)
 
 
 def parse_pair(sample: Sample, image_first: float) -> Document:
-    """Image and caption; the image leads for a share ``image_first`` of keys, by their hash."""
-    names = [name for name in IMAGE_SUFFIXES if name in sample.members]
-    if not names:
-        raise _bad(sample, "missing-member", f"no image among {_listed(sample.members)}")
-    if len(names) > 1:
-        raise _bad(sample, "foreign-layout", f"a pair has one image, this one {_listed(names)}")
+    """Image or utterance, and caption; the medium leads for a share ``image_first`` of keys, by
+    their hash.
+    """
+    media = media_members(sample)
+    if not media:
+        raise _bad(sample, "missing-member", f"no image or audio among {_listed(sample.members)}")
+    if len(media) > 1:
+        what = f"a pair has one image or utterance, this one {_listed(name for _, name in media)}"
+        raise _bad(sample, "foreign-layout", what)
+    ((modality, name),) = media
     caption = _decode(sample, "txt").strip() if "txt" in sample.members else ""
     if not caption and "json" in sample.members:
-        stored = _fields(sample).get("caption")
-        caption = _text(sample, "json field 'caption'", stored).strip() if stored else ""
+        caption = _caption(sample, ("caption", "text")[: 2 if modality == Modality.SPEECH else 1])
     elif "txt" not in sample.members:
         raise _bad(sample, "missing-member", "neither txt nor json holds a caption")
     if not caption:
         raise _bad(sample, "empty-text", "the caption is empty")
-    image = Segment(Modality.IMAGE, sample.members[names[0]])
+    medium = Segment(modality, sample.members[name])
     text = Segment(Modality.TEXT, caption)
     digest = hashlib.blake2b(sample.key.encode(), digest_size=8).digest()
     leads = int.from_bytes(digest, "big") < image_first * 2**64
-    return Document(sample.key, (image, text) if leads else (text, image))
+    return Document(sample.key, (medium, text) if leads else (text, medium))
+
+
+def media_members(sample: Sample) -> list[tuple[Modality, str]]:
+    """Modality and name of the members that are an image or audio, by their plain suffix."""
+    return [
+        (modality, suffix)
+        for modality, suffixes in MEDIA_SUFFIXES.items()
+        for suffix in suffixes
+        if suffix in sample.members
+    ]
+
+
+def _caption(sample: Sample, names: tuple[str, ...]) -> str:
+    """The first of these json fields that is not empty."""
+    fields = _fields(sample)
+    for name in names:
+        if fields.get(name):
+            return _text(sample, f"json field {name!r}", fields[name]).strip()
+    return ""
 
 
 def parse_interleaved(sample: Sample) -> Document:
-    """Two lists in step, or texts with images matched to them by index."""
+    """Lists in step, or texts with images matched to them by index."""
     fields = _fields(sample)
-    texts, images = _list(sample, fields, "texts"), _list(sample, fields, "images")
-    if any(item is not None for name in ("audio", "video") for item in _optional(fields, name)):
-        raise _bad(sample, "unsupported-media", "audio and video members are not read")
-    in_step = len(texts) == len(images) and all(
-        text is None or image is None for text, image in zip(texts, images, strict=True)
+    if any(item is not None for item in _optional(fields, "video")):
+        raise _bad(sample, "unsupported-media", "video members are not read")
+    texts, audio = _list(sample, fields, "texts"), _optional(fields, "audio")
+    heard = any(item is not None for item in audio)
+    images: list[Any] = [None] * len(texts)
+    if "images" in fields or not isinstance(fields.get("audio"), list):
+        images = _list(sample, fields, "images")
+    if not heard:
+        audio = [None] * len(texts)
+    in_step = len(texts) == len(images) == len(audio) and all(
+        sum(item is not None for item in place) <= 1
+        for place in zip(texts, images, audio, strict=True)
     )
-    if not in_step and "matched_text_indices" in fields:
+    if not in_step and "matched_text_indices" in fields and not heard:
         matches = _list(sample, fields, "matched_text_indices")
         if len(matches) != len(images):
             what = f"{len(images)} images, but {len(matches)} matched_text_indices"
@@ -69,20 +103,22 @@ def parse_interleaved(sample: Sample) -> Document:
         named = [
             (image, at) for image, at in zip(images, matches, strict=True) if image is not None
         ]
-        placed = [(_member(sample, image), at) for image, at in named]
+        placed = [(_member(sample, Modality.IMAGE, image), at) for image, at in named]
         return _placed(sample, texts, placed)
     if not in_step:
         raise _bad(
             sample,
             "foreign-layout",
             f"texts ({len(texts)}) and images ({len(images)}) must be of one length, "
-            "with null in one of them at each place",
+            "with null in one of them at each place"
+            + (f"; so must audio ({len(audio)}), with null in all but one" if heard else ""),
         )
     segments: list[Segment] = []
-    for text, image in zip(texts, images, strict=True):
-        if image is not None:
-            segments.append(Segment(Modality.IMAGE, _member(sample, image)))
-        elif text not in (None, ""):
+    for text, image, utterance in zip(texts, images, audio, strict=True):
+        for modality, name in ((Modality.IMAGE, image), (Modality.SPEECH, utterance)):
+            if name is not None:
+                segments.append(Segment(modality, _member(sample, modality, name)))
+        if text not in (None, ""):
             segments.append(Segment(Modality.TEXT, _text(sample, "an entry of texts", text)))
     return _document(sample, segments)
 
@@ -135,25 +171,28 @@ def _placed(sample: Sample, texts: list[Any], placed: list[tuple[bytes, Any]]) -
 
 def _document(sample: Sample, segments: list[Segment]) -> Document:
     if not segments:
-        raise _bad(sample, "empty-text", "it holds neither text nor image")
+        raise _bad(sample, "empty-text", "it holds neither text nor media")
     return Document(sample.key, tuple(segments))
 
 
-def _member(sample: Sample, name: object) -> bytes:
-    """Bytes of the image member ``name``; some writers put member names in lower case."""
+def _member(sample: Sample, modality: Modality, name: object) -> bytes:
+    """Bytes of the member ``name``; some writers put member names in lower case."""
+    image = modality == Modality.IMAGE
+    what, field = ("image", "images") if image else ("wav or flac audio", "audio")
     if not isinstance(name, str):
-        raise _bad(sample, "foreign-layout", f"images holds {name!r}, not a member name or null")
-    if not name.lower().endswith(tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)):
+        raise _bad(sample, "foreign-layout", f"{field} holds {name!r}, not a member name or null")
+    suffixes = MEDIA_SUFFIXES[modality]
+    if not name.lower().endswith(tuple(f".{suffix}" for suffix in suffixes)):
         raise _bad(
-            sample,
-            "unsupported-media",
-            f"{name!r} is no image; known are {_listed(IMAGE_SUFFIXES)}",
+            sample, "unsupported-media", f"{name!r} is no {what}; known are {_listed(suffixes)}"
         )
     for candidate in (name, name.lower()):
         if candidate in sample.members:
             return sample.members[candidate]
     raise _bad(
-        sample, "missing-member", f"json names image {name!r}, there is {_listed(sample.members)}"
+        sample,
+        "missing-member",
+        f"json names {'image' if image else 'audio'} {name!r}, there is {_listed(sample.members)}",
     )
 
 

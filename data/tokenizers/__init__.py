@@ -1,10 +1,11 @@
-"""Tokenizers of text and images, and the folder that holds them.
+"""Tokenizers of text, images and speech, and the folder that holds them.
 
 ::
 
     text.model or text.json   sentencepiece, or Hugging Face's tokenizer.json with our sentinels
     image.safetensors         k-means, VQ-VAE or Chameleon's VQ-GAN; absent where only text is used
-    vocabulary.json           where text, sentinels and image codes lie among the ids
+    speech.safetensors        k-means of log-mel frames; absent where there is no speech
+    vocabulary.json           where text, sentinels and codes lie among the ids
 
 ``Tokenizers.load(<out>/tokenizers)`` is what generation and evaluation need to read and show
 documents.
@@ -15,16 +16,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from earlyfuse.data.tokenizers.image import ImageTokenizer, load_image_tokenizer
+from earlyfuse.data.tokenizers.speech_kmeans import SpeechTokenizer
 from earlyfuse.data.tokenizers.text import TextTokenizer
 from earlyfuse.models.modality import MediaCodes, Modality, Vocabulary
 
 TEXT_FILES = ("text.model", "text.json")
-IMAGE_FILE, VOCABULARY_FILE = "image.safetensors", "vocabulary.json"
+IMAGE_FILE, SPEECH_FILE = "image.safetensors", "speech.safetensors"
+VOCABULARY_FILE = "vocabulary.json"
 
 
 @dataclass(frozen=True)
 class Tokenizers:
-    """The tokenizers of one folder, ``image`` none where only text is used, and the ids' layout.
+    """The tokenizers of one folder, none for a medium that is not used, and the ids' layout.
 
     Raises ``ValueError`` when the layout is not one of these tokenizers.
     """
@@ -32,9 +35,10 @@ class Tokenizers:
     text: TextTokenizer
     image: ImageTokenizer | None
     vocabulary: Vocabulary
+    speech: SpeechTokenizer | None = None
 
     def __post_init__(self) -> None:
-        _check_fit(self.text, self.image, self.vocabulary)
+        _check_fit(self.text, self.image, self.speech, self.vocabulary)
 
     @classmethod
     def load(cls, folder: Path) -> "Tokenizers":
@@ -43,17 +47,19 @@ class Tokenizers:
         Raises ``FileNotFoundError`` where there is no text tokenizer, ``ValueError`` for files that
         are damaged or do not belong together.
         """
-        text = TextTokenizer.load(text_file(folder))
         path, stored = folder / IMAGE_FILE, folder / VOCABULARY_FILE
         image = load_image_tokenizer(path) if path.exists() else None
+        spoken = folder / SPEECH_FILE
+        speech = SpeechTokenizer.load(spoken) if spoken.exists() else None
+        text = TextTokenizer.load(text_file(folder), speech is not None)
         if not stored.exists():
-            return cls(text, image, derived(text, image))
+            return cls(text, image, derived(text, image, speech), speech)
         try:
             vocabulary = Vocabulary.from_dict(json.loads(stored.read_bytes()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"vocabulary ({stored}) cannot be read: {error!r}") from error
         try:
-            return cls(text, image, vocabulary)
+            return cls(text, image, vocabulary, speech)
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from error
 
@@ -63,6 +69,8 @@ class Tokenizers:
         hashes = {Modality.TEXT.label: self.text.sha256}
         if self.image is not None:
             hashes[Modality.IMAGE.label] = self.image.sha256
+        if self.speech is not None:
+            hashes[Modality.SPEECH.label] = self.speech.sha256
         return hashes
 
 
@@ -74,29 +82,47 @@ def text_file(folder: Path) -> Path:
     return found[0] if found else folder / TEXT_FILES[0]
 
 
-def derived(text: TextTokenizer, image: ImageTokenizer | None) -> Vocabulary:
-    """Text pieces with the sentinels among them, then image codes, unless text names those itself.
+def derived(
+    text: TextTokenizer, image: ImageTokenizer | None, speech: SpeechTokenizer | None = None
+) -> Vocabulary:
+    """Text pieces with the sentinels among them, then image codes, unless text names those itself,
+    then speech codes.
 
     Raises ``ValueError`` when it names them otherwise than as one range of ids.
     """
-    if image is None:
-        return Vocabulary(text.size, text.bos, text.eos, text.pad)
-    start, size = text.size, text.size + image.codes
+    size = text.size
+    media: list[MediaCodes] = []
+    if image is not None:
+        media.append(_image_codes(text, image))
+        size = max(size, media[0].start + media[0].count)
+    if speech is not None:
+        begin, end = text.begin_speech, text.end_speech
+        assert begin is not None and end is not None, "text is loaded with them beside speech"
+        media.append(MediaCodes(Modality.SPEECH, size, speech.codes, begin, end))
+        size += speech.codes
+    return Vocabulary(size, text.bos, text.eos, text.pad, tuple(media))
+
+
+def _image_codes(text: TextTokenizer, image: ImageTokenizer) -> MediaCodes:
+    start = text.size
     if text.image_codes:
-        start, size = min(text.image_codes), text.size
+        start = min(text.image_codes)
         if text.image_codes != set(range(start, start + image.codes)):
             raise ValueError(
                 f"the text tokenizer names {len(text.image_codes)} image codes at ids "
                 f"{start} … {max(text.image_codes)}, the image tokenizer has {image.codes}; take "
                 "both from one checkpoint"
             )
-    codes = MediaCodes(
-        Modality.IMAGE, start, image.codes, text.begin_image, text.end_image, image.block
-    )
-    return Vocabulary(size, text.bos, text.eos, text.pad, (codes,))
+    begin, end = text.begin_image, text.end_image
+    return MediaCodes(Modality.IMAGE, start, image.codes, begin, end, image.block)
 
 
-def _check_fit(text: TextTokenizer, image: ImageTokenizer | None, vocabulary: Vocabulary) -> None:
+def _check_fit(
+    text: TextTokenizer,
+    image: ImageTokenizer | None,
+    speech: SpeechTokenizer | None,
+    vocabulary: Vocabulary,
+) -> None:
     """Raises ``ValueError`` unless codes fit and no text can be mistaken for anything else."""
     if text.pieces > vocabulary.size:
         raise ValueError(
@@ -112,6 +138,13 @@ def _check_fit(text: TextTokenizer, image: ImageTokenizer | None, vocabulary: Vo
                 f"the vocabulary has {found[0]} image codes in blocks of {found[1]}, the image "
                 f"tokenizer {image.codes} in blocks of {image.block}; they must come from one "
                 "checkpoint"
+            )
+    if speech is not None:
+        medium = media.get(Modality.SPEECH)
+        if medium is None or (medium.count, medium.block) != (speech.codes, 0):
+            raise ValueError(
+                f"the vocabulary has {medium.count if medium else 0} speech codes, the speech "
+                f"tokenizer {speech.codes}, in blocks of any length; they must be made together"
             )
     for medium in vocabulary.media:
         inside = range(medium.start, min(medium.start + medium.count, text.pieces))

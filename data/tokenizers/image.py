@@ -1,18 +1,15 @@
 """What every image tokenizer offers, its file, and how good it is."""
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 
 from earlyfuse.data.atomic import atomic_write_bytes
+from earlyfuse.data.tokenizers.tokenizer_file import TokenizerFile, pack
 
 FORMAT = "earlyfuse-image-tokenizer/1"
 LARGEST_CODEBOOK = 1 << 20
@@ -98,30 +95,21 @@ def load_image_tokenizer(path: Path) -> ImageTokenizer:
     from earlyfuse.data.tokenizers.image_kmeans import KMeansTokenizer
     from earlyfuse.data.tokenizers.image_vqvae import VQVAETokenizer
 
-    content = Path(path).read_bytes()
-    kind, settings = _read_metadata(content, path)
+    file = TokenizerFile.read("image", FORMAT, path)
     kinds: dict[str, type[KMeansTokenizer | VQVAETokenizer | ChameleonTokenizer]] = {
         kind.kind: kind for kind in (KMeansTokenizer, VQVAETokenizer, ChameleonTokenizer)
     }
-    if kind not in kinds:
-        raise ValueError(f"image tokenizer ({path}) has kind ({kind!r}), known are {sorted(kinds)}")
-    try:
-        tensors = load_tensors(content)
-    except SafetensorError as error:
-        raise ValueError(
-            f"image tokenizer ({path}) is damaged or cut short: {error}; copy or make it again"
-        ) from error
-    tokenizer = kinds[kind].from_tensors(tensors, settings)
+    file.check_kind(kinds)
+    tokenizer = kinds[file.kind].from_tensors(file.tensors(), file.settings)
     # a newer writer of the file format may order bytes differently: the file's hash is the one to
     # keep
-    tokenizer.sha256 = hashlib.sha256(content).hexdigest()
+    tokenizer.sha256 = hashlib.sha256(file.content).hexdigest()
     return tokenizer
 
 
 def pack_tokenizer(kind: str, settings: dict[str, Any], tensors: dict[str, torch.Tensor]) -> bytes:
-    """A tokenizer's file. One metadata entry: several would come out in random order."""
-    about = json.dumps({"format": FORMAT, "kind": kind, "settings": settings}, sort_keys=True)
-    return save_tensors(tensors, metadata={"earlyfuse": about})
+    """A tokenizer's file."""
+    return pack(FORMAT, kind, settings, tensors)
 
 
 def check_image_geometry(image_size: int, patch: int, codes: int) -> None:
@@ -134,19 +122,3 @@ def check_image_geometry(image_size: int, patch: int, codes: int) -> None:
         raise ValueError(
             f"codes ({codes}) must lie in [2, {LARGEST_CODEBOOK}]; choose another number"
         )
-
-
-def _read_metadata(content: bytes, path: Path) -> tuple[str, dict[str, Any]]:
-    # the safetensors header: its length in eight bytes, then JSON
-    try:
-        length = int.from_bytes(content[:8], "little")
-        header = json.loads(content[8 : 8 + length])
-        about = json.loads(header["__metadata__"]["earlyfuse"])
-        if about["format"] != FORMAT:
-            raise KeyError(about["format"])
-        return about["kind"], about["settings"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(
-            f"image tokenizer ({path}) must be a safetensors file of format {FORMAT}; "
-            "make one with prepare, or name a kind"
-        ) from error

@@ -18,7 +18,9 @@ from earlyfuse.data.atomic import atomic_write_bytes
 from earlyfuse.data.tokenizers.text_json import JsonPieces, is_json, with_sentinels
 
 BEGIN_IMAGE, END_IMAGE = "<image>", "</image>"
-# unknown, bos, eos, pad, two image sentinels, newline, 256 bytes, and room for letters and merges
+BEGIN_SPEECH, END_SPEECH = "<speech>", "</speech>"
+# unknown, bos, eos, pad, two sentinels of images, two of speech, newline, 256 bytes, and room for
+# letters and merges
 SMALLEST_VOCABULARY = 320
 LARGEST_VOCABULARY = 1 << 20
 _SPACE_SYMBOL = "\u2581"  # how sentencepiece spells a space inside pieces; decode turns it into one
@@ -28,12 +30,13 @@ class TextTokenizer:
     """A file of text pieces, sentencepiece's or Hugging Face's, and its sentinels.
 
     ``pieces`` counts the file's ids; ``size`` counts also, behind them, any sentinel that the file
-    lacks. ``image_codes``: ids among the pieces that stand for image codes (Chameleon's), never for
-    text; ``reserved``: these, the sentinels and whatever else text never gives. ``sha256`` is that
-    of the file, ``model`` its content.
+    lacks. Sentinels of ``speech`` are looked for only where it is used, so that without it ids are
+    what they always were. ``image_codes``: ids among the pieces that stand for image codes
+    (Chameleon's), never for text; ``reserved``: these, the sentinels and whatever else text never
+    gives. ``sha256`` is that of the file, ``model`` its content.
     """
 
-    def __init__(self, model: bytes) -> None:
+    def __init__(self, model: bytes, speech: bool = False) -> None:
         self.model = model
         self.sha256 = hashlib.sha256(model).hexdigest()
         self._pieces = JsonPieces(model) if is_json(model) else SentencePieces(model)
@@ -45,6 +48,8 @@ class TextTokenizer:
         self.pad = self._sentinel("pad")
         self.begin_image = self._sentinel("begin_image")
         self.end_image = self._sentinel("end_image")
+        self.begin_speech = self._sentinel("begin_speech") if speech else None
+        self.end_speech = self._sentinel("end_speech") if speech else None
         self.reserved = self._pieces.reserved | set(range(self.pieces, self.size))
 
     def encode(self, text: str) -> list[int]:
@@ -75,7 +80,7 @@ class TextTokenizer:
         atomic_write_bytes(path, self.model)
 
     @classmethod
-    def load(cls, path: Path) -> "TextTokenizer":
+    def load(cls, path: Path, speech: bool = False) -> "TextTokenizer":
         """Read a sentencepiece ``.model``, a Hugging Face ``tokenizer.json`` or our ``text.json``.
 
         Beside a ``tokenizer.json``, ``tokenizer_config.json`` says which tokens are the sentinels.
@@ -84,7 +89,7 @@ class TextTokenizer:
         path = Path(path)
         model = path.read_bytes()
         try:
-            return cls(with_sentinels(model, path.parent) if is_json(model) else model)
+            return cls(with_sentinels(model, path.parent) if is_json(model) else model, speech)
         except (RuntimeError, ValueError) as error:
             raise ValueError(
                 f"text tokenizer ({path}) must be a sentencepiece .model file or a Hugging Face "
@@ -92,7 +97,9 @@ class TextTokenizer:
             ) from error
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocabulary_size: int) -> "TextTokenizer":
+    def train(
+        cls, texts: Iterable[str], vocabulary_size: int, speech: bool = False
+    ) -> "TextTokenizer":
         """Learn ``vocabulary_size`` pieces. Equal texts in equal order give equal bytes.
 
         Raises ``ValueError`` when the size is out of range or the texts are too few for it.
@@ -116,7 +123,10 @@ class TextTokenizer:
                 allow_whitespace_only_pieces=True,
                 split_digits=True,
                 user_defined_symbols=["\n"],
-                control_symbols=[BEGIN_IMAGE, END_IMAGE],
+                control_symbols=[
+                    *(BEGIN_IMAGE, END_IMAGE),
+                    *((BEGIN_SPEECH, END_SPEECH) if speech else ()),
+                ],
                 unk_id=0,
                 bos_id=1,
                 eos_id=2,
@@ -130,7 +140,7 @@ class TextTokenizer:
                 f"text vocabulary ({vocabulary_size}) does not fit the training texts; "
                 f"give more text or another size; sentencepiece says: {error}"
             ) from error
-        return cls(model.getvalue())
+        return cls(model.getvalue(), speech)
 
     def _sentinel(self, name: str) -> int:
         """The file's own, or a new id behind its pieces."""
@@ -157,6 +167,8 @@ class SentencePieces:
             "pad": pieces.pad_id(),
             "begin_image": pieces.piece_to_id(BEGIN_IMAGE),
             "end_image": pieces.piece_to_id(END_IMAGE),
+            "begin_speech": pieces.piece_to_id(BEGIN_SPEECH),
+            "end_speech": pieces.piece_to_id(END_SPEECH),
         }
         # only a control piece is out of reach of text
         self.sentinels = {
