@@ -5,6 +5,7 @@ stand.
 """
 
 import os
+from dataclasses import replace
 
 from torchtitan.components.optimizer import OptimizersContainer, ParamGroupConfig
 from torchtitan.config import ParallelismConfig, TrainingConfig
@@ -32,6 +33,7 @@ SHAPE = decoders.Shape(
 )
 # Scans cost most on a CPU, so these are smaller: 6 minutes, not 20. Compare them with one another.
 MAMBA_SHAPE = mamba_decoders.MambaShape(dim=128, layers=2, vocab_size=SHAPE.vocab_size)
+SPEECH_SHAPE = replace(MAMBA_SHAPE, vocab_size=2816, modalities=tuple(Modality))
 
 
 def moma_4t4i() -> Trainer.Config:
@@ -86,6 +88,17 @@ def mamba() -> Trainer.Config:
 def mixture_of_mamba() -> Trainer.Config:
     """the same with all projections per modality: Mixture-of-Mamba"""
     return _run("mixture_of_mamba", mamba_decoders.mixture_of_mamba(MAMBA_SHAPE))
+
+
+def mamba_speech() -> Trainer.Config:
+    """dense Mamba over text, images and speech (needs espeak-ng once)"""
+    return _with_speech(_run("mamba_speech", mamba_decoders.mamba(SPEECH_SHAPE)))
+
+
+def mixture_of_mamba_speech() -> Trainer.Config:
+    """the same with all projections per modality, three sets of them"""
+    model = mamba_decoders.mixture_of_mamba(SPEECH_SHAPE)
+    return _with_speech(_run("mixture_of_mamba_speech", model))
 
 
 def mamba_moma_hybrid() -> Trainer.Config:
@@ -154,6 +167,14 @@ def adamw(lr: float) -> OptimizersContainer.Config:
             ),
         ]
     )
+
+
+def _with_speech(config: Trainer.Config) -> Trainer.Config:
+    """The same run on the corpus in which words and digits are spoken too."""
+    shares = {"text": 0.15, "glyphs": 0.25, "digits": 0.15, "interleaved": 0.15, "speech": 0.3}
+    config.data.folder = os.path.join("runs", "data_speech")
+    config.data.speech, config.data.shares = True, shares
+    return config
 
 
 def _run(name: str, model: Decoder.Config) -> Trainer.Config:
