@@ -1,4 +1,5 @@
-"""Checkpoints between earlyfuse, Hugging Face's Chameleon, Meta's files and DCP.
+"""Checkpoints between earlyfuse, Hugging Face's Chameleon and Mamba, ``mamba_ssm``, Meta's files
+and DCP.
 
 ``python -m earlyfuse.tools.convert SRC DST [--to FORMAT] [--dtype TYPE] [--max-shard-size SIZE]
 [--upcycle FORM] [--verify]``. What SRC is, is recognised. DST is made whole or not at all.
@@ -17,15 +18,24 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from earlyfuse.configs import decoders
+from earlyfuse.configs import decoders, mamba_decoders
 from earlyfuse.data.atomic import sha256_file
 from earlyfuse.data.tokenizers import imports
 from earlyfuse.models.initialise import initialise
 from earlyfuse.models.modality import Modality
-from earlyfuse.models.state_dicts import Opened, huggingface, meta, open_model
+from earlyfuse.models.state_dicts import (
+    Opened,
+    huggingface,
+    huggingface_mamba,
+    mamba,
+    mamba_ssm,
+    meta,
+    open_model,
+)
 from earlyfuse.models.state_dicts.chameleon import Sizes
 from earlyfuse.models.state_dicts.dcp_files import write_dcp
 from earlyfuse.models.state_dicts.exported import (
@@ -38,6 +48,7 @@ from earlyfuse.models.state_dicts.exported import (
 )
 from earlyfuse.models.state_dicts.folders import CONSOLIDATE_PARAMS, PARAMS, RUN
 from earlyfuse.models.state_dicts.meta_files import write_shards
+from earlyfuse.models.state_dicts.mamba import MambaSizes
 from earlyfuse.models.state_dicts.recipes import Cast, Made, Recipe, Tensors, Together
 from earlyfuse.models.state_dicts.safetensors_files import (
     SINGLE,
@@ -45,6 +56,7 @@ from earlyfuse.models.state_dicts.safetensors_files import (
     write_file,
     write_folder,
 )
+from earlyfuse.models.state_dicts.torch_files import write_torch_file
 from earlyfuse.models.upcycle import upcycle as upcycle_origins
 from earlyfuse.parallel import checkpoint_files
 from earlyfuse.parallel.checkpoint_files import (
@@ -83,8 +95,8 @@ def convert(
     """Convert; returns remarks on what the target format does not hold.
 
     ``dtype`` None keeps the types of the source. ``upcycle``: "1t1i", "mot", "8x", "4t4i" …, what
-    a dense source becomes (``decoders.grown``); its logits are another model's, so not verified.
-    Raises ``ValueError`` before anything is written
+    a dense source becomes (``decoders.grown``), or "mixture_of_mamba" (``mamba_decoders.grown``);
+    its logits are another model's, so not verified. Raises ``ValueError`` before anything is written
     if SRC is damaged, foreign or not what its config says, if the target format cannot express the
     model, or ``destination`` is there; and after, with nothing left, if ``verify`` finds other
     logits.
@@ -136,17 +148,47 @@ def _to_dcp(opened: Opened, tensors: Tensors, max_shard_bytes: int) -> Target:
 
 
 def _to_huggingface(opened: Opened, tensors: Tensors, max_shard_bytes: int) -> Target:
+    if any(layer.mamba is not None for layer in opened.config.layers):
+        return _to_huggingface_mamba(opened, tensors, max_shard_bytes)
     sizes = Sizes.of(opened.config, "Hugging Face's Chameleon")
     theirs: Tensors = Made(huggingface.export_recipes(sizes), tensors)
-    dtypes = {entry.dtype for entry in theirs.entries.values()}
-    dtype = str(dtypes.pop()).removeprefix("torch.") if len(dtypes) == 1 else None
     carried = opened.carried.get("huggingface")
-    config = huggingface.write_config(sizes, opened.config, opened.vocabulary, carried, dtype)
+    config = huggingface.write_config(
+        sizes, opened.config, opened.vocabulary, carried, _dtype_name(theirs)
+    )
     remarks = []
     if opened.vq is None:
         remarks.append("no image tokenizer in it: transformers will make one of random weights")
     else:
         theirs = Together(theirs, opened.vq)
+    return Target(_huggingface_writer(opened, theirs, config, max_shard_bytes), remarks)
+
+
+def _to_huggingface_mamba(opened: Opened, tensors: Tensors, max_shard_bytes: int) -> Target:
+    sizes = MambaSizes.of(opened.config, "Hugging Face's Mamba")
+    carried = opened.carried.get("huggingface")
+    tied = mamba.is_tied(tensors)
+    bare = carried is not None and not huggingface_mamba.has_conv_bias(carried)
+    conv_bias = not bare or mamba.has_conv_bias(tensors)
+    recipes = mamba.export_recipes(
+        sizes, embedding=huggingface_mamba.EMBEDDINGS, tied=tied, conv_bias=conv_bias
+    )
+    theirs = Made(recipes, tensors)
+    config = huggingface_mamba.write_config(
+        sizes,
+        opened.config,
+        opened.vocabulary,
+        carried,
+        dtype=_dtype_name(theirs),
+        tied=tied,
+        conv_bias=conv_bias,
+    )
+    return Target(_huggingface_writer(opened, theirs, config, max_shard_bytes), [])
+
+
+def _huggingface_writer(
+    opened: Opened, theirs: Tensors, config: dict[str, Any], max_shard_bytes: int
+) -> Callable[[Path], None]:
     files = assign_files(theirs.entries, max_shard_bytes)
 
     def write(folder: Path) -> None:
@@ -157,7 +199,40 @@ def _to_huggingface(opened: Opened, tensors: Tensors, max_shard_bytes: int) -> T
         _copy(opened.files, folder)
         _write_json(folder / CONFIG, config)
 
-    return Target(write, remarks)
+    return write
+
+
+def _dtype_name(tensors: Tensors) -> str | None:
+    """Such as "bfloat16"; None if there are several."""
+    dtypes = {entry.dtype for entry in tensors.entries.values()}
+    return str(dtypes.pop()).removeprefix("torch.") if len(dtypes) == 1 else None
+
+
+def _to_mamba_ssm(opened: Opened, tensors: Tensors, max_shard_bytes: int) -> Target:
+    sizes = MambaSizes.of(opened.config, "mamba_ssm")
+    carried = opened.carried.get("mamba_ssm")
+    tied = mamba.is_tied(tensors)
+    bare = carried is not None and not mamba_ssm.has_conv_bias(carried)
+    conv_bias = not bare or mamba.has_conv_bias(tensors)
+    recipes = mamba.export_recipes(
+        sizes, embedding=mamba_ssm.EMBEDDING, tied=tied, conv_bias=conv_bias
+    )
+    theirs = Made(recipes, tensors)
+    config = mamba_ssm.write_config(
+        sizes, opened.config, carried, tied=tied, conv_bias=conv_bias
+    )
+    # its own files have the tied tensor under both names
+    same = {mamba.HEAD: mamba.name_of(mamba.EMBEDDING, mamba_ssm.EMBEDDING)} if tied else {}
+
+    def write(folder: Path) -> None:
+        write_torch_file(folder / mamba_ssm.WEIGHTS, theirs.entries, theirs.read, same)
+        _copy(opened.files, folder)
+        _write_json(folder / CONFIG, config)
+        if carried is None:
+            described = describe(opened.config, opened.vocabulary, {})
+            _write_json(folder / mamba_ssm.OURS, described)
+
+    return Target(write, [])
 
 
 def _to_meta(opened: Opened, tensors: Tensors, max_shard_bytes: int) -> Target:
@@ -179,6 +254,7 @@ def _to_meta(opened: Opened, tensors: Tensors, max_shard_bytes: int) -> Target:
 TARGETS: dict[str, Callable[[Opened, Tensors, int], Target]] = {
     "earlyfuse": _to_earlyfuse,
     "hf": _to_huggingface,
+    "mamba_ssm": _to_mamba_ssm,
     "meta": _to_meta,
     "dcp": _to_dcp,
 }
@@ -195,7 +271,7 @@ def _write_beside(
         _copy(opened.files, folder / HUGGINGFACE)
     if tokenizers is not None:
         shutil.copytree(tokenizers, folder / TOKENIZERS)
-    elif opened.format in ("huggingface", "meta"):
+    elif opened.format in ("huggingface", "meta", "mamba_ssm"):
         remarks += _import_tokenizers(opened, folder / TOKENIZERS)
     content = describe(opened.config, opened.vocabulary, opened.source)
     if opened.carried:
@@ -227,7 +303,8 @@ def _upcycled(opened: Opened, form: str) -> Opened:
             f"--upcycle {form} unties modalities, and the vocabulary of {opened.folder} has no "
             f"{' and '.join(missing)} codes"
         )
-    child = decoders.grown(parent, form)
+    untied = form == mamba_decoders.FORM
+    child = mamba_decoders.grown(parent) if untied else decoders.grown(parent, form)
     origins = upcycle_origins(parent, child)
     with torch.device("meta"):
         fresh = child.build()
@@ -359,7 +436,8 @@ def shard_bytes(text: str) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="convert",
-        description="Checkpoints of earlyfuse, Hugging Face's Chameleon, Meta's files and DCP.",
+        description="Checkpoints of earlyfuse, Hugging Face's Chameleon and Mamba, mamba_ssm, "
+        "Meta's files and DCP.",
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -368,7 +446,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--to", choices=list(TARGETS), default="earlyfuse", help="format of DST (earlyfuse)")
     add("--dtype", choices=list(DTYPES), help="type of the decoder's tensors (as they are)")
     add("--max-shard-size", default=MAX_SHARD_SIZE, help=f"of safetensors ({MAX_SHARD_SIZE})")
-    add("--upcycle", metavar="FORM", help="make a dense SRC sparse: 1t1i, mot, 8x, 4t4i …")
+    add("--upcycle", metavar="FORM", help="make a dense SRC sparse: 1t1i, mot, 8x, 4t4i …, mixture_of_mamba")
     add("--verify", action="store_true", help="compare logits of both on random tokens")
     return parser
 
