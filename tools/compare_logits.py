@@ -1,7 +1,8 @@
 """Logits of two folders on the same random tokens, each computed by its own project's means.
 
-Hugging Face folders by transformers, and ``mamba_ssm``'s, whose own code needs a GPU; Meta's by attention that turns neighbouring pairs, straight
-from the shards; ours by ``load_model``. In fp32, one model in memory at a time.
+Hugging Face folders by transformers, and so ``mamba_ssm``'s, whose own code needs a GPU; Meta's by
+attention that turns neighbouring pairs, straight from the shards; ours by ``load_model``. In fp32,
+one model in memory at a time.
 
 B rows, S positions, V vocabulary, D width, H width of a head.
 """

@@ -31,7 +31,6 @@ from earlyfuse.models.state_dicts import (
     Opened,
     huggingface,
     huggingface_mamba,
-    mamba,
     mamba_ssm,
     meta,
     open_model,
@@ -48,8 +47,14 @@ from earlyfuse.models.state_dicts.exported import (
 )
 from earlyfuse.models.state_dicts.folders import CONSOLIDATE_PARAMS, PARAMS, RUN
 from earlyfuse.models.state_dicts.meta_files import write_shards
-from earlyfuse.models.state_dicts.mamba import MambaSizes
-from earlyfuse.models.state_dicts.recipes import Cast, Made, Recipe, Tensors, Together
+from earlyfuse.models.state_dicts.recipes import (
+    Cast,
+    Made,
+    Recipe,
+    Tensors,
+    Together,
+    common_dtype,
+)
 from earlyfuse.models.state_dicts.safetensors_files import (
     SINGLE,
     assign_files,
@@ -96,10 +101,10 @@ def convert(
 
     ``dtype`` None keeps the types of the source. ``upcycle``: "1t1i", "mot", "8x", "4t4i" …, what
     a dense source becomes (``decoders.grown``), or "mixture_of_mamba" (``mamba_decoders.grown``);
-    its logits are another model's, so not verified. Raises ``ValueError`` before anything is written
-    if SRC is damaged, foreign or not what its config says, if the target format cannot express the
-    model, or ``destination`` is there; and after, with nothing left, if ``verify`` finds other
-    logits.
+    its logits are another model's, so not verified.
+    Raises ``ValueError`` before anything is written if SRC is damaged, foreign or not what its
+    config says, if the target format cannot express the model, or ``destination`` is there; and
+    after, with nothing left, if ``verify`` finds other logits.
     """
     if destination.exists():
         raise ValueError(f"{destination} is there already; give another DST, or remove it")
@@ -154,7 +159,7 @@ def _to_huggingface(opened: Opened, tensors: Tensors, max_shard_bytes: int) -> T
     theirs: Tensors = Made(huggingface.export_recipes(sizes), tensors)
     carried = opened.carried.get("huggingface")
     config = huggingface.write_config(
-        sizes, opened.config, opened.vocabulary, carried, _dtype_name(theirs)
+        sizes, opened.config, opened.vocabulary, carried, common_dtype(theirs)
     )
     remarks = []
     if opened.vq is None:
@@ -165,24 +170,8 @@ def _to_huggingface(opened: Opened, tensors: Tensors, max_shard_bytes: int) -> T
 
 
 def _to_huggingface_mamba(opened: Opened, tensors: Tensors, max_shard_bytes: int) -> Target:
-    sizes = MambaSizes.of(opened.config, "Hugging Face's Mamba")
     carried = opened.carried.get("huggingface")
-    tied = mamba.is_tied(tensors)
-    bare = carried is not None and not huggingface_mamba.has_conv_bias(carried)
-    conv_bias = not bare or mamba.has_conv_bias(tensors)
-    recipes = mamba.export_recipes(
-        sizes, embedding=huggingface_mamba.EMBEDDINGS, tied=tied, conv_bias=conv_bias
-    )
-    theirs = Made(recipes, tensors)
-    config = huggingface_mamba.write_config(
-        sizes,
-        opened.config,
-        opened.vocabulary,
-        carried,
-        dtype=_dtype_name(theirs),
-        tied=tied,
-        conv_bias=conv_bias,
-    )
+    theirs, config = huggingface_mamba.export(opened.config, opened.vocabulary, tensors, carried)
     return Target(_huggingface_writer(opened, theirs, config, max_shard_bytes), [])
 
 
@@ -202,35 +191,17 @@ def _huggingface_writer(
     return write
 
 
-def _dtype_name(tensors: Tensors) -> str | None:
-    """Such as "bfloat16"; None if there are several."""
-    dtypes = {entry.dtype for entry in tensors.entries.values()}
-    return str(dtypes.pop()).removeprefix("torch.") if len(dtypes) == 1 else None
-
-
 def _to_mamba_ssm(opened: Opened, tensors: Tensors, max_shard_bytes: int) -> Target:
-    sizes = MambaSizes.of(opened.config, "mamba_ssm")
     carried = opened.carried.get("mamba_ssm")
-    tied = mamba.is_tied(tensors)
-    bare = carried is not None and not mamba_ssm.has_conv_bias(carried)
-    conv_bias = not bare or mamba.has_conv_bias(tensors)
-    recipes = mamba.export_recipes(
-        sizes, embedding=mamba_ssm.EMBEDDING, tied=tied, conv_bias=conv_bias
-    )
-    theirs = Made(recipes, tensors)
-    config = mamba_ssm.write_config(
-        sizes, opened.config, carried, tied=tied, conv_bias=conv_bias
-    )
-    # its own files have the tied tensor under both names
-    same = {mamba.HEAD: mamba.name_of(mamba.EMBEDDING, mamba_ssm.EMBEDDING)} if tied else {}
+    theirs, config, same = mamba_ssm.export(opened.config, tensors, carried)
 
     def write(folder: Path) -> None:
-        write_torch_file(folder / mamba_ssm.WEIGHTS, theirs.entries, theirs.read, same)
+        write_torch_file(folder / mamba_ssm.WEIGHTS, theirs, same)
         _copy(opened.files, folder)
         _write_json(folder / CONFIG, config)
         if carried is None:
-            described = describe(opened.config, opened.vocabulary, {})
-            _write_json(folder / mamba_ssm.OURS, described)
+            ours = describe(opened.config, opened.vocabulary, {})
+            _write_json(folder / mamba_ssm.OURS, ours)
 
     return Target(write, [])
 
@@ -446,7 +417,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--to", choices=list(TARGETS), default="earlyfuse", help="format of DST (earlyfuse)")
     add("--dtype", choices=list(DTYPES), help="type of the decoder's tensors (as they are)")
     add("--max-shard-size", default=MAX_SHARD_SIZE, help=f"of safetensors ({MAX_SHARD_SIZE})")
-    add("--upcycle", metavar="FORM", help="make a dense SRC sparse: 1t1i, mot, 8x, 4t4i …, mixture_of_mamba")
+    add(
+        "--upcycle",
+        metavar="FORM",
+        help="make a dense SRC sparse: 1t1i, mot, 8x, 4t4i …, mixture_of_mamba",
+    )
     add("--verify", action="store_true", help="compare logits of both on random tokens")
     return parser
 

@@ -9,9 +9,10 @@ from typing import Any
 from earlyfuse.models.blocks.linear import NORM_EPS
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.modality import Vocabulary
-from earlyfuse.models.state_dicts import decoder_config
+from earlyfuse.models.state_dicts import decoder_config, mamba
 from earlyfuse.models.state_dicts.chameleon import function_differences
 from earlyfuse.models.state_dicts.mamba import MAMBA_2, MambaSizes, agreed, check_numbers
+from earlyfuse.models.state_dicts.recipes import Made, Tensors, common_dtype
 from earlyfuse.models.state_dicts.vocabulary_map import to_vocabulary
 
 MODEL_TYPE, ARCHITECTURE = "mamba", "MambaForCausalLM"
@@ -104,7 +105,30 @@ def _refuse_unknown(raw: dict[str, Any]) -> None:
             )
 
 
-def write_config(
+def export(
+    config: Decoder.Config,
+    vocabulary: Vocabulary,
+    tensors: Tensors,
+    carried: dict[str, Any] | None,
+) -> tuple[Tensors, dict[str, Any]]:
+    """Their tensors and ``config.json`` of our model ``config`` with ``tensors``.
+
+    The head is left out if it equals the embedding. ``carried``: the config that the model came
+    with, or None. ``ValueError`` says why the format cannot express the model.
+    """
+    sizes = MambaSizes.of(config, "Hugging Face's Mamba")
+    tied = mamba.is_tied(tensors)
+    bare = carried is not None and not has_conv_bias(carried)
+    conv_bias = not bare or mamba.has_conv_bias(tensors)
+    recipes = mamba.export_recipes(sizes, embedding=EMBEDDINGS, tied=tied, conv_bias=conv_bias)
+    theirs = Made(recipes, tensors)
+    dtype = common_dtype(theirs)
+    return theirs, _write_config(
+        sizes, config, vocabulary, carried, dtype=dtype, tied=tied, conv_bias=conv_bias
+    )
+
+
+def _write_config(
     sizes: MambaSizes,
     config: Decoder.Config,
     vocabulary: Vocabulary,
@@ -114,11 +138,7 @@ def write_config(
     tied: bool,
     conv_bias: bool,
 ) -> dict[str, Any]:
-    """``config.json`` of a model of these sizes; ``dtype`` such as "bfloat16", None if mixed.
-
-    ``carried``: the config that the model came with. It goes back as it was if it still describes
-    the model, but for what ``tied`` and ``conv_bias`` say of the files.
-    """
+    # the config it came with goes back as it was if it still describes the model
     if carried is not None and not function_differences(config, read_config(carried)[0]):
         fields = dict(carried)
         if is_tied(carried) != tied:

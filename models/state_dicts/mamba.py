@@ -98,9 +98,9 @@ class MambaSizes:
 def check_numbers(given: Mapping[str, Any], names: Sequence[str]) -> None:
     """``ValueError`` unless all ``names`` are positive numbers, whole but for ``expand``."""
     for name in names:
-        value = given.get(name)
+        value: Any = given.get(name)
         kinds = (int, float) if name == "expand" else (int,)
-        if type(value) not in kinds or value <= 0:
+        if type(value) not in kinds or not value > 0:
             raise ValueError(f"config.json: {name} ({value!r}) must be a positive number")
 
 

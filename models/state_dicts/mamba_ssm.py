@@ -11,8 +11,10 @@ from typing import Any
 from earlyfuse.models.blocks.linear import NORM_EPS
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.modality import Vocabulary
+from earlyfuse.models.state_dicts import mamba
 from earlyfuse.models.state_dicts.chameleon import function_differences
 from earlyfuse.models.state_dicts.mamba import MAMBA_2, MambaSizes, check_numbers
+from earlyfuse.models.state_dicts.recipes import Made, Tensors
 
 EMBEDDING, WEIGHTS, OURS = "embedding", "pytorch_model.bin", "earlyfuse.json"
 
@@ -97,7 +99,26 @@ def _refuse_unknown(raw: dict[str, Any]) -> None:
         )
 
 
-def write_config(
+def export(
+    config: Decoder.Config, tensors: Tensors, carried: dict[str, Any] | None
+) -> tuple[Tensors, dict[str, Any], dict[str, str]]:
+    """Their tensors and ``config.json`` of our model ``config`` with ``tensors``, and second names.
+
+    A head that equals the embedding is a second name of it, as in their own files. ``carried``: the
+    config that the model came with, or None. ``ValueError`` says why the format cannot express the
+    model.
+    """
+    sizes = MambaSizes.of(config, "mamba_ssm")
+    tied = mamba.is_tied(tensors)
+    bare = carried is not None and not has_conv_bias(carried)
+    conv_bias = not bare or mamba.has_conv_bias(tensors)
+    recipes = mamba.export_recipes(sizes, embedding=EMBEDDING, tied=tied, conv_bias=conv_bias)
+    same = {mamba.HEAD: mamba.name_of(mamba.EMBEDDING, EMBEDDING)} if tied else {}
+    fields = _write_config(sizes, config, carried, tied=tied, conv_bias=conv_bias)
+    return Made(recipes, tensors), fields, same
+
+
+def _write_config(
     sizes: MambaSizes,
     config: Decoder.Config,
     carried: dict[str, Any] | None,
@@ -105,9 +126,7 @@ def write_config(
     tied: bool,
     conv_bias: bool,
 ) -> dict[str, Any]:
-    """``config.json`` of a model of these sizes, or the one it came with, ``carried``, if that
-    still describes it; but for what ``tied`` and ``conv_bias`` say of the file.
-    """
+    # the config it came with goes back as it was if it still describes the model
     if carried is not None and not function_differences(config, read_config(carried)[0]):
         fields = dict(carried)
         if carried.get("tie_embeddings", True) != tied:

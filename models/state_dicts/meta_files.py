@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from earlyfuse.models.state_dicts.meta import ROPE, shard_name
-from earlyfuse.models.state_dicts.recipes import Tensors
+from earlyfuse.models.state_dicts.recipes import Made, Tensors, renamed
 from earlyfuse.models.state_dicts.torch_files import TorchFiles, write_torch_file
 
 
@@ -36,9 +36,9 @@ def write_shards(folder: Path, tensors: Tensors, shards: int) -> None:
     """Write ``consolidated.00.pth`` …, from tensors that are named as those of ``MetaShards``."""
     for shard in range(shards):
         prefix = shard_name(shard, "")
-        names = [name for name in tensors.entries if name.startswith(prefix)]
-        write_torch_file(
-            folder / f"consolidated.{shard:02d}.pth",
-            {name.removeprefix(prefix): tensors.entries[name] for name in names},
-            lambda name, prefix=prefix: tensors.read(prefix + name),
-        )
+        own = {
+            name.removeprefix(prefix): renamed(name, entry.shape)
+            for name, entry in tensors.entries.items()
+            if name.startswith(prefix)
+        }
+        write_torch_file(folder / f"consolidated.{shard:02d}.pth", Made(own, tensors))

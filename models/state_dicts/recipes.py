@@ -102,6 +102,12 @@ class Cast:
         return self.source.read(name).to(self.entries[name].dtype)
 
 
+def common_dtype(tensors: Tensors) -> str | None:
+    """The type of all ``tensors``, as "bfloat16"; None if there are several."""
+    dtypes = {entry.dtype for entry in tensors.entries.values()}
+    return str(dtypes.pop()).removeprefix("torch.") if len(dtypes) == 1 else None
+
+
 class Together:
     """The tensors of two sources; no name is in both."""
 

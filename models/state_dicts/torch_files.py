@@ -7,14 +7,14 @@ passes: torch leaves room for the values, which then come in one by one.
 
 import os
 import pickle
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from earlyfuse.models.state_dicts.recipes import Entry
+from earlyfuse.models.state_dicts.recipes import Entry, Tensors
 from earlyfuse.models.state_dicts.safetensors_files import write_values
 
 _MAPPED_AT_ONCE = 64 << 20  # bytes read before files are opened anew
@@ -69,15 +69,11 @@ def _mapped(path: Path) -> dict[str, torch.Tensor]:
     return loaded
 
 
-def write_torch_file(
-    path: Path,
-    entries: Mapping[str, Entry],
-    read: Callable[[str], torch.Tensor],
-    same: Mapping[str, str] | None = None,
-) -> None:
-    """Write the tensors ``entries``, each read when its turn comes. ``same``: further names for
-    some of them, whose values are in the file once.
+def write_torch_file(path: Path, tensors: Tensors, same: Mapping[str, str] | None = None) -> None:
+    """Write ``tensors``, each read when its turn comes. ``same``: further names for some of them,
+    whose values are in the file once.
     """
+    entries = tensors.entries
     with FakeTensorMode():
         empty = {name: torch.empty(e.shape, dtype=e.dtype) for name, e in entries.items()}
     named = empty | {name: empty[first] for name, first in (same or {}).items()}
@@ -88,6 +84,6 @@ def write_torch_file(
     with open(path, "r+b") as file:
         for name, offset in offsets.items():
             file.seek(offset)
-            write_values(file, read(name))
+            write_values(file, tensors.read(name))
         file.flush()
         os.fsync(file.fileno())
