@@ -34,7 +34,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from earlyfuse.models.blocks.mamba import Mamba
+from earlyfuse.models.blocks.mamba import WIDTHS, Mamba
 from earlyfuse.models.decoder import Block
 from earlyfuse.models.state_dicts.mamba import (
     MIXER_NAMES,
@@ -233,7 +233,7 @@ def _config(entries: Mapping[str, Entry]) -> Mamba.Config:
         -(-dim // 16),
     )
     states = _most([*sizes("A_log", 1), *((rows - rank) // 2 for rows in selected)], 16)
-    width = _most(sizes("conv1d.weight", 2), 4)
+    width = _most([taps for taps in sizes("conv1d.weight", 2) if taps in WIDTHS], 4)
     return Mamba.Config(
         dim=dim,
         inner_dim=inner,
