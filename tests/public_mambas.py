@@ -30,7 +30,7 @@ def hugging_face(tied: bool = True, **fields) -> nn.Module:
         elif name.endswith(("norm.weight", "norm_f.weight", "mixer.D", "conv1d.bias")):
             parameter += 0.3 * torch.randn_like(parameter)
         elif "_proj" in name:
-            parameter *= 3.0
+            parameter *= 2.0
         elif "embed" in name or "lm_head" in name:
             nn.init.normal_(parameter, std=0.3)
     return model
