@@ -187,11 +187,15 @@ def grown(parent: Decoder.Config, form: str, *, routing_rows: int = 1) -> Decode
     agnostic = re.fullmatch(r"(\d+)x", form)
     if not (counts or agnostic or form == "mot"):
         raise ValueError(
-            f"form ({form!r}) must be mot, a number of experts as 8x, or those of each modality, "
-            f"as {''.join(f'4{label[0]}' for label in labels)}"
+            f"form ({form!r}) must be mot, a number of experts as 8x, those of each modality, as "
+            f"{''.join(f'4{label[0]}' for label in labels)}, or mixture_of_mamba"
         )
+    if not any(layer.feed_forward for layer in parent.layers):
+        raise ValueError(f"{form} unties feed-forwards, and the parent has none")
     child = deepcopy(parent)
     for layer in child.layers:
+        if layer.feed_forward is None:
+            continue
         if not isinstance(layer.feed_forward, FeedForward.Config):
             raise ValueError("the parent has experts already; give a dense or 1t1i one")
         if form == "mot":

@@ -13,6 +13,7 @@ from earlyfuse.models.blocks.mamba import Mamba
 from earlyfuse.models.decoder import Block, Decoder
 from earlyfuse.models.modality import Modality
 
+FORM = "mixture_of_mamba"  # what ``grown`` is called where models are upcycled by name
 PROJECTIONS = ("in_proj", "x_proj", "dt_proj", "out_proj")
 
 
@@ -87,11 +88,28 @@ def hybrid(
     return model
 
 
+def grown(parent: Decoder.Config, untied: Collection[str] = PROJECTIONS) -> Decoder.Config:
+    """What a dense Mamba or hybrid ``parent`` is upcycled to: the same, with a set of each of the
+    ``untied`` projections for each modality. Those that the parent unties stay so.
+
+    ``ValueError`` for unknown projections, and where there is none to untie.
+    """
+    _check_known(untied)
+    child = deepcopy(parent)
+    for layer in child.layers:
+        for name in untied if layer.mamba is not None else ():
+            setattr(layer.mamba, f"{name}_groups", len(child.modalities))
+    if child == parent:
+        raise ValueError(
+            f"{FORM} unties the projections of Mamba by modality, and the parent has none that is "
+            "shared; give one with dense Mamba blocks and several modalities"
+        )
+    return child
+
+
 def mixer(shape: MambaShape, untied: Collection[str] = PROJECTIONS) -> Mamba.Config:
     """One mixer of Mamba's sizes: inner width ``expand`` · dim, rank a sixteenth of dim."""
-    unknown = sorted(set(untied) - set(PROJECTIONS))
-    if unknown:
-        raise ValueError(f"untied ({unknown}) must be among {', '.join(PROJECTIONS)}")
+    _check_known(untied)
     groups = {
         f"{name}_groups": len(shape.modalities) if name in untied else 1 for name in PROJECTIONS
     }
@@ -103,3 +121,9 @@ def mixer(shape: MambaShape, untied: Collection[str] = PROJECTIONS) -> Mamba.Con
         conv_width=shape.conv_width,
         **groups,
     )
+
+
+def _check_known(untied: Collection[str]) -> None:
+    unknown = sorted(set(untied) - set(PROJECTIONS))
+    if unknown:
+        raise ValueError(f"untied ({unknown}) must be among {', '.join(PROJECTIONS)}")

@@ -11,6 +11,7 @@ parent                 children
 dense                  1t1i, Mixture-of-Transformers, any pools of experts
 1t1i                   Mixture-of-Transformers, pools of one modality each
 pools of experts       the same with a multiple of the experts, with causal routers
+Mamba, hybrids         the same with more projections untied by modality: Mixture-of-Mamba
 =====================  ===========================================================================
 
 G groups or experts.
@@ -24,12 +25,17 @@ from typing import Any
 import torch
 
 from earlyfuse.models.blocks.experts import ExpertPool, MixtureOfExperts
-from earlyfuse.models.decoder import Decoder
+from earlyfuse.models.blocks.mamba import GROUPS
+from earlyfuse.models.decoder import BRANCHES, Decoder
 
 Shape = tuple[int, ...]
 _EXPERTS = re.compile(r"(layers\.(\d+)\.feed_forward)\.pools\.(\d+)\.experts\.(\w+)$")
-_SAME = ("dim", "vocab_size", "rope_theta")
-_SAME_ATTENTION = ("heads", "kv_heads", "head_dim", "qk_norm")
+_SAME = ("dim", "vocab_size")
+_SAME_BRANCH = {
+    "attention": ("heads", "kv_heads", "head_dim", "qk_norm"),
+    "mamba": ("inner_dim", "states", "dt_rank", "conv_width"),
+    "feed_forward": (),
+}
 
 
 @dataclass(frozen=True)
@@ -96,25 +102,41 @@ def _differences(parent: Mapping[str, Any], child: Decoder.Config) -> Iterator[s
     if len(parent["layers"]) != len(fields["layers"]):
         yield f"layers ({len(fields['layers'])}) must be those of the parent"
         return
-    pairs = [(name, parent[name], fields[name]) for name in _SAME]
+    same = (*_SAME, "rope_theta") if child.head_dim else _SAME
+    pairs = [(name, parent[name], fields[name]) for name in same]
     if any(_unties(layer) for layer in parent["layers"]):
         pairs.append(("modalities", list(parent["modalities"]), list(fields["modalities"])))
     for index, (theirs, ours) in enumerate(zip(parent["layers"], fields["layers"], strict=True)):
         at = f"layers[{index}]"
+        if _branches(theirs) != _branches(ours):
+            yield (
+                f"{at} is made of {' and '.join(_branches(ours))}, in the parent of "
+                f"{' and '.join(_branches(theirs))}"
+            )
+            return
         pairs.append((f"{at}.norm_order", theirs["norm_order"], ours["norm_order"]))
         pairs += [
-            (f"{at}.attention.{name}", theirs["attention"][name], ours["attention"][name])
-            for name in _SAME_ATTENTION
+            (f"{at}.{branch}.{name}", theirs[branch][name], ours[branch][name])
+            for branch in _branches(ours)
+            for name in _SAME_BRANCH[branch]
         ]
     for name, theirs, ours in pairs:
         if theirs != ours:
             yield f"{name} ({ours}) must be that of the parent ({theirs})"
 
 
+def _branches(layer: Mapping[str, Any]) -> list[str]:
+    # checkpoints from before there were others lack their names
+    return [name for name in BRANCHES if layer.get(name) is not None]
+
+
 def _unties(layer: Mapping[str, Any]) -> bool:
-    feed_forward = layer["feed_forward"]
-    pools = any(pool["groups"] for pool in feed_forward.get("pools", ()))
-    return pools or max(layer["attention"]["groups"], feed_forward.get("groups", 1)) > 1
+    branches = {name: layer[name] for name in _branches(layer)}
+    mamba = branches.get("mamba", {})
+    counts = [branch.get("groups", 1) for branch in branches.values()]
+    counts += [mamba.get(name, 1) for name in GROUPS]
+    pools = branches.get("feed_forward", {}).get("pools", ())
+    return max(counts) > 1 or any(pool["groups"] for pool in pools)
 
 
 def _origin(

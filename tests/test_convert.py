@@ -9,9 +9,9 @@ import torch
 from exported_models import VOCABULARY, InMemory, export, write
 from public_chameleons import chameleon, logits, meta_shard, write_meta
 from safetensors.torch import load, load_file, save_file
-from tiny_runs import MODELS, SHAPE
+from tiny_runs import MAMBA_SHAPE, MAMBAS, MODELS, SHAPE
 
-from earlyfuse.configs import decoders
+from earlyfuse.configs import decoders, mamba_decoders
 from earlyfuse.configs.catalogue import catalogue
 from earlyfuse.models.modality import Modality, Vocabulary
 from earlyfuse.models.routing.causal import routing
@@ -267,9 +267,9 @@ def test_ids_of_the_released_models_hold_where_metas_files_come_without_a_tokeni
 # ---------------------------------------------------------------- ours
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", [*MODELS, *MAMBAS])
 def test_every_kind_of_model_goes_through_every_format_of_ours(tmp_path, kind):
-    model = export(MODELS[kind](), tmp_path / "ours")
+    model = export((MODELS | MAMBAS)[kind](), tmp_path / "ours")
     convert(tmp_path / "ours", tmp_path / "dcp", "dcp", verify=True)
     convert(tmp_path / "dcp", tmp_path / "back")
     assert_same_files(tmp_path / "back", tmp_path / "ours", "config.json")
@@ -285,7 +285,7 @@ def test_every_kind_of_model_goes_through_every_format_of_ours(tmp_path, kind):
 
 def test_every_config_of_the_catalogue_survives_as_plain_values():
     configs = [make().model_spec.model for make in catalogue().values()]
-    configs += [make() for make in MODELS.values()]
+    configs += [make() for make in (MODELS | MAMBAS).values()]
     for config in configs:
         text = json.dumps(decoder_config.to_dict(config))
         assert decoder_config.from_dict(json.loads(text)) == config
@@ -470,13 +470,37 @@ def test_upcycled_experts_are_copies_and_routers_are_those_of_a_new_model(tmp_pa
             assert torch.equal(pool.router.weight, fresh.router.weight)
 
 
+@pytest.mark.parametrize("kind", ["mamba", "hybrid"])
+def test_what_is_upcycled_to_mixture_of_mamba_computes_what_its_parent_does(kind, tmp_path):
+    dense = {
+        "mamba": mamba_decoders.mamba(MAMBA_SHAPE),
+        "hybrid": mamba_decoders.hybrid(decoders.dense(replace(SHAPE, layers=3)), "ams", untied=()),
+    }
+    parent = export(dense[kind], tmp_path / "dense")
+    convert(tmp_path / "dense", tmp_path / "mixture", upcycle="mixture_of_mamba")
+    child, vocabulary = load_model(tmp_path / "mixture")
+    tokens = TOKENS % 48
+    modality = vocabulary.modality_of(tokens)
+    assert modality.any() and not modality.all()
+    assert child.layers["1"].mamba.in_proj.weight.ndim == 3
+    with torch.no_grad():
+        expected = parent(tokens, modality)
+        torch.testing.assert_close(child(tokens, modality), expected, rtol=0, atol=1e-6)
+        assert torch.equal(child(tokens), parent(tokens)), "of one modality, bit for bit"
+
+
 def test_upcycling_is_refused_where_it_cannot_be(tmp_path):
     export(decoders.dense(SHAPE), tmp_path / "dense")
+    export(MAMBAS["mamba"](), tmp_path / "mamba")
+    export(MAMBAS["mixture_of_mamba"](), tmp_path / "mixture")
     export(MODELS["moma"](), tmp_path / "moma")
     for source, options, words in (
         ("dense", {"upcycle": "4q"}, r"form \('4q'\) must be mot"),
         ("dense", {"upcycle": "4t4i", "verify": True}, "drop one"),
         ("moma", {"upcycle": "4t4i"}, "has experts already"),
+        ("mamba", {"upcycle": "4t4i"}, "4t4i unties feed-forwards, and the parent has none"),
+        ("mixture", {"upcycle": "mixture_of_mamba"}, "the parent has none that is shared"),
+        ("dense", {"upcycle": "mixture_of_mamba"}, "the parent has none that is shared"),
     ):
         with pytest.raises(ValueError, match=words):
             convert(tmp_path / source, tmp_path / "out", **options)

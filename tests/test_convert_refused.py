@@ -144,7 +144,7 @@ HARM = [
         "must hold tensors",
     ),
     # configs
-    ("hf", "config.json", change_json(model_type="mamba"), "'mamba'. must be 'chameleon'"),
+    ("hf", "config.json", change_json(model_type="mamba"), "missing    backbone.embeddings.weight"),
     ("hf", "config.json", change_json(model_type="llama"), "norms on queries and keys"),
     ("hf", "config.json", change_json(model_type=None), "model_type .None. must be 'chameleon'"),
     ("hf", "config.json", change_json(attention_bias=True), "attention_bias .True. must be False"),

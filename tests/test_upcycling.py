@@ -6,17 +6,21 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_runs import SHAPE, SHARES, moma, tiny_config
+from tiny_runs import MAMBA_SHAPE, MAMBAS, SHAPE, SHARES, moma, tiny_config
 from toy import make_data
 
-from earlyfuse.configs import decoders, stages
+from earlyfuse.configs import decoders, mamba_decoders, stages
 from earlyfuse.models.modality import Modality
 from earlyfuse.models.routing.noise import RouterNoise, router_noises
 from earlyfuse.models.upcycle import shapes, upcycle
 from earlyfuse.parallel.start import Seed, Start, load_inherited
 
 DENSE, UNTIED = decoders.dense(SHAPE), decoders.moe_1t1i(SHAPE)
+MAMBA = mamba_decoders.mamba(MAMBA_SHAPE)
 MOT, MIXED = decoders.mixture_of_transformers(SHAPE), decoders.moe(SHAPE, 4, routing_rows=2)
+
+
+ABLATIONS = [["in_proj"], ["x_proj", "dt_proj"], ["out_proj"], mamba_decoders.PROJECTIONS]
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +113,41 @@ def test_a_child_that_routes_every_token_everywhere_is_its_parent(parent, child)
     )
 
 
+@pytest.mark.parametrize("untied", ABLATIONS, ids="+".join)
+@pytest.mark.parametrize("modalities", [MAMBA_SHAPE.modalities, tuple(Modality)], ids=len)
+def test_a_mixture_of_mamba_begins_as_the_dense_mamba_it_grew_out_of(modalities, untied):
+    """Each modality alone bit for bit; mixed but for the order of sums in a kernel."""
+    shape = replace(MAMBA_SHAPE, modalities=modalities)
+    parent = filled(mamba_decoders.mamba(shape))
+    config = mamba_decoders.grown(parent.config, untied)
+    assert config == mamba_decoders.mixture_of_mamba(shape, untied)
+    child = child_of(parent, config)
+    assert all(upcycle(parent.config, config).values()), "nothing is new"
+    tokens_BS = torch.randint(48, (2, 16), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        for modality in modalities:
+            alone_BS = torch.full_like(tokens_BS, modality, dtype=torch.uint8)
+            assert torch.equal(child(tokens_BS, alone_BS), parent(tokens_BS, alone_BS))
+        mixed_BS = (tokens_BS % len(modalities)).to(torch.uint8)
+        expected = parent(tokens_BS, mixed_BS)
+        scale = float(expected.abs().max())
+        torch.testing.assert_close(child(tokens_BS, mixed_BS), expected, rtol=0, atol=1e-6 * scale)
+
+
+def test_a_hybrid_unties_its_mamba_and_then_the_rest():
+    """What is untied in the parent stays with its modality."""
+    dense = decoders.dense(replace(SHAPE, layers=3))
+    parent = filled(mamba_decoders.hybrid(dense, "ams", untied=["in_proj"]))
+    grown = mamba_decoders.grown(parent.config)
+    child = child_of(parent, grown)
+    expected = outputs(parent)
+    scale = float(expected.abs().max())
+    torch.testing.assert_close(outputs(child), expected, rtol=0, atol=1e-6 * scale)
+    again = child_of(child, decoders.grown(grown, "1t1i"))
+    assert again.layers["0"].feed_forward.w1.ndim == 3
+    torch.testing.assert_close(outputs(again), expected, rtol=0, atol=1e-6 * scale)
+
+
 def test_a_seed_grows_into_any_number_of_experts_of_each_modality():
     parent = filled(UNTIED)
     experts = {Modality.TEXT: 3, Modality.IMAGE: 1}
@@ -138,6 +177,36 @@ def test_a_seed_grows_into_any_number_of_experts_of_each_modality():
         (DENSE, decoders.dense(replace(SHAPE, heads=4)), r"attention.heads \(4\) must be .* \(2\)"),
         (DENSE, decoders.dense(replace(SHAPE, norm_order="pre")), "norm_order"),
         (DENSE, decoders.dense(replace(SHAPE, layers=3)), r"layers \(3\)"),
+        (
+            DENSE,
+            MAMBAS["hybrid"](),
+            r"layers \(3\)",
+        ),
+        (
+            decoders.dense(replace(SHAPE, layers=3)),
+            MAMBAS["hybrid"](),
+            r"layers\[1\] is made of mamba and feed_forward, in the parent of attention and feed",
+        ),
+        (
+            MAMBA,
+            DENSE,
+            r"layers\[0\] is made of attention and feed_forward, in the parent of mamba",
+        ),
+        (
+            MAMBA,
+            mamba_decoders.mamba(replace(MAMBA_SHAPE, states=8)),
+            r"layers\[0\].mamba.states \(8\) must be that of the parent \(16\)",
+        ),
+        (
+            MAMBAS["mixture_of_mamba"](),
+            MAMBA,
+            r"in_proj.weight is \(128, 32\), in the parent \(2, 128, 32\)",
+        ),
+        (
+            MAMBAS["mixture_of_mamba"](),
+            replace(MAMBAS["mixture_of_mamba"](), modalities=(0, 2)),
+            r"modalities \(\[0, 2\]\) must be that of the parent \(\[0, 1\]\)",
+        ),
         (
             decoders.moma(SHAPE, dict.fromkeys(SHARES, 3), SHARES, routing_rows=2),
             decoders.moma(SHAPE, dict.fromkeys(SHARES, 4), SHARES, routing_rows=2),
@@ -211,6 +280,21 @@ def test_what_cannot_be_begun_with_is_refused_before_anything_is_written(tmp_pat
         for file in folder.iterdir():
             (copy / file.name).write_bytes(file.read_bytes()[: None if "man" in file.name else -1])
     refused("is damaged: .* bytes instead of", run=str(damaged))
+
+
+def test_a_run_of_mamba_goes_on_as_a_mixture(tmp_path, data):
+    first = run(tiny_config(tmp_path / "dense", data, MAMBA, steps=2))
+    config = tiny_config(tmp_path / "mixture", data, mamba_decoders.grown(MAMBA), steps=1)
+    config.start = Start.Config(run=str(tmp_path / "dense"))
+    second = config.build()
+    seed = config.start.build().find(config.model_spec.model)
+    load_inherited(second.model, upcycle(MAMBA, config.model_spec.model), seed.folder)
+    for name, tensor in second.model.named_parameters():
+        theirs = first.model.get_parameter(name)
+        assert torch.equal(tensor, theirs.expand_as(tensor)), name
+    second.close()
+    third = run(config)
+    assert third.dataloader.lanes[:, -1].tolist() == [2 + 1] * 4
 
 
 def test_a_seed_tells_its_parameters_without_reading_them(seed):

@@ -1,13 +1,15 @@
 """Logits of two folders on the same random tokens, each computed by its own project's means.
 
-Hugging Face folders by transformers; Meta's by attention that turns neighbouring pairs, straight
-from the shards; ours by ``load_model``. In fp32, one model in memory at a time.
+Hugging Face folders by transformers, and so ``mamba_ssm``'s, whose own code needs a GPU; Meta's by
+attention that turns neighbouring pairs, straight from the shards; ours by ``load_model``. In fp32,
+one model in memory at a time.
 
 B rows, S positions, V vocabulary, D width, H width of a head.
 """
 
 from math import lcm
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +17,20 @@ import torch.nn.functional as F
 from earlyfuse.models.blocks.linear import NORM_EPS
 from earlyfuse.models.modality import Vocabulary
 from earlyfuse.models.routing.expert_choice import ExpertChoice
-from earlyfuse.models.state_dicts import load_model, meta, open_model
+from earlyfuse.models.state_dicts import (
+    Opened,
+    huggingface_mamba,
+    load_model,
+    mamba_ssm,
+    meta,
+    open_model,
+)
 from earlyfuse.models.state_dicts.chameleon import Sizes
+from earlyfuse.models.state_dicts.exported import CONFIG, read_json
+from earlyfuse.models.state_dicts.mamba import HEAD, MambaSizes
 from earlyfuse.models.state_dicts.meta_files import MetaShards, shard_files
+from earlyfuse.models.state_dicts.safetensors_files import open_folder
+from earlyfuse.models.state_dicts.torch_files import TorchFiles
 
 SEQ_LEN = 64
 LARGEST_KL = 1e-6  # nats a token, where no type was changed; fp32 in another order gives 1e-9
@@ -54,6 +67,8 @@ def logits_of(folder: Path, tokens_BS: torch.Tensor, vocabulary: Vocabulary) -> 
     opened = open_model(folder)
     if opened.format == "huggingface":
         return _by_transformers(folder, tokens_BS)
+    if opened.format == "mamba_ssm":
+        return _by_transformers_from_mamba_ssm(opened, tokens_BS)
     if opened.format == "meta":
         shards = MetaShards(shard_files(folder))
         return _by_pairs(Sizes.of(opened.config, "Meta's"), shards, tokens_BS)
@@ -61,18 +76,51 @@ def logits_of(folder: Path, tokens_BS: torch.Tensor, vocabulary: Vocabulary) -> 
     return model(tokens_BS, modality_BS=vocabulary.modality_of(tokens_BS))
 
 
-def _by_transformers(folder: Path, tokens_BS: torch.Tensor) -> torch.Tensor:
+def _transformers() -> Any:
     try:
         import transformers
     except ImportError as error:
         raise ValueError(
-            "--verify of a Hugging Face folder needs transformers: pip install transformers"
+            "--verify of a Hugging Face or mamba_ssm folder needs transformers: pip install "
+            "transformers"
         ) from error
+    return transformers
+
+
+def _by_transformers(folder: Path, tokens_BS: torch.Tensor) -> torch.Tensor:
+    transformers = _transformers()
+    if read_json(folder / CONFIG)["model_type"] == huggingface_mamba.MODEL_TYPE:
+        mamba = transformers.MambaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        return mamba(tokens_BS, use_cache=False).logits
     model = transformers.ChameleonForConditionalGeneration.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
     ).eval()
     # before its mask, which takes all image ids away
     return model.lm_head(model.model(input_ids=tokens_BS).last_hidden_state)
+
+
+def _by_transformers_from_mamba_ssm(opened: Opened, tokens_BS: torch.Tensor) -> torch.Tensor:
+    """Both compute the same, and transformers reads the other's names."""
+    transformers = _transformers()
+    sizes = MambaSizes.of(opened.config, "mamba_ssm")
+    weights = opened.folder / mamba_ssm.WEIGHTS
+    found = TorchFiles({"": weights}) if weights.is_file() else open_folder(opened.folder)
+    tensors = {name: found.read(name).float() for name in found.entries}
+    biased = any(name.endswith("conv1d.bias") for name in tensors)
+    config = transformers.MambaConfig(
+        vocab_size=sizes.vocab_size,
+        hidden_size=sizes.dim,
+        intermediate_size=sizes.inner_dim,
+        num_hidden_layers=sizes.layers,
+        state_size=sizes.states,
+        conv_kernel=sizes.conv_width,
+        time_step_rank=sizes.dt_rank,
+        use_conv_bias=biased,
+        tie_word_embeddings=HEAD not in tensors,
+    )
+    model = transformers.MambaForCausalLM(config).eval()
+    model.load_state_dict(tensors, strict=HEAD in tensors)
+    return model(tokens_BS, use_cache=False).logits
 
 
 def _by_pairs(sizes: Sizes, shards: MetaShards, tokens_BS: torch.Tensor) -> torch.Tensor:

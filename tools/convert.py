@@ -1,4 +1,5 @@
-"""Checkpoints between earlyfuse, Hugging Face's Chameleon, Meta's files and DCP.
+"""Checkpoints between earlyfuse, Hugging Face's Chameleon and Mamba, ``mamba_ssm``, Meta's files
+and DCP.
 
 ``python -m earlyfuse.tools.convert SRC DST [--to FORMAT] [--dtype TYPE] [--max-shard-size SIZE]
 [--upcycle FORM] [--verify]``. What SRC is, is recognised. DST is made whole or not at all.
@@ -17,15 +18,23 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from earlyfuse.configs import decoders
+from earlyfuse.configs import decoders, mamba_decoders
 from earlyfuse.data.atomic import sha256_file
 from earlyfuse.data.tokenizers import imports
 from earlyfuse.models.initialise import initialise
 from earlyfuse.models.modality import Modality
-from earlyfuse.models.state_dicts import Opened, huggingface, meta, open_model
+from earlyfuse.models.state_dicts import (
+    Opened,
+    huggingface,
+    huggingface_mamba,
+    mamba_ssm,
+    meta,
+    open_model,
+)
 from earlyfuse.models.state_dicts.chameleon import Sizes
 from earlyfuse.models.state_dicts.dcp_files import write_dcp
 from earlyfuse.models.state_dicts.exported import (
@@ -38,13 +47,21 @@ from earlyfuse.models.state_dicts.exported import (
 )
 from earlyfuse.models.state_dicts.folders import CONSOLIDATE_PARAMS, PARAMS, RUN
 from earlyfuse.models.state_dicts.meta_files import write_shards
-from earlyfuse.models.state_dicts.recipes import Cast, Made, Recipe, Tensors, Together
+from earlyfuse.models.state_dicts.recipes import (
+    Cast,
+    Made,
+    Recipe,
+    Tensors,
+    Together,
+    common_dtype,
+)
 from earlyfuse.models.state_dicts.safetensors_files import (
     SINGLE,
     assign_files,
     write_file,
     write_folder,
 )
+from earlyfuse.models.state_dicts.torch_files import write_torch_file
 from earlyfuse.models.upcycle import upcycle as upcycle_origins
 from earlyfuse.parallel import checkpoint_files
 from earlyfuse.parallel.checkpoint_files import (
@@ -83,11 +100,11 @@ def convert(
     """Convert; returns remarks on what the target format does not hold.
 
     ``dtype`` None keeps the types of the source. ``upcycle``: "1t1i", "mot", "8x", "4t4i" …, what
-    a dense source becomes (``decoders.grown``); its logits are another model's, so not verified.
-    Raises ``ValueError`` before anything is written
-    if SRC is damaged, foreign or not what its config says, if the target format cannot express the
-    model, or ``destination`` is there; and after, with nothing left, if ``verify`` finds other
-    logits.
+    a dense source becomes (``decoders.grown``), or "mixture_of_mamba" (``mamba_decoders.grown``);
+    its logits are another model's, so not verified.
+    Raises ``ValueError`` before anything is written if SRC is damaged, foreign or not what its
+    config says, if the target format cannot express the model, or ``destination`` is there; and
+    after, with nothing left, if ``verify`` finds other logits.
     """
     if destination.exists():
         raise ValueError(f"{destination} is there already; give another DST, or remove it")
@@ -136,17 +153,31 @@ def _to_dcp(opened: Opened, tensors: Tensors, max_shard_bytes: int) -> Target:
 
 
 def _to_huggingface(opened: Opened, tensors: Tensors, max_shard_bytes: int) -> Target:
+    if any(layer.mamba is not None for layer in opened.config.layers):
+        return _to_huggingface_mamba(opened, tensors, max_shard_bytes)
     sizes = Sizes.of(opened.config, "Hugging Face's Chameleon")
     theirs: Tensors = Made(huggingface.export_recipes(sizes), tensors)
-    dtypes = {entry.dtype for entry in theirs.entries.values()}
-    dtype = str(dtypes.pop()).removeprefix("torch.") if len(dtypes) == 1 else None
     carried = opened.carried.get("huggingface")
-    config = huggingface.write_config(sizes, opened.config, opened.vocabulary, carried, dtype)
+    config = huggingface.write_config(
+        sizes, opened.config, opened.vocabulary, carried, common_dtype(theirs)
+    )
     remarks = []
     if opened.vq is None:
         remarks.append("no image tokenizer in it: transformers will make one of random weights")
     else:
         theirs = Together(theirs, opened.vq)
+    return Target(_huggingface_writer(opened, theirs, config, max_shard_bytes), remarks)
+
+
+def _to_huggingface_mamba(opened: Opened, tensors: Tensors, max_shard_bytes: int) -> Target:
+    carried = opened.carried.get("huggingface")
+    theirs, config = huggingface_mamba.export(opened.config, opened.vocabulary, tensors, carried)
+    return Target(_huggingface_writer(opened, theirs, config, max_shard_bytes), [])
+
+
+def _huggingface_writer(
+    opened: Opened, theirs: Tensors, config: dict[str, Any], max_shard_bytes: int
+) -> Callable[[Path], None]:
     files = assign_files(theirs.entries, max_shard_bytes)
 
     def write(folder: Path) -> None:
@@ -157,7 +188,22 @@ def _to_huggingface(opened: Opened, tensors: Tensors, max_shard_bytes: int) -> T
         _copy(opened.files, folder)
         _write_json(folder / CONFIG, config)
 
-    return Target(write, remarks)
+    return write
+
+
+def _to_mamba_ssm(opened: Opened, tensors: Tensors, max_shard_bytes: int) -> Target:
+    carried = opened.carried.get("mamba_ssm")
+    theirs, config, same = mamba_ssm.export(opened.config, tensors, carried)
+
+    def write(folder: Path) -> None:
+        write_torch_file(folder / mamba_ssm.WEIGHTS, theirs, same)
+        _copy(opened.files, folder)
+        _write_json(folder / CONFIG, config)
+        if carried is None:
+            ours = describe(opened.config, opened.vocabulary, {})
+            _write_json(folder / mamba_ssm.OURS, ours)
+
+    return Target(write, [])
 
 
 def _to_meta(opened: Opened, tensors: Tensors, max_shard_bytes: int) -> Target:
@@ -179,6 +225,7 @@ def _to_meta(opened: Opened, tensors: Tensors, max_shard_bytes: int) -> Target:
 TARGETS: dict[str, Callable[[Opened, Tensors, int], Target]] = {
     "earlyfuse": _to_earlyfuse,
     "hf": _to_huggingface,
+    "mamba_ssm": _to_mamba_ssm,
     "meta": _to_meta,
     "dcp": _to_dcp,
 }
@@ -195,7 +242,7 @@ def _write_beside(
         _copy(opened.files, folder / HUGGINGFACE)
     if tokenizers is not None:
         shutil.copytree(tokenizers, folder / TOKENIZERS)
-    elif opened.format in ("huggingface", "meta"):
+    elif opened.format in ("huggingface", "meta", "mamba_ssm"):
         remarks += _import_tokenizers(opened, folder / TOKENIZERS)
     content = describe(opened.config, opened.vocabulary, opened.source)
     if opened.carried:
@@ -227,7 +274,8 @@ def _upcycled(opened: Opened, form: str) -> Opened:
             f"--upcycle {form} unties modalities, and the vocabulary of {opened.folder} has no "
             f"{' and '.join(missing)} codes"
         )
-    child = decoders.grown(parent, form)
+    untied = form == mamba_decoders.FORM
+    child = mamba_decoders.grown(parent) if untied else decoders.grown(parent, form)
     origins = upcycle_origins(parent, child)
     with torch.device("meta"):
         fresh = child.build()
@@ -359,7 +407,8 @@ def shard_bytes(text: str) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="convert",
-        description="Checkpoints of earlyfuse, Hugging Face's Chameleon, Meta's files and DCP.",
+        description="Checkpoints of earlyfuse, Hugging Face's Chameleon and Mamba, mamba_ssm, "
+        "Meta's files and DCP.",
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -368,7 +417,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--to", choices=list(TARGETS), default="earlyfuse", help="format of DST (earlyfuse)")
     add("--dtype", choices=list(DTYPES), help="type of the decoder's tensors (as they are)")
     add("--max-shard-size", default=MAX_SHARD_SIZE, help=f"of safetensors ({MAX_SHARD_SIZE})")
-    add("--upcycle", metavar="FORM", help="make a dense SRC sparse: 1t1i, mot, 8x, 4t4i …")
+    add(
+        "--upcycle",
+        metavar="FORM",
+        help="make a dense SRC sparse: 1t1i, mot, 8x, 4t4i …, mixture_of_mamba",
+    )
     add("--verify", action="store_true", help="compare logits of both on random tokens")
     return parser
 

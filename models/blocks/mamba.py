@@ -21,6 +21,8 @@ from earlyfuse.models.blocks.decoding import Decoding
 from earlyfuse.models.blocks.layout import Layout
 from earlyfuse.models.blocks.linear import Linear
 
+WIDTHS = (2, 3, 4)  # that the kernels of the convolution have
+
 
 class Mamba(Module):
     """x, z = in(h); u = silu(conv(x)); Δ, B, C = x_proj(u); out(scan(u, Δ, B, C) · silu(z)).
@@ -48,7 +50,7 @@ class Mamba(Module):
             for name in ("dim", "inner_dim", "dt_rank", "states", *GROUPS):
                 if getattr(self, name) < 1:
                     raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
-            if self.conv_width not in (2, 3, 4):
+            if self.conv_width not in WIDTHS:
                 raise ValueError(f"conv_width ({self.conv_width}) must be 2, 3 or 4")
 
     def __init__(self, config: Config):

@@ -1,7 +1,7 @@
 """The decoders that Chameleon's formats can express: their sizes, and why others cannot be."""
 
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 
@@ -88,14 +88,21 @@ class Sizes:
 def function_differences(left: Decoder.Config, right: Decoder.Config) -> list[str]:
     """Where two configs describe different functions of the same parameters, or different ones.
 
-    Dropout, first values and the modalities that a run distinguishes do not count.
+    Dropout, first values and the modalities that a run distinguishes do not count, nor does the
+    base of rotary angles where nothing attends.
     """
-    return differences(to_dict(_as_computed(left)), to_dict(_as_computed(right)))
+    return differences(_as_computed(left), _as_computed(right))
 
 
-def _as_computed(config: Decoder.Config) -> Decoder.Config:
-    layers = [replace(layer, dropout=0.0) for layer in config.layers]
-    return replace(config, layers=layers, modalities=(0,), init_std=0.02, seed=0)
+def _as_computed(config: Decoder.Config) -> dict[str, Any]:
+    fields = to_dict(config)
+    for name in ("modalities", "init_std", "seed"):
+        del fields[name]
+    if config.head_dim == 0:
+        del fields["rope_theta"]
+    for layer in fields["layers"]:
+        del layer["dropout"]
+    return fields
 
 
 def _cannot(target: str, reasons: list[str]) -> str:

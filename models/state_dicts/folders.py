@@ -6,7 +6,8 @@ format                           recognised by
 ``run``                          ``run.json`` (its checkpoint completed last is opened)
 ``checkpoint``                   ``.metadata`` of DCP, with our ``config.json``
 ``earlyfuse``                    ``config.json`` with ``format`` "earlyfuse"
-``huggingface``                  ``config.json`` with ``model_type``
+``huggingface``                  ``config.json`` with ``model_type`` "chameleon" or "mamba"
+``mamba_ssm``                    ``config.json`` with ``d_model`` and ``n_layer``
 ``meta``                         ``params.json`` and ``consolidated*.pth``
 ===============================  ==================================================================
 """
@@ -22,7 +23,15 @@ from torchtitan.protocols.module import Module
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.modality import Vocabulary
 from earlyfuse.models.routing.expert_choice import ExpertChoice
-from earlyfuse.models.state_dicts import decoder_config, huggingface, meta, vocabulary_map
+from earlyfuse.models.state_dicts import (
+    decoder_config,
+    huggingface,
+    huggingface_mamba,
+    mamba,
+    mamba_ssm,
+    meta,
+    vocabulary_map,
+)
 from earlyfuse.models.state_dicts.chameleon import function_differences, tensor_shapes
 from earlyfuse.models.state_dicts.dcp_files import METADATA, DcpFolder
 from earlyfuse.models.state_dicts.exported import (
@@ -36,6 +45,7 @@ from earlyfuse.models.state_dicts.exported import (
 from earlyfuse.models.state_dicts.meta_files import MetaShards, shard_files
 from earlyfuse.models.state_dicts.recipes import Made, Recipes, Tensors, check, renamed
 from earlyfuse.models.state_dicts.safetensors_files import SafetensorsFiles, open_folder
+from earlyfuse.models.state_dicts.torch_files import TorchFiles
 
 RUN, PARAMS, CONSOLIDATE_PARAMS = "run.json", "params.json", "consolidate_params.json"
 _TEXT_TOKENIZER = "text_tokenizer.json"  # Meta's: in the model's folder, or tokenizer/ beside it
@@ -86,13 +96,20 @@ def open_model(folder: str | Path) -> Opened:
         return _checkpoint(folder)
     if (folder / CONFIG).is_file():
         raw = read_json(folder / CONFIG)
-        return _exported(folder, raw) if raw.get("format") == FORMAT else _huggingface(folder, raw)
+        if raw.get("format") == FORMAT:
+            return _exported(folder, raw)
+        if mamba_ssm.is_config(raw):
+            return _mamba_ssm(folder, raw)
+        if raw.get("model_type") == huggingface_mamba.MODEL_TYPE:
+            return _huggingface_mamba(folder, raw)
+        return _huggingface(folder, raw)
     if (folder / PARAMS).is_file():
         return _meta(folder)
     names = sorted(path.name for path in folder.iterdir())[:8] if folder.is_dir() else "no folder"
     raise ValueError(
         f"{folder} ({names}) must hold a model: config.json with safetensors (ours, or Hugging "
-        f"Face's), {PARAMS} with consolidated.*.pth (Meta's), a run ({RUN}) or a checkpoint of it"
+        f"Face's) or {mamba_ssm.WEIGHTS} (mamba_ssm's), {PARAMS} with consolidated.*.pth (Meta's), "
+        f"a run ({RUN}) or a checkpoint of it"
     )
 
 
@@ -163,6 +180,78 @@ def _huggingface(folder: Path, raw: dict[str, Any]) -> Opened:
     )
 
 
+def _huggingface_mamba(folder: Path, raw: dict[str, Any]) -> Opened:
+    config, vocabulary = huggingface_mamba.read_config(raw)
+    found = open_folder(folder)
+    names = (huggingface_mamba.EMBEDDINGS, huggingface_mamba.OLD_EMBEDDINGS)
+    old = mamba.name_of(mamba.EMBEDDING, names[1]) in found.entries
+    return _mamba(
+        "huggingface",
+        folder,
+        raw,
+        found,
+        config,
+        vocabulary,
+        embedding=names[old],
+        tied=huggingface_mamba.is_tied(raw),
+        conv_bias=huggingface_mamba.has_conv_bias(raw),
+        ours=huggingface_mamba.OURS in raw,
+    )
+
+
+def _mamba_ssm(folder: Path, raw: dict[str, Any]) -> Opened:
+    config, vocabulary, remark = mamba_ssm.read_config(raw)
+    path = folder / mamba_ssm.WEIGHTS
+    found: Tensors = TorchFiles({"": path}) if path.is_file() else open_folder(folder)
+    beside = folder / mamba_ssm.OURS
+    if beside.is_file():
+        written, vocabulary, _ = read_description(read_json(beside), beside)
+        config, remark = mamba.agreed(written, config, str(folder / CONFIG)), ""
+    opened = _mamba(
+        "mamba_ssm",
+        folder,
+        raw,
+        found,
+        config,
+        vocabulary,
+        embedding=mamba_ssm.EMBEDDING,
+        tied=raw.get("tie_embeddings", True),
+        conv_bias=mamba_ssm.has_conv_bias(raw),
+        ours=beside.is_file(),
+    )
+    return replace(opened, remark=remark)
+
+
+def _mamba(
+    kind: str,
+    folder: Path,
+    raw: dict[str, Any],
+    found: Tensors,
+    config: Decoder.Config,
+    vocabulary: Vocabulary,
+    *,
+    embedding: str,
+    tied: bool,
+    conv_bias: bool,
+    ours: bool,
+) -> Opened:
+    mamba.refuse_mamba_2(found.entries, str(folder))
+    recipes = mamba.import_recipes(
+        config, found.entries, embedding=embedding, tied=tied, conv_bias=conv_bias
+    )
+    check(recipes, found.entries, str(folder))
+    return Opened(
+        format=kind,
+        folder=folder,
+        config=config,
+        vocabulary=vocabulary,
+        tensors=Made(recipes, found),
+        source={"format": kind},
+        carried={} if ours else {kind: raw},
+        files=[folder / name for name in HUGGINGFACE_FILES if (folder / name).is_file()],
+    )
+
+
 def _meta(folder: Path) -> Opened:
     files = shard_files(folder)
     if not files:
@@ -215,7 +304,8 @@ def load_model(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
 ) -> tuple[Decoder, Vocabulary]:
-    """The model of an exported folder, run, checkpoint, or folder of Hugging Face's or Meta's.
+    """The model of an exported folder, run, checkpoint, or folder of Hugging Face's, Meta's or
+    ``mamba_ssm``'s.
 
     Returns it in evaluation mode, and its vocabulary. ``model(tokens_BS, modality_BS=…,
     positions_BS=…)`` gives logits (B, S, V); ``vocabulary.modality_of(tokens_BS)`` the modalities.

@@ -11,7 +11,7 @@ from typing import Any
 from earlyfuse.models.blocks.linear import NORM_EPS
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.modality import Modality, Vocabulary
-from earlyfuse.models.state_dicts import decoder_config
+from earlyfuse.models.state_dicts import decoder_config, huggingface_mamba
 from earlyfuse.models.state_dicts.chameleon import Sizes, function_differences, tensor_shapes
 from earlyfuse.models.state_dicts.recipes import Recipe, renamed
 from earlyfuse.models.state_dicts.vocabulary_map import from_vocabulary, to_vocabulary
@@ -121,8 +121,11 @@ def refuse_unknown(raw: dict[str, Any]) -> None:
     found = raw.get("model_type")
     if found != MODEL_TYPE:
         raise ValueError(
-            f"config.json: model_type ({found!r}) must be {MODEL_TYPE!r}; other architectures are "
-            "not converted: they lack Chameleon's norms on queries and keys, or its attention"
+            f"config.json: model_type ({found!r}) must be {MODEL_TYPE!r} or "
+            f"{huggingface_mamba.MODEL_TYPE!r}; other architectures are not converted: "
+            + huggingface_mamba.RELATIVES.get(
+                str(found), "they lack Chameleon's norms on queries and keys, or its attention"
+            )
         )
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     wanted = {

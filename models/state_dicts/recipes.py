@@ -102,6 +102,12 @@ class Cast:
         return self.source.read(name).to(self.entries[name].dtype)
 
 
+def common_dtype(tensors: Tensors) -> str | None:
+    """The type of all ``tensors``, as "bfloat16"; None if there are several."""
+    dtypes = {entry.dtype for entry in tensors.entries.values()}
+    return str(dtypes.pop()).removeprefix("torch.") if len(dtypes) == 1 else None
+
+
 class Together:
     """The tensors of two sources; no name is in both."""
 
@@ -117,10 +123,21 @@ class Together:
 def check(
     recipes: Recipes, entries: Mapping[str, Entry], where: str, ignored: Iterable[str] = ()
 ) -> None:
-    """``ValueError`` with every key that is missing, unexpected or mis-shaped, or no floating-point
-    number, if there is any.
+    """``ValueError`` with all ``wrong_keys`` if there are any. ``where`` names the source."""
+    if lines := wrong_keys(recipes, entries, ignored):
+        listing = "\n  ".join(lines)
+        raise ValueError(
+            f"{where} is not the model that its config describes; {len(lines)} of its keys are "
+            f"wrong:\n  {listing}\nCorrect the config or complete the files"
+        )
 
-    ``where`` names the source in the message; ``ignored`` are keys that may be there unused.
+
+def wrong_keys(
+    recipes: Recipes, entries: Mapping[str, Entry], ignored: Iterable[str] = ()
+) -> list[str]:
+    """A line for every key that is missing, unexpected or mis-shaped, or no floating-point number.
+
+    ``ignored`` are keys that may be there unused.
     """
     wanted = {name: shape for recipe in recipes.values() for name, shape in recipe.sources}
     unexpected = set(entries) - set(wanted) - set(ignored)
@@ -133,9 +150,4 @@ def check(
             lines.append(f"mis-shaped {name}: {entries[name].shape} instead of {shape}")
         elif not entries[name].dtype.is_floating_point:
             lines.append(f"mis-typed  {name}: {entries[name].dtype} instead of floating point")
-    if lines:
-        listing = "\n  ".join(lines)
-        raise ValueError(
-            f"{where} is not the model that its config describes; {len(lines)} of its keys are "
-            f"wrong:\n  {listing}\nCorrect the config or complete the files"
-        )
+    return lines
