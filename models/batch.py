@@ -52,3 +52,7 @@ class MixedBatch:
     def slice(self, start: int, stop: int) -> "MixedBatch":
         """Rows ``start … stop-1``."""
         return MixedBatch(**{name: tensor[start:stop] for name, tensor in self.tensors().items()})
+
+    def part(self, positions: slice) -> "MixedBatch":
+        """These positions of every row; views."""
+        return MixedBatch(**{name: tensor[:, positions] for name, tensor in self.tensors().items()})
