@@ -3,6 +3,7 @@
 B rows, S positions in a row, P numbers in a continuous patch.
 """
 
+import builtins
 from dataclasses import dataclass, fields
 
 import torch
@@ -53,6 +54,6 @@ class MixedBatch:
         """Rows ``start … stop-1``."""
         return MixedBatch(**{name: tensor[start:stop] for name, tensor in self.tensors().items()})
 
-    def part(self, positions: slice) -> "MixedBatch":
+    def part(self, positions: builtins.slice) -> "MixedBatch":
         """These positions of every row; views."""
         return MixedBatch(**{name: tensor[:, positions] for name, tensor in self.tensors().items()})

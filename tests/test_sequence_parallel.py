@@ -12,8 +12,10 @@ import pytest
 import sequence_ranks
 import torch
 from sequence_ranks import LENGTHS, NAMES, RANKS
-from tiny_runs import MAMBA_SHAPE
+from test_mamba import loud
+from tiny_runs import MAMBA_SHAPE, MAMBAS
 
+from earlyfuse.models.blocks.decoding import Decoding
 from earlyfuse.models.blocks.layout import attention_mask
 
 TOLERANCE = 2e-5  # in the whole model, with a scan made to matter; measured: 8e-6
@@ -58,6 +60,25 @@ def test_attention_sends_keys_and_values_of_its_row_once_each_way(ranks):
         keys_and_values = length * 2 * 32 * 4
         assert [size for _, _, size in calls] == [keys_and_values] * 4  # two layers
         assert [kind for kind, _, _ in calls] == ["all_gather"] * 2 + ["reduce_scatter"] * 2
+
+
+class Elsewhere:
+    """The second half of a row, whose first half cannot be reached."""
+
+    index, parts = 1, 2
+
+
+def test_documents_are_written_whole_on_every_rank():
+    model = MAMBAS["hybrid"]().build()
+    model.init_states()
+    loud(model)
+    tokens, positions = torch.arange(12).view(2, 6), torch.arange(6).expand(2, -1)
+    expected = model(tokens)[:, -1:]
+    model.row_part = Elsewhere()
+    decoding = Decoding(2, slots=6)
+    decoding.expect(torch.tensor([6, 6]), 6)
+    found = model(tokens, None, positions, decoding=decoding)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 def test_the_mask_of_a_part_is_its_rows_of_the_whole_mask():
