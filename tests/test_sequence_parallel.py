@@ -16,7 +16,7 @@ from test_mamba import loud
 from tiny_runs import MAMBA_SHAPE, MAMBAS
 
 from earlyfuse.models.blocks.decoding import Decoding
-from earlyfuse.models.blocks.layout import attention_mask
+from earlyfuse.models.blocks.layout import Layout, attention_mask
 
 TOLERANCE = 2e-5  # in the whole model, with a scan made to matter; measured: 8e-6
 
@@ -79,6 +79,17 @@ def test_documents_are_written_whole_on_every_rank():
     decoding.expect(torch.tensor([6, 6]), 6)
     found = model(tokens, None, positions, decoding=decoding)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_a_token_keeps_its_place_in_the_global_batch():
+    positions, rows = torch.arange(8).expand(2, -1), torch.tensor([5, 3])
+
+    def places(part: slice, **options) -> torch.Tensor:
+        here = positions[:, part]
+        layout = Layout.build(torch.zeros_like(here), here, (0, 1), 0, 1e4, rows, **options)
+        return layout.place_T.view(2, -1)
+
+    assert places(slice(4, 8), row_part=Elsewhere()).equal(places(slice(0, 8))[:, 4:])
 
 
 def test_the_mask_of_a_part_is_its_rows_of_the_whole_mask():
