@@ -3,6 +3,7 @@
 B rows, S positions in a row, P numbers in a continuous patch.
 """
 
+import builtins
 from dataclasses import dataclass, fields
 
 import torch
@@ -52,3 +53,7 @@ class MixedBatch:
     def slice(self, start: int, stop: int) -> "MixedBatch":
         """Rows ``start … stop-1``."""
         return MixedBatch(**{name: tensor[start:stop] for name, tensor in self.tensors().items()})
+
+    def part(self, positions: builtins.slice) -> "MixedBatch":
+        """These positions of every row; views."""
+        return MixedBatch(**{name: tensor[:, positions] for name, tensor in self.tensors().items()})

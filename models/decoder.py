@@ -26,6 +26,7 @@ from earlyfuse.models.blocks.held import held
 from earlyfuse.models.blocks.layout import Layout
 from earlyfuse.models.blocks.linear import RMSNorm
 from earlyfuse.models.blocks.mamba import GROUPS, Mamba
+from earlyfuse.models.blocks.row_part import RowPart, WholeRow
 from earlyfuse.models.initialise import initialise
 
 # of hidden states (T, D) and the head's weight (V, D): what an objective wants in place of logits;
@@ -161,6 +162,7 @@ class Decoder(BaseModel):
         super().__init__()
         self.config = config
         self.recording = False  # statistics of the last block's outputs
+        self.row_part: RowPart = WholeRow()
         sizes = {"dim": config.dim, "vocab_size": config.vocab_size}
         self.tok_embeddings: Embedding | None = Embedding.Config(**sizes).build()
         # by index, so that a block keeps its name wherever it is held
@@ -217,6 +219,7 @@ class Decoder(BaseModel):
             config.rope_theta,
             row_B,
             decoding,
+            self.row_part,
         )
         x_TD = tokens_BS
         if self.tok_embeddings is not None:

@@ -96,8 +96,9 @@ class DataSet(Configurable):
                 f"({training.local_batch_size}) must be at "
                 f"least 1, seq_len ({training.seq_len}) at least 2"
             )
-        # ranks of one tensor-parallel group, and of one pipeline, share their rows
+        # ranks of one tensor- or sequence-parallel group, and of one pipeline, share their rows
         ranks = int(os.environ.get("WORLD_SIZE", "1")) // config.parallelism.tensor_parallel_degree
+        ranks //= config.parallelism.context_parallel_degree
         ranks //= config.parallelism.pipeline_parallel_degree
         rows = training.local_batch_size * ranks
         if training.global_batch_size < 0:

@@ -161,7 +161,7 @@ def _saved(
     ac_config: ActivationCheckpointing.Config | None,
 ) -> tuple[int, int]:
     """Elements per token that autograd keeps of blocks, and of one more while it is recomputed."""
-    saved = [saved_per_token(layer, training, dims.tp) for layer in layers]
+    saved = [saved_per_token(layer, training, dims.tp, dims.cp) for layer in layers]
     if isinstance(ac_config, FullAC.Config):  # inputs of all blocks
         return sum(layer.dim for layer in layers), max(saved)
     if isinstance(ac_config, SelectiveAC.Config):
@@ -169,36 +169,43 @@ def _saved(
     return sum(saved), 0
 
 
-def saved_per_token(layer: Block.Config, training: TrainingConfig, tensor_ranks: int = 1) -> int:
-    """Elements per token that autograd keeps of one block, its branches' norms included.
+def saved_per_token(
+    layer: Block.Config, training: TrainingConfig, tensor_ranks: int = 1, parts: int = 1
+) -> int:
+    """Elements per token that autograd keeps of one block, its branches' norms included; on the
+    rank that has the last of the ``parts`` of each row. ``training.seq_len`` is that of a part.
 
     A norm: its input and the normed input, untied also the gains of each token.
     """
     saved = 0
     if layer.attention is not None:
-        saved += _saved_by_attention(layer.attention, tensor_ranks)
+        saved += _saved_by_attention(layer.attention, tensor_ranks, parts)
     if layer.mamba is not None:
-        saved += _saved_by_mamba(layer.mamba, training)
+        saved += _saved_by_mamba(layer.mamba, training, parts)
     if layer.feed_forward is not None:
         saved += _saved_by_feed_forward(layer.feed_forward, training, tensor_ranks)
     return saved + (2 + (layer.norm_groups > 1)) * len(layer.branches) * layer.dim
 
 
-def _saved_by_attention(config: Attention.Config, tensor_ranks: int) -> int:
-    """Its input; q and k before and after their norm, and rotated; v; the output, twice."""
+def _saved_by_attention(config: Attention.Config, tensor_ranks: int, parts: int) -> int:
+    """Its input; q and k before and after their norm, and rotated; v; the output, twice; rotated k
+    and v of the other parts too.
+    """
     width = config.heads * config.head_dim // tensor_ranks
     kv_width = config.kv_heads * config.head_dim // tensor_ranks
     normed = 2 if config.qk_norm else 0  # before and after; rotated are counted always
     per_projection = 1 + normed + (config.groups > 1 and config.qk_norm)
-    return per_projection * (width + kv_width) + kv_width + 2 * width
+    others = 2 * (parts - 1) * kv_width
+    return per_projection * (width + kv_width) + kv_width + 2 * width + others
 
 
-def _saved_by_mamba(config: Mamba.Config, training: TrainingConfig) -> int:
+def _saved_by_mamba(config: Mamba.Config, training: TrainingConfig, parts: int) -> int:
     """x and z, u, step sizes, the gated output; what x_proj selects; in fp32, the states before
-    each chunk.
+    each chunk, and what other parts leave of a state.
     """
     wide = FP32 // TORCH_DTYPE_MAP[training.mixed_precision_param].itemsize
-    states = wide * config.inner_dim * config.states * count_chunks(training.seq_len)
+    kept = count_chunks(training.seq_len) + parts - 1
+    states = wide * config.inner_dim * config.states * kept
     selected = config.dt_rank + 2 * config.states
     return 5 * config.inner_dim + selected + states // training.seq_len
 

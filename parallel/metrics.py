@@ -61,7 +61,7 @@ class RunMetrics(MetricsProcessor):
     def log_step(self, step: int, metrics: dict[str, Any]) -> None:
         """Write one training step's metrics with throughput since the last call; on every rank."""
         elapsed = time.perf_counter() - self.time_last_log
-        # ranks of one tensor-parallel group share their tokens
+        # ranks of one tensor- or sequence-parallel group have read the same tokens
         dims = self.parallel_dims
         tokens_per_second = self.ntokens_since_last_log / elapsed / dims.non_data_parallel_size
         data_wait = sum(self.data_loading_times)

@@ -169,10 +169,14 @@ def rank_stages(parallelism: ParallelismConfig, rank: int) -> range:
 
 
 def microbatch(parallelism: ParallelismConfig, training: TrainingConfig) -> TrainingConfig:
-    """``training`` with the rows that a stage takes at once as its local batch."""
-    if parallelism.pipeline_parallel_degree == 1:
-        return training
-    return replace(training, local_batch_size=parallelism.pipeline_parallel_microbatch_size)
+    """``training`` with what a rank takes at once: the rows that a stage does as its local batch,
+    the positions of a row that it has as the sequence length.
+    """
+    rows = training.local_batch_size
+    if parallelism.pipeline_parallel_degree > 1:
+        rows = parallelism.pipeline_parallel_microbatch_size
+    positions = training.seq_len // parallelism.context_parallel_degree
+    return replace(training, local_batch_size=rows, seq_len=positions)
 
 
 # ---------------------------------------------------------------- what cannot be cut

@@ -3,7 +3,8 @@
 0. pipeline parallelism — before all this, ``parallel/pipeline.py`` cuts the model into stages; each
    goes through the plan by itself;
 1. tensor parallelism and expert parallelism — cut the parameters themselves, so everything after
-   works on what a rank holds;
+   works on what a rank holds; sequence parallelism — the model is told which part of each row it
+   gets, its parameters stay whole, and FSDP shards them over these ranks too;
 2. activation checkpointing — wraps blocks before they are compiled, so that compile sees the
    recomputation;
 3. compile — per block, so that all layers share one graph;
@@ -50,6 +51,7 @@ from earlyfuse.parallel.compat import reduce_with_plain_sums
 from earlyfuse.parallel.expert_parallel import spread_experts
 from earlyfuse.parallel.pipeline import pipeline_problems
 from earlyfuse.parallel.recompute import checkpoint_activations
+from earlyfuse.parallel.sequence_parallel import PartOverRanks, context_problems
 from earlyfuse.parallel.tensor_parallel import cut_tensors
 
 
@@ -68,6 +70,8 @@ def parallelize(
         cut_tensors(model, parallel_dims.get_mesh("tp"))
     if parallel_dims.ep_enabled:
         spread_experts(model, parallel_dims.get_mesh("ep"))
+    if parallel_dims.cp_enabled:
+        model.row_part = PartOverRanks(parallel_dims.get_mesh("cp"))
     if ac_config is not None:
         checkpoint_activations(model, ac_config, dump_folder)
     if compile_config.enable and "model" in compile_config.components:
@@ -93,6 +97,8 @@ def check_parallelism(
         )
     for problem in pipeline_problems(parallelism, training, model):
         raise ValueError(f"parallelism.{problem}")
+    for problem in context_problems(parallelism, training, model):
+        raise ValueError(f"parallelism.{problem}")
     for rule in (_unsupported, _ranks, _tensor, _experts):
         for problem in rule(parallelism, model):
             raise ValueError(f"parallelism.{problem}")
@@ -102,11 +108,6 @@ def check_parallelism(
 
 
 def _unsupported(parallelism: ParallelismConfig, model: Decoder.Config) -> Iterator[str]:
-    if parallelism.context_parallel_degree != 1:
-        yield (
-            f"context_parallel_degree ({parallelism.context_parallel_degree}) must be 1: attention "
-            "over sequences cut across ranks is not there; use tensor_parallel_degree for long rows"
-        )
     if parallelism.spmd_backend != "partial_dtensor":
         yield (
             f"spmd_backend ({parallelism.spmd_backend}) must be partial_dtensor: the others do not "
@@ -127,14 +128,14 @@ def _ranks(parallelism: ParallelismConfig, model: Decoder.Config) -> Iterator[st
         parallelism.data_parallel_replicate_degree,
     )
     tensor, experts = parallelism.tensor_parallel_degree, parallelism.expert_parallel_degree
-    pipeline = parallelism.pipeline_parallel_degree
-    fixed = replicate * tensor * pipeline * max(shard, 1)
+    pipeline, context = parallelism.pipeline_parallel_degree, parallelism.context_parallel_degree
+    fixed = replicate * tensor * pipeline * context * max(shard, 1)
     if ranks % fixed or (shard > 0 and ranks != fixed):
         yield (
             f"data_parallel_replicate_degree ({replicate}) x data_parallel_shard_degree ({shard}; "
             f"-1: all that is left) x pipeline_parallel_degree ({pipeline}) x "
-            f"tensor_parallel_degree ({tensor}) must make up the {ranks} ranks of the job; change "
-            "one of them or the number of ranks"
+            f"context_parallel_degree ({context}) x tensor_parallel_degree ({tensor}) must make up "
+            f"the {ranks} ranks of the job; change one of them or the number of ranks"
         )
     sharded = ranks // (replicate * tensor * pipeline)
     if sharded % experts:

@@ -9,7 +9,7 @@ The answer is never in the input, so look-ahead in routing cannot give it away.
 import base64
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from operator import eq
 from pathlib import Path
 
@@ -29,13 +29,15 @@ PROMPT_SHARE = 0.25
 
 @dataclass(frozen=True)
 class Ranks:
-    """Data ranks that share the rows of a batch; ``sum`` adds a host tensor up over them, and over
-    the stages of a pipeline, of which the last alone has answers.
+    """Data ranks that share the rows of a batch; ``sum`` adds a host tensor up over them, over the
+    ranks that have other positions of these rows, and over the stages of a pipeline, of which the
+    last alone has answers. ``positions``: those of each row that are here.
     """
 
     rank: int = 0
     count: int = 1
     sum: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor
+    positions: slice = field(default_factory=lambda: slice(None))
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,8 @@ class Task:
         batches: list[MixedBatch],
         ranks: Ranks,
     ) -> Iterator[tuple[int, torch.Tensor]]:
-        """Number of each prompt in this rank's rows, and the logits (V,) after it; none where the
-        last stage is not.
+        """Number of each prompt that ends in this rank's part of its rows, and the logits (V,)
+        after it; none where the last stage is not.
         """
         device = next(model.parameters()).device
         rows, seq_len = batches[0].tokens_BS.shape
@@ -100,15 +102,17 @@ class Task:
             )
         per_row = max(1, int(PROMPT_SHARE * seq_len / longest))
         own = per_row * rows
+        here = range(seq_len)[ranks.positions]
         for number, start in enumerate(range(0, len(prompts), own * ranks.count)):
             first = start + ranks.rank * own
             batch, ends = self._overlay(
                 prompts[first : first + own], batches[number % len(batches)], per_row
             )
-            batch = batch.to(device)
+            batch = batch.part(ranks.positions).to(device)
             logits_BSV = model(batch.tokens_BS, batch.modality_BS, batch.positions_BS)
             for at, (row, end) in enumerate(ends if logits_BSV is not None else (), start=first):
-                yield at, logits_BSV[row, end]
+                if end in here:
+                    yield at, logits_BSV[row, end - here.start]
 
     def _overlay(
         self, prompts: list[list[int]], batch: MixedBatch, per_row: int

@@ -18,6 +18,12 @@ expert rows            all_to_all      expert parallel: (R, D) of every pool, to
                                        back, forward and backward
 expert counts          all_gather      expert parallel, token choice or exact budgets: rows of each
                                        expert on each rank, int64
+keys and values        all_gather,     sequence parallel: (B, S, 2K, H) of the row, forward; their
+                       reduce_scatter  gradients, backward
+conv halo              all_gather,     sequence parallel: (B, V, I) of each rank, forward; their
+                       reduce_scatter  gradients, backward
+scan states            all_gather      sequence parallel: two fp32 (B, I, N) of each rank forward,
+                                       one backward, whatever the length of rows
 stage activations      receive         pipeline: (T, D) from the stage before, forward
 stage gradients        receive         pipeline: (T, D) from the stage after, backward
 =====================  ==============  ============================================================
@@ -35,7 +41,8 @@ gradients travels once for each. Its ranks differ.
 The head exchanges a chunk of tokens at a time, as large as on a GPU; on a CPU, the same bytes in
 smaller chunks.
 
-T tokens of a micro-batch on one rank, R routed rows of a pool, D width.
+T tokens of a micro-batch on one rank, R routed rows of a pool, D width; B rows, S positions of a
+row, K key/value heads of width H, I inner width, N states, V inputs before of a Mamba block.
 """
 
 from collections import Counter
@@ -52,7 +59,9 @@ from torchtitan.distributed.activation_checkpoint import (
 )
 
 from earlyfuse.kernels.linear_cross_entropy.chunked import chunk_tokens
+from earlyfuse.models.blocks.attention import Attention
 from earlyfuse.models.blocks.experts import ExpertPool, MixtureOfExperts
+from earlyfuse.models.blocks.mamba import Mamba
 from earlyfuse.models.decoder import Block, Decoder
 from earlyfuse.models.routing.expert_choice import static_budget
 from earlyfuse.models.routing.token_choice import TokenChoice
@@ -196,6 +205,10 @@ def _stage(
         yield Call("stage gradients", "receive", "pp", activations)
     for layer in (model.layers[block] for block in blocks):
         yield from _split_regions(layer, training, activations, sum_forwards)
+        if layer.attention is not None:
+            yield from _row_of_attention(layer.attention, training, dims, sum_forwards)
+        if layer.mamba is not None:
+            yield from _row_of_mamba(layer.mamba, training, dims, sum_forwards)
         if isinstance(layer.feed_forward, MixtureOfExperts.Config):
             for pool in layer.feed_forward.pools:
                 rows = routed_rows(pool, training)
@@ -221,6 +234,33 @@ def _split_regions(
         yield Call("split activations", "all_reduce", "tp", activations)
     for pool in pools:
         yield Call("split activations", "all_reduce", "tp", routed_rows(pool, training) * FP32)
+
+
+def _row_of_attention(
+    attention: Attention.Config, training: TrainingConfig, dims: ParallelDims, forwards: int
+) -> Iterator[Call]:
+    """What it needs of the other parts of its rows; ``training`` is of one part."""
+    tokens = dims.cp * training.local_batch_size * training.seq_len
+    dtype = TORCH_DTYPE_MAP[training.mixed_precision_param]
+    size = tokens * 2 * attention.kv_heads * attention.head_dim * dtype.itemsize
+    for _ in range(forwards):
+        yield Call("keys and values", "all_gather", "cp", size)
+    yield Call("keys and values", "reduce_scatter", "cp", size)
+
+
+def _row_of_mamba(
+    mamba: Mamba.Config, training: TrainingConfig, dims: ParallelDims, forwards: int
+) -> Iterator[Call]:
+    """Likewise."""
+    channels = dims.cp * training.local_batch_size * mamba.inner_dim
+    dtype = TORCH_DTYPE_MAP[training.mixed_precision_param]
+    halo = channels * min(mamba.conv_width - 1, training.seq_len) * dtype.itemsize
+    states = channels * mamba.states * FP32
+    for _ in range(forwards):
+        yield Call("conv halo", "all_gather", "cp", halo)
+        yield Call("scan states", "all_gather", "cp", 2 * states)
+    yield Call("scan states", "all_gather", "cp", states)
+    yield Call("conv halo", "reduce_scatter", "cp", halo)
 
 
 def _is_static(pool: ExpertPool.Config) -> bool:

@@ -36,6 +36,7 @@ from earlyfuse.parallel.pipeline import Pipeline
 from earlyfuse.parallel.plan import check_parallelism
 from earlyfuse.parallel.sampler import Sampler
 from earlyfuse.parallel.schedule import LearningRate
+from earlyfuse.parallel.sequence_parallel import positions_here
 from earlyfuse.parallel.skip import SkipRule
 from earlyfuse.parallel.start import Start
 from earlyfuse.parallel.totals import (
@@ -113,8 +114,10 @@ class Trainer(titan.Trainer):
         )
         self.model: Decoder | Pipeline = self.pp_schedule if pipelined else self.model_parts[0]
         self.sampler = config.sampler.build(model=self.model, seq_len=config.training.seq_len)
+        # ranks of one sequence-parallel group read the same rows, each its own positions of them
+        self.positions = positions_here(self.parallel_dims, config.training.seq_len)
         # ranks of one tensor-parallel group compute the same sums, and those of one pipeline read
-        # the same rows: one of them counts
+        # the same positions: one of them counts
         self._counts_sums = self._is_first_along("tp")
         self._counts_rows = self._counts_sums and self._is_first_along("pp")
         self.statistics = router_statistics(self.model_parts, model, self.device)
@@ -172,7 +175,8 @@ class Trainer(titan.Trainer):
 
         together = self.num_pipeline_parallel_microbatches
         microbatches = [
-            next(data_iterator) for _ in range(self.gradient_accumulation_steps * together)
+            self._part(*next(data_iterator))
+            for _ in range(self.gradient_accumulation_steps * together)
         ]
         self.watchdog.enter(self.step, Phase.FORWARD_BACKWARD)
         counts = self._global_counts(microbatches)
@@ -205,6 +209,14 @@ class Trainer(titan.Trainer):
         self.stopping = totals.asked_to_stop > 0
         if logging:
             self._log(totals, learning_rate)
+
+    def _part(self, inputs: dict[str, torch.Tensor], labels_BS: torch.Tensor) -> Microbatch:
+        """What this rank has of a micro-batch: ``row_B`` is of whole rows."""
+        here = {
+            name: tensor if name == "row_B" else tensor[:, self.positions]
+            for name, tensor in inputs.items()
+        }
+        return here, labels_BS[:, self.positions]
 
     def _forward_backward(
         self, microbatches: list[Microbatch], global_labels: torch.Tensor

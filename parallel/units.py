@@ -61,9 +61,10 @@ def accumulation(training: TrainingConfig, dims: ParallelDims) -> int:
 
 def axis_ranks(dims: ParallelDims, axis: str) -> int:
     """Ranks in one group along a mesh axis."""
+    sharded = dims.dp_shard * dims.cp
     if axis == "efsdp":
-        return dims.dp_shard * dims.tp // dims.ep
-    return dims.dp_shard if axis == "fsdp" else int(getattr(dims, axis))
+        return sharded * dims.tp // dims.ep
+    return sharded if axis == "fsdp" else int(getattr(dims, axis))
 
 
 def fsdp_units(

@@ -28,6 +28,7 @@ from earlyfuse.models.routing.causal import routing
 from earlyfuse.models.routing.expert_choice import ExpertChoice
 from earlyfuse.models.routing.statistics import CausalStats
 from earlyfuse.parallel.pipeline import Pipeline
+from earlyfuse.parallel.sequence_parallel import positions_here
 from earlyfuse.parallel.tasks import Ranks, Task, load_tasks
 from earlyfuse.parallel.torchtitan_run import Validator
 from earlyfuse.parallel.totals import router_load
@@ -84,8 +85,10 @@ class Validation(Validator):
         self.batches = validation_batches(
             blend, seq_len, config.batch_rows, config.max_batches, dp_rank, dp_world_size
         )
+        positions = positions_here(parallel_dims, seq_len)
+        self.parts = [batch.part(positions) for batch in self.batches]  # what this rank has of them
         self.unigram = self._unigram_entropy(blend.vocabulary)
-        self.ranks = Ranks(dp_rank, dp_world_size, self._sum_answers)
+        self.ranks = Ranks(dp_rank, dp_world_size, self._sum_answers, positions)
         self.causal_statistics: dict[str, CausalStats] = {}  # of the model; set by the trainer
         self.tasks: list[Task] = load_tasks(Path(config.data_folder)) if config.tasks else []
 
@@ -125,7 +128,7 @@ class Validation(Validator):
         """``name``, and ``name``/modality for those that have labels: nats per label."""
         device = next(model.parameters()).device
         sums_2M = torch.zeros(2, MODALITIES, dtype=torch.float64, device=device)
-        for batch in self.batches:
+        for batch in self.parts:
             batch = batch.to(device)
             label_modality_BS = vocabulary.modality_of(batch.labels_BS)
             sums = model(
@@ -163,8 +166,9 @@ class Validation(Validator):
         return router_load("causal", self.causal_statistics)
 
     def _sum_over_rows(self, tensor: torch.Tensor) -> torch.Tensor:
-        if self.parallel_dims.dp_enabled:
-            dist.all_reduce(tensor, group=self.parallel_dims.get_mesh("batch").get_group())
+        """And over the parts of rows: torchtitan's "loss" mesh has both."""
+        if self.parallel_dims.dp_cp_enabled:
+            dist.all_reduce(tensor, group=self.parallel_dims.get_mesh("loss").get_group())
         return tensor
 
     def _sum_over_stages(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -179,7 +183,7 @@ class Validation(Validator):
     def _unigram_entropy(self, vocabulary: Vocabulary) -> list[float]:
         """Entropy of the labels of each modality, nats: what no model of single tokens can beat."""
         counts_V = torch.zeros(vocabulary.size, dtype=torch.float64)
-        for batch in self.batches:
+        for batch in self.parts:
             labels_T = batch.labels_BS.reshape(-1)
             counted_T = label_members(labels_T, vocabulary.modality_of(labels_T)).any(0)
             counts_V += torch.bincount(labels_T[counted_T], minlength=vocabulary.size)

@@ -69,12 +69,12 @@ def main(folder: str, *names: str) -> None:
     torch.set_num_threads(1)
     root = Path(folder)
     for name in names:
-        ranks, degrees = LAYOUTS[name]
+        ranks, _ = LAYOUTS[name]
         assert ranks == int(os.environ["WORLD_SIZE"])
-        finish(config_of(root / name, root / "data", degrees))
+        finish(config_of(root / name, root / "data", name))
         copy_run(root / name, root / f"{name}-damaged", 4, 6)
-        pass_over_a_damaged_one(config_of(root / f"{name}-damaged", root / "data", degrees))
+        pass_over_a_damaged_one(config_of(root / f"{name}-damaged", root / "data", name))
         if name == WITH_FULL_DISK:
             copy_run(root / name, root / f"{name}-full", 2)
-            meet_a_full_disk(config_of(root / f"{name}-full", root / "data", degrees))
+            meet_a_full_disk(config_of(root / f"{name}-full", root / "data", name))
     torch.distributed.destroy_process_group()

@@ -16,7 +16,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from tiny_runs import MODELS, SHAPE, tiny_config
+from tiny_runs import MAMBAS, MODELS, SHAPE, tiny_config
 from torch.distributed._functional_collectives import AsyncCollectiveTensor as Collected
 from torch.distributed.tensor import DTensor
 from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
@@ -32,7 +32,7 @@ from earlyfuse.parallel.trainer import Trainer
 ROWS, STEPS = 8, 2
 # "deep": six blocks, for pipelines of several stages a rank. Dense, because the first tokens of all
 # documents tie exactly in routers, and over so many layers rounding comes to decide between them
-BY_NAME = MODELS | {"deep": lambda: decoders.dense(replace(SHAPE, layers=6))}
+BY_NAME = MODELS | MAMBAS | {"deep": lambda: decoders.dense(replace(SHAPE, layers=6))}
 # begun with the run of moe_1t1i in DATA's neighbour "seed"
 BY_NAME["upcycled"] = MODELS["moma_causal"]
 BY_MODALITY = [name for name in MODELS if name not in ("dense", "moe_8x")]
@@ -77,6 +77,7 @@ class Case:
         config.parallelism.pipeline_parallel_microbatch_size = 2
         data_ranks = ranks // self.degrees.get("tensor_parallel", 1)
         data_ranks //= self.degrees.get("pipeline_parallel", 1)
+        data_ranks //= self.degrees.get("context_parallel", 1)
         config.training.global_batch_size = ROWS
         config.training.local_batch_size = ROWS // data_ranks // self.micro_batches
         return config
@@ -85,13 +86,14 @@ class Case:
 FSDP: dict[str, int] = {}
 HSDP = {"data_parallel_replicate": 2}
 TP, EP, PP = {"tensor_parallel": 2}, {"expert_parallel": 2}, {"pipeline_parallel": 2}
+CP = {"context_parallel": 2}
 
 # what a case must equal is its model on one rank: the first four, and "apart"
 CASES: dict[int, dict[str, Case]] = {
-    1: {model: Case(model) for model in (BY_NAME if can_pipeline() else MODELS)}
-    | {f"{model}-apart": Case(model, apart=True) for model in BY_MODALITY}
+    1: {model: Case(model) for model in (BY_NAME if can_pipeline() else MODELS | MAMBAS)}
+    | {f"{model}-apart": Case(model, apart=True) for model in (*BY_MODALITY, "mixture_of_mamba")}
     | {"upcycled": Case("upcycled"), "upcycled-stage2": Case("upcycled", stage2=True)},
-    2: {f"{model}-fsdp": Case(model, FSDP) for model in MODELS}
+    2: {f"{model}-fsdp": Case(model, FSDP) for model in MODELS | MAMBAS}
     | {f"{model}-tp": Case(model, TP) for model in MODELS}
     | {
         f"{model}-ep": Case(model, EP)
@@ -122,6 +124,13 @@ CASES: dict[int, dict[str, Case]] = {
         "mot-tp-full": Case("mot", TP, recompute="full"),
         "dense-fsdp-kept": Case("dense", FSDP, reshard="never"),
     }
+    | {f"{model}-cp": Case(model, CP) for model in ("dense", "token_choice", "hybrid")}
+    | {
+        "mixture_of_mamba-cp-accumulated-full": Case(
+            "mixture_of_mamba", CP, micro_batches=2, recompute="full"
+        ),
+        "hybrid-cp-selective": Case("hybrid", CP, recompute="selective"),
+    }
     | {f"{model}-pp": Case(model, PP) for model in MODELS}
     | {
         "moma-pp-accumulated-full": Case("moma", PP, micro_batches=2, recompute="full"),
@@ -142,6 +151,14 @@ CASES: dict[int, dict[str, Case]] = {
         "moma-hsdp-ep-full": Case("moma", HSDP | EP, recompute="full"),
         "moma-fsdp-ep-apart": Case("moma", EP, apart=True),
         "moma-fsdp-tp-accumulated": Case("moma", TP, micro_batches=2),
+    }
+    | {
+        "hybrid-cp4-full": Case("hybrid", {"context_parallel": 4}, recompute="full"),
+        # each rank has half of a row of one modality
+        "mixture_of_mamba-fsdp-cp-apart": Case("mixture_of_mamba", CP, apart=True),
+        "hybrid-hsdp-cp-accumulated": Case("hybrid", HSDP | CP, micro_batches=2),
+        "token_choice-fsdp-cp": Case("token_choice", CP),
+        "mot-cp4": Case("mot", {"context_parallel": 4}),
     }
     | {f"{model}-pp-fsdp": Case(model, PP) for model in ("mot", "moma")}
     | {

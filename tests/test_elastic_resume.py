@@ -1,8 +1,8 @@
 """A checkpoint of any layout loads on any other: the same rows, the same losses; on its own layout
 the very same run, bit for bit.
 
-One process trains six steps, saving every second. Each layout takes its step 2 to the end, and one
-process takes the layout's step 4 to the end again.
+One process trains six steps of two models, saving every second. Each layout takes its step 2 to the
+end, and one process takes the layout's step 4 to the end again.
 """
 
 import json
@@ -15,7 +15,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from ranks import forked, output_of
 from test_training import TIMES
-from tiny_runs import tiny_config
+from tiny_runs import MAMBAS, moma, tiny_config
 from toy import make_data
 
 from earlyfuse.models.state_dicts import load_model
@@ -35,23 +35,36 @@ LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
     "ep2": (2, EXPERT),
     "fsdp2-tp2": (4, TENSOR),
     "hsdp2-fsdp2-ep2": (4, {"data_parallel_replicate_degree": 2, **EXPERT}),
+    "cp2": (2, {"context_parallel_degree": 2}),
     "pp2": (2, PIPELINE),
     "pp2-fsdp2": (4, PIPELINE),
 }
 WITH_FULL_DISK = "fsdp2"
 
 
-def config_of(folder: Path, data: Path, degrees: dict[str, int] | None = None):
-    config = tiny_config(folder, data, steps=STEPS)
+def config_of(folder: Path, data: Path, layout: str, *, alone: bool = False):
+    """The run of a layout, or the same by one process. Experts that choose need whole rows."""
+    degrees = LAYOUTS[layout][1]
+    model = MAMBAS["hybrid"]() if is_hybrid(layout) else moma()
+    config = tiny_config(folder, data, model, steps=STEPS)
     config.training.global_batch_size = config.validator.batch_rows = GLOBAL_BATCH
     config.metrics.enable_tensorboard = False
     config.checkpoint.interval = 2
     config.checkpoint.keep_latest_k = 0
-    for name, degree in (degrees or {}).items():
+    for name, degree in ({} if alone else degrees).items():
         setattr(config.parallelism, name, degree)
     # as many micro-batches as a pipeline has stages
     config.training.local_batch_size *= config.parallelism.pipeline_parallel_degree
     return config
+
+
+def is_hybrid(layout: str) -> bool:
+    return layout.startswith("cp")
+
+
+def unbroken(root: Path, layout: str) -> Path:
+    """The run of one process that a layout takes over."""
+    return root / ("alone-hybrid" if is_hybrid(layout) else "alone")
 
 
 def train(trainer) -> None:
@@ -68,10 +81,11 @@ def copy_step(source: Path, target: Path, step: int) -> None:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
-    """A folder with ``data`` and ``alone``, the run of one process."""
+    """A folder with ``data``, and with the runs of one process."""
     root = tmp_path_factory.mktemp("elastic")
     make_data(root / "data")
-    train(config_of(root / "alone", root / "data").build())
+    for layout in ("fsdp2", "cp2"):
+        train(config_of(unbroken(root, layout), root / "data", layout, alone=True).build())
     return root
 
 
@@ -83,7 +97,7 @@ def launch(root):
     def launch(ranks: int) -> str:
         names = [name for name, (count, _) in LAYOUTS.items() if count == ranks and runs(name)]
         for name in names:
-            copy_step(root / "alone", root / name, 2)
+            copy_step(unbroken(root, name), root / name, 2)
         worker = Path(__file__).with_name("elastic_worker.py")
         return output_of(forked(ranks, worker, str(root), *names))
 
@@ -124,22 +138,22 @@ def lanes(folder: Path, step: int) -> torch.Tensor:
     return state["dataloader"]["lanes"]
 
 
-def assert_same_training(folder: Path, unbroken: Path, after: int) -> None:
+def assert_same_training(folder: Path, reference: Path, after: int) -> None:
     """Losses of every logged step beyond ``after`` to 1e-5, token counts and lanes exactly."""
-    expected = [line for line in logged(unbroken) if line["step"] > after]
+    expected = [line for line in logged(reference) if line["step"] > after]
     found = [line for line in logged(folder) if line["step"] > after]
     assert [(x["step"], x["kind"]) for x in found] == [(x["step"], x["kind"]) for x in expected]
-    for line, reference in zip(found, expected, strict=True):
-        for name in reference:
+    for line, wanted in zip(found, expected, strict=True):
+        for name in wanted:
             if name.startswith("loss"):
-                assert line[name] == pytest.approx(reference[name], rel=0, abs=1e-5), name
+                assert line[name] == pytest.approx(wanted[name], rel=0, abs=1e-5), name
             if name.startswith("tokens"):
-                assert line[name] == reference[name], name
-    assert lanes(folder, STEPS).equal(lanes(unbroken, STEPS))
+                assert line[name] == wanted[name], name
+    assert lanes(folder, STEPS).equal(lanes(reference, STEPS))
 
 
 def test_a_layout_continues_the_run_of_one_process(layout, root):
-    assert_same_training(root / layout, root / "alone", after=2)
+    assert_same_training(root / layout, unbroken(root, layout), after=2)
     ranks, _ = LAYOUTS[layout]
     assert read_manifest(root / layout / "checkpoint" / "step-4").ranks == ranks
 
@@ -155,8 +169,8 @@ def test_the_parts_of_all_ranks_load_as_one_model(layout, root):
 
 def test_one_process_continues_the_run_of_a_layout(layout, root, tmp_path):
     copy_step(root / layout, tmp_path, 4)
-    train(config_of(tmp_path, root / "data").build())
-    assert_same_training(tmp_path, root / "alone", after=4)
+    train(config_of(tmp_path, root / "data", layout, alone=True).build())
+    assert_same_training(tmp_path, unbroken(root, layout), after=4)
 
 
 def test_on_its_own_layout_a_resumed_run_is_the_unbroken_one_bit_for_bit(layout, root):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from layouts import BY_NAME, CASES, ROWS
 from ranks import forked, output_of
-from tiny_runs import SHAPE, moma, tiny_config
+from tiny_runs import SHAPE, moma, tiny_config, token_choice
 from torch.torch_version import TorchVersion
 from toy import make_data
 
@@ -128,7 +128,20 @@ def test_layouts_that_cannot_work_are_refused_by_name(monkeypatch):
     assert "must divide the 2 text experts" in message
     message = refusal(monkeypatch, 4, dense, tensor_parallel=4)
     assert "must divide layers[0].attention.heads (2)" in message
-    assert "context_parallel_degree (2)" in refusal(monkeypatch, 2, dense, context_parallel=2)
+
+
+def test_rows_that_cannot_be_cut_are_refused_by_name(monkeypatch):
+    context = {"context_parallel": 2}
+    dense = decoders.dense(SHAPE)
+    assert "must make up the 3 ranks" in refusal(monkeypatch, 3, dense, **context)
+    assert "experts that choose among all tokens" in refusal(monkeypatch, 2, moma(), **context)
+    for other in ("tensor", "expert", "pipeline"):
+        monkeypatch.setattr(torch, "__version__", TorchVersion("2.14.1"))
+        degrees = context | {f"{other}_parallel": 2}
+        assert f"{other}_parallel_degree (2)" in refusal(monkeypatch, 4, token_choice(), **degrees)
+    message = refusal(monkeypatch, 3, dense, context_parallel=3)
+    assert "context_parallel_degree (3) must cut training.seq_len (" in message
+    assert "multiple of 6" in message
 
 
 def pipeline_refusal(monkeypatch, model, version="2.14.1", rows=4, size=2, **fields) -> str:

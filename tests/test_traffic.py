@@ -10,7 +10,7 @@ import pytest
 import torch
 import traffic_ranks
 from ranks import forked, output_of
-from tiny_runs import MODELS, SHAPE, tiny_config
+from tiny_runs import MAMBAS, MODELS, SHAPE, tiny_config
 from torchtitan.distributed import ParallelDims
 from toy import make_data
 from traffic_ranks import LAYOUTS
@@ -142,6 +142,32 @@ def test_rows_of_experts_travel_four_times_whatever_the_number_of_experts(run):
     assert rows[0].received == 4 * len(model.layers) * tokens * model.dim * 2 * 3 / 4
 
 
+def test_what_scans_send_does_not_grow_with_rows_but_keys_and_values_do(run):
+    run.training.local_batch_size = 8
+
+    def sent(model, seq_len):
+        run.training.seq_len = seq_len
+        traffic, _ = traffic_of(run, model, 8, context_parallel_degree=8)
+        return sum(one.size for one in traffic if one.axis == "cp")
+
+    mamba, dense = MAMBAS["mixture_of_mamba"](), decoders.dense(SHAPE)
+    assert sent(mamba, 4096) == sent(mamba, 1 << 20) > 0
+    assert sent(dense, 8192) == 2 * sent(dense, 4096) > 0
+
+
+@pytest.mark.parametrize("name", ["dense", "mamba"])
+def test_activations_are_shared_out_over_the_ranks_of_a_row(run, name):
+    model = (MODELS | MAMBAS)[name]()
+
+    def activations(degree):
+        parallelism = replace(run.parallelism, context_parallel_degree=degree)
+        dims = ParallelDims.from_config(parallelism, degree)
+        return rank_memory(model, dims, run.training, parallelism, None).activations
+
+    # keys and values of other ranks' positions, in two of about forty tensors, come on top
+    assert 0.25 <= activations(4) / activations(1) < {"dense": 0.4, "mamba": 0.26}[name]
+
+
 def test_gloo_pays_twice_for_reduce_scatter_alone():
     sent = [Traffic("", kind, "fsdp", 4, 1, 100) for kind in ("reduce_scatter", "all_gather")]
     assert [one.received_on_gloo / one.received for one in sent] == [2, 1]
@@ -181,6 +207,9 @@ def test_the_doctor_prints_a_row_per_number_of_gpus_and_says_it_is_a_model(capsy
     assert "A model, not a measurement" in text
     assert main(["traffic", "moma_1_4b_moe_4t4i", "--gpus", "8", "--expert", "3"]) == 2
     assert "expert_parallel_degree (3)" in capsys.readouterr().err
+    assert main(["traffic", "mot_7b_mot", "--gpus", "8", "--context", "4"]) == 0
+    header = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("| GPUs"))
+    assert "keys and values" in header
 
 
 # ---------------------------------------------------------------- memory

@@ -10,14 +10,16 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_runs import MODELS, SHAPE, moma, tiny_config
+from tiny_runs import MAMBAS, MODELS, SHAPE, moma, tiny_config
 from toy import make_data
 
 from earlyfuse.configs import decoders
+from earlyfuse.models.blocks.mamba import Conv, Scan
 from earlyfuse.parallel import compat
 from earlyfuse.parallel.trainer import Trainer
 
@@ -57,10 +59,12 @@ def state(trainer: Trainer) -> dict[str, torch.Tensor]:
     return flat
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_a_resumed_run_equals_the_unbroken_one_bit_for_bit(tmp_path, data, dropout):
+@pytest.mark.parametrize(
+    ("name", "dropout"), [("moma", 0.0), ("moma", 0.2), ("mixture_of_mamba", 0.2)]
+)
+def test_a_resumed_run_equals_the_unbroken_one_bit_for_bit(tmp_path, data, name, dropout):
     def config(folder: str) -> Trainer.Config:
-        model = moma()
+        model = (MODELS | MAMBAS)[name]()
         for layer in model.layers:
             layer.dropout = dropout
         return tiny_config(tmp_path / folder, data, model)
@@ -74,6 +78,36 @@ def test_a_resumed_run_equals_the_unbroken_one_bit_for_bit(tmp_path, data, dropo
     assert expected.keys() == found.keys() and any(key.startswith("optimizer") for key in found)
     assert [key for key in expected if not torch.equal(expected[key], found[key])] == []
     assert metrics(tmp_path / "broken") == metrics(tmp_path / "unbroken")
+
+
+def test_a_scan_has_fp32_parameters_where_all_else_computes_in_bf16(tmp_path, data):
+    config = tiny_config(tmp_path, data, MAMBAS["mixture_of_mamba"](), steps=2)
+    config.training.mixed_precision_param = "bfloat16"
+    config.checkpoint.enable = config.validator.enable = False
+    seen: dict[str, set[torch.dtype]] = {"scan": set(), "inputs": set(), "conv": set()}
+    scan, conv = Scan.forward, Conv.forward
+
+    def noted_scan(self, u_BSI, *others):
+        seen["scan"] |= {parameter.dtype for parameter in self.parameters()}
+        seen["inputs"] |= {u_BSI.dtype}
+        return scan(self, u_BSI, *others)
+
+    def noted_conv(self, *inputs):
+        seen["conv"] |= {parameter.dtype for parameter in self.parameters()}
+        return conv(self, *inputs)
+
+    with (
+        mock.patch.object(Scan, "forward", noted_scan),
+        mock.patch.object(Conv, "forward", noted_conv),
+    ):
+        trainer = run(config)
+    bf16, fp32 = {torch.bfloat16}, {torch.float32}
+    assert seen == {"scan": fp32, "inputs": bf16, "conv": bf16}
+    parameters = dict(trainer.model.named_parameters())
+    assert {p.dtype for p in parameters.values()} == fp32
+    assert {p.grad.dtype for p in parameters.values() if p.grad is not None} == fp32
+    steps = parameters["layers.0.mamba.scan.dt_bias"].to_local()
+    assert not steps.equal(steps.bfloat16().float())
 
 
 def test_gradient_accumulation_computes_the_same_step(tmp_path, data):

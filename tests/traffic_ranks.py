@@ -43,6 +43,14 @@ TWO = {
         SelectiveAC.Config(),
         "float32",
     ),
+    "sequence": ("hybrid", {"context_parallel_degree": 2}, None, "float32"),
+    "sequence, bf16, full": ("hybrid", {"context_parallel_degree": 2}, FullAC.Config(), "bfloat16"),
+    "sequence, selective": (
+        "hybrid",
+        {"context_parallel_degree": 2},
+        SelectiveAC.Config(),
+        "float32",
+    ),
 }
 PIPELINE = {"pipeline_parallel_degree": 2, "pipeline_parallel_microbatch_size": 2}
 INTERLEAVED = PIPELINE | {

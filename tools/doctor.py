@@ -31,10 +31,10 @@ AFTER_PURPOSES = ("all", *TIMES, "efficiency")
 ASSUMPTIONS = """A model, not a measurement. It assumes
 - {mfu:.0%} of {flops:g} TFLOP/s while computing; FLOPs by models/flops.py, no recomputation;
 - {gpus_per_node} GPUs a node; {nvlink:g} GB/s per GPU inside, {network:g} GB/s to others, attained;
-  tensor or expert parallel ranks next to each other, then shards, then replicas;
+  tensor, sequence or expert parallel ranks next to each other, then shards, then replicas;
 - collectives that go between nodes once and spread inside: the slower of the two parts counts;
-- {overlap:.0%} of what FSDP sends hides behind compute, as far as there is compute; what tensor and
-  expert parallelism send hides behind nothing;
+- {overlap:.0%} of what FSDP sends hides behind compute, as far as there is compute; what tensor,
+  sequence and expert parallelism send hides behind nothing;
 - no latency, stragglers, optimizer or data: expect less than this above 256 GPUs."""
 
 
@@ -65,7 +65,7 @@ def step_time(
     """Time of a step that sends ``sent`` and computes ``flops`` on each GPU."""
     seconds: dict[bool, float] = defaultdict(float)
     for one in sent:
-        seconds[one.axis in ("tp", "ep")] += _seconds(one, dims, cluster)
+        seconds[one.axis in ("tp", "cp", "ep")] += _seconds(one, dims, cluster)
     compute, fsdp, other = flops / cluster.flops, seconds[False], seconds[True]
     hidden = min(cluster.overlap * fsdp, compute)
     return StepTime(compute, fsdp, other, compute + fsdp - hidden + other)
@@ -73,7 +73,8 @@ def step_time(
 
 def _seconds(one: Traffic, dims: ParallelDims, cluster: Cluster) -> float:
     """The slower of what moves inside nodes and what moves between them."""
-    apart = {"fsdp": dims.tp, "efsdp": dims.ep, "dp_replicate": dims.dp_shard * dims.tp}
+    copy = dims.dp_shard * dims.cp * dims.tp
+    apart = {"cp": dims.tp, "fsdp": dims.tp, "efsdp": dims.ep, "dp_replicate": copy}
     in_node = min(max(cluster.gpus_per_node // apart.get(one.axis, 1), 1), one.ranks)
     if one.kind == "all_to_all":  # each pair of ranks by itself
         between = one.size * (1 - in_node / one.ranks)
@@ -156,6 +157,7 @@ def _run(name: str, options: dict[str, Any]) -> Trainer.Config:
         if options[field] is not None:
             setattr(run.training, field, options[field])
     run.parallelism.tensor_parallel_degree = options["tensor"]
+    run.parallelism.context_parallel_degree = options["context"]
     run.parallelism.expert_parallel_degree = options["expert"]
     run.parallelism.data_parallel_shard_degree = options["shard"]
     run.activation_checkpoint = RECOMPUTATION[options["recompute"]]
@@ -164,16 +166,15 @@ def _run(name: str, options: dict[str, Any]) -> Trainer.Config:
 
 def _row(run: Trainer.Config, ranks: int, cluster: Cluster) -> dict[str, str]:
     run = deepcopy(run)
-    shard, tensor = (
-        run.parallelism.data_parallel_shard_degree,
-        run.parallelism.tensor_parallel_degree,
-    )
+    parallelism = run.parallelism
+    shard = parallelism.data_parallel_shard_degree
     if shard > 0:  # as many replicas as there is room for
-        run.parallelism.data_parallel_replicate_degree = max(ranks // (shard * tensor), 1)
+        copy = shard * parallelism.tensor_parallel_degree * parallelism.context_parallel_degree
+        parallelism.data_parallel_replicate_degree = max(ranks // copy, 1)
     model, dims = check(run, ranks)
     sent = step_traffic(model, dims, run.training, run.parallelism, run.activation_checkpoint)
     tokens = run.training.local_batch_size * run.training.seq_len * accumulation(run.training, dims)
-    flops = tokens * mean_training_flops(model, run.training.seq_len) / dims.tp
+    flops = tokens * mean_training_flops(model, run.training.seq_len) / (dims.tp * dims.cp)
     time = step_time(sent, dims, flops, cluster)
     sizes: dict[str, float] = defaultdict(float)
     for one in sent:
@@ -206,6 +207,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, default, meaning in (
         ("shard", -1, "ranks that share one copy of the parameters; -1: all, else replicas"),
         ("tensor", 1, "tensor parallel ranks"),
+        ("context", 1, "ranks that share the positions of a row"),
         ("expert", 1, "expert parallel ranks"),
         ("gpus-per-node", 8, "GPUs behind one NVLink"),
     ):

@@ -63,7 +63,7 @@ def selective_scan(
     options = (skip_D, z_BLD, bias_GD, group_BL, reset_BL, state_BDN)
     inputs = (u_BLD, delta_BLD, A_DN, B_BLN, C_BLN, *options)
     _check(*inputs)
-    name = _backend(backend, A_DN, u_BLD)
+    name = backend_for(backend, A_DN, u_BLD)
     if name == "reference":
         return reference.selective_scan(*inputs)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
@@ -116,7 +116,8 @@ def segment_decay(
     return decay_BDN if reset_BL is None else decay_BDN * ~reset_BL.any(1)[:, None, None]
 
 
-def _backend(requested: str, A_DN: torch.Tensor, u_BLD: torch.Tensor) -> str:
+def backend_for(requested: str, A_DN: torch.Tensor, u_BLD: torch.Tensor) -> str:
+    """The backend that ``selective_scan`` takes for these; ``ValueError`` if it cannot be had."""
     states = A_DN.shape[1]
     fits = states in TRITON_STATES and u_BLD.dtype != torch.float64
     if requested == "triton" and not fits:

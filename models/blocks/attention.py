@@ -3,7 +3,8 @@
 Shared, or with projections and norms untied by modality (Mixture-of-Transformers): the attention
 product itself always runs over the whole mixed sequence.
 
-B rows, S positions, T = B·S tokens, D width, N heads, K key/value heads, H head width.
+B rows, S positions, L positions that they may see, T = B·S tokens, D width, N heads, K key/value
+heads, H head width.
 """
 
 from dataclasses import dataclass
@@ -76,9 +77,11 @@ class Attention(Module):
             t.unflatten(0, (layout.rows, layout.seq_len)) for t in (q_TNH, k_TKH, v_TKH)
         )
         q_BSNH, k_BSKH = rotate(q_BSNH, layout), rotate(k_BSKH, layout)
-        if layout.decoding is not None:
-            k_BSKH, v_BSKH = layout.decoding.state(self, KeyValues).extend(k_BSKH, v_BSKH)
-        out_BSNH = attend(q_BSNH, k_BSKH, v_BSKH, layout.mask)
+        if layout.decoding is None:
+            k_BLKH, v_BLKH = layout.row_part.keys_and_values(k_BSKH, v_BSKH)
+        else:
+            k_BLKH, v_BLKH = layout.decoding.state(self, KeyValues).extend(k_BSKH, v_BSKH)
+        out_BSNH = attend(q_BSNH, k_BLKH, v_BLKH, layout.mask)
         return self.wo(out_BSNH.flatten(0, 1).flatten(1), layout)
 
 
@@ -114,12 +117,12 @@ def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor
 
 def attend(
     q_BSNH: torch.Tensor,
-    k_BSKH: torch.Tensor,
-    v_BSKH: torch.Tensor,
+    k_BLKH: torch.Tensor,
+    v_BLKH: torch.Tensor,
     mask: "torch.Tensor | BlockMask | None",
 ) -> torch.Tensor:
     """Softmax attention under ``mask`` (see ``layout.attention_mask``) → (B, S, N, H)."""
-    q, k, v = (t.transpose(1, 2) for t in (q_BSNH, k_BSKH, v_BSKH))
+    q, k, v = (t.transpose(1, 2) for t in (q_BSNH, k_BLKH, v_BLKH))
     gqa = q.shape[1] != k.shape[1]
     if isinstance(mask, BlockMask):
         out = _compiled_flex_attention()(q, k, v, block_mask=mask, enable_gqa=gqa)

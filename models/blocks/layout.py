@@ -1,14 +1,16 @@
 """Layout: what every layer needs to know of a batch, worked out once and handed down.
 
-B rows, S positions, T = B·S tokens, H width of a head.
+B rows, S positions, L positions of a row up to the last one here, T = B·S tokens, H width of a
+head.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from earlyfuse.models.blocks.decoding import Decoding
+from earlyfuse.models.blocks.row_part import RowPart, WholeRow
 from earlyfuse.models.routes import Routes, by_modality
 
 
@@ -22,8 +24,9 @@ class Layout:
                     H is 0 where no layer attends
     ``mask``        who attends whom: see ``attention_mask``; None too where no layer attends
     ``positions_BS``  (B, S) int64: places in the documents; 0 resets convolutions and scans
-    ``place_T``     (T,) int64: row of the global batch · S + position in the row
+    ``place_T``     (T,) int64: row of the global batch · its length + position in the row
     ``decoding``    what blocks keep of the tokens read before, where a document is being written
+    ``row_part``    which part of each row the S positions are, and how to reach the others
     """
 
     rows: int
@@ -36,6 +39,7 @@ class Layout:
     positions_BS: torch.Tensor
     place_T: torch.Tensor
     decoding: Decoding | None = None
+    row_part: RowPart = field(default_factory=WholeRow)
 
     @classmethod
     def build(
@@ -47,24 +51,29 @@ class Layout:
         rope_theta: float,
         row_B: torch.Tensor | None = None,
         decoding: Decoding | None = None,
+        row_part: RowPart | None = None,
     ) -> "Layout":
-        """Work out the layout of one batch from its modalities and positions alone; with
-        ``decoding``, that of the next tokens of the session's documents.
+        """Work out the layout of one batch, or of a part of its rows, from its modalities and
+        positions alone; with ``decoding``, that of the next tokens of the session's documents,
+        which are whole wherever they are written.
 
         ``head_dim`` 0: no layer attends. ``row_B`` int64: which rows of the global batch these
         are; the first ones if None.
         """
         rows, seq_len = positions_BS.shape
+        if row_part is None or decoding is not None:
+            row_part = WholeRow()
         if row_B is None:
             row_B = torch.arange(rows, device=positions_BS.device)
-        place_BS = row_B[:, None] * seq_len + torch.arange(seq_len, device=row_B.device)
+        part_B = row_B * row_part.parts + row_part.index
+        place_BS = part_B[:, None] * seq_len + torch.arange(seq_len, device=row_B.device)
         group_T = group_of_modality(modality_BS.reshape(-1), modalities)
         cos_BS1H, sin_BS1H = rotary_angles(positions_BS, head_dim, rope_theta)
         mask: torch.Tensor | BlockMask | None = None
         if decoding is not None:
             mask = decoding.begin(positions_BS)
         elif head_dim:
-            mask = attention_mask(positions_BS)
+            mask = attention_mask(positions_BS, row_part.index * seq_len)
         return cls(
             rows,
             seq_len,
@@ -76,6 +85,7 @@ class Layout:
             positions_BS,
             place_BS.flatten(),
             decoding,
+            row_part,
         )
 
 
@@ -102,28 +112,28 @@ def rotary_angles(
     return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
-def attention_mask(positions_BS: torch.Tensor) -> "torch.Tensor | BlockMask | None":
-    """Causal within each document; documents start where positions are 0.
+def attention_mask(positions_BS: torch.Tensor, first: int = 0) -> "torch.Tensor | BlockMask | None":
+    """Causal within each document: a token sees as many before it as its position says.
 
-    One definition, ``visible`` below. On CUDA it becomes a FlexAttention ``BlockMask``; elsewhere a
-    boolean (B, 1, S, S) tensor for SDPA, or None where every row is one document and plain causal
-    attention says the same at less cost.
+    ``first``: place in the row of the first position here; the columns are those of the row from
+    its start to the last position here, L. One definition, ``visible`` below. On CUDA it becomes a
+    FlexAttention ``BlockMask``; elsewhere a boolean (B, 1, S, L) tensor for SDPA, or None where
+    every row is whole and one document, and plain causal attention says the same at less cost.
     """
     rows, seq_len = positions_BS.shape
-    starts_BS = positions_BS == 0
-    starts_BS = torch.cat([torch.ones_like(starts_BS[:, :1]), starts_BS[:, 1:]], dim=1)
-    document_BS = starts_BS.cumsum(1)
 
     def visible(
         b: torch.Tensor, h: torch.Tensor, query: torch.Tensor, key: torch.Tensor
     ) -> torch.Tensor:
-        return (query >= key) & (document_BS[b, query] == document_BS[b, key])
+        before = query + first - key
+        return (before >= 0) & (before <= positions_BS[b, query])
 
-    device = positions_BS.device
+    device, upto = positions_BS.device, first + seq_len
     if device.type == "cuda":
-        return create_block_mask(visible, rows, None, seq_len, seq_len, device=device)
-    if bool((document_BS == 1).all()):
+        return create_block_mask(visible, rows, None, seq_len, upto, device=device)
+    query = torch.arange(seq_len, device=device)
+    if first == 0 and bool((positions_BS >= query).all()):
         return None
     row = torch.arange(rows, device=device)[:, None, None, None]
-    position = torch.arange(seq_len, device=device)
-    return visible(row, row.new_zeros(1), position[:, None], position[None, :])
+    key = torch.arange(upto, device=device)
+    return visible(row, row.new_zeros(1), query[:, None], key[None, :])

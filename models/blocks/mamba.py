@@ -101,7 +101,8 @@ class Conv(Module):
         self, x_BSI: torch.Tensor, layout: Layout, kept: "Recurrence | None"
     ) -> torch.Tensor:
         """(B, S, I) → (B, S, I)."""
-        before_BVI = None if kept is None else kept.inputs(x_BSI, self.weight.shape[1] - 1)
+        inputs_before = layout.row_part.inputs_before if kept is None else kept.inputs
+        before_BVI = inputs_before(x_BSI, self.weight.shape[1] - 1)
         u_BSI, _ = causal_conv1d(
             x_BSI,
             self.weight,
@@ -139,25 +140,18 @@ class Scan(Module):
         kept: "Recurrence | None",
     ) -> torch.Tensor:
         """(B, S, I) → (B, S, I)."""
-        state_BIN = None
         if kept is not None:
-            delta_BSI, state_BIN = kept.steps(delta_BSI), kept.state_BIN
+            delta_BSI = kept.steps(delta_BSI)
         bias = _wide(self.dt_bias)
-        y_BSI, final_BIN = selective_scan(
-            u_BSI,
-            delta_BSI,
-            -torch.exp(_wide(self.A_log)),
-            B_BSN,
-            C_BSN,
-            skip_D=_wide(self.D),
-            z_BLD=z_BSI,
-            bias_GD=bias if self.untied else bias.unsqueeze(0),
-            group_BL=layout.group_T.view(layout.rows, layout.seq_len) if self.untied else None,
-            reset_BL=layout.positions_BS == 0,
-            state_BDN=state_BIN,
+        inputs = (  # of ``selective_scan``, in its order
+            *(u_BSI, delta_BSI, -torch.exp(_wide(self.A_log)), B_BSN, C_BSN, _wide(self.D), z_BSI),
+            bias if self.untied else bias.unsqueeze(0),
+            layout.group_T.view(layout.rows, layout.seq_len) if self.untied else None,
+            layout.positions_BS == 0,
         )
-        if kept is not None:
-            kept.state_BIN = final_BIN
+        if kept is None:
+            return layout.row_part.scan(*inputs)
+        y_BSI, kept.state_BIN = selective_scan(*inputs, kept.state_BIN)
         return y_BSI
 
 

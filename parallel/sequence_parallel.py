@@ -1,0 +1,169 @@
+"""Sequence parallelism: the positions of each row, cut in order over the ranks of the ``cp`` mesh.
+
+What works on single tokens needs nothing. Attention gathers the keys and values of the row;
+a convolution gets the last inputs of the ranks before. A scan is affine in its start, so ranks
+exchange what their part makes of a zero state and what it leaves of any state, two (B, I, N), and
+put their start together from those before them (kernels/selective_scan/README.md, "Over ranks").
+Backward mirrors each: the gradients of keys, values and inputs are summed where they came from;
+gradients of states travel the other way.
+
+Every rank takes part in every exchange, forward and backward, also where it has no use for it.
+
+B rows, S positions of a part, W ranks, K key/value heads, H width of a head, I channels, N states.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+from torch.distributed._functional_collectives import all_gather_single, reduce_scatter_single
+from torch.distributed.device_mesh import DeviceMesh
+from torchtitan.config import ParallelismConfig, TrainingConfig
+from torchtitan.distributed import ParallelDims
+
+from earlyfuse.kernels.selective_scan import backend_for, op, segment_decay
+from earlyfuse.models.blocks.experts import ExpertPool
+from earlyfuse.models.decoder import Decoder
+from earlyfuse.models.routing.expert_choice import ExpertChoice
+
+
+def positions_here(parallel_dims: ParallelDims, seq_len: int) -> slice:
+    """The positions of each row that this rank has."""
+    mesh = parallel_dims.get_optional_mesh("cp")
+    if mesh is None:
+        return slice(0, seq_len)
+    size = seq_len // mesh.size()
+    return slice(mesh.get_local_rank() * size, (mesh.get_local_rank() + 1) * size)
+
+
+class PartOverRanks:
+    """A ``RowPart`` whose others are on the ranks of ``mesh``, in their order."""
+
+    def __init__(self, mesh: DeviceMesh):
+        self.mesh, self.index, self.parts = mesh, mesh.get_local_rank(), mesh.size()
+
+    def keys_and_values(
+        self, k_BSKH: torch.Tensor, v_BSKH: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both in one exchange; those behind the last position here are not looked at."""
+        seq_len, heads = k_BSKH.shape[1:3]
+        whole = _Gather.apply(torch.cat([k_BSKH, v_BSKH], 2), self.mesh)
+        k, v = whole[:, : (self.index + 1) * seq_len].split(heads, 2)
+        return k, v
+
+    def inputs_before(self, x_BSI: torch.Tensor, count: int) -> torch.Tensor:
+        """Of several ranks, where a part is shorter than ``count``."""
+        each = min(count, x_BSI.shape[1])
+        lasts = _Gather.apply(x_BSI[:, -each:], self.mesh)
+        return F.pad(lasts, (0, 0, count, 0))[:, self.index * each :][:, :count]
+
+    def scan(self, *inputs: torch.Tensor | None) -> torch.Tensor:
+        """Scanned twice: for its final state, then from the start that follows from all of them."""
+        return _Scan.apply(self.mesh, torch.is_grad_enabled(), *inputs)
+
+
+class _Gather(torch.autograd.Function):
+    """(B, S, …) of all ranks, one behind the other; gradients are summed where they belong."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
+        ctx.mesh = mesh
+        return all_gather_single(x.contiguous(), 1, mesh)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dx: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return reduce_scatter_single(dx.contiguous(), "sum", 1, ctx.mesh), None  # mesh
+
+
+class _Scan(torch.autograd.Function):
+    """``selective_scan`` without its states, over the parts of all ranks.
+
+    Backward: what the outputs here want of the start is exchanged first; what later ranks want of
+    the final state here follows from it, and then all gradients.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, mesh: DeviceMesh, keep: bool, *inputs: torch.Tensor | None
+    ) -> torch.Tensor:
+        u, delta, A, B, C, _, _, bias, group, reset = inputs
+        assert u is not None and delta is not None and A is not None
+        assert B is not None and C is not None
+        rank, backend = mesh.get_local_rank(), backend_for("auto", A, u)
+        # the state alone is wanted: neither skip nor gate
+        _, final_BIN, _ = op.selective_scan(
+            *(u, delta, A, B, C, None, None, bias, group, reset, None), False, backend
+        )
+        decay_BIN = segment_decay(delta, A, bias, group, reset)
+        finals, decays = all_gather_single(
+            torch.stack([final_BIN, decay_BIN]).unsqueeze(0), 0, mesh
+        ).unbind(1)
+        start_BIN = torch.zeros_like(final_BIN)
+        for before in range(rank):
+            start_BIN = torch.addcmul(finals[before], decays[before], start_BIN)
+        y_BSI, _, starts = op.selective_scan(*inputs, start_BIN, keep, backend)
+        if keep:
+            ctx.mesh, ctx.backend = mesh, backend
+            ctx.save_for_backward(*inputs, starts, decays[rank + 1 :].clone())
+        return y_BSI
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_BSI: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        *inputs, starts, decays = ctx.saved_tensors
+        rank = ctx.mesh.get_local_rank()
+
+        def gradients(dfinal_BIN: torch.Tensor | None, need: list[bool]) -> list[torch.Tensor]:
+            return op.selective_scan_backward(
+                dy_BSI, dfinal_BIN, *inputs, starts, need, ctx.backend
+            )
+
+        dstart_BIN = gradients(None, [False] * 8 + [True])[8]
+        dstarts = all_gather_single(dstart_BIN.unsqueeze(0), 0, ctx.mesh)[rank + 1 :]
+        dfinal_BIN = torch.zeros_like(dstart_BIN)
+        for dstart_BIN, decay_BIN in zip(dstarts.flip(0), decays.flip(0), strict=True):
+            dfinal_BIN = torch.addcmul(dstart_BIN, decay_BIN, dfinal_BIN)
+        need = list(ctx.needs_input_grad[2:10])
+        found = gradients(dfinal_BIN, [*need, False])
+        wanted = [g if n else None for g, n in zip(found[:8], need, strict=True)]
+        return (None, None, *wanted, None, None)  # mesh, keep; group, reset
+
+
+# ---------------------------------------------------------------- what cannot be cut
+
+
+def context_problems(
+    parallelism: ParallelismConfig, training: TrainingConfig, model: Decoder.Config
+) -> Iterator[str]:
+    """What is wrong with the sequence parallelism of a config, with field, rule and remedy."""
+    degree = parallelism.context_parallel_degree
+    if degree == 1:
+        return
+    if training.seq_len % (2 * degree):
+        yield (
+            f"context_parallel_degree ({degree}) must cut training.seq_len ({training.seq_len}) "
+            f"into equal parts of an even length (torchtitan's rule): make seq_len a multiple of "
+            f"{2 * degree}, or change the degree"
+        )
+    for name, why in (
+        ("tensor_parallel_degree", "whose ranks would share the parts of a row"),
+        ("expert_parallel_degree", "whose ranks may hold parts of the same row"),
+        ("pipeline_parallel_degree", "whose stages take whole rows"),
+    ):
+        if getattr(parallelism, name) > 1:
+            yield (
+                f"context_parallel_degree ({degree}) must be 1 together with {name} "
+                f"({getattr(parallelism, name)}), {why}: the two have not been compared with one "
+                "rank; use one of them, and FSDP for the rest"
+            )
+    for name, pool, _, _ in model.traverse(ExpertPool.Config):
+        if isinstance(pool.router, ExpertChoice.Config):
+            yield (
+                f"context_parallel_degree ({degree}) must be 1: {name} has experts that choose "
+                "among all tokens of a row (ExpertChoice), and no rank has a whole one; use token "
+                "choice, or data_parallel_shard_degree and activation checkpointing for long rows"
+            )
+            return
