@@ -42,6 +42,7 @@ from torchtitan.models.llama3.parallelize import parallelize_llama
 
 from earlyfuse.configs import decoders, embedded
 from earlyfuse.data.tokenised import ShardRecord, shard_name, write_manifest, write_shard
+from earlyfuse.models.blocks.feed_forward import FeedForward
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.modality import MediaCodes, Modality, Vocabulary
 from earlyfuse.models.objectives.chameleon import ChameleonObjective
@@ -264,6 +265,7 @@ def build(folder: Path) -> tuple[dict[str, titan.Trainer], Vocabulary]:
     prepared_folder(folder, vocabulary)
     equal = decoders.dense(shape)
     for layer in equal.layers:
+        assert layer.attention is not None
         layer.attention.qk_norm = False
     swin = replace(shape, norm_order="swin")
     experts = {Modality.TEXT: 4, Modality.IMAGE: 4}
@@ -338,6 +340,8 @@ def main(rounds: int = 15, warmups: int = 3) -> None:
         model = trainers[EQUAL].model_config
         assert isinstance(model, Decoder.Config)
         layer = model.layers[0]
+        assert layer.attention is not None
+        assert isinstance(layer.feed_forward, FeedForward.Config)
         setting = {
             "layers": len(model.layers),
             "dim": model.dim,
