@@ -62,8 +62,8 @@ class Setting:
 
 
 SETTINGS = (
-    Setting(12, 256, 2048, rows=2, seq_len=512, rounds=15),
-    Setting(12, 256, 2048, rows=2, seq_len=128, rounds=7),
+    Setting(12, 256, 2048, rows=2, seq_len=512, rounds=9),
+    Setting(12, 256, 2048, rows=2, seq_len=128, rounds=5),
 )
 
 
