@@ -68,7 +68,7 @@ class Problem:
         return [out_TD.detach(), *torch.autograd.grad(out_TD, wanted, self.dx_TD)]
 
 
-def main(rounds: int = 25) -> None:
+def main(rounds: int = 99) -> None:
     """Run all ops and write ``results/dispatch.{jsonl,md}``."""
     torch.set_num_threads(1)
     report = Report("dispatch", "Top-k, gather, weighted scatter (row 3)")

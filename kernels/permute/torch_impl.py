@@ -79,16 +79,15 @@ def select_top_k(scores_GT: torch.Tensor, k: int) -> torch.Tensor:
 
 def _select_on_cpu(scores_GT: torch.Tensor, k: int) -> torch.Tensor:
     groups, tokens = scores_GT.shape
-    last_first_T = torch.arange(tokens - 1, -1, -1)
     score = scores_GT.numpy()
     least_G1 = np.partition(score, tokens - k, axis=1)[:, tokens - k, None]
     chosen = np.flatnonzero(score >= least_G1)
     if len(chosen) == groups * k:
         chosen_Gk = torch.from_numpy(chosen).view(groups, k)
-        scores_Gk = scores_GT.view(-1)[chosen_Gk]
-        key_Gk = _keys(scores_Gk, last_first_T[chosen_Gk % tokens]).numpy()
+        last_G1 = torch.arange(tokens - 1, scores_GT.numel(), tokens)[:, None]
+        key_Gk = _keys(scores_GT.view(-1)[chosen_Gk], last_G1 - chosen_Gk).numpy()
     else:  # more than k are as good as the least of the best, as where k exceeds the eligible
-        key_GT = _keys(scores_GT, last_first_T).numpy()
+        key_GT = _keys(scores_GT, torch.arange(tokens - 1, -1, -1)).numpy()
         key_Gk = np.partition(key_GT, tokens - k, axis=1)[:, tokens - k :]
     best_last_Gk = torch.from_numpy(np.sort(key_Gk, axis=1))
     return tokens - 1 - (best_last_Gk.flip(1) & 0xFFFFFFFF)
