@@ -4,8 +4,9 @@
 
 Forward, gradient of x and gradient of w apart, over eight groups of equal and uneven sizes, twice:
 tokens sorted by group, as ``F.grouped_mm`` wants them, where no rival moves a row; and tokens in
-random order, where every rival but the dense one gathers its rows and puts them back. The goal,
-grouped over dense, is of the first: products alone.
+random order, where every rival but the dense ones gathers its rows and puts them back. The goal,
+grouped over dense, is of the first: products alone. The dense weight is also taken in a call per
+group, to tell what smaller products cost the BLAS by themselves.
 
 T tokens, D width in, F width out, G groups.
 """
@@ -21,6 +22,7 @@ from harness import Report, Rival, compare
 
 GROUPS, TOKENS, DIM, WIDTH = 8, 4096, 512, 2048
 OURS, DENSE = "ours: grouped_linear", "dense product"
+DENSE_CALLS = "dense product, a call per group"
 SIZES = {
     "equal": [TOKENS // GROUPS] * GROUPS,
     "zipf": [1507, 753, 502, 377, 301, 251, 215, 190],
@@ -100,6 +102,20 @@ class Problem:
             return [F.linear(self.x_TD, w_FD)]
         return [self.dy_TF @ w_FD if part == "dx" else self.dy_TF.t() @ self.x_TD]
 
+    def dense_calls(self, part: str) -> list[torch.Tensor]:
+        """The dense product of as many rows at a time as the groups have."""
+        w_FD, out = self.w_GFD[0], torch.empty_like(self.dy_TF if part == "forward" else self.x_TD)
+        gradient_GFD = torch.empty_like(self.w_GFD) if part == "dw" else None
+        for group, (begin, end) in enumerate(pairwise(self.offset_G1.tolist())):
+            x_ND, dy_NF = self.x_TD[begin:end], self.dy_TF[begin:end]
+            if gradient_GFD is not None:
+                torch.mm(dy_NF.t(), x_ND, out=gradient_GFD[group])
+            elif part == "forward":
+                torch.mm(x_ND, w_FD.t(), out=out[begin:end])
+            else:
+                torch.mm(dy_NF, w_FD, out=out[begin:end])
+        return [out if gradient_GFD is None else gradient_GFD]
+
     def rivals(self, part: str) -> list[Rival]:
         """All ways to compute one part."""
 
@@ -109,6 +125,7 @@ class Problem:
         return [
             rival(OURS, self.ours, None),
             rival(DENSE, self.dense, None),
+            rival(DENSE_CALLS, self.dense_calls, None),
             rival("loop over groups", self.loop, OURS),
             rival("F.grouped_mm", self.grouped_mm, OURS),
         ]
@@ -122,7 +139,7 @@ def main(rounds: int = 15) -> None:
     for order, (name, sizes) in product(("sorted", "random"), SIZES.items()):
         problem = Problem(sizes, order == "sorted")
         for part in ("forward", "dx", "dw"):
-            timings = compare(problem.rivals(part), rounds=rounds, tolerance=1e-5)
+            timings = compare(problem.rivals(part), rounds=rounds, tolerance=1e-5, keep_freed=True)
             flops = 2 * TOKENS * DIM * WIDTH
             setting = {"order": order, "sizes": name, "part": part, "tokens": TOKENS}
             shape = {"dim": DIM, "width": WIDTH, "dtype": "fp32", "GFLOP": flops / 1e9}

@@ -4,9 +4,7 @@ All rivals run in one process, round-robin, and each round starts with another o
 minute falls on all of them. A ratio is the median over rounds of (rival's time / first rival's time
 in the same round); it is withheld when the quartiles of those per-round ratios lie more than 15 %
 of it apart. CPU time stands beside wall time: it is the one to read where cores are shared. Nothing
-is timed before its results were found equal to those of the rival it claims to reproduce. While
-rivals are timed the process keeps the memory they free, so that pages are not fetched and zeroed
-again in each run, which takes the kernel now little time and now much.
+is timed before its results were found equal to those of the rival it claims to reproduce.
 """
 
 import ctypes
@@ -17,7 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,16 +56,25 @@ class Timing:
 
 
 def compare(
-    rivals: Sequence[Rival], *, rounds: int = 15, warmups: int = 3, tolerance: float = 1e-4
+    rivals: Sequence[Rival],
+    *,
+    rounds: int = 15,
+    warmups: int = 3,
+    tolerance: float = 1e-4,
+    keep_freed: bool = False,
 ) -> list[Timing]:
     """Verify the rivals, warm each up, then time ``rounds`` interleaved rounds.
+
+    ``keep_freed``: the process keeps the memory that rivals free. Otherwise the kernel takes large
+    blocks back and each run has its pages fetched and zeroed again, as in any program on a CPU:
+    a cost of the rival that takes more memory, but one that varies, and hides small differences.
 
     Raises ``ValueError`` when a rival's result differs from the one it must reproduce by more than
     ``tolerance`` (root mean square of the difference over that of the result), or its name is
     unknown.
     """
     verify(rivals, tolerance)
-    with _freed_memory_kept():
+    with _freed_memory_kept() if keep_freed else nullcontext():
         cpu, wall = _rounds(rivals, rounds, warmups)
     base = rivals[0].name
     return [

@@ -33,12 +33,15 @@ TIME_GOAL, MEMORY_GOAL = 0.90, 0.25
 
 @dataclass(frozen=True)
 class Setting:
-    """Sizes and the weight of the z-loss."""
+    """Sizes, the weight of the z-loss, and whether rivals find the memory that they freed (then
+    whole logits, too, cost no fresh pages).
+    """
 
     tokens: int
     dim: int
     vocabulary: int
     z_weight: float
+    keep_freed: bool
 
     @property
     def flops(self) -> float:
@@ -158,13 +161,18 @@ def peak_mb(run: Callable[[], object]) -> float:
 def goals(setting: Setting, timings: list[Timing], peaks: dict[str, float]) -> str:
     """Markdown: peaks, and our time and memory over the first rival's."""
     name = f"T {setting.tokens}, d {setting.dim}, V {setting.vocabulary}, z {setting.z_weight:g}"
+    name += ", freed memory kept" * setting.keep_freed
     ratio = next(t.cpu_ratio for t in timings if t.name == WHOLE)
     time = None if ratio is None else 1 / ratio
-    memory = peaks[OURS] / peaks[WHOLE]
     time_verdict = "too noisy" if time is None else "met" if time <= TIME_GOAL else "missed"
     lines = [
         f"- {name}: CPU time ours / {WHOLE} ≤ {TIME_GOAL:.2f}: {time_verdict}"
-        + ("" if time is None else f" ({time:.3f})"),
+        + ("" if time is None else f" ({time:.3f})")
+    ]
+    if not peaks:
+        return lines[0]
+    memory = peaks[OURS] / peaks[WHOLE]
+    lines += [
         f"- {name}: peak memory ours / {WHOLE} ≤ {MEMORY_GOAL:.2f}: "
         f"{'met' if memory <= MEMORY_GOAL else 'missed'} ({memory:.3f})",
     ]
@@ -188,11 +196,11 @@ def main(rounds: int = 15) -> None:
     torch.set_num_threads(1)
     report = Report("linear_cross_entropy", "Head and cross-entropy, forward and backward (row 6)")
     verdicts = []
-    for z_weight in (0.0, 1e-5):
-        setting = Setting(1024, 256, 65536, z_weight)
+    for z_weight, keep_freed in ((0.0, False), (1e-5, False), (0.0, True)):
+        setting = Setting(1024, 256, 65536, z_weight, keep_freed)
         rivals = rivals_of(Problem(setting))
-        timings = compare(rivals, rounds=rounds, warmups=1, tolerance=1e-5)
-        peaks = {rival.name: peak_mb(rival.run) for rival in rivals}
+        timings = compare(rivals, rounds=rounds, warmups=1, tolerance=1e-5, keep_freed=keep_freed)
+        peaks = {} if keep_freed else {rival.name: peak_mb(rival.run) for rival in rivals}
         shown = {**vars(setting), "dtype": "fp32", "GFLOP": setting.flops / 1e9}
         peak = {f"peak MB of {name}": round(mb) for name, mb in peaks.items()}
         report.add(shown | {"rounds": rounds} | peak, timings)
