@@ -243,8 +243,9 @@ def test_what_cannot_be_summed_is_refused():
         r"modality_T .*one entry per label": (x, w, labels, modality[:3], {}),
         r"modality_T .*integers": (x, w, labels, modality.float(), {}),
         r"z_weight \(-1": (x, w, labels, modality, {"z_weight": -1.0}),
+        r"z_weight \(nan": (x, w, labels, modality, {"z_weight": float("nan")}),
         r"backend \('flash'\)": (x, w, labels, modality, {"backend": "flash"}),
-        r"x_TD \(torch.float64\)": (
+        r"backend \('triton'\).*float64": (
             x.double(),
             w.double(),
             labels,
@@ -254,6 +255,15 @@ def test_what_cannot_be_summed_is_refused():
     }
     if DEVICE == "cpu":  # elsewhere looking would wait for the device
         bad[r"labels_T \(6\) must lie in \[0, 6\)"] = (x, w, beyond, modality, {})
+        bad[r"labels_T \(-5\) must lie in \[0, 6\)"] = (
+            *(x, w, torch.where(beyond == 6, -5, labels), modality),
+            {"backend": "reference"},
+        )
+        lost = torch.where(labels != -100, MODALITIES, 0)
+        bad[rf"modality_T \({MODALITIES} … {MODALITIES}\) must lie in 0 … {MODALITIES - 1}"] = (
+            *(x, w, labels, lost),
+            {},
+        )
     for message, (*inputs, options) in bad.items():
         with pytest.raises(ValueError, match=message):
             linear_cross_entropy(*inputs, modalities=MODALITIES, **options)
