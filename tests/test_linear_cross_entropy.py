@@ -213,6 +213,22 @@ def test_the_op_compiles_into_one_graph():
     assert all(rms_ratio(a, b) <= 1e-6 for a, b in zip(actual, expected, strict=True))
 
 
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_a_second_derivative_is_right_or_refused(backend):
+    x, w, labels, modality = problem(5, 6, 3, torch.float64)
+
+    def slope(x):
+        options = {"modalities": MODALITIES, "z_weight": Z_WEIGHT, "backend": backend}
+        total = linear_cross_entropy(x, w, labels, modality, **options).total
+        return torch.autograd.grad(total, x, create_graph=True)
+
+    if backend == "reference":
+        assert torch.autograd.gradcheck(slope, (x,))
+    else:
+        with pytest.raises(RuntimeError, match="no second derivative.*'reference'"):
+            slope(x)
+
+
 def test_never_more_than_one_chunk_of_logits_is_held(monkeypatch):
     largest, mm = 0, torch.mm
 
