@@ -2,6 +2,7 @@
 
 import logging
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -242,10 +243,25 @@ def test_sums_by_token_are_those_of_the_definition_in_the_order_of_the_route(tok
         assert torch.equal(scatter_add_rows(y_RD, rows, tokens, backend="torch"), expected)
 
 
-def test_a_row_beyond_the_tokens_is_refused_by_a_scatter():
-    for row_R, said in ((torch.tensor([0, 9]), r"up to 9\).*tokens \(9"), (-torch.arange(2), None)):
-        with pytest.raises(ValueError, match=said):
-            scatter_add_rows(torch.ones(2, 3), row_R, 9, backend="torch")
+@pytest.mark.parametrize("name", ["reference", "torch"])
+@pytest.mark.parametrize("rows", [(0, 1, 4), (2, 3, 4), (-1, 0, 1), (-3, -2, -1)])
+def test_rows_that_are_not_there_are_refused_by_name(rows, name):
+    """Runs of them too, which a slice would cut short without a word."""
+    row_R, w2_GDF = torch.tensor(rows), torch.zeros(2, 6, 5)
+    for call in (
+        lambda: grouped_linear(X, W, row_R, OFFSET, once=True, backend=name),
+        lambda: grouped_swiglu(X, W, W, w2_GDF, row_R.int(), OFFSET, backend=name),
+        lambda: gather_rows(X, row_R, backend=name),
+        lambda: scatter_add_rows(X[:3], row_R, 4, backend=name),
+    ):
+        with pytest.raises(ValueError, match=rf"row_R \({rows[0]} … {rows[2]}\).*0 … 3"):
+            call()
+
+
+def test_a_row_beyond_the_tokens_is_refused_by_a_scatter_that_was_compiled():
+    for row_R in (torch.tensor([0, 9]), -torch.arange(2)):
+        with pytest.raises(ValueError):
+            torch.ops.earlyfuse.scatter_add_rows(torch.ones(2, 3), row_R, 9, None, "torch")
 
 
 def test_no_rows_or_no_width_scatter_to_zeros():
@@ -354,6 +370,20 @@ def test_a_backend_that_does_not_exist_or_cannot_run_is_refused_by_name(monkeypa
         grouped_linear(X, W, ROW, OFFSET, backend="triton")
 
 
+def test_triton_is_neither_taken_nor_accepted_for_types_it_would_compute_in_fp32(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    for dtype, chosen in ((torch.float64, "torch"), (torch.bfloat16, "triton")):
+        like = SimpleNamespace(device=torch.device("cuda"), dtype=dtype)
+        assert backend.resolve("op", "auto", ("triton", "torch"), like) == chosen
+    for call in (
+        lambda x: grouped_linear(x, W.double(), ROW, OFFSET, backend="triton"),
+        lambda x: scatter_add_rows(x[:3], ROW, 4, backend="triton"),
+        lambda x: gather_rows(x, ROW, backend="triton"),
+    ):
+        with pytest.raises(ValueError, match=r"backend \('triton'\).*not torch.float64"):
+            call(X.double())
+
+
 def test_auto_says_once_what_it_took(caplog, monkeypatch):
     monkeypatch.setattr(backend, "_announced", set())
     with caplog.at_level(logging.INFO, logger=backend.__name__):
@@ -369,6 +399,14 @@ def test_top_k_without_ties_is_that_of_torch():
     scores_GT = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
     for k in (1, 20, 49, 50):
         assert torch.equal(select_top_k(scores_GT, k), scores_GT.topk(k, dim=1).indices)
+
+
+@pytest.mark.parametrize("name", ["torch", "reference"])
+def test_nan_in_one_group_moves_no_choice_of_another_and_leaves_ids_that_exist(name):
+    scores_GT = torch.zeros(2, 4)
+    scores_GT[0] = torch.nan  # none is at least NaN, and twice as many as wanted are at least 0
+    broken, whole = select_top_k(scores_GT, 2, backend=name).tolist()
+    assert whole == [0, 1] and len(set(broken) & {0, 1, 2, 3}) == 2
 
 
 def test_a_tie_at_the_last_place_is_seen():

@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from earlyfuse.kernels.grouped_gemm import grouped_linear, grouped_swiglu
+from earlyfuse.kernels.linear_cross_entropy import linear_cross_entropy
 from earlyfuse.kernels.permute import gather_rows, scatter_add_rows, select_top_k
+from earlyfuse.kernels.selective_scan import selective_scan
 
 T, D, F, G = 12, 6, 10, 3
 ROW = torch.tensor([0, 4, 4, 11, 7, 1, 0])
@@ -58,6 +61,24 @@ def test_routed_layers_compile_into_one_graph():
         torch.autograd.grad(actual.sin().sum(), (x, w1, weight)), wanted, strict=True
     ):
         torch.testing.assert_close(have, want)
+
+
+def test_shapes_alone_are_enough_where_nothing_is_computed():
+    """Ids have no values there to be checked."""
+    with FakeTensorMode():
+        x, w1, w3, w2, weight = (t.detach().requires_grad_() for t in tensors())
+        row, offset = torch.zeros(len(ROW), dtype=torch.int64), torch.zeros(G + 1).long()
+        y = grouped_swiglu(x, w1, w3, w2, row, offset, weight)
+        y = y + scatter_add_rows(gather_rows(y, row), row, T, weight)
+        z = grouped_linear(y, w1, row, offset)
+        assert z.shape == (T, F)
+        group = torch.zeros(1, T, dtype=torch.int64)
+        u, B, rates = y[None], torch.zeros(1, T, 4), torch.zeros(D, 4)
+        u, _ = selective_scan(u, u, rates, B, B, bias_GD=torch.zeros(2, D), group_BL=group)
+        labels, modality = torch.zeros(T).long(), torch.zeros(T).long()
+        total = linear_cross_entropy(u[0], w1[0], labels, modality, modalities=2).total
+        (z.sum() + total).backward()
+        assert x.grad.shape == x.shape and weight.grad.shape == weight.shape
 
 
 @pytest.mark.parametrize("needed", ["all", "x alone", "weights alone"])

@@ -79,6 +79,25 @@ def test_groups_of_several_tiles_in_both_directions_equal_the_reference():
     assert_equal_to_reference(problem(groups, tokens=90, width=70, hidden=72), False, 1e-5)
 
 
+def test_routes_with_strides_are_those_of_their_entries():
+    """A column of a matrix, every other entry, one weight for all."""
+    groups, _ = ROUTES["experts: tokens in several groups, one empty"]
+    *inputs, row_R, offset_G1, weight_R = problem(groups)
+    apart = [torch.stack([t, t + 1], 1)[:, 0] for t in (row_R, offset_G1)]
+    for weights in (torch.stack([weight_R.detach()] * 2, 1)[:, 0], weight_R[0].expand(row_R.shape)):
+        weights = weights.detach().requires_grad_()
+        assert not weights.is_contiguous()
+        assert_equal_to_reference((*inputs, *apart, weights), False, 1e-5)
+        for op, moved, rest in (
+            (gather_rows, inputs[0], (apart[0],)),
+            (scatter_add_rows, leaf(len(row_R), 5, seed=1), (apart[0], TOKENS, weights)),
+        ):
+            expected = outputs_and_gradients(op, (moved,), *rest, backend="reference")
+            actual = outputs_and_gradients(op, (moved,), *rest, backend="triton")
+            for have, want in zip(actual, expected, strict=True):
+                assert rms_ratio(have, want) < 1e-6
+
+
 def test_half_precision_agrees_with_the_reference():
     groups, once = ROUTES["experts: tokens in several groups, one empty"]
     bound = 1e-2 if DEVICE == "cuda" else 2e-2  # the interpreter cuts bits off instead of rounding

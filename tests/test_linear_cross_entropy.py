@@ -213,6 +213,22 @@ def test_the_op_compiles_into_one_graph():
     assert all(rms_ratio(a, b) <= 1e-6 for a, b in zip(actual, expected, strict=True))
 
 
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_a_second_derivative_is_right_or_refused(backend):
+    x, w, labels, modality = problem(5, 6, 3, torch.float64)
+
+    def slope(x):
+        options = {"modalities": MODALITIES, "z_weight": Z_WEIGHT, "backend": backend}
+        total = linear_cross_entropy(x, w, labels, modality, **options).total
+        return torch.autograd.grad(total, x, create_graph=True)
+
+    if backend == "reference":
+        assert torch.autograd.gradcheck(slope, (x,))
+    else:
+        with pytest.raises(RuntimeError, match=r"no second derivative.*'reference'"):
+            slope(x)
+
+
 def test_never_more_than_one_chunk_of_logits_is_held(monkeypatch):
     largest, mm = 0, torch.mm
 
@@ -243,8 +259,9 @@ def test_what_cannot_be_summed_is_refused():
         r"modality_T .*one entry per label": (x, w, labels, modality[:3], {}),
         r"modality_T .*integers": (x, w, labels, modality.float(), {}),
         r"z_weight \(-1": (x, w, labels, modality, {"z_weight": -1.0}),
+        r"z_weight \(nan": (x, w, labels, modality, {"z_weight": float("nan")}),
         r"backend \('flash'\)": (x, w, labels, modality, {"backend": "flash"}),
-        r"x_TD \(torch.float64\)": (
+        r"backend \('triton'\).*float64": (
             x.double(),
             w.double(),
             labels,
@@ -254,6 +271,15 @@ def test_what_cannot_be_summed_is_refused():
     }
     if DEVICE == "cpu":  # elsewhere looking would wait for the device
         bad[r"labels_T \(6\) must lie in \[0, 6\)"] = (x, w, beyond, modality, {})
+        bad[r"labels_T \(-5\) must lie in \[0, 6\)"] = (
+            *(x, w, torch.where(beyond == 6, -5, labels), modality),
+            {"backend": "reference"},
+        )
+        lost = torch.where(labels != -100, MODALITIES, 0)
+        bad[rf"modality_T \({MODALITIES} … {MODALITIES}\) must lie in 0 … {MODALITIES - 1}"] = (
+            *(x, w, labels, lost),
+            {},
+        )
     for message, (*inputs, options) in bad.items():
         with pytest.raises(ValueError, match=message):
             linear_cross_entropy(*inputs, modalities=MODALITIES, **options)

@@ -28,6 +28,7 @@ import torch
 
 from earlyfuse.kernels.backend import resolve
 from earlyfuse.kernels.causal_conv1d import op, reference
+from earlyfuse.kernels.checks import FLOATS
 
 __all__ = ["causal_conv1d", "causal_conv1d_step"]
 
@@ -52,12 +53,7 @@ def causal_conv1d(
     unavailable backend.
     """
     _check(x_BLD, weight_DW, bias_D, positions_BL, initial_state_BVD)
-    chosen = resolve("causal_conv1d", backend, ("triton", "torch", "reference"), x_BLD.device)
-    if chosen == "triton" and x_BLD.dtype == torch.float64:
-        raise ValueError(
-            "x_BLD (torch.float64) must be float32, bfloat16 or float16 for backend triton, which "
-            "computes in float32; cast it, or choose torch"
-        )
+    chosen = resolve("causal_conv1d", backend, ("triton", "torch", "reference"), x_BLD)
     arguments = (x_BLD, weight_DW, bias_D, positions_BL, initial_state_BVD, silu)
     if chosen == "reference":
         return reference.causal_conv1d(*arguments)
@@ -85,7 +81,7 @@ def causal_conv1d_step(
         x_BD[:, None],
         weight_DW,
         bias_D,
-        positions_BL=None if positions_B is None else positions_B[:, None],
+        positions_BL=None if positions_B is None else positions_B[..., None],
         initial_state_BVD=state_BVD,
         silu=silu,
         backend=backend,
@@ -100,7 +96,7 @@ def _check(
     positions_BL: torch.Tensor | None,
     state_BVD: torch.Tensor | None,
 ) -> None:
-    if x_BLD.ndim != 3 or not x_BLD.is_floating_point():
+    if x_BLD.ndim != 3 or x_BLD.dtype not in FLOATS:
         raise ValueError(
             f"x_BLD ({tuple(x_BLD.shape)}, {x_BLD.dtype}) must be floating-point with three "
             "dimensions (rows, tokens, channels)"

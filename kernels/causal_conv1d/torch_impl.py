@@ -66,7 +66,7 @@ def backward(
     weight_WD, bias = _taps(x_BLD, weight_DW, bias_D)
     dtype, V = weight_WD.dtype, weight_WD.shape[0] - 1
     dx_BLD = x_BLD.new_empty(x_BLD.shape) if need_inputs else x_BLD.new_empty(0)
-    dstate_BVD = torch.empty_like(dfinal_BVD) if need_inputs else x_BLD.new_empty(0)
+    dstate_BVD = dfinal_BVD.new_empty(dfinal_BVD.shape) if need_inputs else x_BLD.new_empty(0)
     dweight_WD = torch.zeros_like(weight_WD)
     dbias = weight_WD.new_zeros(weight_WD.shape[1])
     rows, tokens = _pieces(x_BLD)
@@ -133,9 +133,11 @@ def _pre_activation_gradient(
     silu: bool,
 ) -> torch.Tensor:
     """A piece's gradient before the activation, in memory of its own."""
-    dy_bnD = dy_bnD.to(weight_WD.dtype, copy=not silu)
     if not silu:
-        return dy_bnD
+        return torch.empty_like(
+            dy_bnD, dtype=weight_WD.dtype, memory_format=torch.contiguous_format
+        ).copy_(dy_bnD)
+    dy_bnD = dy_bnD.to(weight_WD.dtype)
     pre_bnD = torch.empty_like(dy_bnD, memory_format=torch.contiguous_format)
     _convolve(pre_bnD, window_bmD, weight_WD, bias_D, positions_bn)
     return _aten.silu_backward.grad_input(dy_bnD, pre_bnD, grad_input=pre_bnD)

@@ -23,6 +23,7 @@ definition).
 import torch
 
 from earlyfuse.kernels.backend import resolve
+from earlyfuse.kernels.checks import FLOATS, check_ids, readable
 from earlyfuse.kernels.grouped_gemm import op, reference
 
 BACKENDS = ("triton", "torch", "reference")
@@ -45,7 +46,7 @@ def grouped_linear(
     """
     _check_routes(x_TD, row_R, offset_G1, weight_R)
     _check_weight("w_GFD", w_GFD, x_TD, offset_G1, (None, x_TD.shape[1]))
-    chosen = resolve("grouped_linear", backend, BACKENDS, x_TD.device)
+    chosen = resolve("grouped_linear", backend, BACKENDS, x_TD)
     if chosen == "reference":
         return reference.grouped_linear(x_TD, w_GFD, row_R, offset_G1, weight_R)
     return op.grouped_linear(x_TD, w_GFD, row_R, offset_G1, weight_R, once, chosen)
@@ -73,7 +74,7 @@ def grouped_swiglu(
     hidden = w1_GFD.shape[1]
     _check_weight("w3_GFD", w3_GFD, x_TD, offset_G1, (hidden, x_TD.shape[1]))
     _check_weight("w2_GDF", w2_GDF, x_TD, offset_G1, (x_TD.shape[1], hidden))
-    chosen = resolve("grouped_swiglu", backend, BACKENDS, x_TD.device)
+    chosen = resolve("grouped_swiglu", backend, BACKENDS, x_TD)
     tensors = (x_TD, w1_GFD, w3_GFD, w2_GDF, row_R, offset_G1, weight_R)
     if chosen == "reference":
         return reference.grouped_swiglu(*tensors)
@@ -87,7 +88,7 @@ def _check_routes(
     offset_G1: torch.Tensor,
     weight_R: torch.Tensor | None,
 ) -> None:
-    if x_TD.ndim != 2 or not x_TD.is_floating_point():
+    if x_TD.ndim != 2 or x_TD.dtype not in FLOATS:
         raise ValueError(
             f"x_TD ({tuple(x_TD.shape)}, {x_TD.dtype}) must be a floating-point matrix "
             "(tokens, width); flatten batch and sequence first"
@@ -113,9 +114,9 @@ def _check_routes(
             raise ValueError(
                 f"weight_R ({weight_R.dtype}) must be float32 or of x_TD's {x_TD.dtype}; cast it"
             )
-    # elsewhere reading the offsets would wait for the device; a compiled graph has none to read
-    if x_TD.device.type == "cpu" and not torch.compiler.is_compiling():
+    if readable(offset_G1):
         _check_offsets(offset_G1.tolist(), row_R.shape[0])
+    check_ids("row_R", row_R, x_TD.shape[0], "the rows of x_TD")
 
 
 def _check_offsets(offsets: list[int], rows: int) -> None:

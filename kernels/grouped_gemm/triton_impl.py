@@ -58,7 +58,7 @@ def linear(
     once: bool,
 ) -> torch.Tensor:
     """y[row] += weight · (x[row] @ w[g].T); see ``grouped_gemm`` for shapes."""
-    routes = (row_R, offset_G1, weight_R)
+    routes = _dense(row_R, offset_G1, weight_R)
     return _to_tokens(x_TD, w_GFD, *routes, once, gather=True, transposed=True)
 
 
@@ -74,6 +74,7 @@ def linear_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of x, w and the weights."""
     need_x, need_w, need_weight = need
+    row_R, offset_G1, weight_R = _dense(row_R, offset_G1, weight_R)
     x_TD, w_GFD = x_TD.contiguous(), w_GFD.contiguous()
     empty = x_TD.new_empty(0)
     dx_TD, dw_GFD, dweight_R = empty, empty, empty
@@ -105,6 +106,7 @@ def swiglu(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """y[row] += weight · w2[g] (silu(w1[g] x[row]) ⊙ w3[g] x[row]), and both pre-activations."""
     x_TD = x_TD.contiguous()
+    row_R, offset_G1, weight_R = _dense(row_R, offset_G1, weight_R)
     groups, hidden, dim = w1_GFD.shape
     rows = row_R.shape[0]
     gate_up_2RF = x_TD.new_empty((2, rows, hidden) if keep else 0)
@@ -139,6 +141,7 @@ def swiglu_backward(
     """Gradients of x, w1, w3, w2 and the weights."""
     need_x, need_w1, need_w3, need_w2, need_weight = need
     x_TD, empty = x_TD.contiguous(), x_TD.new_empty(0)
+    row_R, offset_G1, weight_R = _dense(row_R, offset_G1, weight_R)
     dgate_RF, dup_RF, h_RF, dweight_R = _activation_backward(
         dy_TD, gate_up_2RF, w2_GDF.contiguous(), row_R, offset_G1, weight_R, need_weight
     )
@@ -158,6 +161,14 @@ def swiglu_backward(
         )
     ]
     return dx_TD, gradients[0], gradients[1], gradients[2], dweight_R
+
+
+def _dense(
+    row_R: torch.Tensor, offset_G1: torch.Tensor, weight_R: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The routes as kernels read them, one entry next to the other."""
+    weight_R = None if weight_R is None else weight_R.contiguous()
+    return row_R.contiguous(), offset_G1.contiguous(), weight_R
 
 
 # ---------------------------------------------------------------- TMA or pointers

@@ -28,7 +28,9 @@ import torch
 import torch.distributed as dist
 
 from earlyfuse.kernels.backend import resolve
+from earlyfuse.kernels.checks import FLOATS, check_ids, readable
 from earlyfuse.kernels.linear_cross_entropy import op, reference
+from earlyfuse.kernels.linear_cross_entropy.chunked import IGNORED, check_labels
 
 __all__ = ["LossSums", "VocabularyShard", "linear_cross_entropy"]
 
@@ -79,15 +81,18 @@ def linear_cross_entropy(
             f"modality_T ({tuple(modality_T.shape)} on {modality_T.device}) must have one entry "
             f"per label ({tuple(labels_T.shape)} on {labels_T.device})"
         )
-    if modality_T.is_floating_point() or modalities < 1:
+    if modality_T.is_floating_point() or modality_T.is_complex() or modalities < 1:
         raise ValueError(
             f"modality_T ({modality_T.dtype}) must be integers below modalities ({modalities}), "
             "which must be positive"
         )
-    if z_weight < 0:
+    if not z_weight >= 0:  # NaN is neither
         raise ValueError(f"z_weight ({z_weight}) must not be negative; 0 turns the z-loss off")
+    if readable(labels_T):
+        check_ids("modality_T", modality_T[labels_T != IGNORED], modalities, "the modalities")
     chosen = _resolve(x_TD, shard, backend)
     if chosen == "reference":
+        check_labels(labels_T, w_VD.shape[0])
         nll_T, log_z_T = reference.token_losses(x_TD, w_VD, labels_T)
         total = reference.total(nll_T, log_z_T, z_weight)
     else:
@@ -109,15 +114,10 @@ def linear_cross_entropy(
 
 
 def _resolve(x_TD: torch.Tensor, shard: VocabularyShard | None, backend: str) -> str:
-    chosen = resolve("linear_cross_entropy", backend, ("triton", "torch", "reference"), x_TD.device)
+    chosen = resolve("linear_cross_entropy", backend, ("triton", "torch", "reference"), x_TD)
     if chosen == "reference" and shard is not None:
         raise ValueError(
             "backend ('reference') needs the whole vocabulary, but shard is given; choose torch"
-        )
-    if chosen == "triton" and x_TD.dtype == torch.float64:
-        raise ValueError(
-            "x_TD (torch.float64) must be float32, bfloat16 or float16 for backend triton, which "
-            "computes in float32; cast it, or choose torch"
         )
     return chosen
 
@@ -125,7 +125,7 @@ def _resolve(x_TD: torch.Tensor, shard: VocabularyShard | None, backend: str) ->
 def _check(
     x_TD: torch.Tensor, w_VD: torch.Tensor, labels_T: torch.Tensor, shard: VocabularyShard | None
 ) -> None:
-    if x_TD.ndim != 2 or not x_TD.is_floating_point():
+    if x_TD.ndim != 2 or x_TD.dtype not in FLOATS:
         raise ValueError(
             f"x_TD ({tuple(x_TD.shape)}, {x_TD.dtype}) must be a floating-point matrix (tokens, "
             "width); flatten batch and sequence first"

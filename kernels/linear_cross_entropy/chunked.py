@@ -16,6 +16,8 @@ from functools import partial
 
 import torch
 
+from earlyfuse.kernels.checks import readable
+
 IGNORED = -100
 # in place of a label's row in w: the label is not in this shard; the token does not count
 ELSEWHERE, UNCOUNTED = -1, -2
@@ -81,17 +83,22 @@ def forward(
 
 def _label_rows(labels_T: torch.Tensor, first: int, words: int, vocabulary: int) -> torch.Tensor:
     """Labels as rows of ``w``, or ``ELSEWHERE``, or ``UNCOUNTED``."""
-    counted_T = labels_T != IGNORED
-    if labels_T.device.type == "cpu":  # elsewhere looking would wait for the device
-        wrong_T = counted_T & ((labels_T < 0) | (labels_T >= vocabulary))
-        if bool(wrong_T.any()):
-            raise ValueError(
-                f"labels_T ({labels_T[wrong_T][0].item()}) must lie in [0, {vocabulary}), the "
-                f"vocabulary, or be {IGNORED}; pass shard if w_VD is a part of the vocabulary"
-            )
+    check_labels(labels_T, vocabulary)
     rows_T = labels_T - first
     rows_T = torch.where((rows_T >= 0) & (rows_T < words), rows_T, ELSEWHERE)
-    return torch.where(counted_T, rows_T, UNCOUNTED)
+    return torch.where(labels_T != IGNORED, rows_T, UNCOUNTED)
+
+
+def check_labels(labels_T: torch.Tensor, vocabulary: int) -> None:
+    """Raises ``ValueError`` on a label outside the vocabulary where looking costs nothing."""
+    if not readable(labels_T):
+        return
+    wrong_T = (labels_T != IGNORED) & ((labels_T < 0) | (labels_T >= vocabulary))
+    if bool(wrong_T.any()):
+        raise ValueError(
+            f"labels_T ({labels_T[wrong_T][0].item()}) must lie in [0, {vocabulary}), the "
+            f"vocabulary, or be {IGNORED}; pass shard if w_VD is a part of the vocabulary"
+        )
 
 
 def chunk_tokens(tokens: int, words: int, dtype: torch.dtype, device_type: str) -> int:

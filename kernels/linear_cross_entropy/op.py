@@ -70,6 +70,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
 def _backward(ctx: Any, dtotal: torch.Tensor | None, *_: None) -> tuple[Any, ...]:
     if dtotal is None:
         return (None,) * len(ctx.needs_input_grad)
+    if torch.is_grad_enabled():  # create_graph: what follows would look constant in x and w
+        raise RuntimeError(
+            "linear_cross_entropy has no second derivative: its gradients are made in forward; "
+            "choose backend='reference' to differentiate them"
+        )
     dx_TD, dw_VD = ctx.saved_tensors
     need_x, need_w, *others = ctx.needs_input_grad
     return (

@@ -19,15 +19,21 @@ CUDA) and ``reference``.
 import torch
 
 from earlyfuse.kernels.backend import resolve
+from earlyfuse.kernels.checks import FLOATS, check_ids
 from earlyfuse.kernels.permute import op, reference
 
 BACKENDS = ("triton", "torch", "reference")
 
 
 def gather_rows(x_TD: torch.Tensor, row_R: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:
-    """x[row] → (R, D), dtype of ``x``. Raises ``ValueError`` on wrong shapes, dtypes or devices."""
+    """x[row] → (R, D), dtype of ``x``.
+
+    Raises ``ValueError`` on wrong shapes, dtypes or devices, and on a CPU on rows that are not
+    there.
+    """
     _check_rows("x_TD", x_TD, row_R)
-    chosen = resolve("gather_rows", backend, BACKENDS, x_TD.device)
+    check_ids("row_R", row_R, x_TD.shape[0], "the rows of x_TD")
+    chosen = resolve("gather_rows", backend, BACKENDS, x_TD)
     if chosen == "reference":
         return reference.gather_rows(x_TD, row_R)
     return op.gather_rows(x_TD, row_R, chosen)
@@ -44,7 +50,7 @@ def scatter_add_rows(
     """out[row] += weight · y over all routed rows → (tokens, D), dtype of ``y``; else 0.
 
     Gradients reach ``y`` and ``weight_R``. Raises ``ValueError`` on wrong shapes, dtypes or
-    devices.
+    devices, and on a CPU on rows that are not there.
     """
     _check_rows("y_RD", y_RD, row_R)
     if y_RD.shape[0] != row_R.shape[0]:
@@ -53,6 +59,7 @@ def scatter_add_rows(
         )
     if tokens < 0:
         raise ValueError(f"tokens ({tokens}) must not be negative")
+    check_ids("row_R", row_R, tokens, "the tokens")
     if weight_R is not None and (
         weight_R.shape != row_R.shape
         or weight_R.device != y_RD.device
@@ -63,7 +70,7 @@ def scatter_add_rows(
             f"the shape of row_R {tuple(row_R.shape)}, dtype float32 or {y_RD.dtype}, and be on "
             f"{y_RD.device}"
         )
-    chosen = resolve("scatter_add_rows", backend, BACKENDS, y_RD.device)
+    chosen = resolve("scatter_add_rows", backend, BACKENDS, y_RD)
     if chosen == "reference":
         return reference.scatter_add_rows(y_RD, row_R, tokens, weight_R)
     return op.scatter_add_rows(y_RD, row_R, tokens, weight_R, chosen)
@@ -84,14 +91,14 @@ def select_top_k(scores_GT: torch.Tensor, k: int, *, backend: str = "auto") -> t
         raise ValueError(
             f"k ({k}) must lie in [0, {scores_GT.shape[1]}], the number of tokens; lower it"
         )
-    chosen = resolve("select_top_k", backend, BACKENDS, scores_GT.device)
+    chosen = resolve("select_top_k", backend, BACKENDS, scores_GT)
     if chosen == "reference":
         return reference.select_top_k(scores_GT.detach(), k)
     return op.select_top_k(scores_GT.detach(), k, chosen)
 
 
 def _check_rows(name: str, tensor: torch.Tensor, row_R: torch.Tensor) -> None:
-    if tensor.ndim != 2 or not tensor.is_floating_point():
+    if tensor.ndim != 2 or tensor.dtype not in FLOATS:
         raise ValueError(
             f"{name} ({tuple(tensor.shape)}, {tensor.dtype}) must be a floating-point matrix "
             "(rows, width)"

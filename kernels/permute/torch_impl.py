@@ -81,9 +81,9 @@ def _select_on_cpu(scores_GT: torch.Tensor, k: int) -> torch.Tensor:
     groups, tokens = scores_GT.shape
     score = scores_GT.numpy()
     least_G1 = np.partition(score, tokens - k, axis=1)[:, tokens - k, None]
-    chosen = np.flatnonzero(score >= least_G1)
-    if len(chosen) == groups * k:
-        chosen_Gk = torch.from_numpy(chosen).view(groups, k)
+    best_GT = score >= least_G1
+    if (np.count_nonzero(best_GT, axis=1) == k).all():
+        chosen_Gk = torch.from_numpy(np.flatnonzero(best_GT)).view(groups, k)
         last_G1 = torch.arange(tokens - 1, scores_GT.numel(), tokens)[:, None]
         key_Gk = _keys(scores_GT.view(-1)[chosen_Gk], last_G1 - chosen_Gk).numpy()
     else:  # more than k are as good as the least of the best, as where k exceeds the eligible

@@ -133,7 +133,8 @@ def _select_kernel(
 
 def gather_rows(x_TD: torch.Tensor, row_R: torch.Tensor) -> torch.Tensor:
     """x[row] → (R, D)."""
-    x_TD, rows, width = x_TD.contiguous(), row_R.shape[0], x_TD.shape[1]
+    x_TD, row_R = x_TD.contiguous(), row_R.contiguous()
+    rows, width = row_R.shape[0], x_TD.shape[1]
     out_RD = x_TD.new_empty(rows, width)
     if out_RD.numel():
         block = block_of(width)
@@ -145,6 +146,7 @@ def scatter_add_rows(
     y_RD: torch.Tensor, row_R: torch.Tensor, tokens: int, weight_R: torch.Tensor | None
 ) -> torch.Tensor:
     """out[row] += weight · y over all rows → (tokens, D)."""
+    weight_R = None if weight_R is None else weight_R.contiguous()
     return combine(y_RD.contiguous(), *inverse_of(row_R, tokens), weight_R)
 
 
@@ -186,6 +188,7 @@ def scatter_add_rows_backward(
     need: list[bool],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of y and of the weights; empty where not needed."""
+    row_R, weight_R = row_R.contiguous(), None if weight_R is None else weight_R.contiguous()
     rows, width = row_R.shape[0], dout_TD.shape[1]
     need_weight = y_RD is not None and weight_R is not None and need[1]
     dy_RD = dout_TD.new_empty((rows, width) if need[0] else 0)

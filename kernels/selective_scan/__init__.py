@@ -31,6 +31,7 @@ on CPU), ``reference`` (the definition).
 import torch
 
 from earlyfuse.kernels.backend import resolve
+from earlyfuse.kernels.checks import FLOATS, check_ids
 from earlyfuse.kernels.selective_scan import op, reference
 from earlyfuse.kernels.selective_scan.reference import step_sizes
 
@@ -92,7 +93,8 @@ def selective_scan_step(
     arguments with a token dimension.
     """
     u, delta, B, C = (t.unsqueeze(1) for t in (u_BD, delta_BD, B_BN, C_BN))
-    z, group = (None if t is None else t.unsqueeze(1) for t in (z_BD, group_B))
+    z = None if z_BD is None else z_BD.unsqueeze(1)
+    group = None if group_B is None else group_B[..., None]
     y_BLD, next_BDN = selective_scan(
         u, delta, A_DN, B, C, skip_D, z, bias_GD, group, None, state_BDN, backend=backend
     )
@@ -119,13 +121,13 @@ def segment_decay(
 def backend_for(requested: str, A_DN: torch.Tensor, u_BLD: torch.Tensor) -> str:
     """The backend that ``selective_scan`` takes for these; ``ValueError`` if it cannot be had."""
     states = A_DN.shape[1]
-    fits = states in TRITON_STATES and u_BLD.dtype != torch.float64
+    fits = states in TRITON_STATES
     if requested == "triton" and not fits:
         raise ValueError(
-            f"A_DN {tuple(A_DN.shape)} with u_BLD in {u_BLD.dtype} is not for backend 'triton': it "
-            f"takes N of {', '.join(map(str, TRITON_STATES))} in fp32, bf16 or fp16; choose 'torch'"
+            f"A_DN {tuple(A_DN.shape)} is not for backend 'triton': it takes N of "
+            f"{', '.join(map(str, TRITON_STATES))}; choose 'torch'"
         )
-    return resolve("selective_scan", requested, BACKENDS if fits else BACKENDS[1:], u_BLD.device)
+    return resolve("selective_scan", requested, BACKENDS if fits else BACKENDS[1:], u_BLD)
 
 
 def _check(
@@ -141,7 +143,7 @@ def _check(
     reset_BL: torch.Tensor | None,
     state_BDN: torch.Tensor | None,
 ) -> None:
-    if u_BLD.ndim != 3 or not u_BLD.is_floating_point():
+    if u_BLD.ndim != 3 or u_BLD.dtype not in FLOATS:
         raise ValueError(
             f"u_BLD ({tuple(u_BLD.shape)}, {u_BLD.dtype}) must be a floating-point tensor "
             "(batch, tokens, channels)"
@@ -152,7 +154,7 @@ def _check(
         )
     if (group_BL is not None) and bias_GD is None:
         raise ValueError("group_BL is given without bias_GD, whose rows it picks; give both")
-    rows = 1 if group_BL is None else (0 if bias_GD is None else bias_GD.shape[0])
+    rows = 1 if group_BL is None or bias_GD is None or not bias_GD.ndim else bias_GD.shape[0]
     batch, length, channels = u_BLD.shape
     states = A_DN.shape[1]
     narrow = u_BLD.dtype
@@ -171,14 +173,8 @@ def _check(
     ):
         if tensor is not None:
             _check_one(name, tensor, shape, dtypes, u_BLD)
-    # elsewhere this would wait for the device, or stand in the way of a compiler
-    readable = u_BLD.device.type == "cpu" and not torch.compiler.is_compiling()
-    if group_BL is not None and readable and group_BL.numel():
-        low, high = (int(t) for t in group_BL.aminmax())
-        if low < 0 or high >= rows:
-            raise ValueError(
-                f"group_BL ({low} … {high}) must lie in 0 … {rows - 1}, the rows of bias_GD"
-            )
+    if group_BL is not None:
+        check_ids("group_BL", group_BL, rows, "the rows of bias_GD")
 
 
 def _check_one(
