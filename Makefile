@@ -29,7 +29,7 @@ train: setup
 setup: $(VENV)/installed
 
 test: lint
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(VENV)/installed-test
 	@$(BIN)/ruff check .

@@ -14,6 +14,23 @@ if not torch.cuda.is_available():
 from raw_shards import prepared, raw  # noqa: F401  fixtures
 
 
+# minutes each: they go first, so that no worker is left alone with one of them
+LONGEST = (
+    "test_faults.py",
+    "test_ranks.py",
+    "test_kernels_compiled.py",
+    "test_elastic_resume.py",
+    "test_traffic.py",
+    "test_rank_logs.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """In the order of their files, the longest first."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     """Tests run side by side; several threads in each would only wait for one another."""
