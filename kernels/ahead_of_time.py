@@ -203,12 +203,16 @@ def fingerprint() -> str:
     ]
     for path in sorted(Path(__file__).parent.glob("**/triton*.py")):
         for node in ast.parse(path.read_text()).body:
-            if isinstance(node, ast.FunctionDef) and node.decorator_list:
+            if isinstance(node, ast.FunctionDef) and _is_kernel(node):
                 node.body = node.body[ast.get_docstring(node) is not None :]
                 parts.append(ast.dump(node))
             elif isinstance(node, ast.Assign | ast.AnnAssign):  # constants that kernels read
                 parts.append(ast.dump(node))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def _is_kernel(node: ast.FunctionDef) -> bool:
+    return any(ast.unparse(decorator) != "launcher" for decorator in node.decorator_list)
 
 
 def table(resources: list[Resources]) -> str:

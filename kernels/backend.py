@@ -25,15 +25,21 @@ OLDEST_CAPABILITY = (8, 0)
 _announced: set[tuple[str, str, str]] = set()
 
 
-def resolve(op: str, requested: str, backends: Sequence[str], device: torch.device) -> str:
-    """The backend of ``op`` to run on ``device``.
+def resolve(
+    op: str,
+    requested: str,
+    backends: Sequence[str],
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+) -> str:
+    """The backend of ``op`` to run on ``device``, for data of ``dtype`` if that matters.
 
     ``backends``: those that the op has, in order of preference. ``"auto"`` takes the first that can
     run and logs its choice once per op and device type. Raises ``ValueError`` for a backend that
     the op does not have or that cannot run on ``device``: an explicit choice is never replaced.
     """
     if requested == "auto":
-        chosen = next(b for b in backends if obstacle(b, device, interpreter=False) is None)
+        chosen = next(b for b in backends if obstacle(b, device, dtype, interpreter=False) is None)
         if (op, chosen, device.type) not in _announced:
             _announced.add((op, chosen, device.type))
             logger.info("%s: backend %s on %s", op, chosen, device.type)
@@ -43,7 +49,7 @@ def resolve(op: str, requested: str, backends: Sequence[str], device: torch.devi
             f"backend ({requested!r}) is not available for {op}, which has {', '.join(backends)}; "
             "choose one of these, or 'auto'"
         )
-    if (problem := obstacle(requested, device)) is not None:
+    if (problem := obstacle(requested, device, dtype)) is not None:
         raise ValueError(
             f"backend ({requested!r}) of {op} cannot run on {device}: {problem}; choose another of "
             f"{', '.join(backends)}, or 'auto'"
@@ -51,8 +57,13 @@ def resolve(op: str, requested: str, backends: Sequence[str], device: torch.devi
     return requested
 
 
-def obstacle(backend: str, device: torch.device, interpreter: bool = True) -> str | None:
-    """Why ``backend`` cannot run on ``device``; None if it can.
+def obstacle(
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    interpreter: bool = True,
+) -> str | None:
+    """Why ``backend`` cannot run on ``device`` (for ``dtype``); None if it can.
 
     ``interpreter``: whether Triton's interpreter counts as running.
     """
@@ -60,6 +71,8 @@ def obstacle(backend: str, device: torch.device, interpreter: bool = True) -> st
         return None
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
+    if dtype == torch.float64:
+        return "its kernels add up in float32, and float64 is given"
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         if capability < OLDEST_CAPABILITY:

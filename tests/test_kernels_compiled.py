@@ -122,6 +122,7 @@ def test_the_fingerprint_follows_code_and_variants_but_not_comments(monkeypatch,
     first = found("BLOCK = 8\n" + kernel.format("x = x * 2"))
     assert found("# why\nBLOCK = 8\n\n" + kernel.format("x = x * 2  # twice")) == first
     assert found("BLOCK = 8\n" + kernel.format("'Says more.'\n    x = x * 2")) == first
+    assert found("BLOCK = 8\n" + kernel.format("x = x * 2") + "@launcher\ndef f(): ...") == first
     assert found("BLOCK = 8\n" + kernel.format("x = x * 3")) != first
     assert found("BLOCK = 16\n" + kernel.format("x = x * 2")) != first
     assert found("BLOCK = 8\n" + kernel.format("x = x * 2"), warps=8) != first

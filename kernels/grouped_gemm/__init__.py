@@ -45,7 +45,7 @@ def grouped_linear(
     """
     _check_routes(x_TD, row_R, offset_G1, weight_R)
     _check_weight("w_GFD", w_GFD, x_TD, offset_G1, (None, x_TD.shape[1]))
-    chosen = resolve("grouped_linear", backend, BACKENDS, x_TD.device)
+    chosen = resolve("grouped_linear", backend, BACKENDS, x_TD.device, x_TD.dtype)
     if chosen == "reference":
         return reference.grouped_linear(x_TD, w_GFD, row_R, offset_G1, weight_R)
     return op.grouped_linear(x_TD, w_GFD, row_R, offset_G1, weight_R, once, chosen)
@@ -73,7 +73,7 @@ def grouped_swiglu(
     hidden = w1_GFD.shape[1]
     _check_weight("w3_GFD", w3_GFD, x_TD, offset_G1, (hidden, x_TD.shape[1]))
     _check_weight("w2_GDF", w2_GDF, x_TD, offset_G1, (x_TD.shape[1], hidden))
-    chosen = resolve("grouped_swiglu", backend, BACKENDS, x_TD.device)
+    chosen = resolve("grouped_swiglu", backend, BACKENDS, x_TD.device, x_TD.dtype)
     tensors = (x_TD, w1_GFD, w3_GFD, w2_GDF, row_R, offset_G1, weight_R)
     if chosen == "reference":
         return reference.grouped_swiglu(*tensors)

@@ -27,7 +27,7 @@ BACKENDS = ("triton", "torch", "reference")
 def gather_rows(x_TD: torch.Tensor, row_R: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:
     """x[row] → (R, D), dtype of ``x``. Raises ``ValueError`` on wrong shapes, dtypes or devices."""
     _check_rows("x_TD", x_TD, row_R)
-    chosen = resolve("gather_rows", backend, BACKENDS, x_TD.device)
+    chosen = resolve("gather_rows", backend, BACKENDS, x_TD.device, x_TD.dtype)
     if chosen == "reference":
         return reference.gather_rows(x_TD, row_R)
     return op.gather_rows(x_TD, row_R, chosen)
@@ -63,7 +63,7 @@ def scatter_add_rows(
             f"the shape of row_R {tuple(row_R.shape)}, dtype float32 or {y_RD.dtype}, and be on "
             f"{y_RD.device}"
         )
-    chosen = resolve("scatter_add_rows", backend, BACKENDS, y_RD.device)
+    chosen = resolve("scatter_add_rows", backend, BACKENDS, y_RD.device, y_RD.dtype)
     if chosen == "reference":
         return reference.scatter_add_rows(y_RD, row_R, tokens, weight_R)
     return op.scatter_add_rows(y_RD, row_R, tokens, weight_R, chosen)
