@@ -1,4 +1,5 @@
-"""What all Triton implementations share: running in the interpreter, and choosing a configuration.
+"""What all Triton implementations share: running in the interpreter, choosing a configuration, and
+what a launch needs of its tensors.
 
 Import this only from a ``triton_impl.py``: it needs Triton.
 
@@ -7,8 +8,9 @@ Triton's interpreter holds bf16 as raw bits and computes nonsense with them, so 
 either, so there the first configuration of a list is taken.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import triton
@@ -52,6 +54,28 @@ def tuned(
     if INTERPRETED:
         return lambda kernel: _FirstConfig(kernel, configs[0])
     return triton.autotune(configs=list(configs), key=list(key), **options)
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def launcher(function: Callable[P, T]) -> Callable[P, T]:
+    """``function`` with its tensors packed, launching on the device of the first argument.
+
+    Kernels compute addresses from shapes alone, and Triton launches on the current device, whatever
+    device holds the tensors.
+    """
+
+    @functools.wraps(function)
+    def launch(*args: P.args, **kwargs: P.kwargs) -> T:
+        packed: list[Any] = [
+            value.contiguous() if isinstance(value, torch.Tensor) else value for value in args
+        ]
+        with torch.cuda.device_of(packed[0]):
+            return function(*packed, **kwargs)
+
+    return launch
 
 
 def pointer_type(tensor_or_dtype: torch.Tensor | torch.dtype) -> str:

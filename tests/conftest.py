@@ -13,7 +13,6 @@ if not torch.cuda.is_available():
 
 from raw_shards import prepared, raw  # noqa: F401  fixtures
 
-
 # minutes each: they go first, so that no worker is left alone with one of them
 LONGEST = (
     "test_faults.py",

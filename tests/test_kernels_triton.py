@@ -4,17 +4,22 @@ the device where there is one.
 The interpreter takes about 0.1 s for a program and a step of its inner loop, so sizes are small.
 """
 
+import contextlib
+import importlib.util
+from itertools import count
 from types import SimpleNamespace
 
 import pytest
 import torch
 from kernel_checks import DEVICE, outputs_and_gradients, rms_ratio
 
+from earlyfuse.kernels.backend import resolve
 from earlyfuse.kernels.grouped_gemm import grouped_linear, grouped_swiglu
 from earlyfuse.kernels.permute import gather_rows, scatter_add_rows, select_top_k
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 triton_impl = pytest.importorskip("earlyfuse.kernels.grouped_gemm.triton_impl")
+triton_configurations = pytest.importorskip("earlyfuse.kernels.grouped_gemm.triton_configurations")
 
 # name → (tokens of each group, whether no token occurs twice)
 ROUTES = {
@@ -124,6 +129,123 @@ def test_a_token_twice_gives_the_same_bits_on_every_run():
     )
     for once, again in zip(first, second, strict=True):
         assert torch.equal(once, again)
+
+
+def strided(tensor):
+    """The same values, every other element of a row of memory that begins at an odd place."""
+    apart = torch.full((*tensor.shape, 2), -7, dtype=tensor.dtype, device=tensor.device)
+    apart[..., 1] = tensor.detach()
+    return apart[..., 1].requires_grad_(tensor.requires_grad)
+
+
+def test_tensors_may_lie_anyhow_in_memory():
+    groups, once = ROUTES["experts: tokens in several groups, one empty"]
+    *inputs, row_R, offset_G1, weight_R = map(strided, problem(groups))
+    assert_equal_to_reference((*inputs, row_R, offset_G1.int(), weight_R), once, 1e-5)
+    assert_equal_to_reference((*inputs, row_R.int(), offset_G1, weight_R), once, 1e-5)
+    y, twos_R = leaf(9, 5), torch.tensor(2.0, device=DEVICE).expand(7)
+    row_R = strided(torch.tensor([3, 3, 0, 8, 3, 1, 0], device=DEVICE))
+    for op, inputs, rest in (
+        (gather_rows, (y,), (row_R,)),
+        (scatter_add_rows, (strided(y)[:7],), (row_R, 9, strided(torch.rand(7)).to(DEVICE))),
+        (scatter_add_rows, (y.T.contiguous().T[:7],), (row_R, 9, twos_R)),
+    ):
+        expected, found = (
+            outputs_and_gradients(op, inputs, *rest, backend=name)
+            for name in ("reference", "triton")
+        )
+        for want, have in zip(expected, found, strict=True):
+            assert rms_ratio(have, want) < 1e-6
+
+
+@pytest.mark.parametrize("needed", [0, 1, 2, 3, 6])
+def test_each_gradient_comes_right_when_no_other_is_asked_for(needed):
+    """As with frozen weights: what nobody needs is left out."""
+    tensors = problem(ROUTES["modalities"][0])
+
+    def gradient(op, places, wanted):
+        leaves = [tensors[place].detach().requires_grad_(place in wanted) for place in places]
+        y = op(*leaves[:-1], *tensors[4:6], leaves[-1], backend="triton")
+        return torch.autograd.grad(y.sin().sum(), leaves[places.index(needed)])[0]
+
+    for op, places in ((grouped_swiglu, (0, 1, 2, 3, 6)), (grouped_linear, (0, 1, 6))):
+        if needed in places:
+            assert torch.equal(gradient(op, places, {needed}), gradient(op, places, places))
+
+
+def test_no_rows_give_zero_gradients_without_a_launch(monkeypatch):
+    """An autotuner that met no rows first would choose among configurations that do nothing."""
+    monkeypatch.setattr(triton_impl, "weight_gradient_kernel", None)
+    *inputs, row_R, offset_G1, _ = problem([[], []])
+    y, *gradients = outputs_and_gradients(
+        grouped_swiglu, inputs, row_R, offset_G1, backend="triton"
+    )
+    assert not y.any() and not any(gradient.any() for gradient in gradients)
+
+
+def test_launches_are_on_the_device_of_the_tensors(monkeypatch):
+    """Triton launches on the current device, which need not be theirs."""
+    entered = []
+
+    @contextlib.contextmanager
+    def device_of(tensor):
+        entered.append(tensor)
+        yield
+        entered.append(None)
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    *inputs, row_R, offset_G1, weight_R = problem(ROUTES["modalities"][0])
+    y = grouped_swiglu(*inputs, row_R, offset_G1, weight_R, backend="triton")
+    assert entered[0].data_ptr() == inputs[0].data_ptr() and entered[1:] == [None]
+    y.sum().backward()
+    select_top_k(torch.zeros(1, 3, device=DEVICE), 2, backend="triton")
+    assert len(entered) == 6 and entered[1::2] == [None] * 3
+
+
+def test_double_precision_is_left_to_torch(monkeypatch):
+    """Triton kernels add up in fp32; ``reference`` and ``torch`` keep fp64."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    for dtype, expected in ((torch.float64, "torch"), (torch.float32, "triton")):
+        backends, cuda = ("triton", "torch", "reference"), torch.device("cuda")
+        assert resolve("some op", "auto", backends, cuda, dtype) == expected
+    x, *weights, row_R, offset_G1, _ = problem(ROUTES["modalities"][0], dtype=torch.float64)
+    for op, rest in (
+        (grouped_linear, (weights[0], row_R, offset_G1)),
+        (grouped_swiglu, (*weights, row_R, offset_G1)),
+        (gather_rows, (row_R,)),
+        (scatter_add_rows, (torch.arange(TOKENS, device=DEVICE), TOKENS)),
+    ):
+        with pytest.raises(ValueError, match=r"'triton'.*float64"):
+            op(x, *rest, backend="triton")
+
+
+# ---------------------------------------------------------------- choosing a configuration
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="of the interpreter: a GPU chooses by itself")
+@pytest.mark.usefixtures("nan_filled_memory")
+@pytest.mark.parametrize("best", ["first", "last"])
+def test_what_was_tried_before_a_configuration_was_chosen_leaves_no_trace(best, monkeypatch):
+    """On a GPU the first call runs every configuration of a kernel, and then the best again."""
+    tries = count(1)
+
+    def tried(configs, key, prune_configs_by, **options):
+        def do_bench(call, quantiles):
+            call()
+            return [next(tries) * (1 if best == "first" else -1)] * len(quantiles)
+
+        return triton.autotune(configs, key, do_bench=do_bench, **options)
+
+    monkeypatch.setattr(triton_configurations, "tuned", tried)
+    spec = importlib.util.find_spec("earlyfuse.kernels.grouped_gemm.triton_kernels")
+    kernels = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(kernels)
+    names = ("rows", "gate_up", "activation_backward", "weight_gradient")
+    for name in (f"{name}_kernel" for name in names):
+        monkeypatch.setattr(triton_impl, name, getattr(kernels, name))
+    tensors = problem([[3, 5, 9, 9], [20, 3, 0]], hidden=72)
+    assert_equal_to_reference(tensors, False, 1e-5)
+    assert next(tries) > 12
 
 
 # ---------------------------------------------------------------- tiles by TMA
@@ -269,8 +391,8 @@ def test_top_k_takes_ties_by_lower_index_and_orders_by_score(k):
 
 def test_top_k_over_several_blocks_of_all_magnitudes():
     generator = torch.Generator().manual_seed(1)
-    exponents = torch.randint(-140, 120, (2, 2500), generator=generator)
-    signs = torch.randint(0, 2, (2, 2500), generator=generator) * 2 - 1
+    exponents = torch.randint(-140, 120, (2, 9000), generator=generator)
+    signs = torch.randint(0, 2, (2, 9000), generator=generator) * 2 - 1
     scores_GT = (torch.ldexp(signs.double(), exponents)).float().to(DEVICE)
     expected = select_top_k(scores_GT, 700, backend="reference")
     assert torch.equal(select_top_k(scores_GT, 700, backend="triton"), expected)

@@ -56,7 +56,14 @@ HALF_GATE_UP = (
     _config(64, 128, 64, 8, 3, 2),
     _config(64, 64, 64, 4, 4, 2),
 )
-ONE_PRODUCT = (HALF[1],)
+# weight gradients load row ids, then rows: five stages make three buffers of these, three only two
+# (on sm_80 two and one), and then no tile is on its way while another is waited for
+HALF_SUMS = (
+    _config(128, 128, 64, 8, 5),
+    _config(256, 128, 64, 8, 5),
+    _config(64, 128, 64, 4, 5, 2),
+)
+ONE_PRODUCT = (HALF[1],)  # two spill, unless TMA saves the registers of addresses
 FROM_SM_90 = (_config(128, 128, 64, 8, 3),)  # of gate and up: registers of sm_80 do not suffice
 SINGLE = (_config(64, 64, 32, 8, 2, 2),)  # fp32 without tensor cores
 
@@ -72,10 +79,13 @@ def _suitable(configs: list[triton.Config], arguments: dict, **flags: Any) -> li
         for config in configs
         if (config in SINGLE) == single
         and not (old and config in FROM_SM_90)
-        and not (flags.get("TWO") and config in ONE_PRODUCT)
+        and not (flags.get("TWO") and config in ONE_PRODUCT and not flags["TMA"])
     ]
 
 
-def tuned_for(half: tuple[triton.Config, ...], key: list[str]) -> Callable[[Any], Any]:
+def tuned_for(
+    half: tuple[triton.Config, ...], key: list[str], **options: Any
+) -> Callable[[Any], Any]:
     """Autotuning over ``half``, or over ``SINGLE`` for fp32."""
-    return tuned([*half, *SINGLE], key=key, prune_configs_by={"early_config_prune": _suitable})
+    prune = {"early_config_prune": _suitable}
+    return tuned([*half, *SINGLE], key=key, prune_configs_by=prune, **options)

@@ -25,6 +25,7 @@ from earlyfuse.kernels.grouped_gemm.triton_configurations import (
     HALF,
     HALF_BACKWARD,
     HALF_GATE_UP,
+    HALF_SUMS,
     ONE_PRODUCT,
     SINGLE,
     tiles,
@@ -36,7 +37,12 @@ from earlyfuse.kernels.grouped_gemm.triton_kernels import (
     weight_gradient_kernel,
 )
 from earlyfuse.kernels.permute.triton_impl import combine, inverse_of
-from earlyfuse.kernels.triton_support import compute_type, pointer_type, product_precision
+from earlyfuse.kernels.triton_support import (
+    compute_type,
+    launcher,
+    pointer_type,
+    product_precision,
+)
 
 PROGRAMS_IN_INTERPRETER = 2
 
@@ -49,6 +55,7 @@ class Reading(Enum):
     RAGGED = "rows of one group, zeros after its last"
 
 
+@launcher
 def linear(
     x_TD: torch.Tensor,
     w_GFD: torch.Tensor,
@@ -58,10 +65,11 @@ def linear(
     once: bool,
 ) -> torch.Tensor:
     """y[row] += weight · (x[row] @ w[g].T); see ``grouped_gemm`` for shapes."""
-    routes = _dense(row_R, offset_G1, weight_R)
+    routes = (row_R, offset_G1, weight_R)
     return _to_tokens(x_TD, w_GFD, *routes, once, gather=True, transposed=True)
 
 
+@launcher
 def linear_backward(
     dy_TF: torch.Tensor,
     x_TD: torch.Tensor,
@@ -74,10 +82,8 @@ def linear_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of x, w and the weights."""
     need_x, need_w, need_weight = need
-    row_R, offset_G1, weight_R = _dense(row_R, offset_G1, weight_R)
-    x_TD, w_GFD = x_TD.contiguous(), w_GFD.contiguous()
-    empty = x_TD.new_empty(0)
-    dx_TD, dw_GFD, dweight_R = empty, empty, empty
+    # three tensors: outputs of an op must not share memory, empty or not
+    dx_TD, dw_GFD, dweight_R = (x_TD.new_empty(0) for _ in range(3))
     if need_weight and weight_R is not None:
         dx_RD = _rows(dy_TF, w_GFD, row_R, offset_G1, None, gather=True, transposed=False)
         dweight_R = (x_TD[row_R].float() * dx_RD.float()).sum(1).to(weight_R.dtype)
@@ -93,6 +99,7 @@ def linear_backward(
     return dx_TD, dw_GFD, dweight_R
 
 
+@launcher
 def swiglu(
     x_TD: torch.Tensor,
     w1_GFD: torch.Tensor,
@@ -105,8 +112,6 @@ def swiglu(
     keep: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """y[row] += weight · w2[g] (silu(w1[g] x[row]) ⊙ w3[g] x[row]), and both pre-activations."""
-    x_TD = x_TD.contiguous()
-    row_R, offset_G1, weight_R = _dense(row_R, offset_G1, weight_R)
     groups, hidden, dim = w1_GFD.shape
     rows = row_R.shape[0]
     gate_up_2RF = x_TD.new_empty((2, rows, hidden) if keep else 0)
@@ -125,6 +130,7 @@ def swiglu(
     return y_TD, gate_up_2RF
 
 
+@launcher
 def swiglu_backward(
     dy_TD: torch.Tensor,
     gate_up_2RF: torch.Tensor,
@@ -140,20 +146,20 @@ def swiglu_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of x, w1, w3, w2 and the weights."""
     need_x, need_w1, need_w3, need_w2, need_weight = need
-    x_TD, empty = x_TD.contiguous(), x_TD.new_empty(0)
-    row_R, offset_G1, weight_R = _dense(row_R, offset_G1, weight_R)
     dgate_RF, dup_RF, h_RF, dweight_R = _activation_backward(
-        dy_TD, gate_up_2RF, w2_GDF.contiguous(), row_R, offset_G1, weight_R, need_weight
+        dy_TD, gate_up_2RF, w2_GDF, row_R, offset_G1, weight_R, need_weight
     )
     routes = (row_R, offset_G1, None)
-    dx_TD = empty
+    dx_TD = x_TD.new_empty(0)
     if need_x:
         dx_TD = _to_tokens(
             dgate_RF, w1_GFD, *routes, once, gather=False, transposed=False,
             tokens=x_TD.shape[0], second=(dup_RF, w3_GFD),
         )  # fmt: skip
     gradients = [
-        _weight_gradient(p, q, *routes, gather_p=p is dy_TD, gather_q=q is x_TD) if need else empty
+        _weight_gradient(p, q, *routes, gather_p=p is dy_TD, gather_q=q is x_TD)
+        if need
+        else x_TD.new_empty(0)  # each its own: outputs of an op must not share memory
         for need, p, q in (
             (need_w1, dgate_RF, x_TD),
             (need_w3, dup_RF, x_TD),
@@ -161,14 +167,6 @@ def swiglu_backward(
         )
     ]
     return dx_TD, gradients[0], gradients[1], gradients[2], dweight_R
-
-
-def _dense(
-    row_R: torch.Tensor, offset_G1: torch.Tensor, weight_R: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """The routes as kernels read them, one entry next to the other."""
-    weight_R = None if weight_R is None else weight_R.contiguous()
-    return row_R.contiguous(), offset_G1.contiguous(), weight_R
 
 
 # ---------------------------------------------------------------- TMA or pointers
@@ -289,7 +287,6 @@ def _rows(
     scatter_to: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One product per routed row, in rows of its own or of its token in ``scatter_to``."""
-    a, b = a.contiguous(), b.contiguous()
     a2, b2 = second if second is not None else (a, b)
     groups, rows = b.shape[0], row_R.shape[0]
     columns, inner = (b.shape[1], b.shape[2]) if transposed else (b.shape[2], b.shape[1])
@@ -318,6 +315,8 @@ def _weight_gradient(
 ) -> torch.Tensor:
     """Σ over the rows of each group of weight · pᵀ q → (G, columns of p, columns of q)."""
     groups = offset_G1.shape[0] - 1
+    if not row_R.numel():  # a configuration chosen for no rows would stay
+        return p.new_zeros(groups, p.shape[1], q.shape[1])
     out = p.new_empty(groups, p.shape[1], q.shape[1])
     if out.numel():
         common = _common(p, groups)
@@ -369,13 +368,12 @@ def variants() -> Iterator[Variant]:
         data, single = pointer_type(dtype), dtype == torch.float32
         route = {"row_ptr": "*i64", "offset_ptr": "*i64", "weight_ptr": "*fp32"}
         sizes = {"groups": "i32", "N": "i32", "K": "i32"}
-        half_dx = [config for config in HALF if config not in ONE_PRODUCT]
         linear = {"GATHER": True, "TRANSPOSED": True, "TWO": False, "SCATTER": True}
         dx = {"GATHER": False, "TRANSPOSED": False, "TWO": True, "SCATTER": False}
         matrices = ("b_ptr", "b2_ptr")
         for name, half, flags, tiled in (
             ("linear", HALF, linear, matrices),
-            ("dx", half_dx, dx, ("a_ptr", "a2_ptr", *matrices)),
+            ("dx", HALF, dx, ("a_ptr", "a2_ptr", *matrices)),
         ):
             pointers = dict.fromkeys(("a_ptr", "b_ptr", "a2_ptr", "b2_ptr", "out_ptr"), data)
             yield from _variants(
@@ -399,7 +397,7 @@ def variants() -> Iterator[Variant]:
         )  # fmt: skip
         types = dict.fromkeys(("p_ptr", "q_ptr", "out_ptr"), data) | route
         yield from _variants(
-            "dw", weight_gradient_kernel, dtype, SINGLE if single else HALF,
+            "dw", weight_gradient_kernel, dtype, SINGLE if single else HALF_SUMS,
             types | {"groups": "i32", "M": "i32", "N": "i32"},
             {"GATHER_P": False, "GATHER_Q": True, "WEIGHTED": False}, ("p_ptr",),
         )  # fmt: skip
@@ -418,6 +416,8 @@ def _variants(
     data = pointer_type(dtype)[1:]
     common = {"BAND": BAND, "DOT": compute_type(dtype), "EVEN_K": True, "INDEX": tl.int32}
     for tma, config in product((False, True) if dtype == torch.bfloat16 else (False,), configs):
+        if flags.get("TWO") and config in ONE_PRODUCT and not tma:
+            continue
         constants = {**common, "PRECISION": product_precision(dtype), "TMA": tma}
         constants |= {**flags, **config.kwargs}
         shapes = tiles(constants)

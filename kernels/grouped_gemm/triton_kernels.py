@@ -24,6 +24,7 @@ from earlyfuse.kernels.grouped_gemm.triton_configurations import (
     HALF,
     HALF_BACKWARD,
     HALF_GATE_UP,
+    HALF_SUMS,
     tuned_for,
 )
 
@@ -249,7 +250,8 @@ def _activation_backward(dh, tensors, lane, column, valid, weight, N):
     return dots
 
 
-@tuned_for(HALF_BACKWARD, ["N", "K", "TMA"])
+# blocks of columns differ between configurations: what one that is tried writes, another may not
+@tuned_for(HALF_BACKWARD, ["N", "K", "TMA"], reset_to_zero=["partial_ptr"])
 @triton.heuristics(_EVEN_K)
 @triton.jit
 def activation_backward_kernel(
@@ -292,7 +294,7 @@ def activation_backward_kernel(
             tl.store(partial + lane, dots, mask=valid)
 
 
-@tuned_for(HALF, ["M", "N", "GATHER_P", "GATHER_Q", "TMA"])
+@tuned_for(HALF_SUMS, ["M", "N", "GATHER_P", "GATHER_Q", "TMA"])
 @triton.jit
 def weight_gradient_kernel(
     p_ptr, q_ptr, row_ptr, offset_ptr, weight_ptr, out_ptr, groups, M, N,
