@@ -63,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(HEADER)
     for rows in parts:
         left = min(SECONDS - (time.monotonic() - started), ROW_SECONDS)
+        lines: Iterator[Line]
         if left <= 0:
             lines = iter([{"row": row, "setting": "all", "missing": "out of time"} for row in rows])
         else:

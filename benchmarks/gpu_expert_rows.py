@@ -127,7 +127,7 @@ class Experts:
 def moma_layer(kind: str, tokens: int, dim: int, hidden: int, experts: int) -> Iterator[Work]:
     """Row 1: forward and backward of a layer."""
     layer = Experts(tokens, dim, hidden, experts, kind)
-    same = {
+    same: dict[str, Run] = {
         "F.grouped_mm": layer.grouped_mm,
         "bmm": layer.batched,
         "loop": layer.loop,
@@ -235,7 +235,7 @@ def grouped_products(
     products = Products(group_sizes(name, tokens), in_order, dim, hidden, kind)
     for part in ("forward", "dX", "dW"):
         run = partial(products.ours, part)
-        same = {
+        same: dict[str, Run] = {
             "F.grouped_mm": partial(products.grouped_mm, part),
             "loop": partial(products.loop, part),
             # both operands of dW are gathered: there is no other path

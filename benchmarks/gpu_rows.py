@@ -45,8 +45,8 @@ def cases(row: str, kind: str, tiny: bool) -> list[Case]:
     if row == "2":
         shape = (32, 16, 32) if tiny else (16384, 2048, 5632)
         names = ("equal", "zipf", "one empty", "one tiny")
-        runs = [(name, True) for name in names] + [("equal", False), ("zipf", False)]
-        return [partial(grouped_products, kind, *shape, name, order) for name, order in runs]
+        groups = [(name, True) for name in names] + [("equal", False), ("zipf", False)]
+        return [partial(grouped_products, kind, *shape, name, order) for name, order in groups]
     if row == "3":
         tokens, dim = ((64,), 16) if tiny else ((16384, 131072), 2048)
         choices = [partial(top_k, kind, n, experts) for n in tokens for experts in (8, 64)]
@@ -123,9 +123,9 @@ def _outcome(work: Work, device: Device | None) -> Line:
 
 
 def _release() -> None:
-    """Memory of what is not used any more, for the next line."""
-    gc.collect()
+    """Device memory of what is not used any more, for the next line."""
     if torch.cuda.is_initialized():
+        gc.collect()
         torch.cuda.empty_cache()
 
 
