@@ -1,175 +1,190 @@
 """All kernels on one GPU: correct first, then timed beside their rivals and their floors.
 
-    python benchmarks/gpu.py              about 8 minutes; writes results/gpu_<device>.{md,jsonl}
+    python benchmarks/gpu.py              all rows in at most 8 minutes
+    python benchmarks/gpu.py --rows 3 5   these, beside what an earlier run has measured
     python benchmarks/gpu.py --tiny       checks the rows themselves, on any device, untimed
 
-Needs torch 2.11, Triton 3.6 and this tree; neither torchtitan nor an installation. The rows are in
-``gpu_rows.py``; each has a floor from its FLOPs, bytes and exponentials and from ceilings probed in
-the same run (matmul and copy), so that 100 % is what this very device can do.
+Needs torch 2.11, Triton 3.6 and this tree; neither torchtitan nor an installation. Rivals that are
+not importable are named and left out. Rows come in order of value, each in a process of its own
+(``gpu_rows.py``), so that a crash or a kernel that never ends costs that row only. Lines are
+checked against the definition before they are timed (``gpu_timing.py``); a line that fails says so,
+the others follow, and the exit status is 1. ``gpu_<device>.md`` and ``.jsonl`` are written anew
+after every line.
 """
 
 import argparse
 import json
-import statistics
+import os
+import subprocess
 import sys
+import threading
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
-import torch
+HERE = Path(__file__).parent
+ORDER = ("1", "4", "2", "6", "3", "5")  # by value
+SECONDS = 480.0
+ROW_SECONDS = 240.0  # so that a row that hangs leaves time for others
+GRACE = 40.0  # to finish the line that has begun
+NO_GPU = 3
 
-from gpu_rows import ROOT, ROWS, Run, Work
-
-SECONDS = 480
-REPEATS, WARMUPS = 50, 5
-FLUSH_BYTES = 256 << 20  # more than any L2
-EXPONENTIALS_PER_CLOCK = 16  # of an SM
-
-
-@dataclass
-class Device:
-    """Ceilings of the device at hand."""
-
-    kind: str
-    matmul: float = 0.0  # FLOP/s
-    copy: float = 0.0  # bytes/s, read and written
-    exponential: float = 0.0  # 1/s
-    flush: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-
-    @classmethod
-    def probe(cls, kind: str) -> "Device":
-        """Measure them; on a CPU, nothing."""
-        device = cls(kind)
-        if kind != "cuda":
-            return device
-        device.flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=kind)
-        a, b = torch.randn(2, 8192, 8192, device=kind, dtype=torch.bfloat16)
-        device.matmul = 2 * 8192**3 / device.seconds(lambda: [a @ b])[0]
-        source = torch.empty(1 << 30, dtype=torch.int8, device=kind)
-        target = torch.empty_like(source)
-        device.copy = 2 * (1 << 30) / device.seconds(lambda: [target.copy_(source)])[0]
-        properties = torch.cuda.get_device_properties(kind)
-        clock = getattr(properties, "clock_rate", 1_830_000) * 1e3
-        device.exponential = EXPONENTIALS_PER_CLOCK * properties.multi_processor_count * clock
-        return device
-
-    def seconds(self, run: Run, repeats: int = REPEATS) -> tuple[float, float]:
-        """Median of ``repeats`` runs with a cold L2, and quartile distance over median."""
-        for _ in range(WARMUPS):
-            run()
-        times = []
-        for _ in range(repeats):
-            self.flush.zero_()
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            run()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end) / 1e3)
-        lower, median, upper = statistics.quantiles(times, n=4)
-        return median, (upper - lower) / median
-
-    def floor(self, work: Work) -> float:
-        """Seconds below which ``work`` cannot be done here."""
-        return max(
-            work.flops / self.matmul,
-            work.bytes_moved / self.copy,
-            work.exponentials / self.exponential,
-        )
-
-
-def check(work: Work) -> None:
-    """Raise ``ValueError`` where a rival that must reproduce our results does not."""
-    found = work.ours()
-    for name in work.same:
-        for number, (have, want) in enumerate(zip(found, work.rivals[name](), strict=True)):
-            error = (have.double() - want.double()).norm() / want.double().norm().clamp_min(1e-30)
-            if not error <= work.tolerance:
-                raise ValueError(
-                    f"{work.row} ({work.setting}): result {number} differs from {name} by "
-                    f"{error:.1e}, more than {work.tolerance:.0e}; mend it before timing"
-                )
-
-
-# ---------------------------------------------------------------- the table
-
-
-def measure(device: Device, work: Work) -> dict[str, Any]:
-    """One line: milliseconds, share of the floor, and ratios to the rivals."""
-    seconds, spread = device.seconds(work.ours)
-    floor = device.floor(work)
-    line = {
-        "row": work.row, "setting": work.setting, "ms": seconds * 1e3, "spread": spread,
-        "floor ms": floor * 1e3, "% of floor": 100 * floor / seconds,
-        "TFLOP/s": work.flops / seconds / 1e12, "GB/s": work.bytes_moved / seconds / 1e9,
-        "ours / rival": {
-            name: seconds / device.seconds(run)[0] for name, run in work.rivals.items()
-        },
-        "goal": work.goal,
-    }  # fmt: skip
-    torch.cuda.synchronize()
-    return line
-
-
-def shown(line: dict[str, Any]) -> str:
-    """A line of the Markdown table."""
-    rivals = ", ".join(f"{name} {ratio:.2f}" for name, ratio in line["ours / rival"].items())
-    return (
-        f"| {line['row']} | {line['setting']} | {line['ms']:.3f} ({line['spread']:.0%}) "
-        f"| {line['floor ms']:.3f} | {line['% of floor']:.0f} | {line['TFLOP/s']:.0f} "
-        f"| {line['GB/s']:.0f} | {rivals} | {line['goal']} |"
-    )
-
+Line = dict[str, Any]
 
 HEADER = (
-    "| row | setting | ms (spread) | floor ms | % of floor | TFLOP/s | GB/s "
-    "| ours / rival | goal |\n|---|---|---:|---:|---:|---:|---:|---|---|"
+    "| row | setting | ms (spread) | host ms | floor ms | % of floor | TFLOP/s | GB/s | peak MB "
+    "| ours / rival (its peak MB) | goals |\n|---|---|---:|---:|---:|---:|---:|---:|---:|---|---|"
 )
+NOTES = """\
+ms: median of the runs on the device, with quartile distance over median. The L2 cache is cold (it
+has read other data since), and the device is kept waiting until the host has launched the run: host
+time is not in it. host ms: what the host needs to launch a run; where it is more than ms, the host
+sets the pace as soon as it is not ahead. floor: the greatest of FLOPs, bytes, exponentials and fp32
+operations over what the device can do; matmul, copy and clock are measured in the same process, 16
+exponentials and 256 fp32 operations per clock and processor are assumed. peak MB: memory of a run
+beside its inputs. Ratios are of times in the same round, withheld where their quartiles lie more
+than 15 % apart. Every run of ours is repeated with host synchronisations made errors.
+"""
 
 
-def main() -> None:
-    """Check every row; on a GPU, time it and write the results."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the rows asked for; 1 where anything failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tiny", action="store_true", help="check the rows only, on any device")
-    parser.add_argument("--rows", default="", help="only rows whose name begins so: --rows 2")
-    tiny, wanted = (arguments := parser.parse_args()).tiny, arguments.rows
-    kind = "cuda" if torch.cuda.is_available() else "cpu"
-    if kind == "cpu" and not tiny:
-        sys.exit("no GPU here: nothing is timed; --tiny checks the rows on this device")
-    device, started = Device.probe("cpu" if tiny else kind), time.monotonic()
-    lines: list[dict[str, Any]] = []
-    for work in (work for row in ROWS for work in row(kind, tiny)):
-        if not work.row.startswith(wanted):
-            continue
-        check(work)
-        if tiny:
-            print(f"{work.row}, {work.setting}: correct")
-        elif time.monotonic() - started > SECONDS:
-            print(f"| {work.row} | {work.setting} | not measured: out of time |")
-        else:
-            lines.append(measure(device, work))
-            print(*([HEADER] if len(lines) == 1 else []), shown(lines[-1]), sep="\n", flush=True)
-    if lines:
-        _write(device, lines)
-
-
-def _write(device: Device, lines: list[dict[str, Any]]) -> None:
-    import triton
-
-    name = torch.cuda.get_device_name()
-    setting = (
-        f"{name}, torch {torch.__version__}, triton {triton.__version__}, bf16, matmul "
-        f"{device.matmul / 1e12:.0f} TFLOP/s, copy {device.copy / 1e12:.2f} TB/s, "
-        f"{REPEATS} runs with a cold L2: python {' '.join(sys.argv)}"
+    parser.add_argument("--rows", nargs="+", choices=ORDER, default=ORDER, help="default: all")
+    parser.add_argument(
+        "--folder", type=Path, default=HERE / "results", help="where the table goes: %(default)s"
     )
-    stem = "gpu_" + "".join(c if c.isalnum() else "_" for c in name.lower())
-    results = ROOT / "benchmarks" / "results"
-    page = "\n".join([f"# All kernels on one GPU\n\n{setting}\n", HEADER, *map(shown, lines)])
-    (results / f"{stem}.md").write_text(page + "\n")
-    rows = [json.dumps({**line, "setting of the run": setting}) for line in lines]
-    (results / f"{stem}.jsonl").write_text("\n".join(rows) + "\n")
-    print(f"\n{setting}")
+    asked = parser.parse_args(arguments)
+    # untimed rows need no device to themselves: one process is enough
+    parts = [asked.rows] if asked.tiny else [[row] for row in asked.rows]
+    results, started, failed = Results(asked.folder, asked.rows), time.monotonic(), False
+    print(HEADER)
+    for rows in parts:
+        left = min(SECONDS - (time.monotonic() - started), ROW_SECONDS)
+        lines: Iterator[Line]
+        if left <= 0:
+            lines = iter([{"row": row, "setting": "all", "missing": "out of time"} for row in rows])
+        else:
+            lines = lines_of(rows, ["--tiny"] * asked.tiny, left)
+        for line in lines:
+            if not asked.tiny:
+                results.add(line)
+            print(shown(line), flush=True)
+            failed = failed or "failed" in line or line.get("host sync") is not None
+    return int(failed)
+
+
+def lines_of(rows: Sequence[str], options: Sequence[str], seconds: float) -> Iterator[Line]:
+    """What a process says of its rows; where it dies, a line that names what it was doing."""
+    command = [sys.executable, str(HERE / "gpu_rows.py"), *rows, *options]
+    child = subprocess.Popen(
+        [*command, "--seconds", str(seconds)], stdout=subprocess.PIPE, text=True
+    )
+    assert child.stdout is not None
+    killer = threading.Timer(seconds + GRACE, child.kill)
+    killer.start()
+    begun: Line = {"row": rows[0], "setting": "start"}
+    try:
+        for text in child.stdout:
+            if not (text.startswith('{"row"') and text.endswith("\n")):  # a library's own words
+                print(text, end="", file=sys.stderr)
+                continue
+            line = json.loads(text)
+            if line.keys() == {"row", "setting"}:
+                begun = line
+            else:
+                yield line
+    finally:
+        killer.cancel()
+        child.kill()
+    status = child.wait()
+    if status == NO_GPU:
+        sys.exit(NO_GPU)
+    if status:
+        yield begun | {
+            "failed": f"the row's process ended here, with status {status} (after "
+            f"{seconds + GRACE:.0f} s it is killed)"
+        }
+
+
+class Results:
+    """Lines of one device, in two files that are whole whenever this is killed.
+
+    What earlier runs measured stays until it is measured again or fails; what they could not
+    measure, until its row is run again.
+    """
+
+    def __init__(self, folder: Path, rows: Sequence[str]) -> None:
+        self.folder, self.rows, self.stem = folder, rows, ""
+        self.lines: dict[tuple[str, str], Line] = {}
+
+    def add(self, line: Line) -> None:
+        """Take a line in and write the files, once the device is known."""
+        if not self.stem and "device" in line:
+            self.stem = "gpu_" + "".join(c if c.isalnum() else "_" for c in line["device"].lower())
+            self.lines = self._earlier() | self.lines
+        key = line["row"], line["setting"]
+        if "missing" not in line or key not in self.lines:
+            self.lines[key] = line
+        if self.stem:
+            self._write()
+
+    def _earlier(self) -> dict[tuple[str, str], Line]:
+        file = self.folder / f"{self.stem}.jsonl"
+        lines = map(json.loads, file.read_text().splitlines() if file.exists() else [])
+        return {
+            (line["row"], line["setting"]): line
+            for line in lines
+            if "ms" in line or line["row"][0] not in self.rows
+        }
+
+    def _write(self) -> None:
+        lines = list(self.lines.values())
+        settings = dict.fromkeys(
+            f"- row {line['row'][0]}: {line['setting of the run']}"
+            for line in lines
+            if "ms" in line
+        )
+        table = "\n".join([HEADER, *map(shown, lines)])
+        page = f"# All kernels on one GPU\n\n{NOTES}\n{table}\n\n" + "\n".join(settings) + "\n"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for suffix, text in (
+            ("jsonl", "".join(json.dumps(line) + "\n" for line in lines)),
+            ("md", page),
+        ):
+            temporary = self.folder / f"{self.stem}.{suffix}.part"
+            temporary.write_text(text)
+            os.replace(temporary, self.folder / f"{self.stem}.{suffix}")
+
+
+def shown(line: Line) -> str:
+    """A line of the Markdown table."""
+    head = f"| {line['row']} | {line['setting']} |"
+    left_out = [f"{name}: {why}" for name, why in line.get("left out", {}).items()]
+    if "ms" not in line:
+        words = [f"{what}: {line[what]}" for what in ("failed", "missing") if what in line]
+        words = [*(words or ["correct"]), *left_out]
+        return f"{head} {_cell('; '.join(words))} |" + " |" * 8
+    rivals = [
+        f"{name} {'too noisy' if (ratio := rival['ours / rival']) is None else f'{ratio:.3f}'} "
+        f"({rival['peak MB']:.0f})"
+        for name, rival in line["rivals"].items()
+    ]
+    sync = line["host sync"]
+    goals = [*line["goals"], f"no host sync: {'met' if sync is None else f'missed ({sync})'}"]
+    return (
+        f"{head} {line['ms']:.3f} ({line['spread']:.0%}) | {line['host ms']:.3f} "
+        f"| {line['floor ms']:.3f} | {line['% of floor']:.0f} | {line['TFLOP/s']:.0f} "
+        f"| {line['GB/s']:.0f} | {line['peak MB']:.0f} | {_cell('; '.join([*rivals, *left_out]))} "
+        f"| {_cell('; '.join(goals))} |"
+    )
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "/").replace("\n", " ")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

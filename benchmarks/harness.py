@@ -80,10 +80,10 @@ def compare(
     return [
         Timing(
             rival.name,
-            *_median_and_spread(cpu[rival.name]),
-            *_median_and_spread(wall[rival.name]),
-            _ratio(cpu[rival.name], cpu[base]),
-            _ratio(wall[rival.name], wall[base]),
+            *median_and_spread(cpu[rival.name]),
+            *median_and_spread(wall[rival.name]),
+            ratio(cpu[rival.name], cpu[base]),
+            ratio(wall[rival.name], wall[base]),
         )
         for rival in rivals
     ]
@@ -145,6 +145,17 @@ def verify(rivals: Sequence[Rival], tolerance: float) -> None:
                     f"result {number} of {rival.name!r} is off from {rival.same_as!r} by "
                     f"{error:.1e}, more than the tolerance ({tolerance:.1e}); mend it before timing"
                 )
+
+
+def updating(model: torch.nn.Module) -> Callable[[], list[torch.Tensor]]:
+    """One step of AdamW on the gradients that are there."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+
+    def run() -> list[torch.Tensor]:
+        optimizer.step()
+        return []
+
+    return run
 
 
 def rms_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
@@ -217,16 +228,18 @@ def _shown(ratio: float | None) -> str:
     return "too noisy" if ratio is None else f"{ratio:.3f}"
 
 
-def _median_and_spread(values: Sequence[float]) -> tuple[float, float]:
+def median_and_spread(values: Sequence[float]) -> tuple[float, float]:
+    """The median, and the quartiles' distance over it."""
     if len(values) < 2:
         return values[0], 0.0
     lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
     return median, (upper - lower) / median
 
 
-def _ratio(values: Sequence[float], base: Sequence[float]) -> float | None:
-    ratio, spread = _median_and_spread([a / b for a, b in zip(values, base, strict=True)])
-    return ratio if spread <= MAX_SPREAD else None
+def ratio(values: Sequence[float], base: Sequence[float]) -> float | None:
+    """Of two runs' times in the same rounds; none where the rounds do not agree."""
+    median, spread = median_and_spread([a / b for a, b in zip(values, base, strict=True)])
+    return median if spread <= MAX_SPREAD else None
 
 
 def _cpu_name() -> str:

@@ -25,7 +25,7 @@ from torch import nn
 
 from earlyfuse.configs import mamba_decoders
 from earlyfuse.models.decoder import Decoder
-from harness import Report, Rival, Timing, compare
+from harness import Report, Rival, Timing, compare, updating
 
 DENSE, MIXTURE = "ours, dense Mamba", "ours, Mixture-of-Mamba"
 MAMBAPY = "mambapy LM, pscan"
@@ -186,17 +186,6 @@ def training(model: nn.Module, setting: Setting) -> Callable[[], list[torch.Tens
         logits_BSV = found if isinstance(found, torch.Tensor) else found.logits
         F.cross_entropy(logits_BSV.flatten(0, 1), labels_BS.flatten()).backward()
         return [logits_BSV.detach(), *(p.grad for p in compared if p.grad is not None)]
-
-    return run
-
-
-def updating(model: nn.Module) -> Callable[[], list[torch.Tensor]]:
-    """One step of AdamW on the gradients that are there."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
-
-    def run() -> list[torch.Tensor]:
-        optimizer.step()
-        return []
 
     return run
 

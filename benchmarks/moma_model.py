@@ -30,7 +30,7 @@ from torchtitan.models.qwen3 import Qwen3Model, _build_qwen3_moe_layers, _qwen3_
 from earlyfuse.configs import decoders
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.modality import Modality
-from harness import Report, Rival, Timing, compare
+from harness import Report, Rival, Timing, compare, updating
 from moma_layer import Fp32Experts
 
 EXPERTS_PER_MODALITY, SEGMENT = 4, 64
@@ -162,17 +162,6 @@ def training(model: nn.Module, setting: Setting) -> Callable[[], list[torch.Tens
         else:
             logits_BSV = model(tokens_BS, positions_BS)
         F.cross_entropy(logits_BSV.flatten(0, 1), labels_BS.flatten()).backward()
-        return []
-
-    return run
-
-
-def updating(model: nn.Module) -> Callable[[], list[torch.Tensor]]:
-    """One step of AdamW on the gradients that are there."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
-
-    def run() -> list[torch.Tensor]:
-        optimizer.step()
         return []
 
     return run
