@@ -1,4 +1,5 @@
-"""What all Triton implementations share: running in the interpreter, and choosing a configuration.
+"""What all Triton implementations share: running in the interpreter, choosing a configuration, and
+launching on the right device.
 
 Import this only from a ``triton_impl.py``: it needs Triton.
 
@@ -7,14 +8,17 @@ Triton's interpreter holds bf16 as raw bits and computes nonsense with them, so 
 either, so there the first configuration of a list is taken.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import triton
 import triton.language as tl
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+Result = TypeVar("Result")
 
 TL_TYPES = {
     torch.float32: tl.float32,
@@ -52,6 +56,19 @@ def tuned(
     if INTERPRETED:
         return lambda kernel: _FirstConfig(kernel, configs[0])
     return triton.autotune(configs=list(configs), key=list(key), **options)
+
+
+def on_its_device(function: Callable[..., Result]) -> Callable[..., Result]:
+    """``function`` run with the device of its first tensor as the current one: that is where Triton
+    launches kernels, wherever their arguments are."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Result:
+        first = next(value for value in args if isinstance(value, torch.Tensor))
+        with torch.cuda.device_of(first):
+            return function(*args, **kwargs)
+
+    return run
 
 
 def pointer_type(tensor_or_dtype: torch.Tensor | torch.dtype) -> str:

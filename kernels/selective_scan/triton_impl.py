@@ -20,12 +20,13 @@ import triton
 from earlyfuse.kernels.ahead_of_time import Variant
 from earlyfuse.kernels.selective_scan.chunks import CHUNK, count_chunks
 from earlyfuse.kernels.selective_scan.triton_kernels import (
+    SIZES,
     adjoints_kernel,
     backward_kernel,
     ends_kernel,
     forward_kernel,
 )
-from earlyfuse.kernels.triton_support import INTERPRETED, pointer_type
+from earlyfuse.kernels.triton_support import INTERPRETED, on_its_device, pointer_type
 
 # N → tokens of a tile, channels of a block, warps. Chosen from the compiled code (registers, loads,
 # shuffles), one each instead of an autotuner's choice: the shape of a tile decides the order of
@@ -41,6 +42,7 @@ SHORTEST = 8  # chunks of a segment: the passes over segments cost about one mor
 # ---------------------------------------------------------------- launchers
 
 
+@on_its_device
 def forward(
     u_BLD: torch.Tensor,
     delta_BLD: torch.Tensor,
@@ -88,6 +90,7 @@ def forward(
     return y_BLD, final_BDN, starts
 
 
+@on_its_device
 def backward(
     dy_BLD: torch.Tensor | None,
     dfinal_BDN: torch.Tensor | None,
@@ -233,7 +236,7 @@ def variants() -> Iterator[Variant]:
                 kernel=kernel,
                 types=types,
                 constants={p.name: constants[p.name] for p in kernel.params if p.name in constants},
-                aligned=tuple(n for n in names if n in ("length", "channels") or n[-2:] in _AXES),
+                aligned=tuple(n for n in names if n == "channels" or n[-2:] in _AXES),
                 warps=warps,
                 stages=1,
                 tensor_cores=by_tensor_cores and kernel is backward_kernel,
@@ -242,11 +245,10 @@ def variants() -> Iterator[Variant]:
 
 _AXES = ("_b", "_l")
 _NARROW = ("u", "delta", "B", "C", "z", "y", "dy", "du", "ddelta", "dz")
-_SIZES = ("length", "channels", "segment", "segments", "chunks")
 
 
 def _type_of(name: str, narrow: str) -> str:
     """Triton's word for an argument of these kernels."""
-    if name in _SIZES or name[-2:] in _AXES:
+    if name == "channels" or name in SIZES or name[-2:] in _AXES:
         return "i32"
     return {"group": "*u8", "reset": "*i1"}.get(name, narrow if name in _NARROW else "*fp32")

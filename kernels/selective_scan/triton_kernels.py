@@ -16,6 +16,9 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+# no code depends on these: without this, kernels are compiled anew for lengths of 1, of multiples
+# of 16 and others
+SIZES = ("length", "segment", "segments", "chunks")
 
 
 # ---------------------------------------------------------------- pieces of a tile
@@ -68,7 +71,8 @@ def _steps(delta, stride, bias, group, t, d, length, channels):
         v += tl.load(bias + g[:, None] * channels + d[None, :], mask=inside, other=0.0)
     elif bias is not None:
         v += tl.load(bias + d, mask=d < channels, other=0.0)[None, :]
-    e = tl.exp2(tl.minimum(v, 20.0) * LOG2E)
+    # not tl.minimum: of NaN and 20 it makes 20
+    e = tl.exp2(tl.where(v > 20.0, 20.0, v) * LOG2E)
     w = 1.0 + e
     # log(1 + e) loses e's low bits; e / (w - 1) puts them back (Kahan)
     soft = tl.where(w == 1.0, e, tl.log(w) * (e / tl.where(w == 1.0, 1.0, w - 1.0)))
@@ -121,7 +125,7 @@ def _advance(h, u, u_l, delta, delta_l, B, B_l, A2, bias, group, reset, t, d, n,
 # ---------------------------------------------------------------- forward
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def ends_kernel(
     u, delta, A, B, bias, group, reset, end, left,
     length, channels, segment, segments,
@@ -152,7 +156,7 @@ def ends_kernel(
     tl.store(left + at, tl.exp2(exponent), mask=here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
     u, delta, A, B, C, skip, z, bias, group, reset, first, end, left, y, final, starts,
     length, channels, segment, segments, chunks,
@@ -209,7 +213,7 @@ def forward_kernel(
 # ---------------------------------------------------------------- backward
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def adjoints_kernel(
     dy, delta, A, C, z, bias, group, reset, into, left,
     length, channels, segment, segments,
@@ -274,7 +278,7 @@ def _over_channels(tile, DOT: tl.constexpr):
     return tl.sum(tile, axis=2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def backward_kernel(
     dy, dfinal, u, delta, A, B, C, skip, z, bias, group, reset, starts, into, left,
     du, ddelta, dz, dA, dB, dC, dskip, dbias, dfirst,
