@@ -154,8 +154,8 @@ def _variant(
     optional = {"bias": pointer, "positions": "*i64", "state": pointer}
     strides = [f"{name}_{which}_stride" for name in strided for which in ("row", "token")]
     return Variant(
-        name=f"causal_conv1d {pass_name} {pointer[1:]} {config.kwargs['CHANNELS']} channels"
-        f"{'' if full else ', bare'}",
+        name=f"causal_conv1d {pass_name} {pointer[1:]} {config.kwargs['CHANNELS']} channels, "
+        f"warps {config.num_warps}{'' if full else ', bare'}",
         kernel=kernel,
         types={
             **dict.fromkeys(tensors, pointer),

@@ -66,8 +66,8 @@ def forward(
         final = A_DN.new_zeros(batch, channels, states) if state_BDN is None else state_BDN.clone()
         return y_BLD, final, starts
     final_BDN = A_DN.new_empty(batch, channels, states)
-    u, delta, B, C = (_rows_of(t) for t in (u_BLD, delta_BLD, B_BLN, C_BLN))
-    z, A = None if z_BLD is None else _rows_of(z_BLD), A_DN.contiguous()
+    u, delta, B, C = _rows_of(u_BLD, delta_BLD, *_wide(B_BLN, C_BLN))
+    z, A = None if z_BLD is None else _rows_of(z_BLD)[0], A_DN.contiguous()
     skip, bias, group, reset, state = _dense(skip_D, bias_GD, group_BL, reset_BL, state_BDN)
     config, blocks, segment, segments = _plan(FORWARD[states], u_BLD.shape, states)
     end = left = None
@@ -115,8 +115,8 @@ def backward(
         zeros = [None if t is None else torch.zeros_like(t) for t in inputs]
         dfirst = A_DN.new_zeros(batch, channels, states)
         return _wanted([*zeros, dfirst if dfinal_BDN is None else dfinal_BDN.clone()], inputs, need)
-    u, delta, B, C = (_rows_of(t) for t in (u_BLD, delta_BLD, B_BLN, C_BLN))
-    z, A = None if z_BLD is None else _rows_of(z_BLD), A_DN.contiguous()
+    u, delta, B, C = _rows_of(u_BLD, delta_BLD, *_wide(B_BLN, C_BLN))
+    z, A = None if z_BLD is None else _rows_of(z_BLD)[0], A_DN.contiguous()
     skip, bias, group, reset, dfinal = _dense(skip_D, bias_GD, group_BL, reset_BL, dfinal_BDN)
     dy = torch.zeros(u.shape, dtype=u.dtype, device=u.device) if dy_BLD is None else dy_BLD
     dy = dy.contiguous()
@@ -176,9 +176,15 @@ def _wanted(
     return found
 
 
-def _rows_of(tensor: torch.Tensor) -> torch.Tensor:
-    """Read in place if its last dimension is dense, as a slice of a projection's output is."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+def _rows_of(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Read in place if their last dimension is dense, as a slice of a projection's output is."""
+    return [t if t.stride(-1) == 1 else t.contiguous() for t in tensors]
+
+
+def _wide(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """B and C in fp32: every block of channels would convert them again, and each thread all its
+    states of them, an instruction for one of the exponentials; copies of them are small."""
+    return [t.to(torch.float32) for t in tensors]
 
 
 def _dense(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
@@ -212,12 +218,15 @@ def _by_tensor_cores(dtype: torch.dtype, width: int) -> bool:
 
 
 def variants() -> Iterator[Variant]:
-    """N = 16 in bf16 and fp32, and the other N in bf16, all with every option given."""
-    for dtype, states in (
-        (torch.bfloat16, 16),
-        (torch.float32, 16),
-        (torch.bfloat16, 32),
-        (torch.bfloat16, 64),
+    """N = 16 in bf16 and fp32, and the other N in bf16, all with every option given; one without
+    any.
+    """
+    for dtype, states, full in (
+        (torch.bfloat16, 16, True),
+        (torch.bfloat16, 16, False),
+        (torch.float32, 16, True),
+        (torch.bfloat16, 32, True),
+        (torch.bfloat16, 64, True),
     ):
         for kernel, (tokens, width, warps) in (
             (ends_kernel, FORWARD[states]),
@@ -227,12 +236,13 @@ def variants() -> Iterator[Variant]:
         ):
             by_tensor_cores = _by_tensor_cores(dtype, width)
             constants = {"N": states, "CHUNK": CHUNK, "TOKENS": tokens, "WIDTH": width}
-            constants |= {"GROUPS": 2, "DOT": by_tensor_cores}
+            constants |= {"GROUPS": 2 if full else 1, "DOT": by_tensor_cores}
+            constants |= {} if full else dict.fromkeys(_OPTIONS)
             names = [p.name for p in kernel.params if p.name not in constants]
             types = {name: _type_of(name, pointer_type(dtype)) for name in names}
             yield Variant(
                 name=f"selective_scan {kernel.fn.__name__.removesuffix('_kernel')}, "
-                f"{str(dtype).removeprefix('torch.')}, N {states}",
+                f"{str(dtype).removeprefix('torch.')}, N {states}{'' if full else ', bare'}",
                 kernel=kernel,
                 types=types,
                 constants={p.name: constants[p.name] for p in kernel.params if p.name in constants},
@@ -244,7 +254,8 @@ def variants() -> Iterator[Variant]:
 
 
 _AXES = ("_b", "_l")
-_NARROW = ("u", "delta", "B", "C", "z", "y", "dy", "du", "ddelta", "dz")
+_OPTIONS = ("skip", "z", "bias", "group", "reset", "first", "dfinal", "dskip", "dz", "dbias")
+_NARROW = ("u", "delta", "z", "y", "dy", "du", "ddelta", "dz")
 
 
 def _type_of(name: str, narrow: str) -> str:

@@ -85,8 +85,10 @@ def _cuts(reset, t, length):
     """What is added to the exponents (T,): exp2 makes exactly 0 of it. Backward never divides by
     a decay nor multiplies by an exponent, so nothing becomes inf · 0."""
     if reset is None:
-        return tl.zeros(t.shape, tl.float32)
-    return tl.where(tl.load(reset + t, mask=t < length, other=0) != 0, -1e30, 0.0)
+        cut = tl.zeros(t.shape, tl.float32)
+    else:  # not a return above: the compiler would go on to what follows it
+        cut = tl.where(tl.load(reset + t, mask=t < length, other=0) != 0, -1e30, 0.0)
+    return cut
 
 
 @triton.jit
@@ -274,8 +276,10 @@ def _over_channels(tile, DOT: tl.constexpr):
     if DOT:
         one = (tl.arange(0, 16)[None, :] + tl.zeros([W, 16], tl.int32)) == 0
         found = tl.dot(tl.reshape(tile, [T * N, W]), one.to(tl.float32), input_precision="tf32")
-        return tl.reshape(tl.sum(found, axis=1), [T, N])  # all is in the first column
-    return tl.sum(tile, axis=2)
+        over = tl.reshape(tl.sum(found, axis=1), [T, N])  # all is in the first column
+    else:
+        over = tl.sum(tile, axis=2)
+    return over
 
 
 @triton.jit(do_not_specialize=SIZES)
