@@ -35,6 +35,7 @@ FORWARD = {16: (8, 32, 4), 32: (8, 32, 8), 64: (4, 16, 8)}
 BACKWARD = {16: (8, 32, 4), 32: (8, 32, 8), 64: (8, 8, 8)}
 if INTERPRETED:  # which combines scans element by element
     FORWARD = BACKWARD = dict.fromkeys((4, *FORWARD), (8, 2, 1))
+WIDENED = 16  # states: with so many, B and C are given to forward in fp32
 PROGRAMS = 512  # about four for each processor of a large GPU: below that, sequences are cut
 SHORTEST = 8  # chunks of a segment: the passes over segments cost about one more forward
 
@@ -66,7 +67,7 @@ def forward(
         final = A_DN.new_zeros(batch, channels, states) if state_BDN is None else state_BDN.clone()
         return y_BLD, final, starts
     final_BDN = A_DN.new_empty(batch, channels, states)
-    u, delta, B, C = _rows_of(u_BLD, delta_BLD, *_wide(B_BLN, C_BLN))
+    u, delta, B, C = _rows_of(u_BLD, delta_BLD, *_widened(B_BLN, C_BLN))
     z, A = None if z_BLD is None else _rows_of(z_BLD)[0], A_DN.contiguous()
     skip, bias, group, reset, state = _dense(skip_D, bias_GD, group_BL, reset_BL, state_BDN)
     config, blocks, segment, segments = _plan(FORWARD[states], u_BLD.shape, states)
@@ -115,7 +116,7 @@ def backward(
         zeros = [None if t is None else torch.zeros_like(t) for t in inputs]
         dfirst = A_DN.new_zeros(batch, channels, states)
         return _wanted([*zeros, dfirst if dfinal_BDN is None else dfinal_BDN.clone()], inputs, need)
-    u, delta, B, C = _rows_of(u_BLD, delta_BLD, *_wide(B_BLN, C_BLN))
+    u, delta, B, C = _rows_of(u_BLD, delta_BLD, B_BLN, C_BLN)
     z, A = None if z_BLD is None else _rows_of(z_BLD)[0], A_DN.contiguous()
     skip, bias, group, reset, dfinal = _dense(skip_D, bias_GD, group_BL, reset_BL, dfinal_BDN)
     dy = torch.zeros(u.shape, dtype=u.dtype, device=u.device) if dy_BLD is None else dy_BLD
@@ -181,10 +182,12 @@ def _rows_of(*tensors: torch.Tensor) -> list[torch.Tensor]:
     return [t if t.stride(-1) == 1 else t.contiguous() for t in tensors]
 
 
-def _wide(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    """B and C in fp32: every block of channels would convert them again, and each thread all its
-    states of them, an instruction for one of the exponentials; copies of them are small."""
-    return [t.to(torch.float32) for t in tensors]
+def _widened(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """B and C for forward: in fp32 if N is 16. Else every thread converts all its states of them in
+    every tile, an instruction for one of the exponentials; copies are small. Backward, and forward
+    of 32 states, would spill.
+    """
+    return [t.to(torch.float32) if t.shape[-1] == WIDENED else t for t in tensors]
 
 
 def _dense(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
@@ -240,6 +243,8 @@ def variants() -> Iterator[Variant]:
             constants |= {} if full else dict.fromkeys(_OPTIONS)
             names = [p.name for p in kernel.params if p.name not in constants]
             types = {name: _type_of(name, pointer_type(dtype)) for name in names}
+            if states == WIDENED and kernel in (ends_kernel, forward_kernel):
+                types |= {name: "*fp32" for name in ("B", "C") if name in types}
             yield Variant(
                 name=f"selective_scan {kernel.fn.__name__.removesuffix('_kernel')}, "
                 f"{str(dtype).removeprefix('torch.')}, N {states}{'' if full else ', bare'}",
@@ -255,7 +260,7 @@ def variants() -> Iterator[Variant]:
 
 _AXES = ("_b", "_l")
 _OPTIONS = ("skip", "z", "bias", "group", "reset", "first", "dfinal", "dskip", "dz", "dbias")
-_NARROW = ("u", "delta", "z", "y", "dy", "du", "ddelta", "dz")
+_NARROW = ("u", "delta", "B", "C", "z", "y", "dy", "du", "ddelta", "dz")
 
 
 def _type_of(name: str, narrow: str) -> str:
