@@ -238,9 +238,10 @@ def variants() -> Iterator[Variant]:
             (backward_kernel, BACKWARD[states]),
         ):
             by_tensor_cores = _by_tensor_cores(dtype, width)
+            constants: dict[str, int | None]
             constants = {"N": states, "CHUNK": CHUNK, "TOKENS": tokens, "WIDTH": width}
             constants |= {"GROUPS": 2 if full else 1, "DOT": by_tensor_cores}
-            constants |= {} if full else dict.fromkeys(_OPTIONS)
+            constants |= dict.fromkeys(() if full else _OPTIONS)
             names = [p.name for p in kernel.params if p.name not in constants]
             types = {name: _type_of(name, pointer_type(dtype)) for name in names}
             if states == WIDENED and kernel in (ends_kernel, forward_kernel):
