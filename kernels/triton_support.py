@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
+P = ParamSpec("P")
+T = TypeVar("T")
 
 TL_TYPES = {
     torch.float32: tl.float32,
@@ -56,26 +58,29 @@ def tuned(
     return triton.autotune(configs=list(configs), key=list(key), **options)
 
 
-P = ParamSpec("P")
-T = TypeVar("T")
-
-
-def launcher(function: Callable[P, T]) -> Callable[P, T]:
-    """``function`` with its tensors packed, launching on the device of the first argument.
-
-    Kernels compute addresses from shapes alone, and Triton launches on the current device, whatever
-    device holds the tensors.
+def on_its_device(function: Callable[P, T]) -> Callable[P, T]:
+    """``function`` with the device of its first tensor as the current one: Triton launches there,
+    wherever the arguments are.
     """
 
     @functools.wraps(function)
     def launch(*args: P.args, **kwargs: P.kwargs) -> T:
-        packed: list[Any] = [
-            value.contiguous() if isinstance(value, torch.Tensor) else value for value in args
-        ]
-        with torch.cuda.device_of(packed[0]):
-            return function(*packed, **kwargs)
+        first: Any = next(value for value in args if isinstance(value, torch.Tensor))
+        with torch.cuda.device_of(first):
+            return function(*args, **kwargs)
 
     return launch
+
+
+def launcher(function: Callable[P, T]) -> Callable[P, T]:
+    """``on_its_device`` for kernels that compute addresses from shapes: tensors are packed."""
+
+    @functools.wraps(function)
+    def launch(*args: P.args, **kwargs: P.kwargs) -> T:
+        packed: Any = (v.contiguous() if isinstance(v, torch.Tensor) else v for v in args)
+        return function(*packed, **kwargs)
+
+    return on_its_device(launch)
 
 
 def pointer_type(tensor_or_dtype: torch.Tensor | torch.dtype) -> str:

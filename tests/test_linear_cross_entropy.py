@@ -17,6 +17,7 @@ from earlyfuse.kernels.linear_cross_entropy import (
 )
 
 pytest.importorskip("triton")
+triton_impl = pytest.importorskip("earlyfuse.kernels.linear_cross_entropy.triton_impl")
 
 MODALITIES = 3
 Z_WEIGHT = 0.02
@@ -62,8 +63,9 @@ def sums_alone(x, w, labels, modality, backend, **options):
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    """Three tokens of 1500 words, two of which are handled in cache together."""
+    """Three tokens of 1500 words, two of them together in cache; two blocks of a row."""
     monkeypatch.setattr(torch_impl, "PIECE", 2 * 1500)
+    monkeypatch.setattr(triton_impl, "BLOCK", 1024)
     monkeypatch.setattr(chunked, "CPU_BYTES", 3 * 1500 * 4)
     monkeypatch.setattr(chunked, "GPU_BYTES", 3 * 1500 * 4)
 
@@ -145,6 +147,18 @@ def test_tokens_that_do_not_count_get_no_gradient_and_give_none(backend):
     alone = sums_and_gradients(kept, w, labels[counted], modality[counted], backend)
     assert rms_ratio(dx[counted], alone[3]) <= 1e-6
     assert rms_ratio(dw, alone[4]) <= 1e-6
+
+
+@pytest.mark.parametrize("implementation", [torch_impl, triton_impl])
+def test_beside_other_shards_too_large_logits_that_do_not_count_get_no_gradient(implementation):
+    logits = torch.tensor([[200.0, -200.0, 150.0], [2.0, 1.0, 0.0]]).repeat(2, 1).to(DEVICE)
+    expected = logits.log_softmax(1).exp()
+    expected[[0, 3]] = 0
+    expected[1, 2] -= 1  # row 2: its label is in another shard
+    rows = torch.tensor([chunked.UNCOUNTED, 2, chunked.ELSEWHERE, chunked.UNCOUNTED]).to(DEVICE)
+    _, log_z = implementation._turn(logits, rows, 0.0, lambda statistics: statistics, True)
+    assert rms_ratio(logits, expected) <= 1e-6
+    assert not log_z[[0, 3]].any()
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])

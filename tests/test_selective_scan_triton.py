@@ -1,5 +1,8 @@
 """The selective scan's Triton kernels equal its definition, on a GPU or in Triton's interpreter."""
 
+from functools import partialmethod
+
+import numpy as np
 import pytest
 import torch
 from kernel_checks import DEVICE, rms_ratio
@@ -65,6 +68,27 @@ def test_triton_carries_states_over_segments_but_not_over_resets(resets):
     inputs[9][0, resets] = True
     for have, want in zip(results(inputs, "triton"), results(inputs, "reference"), strict=True):
         assert rms_ratio(have, want) < 1e-5
+
+
+@pytest.mark.parametrize("offset", [-14.0, 25.0])
+def test_triton_keeps_the_precision_of_tiny_and_large_steps(offset):
+    inputs = scan_inputs(1, 9, 2, 4 if DEVICE == "cpu" else 16, ("group", "bias"), device=DEVICE)
+    inputs[1] = (inputs[1].detach() + offset).requires_grad_()
+    exact = converted(inputs, torch.float64)
+    for have, want in zip(results(inputs, "triton"), results(exact, "reference"), strict=True):
+        assert rms_ratio(have, want) < 2e-6
+
+
+def test_a_step_that_is_not_a_number_shows_in_the_output(monkeypatch):
+    if DEVICE == "cpu":  # as on a GPU, where the minimum of NaN and a number is the number
+        builder = triton.runtime.interpreter.InterpreterBuilder
+        minimum = partialmethod(builder.binary_op, op=np.fmin)
+        monkeypatch.setattr(builder, "create_minnumf", minimum)
+    inputs = scan_inputs(1, 9, 2, 4 if DEVICE == "cpu" else 16, ("reset",), device=DEVICE)
+    with torch.no_grad():
+        inputs[1][0, 5, 1] = torch.nan
+    y, _ = package.selective_scan(*inputs, backend="triton")
+    assert y[0, 5:, 1].isnan().all() and y[..., 0].isfinite().all() and y[:, :5].isfinite().all()
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: too large for the interpreter")

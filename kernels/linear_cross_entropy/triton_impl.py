@@ -18,17 +18,15 @@ import triton.language as tl
 from earlyfuse.kernels.ahead_of_time import Variant
 from earlyfuse.kernels.linear_cross_entropy import chunked
 from earlyfuse.kernels.linear_cross_entropy.chunked import UNCOUNTED, Combine
-from earlyfuse.kernels.triton_support import pointer_type, tuned
+from earlyfuse.kernels.triton_support import on_its_device, pointer_type
 
-CONFIGS = [
-    triton.Config({"BLOCK": block}, num_warps=warps)
-    for block, warps in ((1024, 4), (4096, 8), (8192, 16))
-]
+# One block instead of an autotuner's choice: it decides the order of sums, and the same run would
+# get other bits after a restart. A large one, for few rows are then under way at once: four of 128
+# KiB on each processor nearly fit into the L2 cache.
+BLOCK, WARPS = 8192, 16
 _UNCOUNTED = tl.constexpr(UNCOUNTED)
 
 
-# trying configurations out would turn the same logits several times
-@tuned(CONFIGS, ["V", "STATISTICS", "GRADIENT"], restore_value=["logits"])
 @triton.jit
 def _turn_rows(
     logits, rows, statistics, log_z, z_weight, V,
@@ -59,6 +57,8 @@ def _turn_rows(
     if GRADIENT:
         factor = 1.0 + 2.0 * z_weight * normaliser
         factor = tl.where(row == _UNCOUNTED, 0.0, factor)
+        # its log Z was not asked for and is given as 0: exponentials would overflow
+        normaliser = tl.where(row == _UNCOUNTED, float("inf"), normaliser)
         for start in range(0, V, BLOCK):
             column = start + offsets
             value = tl.load(line + column, mask=column < V, other=-float("inf")).to(tl.float32)
@@ -87,6 +87,8 @@ def _turn(
             V,
             STATISTICS=statistics,
             GRADIENT=gradient,
+            BLOCK=BLOCK,
+            num_warps=WARPS,
         )
 
     launch(None, True, gradient and combine is None)
@@ -100,28 +102,25 @@ def _turn(
     return torch.where(counted_C, log_z_C - label_C, 0.0), log_z_C
 
 
-forward = partial(chunked.forward, turn=_turn)
+forward = on_its_device(partial(chunked.forward, turn=_turn))
 
 
 def variants() -> Iterator[Variant]:
-    """Every configuration in bf16 for a whole vocabulary; else the largest, where most is held."""
-    for config in CONFIGS:
-        yield _variant(config, torch.bfloat16, statistics=True, gradient=True)
-    yield _variant(CONFIGS[-1], torch.float32, statistics=True, gradient=True)
-    yield _variant(CONFIGS[-1], torch.bfloat16, statistics=True, gradient=False)
-    yield _variant(CONFIGS[-1], torch.bfloat16, statistics=False, gradient=True)
+    """A whole vocabulary in bf16 and fp32; the passes apart, as shards of it take them, in bf16."""
+    yield _variant(torch.bfloat16, statistics=True, gradient=True)
+    yield _variant(torch.float32, statistics=True, gradient=True)
+    yield _variant(torch.bfloat16, statistics=True, gradient=False)
+    yield _variant(torch.bfloat16, statistics=False, gradient=True)
 
 
-def _variant(
-    config: triton.Config, dtype: torch.dtype, statistics: bool, gradient: bool
-) -> Variant:
+def _variant(dtype: torch.dtype, statistics: bool, gradient: bool) -> Variant:
     pointer = pointer_type(dtype)
     parts = " and ".join(
         name for name, has in (("statistics", statistics), ("gradient", gradient)) if has
     )
     given = "statistics" if statistics else "log_z"
     return Variant(
-        name=f"linear_cross_entropy {parts} {pointer[1:]} {config.kwargs['BLOCK']} columns",
+        name=f"linear_cross_entropy {parts} {pointer[1:]}",
         kernel=_turn_rows,
         types={
             "logits": pointer,
@@ -134,8 +133,8 @@ def _variant(
             "log_z" if statistics else "statistics": None,
             "STATISTICS": statistics,
             "GRADIENT": gradient,
-            **config.kwargs,
+            "BLOCK": BLOCK,
         },
         aligned=("V",),
-        warps=config.num_warps,
+        warps=WARPS,
     )

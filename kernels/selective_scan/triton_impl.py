@@ -20,12 +20,13 @@ import triton
 from earlyfuse.kernels.ahead_of_time import Variant
 from earlyfuse.kernels.selective_scan.chunks import CHUNK, count_chunks
 from earlyfuse.kernels.selective_scan.triton_kernels import (
+    SIZES,
     adjoints_kernel,
     backward_kernel,
     ends_kernel,
     forward_kernel,
 )
-from earlyfuse.kernels.triton_support import INTERPRETED, pointer_type
+from earlyfuse.kernels.triton_support import INTERPRETED, on_its_device, pointer_type
 
 # N → tokens of a tile, channels of a block, warps. Chosen from the compiled code (registers, loads,
 # shuffles), one each instead of an autotuner's choice: the shape of a tile decides the order of
@@ -34,6 +35,7 @@ FORWARD = {16: (8, 32, 4), 32: (8, 32, 8), 64: (4, 16, 8)}
 BACKWARD = {16: (8, 32, 4), 32: (8, 32, 8), 64: (8, 8, 8)}
 if INTERPRETED:  # which combines scans element by element
     FORWARD = BACKWARD = dict.fromkeys((4, *FORWARD), (8, 2, 1))
+WIDENED = 16  # states: with so many, B and C are given to forward in fp32
 PROGRAMS = 512  # about four for each processor of a large GPU: below that, sequences are cut
 SHORTEST = 8  # chunks of a segment: the passes over segments cost about one more forward
 
@@ -41,6 +43,7 @@ SHORTEST = 8  # chunks of a segment: the passes over segments cost about one mor
 # ---------------------------------------------------------------- launchers
 
 
+@on_its_device
 def forward(
     u_BLD: torch.Tensor,
     delta_BLD: torch.Tensor,
@@ -64,8 +67,8 @@ def forward(
         final = A_DN.new_zeros(batch, channels, states) if state_BDN is None else state_BDN.clone()
         return y_BLD, final, starts
     final_BDN = A_DN.new_empty(batch, channels, states)
-    u, delta, B, C = (_rows_of(t) for t in (u_BLD, delta_BLD, B_BLN, C_BLN))
-    z, A = None if z_BLD is None else _rows_of(z_BLD), A_DN.contiguous()
+    u, delta, B, C = _rows_of(u_BLD, delta_BLD, *_widened(B_BLN, C_BLN))
+    z, A = None if z_BLD is None else _rows_of(z_BLD)[0], A_DN.contiguous()
     skip, bias, group, reset, state = _dense(skip_D, bias_GD, group_BL, reset_BL, state_BDN)
     config, blocks, segment, segments = _plan(FORWARD[states], u_BLD.shape, states)
     end = left = None
@@ -88,6 +91,7 @@ def forward(
     return y_BLD, final_BDN, starts
 
 
+@on_its_device
 def backward(
     dy_BLD: torch.Tensor | None,
     dfinal_BDN: torch.Tensor | None,
@@ -112,8 +116,8 @@ def backward(
         zeros = [None if t is None else torch.zeros_like(t) for t in inputs]
         dfirst = A_DN.new_zeros(batch, channels, states)
         return _wanted([*zeros, dfirst if dfinal_BDN is None else dfinal_BDN.clone()], inputs, need)
-    u, delta, B, C = (_rows_of(t) for t in (u_BLD, delta_BLD, B_BLN, C_BLN))
-    z, A = None if z_BLD is None else _rows_of(z_BLD), A_DN.contiguous()
+    u, delta, B, C = _rows_of(u_BLD, delta_BLD, B_BLN, C_BLN)
+    z, A = None if z_BLD is None else _rows_of(z_BLD)[0], A_DN.contiguous()
     skip, bias, group, reset, dfinal = _dense(skip_D, bias_GD, group_BL, reset_BL, dfinal_BDN)
     dy = torch.zeros(u.shape, dtype=u.dtype, device=u.device) if dy_BLD is None else dy_BLD
     dy = dy.contiguous()
@@ -173,9 +177,17 @@ def _wanted(
     return found
 
 
-def _rows_of(tensor: torch.Tensor) -> torch.Tensor:
-    """Read in place if its last dimension is dense, as a slice of a projection's output is."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+def _rows_of(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Read in place if their last dimension is dense, as a slice of a projection's output is."""
+    return [t if t.stride(-1) == 1 else t.contiguous() for t in tensors]
+
+
+def _widened(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """B and C for forward: in fp32 if N is 16. Else every thread converts all its states of them in
+    every tile, an instruction for one of the exponentials; copies are small. Backward, and forward
+    of 32 states, would spill.
+    """
+    return [t.to(torch.float32) if t.shape[-1] == WIDENED else t for t in tensors]
 
 
 def _dense(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
@@ -209,12 +221,15 @@ def _by_tensor_cores(dtype: torch.dtype, width: int) -> bool:
 
 
 def variants() -> Iterator[Variant]:
-    """N = 16 in bf16 and fp32, and the other N in bf16, all with every option given."""
-    for dtype, states in (
-        (torch.bfloat16, 16),
-        (torch.float32, 16),
-        (torch.bfloat16, 32),
-        (torch.bfloat16, 64),
+    """N = 16 in bf16 and fp32, and the other N in bf16, all with every option given; one without
+    any.
+    """
+    for dtype, states, full in (
+        (torch.bfloat16, 16, True),
+        (torch.bfloat16, 16, False),
+        (torch.float32, 16, True),
+        (torch.bfloat16, 32, True),
+        (torch.bfloat16, 64, True),
     ):
         for kernel, (tokens, width, warps) in (
             (ends_kernel, FORWARD[states]),
@@ -223,17 +238,21 @@ def variants() -> Iterator[Variant]:
             (backward_kernel, BACKWARD[states]),
         ):
             by_tensor_cores = _by_tensor_cores(dtype, width)
+            constants: dict[str, int | None]
             constants = {"N": states, "CHUNK": CHUNK, "TOKENS": tokens, "WIDTH": width}
-            constants |= {"GROUPS": 2, "DOT": by_tensor_cores}
+            constants |= {"GROUPS": 2 if full else 1, "DOT": by_tensor_cores}
+            constants |= dict.fromkeys(() if full else _OPTIONS)
             names = [p.name for p in kernel.params if p.name not in constants]
             types = {name: _type_of(name, pointer_type(dtype)) for name in names}
+            if states == WIDENED and kernel in (ends_kernel, forward_kernel):
+                types |= {name: "*fp32" for name in ("B", "C") if name in types}
             yield Variant(
                 name=f"selective_scan {kernel.fn.__name__.removesuffix('_kernel')}, "
-                f"{str(dtype).removeprefix('torch.')}, N {states}",
+                f"{str(dtype).removeprefix('torch.')}, N {states}{'' if full else ', bare'}",
                 kernel=kernel,
                 types=types,
                 constants={p.name: constants[p.name] for p in kernel.params if p.name in constants},
-                aligned=tuple(n for n in names if n in ("length", "channels") or n[-2:] in _AXES),
+                aligned=tuple(n for n in names if n == "channels" or n[-2:] in _AXES),
                 warps=warps,
                 stages=1,
                 tensor_cores=by_tensor_cores and kernel is backward_kernel,
@@ -241,12 +260,12 @@ def variants() -> Iterator[Variant]:
 
 
 _AXES = ("_b", "_l")
+_OPTIONS = ("skip", "z", "bias", "group", "reset", "first", "dfinal", "dskip", "dz", "dbias")
 _NARROW = ("u", "delta", "B", "C", "z", "y", "dy", "du", "ddelta", "dz")
-_SIZES = ("length", "channels", "segment", "segments", "chunks")
 
 
 def _type_of(name: str, narrow: str) -> str:
     """Triton's word for an argument of these kernels."""
-    if name in _SIZES or name[-2:] in _AXES:
+    if name == "channels" or name in SIZES or name[-2:] in _AXES:
         return "i32"
     return {"group": "*u8", "reset": "*i1"}.get(name, narrow if name in _NARROW else "*fp32")

@@ -16,6 +16,9 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+# no code depends on these: without this, kernels are compiled anew for lengths of 1, of multiples
+# of 16 and others
+SIZES = ("length", "segment", "segments", "chunks")
 
 
 # ---------------------------------------------------------------- pieces of a tile
@@ -68,7 +71,8 @@ def _steps(delta, stride, bias, group, t, d, length, channels):
         v += tl.load(bias + g[:, None] * channels + d[None, :], mask=inside, other=0.0)
     elif bias is not None:
         v += tl.load(bias + d, mask=d < channels, other=0.0)[None, :]
-    e = tl.exp2(tl.minimum(v, 20.0) * LOG2E)
+    # not tl.minimum: of NaN and 20 it makes 20
+    e = tl.exp2(tl.where(v > 20.0, 20.0, v) * LOG2E)
     w = 1.0 + e
     # log(1 + e) loses e's low bits; e / (w - 1) puts them back (Kahan)
     soft = tl.where(w == 1.0, e, tl.log(w) * (e / tl.where(w == 1.0, 1.0, w - 1.0)))
@@ -81,8 +85,10 @@ def _cuts(reset, t, length):
     """What is added to the exponents (T,): exp2 makes exactly 0 of it. Backward never divides by
     a decay nor multiplies by an exponent, so nothing becomes inf · 0."""
     if reset is None:
-        return tl.zeros(t.shape, tl.float32)
-    return tl.where(tl.load(reset + t, mask=t < length, other=0) != 0, -1e30, 0.0)
+        cut = tl.zeros(t.shape, tl.float32)
+    else:  # not a return above: the compiler would go on to what follows it
+        cut = tl.where(tl.load(reset + t, mask=t < length, other=0) != 0, -1e30, 0.0)
+    return cut
 
 
 @triton.jit
@@ -121,7 +127,7 @@ def _advance(h, u, u_l, delta, delta_l, B, B_l, A2, bias, group, reset, t, d, n,
 # ---------------------------------------------------------------- forward
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def ends_kernel(
     u, delta, A, B, bias, group, reset, end, left,
     length, channels, segment, segments,
@@ -152,7 +158,7 @@ def ends_kernel(
     tl.store(left + at, tl.exp2(exponent), mask=here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
     u, delta, A, B, C, skip, z, bias, group, reset, first, end, left, y, final, starts,
     length, channels, segment, segments, chunks,
@@ -209,7 +215,7 @@ def forward_kernel(
 # ---------------------------------------------------------------- backward
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def adjoints_kernel(
     dy, delta, A, C, z, bias, group, reset, into, left,
     length, channels, segment, segments,
@@ -270,11 +276,13 @@ def _over_channels(tile, DOT: tl.constexpr):
     if DOT:
         one = (tl.arange(0, 16)[None, :] + tl.zeros([W, 16], tl.int32)) == 0
         found = tl.dot(tl.reshape(tile, [T * N, W]), one.to(tl.float32), input_precision="tf32")
-        return tl.reshape(tl.sum(found, axis=1), [T, N])  # all is in the first column
-    return tl.sum(tile, axis=2)
+        over = tl.reshape(tl.sum(found, axis=1), [T, N])  # all is in the first column
+    else:
+        over = tl.sum(tile, axis=2)
+    return over
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def backward_kernel(
     dy, dfinal, u, delta, A, B, C, skip, z, bias, group, reset, starts, into, left,
     du, ddelta, dz, dA, dB, dC, dskip, dbias, dfirst,
