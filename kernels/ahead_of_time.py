@@ -58,6 +58,7 @@ class Variant:
     "tensordesc<bf16[64, 128]>").
     ``constants``: values of ``tl.constexpr`` arguments, and None for pointers that are not given.
     ``aligned``: integer arguments known to be multiples of 16; pointers always are.
+    ``registers``: the most that a thread may have, where the launch says so.
     ``tensor_cores``: whether its products are meant to run on them. ``tma``: whether tiles are
     meant to be fetched by the tensor memory accelerator. ``oldest``: the first capability that has
     what it uses.
@@ -70,6 +71,7 @@ class Variant:
     aligned: tuple[str, ...] = ()
     warps: int = 4
     stages: int = 3
+    registers: int | None = None
     tensor_cores: bool = False
     tma: bool = False
     oldest: int = 80
@@ -117,7 +119,11 @@ def compiled(variant: Variant, target: Target) -> Resources:
     binary = triton.compile(
         source,
         target=GPUTarget("cuda", target.capability, 32),
-        options={"num_warps": variant.warps, "num_stages": variant.stages},
+        options={
+            "num_warps": variant.warps,
+            "num_stages": variant.stages,
+            "maxnreg": variant.registers,
+        },
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(binary.asm["cubin"])

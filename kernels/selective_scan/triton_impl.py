@@ -28,13 +28,16 @@ from earlyfuse.kernels.selective_scan.triton_kernels import (
 )
 from earlyfuse.kernels.triton_support import INTERPRETED, on_its_device, pointer_type
 
-# N → tokens of a tile, channels of a block, warps. Chosen from the compiled code (registers, loads,
-# shuffles), one each instead of an autotuner's choice: the shape of a tile decides the order of
-# sums, and the same run would get other bits after a restart.
-FORWARD = {16: (8, 32, 4), 32: (8, 32, 8), 64: (4, 16, 8)}
-BACKWARD = {16: (8, 32, 4), 32: (8, 32, 8), 64: (8, 8, 8)}
+# N → tokens of a tile, channels of a block, warps, most registers of a thread. Chosen from the
+# compiled code (registers, loads, shuffles), one each instead of an autotuner's choice: the shape of
+# a tile decides the order of sums, and the same run would get other bits after a restart. 128
+# registers: the assembler aims at 96 where few options are given, and spills; where all are, it
+# would take 141, and a processor have three blocks instead of four.
+Sizes = tuple[int, int, int, int | None]
+FORWARD: dict[int, Sizes] = {16: (8, 32, 4, 128), 32: (8, 32, 8, None), 64: (4, 16, 8, None)}
+BACKWARD: dict[int, Sizes] = {16: (8, 32, 4, None), 32: (8, 32, 8, None), 64: (8, 8, 8, None)}
 if INTERPRETED:  # which combines scans element by element
-    FORWARD = BACKWARD = dict.fromkeys((4, *FORWARD), (8, 2, 1))
+    FORWARD = BACKWARD = dict.fromkeys((4, *FORWARD), (8, 2, 1, None))
 WIDENED = 16  # states: with so many, B and C are given to forward in fp32
 PROGRAMS = 512  # about four for each processor of a large GPU: below that, sequences are cut
 SHORTEST = 8  # chunks of a segment: the passes over segments cost about one more forward
@@ -200,16 +203,17 @@ def _strides(tensor: torch.Tensor | None) -> tuple[int, int]:
 
 
 def _plan(
-    sizes: tuple[int, int, int], shape: torch.Size, states: int
-) -> tuple[dict[str, int], int, int, int]:
+    sizes: Sizes, shape: torch.Size, states: int
+) -> tuple[dict[str, int | None], int, int, int]:
     """Options of a launch, blocks of channels, tokens of a segment (whole chunks), and segments."""
-    tokens, width, warps = sizes
+    tokens, width, warps, registers = sizes
     batch, length, channels = shape
     blocks, chunks = triton.cdiv(channels, width), count_chunks(length)
     wanted = max(1, min(PROGRAMS // (batch * blocks), chunks // SHORTEST, 16))
     segment = -(-chunks // wanted) * CHUNK
     config = {"N": states, "TOKENS": tokens, "WIDTH": width}
-    return config | {"num_warps": warps, "num_stages": 1}, blocks, segment, -(-length // segment)
+    config |= {"num_warps": warps, "num_stages": 1, "maxnreg": registers}
+    return config, blocks, segment, -(-length // segment)
 
 
 def _by_tensor_cores(dtype: torch.dtype, width: int) -> bool:
@@ -221,46 +225,52 @@ def _by_tensor_cores(dtype: torch.dtype, width: int) -> bool:
 
 
 def variants() -> Iterator[Variant]:
-    """N = 16 in bf16 and fp32, and the other N in bf16, all with every option given; one without
-    any.
+    """N = 16 in bf16 and fp32, and the other N in bf16, all with every option given. And in bf16
+    with N = 16: without any; and as in training, where no row is cut and no state handed on.
     """
-    for dtype, states, full in (
-        (torch.bfloat16, 16, True),
-        (torch.bfloat16, 16, False),
-        (torch.float32, 16, True),
-        (torch.bfloat16, 32, True),
-        (torch.bfloat16, 64, True),
+    for dtype, states, case in (
+        (torch.bfloat16, 16, ""),
+        (torch.bfloat16, 16, "bare"),
+        (torch.bfloat16, 16, "training"),
+        (torch.float32, 16, ""),
+        (torch.bfloat16, 32, ""),
+        (torch.bfloat16, 64, ""),
     ):
-        for kernel, (tokens, width, warps) in (
+        absent = {"": (), "bare": _OPTIONS, "training": _PASSED_ON}[case]
+        for kernel, (tokens, width, warps, registers) in (
             (ends_kernel, FORWARD[states]),
             (forward_kernel, FORWARD[states]),
             (adjoints_kernel, BACKWARD[states]),
             (backward_kernel, BACKWARD[states]),
         ):
+            if case == "training" and kernel in (ends_kernel, adjoints_kernel):
+                continue  # of cut rows alone
             by_tensor_cores = _by_tensor_cores(dtype, width)
             constants: dict[str, int | None]
             constants = {"N": states, "CHUNK": CHUNK, "TOKENS": tokens, "WIDTH": width}
-            constants |= {"GROUPS": 2 if full else 1, "DOT": by_tensor_cores}
-            constants |= dict.fromkeys(() if full else _OPTIONS)
+            constants |= {"GROUPS": 1 if case == "bare" else 2, "DOT": by_tensor_cores}
+            constants |= dict.fromkeys(absent)
             names = [p.name for p in kernel.params if p.name not in constants]
             types = {name: _type_of(name, pointer_type(dtype)) for name in names}
             if states == WIDENED and kernel in (ends_kernel, forward_kernel):
                 types |= {name: "*fp32" for name in ("B", "C") if name in types}
             yield Variant(
                 name=f"selective_scan {kernel.fn.__name__.removesuffix('_kernel')}, "
-                f"{str(dtype).removeprefix('torch.')}, N {states}{'' if full else ', bare'}",
+                f"{str(dtype).removeprefix('torch.')}, N {states}{case and ', ' + case}",
                 kernel=kernel,
                 types=types,
                 constants={p.name: constants[p.name] for p in kernel.params if p.name in constants},
                 aligned=tuple(n for n in names if n == "channels" or n[-2:] in _AXES),
                 warps=warps,
                 stages=1,
+                registers=registers,
                 tensor_cores=by_tensor_cores and kernel is backward_kernel,
             )
 
 
 _AXES = ("_b", "_l")
 _OPTIONS = ("skip", "z", "bias", "group", "reset", "first", "dfinal", "dskip", "dz", "dbias")
+_PASSED_ON = ("first", "dfinal", "end", "left", "into")
 _NARROW = ("u", "delta", "B", "C", "z", "y", "dy", "du", "ddelta", "dz")
 
 
