@@ -29,10 +29,9 @@ from earlyfuse.kernels.selective_scan.triton_kernels import (
 from earlyfuse.kernels.triton_support import INTERPRETED, on_its_device, pointer_type
 
 # N → tokens of a tile, channels of a block, warps, most registers of a thread. Chosen from the
-# compiled code (registers, loads, shuffles), one each instead of an autotuner's choice: the shape of
-# a tile decides the order of sums, and the same run would get other bits after a restart. 128
-# registers: the assembler aims at 96 where few options are given, and spills; where all are, it
-# would take 141, and a processor have three blocks instead of four.
+# compiled code (registers, loads, shuffles), one each instead of an autotuner's choice: the shape
+# of a tile decides the order of sums, and the same run would get other bits after a restart. With
+# all options given forward would take 141 registers, and a processor have three blocks, not four.
 Sizes = tuple[int, int, int, int | None]
 FORWARD: dict[int, Sizes] = {16: (8, 32, 4, 128), 32: (8, 32, 8, None), 64: (4, 16, 8, None)}
 BACKWARD: dict[int, Sizes] = {16: (8, 32, 4, None), 32: (8, 32, 8, None), 64: (8, 8, 8, None)}
@@ -74,9 +73,8 @@ def forward(
     z, A = None if z_BLD is None else _rows_of(z_BLD)[0], A_DN.contiguous()
     skip, bias, group, reset, state = _dense(skip_D, bias_GD, group_BL, reset_BL, state_BDN)
     config, blocks, segment, segments = _plan(FORWARD[states], u_BLD.shape, states)
-    end = left = None
-    if segments > 1:
-        end, left = A_DN.new_empty(2, batch, segments, states, channels).unbind(0)
+    end, left = A_DN.new_empty(2, batch, segments, states, channels).unbind(0)
+    if segments > 1:  # nobody reads the last one's
         ends_kernel[(blocks, segments - 1, batch)](
             *(u, delta, A, B, bias, group, reset, end, left),
             *(length, channels, segment, segments),
@@ -126,16 +124,15 @@ def backward(
     dy = dy.contiguous()
     config, blocks, segment, segments = _plan(BACKWARD[states], u_BLD.shape, states)
     only_state = not any(need[:8])
-    into = left = None
+    into, left = A.new_empty(2, batch, segments, states, channels).unbind(0)
     if segments > 1 or only_state:
-        into, left = A.new_empty(2, batch, segments, states, channels).unbind(0)
         adjoints_kernel[(blocks, segments, batch)](
             *(dy, delta, A, C, z, bias, group, reset, into, left),
             *(length, channels, segment, segments),
             *(*_strides(delta), *_strides(C), *_strides(z)),
             **config,
         )
-    if only_state and into is not None and left is not None:
+    if only_state:
         dh_BND = torch.zeros_like(into[:, 0]) if dfinal is None else dfinal.mT
         for part in reversed(range(segments)):
             dh_BND = torch.addcmul(into[:, part], left[:, part], dh_BND)
@@ -226,7 +223,7 @@ def _by_tensor_cores(dtype: torch.dtype, width: int) -> bool:
 
 def variants() -> Iterator[Variant]:
     """N = 16 in bf16 and fp32, and the other N in bf16, all with every option given. And in bf16
-    with N = 16: without any; and as in training, where no row is cut and no state handed on.
+    with N = 16: without any, and as in training, where no state is handed on.
     """
     for dtype, states, case in (
         (torch.bfloat16, 16, ""),
@@ -236,7 +233,7 @@ def variants() -> Iterator[Variant]:
         (torch.bfloat16, 32, ""),
         (torch.bfloat16, 64, ""),
     ):
-        absent = {"": (), "bare": _OPTIONS, "training": _PASSED_ON}[case]
+        absent = {"": (), "bare": _OPTIONS, "training": _STATES}[case]
         for kernel, (tokens, width, warps, registers) in (
             (ends_kernel, FORWARD[states]),
             (forward_kernel, FORWARD[states]),
@@ -244,7 +241,7 @@ def variants() -> Iterator[Variant]:
             (backward_kernel, BACKWARD[states]),
         ):
             if case == "training" and kernel in (ends_kernel, adjoints_kernel):
-                continue  # of cut rows alone
+                continue  # which have to do with none
             by_tensor_cores = _by_tensor_cores(dtype, width)
             constants: dict[str, int | None]
             constants = {"N": states, "CHUNK": CHUNK, "TOKENS": tokens, "WIDTH": width}
@@ -270,7 +267,7 @@ def variants() -> Iterator[Variant]:
 
 _AXES = ("_b", "_l")
 _OPTIONS = ("skip", "z", "bias", "group", "reset", "first", "dfinal", "dskip", "dz", "dbias")
-_PASSED_ON = ("first", "dfinal", "end", "left", "into")
+_STATES = ("first", "dfinal")
 _NARROW = ("u", "delta", "B", "C", "z", "y", "dy", "du", "ddelta", "dz")
 
 

@@ -175,11 +175,10 @@ def forward_kernel(
         h = tl.load(first + outer, mask=here, other=0.0)
     else:
         h = tl.zeros([N, WIDTH], tl.float32)
-    if end is not None:
-        for earlier in range(part):
-            at = (batch * segments + earlier) * N * channels + inner
-            h = tl.load(left + at, mask=here, other=0.0) * h
-            h += tl.load(end + at, mask=here, other=0.0)
+    for earlier in range(part):
+        at = (batch * segments + earlier) * N * channels + inner
+        h = tl.load(left + at, mask=here, other=0.0) * h
+        h += tl.load(end + at, mask=here, other=0.0)
     stop = tl.minimum((part + 1) * segment, length)
     for start in range(part * segment, stop, TOKENS):
         if starts is not None:  # noqa: SIM102  decided when compiling, the inner one when running
@@ -300,11 +299,10 @@ def backward_kernel(
         dh = tl.load(dfinal + outer, mask=here, other=0.0)
     else:
         dh = tl.zeros([N, WIDTH], tl.float32)
-    if into is not None:
-        for i in range(segments - 1 - part):
-            at = (batch * segments + segments - 1 - i) * N * channels + inner
-            dh = tl.load(left + at, mask=here, other=0.0) * dh
-            dh += tl.load(into + at, mask=here, other=0.0)
+    for i in range(segments - 1 - part):
+        at = (batch * segments + segments - 1 - i) * N * channels + inner
+        dh = tl.load(left + at, mask=here, other=0.0) * dh
+        dh += tl.load(into + at, mask=here, other=0.0)
     dA_NW = tl.zeros([N, WIDTH], tl.float32)
     dskip_W = tl.zeros([WIDTH], tl.float32)
     rows = tl.arange(0, GROUPS)
