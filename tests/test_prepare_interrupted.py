@@ -4,6 +4,7 @@ import io
 import multiprocessing
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ from earlyfuse.data import atomic
 from earlyfuse.data.atomic import sha256_file
 from earlyfuse.data.prepare import prepare
 from earlyfuse.data.prepare.progress import Progress
-from earlyfuse.data.tokenised import ShardRecord
+from earlyfuse.data.tokenised import SHARD_SUFFIXES, ShardRecord
 from earlyfuse.data.tokenizers import Tokenizers
 from earlyfuse.tools import prepare as command
 
@@ -163,9 +164,14 @@ def test_other_options_make_other_tokens_and_no_manifest_outlives_its_shards(raw
     assert all(ids[1] != begin for ids, _ in documents_of(folder))
 
 
-def test_a_damaged_shard_is_made_again(raw, prepared, tmp_path):
-    prepare(spec_of(raw, tmp_path), quiet())
-    shard = tmp_path / "train" / "books" / "shard-000001.tar"
-    shard.write_bytes(shard.read_bytes()[:-1])
-    prepare(spec_of(raw, tmp_path), quiet())
-    assert contents(tmp_path) == contents(prepared)
+@pytest.mark.parametrize("suffix", SHARD_SUFFIXES)
+def test_a_damaged_shard_is_made_again(raw, prepared, tmp_path, suffix):
+    shutil.copytree(prepared, tmp_path / "out")
+    file = tmp_path / "out" / "train" / "books" / f"shard-000001{suffix}"
+    whole = file.read_bytes()
+    middle = len(whole) // 2
+    flipped = whole[:middle] + bytes([whole[middle] ^ 128]) + whole[middle + 1 :]
+    for content in (whole[:-9], flipped, b"", b"[]"):
+        file.write_bytes(content)
+        prepare(spec_of(raw, tmp_path / "out"), quiet())
+        assert contents(tmp_path / "out") == contents(prepared)

@@ -1,6 +1,8 @@
 """Tokenizers: exact round trips, the same bytes each time, files that say what they are."""
 
+import contextlib
 import io
+import itertools
 import os
 import zlib
 
@@ -9,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from earlyfuse.data.documents import BadSample
 from earlyfuse.data.tokenizers.image import (
@@ -344,6 +346,33 @@ def test_transparency_is_laid_on_white_and_modes_become_rgb():
     deep = Image.fromarray(np.full((16, 16), 32768, np.uint16))
     assert (image_pixels(encoded(deep), 16) == 128).all()
     assert (image_pixels(encoded(Image.new("1", (16, 16), 1)), 16) == 255).all()
+
+
+def with_exif(orientation):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation], exif[ExifTags.Base.Make] = orientation, "Maker"
+    exif[ExifTags.Base.ExifOffset] = {ExifTags.Base.ExposureTime: (1, 100)}
+    return exif.tobytes()
+
+
+@pytest.mark.parametrize("orientation", range(10))
+def test_images_are_turned_upright(orientation):
+    whole = encoded(Image.fromarray(blobs(1)[0]), exif=with_exif(orientation))
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(whole)))
+    assert np.array_equal(image_pixels(whole, 16), np.asarray(upright))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's own word on each
+def test_damage_in_the_exif_fields_is_no_error_of_its_own():
+    exif = with_exif(6)
+    whole = encoded(Image.fromarray(blobs(1)[0]), "JPEG", exif=exif)
+    at, read = whole.index(exif), 0
+    for place, change in itertools.product(range(len(exif)), (1, 2, 4, 255)):
+        damaged = bytearray(whole)
+        damaged[at + place] ^= change
+        with contextlib.suppress(BadSample):
+            read += image_pixels(bytes(damaged), 16).shape == (16, 16, 3)
+    assert read > 2 * len(exif)  # nearly always the pixels are there
 
 
 def test_a_cut_image_is_corrupt_or_complete():
