@@ -1,9 +1,11 @@
 """prepare: the same bytes after any interruption, and no work done twice."""
 
+import errno
 import io
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -162,6 +164,27 @@ def test_other_options_make_other_tokens_and_no_manifest_outlives_its_shards(raw
     assert not (folder / "manifest.json").exists()
     prepare(last, quiet())
     assert all(ids[1] != begin for ids, _ in documents_of(folder))
+
+
+def test_a_full_disk_is_told_with_its_file_and_the_command_goes_on(
+    raw, prepared, tmp_path, monkeypatch, capsys
+):
+    own = tmp_path / "raw"
+    write_tar(own / "0.tar", pairs(np.random.default_rng(3), 10))
+    small = ["--text-tokenizer", str(prepared / "tokenizers/text.model"), "--workers", "1"]
+    small += ["--image-tokenizer", str(prepared / "tokenizers/image.safetensors")]
+    words = ["build", "--out", str(tmp_path / "out"), "--train", f"own={own}", *small]
+
+    def full(descriptor):
+        if "shard" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(atomic.os, "fsync", full)
+    assert command.main(words) == 2
+    assert re.search(r"No space left on device: .*shard-000000\.tar", capsys.readouterr().err)
+    assert not list(tmp_path.rglob("*.part"))
+    monkeypatch.undo()
+    assert command.main(words) == 0
 
 
 @pytest.mark.parametrize("suffix", SHARD_SUFFIXES)
