@@ -8,7 +8,9 @@ One folder is one source::
     shard-000000.index.npy   int64 (documents, 2 + M): byte offset of the first token in the tar,
                              tokens, then tokens of each of the M modalities in the order of
                              ``Vocabulary.modalities``
-    shard-000000.json        how the shard came about; it says that the two files above are complete
+    shard-000000.crc.npy     uint32 (documents,): CRC-32 of each document's bytes in the tar, which
+                             its reader compares; a shard need not be read whole to be trusted
+    shard-000000.json        how the shard came about; it says that the files above are complete
 
 A tar of few large members costs nothing to skip through and remains an ordinary WebDataset tar;
 with the index a document is one ``pread``. Nothing here depends on time, host or user: equal
@@ -19,6 +21,7 @@ import hashlib
 import io
 import json
 import tarfile
+import zlib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -32,6 +35,7 @@ from earlyfuse.models.modality import Modality, Vocabulary
 FORMAT = "earlyfuse-tokens/1"
 MANIFEST = "manifest.json"
 MEMBER_BYTES = 1 << 20
+SHARD_SUFFIXES = (".tar", ".index.npy", ".crc.npy", ".json")
 _OF_SPEECH = {"speech_error", "speech_values", "longest_speech"}  # of a record that has some
 
 
@@ -49,13 +53,14 @@ class TokenShardWriter:
     """Writes documents end to end into the members of one tar, and remembers where each begins.
 
     ``file``: binary, open for writing, at its start. ``add`` documents, then ``close`` and take
-    ``index``.
+    ``index`` and ``checksums``.
     """
 
     def __init__(self, file: BinaryIO, dtype: str) -> None:
         self.tar = tarfile.TarFile(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT)
         self.dtype = np.dtype(dtype).newbyteorder("<")
         self.rows: list[list[int]] = []
+        self.checksums: list[int] = []  # CRC-32 of each document
         self._waiting: list[np.ndarray] = []
         self._waiting_bytes = 0
         self._unplaced = 0
@@ -75,6 +80,7 @@ class TokenShardWriter:
         # the offset inside the waiting member, made absolute when the member is written
         self.rows.append([self._waiting_bytes, len(tokens), *tokens_per_modality])
         self._waiting.append(tokens.astype(self.dtype))
+        self.checksums.append(zlib.crc32(self._waiting[-1].data))
         self._waiting_bytes += self._waiting[-1].nbytes
         if self._waiting_bytes >= MEMBER_BYTES:
             self._write_member()
@@ -123,6 +129,7 @@ class ShardRecord:
     bytes: int = 0
     sha256: str = ""
     index_sha256: str = ""
+    crc_sha256: str = ""
     documents: int = 0
     tokens: dict[str, int] = field(default_factory=dict)
     drops: dict[str, int] = field(default_factory=dict)
@@ -133,7 +140,7 @@ class ShardRecord:
     longest_speech: int = 0
 
     def save(self, folder: Path) -> None:
-        """Mark the shard complete; its tar and index are on the disk already."""
+        """Mark the shard complete; its other files are on the disk already."""
         values = asdict(self)
         if not self.speech_values:  # as records were before there was speech
             values = {name: value for name, value in values.items() if name not in _OF_SPEECH}
@@ -141,18 +148,20 @@ class ShardRecord:
 
     @classmethod
     def load(cls, folder: Path, number: int) -> "ShardRecord | None":
-        """The record of a complete shard, or none: absent, or its files are not as it says."""
-        stem = shard_name(number)
-        path = folder / f"{stem}.json"
-        if not path.exists():
+        """The record of a complete shard, or none: absent, damaged, or its files are not as it
+        says.
+        """
+        stem = folder / shard_name(number)
+        try:
+            values = json.loads(stem.with_suffix(".json").read_bytes())
+            if values.keys() | _OF_SPEECH != {column.name for column in fields(cls)}:
+                return None  # written by another version
+            record = cls(**values)
+            found = [sha256_file(stem.with_suffix(suffix)) for suffix in SHARD_SUFFIXES[:-1]]
+        except (FileNotFoundError, ValueError, AttributeError):  # the last: JSON, but no object
             return None
-        values = json.loads(path.read_bytes())
-        if values.keys() | _OF_SPEECH != {column.name for column in fields(cls)}:
-            return None  # written by another version
-        record = cls(**values)
-        tar, index = folder / f"{stem}.tar", folder / f"{stem}.index.npy"
-        complete = tar.exists() and index.exists() and tar.stat().st_size == record.bytes
-        return record if complete else None
+        said = [record.sha256, record.index_sha256, record.crc_sha256]
+        return record if found == said else None
 
 
 def write_shard(
@@ -161,7 +170,7 @@ def write_shard(
     documents: Iterable[tuple[np.ndarray, list[int]]],
     vocabulary: Vocabulary,
 ) -> None:
-    """Write tar, index and, last, ``record`` with its sizes, hashes and counts filled in.
+    """Write tar, index, checksums and, last, ``record`` with sizes, hashes and counts filled in.
 
     ``documents``: (ids, tokens per modality) each. ``record.drops`` and the like may change until
     the last document has been taken.
@@ -173,15 +182,22 @@ def write_shard(
             writer.add(tokens, per_modality)
         writer.close()
     index = writer.index(len(vocabulary.modalities))
-    content = io.BytesIO()
-    np.lib.format.write_array(content, index.astype("<i8"), version=(1, 0), allow_pickle=False)
-    atomic_write_bytes(tar_path.with_suffix(".index.npy"), content.getvalue())
     record.bytes, record.sha256 = tar_path.stat().st_size, sha256_file(tar_path)
-    record.index_sha256 = hashlib.sha256(content.getvalue()).hexdigest()
+    record.index_sha256 = _write_array(tar_path.with_suffix(".index.npy"), index.astype("<i8"))
+    checksums = np.array(writer.checksums, dtype="<u4")
+    record.crc_sha256 = _write_array(tar_path.with_suffix(".crc.npy"), checksums)
     record.documents = len(index)
     totals = index[:, 2:].sum(0)
     record.tokens = {m.label: int(n) for m, n in zip(vocabulary.modalities, totals, strict=True)}
     record.save(folder)
+
+
+def _write_array(path: Path, array: np.ndarray) -> str:
+    """Put ``array`` at ``path`` as .npy; SHA-256 of the file."""
+    content = io.BytesIO()
+    np.lib.format.write_array(content, array, version=(1, 0), allow_pickle=False)
+    atomic_write_bytes(path, content.getvalue())
+    return hashlib.sha256(content.getvalue()).hexdigest()
 
 
 def write_manifest(
@@ -195,6 +211,7 @@ def write_manifest(
             "bytes": record.bytes,
             "sha256": record.sha256,
             "index_sha256": record.index_sha256,
+            "crc_sha256": record.crc_sha256,
             "documents": record.documents,
             "tokens": record.tokens,
             "raw": record.raw,
@@ -234,7 +251,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a prepared source.
 
     Raises ``FileNotFoundError`` when ``folder`` is not a complete data set, ``ValueError`` on
-    another format.
+    another format or a damaged file.
     """
     path = folder / MANIFEST
     if not path.exists():
@@ -242,10 +259,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{folder} has no {MANIFEST}: prepare did not finish there; "
             "run the same prepare command again"
         )
-    manifest = json.loads(path.read_bytes())
-    if manifest.get("format") != FORMAT:
+    try:
+        manifest = json.loads(path.read_bytes())
+        written_as = manifest.get("format")
+    except (ValueError, AttributeError) as error:  # the last: JSON, but no object
         raise ValueError(
-            f"{path}: format ({manifest.get('format')!r}) must be {FORMAT!r}; "
-            "prepare the data again"
+            f"{path} is damaged or cut ({error}); copy it again, or remove it and run the same "
+            "prepare command again, which keeps the shards"
+        ) from error
+    if written_as != FORMAT:
+        raise ValueError(
+            f"{path}: format ({written_as!r}) must be {FORMAT!r}; prepare the data again"
         )
     return manifest

@@ -1,9 +1,12 @@
 """prepare: the same bytes after any interruption, and no work done twice."""
 
+import errno
 import io
 import multiprocessing
 import os
 import random
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -17,7 +20,7 @@ from earlyfuse.data import atomic
 from earlyfuse.data.atomic import sha256_file
 from earlyfuse.data.prepare import prepare
 from earlyfuse.data.prepare.progress import Progress
-from earlyfuse.data.tokenised import ShardRecord
+from earlyfuse.data.tokenised import SHARD_SUFFIXES, ShardRecord
 from earlyfuse.data.tokenizers import Tokenizers
 from earlyfuse.tools import prepare as command
 
@@ -163,9 +166,35 @@ def test_other_options_make_other_tokens_and_no_manifest_outlives_its_shards(raw
     assert all(ids[1] != begin for ids, _ in documents_of(folder))
 
 
-def test_a_damaged_shard_is_made_again(raw, prepared, tmp_path):
-    prepare(spec_of(raw, tmp_path), quiet())
-    shard = tmp_path / "train" / "books" / "shard-000001.tar"
-    shard.write_bytes(shard.read_bytes()[:-1])
-    prepare(spec_of(raw, tmp_path), quiet())
-    assert contents(tmp_path) == contents(prepared)
+def test_a_full_disk_is_told_with_its_file_and_the_command_goes_on(
+    raw, prepared, tmp_path, monkeypatch, capsys
+):
+    own = tmp_path / "raw"
+    write_tar(own / "0.tar", pairs(np.random.default_rng(3), 10))
+    small = ["--text-tokenizer", str(prepared / "tokenizers/text.model"), "--workers", "1"]
+    small += ["--image-tokenizer", str(prepared / "tokenizers/image.safetensors")]
+    words = ["build", "--out", str(tmp_path / "out"), "--train", f"own={own}", *small]
+
+    def full(descriptor):
+        if "shard" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(atomic.os, "fsync", full)
+    assert command.main(words) == 2
+    assert re.search(r"No space left on device: .*shard-000000\.tar", capsys.readouterr().err)
+    assert not list(tmp_path.rglob("*.part"))
+    monkeypatch.undo()
+    assert command.main(words) == 0
+
+
+@pytest.mark.parametrize("suffix", SHARD_SUFFIXES)
+def test_a_damaged_shard_is_made_again(raw, prepared, tmp_path, suffix):
+    shutil.copytree(prepared, tmp_path / "out")
+    file = tmp_path / "out" / "train" / "books" / f"shard-000001{suffix}"
+    whole = file.read_bytes()
+    middle = len(whole) // 2
+    flipped = whole[:middle] + bytes([whole[middle] ^ 128]) + whole[middle + 1 :]
+    for content in (whole[:-9], flipped, b"", b"[]"):
+        file.write_bytes(content)
+        prepare(spec_of(raw, tmp_path / "out"), quiet())
+        assert contents(tmp_path / "out") == contents(prepared)

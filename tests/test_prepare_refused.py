@@ -12,6 +12,7 @@ from raw_shards import OTHER_TEXTS, contents, pairs, quiet, spec_of, write_tar
 from earlyfuse.data.atomic import sha256_file
 from earlyfuse.data.prepare import prepare
 from earlyfuse.data.prepare.report import describe
+from earlyfuse.data.prepare.spec import find_shards
 from earlyfuse.data.tokenizers.image import save_image_tokenizer
 from earlyfuse.data.tokenizers.image_kmeans import KMeansTokenizer
 from earlyfuse.data.tokenizers.text import TextTokenizer
@@ -113,6 +114,25 @@ def test_shards_that_cannot_be_read_are_refused_before_anything_is_written(
 def test_validation_on_training_shards_is_refused(raw, tmp_path):
     with pytest.raises(ValueError, match=r"0\.tar of validation/pairs is a training shard too"):
         prepare(spec_of(raw, tmp_path / "out", validation={"pairs": raw / "pairs"}), quiet())
+
+
+def test_validation_on_a_copy_of_a_training_shard_is_refused(raw, tmp_path):
+    held = tmp_path / "held"
+    held.mkdir()
+    (held / "copy.tar").write_bytes((raw / "pairs" / "0.tar").read_bytes())
+    with pytest.raises(
+        ValueError, match=r"copy\.tar of validation/pairs has the bytes of .* 0\.tar"
+    ):
+        prepare(spec_of(raw, tmp_path / "out", validation={"pairs": held}), quiet())
+    assert not (tmp_path / "out" / "validation" / "pairs" / "manifest.json").exists()
+
+
+def test_hidden_files_of_a_folder_are_no_shards(raw, tmp_path):
+    held = tmp_path / "held"
+    held.mkdir()
+    (held / "0.tar").write_bytes((raw / "held" / "0.tar").read_bytes())
+    (held / "._0.tar").write_bytes(b"\0\5\x16\7")  # as macOS leaves them beside any file
+    assert [s.name for s in find_shards("validation/pairs", held)] == ["0.tar"]
 
 
 def test_a_folder_that_cannot_be_written_is_refused(raw, tmp_path):

@@ -321,6 +321,16 @@ def test_a_bad_sample_has_its_cause_and_costs_only_itself(tmp_path, what):
     assert str(shard) in str(bad)  # says where
 
 
+def test_suffixes_in_upper_case_are_those_in_lower_case(tmp_path):
+    members = [("a.JPG", IMAGE), ("a.TXT", b"c"), ("b.Jpeg", IMAGE), ("b.Json", b'{"caption":"d"}')]
+    shard = write_tar(tmp_path / "a.tar", members)
+    assert read(shard, image_first=1.0) == [[IMAGE, "c"], [IMAGE, "d"]]
+    named = [("k.json", as_json(texts=[None], images=["0.png"])), ("k.0.PNG", IMAGE)]
+    assert read(write_tar(tmp_path / "b.tar", named)) == [[IMAGE]]
+    both = [("a.jpg", IMAGE), ("a.JPG", IMAGE), ("a.txt", b"c")]
+    assert read(write_tar(tmp_path / "c.tar", both)) == ["duplicate-key"]
+
+
 def test_matched_texts_place_images_without_base64(tmp_path):
     fields = as_json(
         texts=["one", "two"], images=["0.jpg", None, "1.jpg"], matched_text_indices=[1, 0, 0]

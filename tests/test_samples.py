@@ -19,6 +19,7 @@ from earlyfuse.parallel import sampler
 from earlyfuse.parallel.sample_grid import draw_samples
 from earlyfuse.parallel.sampler import Sample, load_pairs
 from earlyfuse.parallel.trainer import Trainer
+from earlyfuse.tools.documents import read_prompts
 from earlyfuse.tools.generate import main
 
 SHAPE = decoders.Shape(dim=48, layers=2, heads=2, hidden_dim=96, vocab_size=337, norm_order="pre")
@@ -234,6 +235,17 @@ def test_what_the_tool_cannot_do_is_said(learned, data, tmp_path, capsys):
     assert main([str(learned), "--out", str(tmp_path / "done")]) == 2
     assert (tmp_path / "done" / "results.jsonl").read_text() == "mine"
     assert "has results.jsonl already" in capsys.readouterr().err
+
+
+def test_lines_of_prompts_end_with_a_newline_alone(tmp_path):
+    """U+2028 and the like may stand in JSON texts; editors of Windows begin files with a mark."""
+    path, said = tmp_path / "p.jsonl", "one\u2028two\x85three"
+    line = json.dumps([{"text": said}], ensure_ascii=False)
+    path.write_bytes(b"\xef\xbb\xbf" + f"{line}\r\n\r\n{line}".encode())
+    assert read_prompts(path) == [[{"text": said}]] * 2
+    path.write_bytes(line.encode("utf-16"))
+    with pytest.raises(ValueError, match=r"p\.jsonl must be UTF-8"):
+        read_prompts(path)
 
 
 def test_a_model_of_text_alone_refuses_images(tmp_path, capsys):

@@ -91,6 +91,110 @@ def test_a_damaged_index_is_refused(written):
         TokenSource(folder)
 
 
+def flip(path, at):
+    content = bytearray(path.read_bytes())
+    content[at] ^= 4
+    path.write_bytes(content)
+
+
+def read_all(folder):
+    source = TokenSource(folder)
+    return [source.document(number)[0].tolist() for number in range(len(source))]
+
+
+def test_tokens_that_were_not_prepared_are_never_read(written, tmp_path):
+    """A changed byte of any document, and files of another source of the same size."""
+    folder, documents = written
+    whole = read_all(folder)
+    begin = TokenSource(folder)._open(1).entries[:, 0]
+    tar = folder / "shard-000001.tar"
+    for place, offset in enumerate(begin.tolist()):
+        flip(tar, offset)
+        with pytest.raises(
+            ValueError, match=rf"shard-000001\.tar: document {place} is not .* copy"
+        ):
+            read_all(folder)
+        flip(tar, offset)
+    assert read_all(folder) == whole
+    other = write_source(tmp_path / "other", documents[::-1], shards=3)
+    for suffix in (".tar", ".index.npy", ".crc.npy"):
+        path = tar.with_suffix(suffix)
+        own = path.read_bytes()
+        path.write_bytes((other / path.name).read_bytes())
+        assert len(own) == path.stat().st_size
+        with pytest.raises(ValueError, match=r"shard-000001\."):
+            read_all(folder)
+        path.write_bytes(own)
+    (folder / "manifest.json").write_bytes((other / "manifest.json").read_bytes())
+    with pytest.raises(ValueError, match=r"shard-000000\.index\.npy: SHA-256 .* by the manifest"):
+        read_all(folder)
+
+
+@pytest.mark.parametrize("suffix", [".index.npy", ".crc.npy"])
+def test_damaged_index_and_checksums_are_named(written, suffix):
+    folder, _ = written
+    path = folder / f"shard-000000{suffix}"
+    own = path.read_bytes()
+    for at in (0, 5, 40, 60, 64, 130, len(own) - 1):
+        flip(path, at)
+        with pytest.raises(
+            ValueError, match=rf"{path.name}.*(copy|prepare) it again|{path.name}.*cop"
+        ):
+            read_all(folder)
+        path.write_bytes(own)
+    for content in (b"", own[:-1], own + b"0"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{path.name} .*copy it again"):
+            read_all(folder)
+    path.unlink()
+    with pytest.raises(ValueError, match=rf"{path.name} is missing"):
+        TokenSource(folder)
+
+
+def test_a_shard_that_vanishes_or_changes_after_the_source_is_opened_is_named(written, tmp_path):
+    folder, documents = written
+    source = TokenSource(folder)
+    (folder / "shard-000001.tar").unlink()
+    with pytest.raises(ValueError, match=r"shard-000001\.tar is missing"):
+        source.document(5)
+    other = write_source(tmp_path / "other", documents[::-1], shards=3)
+    for path in other.glob("shard-000002*"):
+        path.replace(folder / path.name)
+    with pytest.raises(ValueError, match=r"shard-000002\.index\.npy: SHA-256"):
+        source.document(10)
+
+
+def test_a_source_prepared_before_there_were_checksums_is_read(written):
+    folder, _ = written
+    whole = read_all(folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for shard in manifest["shards"]:
+        del shard["crc_sha256"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    for path in folder.glob("*.crc.npy"):
+        path.unlink()
+    assert read_all(folder) == whole
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text[:-3],
+        lambda text: "",
+        lambda text: "[]",
+        lambda text: text.replace('"shards"', '"shard"'),
+        lambda text: text.replace('"uint16"', '"unt16"'),
+        lambda text: text.replace('"documents": 11', '"documents": 12'),
+    ],
+)
+def test_a_damaged_manifest_is_named(written, change):
+    folder, _ = written
+    path = folder / "manifest.json"
+    path.write_text(change(path.read_text()))
+    with pytest.raises(ValueError, match=r"manifest\.json is damaged .* prepare command again"):
+        TokenSource(folder)
+
+
 def test_verify_finds_a_changed_byte(written):
     folder, _ = written
     source = TokenSource(folder)

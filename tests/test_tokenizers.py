@@ -1,7 +1,10 @@
 """Tokenizers: exact round trips, the same bytes each time, files that say what they are."""
 
+import contextlib
 import io
+import itertools
 import os
+import struct
 import zlib
 
 import numpy as np
@@ -9,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from earlyfuse.data.documents import BadSample
 from earlyfuse.data.tokenizers.image import (
@@ -344,6 +347,36 @@ def test_transparency_is_laid_on_white_and_modes_become_rgb():
     deep = Image.fromarray(np.full((16, 16), 32768, np.uint16))
     assert (image_pixels(encoded(deep), 16) == 128).all()
     assert (image_pixels(encoded(Image.new("1", (16, 16), 1)), 16) == 255).all()
+
+
+def with_exif(orientation):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation], exif[ExifTags.Base.Make] = orientation, "Maker"
+    exif[ExifTags.Base.ExifOffset] = {ExifTags.Base.ExposureTime: (1, 100)}
+    return exif.tobytes()
+
+
+@pytest.mark.parametrize("orientation", range(10))
+def test_images_are_turned_upright(orientation):
+    whole = encoded(Image.fromarray(blobs(1)[0]), exif=with_exif(orientation))
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(whole)))
+    assert np.array_equal(image_pixels(whole, 16), np.asarray(upright))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's own word on each
+def test_an_image_is_read_although_its_other_exif_fields_are_damaged():
+    exif = with_exif(6)
+    whole = encoded(Image.fromarray(blobs(1)[0]), "JPEG", exif=exif)
+    # the make becomes a width that is text: such fields can be read, and not be written
+    damaged = whole.replace(b"\x01\x0f\0\2", b"\x01\0\0\2")
+    with pytest.raises(struct.error):
+        ImageOps.exif_transpose(Image.open(io.BytesIO(damaged)))
+    assert np.array_equal(image_pixels(damaged, 16), image_pixels(whole, 16))
+    for place, change in itertools.product(range(len(exif)), (1, 4, 255)):
+        broken = bytearray(whole)
+        broken[whole.index(exif) + place] ^= change
+        with contextlib.suppress(BadSample):
+            image_pixels(bytes(broken), 16)
 
 
 def test_a_cut_image_is_corrupt_or_complete():

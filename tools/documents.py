@@ -111,7 +111,12 @@ def _recorded_hashes(checkpoint: Path) -> dict[str, str]:
 def read_prompts(path: Path) -> list[list[Segment]]:
     """One JSON list of segments a line; media by their path from the folder of the file."""
     documents = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        content = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be UTF-8, and is not: {error}") from error
+    # lines end with \n alone: str.splitlines would also cut at U+2028, which JSON texts may hold
+    for number, line in enumerate(content.split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -30,7 +30,13 @@ from earlyfuse.data.prepare.progress import Progress
 from earlyfuse.data.prepare.spec import PrepareSpec, Source
 from earlyfuse.data.prepare.tokenise import ShardJob, recipe_of, tokenise_shard
 from earlyfuse.data.prepare.tokenizers import check_existing, make_tokenizers
-from earlyfuse.data.tokenised import MANIFEST, ShardRecord, shard_name, write_manifest
+from earlyfuse.data.tokenised import (
+    MANIFEST,
+    SHARD_SUFFIXES,
+    ShardRecord,
+    shard_name,
+    write_manifest,
+)
 from earlyfuse.data.tokenizers import Tokenizers
 
 __all__ = ["PrepareSpec", "prepare"]
@@ -45,8 +51,8 @@ def prepare(spec: PrepareSpec, progress: Progress | None = None) -> dict[str, di
     Raises before anything is written: ``FileNotFoundError`` for shards that are not there,
     ``ValueError`` for a folder prepared with other tokenizers, ``PermissionError`` or another
     ``OSError`` for one that cannot be written, ``RuntimeError`` for one that another prepare is
-    writing. Raises later: ``ValueError`` on too many bad samples, or too little data for a
-    tokenizer.
+    writing. Raises later: ``ValueError`` on too many bad samples, too little data for a tokenizer,
+    or a validation shard that is a copy of a training shard.
     """
     progress = progress or Progress()
     sources = spec.sources()
@@ -71,6 +77,7 @@ def prepare(spec: PrepareSpec, progress: Progress | None = None) -> dict[str, di
             progress.tell(f"{shards - len(waiting)} of {shards} shards are complete already")
         with progress.bar("tokenising", max(1, len(waiting)), "shard") as advance:
             documents = 0
+            trained: dict[str, str] = {}  # SHA-256 of raw shards → where training has them
             for source in sources:
                 records = []
                 for job in jobs[source.label]:
@@ -81,6 +88,7 @@ def prepare(spec: PrepareSpec, progress: Progress | None = None) -> dict[str, di
                         advance(1, f"{documents} documents")
                     records.append(record)
                     _check_bad_rate(spec, source, records)
+                    _check_apart(source, record, trained)
                 folder = spec.out / source.split / source.name
                 manifests[source.label] = write_manifest(
                     folder, tokenizers.vocabulary, tokenizers.hashes, records
@@ -118,9 +126,7 @@ def _complete_shards(source: Source, jobs: list[ShardJob]) -> dict[int, ShardRec
     with ThreadPoolExecutor() as threads:
         records = list(threads.map(_usable_record, jobs))
     complete = {job.number: record for job, record in zip(jobs, records, strict=True) if record}
-    wanted = {
-        f"{shard_name(n)}{suffix}" for n in complete for suffix in (".tar", ".index.npy", ".json")
-    }
+    wanted = {f"{shard_name(n)}{suffix}" for n in complete for suffix in SHARD_SUFFIXES}
     found = {path.name for path in folder.glob("shard-*")}
     if len(complete) < len(jobs) or found != wanted:
         (folder / MANIFEST).unlink(missing_ok=True)
@@ -155,6 +161,19 @@ def _check_bad_rate(spec: PrepareSpec, source: Source, records: list[ShardRecord
         f"max_bad_rate ({spec.max_bad_rate}); most are in shard {worst.raw}: {causes}. "
         "Mend it, or raise max_bad_rate"
     )
+
+
+def _check_apart(source: Source, record: ShardRecord, trained: dict[str, str]) -> None:
+    """Raises ``ValueError`` for validation on a copy of what training sees, under any name."""
+    if not record.documents:
+        return
+    if source.split == "train":
+        trained[record.raw_sha256] = f"{record.raw} of {source.label}"
+    elif record.raw_sha256 in trained:
+        raise ValueError(
+            f"shard {record.raw} of {source.label} has the bytes of training shard "
+            f"{trained[record.raw_sha256]}; validate on data that training does not see"
+        )
 
 
 def _check_writable(out: Path) -> None:

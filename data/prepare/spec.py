@@ -188,7 +188,9 @@ def _checked_name(name: str) -> str:
 
 def _matches(path: str) -> list[str]:
     if os.path.isdir(path):
-        return sorted(str(p) for p in Path(path).iterdir() if p.name.endswith((".tar", ".tar.gz")))
+        names = [n for n in os.listdir(path) if n.endswith((".tar", ".tar.gz"))]
+        # hidden ones are passed over, as by patterns: macOS leaves "._a.tar" beside a.tar
+        return sorted(os.path.join(path, name) for name in names if not name.startswith("."))
     if not os.path.exists(path) and glob.has_magic(path):
         return sorted(match for match in glob.glob(path, recursive=True) if os.path.isfile(match))
     # URLs and commands go on, to be refused with their own reason

@@ -97,12 +97,15 @@ def _duplicate(shard: Path, what: str) -> BadSample:
 
 
 def _split_name(path: str) -> tuple[str | None, str]:
-    """Key and member name, cut at the file's first dot; no key for hidden or ``__meta__`` files."""
+    """Key and member name, cut at the file's first dot; no key for hidden or ``__meta__`` files.
+
+    Names of members are in lower case, as webdataset reads them: ``JPG`` is ``jpg``.
+    """
     folder, slash, file = path.rpartition("/")
     stem, _, name = file.partition(".")
     if not stem or (stem.startswith("__") and stem.endswith("__")):
         return None, name
-    return folder + slash + stem, name
+    return folder + slash + stem, name.lower()
 
 
 def _open(shard: Path) -> BinaryIO:

@@ -176,7 +176,7 @@ def _document(sample: Sample, segments: list[Segment]) -> Document:
 
 
 def _member(sample: Sample, modality: Modality, name: object) -> bytes:
-    """Bytes of the member ``name``; some writers put member names in lower case."""
+    """Bytes of the member ``name``, whose case is no matter."""
     image = modality == Modality.IMAGE
     what, field = ("image", "images") if image else ("wav or flac audio", "audio")
     if not isinstance(name, str):
@@ -186,9 +186,8 @@ def _member(sample: Sample, modality: Modality, name: object) -> bytes:
         raise _bad(
             sample, "unsupported-media", f"{name!r} is no {what}; known are {_listed(suffixes)}"
         )
-    for candidate in (name, name.lower()):
-        if candidate in sample.members:
-            return sample.members[candidate]
+    if name.lower() in sample.members:
+        return sample.members[name.lower()]
     raise _bad(
         sample,
         "missing-member",

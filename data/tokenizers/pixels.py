@@ -4,13 +4,22 @@ import io
 import math
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 from earlyfuse.data.documents import BadSample
 
 # a fixed list: Pillow would otherwise also try formats that run external programs (EPS)
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 LARGEST_IMAGE = 1 << 26  # pixels; beyond it a small file can unpack to gigabytes
+_UPRIGHT: dict[int | None, Image.Transpose] = {  # EXIF orientation → what undoes it
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def image_pixels(encoded: bytes, size: int) -> np.ndarray:
@@ -49,12 +58,17 @@ def image_pixels_whole(encoded: bytes, size: int, long_side: str) -> np.ndarray:
 def _upright_rgb(encoded: bytes, draft: int | None) -> Image.Image:
     """The image in RGB; with ``draft``, at a lower resolution that still has so many pixels."""
     try:
-        image = _decoded(encoded, draft)
+        return _rgb(_upright(_decoded(encoded, draft)))
     except BadSample:
         raise
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
         raise BadSample("corrupt-image", f"{type(error).__name__}: {error}") from error
-    return _rgb(ImageOps.exif_transpose(image))
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    # not ImageOps.exif_transpose: it writes the other EXIF fields anew, and fails on damaged ones
+    turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+    return image if turn is None else image.transpose(turn)
 
 
 def _decoded(encoded: bytes, draft: int | None) -> Image.Image:
