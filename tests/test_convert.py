@@ -514,6 +514,7 @@ def test_upcycling_is_refused_where_it_cannot_be(tmp_path):
     export(MODELS["moma"](), tmp_path / "moma")
     for source, options, words in (
         ("dense", {"upcycle": "4q"}, r"form \('4q'\) must be mot"),
+        ("dense", {"upcycle": ""}, r"form \(''\) must be mot"),
         ("dense", {"upcycle": "4t4i", "verify": True}, "drop one"),
         ("moma", {"upcycle": "4t4i"}, "has experts already"),
         ("mamba", {"upcycle": "4t4i"}, "4t4i unties feed-forwards, and the parent has none"),
