@@ -171,6 +171,24 @@ def test_configs_of_older_transformers_and_with_defaults_left_out_are_read(tmp_p
         assert torch.equal(found(TOKENS), expected(TOKENS))
 
 
+def test_a_tied_head_that_is_in_the_files_and_old_buffers_are_read_as_transformers_does(tmp_path):
+    saved(chameleon(), tmp_path / "hf")
+    path = tmp_path / "hf" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    save_file(tensors, path, {"format": "pt"})
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "default"}
+    config |= {"tie_word_embeddings": True, "rope_theta": 300.0}
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    cls = pytest.importorskip("transformers").ChameleonForConditionalGeneration
+    theirs = cls.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
+    model, vocabulary = load_model(tmp_path / "hf")
+    with torch.no_grad():
+        found = model(TOKENS, modality_BS=vocabulary.modality_of(TOKENS))
+    torch.testing.assert_close(found, logits(theirs, TOKENS), rtol=0, atol=2e-5)
+
+
 def test_a_tied_head_is_imported_as_a_copy_and_exported_untied(tmp_path):
     theirs = chameleon()
     theirs.lm_head.weight.data.copy_(theirs.model.embed_tokens.weight.data)
@@ -496,6 +514,7 @@ def test_upcycling_is_refused_where_it_cannot_be(tmp_path):
     export(MODELS["moma"](), tmp_path / "moma")
     for source, options, words in (
         ("dense", {"upcycle": "4q"}, r"form \('4q'\) must be mot"),
+        ("dense", {"upcycle": ""}, r"form \(''\) must be mot"),
         ("dense", {"upcycle": "4t4i", "verify": True}, "drop one"),
         ("moma", {"upcycle": "4t4i"}, "has experts already"),
         ("mamba", {"upcycle": "4t4i"}, "4t4i unties feed-forwards, and the parent has none"),

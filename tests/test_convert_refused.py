@@ -1,5 +1,6 @@
 """What cannot be converted is refused with the reason, and nothing is written."""
 
+import contextlib
 import json
 import os
 import pickle
@@ -45,6 +46,11 @@ def change_json(**changes) -> Callable[[Path], None]:
         path.write_text(json.dumps(kept))
 
     return change
+
+
+def change_model(**changes) -> Callable[[Path], None]:
+    """Set fields of the model in Meta's ``params.json``."""
+    return lambda path: change_json(model=json.loads(path.read_text())["model"] | changes)(path)
 
 
 def change_tensors(change: Callable[[dict], None]) -> Callable[[Path], None]:
@@ -106,7 +112,7 @@ HARM = [
     ("meta", "consolidated.01.pth", truncate, "is truncated or was not written by torch.save"),
     ("meta", "consolidated.01.pth", pickled, "would run code of its own"),
     ("meta", "consolidated.00.pth", Path.unlink, "lacks .*consolidated.00.pth"),
-    ("meta", "consolidated.01.pth", Path.unlink, r"missing    01/|cannot be split|mis-shaped"),
+    ("meta", "consolidated.01.pth", Path.unlink, r"model_parallel_size .2., .* files .1.; copy"),
     ("dcp", "__0_0.distcp", truncate, "__0_0.distcp has .* bytes instead of"),
     ("dcp", "__0_0.distcp", Path.unlink, "__0_0.distcp is missing"),
     ("dcp", "config.json", Path.unlink, "config.json is missing|without config.json"),
@@ -165,12 +171,23 @@ HARM = [
     ),
     ("hf", "config.json", change_json(quantization_config={"bits": 4}), "quantization_config"),
     ("hf", "config.json", change_json(num_hidden_layers=3), "15 of its keys|13 of its keys"),
+    ("hf", "config.json", change_json(hidden_size="64"), "hidden_size .'64'. must be a positive"),
+    ("hf", "config.json", change_json(num_attention_heads=0), "num_attention_heads .0. must be"),
+    ("hf", "config.json", change_json(num_hidden_layers=10**9), "num_hidden_layers .* at most"),
+    ("hf", "config.json", change_json(rope_parameters={"rope_theta": -1.0}), "rope_theta .-1.0."),
+    ("hf", "config.json", change_json(vq_config="x"), "config.json has a value of another kind"),
+    ("hf", "config.json", change_json(vocabulary_map={"<s>": 1.5}), "whole numbers, not .'<s>'"),
     ("hf", "config.json", text("[]"), "must hold a JSON object"),
     ("hf", "config.json", text("{"), "is no JSON"),
     ("meta", "params.json", change_json(model={"n_heads": 4}), "lacks .'dim', 'n_layers'."),
+    ("meta", "params.json", change_json(model="x"), "params.json has a value of another kind"),
+    ("meta", "params.json", change_model(n_layers=1.5), "params.json: n_layers .1.5. must be"),
+    ("meta", "params.json", change_model(rope_theta=float("nan")), "rope_theta .nan. must be"),
+    ("meta", "text_tokenizer.json", text("{}"), "text_tokenizer.json has a value of another kind"),
     ("meta", "params.json", change_json(qk_normalization=False, model=None), "lacks|qk_norm"),
     ("ours", "config.json", change_json(version=2), "version .2. must be 1"),
     ("ours", "config.json", change_json(vocabulary=None), "no description of a model"),
+    ("ours", "config.json", change_json(vocabulary={"media": [{"modality": 1}]}), "no description"),
 ]
 
 
@@ -220,6 +237,80 @@ def test_a_damaged_byte_of_a_checkpoint_is_found_before_it_is_converted(sources,
     path.write_bytes(content)
     with pytest.raises(ValueError, match="another SHA-256"):
         convert(tmp_path / "dcp", tmp_path / "new")
+
+
+@pytest.mark.parametrize("prefix", ["module.", "module._orig_mod."])
+def test_names_behind_a_wrapper_are_refused_with_its_prefix(sources, tmp_path, prefix):
+    shutil.copytree(sources / "hf", tmp_path / "hf")
+
+    def wrap(tensors: dict) -> None:
+        for name in list(tensors):
+            tensors[prefix + name] = tensors.pop(name)
+
+    change_tensors(wrap)(tmp_path / "hf" / "model.safetensors")
+    with pytest.raises(ValueError, match=f"All names have '{prefix}' before them"):
+        load_model(tmp_path / "hf")
+
+
+@pytest.mark.parametrize("manifest", [True, False])
+def test_any_damage_to_the_notes_of_dcp_is_said(sources, tmp_path, manifest):
+    shutil.copytree(sources / "dcp", tmp_path / "dcp")
+    if not manifest:
+        (tmp_path / "dcp" / "manifest.json").unlink()
+    path = tmp_path / "dcp" / ".metadata"
+    content = path.read_bytes()
+    for place in range(2, len(content), 1 + len(content) // 60):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
+        try:
+            load_model(tmp_path / "dcp")
+            assert not manifest, f"byte {place} is another, and nobody said so"
+        except ValueError as error:
+            assert str(tmp_path / "dcp") in str(error)
+
+
+def test_any_damage_to_a_torch_file_is_said_or_harmless(sources, tmp_path):
+    shutil.copytree(sources / "meta", tmp_path / "meta")
+    path = tmp_path / "meta" / "consolidated.01.pth"
+    content = path.read_bytes()
+    for place in range(60, 3000, 97):  # torch's notes on its tensors
+        path.write_bytes(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
+        with contextlib.suppress(ValueError):
+            load_model(tmp_path / "meta")
+
+
+def test_a_type_that_cannot_hold_the_values_is_refused(sources, tmp_path):
+    shutil.copytree(sources / "hf", tmp_path / "hf")
+    change = change_tensors(lambda t: t["lm_head.weight"].mul_(1e6))
+    change(tmp_path / "hf" / "model.safetensors")
+    with pytest.raises(ValueError, match=r"lm_head.weight has values up to .* above 6.55e\+04"):
+        convert(tmp_path / "hf", tmp_path / "new", dtype=torch.float16)
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_verification_of_weights_that_are_no_numbers_says_so(sources, tmp_path):
+    shutil.copytree(sources / "ours", tmp_path / "ours")
+    change_tensors(lambda t: t["norm.weight"].fill_(torch.nan))(tmp_path / "ours" / FIRST)
+    with pytest.raises(ValueError, match="itself has logits that are no numbers"):
+        convert(tmp_path / "ours", tmp_path / "new", verify=True)
+    convert(tmp_path / "ours", tmp_path / "copy")  # bit for bit, as it is
+
+
+@pytest.mark.parametrize("to", ["earlyfuse", "dcp", "meta"])
+def test_a_full_disk_is_said_and_nothing_is_kept(sources, tmp_path, monkeypatch, capsys, to):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert main([str(sources / "meta"), str(tmp_path / "new"), "--to", to]) == 2
+    said = capsys.readouterr().err
+    assert f"{tmp_path / 'new'} could not be written" in said and "No space left" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_that_leads_nowhere_is_no_destination(sources, tmp_path):
+    (tmp_path / "new").symlink_to("nowhere")
+    with pytest.raises(ValueError, match="is there already"):
+        convert(sources / "ours", tmp_path / "new")
 
 
 @pytest.mark.parametrize("content", [pickle.dumps(Code()), b"", b"junk", pickle.dumps({"a": 1})])

@@ -46,6 +46,11 @@ def compare(left: Path, right: Path, *, exact: bool) -> None:
     random = torch.Generator().manual_seed(0)
     tokens_BS = torch.randint(opened.vocabulary.size, (rows, SEQ_LEN), generator=random)
     logits = [logits_of(folder, tokens_BS, opened.vocabulary) for folder in (left, right)]
+    if not logits[0].isfinite().all():
+        raise ValueError(
+            f"{left} itself has logits that are no numbers: some of its weights are NaN, infinite "
+            "or damaged, so that nothing can be compared; take another checkpoint, or drop --verify"
+        )
     difference = (logits[0] - logits[1]).abs().max().item()
     first, second = (values.double().log_softmax(-1) for values in logits)
     kl = (first.exp() * (first - second)).sum(-1).mean().item()

@@ -106,13 +106,13 @@ def convert(
     config says, if the target format cannot express the model, or ``destination`` is there; and
     after, with nothing left, if ``verify`` finds other logits.
     """
-    if destination.exists():
+    if destination.exists() or destination.is_symlink():
         raise ValueError(f"{destination} is there already; give another DST, or remove it")
-    if upcycle and verify:
+    if upcycle is not None and verify:
         raise ValueError("--verify compares the same model, and --upcycle makes another; drop one")
     opened = open_model(source)
     _check_undamaged(opened)
-    if upcycle:
+    if upcycle is not None:
         opened = _upcycled(opened, upcycle)
     tensors = Cast(opened.tensors, dtype)
     target = TARGETS[to](opened, tensors, max_shard_bytes)
@@ -346,10 +346,12 @@ def _tokenizers(opened: Opened) -> tuple[Path | None, list[str]]:
 def _new_folder(destination: Path) -> Iterator[Path]:
     """A folder under a temporary name that becomes ``destination`` when the block ends well."""
     temporary = destination.with_name(f"{destination.name}.part")
-    destination.parent.mkdir(parents=True, exist_ok=True)
     try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
-    except FileExistsError:
+    except OSError as error:
+        if not temporary.is_dir():
+            raise _unwritten(destination, error) from error
         raise ValueError(
             f"{temporary} is there: another conversion writes it, or one was killed; remove it"
         ) from None
@@ -359,9 +361,18 @@ def _new_folder(destination: Path) -> Iterator[Path]:
         os.fsync(descriptor)
         os.close(descriptor)
         temporary.rename(destination)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise _unwritten(destination, error) from error
         raise
+
+
+def _unwritten(destination: Path, error: OSError) -> OSError:
+    return OSError(
+        f"{destination} could not be written, and nothing of it was kept: {error}; free some "
+        "space, or give another DST"
+    )
 
 
 # ---------------------------------------------------------------- command line

@@ -5,6 +5,7 @@ only the classes of such notes, so that no code of the file runs. Of a training 
 model is read, not the optimizer.
 """
 
+import hashlib
 import json
 import pickle
 import warnings
@@ -13,6 +14,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
     Metadata,
@@ -69,17 +71,20 @@ class DcpFolder:
         self._reader = _Reader(folder)
         try:
             self._metadata = self._reader.read_metadata()
-        except (pickle.UnpicklingError, OSError, EOFError, AttributeError, TypeError) as error:
+            self._reader.set_up_storage_reader(self._metadata, True)
+            self.entries = {
+                name: Entry(tuple(stored.size), stored.properties.dtype)
+                for name, stored in self._metadata.state_dict_metadata.items()
+                if isinstance(stored, TensorStorageMetadata)
+                and name.partition(".")[0] in _OF_THE_MODEL
+            }
+            if not all(isinstance(entry.dtype, torch.dtype) for entry in self.entries.values()):
+                raise TypeError("a type of values is none")
+        except Exception as error:  # damage makes the unpickler raise anything
             raise ValueError(
-                f"{folder / METADATA} is damaged or no note of a DCP checkpoint ({error}); "
-                "copy the checkpoint again"
+                f"{folder / METADATA} is damaged or no note of a DCP checkpoint "
+                f"({type(error).__name__}: {error}); copy the checkpoint again"
             ) from error
-        self._reader.set_up_storage_reader(self._metadata, True)
-        self.entries = {
-            name: Entry(tuple(stored.size), stored.properties.dtype)
-            for name, stored in self._metadata.state_dict_metadata.items()
-            if isinstance(stored, TensorStorageMetadata) and name.partition(".")[0] in _OF_THE_MODEL
-        }
         if not self.entries:
             raise ValueError(f"{folder} is a DCP checkpoint without a model of ours in it")
 
@@ -88,24 +93,28 @@ class DcpFolder:
         entry = self.entries[name]
         state = {name: torch.empty(entry.shape, dtype=entry.dtype)}
         planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        planner.set_up_planner(state, self._metadata, True)
         try:
+            planner.set_up_planner(state, self._metadata, True)
             self._reader.read_data(planner.create_local_plan(), planner).wait()
-        except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+        except Exception as error:  # DCP believes its notes, and they may be damaged
             raise ValueError(
-                f"{self.folder}: {name} cannot be read ({error}); the checkpoint is damaged"
+                f"{self.folder}: {name} cannot be read ({type(error).__name__}: {error}); the "
+                "checkpoint is damaged: copy it again"
             ) from error
         return state[name]
 
 
 def _check_sizes(folder: Path) -> None:
-    """``ValueError`` if a file is not there or not as long as the manifest says; quick."""
+    """``ValueError`` if a file is not there or not as long as the manifest says, or the notes are
+    others; quick.
+    """
     path = folder / MANIFEST
     if not path.is_file():
         return
     try:
         files = json.loads(path.read_bytes())["files"]
         sizes = {name: record["bytes"] for name, record in files.items()}
+        digest = files.get(METADATA, {}).get("sha256")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} cannot be read ({error!r}); copy the checkpoint again") from error
     for name, size in sizes.items():
@@ -113,6 +122,9 @@ def _check_sizes(folder: Path) -> None:
         if found != size:
             has = "is missing" if found is None else f"has {found} bytes instead of {size}"
             raise ValueError(f"{folder}: {name} {has}; copy the checkpoint again")
+    # says where each tensor lies, so that one wrong bit of it gives another's values
+    if digest and hashlib.sha256((folder / METADATA).read_bytes()).hexdigest() != digest:
+        raise ValueError(f"{folder}: {METADATA} has another SHA-256; copy the checkpoint again")
 
 
 class _OneByOne(DefaultSavePlanner):
@@ -135,4 +147,7 @@ def write_dcp(writer: dcp.FileSystemWriter, tensors: Tensors) -> None:
     state = cast(dict[str, Any], empty)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*assuming the intent is to save in a single")
-        dcp.save(state, storage_writer=writer, planner=_OneByOne(tensors), no_dist=True)
+        try:
+            dcp.save(state, storage_writer=writer, planner=_OneByOne(tensors), no_dist=True)
+        except CheckpointException as error:  # of one rank: what it met
+            raise next(iter(error.failures.values()))[0] from error

@@ -12,6 +12,8 @@ file                              what it is
 """
 
 import json
+import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ CONFIG, TOKENIZERS, VQ_FILE, HUGGINGFACE = (
     "vqmodel.safetensors",
     "huggingface",
 )
+_MOST_LAYERS, _LARGEST = 10_000, 10**9  # more is damage, and would be built before it is refused
 
 
 def describe(
@@ -54,7 +57,7 @@ def read_description(
         vocabulary = Vocabulary.from_dict(raw["vocabulary"])
         config = decoder_config.from_dict(raw["model"])
         source = dict(raw["source"])
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{where} is no description of a model ({error!r})") from error
     if vocabulary.size != config.vocab_size:
         raise ValueError(
@@ -73,3 +76,21 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, not {type(content).__name__}")
     return content
+
+
+def check_numbers(
+    given: Mapping[str, Any], names: Iterable[str], where: str = "config.json"
+) -> None:
+    """``ValueError`` unless all ``names`` are positive numbers of a possible size, whole but for
+    ``expand`` and ``rope_theta``.
+    """
+    for name in names:
+        value: Any = given.get(name)
+        broken = name in ("expand", "rope_theta")
+        most = math.inf if broken else _MOST_LAYERS if "layer" in name else _LARGEST
+        number = type(value) is int or (broken and type(value) is float and math.isfinite(value))
+        if not number or not 0 < value <= most:
+            also = "" if broken else f", whole and at most {most:,}"
+            raise ValueError(
+                f"{where}: {name} ({value!r}) must be a positive number{also}; correct it"
+            )

@@ -12,6 +12,8 @@ format                           recognised by
 ===============================  ==================================================================
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -113,6 +115,25 @@ def open_model(folder: str | Path) -> Opened:
     )
 
 
+@contextmanager
+def _values_of(path: Path) -> Iterator[None]:
+    """Says of which file a value is that is of no kind that a model's could be."""
+    try:
+        yield
+    except (
+        TypeError,
+        AttributeError,
+        KeyError,
+        IndexError,
+        ArithmeticError,
+        RuntimeError,
+    ) as error:
+        raise ValueError(
+            f"{path} has a value of another kind than its format ({error!r}); correct it, or copy "
+            "it again"
+        ) from error
+
+
 def _last_checkpoint(run: Path) -> Path:
     settings = read_json(run / RUN).get("config", {}).get("checkpoint", {})
     root = run / settings.get("folder", "checkpoint")
@@ -141,7 +162,8 @@ def _exported(folder: Path, raw: dict[str, Any]) -> Opened:
 
 def _described(folder: Path, raw: dict[str, Any], tensors: Tensors) -> Opened:
     config, vocabulary, source = read_description(raw, folder / CONFIG)
-    same = {name: renamed(name, shape) for name, shape in tensor_shapes(config).items()}
+    with _values_of(folder / CONFIG):
+        same = {name: renamed(name, shape) for name, shape in tensor_shapes(config).items()}
     check(same, tensors.entries, str(folder))
     beside = folder / HUGGINGFACE
     return Opened(
@@ -158,12 +180,13 @@ def _described(folder: Path, raw: dict[str, Any], tensors: Tensors) -> Opened:
 
 
 def _huggingface(folder: Path, raw: dict[str, Any]) -> Opened:
-    config, vocabulary, remark = huggingface.read_config(raw)
+    with _values_of(folder / CONFIG):
+        config, vocabulary, remark = huggingface.read_config(raw)
     found = open_folder(folder)
-    recipes = huggingface.import_recipes(config, raw)
+    recipes = huggingface.import_recipes(config, raw, found.entries)
     of_vq = [name for name in found.entries if name.startswith(huggingface.VQ_PREFIX)]
-    tied = ["lm_head.weight"] if raw.get("tie_word_embeddings") else []
-    check(recipes, found.entries, str(folder), ignored=of_vq + tied)
+    unused = [name for name in found.entries if name.endswith(huggingface.ROPE)]
+    check(recipes, found.entries, str(folder), ignored=of_vq + unused)
     vq = {name: renamed(name, found.entries[name].shape) for name in of_vq}
     carried = {} if huggingface.OURS in raw else {"huggingface": raw}
     return Opened(
@@ -181,7 +204,8 @@ def _huggingface(folder: Path, raw: dict[str, Any]) -> Opened:
 
 
 def _huggingface_mamba(folder: Path, raw: dict[str, Any]) -> Opened:
-    config, vocabulary = huggingface_mamba.read_config(raw)
+    with _values_of(folder / CONFIG):
+        config, vocabulary = huggingface_mamba.read_config(raw)
     found = open_folder(folder)
     names = (huggingface_mamba.EMBEDDINGS, huggingface_mamba.OLD_EMBEDDINGS)
     old = mamba.name_of(mamba.EMBEDDING, names[1]) in found.entries
@@ -200,7 +224,8 @@ def _huggingface_mamba(folder: Path, raw: dict[str, Any]) -> Opened:
 
 
 def _mamba_ssm(folder: Path, raw: dict[str, Any]) -> Opened:
-    config, vocabulary, remark = mamba_ssm.read_config(raw)
+    with _values_of(folder / CONFIG):
+        config, vocabulary, remark = mamba_ssm.read_config(raw)
     path = folder / mamba_ssm.WEIGHTS
     found: Tensors = TorchFiles({"": path}) if path.is_file() else open_folder(folder)
     beside = folder / mamba_ssm.OURS
@@ -258,15 +283,24 @@ def _meta(folder: Path) -> Opened:
         raise ValueError(f"{folder} has {PARAMS}, but no consolidated.*.pth")
     params = read_json(folder / PARAMS)
     if (folder / CONSOLIDATE_PARAMS).is_file():
-        params |= read_json(folder / CONSOLIDATE_PARAMS)
+        consolidated = read_json(folder / CONSOLIDATE_PARAMS)
+        told = consolidated.get("model_parallel_size", len(files))
+        if told != len(files):
+            raise ValueError(
+                f"{folder}: {CONSOLIDATE_PARAMS} says model_parallel_size ({told!r}), which must "
+                f"be the number of consolidated files ({len(files)}); copy the missing ones"
+            )
+        params |= consolidated
     found = MetaShards(files)
-    sizes = meta.read_sizes(params, found.entries, len(files))
-    config = sizes.decoder()
+    with _values_of(folder / PARAMS):
+        sizes = meta.read_sizes(params, found.entries, len(files))
+        config = sizes.decoder()
     recipes: Recipes = meta.import_recipes(sizes, len(files))
     check(recipes, found.entries, str(folder))
     vocabulary, remark = _meta_vocabulary(folder, params, sizes.vocab_size)
     if meta.OURS in params:
-        written = decoder_config.from_dict(params[meta.OURS]["model"])
+        with _values_of(folder / PARAMS):
+            written = decoder_config.from_dict(params[meta.OURS]["model"])
         if wrong := function_differences(written, config):
             raise ValueError(f"{folder / PARAMS} contradicts its part {meta.OURS!r}: {wrong[0]}")
         config = written
@@ -285,13 +319,16 @@ def _meta(folder: Path) -> Opened:
 
 def _meta_vocabulary(folder: Path, params: dict[str, Any], size: int) -> tuple[Vocabulary, str]:
     if meta.OURS in params:
-        return Vocabulary.from_dict(params[meta.OURS]["vocabulary"]), ""
+        with _values_of(folder / PARAMS):
+            return Vocabulary.from_dict(params[meta.OURS]["vocabulary"]), ""
     places = (folder, folder / "tokenizer", folder.parent / "tokenizer")
     for place in (*places, folder.parent.parent / "tokenizer"):
         if (place / _TEXT_TOKENIZER).is_file():
-            named = read_json(place / _TEXT_TOKENIZER)["model"]["vocab"]
+            held = read_json(place / _TEXT_TOKENIZER)
             block = vocabulary_map.RELEASED_BLOCK
-            return vocabulary_map.to_vocabulary(named, {"vocab_size": size}, block)
+            with _values_of(place / _TEXT_TOKENIZER):
+                named = held["model"]["vocab"]
+                return vocabulary_map.to_vocabulary(named, {"vocab_size": size}, block)
     if size == vocabulary_map.RELEASED_SIZE:
         return vocabulary_map.released(), "ids are those of the released models"
     text_only = vocabulary_map.to_vocabulary(vocabulary_map.TEXT_ONLY, {"vocab_size": size}, 1)[0]

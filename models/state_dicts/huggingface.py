@@ -6,6 +6,7 @@ before (``rope_theta``, ``rope_scaling``), defaults left out or not; written for
 of the image tokenizer (``model.vqmodel.*``) are not the decoder's and go another way.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from earlyfuse.models.blocks.linear import NORM_EPS
@@ -13,11 +14,13 @@ from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.modality import Modality, Vocabulary
 from earlyfuse.models.state_dicts import decoder_config, huggingface_mamba
 from earlyfuse.models.state_dicts.chameleon import Sizes, function_differences, tensor_shapes
-from earlyfuse.models.state_dicts.recipes import Recipe, renamed
+from earlyfuse.models.state_dicts.exported import check_numbers
+from earlyfuse.models.state_dicts.recipes import Entry, Recipe, renamed
 from earlyfuse.models.state_dicts.vocabulary_map import from_vocabulary, to_vocabulary
 
 MODEL_TYPE, ARCHITECTURE = "chameleon", "ChameleonForConditionalGeneration"
 VQ_PREFIX = "model.vqmodel."
+ROPE = "rotary_emb.inv_freq"  # ends buffers that old files have; they follow from the config
 OURS = "earlyfuse"  # our part of a config that we write; transformers keeps and ignores it
 
 # transformers leaves out fields that have their default
@@ -37,6 +40,10 @@ _DEFAULTS: dict[str, Any] = {
     "swin_norm": False,
     "vocabulary_map": {},
 }
+_NUMBERS = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "rope_theta"),
+)
 _VQ_DEFAULTS: dict[str, Any] = {"resolution": 512, "channel_multiplier": [1, 1, 2, 2, 4]}
 
 _NAMES = {
@@ -69,11 +76,15 @@ def name_of(ours: str) -> str:
     return f"model.layers.{number}.{_BLOCK_NAMES[name]}"
 
 
-def import_recipes(config: Decoder.Config, raw: dict[str, Any]) -> dict[str, Recipe]:
-    """Ours from theirs. A tied head is a copy of the embedding."""
+def import_recipes(
+    config: Decoder.Config, raw: dict[str, Any], entries: Mapping[str, Entry]
+) -> dict[str, Recipe]:
+    """Ours from theirs, which are ``entries``. A tied head is a copy of the embedding, unless it is
+    in the files: transformers takes it from there, too.
+    """
     shapes = tensor_shapes(config)
     recipes = {name: renamed(name_of(name), shape) for name, shape in shapes.items()}
-    if raw.get("tie_word_embeddings"):
+    if raw.get("tie_word_embeddings") and name_of("lm_head.weight") not in entries:
         recipes["lm_head.weight"] = recipes["tok_embeddings.weight"]
     return recipes
 
@@ -91,7 +102,11 @@ def read_config(raw: dict[str, Any]) -> tuple[Decoder.Config, Vocabulary, str]:
     """
     refuse_unknown(raw)
     given = _DEFAULTS | {name: value for name, value in raw.items() if value is not None}
-    rope = given.get("rope_parameters") or {"rope_theta": given.get("rope_theta", 10_000.0)}
+    if raw.get("num_key_value_heads", 0) is None:
+        given["num_key_value_heads"] = given["num_attention_heads"]
+    rope = given.get("rope_parameters") or given.get("rope_scaling") or {}
+    given["rope_theta"] = rope.get("rope_theta", given.get("rope_theta", 10_000.0))
+    check_numbers(given, _NUMBERS)
     sizes = Sizes(
         dim=given["hidden_size"],
         layers=given["num_hidden_layers"],
@@ -100,7 +115,7 @@ def read_config(raw: dict[str, Any]) -> tuple[Decoder.Config, Vocabulary, str]:
         hidden_dim=given["intermediate_size"],
         vocab_size=given["vocab_size"],
         norm_order="swin" if given["swin_norm"] else "pre",
-        rope_theta=float(rope.get("rope_theta", 10_000.0)),
+        rope_theta=float(given["rope_theta"]),
         init_std=float(given["initializer_range"]),
     )
     config = sizes.decoder()

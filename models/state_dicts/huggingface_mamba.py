@@ -11,7 +11,8 @@ from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.modality import Vocabulary
 from earlyfuse.models.state_dicts import decoder_config, mamba
 from earlyfuse.models.state_dicts.chameleon import function_differences
-from earlyfuse.models.state_dicts.mamba import MAMBA_2, MambaSizes, agreed, check_numbers
+from earlyfuse.models.state_dicts.exported import check_numbers
+from earlyfuse.models.state_dicts.mamba import MAMBA_2, MambaSizes, agreed
 from earlyfuse.models.state_dicts.recipes import Made, Tensors, common_dtype
 from earlyfuse.models.state_dicts.vocabulary_map import to_vocabulary
 
@@ -90,9 +91,10 @@ def _given(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_unknown(raw: dict[str, Any]) -> None:
+    act = raw.get("hidden_act", "silu")
     wanted = {
         "model_type": (raw.get("model_type"), MODEL_TYPE),
-        "hidden_act": (raw.get("hidden_act", "silu").replace("swish", "silu"), "silu"),
+        "hidden_act": ("silu" if act == "swish" else act, "silu"),
         "use_bias": (bool(raw.get("use_bias")), False),
         "layer_norm_epsilon": (raw.get("layer_norm_epsilon", NORM_EPS), NORM_EPS),
         "rms_norm": (bool(raw.get("rms_norm", True)), True),

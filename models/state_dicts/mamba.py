@@ -9,9 +9,8 @@ D width, I inner width, N states, R rank of the step sizes, W taps.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -93,15 +92,6 @@ class MambaSizes:
         if wrong := function_differences(config, sizes.decoder()):
             raise ValueError(_cannot(target, wrong))
         return sizes
-
-
-def check_numbers(given: Mapping[str, Any], names: Sequence[str]) -> None:
-    """``ValueError`` unless all ``names`` are positive numbers, whole but for ``expand``."""
-    for name in names:
-        value: Any = given.get(name)
-        kinds = (int, float) if name == "expand" else (int,)
-        if type(value) not in kinds or not value > 0:
-            raise ValueError(f"config.json: {name} ({value!r}) must be a positive number")
 
 
 def _cannot(target: str, reasons: list[str]) -> str:

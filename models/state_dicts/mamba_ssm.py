@@ -13,7 +13,8 @@ from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.modality import Vocabulary
 from earlyfuse.models.state_dicts import mamba
 from earlyfuse.models.state_dicts.chameleon import function_differences
-from earlyfuse.models.state_dicts.mamba import MAMBA_2, MambaSizes, check_numbers
+from earlyfuse.models.state_dicts.exported import check_numbers
+from earlyfuse.models.state_dicts.mamba import MAMBA_2, MambaSizes
 from earlyfuse.models.state_dicts.recipes import Made, Tensors
 
 EMBEDDING, WEIGHTS, OURS = "embedding", "pytorch_model.bin", "earlyfuse.json"

@@ -30,6 +30,7 @@ from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.modality import Vocabulary
 from earlyfuse.models.state_dicts import decoder_config
 from earlyfuse.models.state_dicts.chameleon import Sizes, tensor_shapes
+from earlyfuse.models.state_dicts.exported import check_numbers
 from earlyfuse.models.state_dicts.recipes import Entry, Recipe, Shape, Tensors
 
 OURS = "earlyfuse"  # our part of a params.json that we write; Meta's code reads what it knows
@@ -176,7 +177,7 @@ def read_sizes(params: dict[str, Any], entries: dict[str, Entry], shards: int) -
 
     ``ValueError`` names what is missing, or what we do not compute.
     """
-    given = params | params.get("model", {})
+    given = {"rope_theta": 10_000.0} | params | params.get("model", {})
     missing = [name for name in ("dim", "n_layers", "n_heads") if name not in given]
     hidden = entries.get(shard_name(0, "layers.0.feed_forward.w1.weight"))
     output = entries.get(shard_name(0, "output.weight"))
@@ -189,15 +190,17 @@ def read_sizes(params: dict[str, Any], entries: dict[str, Entry], shards: int) -
         raise ValueError("params.json: qk_normalization must be true; Chameleon's always is")
     if given.get("norm_eps", NORM_EPS) != NORM_EPS:
         raise ValueError(f"params.json: norm_eps ({given['norm_eps']}) must be {NORM_EPS}")
+    given["n_kv_heads"] = given.get("n_kv_heads") or given["n_heads"]
+    check_numbers(given, ("dim", "n_layers", "n_heads", "n_kv_heads", "rope_theta"), "params.json")
     sizes = Sizes(
         dim=given["dim"],
         layers=given["n_layers"],
         heads=given["n_heads"],
-        kv_heads=given.get("n_kv_heads") or given["n_heads"],
+        kv_heads=given["n_kv_heads"],
         hidden_dim=hidden.shape[0] * shards,
         vocab_size=output.shape[0] * shards,
         norm_order="swin" if given.get("swin_norm") else "pre",
-        rope_theta=float(given.get("rope_theta", 10_000.0)),
+        rope_theta=float(given["rope_theta"]),
     )
     split = {"dim": sizes.dim, "n_heads": sizes.heads, "n_kv_heads": sizes.kv_heads}
     for name, size in split.items():

@@ -42,7 +42,14 @@ from earlyfuse.models.state_dicts.mamba import (
     import_recipe,
     refuse_mamba_2,
 )
-from earlyfuse.models.state_dicts.recipes import Entry, Made, Recipe, Shape, wrong_keys
+from earlyfuse.models.state_dicts.recipes import (
+    Entry,
+    Made,
+    Recipe,
+    Shape,
+    of_a_wrapper,
+    wrong_keys,
+)
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -183,7 +190,7 @@ def _check(recipes: Mapping[str, Recipe], entries: Mapping[str, Entry]) -> None:
             f"the state dict is not that of the public Mixture-of-Mamba; {len(lines)} of its keys "
             f"are wrong:\n  {listing}\nA mixer has {', '.join(_PROJECTIONS)} (the weights without "
             "biases, but for dt_proj), each once or as local_experts_… of every modality, conv1d "
-            "with a bias, A_log and D, and no norm"
+            "with a bias, A_log and D, and no norm" + of_a_wrapper(recipes, entries)
         )
 
 

@@ -98,8 +98,17 @@ class Cast:
         }
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor ``name`` of the source, converted."""
-        return self.source.read(name).to(self.entries[name].dtype)
+        """The tensor ``name`` of the source, converted; ``ValueError`` if its values are too large
+        for the type.
+        """
+        there, dtype = self.source.read(name), self.entries[name].dtype
+        made = there.to(dtype)
+        if there.dtype != dtype and bool((made.isinf() & there.isfinite()).any()):
+            raise ValueError(
+                f"{name} has values up to {there.abs().max().item():.3g}, and {dtype} holds none "
+                f"above {torch.finfo(dtype).max:.3g}; convert to bfloat16, or keep the type"
+            )
+        return made
 
 
 def common_dtype(tensors: Tensors) -> str | None:
@@ -129,7 +138,24 @@ def check(
         raise ValueError(
             f"{where} is not the model that its config describes; {len(lines)} of its keys are "
             f"wrong:\n  {listing}\nCorrect the config or complete the files"
+            f"{of_a_wrapper(recipes, entries)}"
         )
+
+
+def of_a_wrapper(recipes: Recipes, entries: Mapping[str, Entry]) -> str:
+    """What to do if the ``entries`` are the sources behind a prefix, such as DDP's "module.", else
+    "".
+    """
+    wanted = {name for recipe in recipes.values() for name, _ in recipe.sources}
+    some = max(wanted, key=len)
+    prefixes = {name.removesuffix(some) for name in entries if name.endswith(some)} - {""}
+    for prefix in prefixes:
+        if all(prefix + name in entries for name in wanted):
+            return (
+                f". All names have {prefix!r} before them, which a wrapper (DDP, torch.compile …) "
+                "adds: save the state dict of the model inside it, or rename the keys"
+            )
+    return ""
 
 
 def wrong_keys(

@@ -57,16 +57,20 @@ def _mapped(path: Path) -> dict[str, torch.Tensor]:
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} holds more than tensors: reading it would run code of its own, which is never "
-            f"done ({str(error).splitlines()[0]}). Take the file from another source"
+            f"done ({_first_line(error)}). Take the file from another source"
         ) from error
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # damage makes the unpickler raise anything
         raise ValueError(
             f"{path} is truncated or was not written by torch.save as a zip archive "
-            f"({str(error).splitlines()[0]}); copy it again"
+            f"({_first_line(error)}); copy it again"
         ) from error
     if not isinstance(loaded, dict) or not all(map(torch.is_tensor, loaded.values())):
         raise ValueError(f"{path} must hold tensors by name, and nothing else; it holds others")
     return loaded
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def write_torch_file(path: Path, tensors: Tensors, same: Mapping[str, str] | None = None) -> None:
@@ -77,8 +81,13 @@ def write_torch_file(path: Path, tensors: Tensors, same: Mapping[str, str] | Non
     with FakeTensorMode():
         empty = {name: torch.empty(e.shape, dtype=e.dtype) for name, e in entries.items()}
     named = empty | {name: empty[first] for name, first in (same or {}).items()}
-    with torch.serialization.skip_data(materialize_fake_tensors=True):
-        torch.save(named, path)
+    try:
+        with torch.serialization.skip_data(materialize_fake_tensors=True):
+            torch.save(named, path)
+    except RuntimeError as error:  # torch's writer does not say why
+        raise OSError(
+            f"{path} could not be written ({_first_line(error)}): is the disk full?"
+        ) from error
     reader: Any = torch._C.PyTorchFileReader(str(path))
     offsets = {name: reader.get_record_offset(f"data/{n}") for n, name in enumerate(entries)}
     with open(path, "r+b") as file:

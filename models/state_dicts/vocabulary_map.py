@@ -56,6 +56,10 @@ def to_vocabulary(
     ``bos_token_id`` …; ``block``: codes of one image. Images are left out where the map does not
     say how one begins and ends, or their ids are no range.
     """
+    strange = {name: id_ for name, id_ in vocabulary_map.items() if type(id_) is not int}
+    if strange:
+        shown = dict(list(strange.items())[:4])
+        raise ValueError(f"the ids of tokens must be whole numbers, not {shown}; correct the map")
     size = config["vocab_size"]
     eos = vocabulary_map.get(EOS, _first(config.get("eos_token_id"), 0))
     bos = vocabulary_map.get(BOS, _first(config.get("bos_token_id"), eos))
