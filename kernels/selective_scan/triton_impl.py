@@ -151,7 +151,7 @@ def backward(
         *(*_strides(u), *_strides(delta), *_strides(B), *_strides(C), *_strides(z)),
         CHUNK=CHUNK,
         GROUPS=groups,
-        DOT=_by_tensor_cores(u.dtype, config["WIDTH"]),
+        DOT=_by_tensor_cores(u.dtype, BACKWARD[states][1]),
         **config,
     )
     dskip = None if dskip is None else dskip.sum((0, 1))
@@ -208,7 +208,7 @@ def _plan(
     blocks, chunks = triton.cdiv(channels, width), count_chunks(length)
     wanted = max(1, min(PROGRAMS // (batch * blocks), chunks // SHORTEST, 16))
     segment = -(-chunks // wanted) * CHUNK
-    config = {"N": states, "TOKENS": tokens, "WIDTH": width}
+    config: dict[str, int | None] = {"N": states, "TOKENS": tokens, "WIDTH": width}
     config |= {"num_warps": warps, "num_stages": 1, "maxnreg": registers}
     return config, blocks, segment, -(-length // segment)
 
