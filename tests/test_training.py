@@ -17,7 +17,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_runs import MAMBAS, MODELS, SHAPE, moma, tiny_config
-from toy import BOS, VOCABULARY, make_data
+from toy import VOCABULARY, make_data
 
 from earlyfuse.configs import decoders, embedded
 from earlyfuse.data.lanes import Blend
@@ -307,7 +307,7 @@ def test_wrong_configs_are_refused_before_anything_is_written(tmp_path, data):
         changed("parallelism", tensor_parallel_degree=2),
         r"tensor_parallel_degree \(2\) must make up the 1 ranks",
     )
-    task = Task("toy", [[BOS] * 31], [(10,), (11, 12, 13)], [0], VOCABULARY)
+    task = Task("toy", [[0] * 31], [(10,), (11, 12, 13)], [0], VOCABULARY)
     with mock.patch("earlyfuse.parallel.validate.load_tasks", return_value=[task]):
         refused(
             changed("training"),
