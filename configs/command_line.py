@@ -48,7 +48,7 @@ def list_text() -> str:
     return "\n".join(lines[1:])
 
 
-def unknown_text(name: str) -> str:
+def unknown(name: str) -> str:
     """What there is instead of the config ``name``; names like it last, where they are seen."""
     like = get_close_matches(name, catalogue(), n=5)
     hint = f"; did you mean {' or '.join(like)}?" if like else ""
