@@ -17,7 +17,7 @@ def main(arguments: list[str]) -> int:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     # imported here: the processes that prepare data import this file again, and need none of it
     from earlyfuse.configs.catalogue import DEFAULT, catalogue
-    from earlyfuse.configs.command_line import help_text, list_text, override, take_dry_run
+    from earlyfuse.configs.command_line import help_text, list_text, override, take_dry_run, unknown
     from earlyfuse.configs.dry_run import describe
 
     logging.getLogger().setLevel(logging.ERROR)  # torchtitan warns of every device it does not know
@@ -27,7 +27,7 @@ def main(arguments: list[str]) -> int:
         print(list_text())
         return 0
     if name not in configs:
-        print(f"unknown config {name!r}; the configs are:\n{list_text()}", file=sys.stderr)
+        print(unknown(name), file=sys.stderr)
         return 2
     config = configs[name]()
     if any(flag in arguments for flag in SHORT_HELP):

@@ -2,12 +2,13 @@
 
 import os
 import sys
+from difflib import get_close_matches
 from typing import Any
 
 import tyro
 from torchtitan.config.manager import ConfigManager, custom_registry
 
-from earlyfuse.configs.catalogue import DEFAULT, sections
+from earlyfuse.configs.catalogue import DEFAULT, catalogue, sections
 from earlyfuse.parallel.trainer import Trainer
 
 DRY_RUN = "--dry-run"
@@ -45,6 +46,13 @@ def list_text() -> str:
             for name, function in configs.items()
         ]
     return "\n".join(lines[1:])
+
+
+def unknown(name: str) -> str:
+    """What there is instead of the config ``name``; names like it last, where they are seen."""
+    like = get_close_matches(name, catalogue(), n=5)
+    hint = f"; did you mean {' or '.join(like)}?" if like else ""
+    return f"{list_text()}\n\nerror: unknown config {name!r}{hint}"
 
 
 def help_text(name: str, config: Trainer.Config) -> str:

@@ -17,6 +17,7 @@ from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.flops import count_parameters, training_flops
 from earlyfuse.models.modality import Modality
 from earlyfuse.parallel.data_set import DataSet
+from earlyfuse.parallel.limits import check_limits
 from earlyfuse.parallel.memory import rank_memory
 from earlyfuse.parallel.pipeline import stage_blocks
 from earlyfuse.parallel.plan import check_parallelism
@@ -49,6 +50,7 @@ def check(config: Trainer.Config, ranks: int) -> tuple[Decoder.Config, ParallelD
     model = config.model_spec.model
     assert isinstance(model, Decoder.Config)
     os.environ["WORLD_SIZE"] = str(ranks)
+    check_limits(config)
     check_parallelism(config.parallelism, config.training, model)
     return model, ParallelDims.from_config(config.parallelism, ranks)
 

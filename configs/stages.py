@@ -8,16 +8,13 @@ that run's (``models/upcycle.py``).
 from copy import deepcopy
 from dataclasses import replace
 
-from torchtitan.components.optimizer import (
-    LRSchedulersContainer,
-    OptimizersContainer,
-    ParamGroupConfig,
-)
+from torchtitan.components.optimizer import OptimizersContainer, ParamGroupConfig
 
 from earlyfuse.configs import decoders
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.routing.causal_router import CausalRouter
 from earlyfuse.models.routing.noise import RouterNoise
+from earlyfuse.parallel.schedule import LearningRate
 from earlyfuse.parallel.start import Start
 from earlyfuse.parallel.trainer import Trainer
 
@@ -57,7 +54,7 @@ def causal_routers_only(
             )
         ]
     )
-    config.lr_scheduler = LRSchedulersContainer.Config(
+    config.lr_scheduler = LearningRate.Config(
         warmup_steps=warmup_steps, decay_type="linear", min_lr_factor=end_lr / lr
     )
     config.training.steps = steps

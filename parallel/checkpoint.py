@@ -17,6 +17,7 @@ run on other data, is refused by name before anything is overwritten.
 
 import shutil
 import time
+import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -58,6 +59,7 @@ class Checkpoints(CheckpointManager):
     one; ``saved`` and ``failed`` count saves; ``stall_seconds`` is how long saving has kept the
     training loop waiting. All ranks agree on the first three. ``description``, if set, becomes the
     ``config.json`` of every checkpoint: what model it is of, for those who find the folder alone.
+    ``steps``, if set: how long the run is; a checkpoint from beyond is refused.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -94,6 +96,7 @@ class Checkpoints(CheckpointManager):
             )
         self.newest: int | None = None
         self.description: dict[str, Any] | None = None
+        self.steps: int | None = None
         self.saved, self.failed, self.stall_seconds = 0, 0, 0.0
         super().__init__(config, **built)
         if not self.enable:
@@ -284,6 +287,12 @@ class Checkpoints(CheckpointManager):
         Raises ``ValueError`` naming what is wrong with it, unless ``fallback`` finds another.
         """
         chosen = self._choose(step)
+        if self.steps is not None and chosen > self.steps:
+            raise ValueError(
+                f"training.steps ({self.steps}) must be at least {chosen}, the step of the "
+                f"checkpoint in {self.folder}; raise it, load an earlier one with "
+                "--checkpoint.load_step, or start anew with another --dump_folder"
+            )
         if chosen == -1 and self.initial_load_path:
             folder = Path(self.initial_load_path)
             if (folder / MANIFEST).is_file() and (found := self._damage(folder)):
@@ -352,7 +361,10 @@ class Checkpoints(CheckpointManager):
         if not options.get("from_hf"):
             refuse_other_function(self.description, Path(checkpoint_id))
             refuse_other_run(self.states, state_dict, checkpoint_id)
-        super().dcp_load(state_dict, checkpoint_id=checkpoint_id, **options)
+        with warnings.catch_warnings():
+            # torchtitan's schedule works out its rate by itself, on purpose
+            warnings.filterwarnings("ignore", "To get the last learning rate")
+            super().dcp_load(state_dict, checkpoint_id=checkpoint_id, **options)
 
 
 def damage_seen_by_all(folder: Path, group: dist.ProcessGroup | None = None) -> str:

@@ -9,6 +9,8 @@ entry                           goes away when
 ``_CpuDevice``                  ``torch.cpu`` has the memory and property calls of ``torch.cuda``
 ``_shim_set_timeout``           the pinned torch is ≥ 2.14: it has ``dist.set_timeout``
 ``_losses_are_visible``         torchtitan's trainer warns only where rank 0 does not log the losses
+``_quiet_cpu_meshes``           torch's random operators on DTensors know CPU meshes, or torchtitan
+                                seeds them only where a model draws from them; none here does
 ``can_pipeline``                the pinned torch is ≥ 2.14: schedules take micro-batches as they are
 ``reduce_with_plain_sums``      gloo supports PREMUL_SUM, or torchtitan stops dividing by 1
 ``light_imports``               torchtitan imports ``datasets``, and compiles, where it uses them
@@ -21,6 +23,7 @@ import os
 import platform
 import resource
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
@@ -39,6 +42,7 @@ def apply() -> None:
     _use_cpu_if_alone()
     _shim_set_timeout()
     _losses_are_visible()
+    _quiet_cpu_meshes()
 
 
 def join_process_group_alone() -> bool:
@@ -164,6 +168,10 @@ def _losses_are_visible() -> None:
     trainer = sys.modules.get("torchtitan.trainer")  # slow to import, and not always needed
     if trainer is not None:
         trainer.ensure_pp_loss_visible = lambda **_: None  # type: ignore[attr-defined]
+
+
+def _quiet_cpu_meshes() -> None:
+    warnings.filterwarnings("ignore", "DTensor .* may not have complete support on cpu")
 
 
 def _shim_set_timeout() -> None:

@@ -4,6 +4,7 @@ Folder: ``train/<source>/``, ``validation/<source>/``, ``tokenizers/``.
 """
 
 import json
+import math
 import os
 import time
 from dataclasses import dataclass, field
@@ -45,6 +46,8 @@ class DataSet(Configurable):
                 "data.speech (True) says which embedded corpus is made, and data.embedded is off; "
                 "set that too, or leave speech out: prepared data have the speech they have"
             )
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"data.folder ({config.folder!r}) must be a folder; it is a file")
         if config.embedded:
             _prepare_once(self.folder, config.speech)
         path = self.folder / "tokenizers" / "vocabulary.json"
@@ -90,12 +93,6 @@ class DataSet(Configurable):
                 f"{sorted(train)}"
             )
         training = config.training
-        if training.steps < 1 or training.seq_len < 2 or training.local_batch_size < 1:
-            raise ValueError(
-                f"training.steps ({training.steps}) and local_batch_size "
-                f"({training.local_batch_size}) must be at "
-                f"least 1, seq_len ({training.seq_len}) at least 2"
-            )
         # ranks of one tensor- or sequence-parallel group, and of one pipeline, share their rows
         ranks = int(os.environ.get("WORLD_SIZE", "1")) // config.parallelism.tensor_parallel_degree
         ranks //= config.parallelism.context_parallel_degree
@@ -114,9 +111,11 @@ class DataSet(Configurable):
         config.dataloader.global_batch_size = training.global_batch_size
         config.validator.sources = [str(folder) for folder in self.sources("validation").values()]
         config.validator.data_folder = config.sampler.data_folder = str(self.folder)
-        self._check_model(config.model_spec.model, training, config.validator.batch_rows / ranks)
+        model = config.model_spec.model
+        self._check_model(model, training, config.validator.batch_rows)
+        _share_validation(config.validator, model, ranks)
 
-    def _check_model(self, model: Any, training: Any, validator_rows: float) -> None:
+    def _check_model(self, model: Any, training: Any, validation_rows: int) -> None:
         if model.vocab_size != self.vocabulary.size:
             raise ValueError(
                 f"model vocab_size ({model.vocab_size}) must equal the vocabulary of the data "
@@ -129,15 +128,15 @@ class DataSet(Configurable):
                 f"model modalities {[Modality(m).label for m in model.modalities]} lack {missing}, "
                 f"which the data in {self.folder} have; add them to the model's config"
             )
-        rows_per_rank = {
+        whole_groups = {
             "training.local_batch_size": training.local_batch_size,
-            "validator.batch_rows per rank": validator_rows,
+            "validator.batch_rows": validation_rows,
         }
         for name, pool, _, _ in model.traverse(ExpertPool.Config):
-            for field_name, rows in rows_per_rank.items():
+            for field_name, rows in whole_groups.items():
                 if rows % pool.router.routing_rows:
                     raise ValueError(
-                        f"{field_name} ({rows:g}) must be a multiple of routing_rows "
+                        f"{field_name} ({rows}) must be a multiple of routing_rows "
                         f"({pool.router.routing_rows}) of {name}; change one of them"
                     )
             if isinstance(pool.router, ExpertChoice.Config) and pool.router.budget == "static":
@@ -147,6 +146,17 @@ class DataSet(Configurable):
                     pool.router.routing_rows * training.seq_len,
                     pool.experts,
                 )
+
+
+def _share_validation(validator: Any, model: Any, ranks: int) -> None:
+    """Make validation batches as wide as ``ranks`` need to have whole routing groups each, and
+    their number as much smaller: the rows stay those of one rank, but for rounding up.
+    """
+    pools = (pool for _, pool, _, _ in model.traverse(ExpertPool.Config))
+    each = math.lcm(ranks, *(ranks * pool.router.routing_rows for pool in pools))
+    rows = validator.batch_rows * validator.max_batches
+    validator.batch_rows = each * -(-validator.batch_rows // each)
+    validator.max_batches = -(-rows // validator.batch_rows)
 
 
 def _prepare_once(folder: Path, speech: bool) -> None:

@@ -31,6 +31,7 @@ from earlyfuse.parallel.balance import ExpertBalance
 from earlyfuse.parallel.checkpoint import Checkpoints
 from earlyfuse.parallel.data_set import DataSet, NoTokenizer
 from earlyfuse.parallel.gradients import clip
+from earlyfuse.parallel.limits import check_limits
 from earlyfuse.parallel.metrics import RunMetrics
 from earlyfuse.parallel.pipeline import Pipeline
 from earlyfuse.parallel.plan import check_parallelism
@@ -91,6 +92,7 @@ class Trainer(titan.Trainer):
         model = config.model_spec.model
         if config.debug.seed is not None:
             model.seed = config.debug.seed
+        check_limits(config)
         check_parallelism(config.parallelism, config.training, model)
         if config.train_only == "causal_routers":
             check_optimizer(config.optimizer, model)
@@ -109,6 +111,7 @@ class Trainer(titan.Trainer):
         if self.parallel_dims.dp_enabled:
             self.dataloader.mesh = self.parallel_dims.get_mesh("batch")
         pipelined = self.parallel_dims.pp_enabled
+        self.checkpointer.steps = config.training.steps
         self.checkpointer.description = describe(
             config.model_spec.model, self.vocabulary, self._provenance()
         )

@@ -48,7 +48,8 @@ class Validation(Validator):
         """Steps between two validations."""
 
         batch_rows: int = 8
-        """Rows of a validation batch over all ranks; -1: local_batch_size on each."""
+        """Rows of a validation batch over all ranks; -1: local_batch_size on each. More, in fewer
+        batches, where ranks could not share them by whole routing groups."""
 
         max_batches: int = 8
         """Validation batches; fewer if the split is smaller."""
@@ -91,6 +92,13 @@ class Validation(Validator):
         self.ranks = Ranks(dp_rank, dp_world_size, self._sum_answers, positions)
         self.causal_statistics: dict[str, CausalStats] = {}  # of the model; set by the trainer
         self.tasks: list[Task] = load_tasks(Path(config.data_folder)) if config.tasks else []
+        for task in self.tasks:
+            if task.longest > seq_len:
+                raise ValueError(
+                    f"training.seq_len ({seq_len}) must hold a prompt of the task {task.name!r} "
+                    f"({task.longest} tokens); raise it, or turn the tasks off with "
+                    "--validator.no-tasks"
+                )
 
     @torch.no_grad()
     def measure(

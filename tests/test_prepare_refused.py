@@ -1,8 +1,11 @@
 """prepare: bad samples are counted or stop it, and what cannot be is refused with the reason."""
 
+import io
 import json
 import os
 import tarfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +14,7 @@ from raw_shards import OTHER_TEXTS, contents, pairs, quiet, spec_of, write_tar
 
 from earlyfuse.data.atomic import sha256_file
 from earlyfuse.data.prepare import prepare
+from earlyfuse.data.prepare.progress import Progress
 from earlyfuse.data.prepare.report import describe
 from earlyfuse.data.prepare.spec import find_shards
 from earlyfuse.data.tokenizers.image import save_image_tokenizer
@@ -198,6 +202,22 @@ def test_two_at_once_in_one_folder_are_refused(raw, tmp_path):
             prepare(spec_of(raw, tmp_path), quiet())
     finally:
         os.close(descriptor)
+
+
+def test_runs_that_start_together_wait_for_the_one_that_makes_their_corpus(raw, tmp_path):
+    import fcntl
+
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    said = io.StringIO()
+    with ThreadPoolExecutor(1) as second:
+        manifests = second.submit(prepare, spec_of(raw, tmp_path), Progress(said), wait=True)
+        while "waiting for another process" not in said.getvalue():
+            assert not manifests.done()
+            time.sleep(0.01)
+        assert not (tmp_path / "tokenizers").exists(), "nothing is written while another writes"
+        os.close(descriptor)
+        assert "train/books" in manifests.result(timeout=60)
 
 
 def test_sources_without_an_image_say_how_to_prepare_text_only(raw, tmp_path):

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -16,11 +17,17 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_runs import MAMBAS, MODELS, SHAPE, moma, tiny_config
-from toy import make_data
+from toy import VOCABULARY, make_data
 
-from earlyfuse.configs import decoders
+from earlyfuse.configs import decoders, embedded
+from earlyfuse.data.lanes import Blend
+from earlyfuse.data.shards import TokenSource
+from earlyfuse.data.stream import validation_batches
 from earlyfuse.models.blocks.mamba import Conv, Scan
 from earlyfuse.parallel import compat
+from earlyfuse.parallel.data_set import DataSet
+from earlyfuse.parallel.schedule import LearningRate
+from earlyfuse.parallel.tasks import Task
 from earlyfuse.parallel.trainer import Trainer
 
 # what torchtitan imports for other runs than ours
@@ -276,6 +283,14 @@ def test_wrong_configs_are_refused_before_anything_is_written(tmp_path, data):
         r"seq_len \(5\) must be at least 6: a block of 4 image codes",
     )
     refused(changed("training", steps=0), r"training.steps \(0\)")
+    refused(changed("training", max_norm=0.0), r"training.max_norm \(0.0\) must be above 0")
+    refused(changed("training", global_batch_size=0), r"training.global_batch_size \(0\)")
+    refused(changed("lr_scheduler", warmup_steps=-1), r"lr_scheduler.warmup_steps \(-1\)")
+    refused(changed("validator", freq=0), r"validator.freq \(0\) must be at least 1")
+    refused(changed("validator", max_batches=0), r"validator.max_batches \(0\)")
+    refused(changed("validator", batch_rows=3), r"validator.batch_rows \(3\) must be a multiple")
+    refused(changed("metrics", log_freq=0), r"metrics.log_freq \(0\) must be at least 1")
+    refused(changed("data", folder=__file__), r"data.folder \(.*\) must be a folder; it is a file")
     refused(
         changed("training", local_batch_size=3, global_batch_size=3),
         r"local_batch_size \(3\) must be a multiple of routing_rows \(2\)",
@@ -292,6 +307,12 @@ def test_wrong_configs_are_refused_before_anything_is_written(tmp_path, data):
         changed("parallelism", tensor_parallel_degree=2),
         r"tensor_parallel_degree \(2\) must make up the 1 ranks",
     )
+    task = Task("toy", [[0] * 31], [(10,), (11, 12, 13)], [0], VOCABULARY)
+    with mock.patch("earlyfuse.parallel.validate.load_tasks", return_value=[task]):
+        refused(
+            changed("training"),
+            r"training.seq_len \(32\) must hold a prompt of the task 'toy' \(33 tokens\)",
+        )
     model = decoders.dense(replace(SHAPE, vocab_size=50))
     refused(
         tiny_config(out, data, model),
@@ -316,6 +337,38 @@ def test_a_truncated_or_missing_shard_is_refused(tmp_path, data):
     refused(tiny_config(tmp_path / "run", broken), "shard-000000.tar")
     shard.unlink()
     refused(tiny_config(tmp_path / "run", broken), "shard-000000.tar")
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8, 64])
+def test_any_number_of_ranks_shares_the_same_validation_rows(ranks, tmp_path, data, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    config = tiny_config(tmp_path, data)
+    config.training.global_batch_size = -1
+    config.validator.batch_rows, config.validator.max_batches = 4, 5
+    DataSet(config.data).connect(config)
+    sources = tuple(TokenSource(folder) for folder in config.validator.sources)
+    blend = Blend(sources, (0.5, 0.5))
+    alone = torch.cat([batch.tokens_BS for batch in validation_batches(blend, 32, 4, 5)])
+    shared = config.validator.batch_rows, config.validator.max_batches
+    parts = [validation_batches(blend, 32, *shared, rank, ranks) for rank in range(ranks)]
+    assert all(len(batch.tokens_BS) % 2 == 0 for batch in parts[0]), "whole routing groups"
+    together = [batch.tokens_BS for batches in zip(*parts, strict=True) for batch in batches]
+    rows = torch.cat(together)
+    assert torch.equal(rows[:20], alone) and len(rows) < 20 + 2 * ranks
+    assert len(rows) == 20 or ranks in (3, 4, 8, 64), "no more rows than asked for if they divide"
+
+
+def test_fewer_steps_than_the_checkpoint_has_are_refused(tmp_path, data):
+    run(tiny_config(tmp_path, data, MODELS["dense"](), steps=3))
+    description = (tmp_path / "run.json").read_text()
+    refused(
+        tiny_config(tmp_path, data, MODELS["dense"](), steps=2),
+        r"training.steps \(2\) must be at least 3, the step of the checkpoint in",
+    )
+    assert (tmp_path / "run.json").read_text() == description
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        run(tiny_config(tmp_path, data, MODELS["dense"](), steps=4))
 
 
 def test_a_checkpoint_of_another_model_is_refused_by_name(tmp_path, data):
@@ -358,7 +411,8 @@ def test_command_line(capsys, monkeypatch, tmp_path):
     assert "runs/dense" in shown and len(shown.splitlines()) < 40
     assert train["main"](["mamma"]) == 2
     message = capsys.readouterr().err
-    assert "unknown config 'mamma'" in message and "moe_8x" in message
+    assert isinstance(embedded.moma_4t4i_stage2().lr_scheduler, LearningRate.Config), "its fields"
+    assert "unknown config 'mamma'; did you mean mamba" in message and "moe_8x" in message
     with pytest.raises(SystemExit):
         train["main"](["dense", "--training.step", "3"])
     assert "--training.steps" in capsys.readouterr().err

@@ -89,6 +89,9 @@ def _transformers() -> Any:
             "--verify of a Hugging Face or mamba_ssm folder needs transformers: pip install "
             "transformers"
         ) from error
+    # it tells of kernels that it lacks, and of the image encoder that nobody asks here
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     return transformers
 
 

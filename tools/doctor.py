@@ -6,6 +6,7 @@ and tokens of the configs that train on data of one's own, as in docs/presets.md
 """
 
 import argparse
+import logging
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
@@ -90,6 +91,7 @@ def _seconds(one: Traffic, dims: ParallelDims, cluster: Cluster) -> float:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0 when it succeeded, 2 with one line on what to change when it could not."""
     options = vars(_parser().parse_args(arguments))
+    logging.getLogger().setLevel(logging.ERROR)  # torchtitan warns of its own defaults
     command = options.pop("command")
     try:
         print(command(**options))

@@ -109,6 +109,8 @@ def _check(options: argparse.Namespace) -> None:
             f"--temperature 0 writes the same in each of --samples {options.samples}; give another "
             "temperature, or one sample"
         )
+    if options.out.exists() and not options.out.is_dir():
+        raise ValueError(f"--out ({options.out}) must be a folder; it is a file")
     if (options.out / RESULTS).exists():
         raise ValueError(f"--out ({options.out}) has {RESULTS} already; give another folder")
     if not options.folder.is_dir():

@@ -45,8 +45,12 @@ __all__ = ["PrepareSpec", "prepare"]
 _SAMPLES_TO_JUDGE = 1000
 
 
-def prepare(spec: PrepareSpec, progress: Progress | None = None) -> dict[str, dict[str, Any]]:
+def prepare(
+    spec: PrepareSpec, progress: Progress | None = None, *, wait: bool = False
+) -> dict[str, dict[str, Any]]:
     """Make ``spec.out`` what ``spec`` says. Returns ``{"train/text": manifest, …}``.
+
+    ``wait``: for another prepare that is writing there to end, in place of refusing.
 
     Raises before anything is written: ``FileNotFoundError`` for shards that are not there,
     ``ValueError`` for a folder prepared with other tokenizers, ``PermissionError`` or another
@@ -58,7 +62,7 @@ def prepare(spec: PrepareSpec, progress: Progress | None = None) -> dict[str, di
     sources = spec.sources()
     check_existing(spec)
     _check_writable(spec.out)
-    with _only_one(spec.out, progress), ProcessPool(spec.workers) as pool:
+    with _only_one(spec.out, progress, wait), ProcessPool(spec.workers) as pool:
         remove_temporaries(spec.out)
         train = [shard for source in sources if source.split == "train" for shard in source.shards]
         tokenizers = make_tokenizers(spec, train, pool, progress)
@@ -189,16 +193,21 @@ def _check_writable(out: Path) -> None:
 
 
 @contextmanager
-def _only_one(out: Path, progress: Progress) -> Iterator[None]:
-    """Refuse a second prepare on the folder; the lock goes with the process, however it ends."""
+def _only_one(out: Path, progress: Progress, wait: bool) -> Iterator[None]:
+    """Refuse a second prepare on the folder, or let it ``wait``; the lock goes with the process,
+    however it ends.
+    """
     descriptor = os.open(out, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        os.close(descriptor)
-        raise RuntimeError(
-            f"out ({out}) is being written by another prepare; wait for it to end"
-        ) from error
+        if not wait:
+            os.close(descriptor)
+            raise RuntimeError(
+                f"out ({out}) is being written by another prepare; wait for it to end"
+            ) from error
+        progress.tell(f"waiting for another process that prepares {out}")
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
     except OSError as error:  # some network file systems
         progress.tell(
             f"no lock on {out} ({error.strerror}): see that no other prepare writes there"

@@ -30,6 +30,8 @@ def prepare_corpus(
         options = {"speech_tokenizer": "kmeans", "speech_codes": SPEECH_CODES, **options}
     progress = progress or Progress()
     image_size = options.get("image_size", PrepareSpec.image_size)
+    if not (out / "raw" / "corpus.json").exists():
+        progress.tell(f"making the embedded corpus in {out} (once; some minutes)")
     paths = build_corpus(
         out / "raw",
         seed=options.get("seed", PrepareSpec.seed),
@@ -41,7 +43,8 @@ def prepare_corpus(
     splits: dict[str, Any] = {
         split: {name: paths.shards(split, name) for name in sources_of(speech)} for split in SPLITS
     }
-    prepare(PrepareSpec(out=out, **splits, **options), progress)
+    # runs that start together need the same corpus: one of them makes it
+    prepare(PrepareSpec(out=out, **splits, **options), progress, wait=True)
     # the trainer looks for task checks and prompts beside the validation sources
     for path in (paths.tasks, paths.prompts):
         atomic_write_bytes(out / "validation" / path.name, path.read_bytes())

@@ -138,7 +138,7 @@ class TextTokenizer:
         except RuntimeError as error:
             raise ValueError(
                 f"text vocabulary ({vocabulary_size}) does not fit the training texts; "
-                f"give more text or another size; sentencepiece says: {error}"
+                f"give more text or another --text-vocab; sentencepiece says: {error}"
             ) from error
         return cls(model.getvalue(), speech)
 
