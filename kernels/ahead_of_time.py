@@ -7,9 +7,14 @@ A ``triton_impl.py`` names its kernels in ``variants()``: one ``Variant`` per sp
 launch may compile, over the list its autotuner chooses from. What a compiled kernel takes is read
 from the machine code: registers, stack and local memory (spills), shared memory, and instructions
 of the tensor cores and of the tensor memory accelerator.
+
+The table carries a fingerprint of the kernels it was made from. With it the tests know that all
+variants passed on all targets since a kernel last changed, and compile a sample again.
 """
 
 import argparse
+import ast
+import hashlib
 import importlib
 import re
 import subprocess
@@ -148,14 +153,28 @@ def _cuobjdump(option: str, path: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def compile_all(workers: int | None = None) -> list[Resources]:
-    """What every variant takes on every target that can have it."""
-    jobs = [
+def all_jobs() -> list[tuple[int, Target]]:
+    """Every variant, by number, on every target that can have it."""
+    return [
         (number, target)
         for number, variant in enumerate(variants())
         for target in TARGETS
         if target.capability >= variant.oldest
     ]
+
+
+def sample_jobs() -> list[tuple[int, Target]]:
+    """Every variant on sm_90; on the other targets the first of each kernel."""
+    first: dict[tuple[Any, bool], int] = {}
+    by_type = sorted(enumerate(variants()), key=lambda item: "*fp32" in item[1].types.values())
+    for number, variant in by_type:
+        first.setdefault((variant.kernel, variant.tma), number)
+    chosen = set(first.values())
+    return [(n, t) for n, t in all_jobs() if t.capability == 90 or n in chosen]
+
+
+def compile_all(jobs: Sequence[tuple[int, Target]], workers: int | None = None) -> list[Resources]:
+    """What the ``jobs`` take, in order."""
     with ProcessPoolExecutor(workers) as pool:
         return list(pool.map(_compile_numbered, *zip(*jobs, strict=True)))
 
@@ -180,6 +199,27 @@ def faults(found: Sequence[Resources]) -> list[str]:
         if variant.tma != (r.tma_loads > 0):
             wrong.append(f"{at}: {r.tma_loads} loads by TMA")
     return wrong
+
+
+def fingerprint() -> str:
+    """Sixteen hex digits over the variants and the code of all kernels, but not its comments."""
+    parts = [
+        repr({name: value for name, value in vars(variant).items() if name != "kernel"})
+        for variant in variants()
+    ]
+    for path in sorted(Path(__file__).parent.glob("**/triton*.py")):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef) and _is_kernel(node):
+                node.body = node.body[ast.get_docstring(node) is not None :]
+                parts.append(ast.dump(node))
+            elif isinstance(node, ast.Assign | ast.AnnAssign):  # constants that kernels read
+                parts.append(ast.dump(node))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def _is_kernel(node: ast.FunctionDef) -> bool:
+    decorators = {ast.unparse(decorator) for decorator in node.decorator_list}
+    return bool(decorators - {"launcher", "on_its_device"})
 
 
 def table(resources: list[Resources]) -> str:
@@ -207,17 +247,18 @@ def main() -> None:
     )
     parser.add_argument("--write", action="store_true", help="write kernels/README.md")
     arguments = parser.parse_args()
-    found = compile_all()
+    found = compile_all(all_jobs())
     if wrong := faults(found):
         sys.exit("\n".join(wrong))
+    words = f"Kernels {fingerprint()}.\n\n{table(found)}"
     if not arguments.write:
-        print(table(found), end="")
+        print(words, end="")
         return
     readme = Path(__file__).with_name("README.md")
     before, rest = readme.read_text().split(BEGIN)
     after = rest.split(END)[1]
     temporary = readme.with_suffix(".part")
-    temporary.write_text(f"{before}{BEGIN}\n{table(found)}{END}{after}")
+    temporary.write_text(f"{before}{BEGIN}\n{words}{END}{after}")
     temporary.rename(readme)
 
 

@@ -1,8 +1,9 @@
 """Triton kernels compiled ahead of time, without a GPU: nothing spills, all fits, products that are
 meant for tensor cores run there, and tiles that are meant for TMA are loaded by it.
 
-Every variant that a launch may choose is compiled for every generation that has what it uses, and
-the table in kernels/README.md is what these compilations take.
+The table in kernels/README.md can only be written when all of this holds for every variant on every
+target, and carries a fingerprint of the kernels. Here every variant is compiled once again, for
+sm_90, and one of each kernel for the other targets.
 """
 
 import json
@@ -23,12 +24,14 @@ import json
 from dataclasses import asdict
 from earlyfuse.kernels import ahead_of_time
 if __name__ == "__main__":
-    found = ahead_of_time.compile_all(2)
+    found = ahead_of_time.compile_all(ahead_of_time.sample_jobs(), 2)
     variants = ahead_of_time.variants()
     print(json.dumps({
         "found": [asdict(r) for r in found],
         "tensor_cores": [v.name for v in variants if v.tensor_cores],
         "tma": [v.name for v in variants if v.tma],
+        "variants": [v.name for v in variants],
+        "fingerprint": ahead_of_time.fingerprint(),
         "tuned_over": {v.name: getattr(v.kernel, "keys", []) for v in variants},
     }))
 """
@@ -36,8 +39,8 @@ if __name__ == "__main__":
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """What every variant takes; compiled in a process without the interpreter."""
-    script = tmp_path_factory.mktemp("compile") / "compile_variants.py"
+    """What the sample takes; compiled in a process without the interpreter."""
+    script = tmp_path_factory.mktemp("compile") / "compile_sample.py"
     script.write_text(COMPILE)
     environment = {**os.environ, "TRITON_CACHE_DIR": str(script.parent / "cache")}
     environment.pop("TRITON_INTERPRET", None)
@@ -50,15 +53,18 @@ def compiled(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def written():
-    """The cells of the table in the README by variant and target."""
+    """The table in the README: the line before it, and cells by variant and target."""
     text = README.read_text().split("<!-- resources: begin -->\n")[1]
-    lines = text.split("<!-- resources: end -->")[0].splitlines()
-    header, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)
-    return {
+    first, *lines = text.split("<!-- resources: end -->")[0].splitlines()
+    header, _, *rows = (
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in lines if "|" in line
+    )
+    cells = {
         (name, target): cell
         for name, *row in rows
         for target, cell in zip(header[1:], row, strict=True)
     }
+    return first, cells
 
 
 def test_nothing_spills_and_all_fits_on_any_generation(compiled):
@@ -80,11 +86,13 @@ def test_tiles_meant_for_tma_are_loaded_by_it_and_no_others(compiled):
     assert {r["variant"] for r in compiled["found"] if r["tma_loads"] > 0} == set(compiled["tma"])
 
 
-def test_the_table_in_the_readme_is_of_these_kernels(compiled, written):
-    cells = dict.fromkeys(written, "–")
+def test_the_table_in_the_readme_is_of_these_kernels_and_of_all_their_variants(compiled, written):
+    first, cells = written
+    assert first == f"Kernels {compiled['fingerprint']}.", REMEDY
+    assert list(dict.fromkeys(name for name, _ in cells)) == compiled["variants"], REMEDY
     for r in compiled["found"]:
-        cells[r["variant"], r["target"]] = f"{r['registers']} / {r['shared_bytes'] / 1024:.4g}"
-    assert written == cells, REMEDY
+        cell = f"{r['registers']} / {r['shared_bytes'] / 1024:.4g}"
+        assert cells[r["variant"], r["target"]] == cell, f"{r}; {REMEDY}"
 
 
 def test_no_length_is_tuned_for_and_no_choice_of_a_clock_decides_the_order_of_sums(compiled):
@@ -107,3 +115,22 @@ def test_what_breaks_a_rule_keeps_the_table_from_being_written(monkeypatch):
     ):
         (fault,) = ahead_of_time.faults([replace(right, **change)])
         assert fault.startswith("some kernel on sm_80") and said in fault
+
+
+def test_the_fingerprint_follows_code_and_variants_but_not_comments(monkeypatch, tmp_path):
+    kernel = "@jit\ndef kernel(x):\n    {}\n    return x + BLOCK\n"
+    monkeypatch.setattr(ahead_of_time, "__file__", str(tmp_path / "ahead_of_time.py"))
+
+    def found(text, warps=4):
+        (tmp_path / "triton_impl.py").write_text(text)
+        variant = ahead_of_time.Variant("some kernel", None, {}, warps=warps)
+        monkeypatch.setattr(ahead_of_time, "variants", lambda: [variant])
+        return ahead_of_time.fingerprint()
+
+    first = found("BLOCK = 8\n" + kernel.format("x = x * 2"))
+    assert found("# why\nBLOCK = 8\n\n" + kernel.format("x = x * 2  # twice")) == first
+    assert found("BLOCK = 8\n" + kernel.format("'Says more.'\n    x = x * 2")) == first
+    assert found("BLOCK = 8\n" + kernel.format("x = x * 2") + "@launcher\ndef f(): ...") == first
+    assert found("BLOCK = 8\n" + kernel.format("x = x * 3")) != first
+    assert found("BLOCK = 16\n" + kernel.format("x = x * 2")) != first
+    assert found("BLOCK = 8\n" + kernel.format("x = x * 2"), warps=8) != first

@@ -13,7 +13,6 @@ import pytest
 import torch
 from kernel_checks import DEVICE, outputs_and_gradients, rms_ratio
 
-from earlyfuse.kernels.backend import resolve
 from earlyfuse.kernels.grouped_gemm import grouped_linear, grouped_swiglu
 from earlyfuse.kernels.permute import gather_rows, scatter_add_rows, select_top_k
 
@@ -200,23 +199,6 @@ def test_launches_are_on_the_device_of_the_tensors(monkeypatch):
     y.sum().backward()
     select_top_k(torch.zeros(1, 3, device=DEVICE), 2, backend="triton")
     assert len(entered) == 6 and entered[1::2] == [None] * 3
-
-
-def test_double_precision_is_left_to_torch(monkeypatch):
-    """Triton kernels add up in fp32; ``reference`` and ``torch`` keep fp64."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    for dtype, expected in ((torch.float64, "torch"), (torch.float32, "triton")):
-        backends, cuda = ("triton", "torch", "reference"), torch.device("cuda")
-        assert resolve("some op", "auto", backends, cuda, dtype) == expected
-    x, *weights, row_R, offset_G1, _ = problem(ROUTES["modalities"][0], dtype=torch.float64)
-    for op, rest in (
-        (grouped_linear, (weights[0], row_R, offset_G1)),
-        (grouped_swiglu, (*weights, row_R, offset_G1)),
-        (gather_rows, (row_R,)),
-        (scatter_add_rows, (torch.arange(TOKENS, device=DEVICE), TOKENS)),
-    ):
-        with pytest.raises(ValueError, match=r"'triton'.*float64"):
-            op(x, *rest, backend="triton")
 
 
 # ---------------------------------------------------------------- choosing a configuration
