@@ -2,8 +2,8 @@
 meant for tensor cores run there, and tiles that are meant for TMA are loaded by it.
 
 The table in kernels/README.md can only be written when all of this holds for every variant on every
-target, and carries a fingerprint of the kernels. Here one variant of each kernel is compiled once
-again for every target.
+target, and carries a fingerprint of the kernels. Here every variant is compiled once again, for
+sm_90, and one of each kernel for the other targets.
 """
 
 import json
@@ -77,14 +77,13 @@ def test_nothing_spills_and_all_fits_on_any_generation(compiled):
 
 def test_products_meant_for_tensor_cores_run_there(compiled):
     meant = [r for r in compiled["found"] if r["variant"] in compiled["tensor_cores"]]
-    assert len(meant) > 20
+    assert len(meant) > 30
     assert [r for r in meant if r["tensor_core_instructions"] == 0] == []
 
 
 def test_tiles_meant_for_tma_are_loaded_by_it_and_no_others(compiled):
-    by_tma = [r["variant"] in compiled["tma"] for r in compiled["found"]]
-    assert sum(by_tma) >= 8
-    assert [r["tma_loads"] > 0 for r in compiled["found"]] == by_tma
+    assert len(compiled["tma"]) >= 15
+    assert {r["variant"] for r in compiled["found"] if r["tma_loads"] > 0} == set(compiled["tma"])
 
 
 def test_the_table_in_the_readme_is_of_these_kernels_and_of_all_their_variants(compiled, written):
