@@ -30,25 +30,23 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse
-from torchtitan.components.checkpointer import OPTIMIZER, CheckpointManager
+from torchtitan.components.checkpointer import MODEL, OPTIMIZER, CheckpointManager
 from torchtitan.components.checkpointer.dcp import AsyncMode
 from torchtitan.tools import filesystem
 from torchtitan.tools.utils import GarbageCollection
 
 from earlyfuse.data.atomic import atomic_write_json
+from earlyfuse.models.state_dicts.dcp_reader import DcpReader, load_dcp
 from earlyfuse.models.state_dicts.exported import CONFIG
-from earlyfuse.parallel import rank_log
-from earlyfuse.parallel.checkpoint_files import (
+from earlyfuse.models.state_dicts.manifest import (
     EVERYTHING,
     MANIFEST,
     WEIGHTS,
-    CheckpointFolder,
     Manifest,
-    Writer,
-    damage,
-    describe,
     read_manifest,
 )
+from earlyfuse.parallel import rank_log
+from earlyfuse.parallel.checkpoint_files import CheckpointFolder, Writer, damage, describe
 from earlyfuse.parallel.checkpoint_identity import refuse_other_function, refuse_other_run
 
 
@@ -358,13 +356,14 @@ class Checkpoints(CheckpointManager):
         """Load into ``state_dict``; raises ``ValueError`` if model or data differ from the
         checkpoint's.
         """
-        if not options.get("from_hf"):
-            refuse_other_function(self.description, Path(checkpoint_id))
-            refuse_other_run(self.states, state_dict, checkpoint_id)
+        reader = DcpReader(Path(checkpoint_id))
+        refuse_other_function(self.description, reader.folder)
+        refuse_other_run(self.states, state_dict, reader)
         with warnings.catch_warnings():
             # torchtitan's schedule works out its rate by itself, on purpose
             warnings.filterwarnings("ignore", "To get the last learning rate")
-            super().dcp_load(state_dict, checkpoint_id=checkpoint_id, **options)
+            load_dcp(state_dict, reader)
+            self.states[MODEL].load_state_dict(state_dict)
 
 
 def damage_seen_by_all(folder: Path, group: dist.ProcessGroup | None = None) -> str:

@@ -18,12 +18,9 @@ the step 9 of before.
 The folder must lie on a file system that all ranks share and that renames folders atomically.
 """
 
-import hashlib
-import json
 import os
 import re
 import shutil
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch.distributed.checkpoint as dcp
@@ -37,31 +34,17 @@ from earlyfuse.data.atomic import (
     remove_temporaries,
     sha256_file,
 )
+from earlyfuse.models.state_dicts.manifest import (
+    LATEST,
+    MANIFEST,
+    FileRecord,
+    Files,
+    Manifest,
+    read_latest,
+    steps_in,
+)
 
-MANIFEST, LATEST = "manifest.json", "latest"
 PARTIAL, DISCARDED = ".partial", ".discarded"
-EVERYTHING, WEIGHTS = "everything", "weights"
-
-
-@dataclass(frozen=True)
-class FileRecord:
-    """A file as it was written."""
-
-    bytes: int
-    sha256: str
-
-
-Files = dict[str, FileRecord]  # by path in the checkpoint's folder
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a complete checkpoint is: ``holds`` is "everything" (a run continues) or "weights"."""
-
-    step: int
-    holds: str
-    ranks: int
-    files: Files
 
 
 class CheckpointFolder:
@@ -80,16 +63,14 @@ class CheckpointFolder:
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints that are here, ascending."""
-        if not self.root.is_dir():
-            return []
-        found = (re.fullmatch(r"step-(\d+)", path.name) for path in self.root.iterdir())
-        return sorted(int(match[1]) for match in found if match)
+        return steps_in(self.root)
 
     def latest(self) -> int | None:
-        """The step that ``latest`` names; the highest if it is gone; None without checkpoints."""
-        named = self.root / LATEST
-        match = re.fullmatch(r"step-(\d+)\n", named.read_text()) if named.is_file() else None
-        return int(match[1]) if match else max(self.steps(), default=None)
+        """The step that ``latest`` names, be it there or not; the highest if ``latest`` is gone;
+        None without checkpoints.
+        """
+        named = read_latest(self.root)
+        return max(self.steps(), default=None) if named is None else named
 
     def prepare(self, step: int) -> None:
         """Make an empty partial folder; what interrupted saves have left goes."""
@@ -129,31 +110,7 @@ class CheckpointFolder:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Put the manifest into a checkpoint's folder."""
     with atomic_write(folder / MANIFEST) as file:
-        file.write(_written(manifest))
-
-
-def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a checkpoint; raises ``ValueError`` saying what is wrong with it."""
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise ValueError(f"{MANIFEST} is missing")
-    try:
-        raw = path.read_bytes()
-        content = json.loads(raw)
-        content.pop("sha256")
-        content["files"] = {name: FileRecord(**record) for name, record in content["files"].items()}
-        if _written(manifest := Manifest(**content)) != raw:
-            raise ValueError("it is not as it was written")
-        return manifest
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{MANIFEST} cannot be read ({error!r})") from error
-
-
-def _written(manifest: Manifest) -> bytes:
-    """A manifest as its file has it, with the SHA-256 of all that it says."""
-    content = asdict(manifest)
-    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    return json.dumps({"sha256": digest, **content}, indent=1).encode() + b"\n"
+        file.write(manifest.written())
 
 
 def describe(folder: Path, rank: int) -> Files:

@@ -8,22 +8,20 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torchtitan.components.checkpointer import DATALOADER, MODEL
 
+from earlyfuse.models.state_dicts.dcp_reader import DcpReader
 from earlyfuse.models.state_dicts.decoder_config import differences
 from earlyfuse.models.state_dicts.exported import CONFIG, read_json
 
 
-def refuse_other_run(
-    states: dict[str, Any], state_dict: dict[str, Any], checkpoint_id: str
-) -> None:
+def refuse_other_run(states: dict[str, Any], state_dict: dict[str, Any], reader: DcpReader) -> None:
     """``ValueError`` naming what of model or data differs from the checkpoint's.
 
     ``states``: the manager's; ``state_dict``: what is to be loaded. Called on all ranks.
     """
-    stored = dcp.FileSystemReader(checkpoint_id).read_metadata().state_dict_metadata
+    stored = reader.read_metadata().state_dict_metadata
     model_keys = states[MODEL].state_dict().keys()
     wrong = [
         _difference(key, state_dict[key].shape, stored.get(key))
@@ -40,14 +38,12 @@ def refuse_other_run(
     if wrong:
         shown = "; ".join(wrong[:4]) + (f"; and {len(wrong) - 4} more" if len(wrong) > 4 else "")
         raise ValueError(
-            f"checkpoint {checkpoint_id} is of another model: {shown}. "
+            f"checkpoint {reader.folder} is of another model: {shown}. "
             "Use the config it was trained with, or another --dump_folder for a new run"
         )
     loader = states[DATALOADER]
     if DATALOADER in state_dict and hasattr(loader, "check_identity"):
-        saved = {DATALOADER: {"identity": ""}}
-        dcp.load(saved, checkpoint_id=checkpoint_id)
-        loader.check_identity(saved[DATALOADER]["identity"])
+        loader.check_identity(reader.value(f"{DATALOADER}.identity"))
 
 
 def is_parameter(key: str) -> bool:

@@ -9,14 +9,12 @@ Every rank reads the regions that it holds, on any layout, whatever layout wrote
 """
 
 import json
-import warnings
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -33,9 +31,11 @@ from torchtitan.config import Configurable
 
 from earlyfuse.data.loader import LaneLoader
 from earlyfuse.models.decoder import Decoder
+from earlyfuse.models.state_dicts.dcp_reader import DcpReader, SafeLoadPlanner, load_dcp
+from earlyfuse.models.state_dicts.manifest import EVERYTHING, read_manifest
 from earlyfuse.models.upcycle import Inherited, Shape, inherit
 from earlyfuse.parallel.checkpoint import damage_seen_by_all
-from earlyfuse.parallel.checkpoint_files import EVERYTHING, CheckpointFolder, read_manifest
+from earlyfuse.parallel.checkpoint_files import CheckpointFolder
 from earlyfuse.parallel.checkpoint_identity import is_parameter
 from earlyfuse.parallel.run_folder import DESCRIPTION
 
@@ -100,15 +100,14 @@ class Start(Configurable):
         ``ValueError`` if the data are not those of the other run. All ranks call it.
         """
         if self.config.data:
-            saved: dict[str, Any] = {DATALOADER: {"identity": ""}}
-            dcp.load(saved, checkpoint_id=seed.folder)
+            reader = DcpReader(seed.folder)
             try:
-                loader.check_identity(saved[DATALOADER]["identity"])
+                loader.check_identity(reader.value(f"{DATALOADER}.identity"))
             except ValueError as error:
                 raise ValueError(
                     f"{error}; or begin anew in the data with --start.no-data"
                 ) from error
-            dcp.load({DATALOADER: loader}, checkpoint_id=seed.folder)
+            load_dcp({DATALOADER: loader}, reader)
         origins = inherit(seed.shapes(), seed.model, child)
         for part in parts:
             load_inherited(part, origins, seed.folder)
@@ -128,7 +127,7 @@ class Seed:
 
     def shapes(self) -> dict[str, Shape]:
         """Of all parameters in the checkpoint, by name."""
-        metadata = dcp.FileSystemReader(self.folder).read_metadata().state_dict_metadata
+        metadata = DcpReader(self.folder).read_metadata().state_dict_metadata
         return {
             name: tuple(stored.size)
             for name, stored in metadata.items()
@@ -160,15 +159,12 @@ def load_inherited(model: nn.Module, origins: dict[str, Inherited | None], folde
             part = origin.parts[offset[0] + place]
             start = offset[1:] if part is None else (part, *offset[1:])
             copies.append((target, regions.read(origin.name, start, target)))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # by no_dist, on purpose
-        wanted = dict.fromkeys(regions.chunks)
-        dcp.load(wanted, checkpoint_id=folder, planner=regions, no_dist=True)
+    load_dcp(dict.fromkeys(regions.chunks), DcpReader(folder), planner=regions, alone=True)
     for target, source in copies:
         target.copy_(source.view_as(target))
 
 
-class _Regions(dcp.DefaultLoadPlanner):
+class _Regions(SafeLoadPlanner):
     """Reads regions of stored tensors into given ones."""
 
     def __init__(self) -> None:

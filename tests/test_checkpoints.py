@@ -18,8 +18,9 @@ import pytest
 from small_states import SmallRun
 from torch.distributed.checkpoint.filesystem import FileSystem
 
+from earlyfuse.models.state_dicts.manifest import read_manifest
 from earlyfuse.parallel.checkpoint import Checkpoints
-from earlyfuse.parallel.checkpoint_files import Writer, read_manifest
+from earlyfuse.parallel.checkpoint_files import Writer
 
 SYNC_AND_ASYNC = pytest.mark.parametrize("mode", ["disabled", "async"])
 

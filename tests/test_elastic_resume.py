@@ -19,7 +19,7 @@ from tiny_runs import MAMBAS, moma, tiny_config
 from toy import make_data
 
 from earlyfuse.models.state_dicts import load_model
-from earlyfuse.parallel.checkpoint_files import read_manifest
+from earlyfuse.models.state_dicts.manifest import read_manifest
 from earlyfuse.parallel.compat import can_pipeline
 
 GLOBAL_BATCH = 8

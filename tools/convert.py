@@ -46,6 +46,7 @@ from earlyfuse.models.state_dicts.exported import (
     read_json,
 )
 from earlyfuse.models.state_dicts.folders import CONSOLIDATE_PARAMS, PARAMS, RUN
+from earlyfuse.models.state_dicts.manifest import MANIFEST, WEIGHTS, Manifest, read_manifest
 from earlyfuse.models.state_dicts.meta_files import write_shards
 from earlyfuse.models.state_dicts.recipes import (
     Cast,
@@ -64,15 +65,7 @@ from earlyfuse.models.state_dicts.safetensors_files import (
 from earlyfuse.models.state_dicts.torch_files import write_torch_file
 from earlyfuse.models.upcycle import upcycle as upcycle_origins
 from earlyfuse.parallel import checkpoint_files
-from earlyfuse.parallel.checkpoint_files import (
-    MANIFEST,
-    WEIGHTS,
-    Manifest,
-    Writer,
-    damage,
-    read_manifest,
-    write_manifest,
-)
+from earlyfuse.parallel.checkpoint_files import Writer, damage, write_manifest
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_SHARD_SIZE = "5GB"

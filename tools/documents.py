@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed.checkpoint as dcp
 from PIL import Image
 
 from earlyfuse.data.atomic import atomic_write_bytes
@@ -24,7 +23,8 @@ from earlyfuse.data.tokenizers import TEXT_FILES, Tokenizers, text_file
 from earlyfuse.data.tokenizers.audio import wav_file
 from earlyfuse.data.tokenizers.speech_kmeans import RATE
 from earlyfuse.models.modality import MediaCodes, Modality, Vocabulary
-from earlyfuse.parallel.checkpoint_files import LATEST
+from earlyfuse.models.state_dicts.dcp_reader import DcpReader
+from earlyfuse.models.state_dicts.manifest import latest_checkpoint
 from earlyfuse.parallel.run_folder import DESCRIPTION
 
 TOKENIZERS, CONFIG = "tokenizers", "config.json"
@@ -53,8 +53,7 @@ class ModelFolder:
         checkpoint = folder
         if run_folder == folder and run:
             root = folder / run["config"]["checkpoint"]["folder"]
-            if (root / LATEST).is_file():
-                checkpoint = root / (root / LATEST).read_text().strip()
+            checkpoint = latest_checkpoint(root)
         return cls(folder, run, _recorded_hashes(checkpoint))
 
     @property
@@ -100,9 +99,8 @@ def _recorded_hashes(checkpoint: Path) -> dict[str, str]:
         return source.get("tokenizers", {})
     if not (checkpoint / ".metadata").is_file():
         return {}
-    loader = {"dataloader": {"identity": ""}}
-    dcp.load(loader, checkpoint_id=str(checkpoint), no_dist=True)
-    return json.loads(loader["dataloader"]["identity"])["tokenizers"]
+    identity = DcpReader(checkpoint).value("dataloader.identity")
+    return json.loads(identity)["tokenizers"]
 
 
 # ---------------------------------------------------------------- prompts

@@ -1,13 +1,8 @@
 """Our training checkpoints (DCP folders) as tensors by name, without a process group.
 
-DCP notes in a pickle where each part of each tensor lies. It is read by an unpickler that knows
-only the classes of such notes, so that no code of the file runs. Of a training checkpoint only the
-model is read, not the optimizer.
+Of a training checkpoint only the model is read, not the optimizer.
 """
 
-import hashlib
-import json
-import pickle
 import warnings
 from pathlib import Path
 from typing import Any, cast
@@ -15,48 +10,15 @@ from typing import Any, cast
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import (
-    Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorStorageMetadata,
-)
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
+from earlyfuse.data.atomic import sha256_file
+from earlyfuse.models.state_dicts.dcp_reader import DcpReader, SafeLoadPlanner
+from earlyfuse.models.state_dicts.manifest import MANIFEST, read_manifest
 from earlyfuse.models.state_dicts.recipes import Entry, Tensors
 
-METADATA, MANIFEST = ".metadata", "manifest.json"
 _OF_THE_MODEL = ("layers", "tok_embeddings", "norm", "lm_head")
-_METADATA_MODULE = "torch.distributed.checkpoint.metadata"
-_KNOWN = {
-    *((_METADATA_MODULE, name) for name in ("Metadata", "MetadataIndex", "StorageMeta")),
-    *((_METADATA_MODULE, f"{kind}StorageMetadata") for kind in ("Bytes", "Chunk", "Tensor")),
-    *((_METADATA_MODULE, name) for name in ("TensorProperties", "_MEM_FORMAT_ENCODING")),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch.serialization", "_get_layout"),
-    ("torch", "Size"),
-    ("pathlib", "PosixPath"),
-}
-
-
-class _Notes(pickle.Unpickler):
-    """Reads the classes of DCP's metadata and nothing else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        is_type = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if (module, name) not in _KNOWN and not is_type:
-            raise pickle.UnpicklingError(f"it names {module}.{name}")
-        return super().find_class(module, name)
-
-
-class _Reader(dcp.FileSystemReader):
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with open(Path(self.path) / METADATA, "rb") as file:
-            metadata = _Notes(file).load()
-        if not isinstance(metadata, Metadata):
-            raise pickle.UnpicklingError(f"it is a {type(metadata).__name__}")
-        metadata.storage_meta = metadata.storage_meta or StorageMeta()
-        return metadata
 
 
 class DcpFolder:
@@ -68,23 +30,13 @@ class DcpFolder:
     def __init__(self, folder: Path):
         self.folder = folder
         _check_sizes(folder)
-        self._reader = _Reader(folder)
-        try:
-            self._metadata = self._reader.read_metadata()
-            self._reader.set_up_storage_reader(self._metadata, True)
-            self.entries = {
-                name: Entry(tuple(stored.size), stored.properties.dtype)
-                for name, stored in self._metadata.state_dict_metadata.items()
-                if isinstance(stored, TensorStorageMetadata)
-                and name.partition(".")[0] in _OF_THE_MODEL
-            }
-            if not all(isinstance(entry.dtype, torch.dtype) for entry in self.entries.values()):
-                raise TypeError("a type of values is none")
-        except Exception as error:  # damage makes the unpickler raise anything
-            raise ValueError(
-                f"{folder / METADATA} is damaged or no note of a DCP checkpoint "
-                f"({type(error).__name__}: {error}); copy the checkpoint again"
-            ) from error
+        self._reader = DcpReader(folder)
+        self._notes = self._reader.read_metadata()
+        self.entries = {
+            name: Entry(tuple(stored.size), stored.properties.dtype)
+            for name, stored in self._notes.state_dict_metadata.items()
+            if isinstance(stored, TensorStorageMetadata) and name.partition(".")[0] in _OF_THE_MODEL
+        }
         if not self.entries:
             raise ValueError(f"{folder} is a DCP checkpoint without a model of ours in it")
 
@@ -92,39 +44,27 @@ class DcpFolder:
         """The whole tensor."""
         entry = self.entries[name]
         state = {name: torch.empty(entry.shape, dtype=entry.dtype)}
-        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        try:
-            planner.set_up_planner(state, self._metadata, True)
-            self._reader.read_data(planner.create_local_plan(), planner).wait()
-        except Exception as error:  # DCP believes its notes, and they may be damaged
-            raise ValueError(
-                f"{self.folder}: {name} cannot be read ({type(error).__name__}: {error}); the "
-                "checkpoint is damaged: copy it again"
-            ) from error
+        planner = SafeLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        planner.set_up_planner(state, self._notes, True)
+        self._reader.read_data(planner.create_local_plan(), planner).wait()
         return state[name]
 
 
 def _check_sizes(folder: Path) -> None:
-    """``ValueError`` if a file is not there or not as long as the manifest says, or the notes are
-    others; quick.
+    """``ValueError`` if a file is not there or not as long as the manifest says, or a small one is
+    another than when it was written; quick.
     """
-    path = folder / MANIFEST
-    if not path.is_file():
+    if not (folder / MANIFEST).is_file():
         return
-    try:
-        files = json.loads(path.read_bytes())["files"]
-        sizes = {name: record["bytes"] for name, record in files.items()}
-        digest = files.get(METADATA, {}).get("sha256")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} cannot be read ({error!r}); copy the checkpoint again") from error
-    for name, size in sizes.items():
-        found = (folder / name).stat().st_size if (folder / name).is_file() else None
-        if found != size:
-            has = "is missing" if found is None else f"has {found} bytes instead of {size}"
+    for name, record in read_manifest(folder).files.items():
+        path = folder / name
+        found = path.stat().st_size if path.is_file() else None
+        if found != record.bytes:
+            has = "is missing" if found is None else f"has {found} bytes instead of {record.bytes}"
             raise ValueError(f"{folder}: {name} {has}; copy the checkpoint again")
-    # says where each tensor lies, so that one wrong bit of it gives another's values
-    if digest and hashlib.sha256((folder / METADATA).read_bytes()).hexdigest() != digest:
-        raise ValueError(f"{folder}: {METADATA} has another SHA-256; copy the checkpoint again")
+        # values have checksums of their own; what says where and what they are has none
+        if path.suffix != ".distcp" and sha256_file(path) != record.sha256:
+            raise ValueError(f"{folder}: {name} has another SHA-256; copy the checkpoint again")
 
 
 class _OneByOne(DefaultSavePlanner):

@@ -35,7 +35,8 @@ from earlyfuse.models.state_dicts import (
     vocabulary_map,
 )
 from earlyfuse.models.state_dicts.chameleon import function_differences, tensor_shapes
-from earlyfuse.models.state_dicts.dcp_files import METADATA, DcpFolder
+from earlyfuse.models.state_dicts.dcp_files import DcpFolder
+from earlyfuse.models.state_dicts.dcp_notes import METADATA
 from earlyfuse.models.state_dicts.exported import (
     CONFIG,
     FORMAT,
@@ -44,6 +45,7 @@ from earlyfuse.models.state_dicts.exported import (
     read_description,
     read_json,
 )
+from earlyfuse.models.state_dicts.manifest import MANIFEST, latest_checkpoint, read_manifest
 from earlyfuse.models.state_dicts.meta_files import MetaShards, shard_files
 from earlyfuse.models.state_dicts.recipes import Made, Recipes, Tensors, check, renamed
 from earlyfuse.models.state_dicts.safetensors_files import SafetensorsFiles, open_folder
@@ -137,10 +139,7 @@ def _values_of(path: Path) -> Iterator[None]:
 def _last_checkpoint(run: Path) -> Path:
     settings = read_json(run / RUN).get("config", {}).get("checkpoint", {})
     root = run / settings.get("folder", "checkpoint")
-    latest = root / "latest"
-    if not latest.is_file():
-        raise ValueError(f"the run {run} has no complete checkpoint in {root} yet")
-    return root / latest.read_text().strip()
+    return latest_checkpoint(root)
 
 
 def _checkpoint(folder: Path) -> Opened:
@@ -150,9 +149,8 @@ def _checkpoint(folder: Path) -> Opened:
             "from another checkpoint of the same run"
         )
     opened = _described(folder, read_json(folder / CONFIG), DcpFolder(folder))
-    manifest = folder / "manifest.json"
-    if manifest.is_file() and opened.source.get("format") == "checkpoint":
-        opened.source["step"] = read_json(manifest).get("step")
+    if (folder / MANIFEST).is_file() and opened.source.get("format") == "checkpoint":
+        opened.source["step"] = read_manifest(folder).step
     return replace(opened, format="checkpoint")
 
 

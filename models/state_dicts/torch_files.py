@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from earlyfuse.models.state_dicts.plain_pickle import ForeignName
 from earlyfuse.models.state_dicts.recipes import Entry, Tensors
 from earlyfuse.models.state_dicts.safetensors_files import write_values
+from earlyfuse.models.state_dicts.torch_archives import check_tensors_only
 
 _MAPPED_AT_ONCE = 64 << 20  # bytes read before files are opened anew
 
@@ -53,8 +55,10 @@ class TorchFiles:
 
 def _mapped(path: Path) -> dict[str, torch.Tensor]:
     try:
+        with open(path, "rb") as file:
+            check_tensors_only(file)
         loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except pickle.UnpicklingError as error:
+    except (ForeignName, pickle.UnpicklingError) as error:
         raise ValueError(
             f"{path} holds more than tensors: reading it would run code of its own, which is never "
             f"done ({_first_line(error)}). Take the file from another source"
