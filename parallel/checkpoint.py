@@ -15,6 +15,7 @@ Loading verifies the files first, each rank its share; then a checkpoint of anot
 run on other data, is refused by name before anything is overwritten.
 """
 
+import os
 import shutil
 import time
 import warnings
@@ -30,24 +31,35 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse
+from torch.distributed.tensor import DTensor
 from torchtitan.components.checkpointer import MODEL, OPTIMIZER, CheckpointManager
 from torchtitan.components.checkpointer.dcp import AsyncMode
 from torchtitan.tools import filesystem
 from torchtitan.tools.utils import GarbageCollection
 
 from earlyfuse.data.atomic import atomic_write_json
+from earlyfuse.models.state_dicts import Opened
 from earlyfuse.models.state_dicts.dcp_reader import DcpReader, load_dcp
-from earlyfuse.models.state_dicts.exported import CONFIG
+from earlyfuse.models.state_dicts.decoder_config import to_dict
+from earlyfuse.models.state_dicts.exported import CONFIG, read_json
 from earlyfuse.models.state_dicts.manifest import (
     EVERYTHING,
+    LATEST,
     MANIFEST,
     WEIGHTS,
     Manifest,
+    named,
     read_manifest,
+    steps_in,
 )
-from earlyfuse.parallel import rank_log
+from earlyfuse.parallel import initial_load, rank_log
 from earlyfuse.parallel.checkpoint_files import CheckpointFolder, Writer, damage, describe
-from earlyfuse.parallel.checkpoint_identity import refuse_other_function, refuse_other_run
+from earlyfuse.parallel.checkpoint_identity import (
+    refuse_other_function,
+    refuse_other_model,
+    refuse_other_run,
+)
+from earlyfuse.parallel.lost_checkpoints import lost_checkpoints
 
 
 class Checkpoints(CheckpointManager):
@@ -75,7 +87,19 @@ class Checkpoints(CheckpointManager):
         """When the checkpoint to load is damaged, take the newest intact one before it."""
 
         def __post_init__(self) -> None:
+            if self.initial_load_path and not filesystem.is_remote(self.initial_load_path):
+                self.initial_load_path = os.path.abspath(self.initial_load_path.strip())
             CheckpointManager.Config.__post_init__(self)
+            if self.initial_load_in_hf or self.initial_load_in_hf_quantized:
+                raise ValueError(
+                    "checkpoint.initial_load_in_hf must be off: initial_load_path takes a Hugging "
+                    "Face folder as it is (docs/conversion.md)"
+                )
+            if self.last_save_in_hf:
+                raise ValueError(
+                    "checkpoint.last_save_in_hf must be off: save a checkpoint, then convert it "
+                    "with tools.convert --to hf (docs/conversion.md)"
+                )
             if filesystem.is_remote(self.folder):
                 raise ValueError(
                     f"checkpoint.folder ({self.folder}) must be on a file system: object stores "
@@ -96,6 +120,7 @@ class Checkpoints(CheckpointManager):
         self.description: dict[str, Any] | None = None
         self.steps: int | None = None
         self.saved, self.failed, self.stall_seconds = 0, 0, 0.0
+        self.run = Path(built.get("base_folder", ""))
         super().__init__(config, **built)
         if not self.enable:
             return
@@ -109,15 +134,36 @@ class Checkpoints(CheckpointManager):
     # ---------------------------------------------------------------- save
 
     def _save(self, curr_step: int, last_step: bool = False) -> bool:
-        """True if a checkpoint was written, or its background write begun."""
+        """True if a checkpoint was written, or its background write begun.
+
+        Raises ``RuntimeError`` on all ranks if any of them holds a value that is not finite.
+        """
         if not self._should_save(curr_step, last_step):
             return False
         begin = time.perf_counter()
         self.maybe_wait_for_saving()
+        self._check_finite(curr_step)
         failed = self.failed
         super()._save(curr_step, last_step)
         self.stall_seconds += time.perf_counter() - begin
         return self.failed == failed
+
+    def _check_finite(self, step: int) -> None:
+        """A parameter that no token of a step has used spoils no loss, and would be saved."""
+        states = self.states[MODEL].state_dict() | self.states[OPTIMIZER].state_dict()
+        found: list[Any] = [None] * dist.get_world_size(self.pg)
+        dist.all_gather_object(found, not_finite(states), group=self.pg)
+        ranks = [rank for rank, names in enumerate(found) if names]
+        if not ranks:
+            return
+        names = list(dict.fromkeys(name for names in found for name in names))
+        more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+        good = "none" if self.newest is None else self.disk.complete(self.newest)
+        raise RuntimeError(
+            f"{', '.join(names[:4])}{more} on ranks {ranks} are not finite at step {step}, so it "
+            "is not saved: no later step could be right; resume from the last good checkpoint, "
+            f"{good}"
+        )
 
     def dcp_save(
         self,
@@ -139,7 +185,7 @@ class Checkpoints(CheckpointManager):
             self._give_up(step, errors)
             return _nothing_begun(async_mode)
         if async_mode == AsyncMode.DISABLED:
-            self._finish(step, holds, lambda: self._write(state_dict, partial, to_hf))
+            self._finish(step, holds, lambda: self._write(state_dict, partial))
             if enable_garbage_collection:
                 GarbageCollection.collect("garbage collection after a checkpoint")
             return None
@@ -155,11 +201,8 @@ class Checkpoints(CheckpointManager):
         if self.description is not None:
             atomic_write_json(self.disk.partial(step) / CONFIG, self.description)
 
-    def _write(self, state_dict: dict[str, Any], partial: Path, to_hf: bool) -> None:
-        if to_hf:
-            super().dcp_save(state_dict, str(partial), AsyncMode.DISABLED, to_hf=True)
-        else:
-            dcp.save(state_dict, storage_writer=Writer(partial), process_group=self.pg)
+    def _write(self, state_dict: dict[str, Any], partial: Path) -> None:
+        dcp.save(state_dict, storage_writer=Writer(partial), process_group=self.pg)
 
     def _begin(
         self, state_dict: dict[str, Any], partial: Path, async_mode: AsyncMode
@@ -292,14 +335,31 @@ class Checkpoints(CheckpointManager):
                 "--checkpoint.load_step, or start anew with another --dump_folder"
             )
         if chosen == -1 and self.initial_load_path:
-            folder = Path(self.initial_load_path)
-            if (folder / MANIFEST).is_file() and (found := self._damage(folder)):
-                raise ValueError(f"checkpoint.initial_load_path ({folder}) is damaged: {found}")
+            begun = initial_load.find(Path(self.initial_load_path))
+            if isinstance(begun, Opened):
+                return self._load_opened(begun)
+            if (begun / MANIFEST).is_file() and (found := self._damage(begun)):
+                raise ValueError(f"checkpoint.initial_load_path ({begun}) is damaged: {found}")
+            self.initial_load_path = str(begun)
         loaded = super()._load(chosen)
         if chosen != -1:
             self.newest = chosen
             self._of_this_run = {step for step in self.disk.steps() if step <= chosen}
         return loaded
+
+    def _load_opened(self, opened: Opened) -> bool:
+        """Begin with the weights of a model that is no checkpoint."""
+        if not self.initial_load_model_only:
+            raise ValueError(
+                f"checkpoint.initial_load_path ({opened.folder}) holds only weights, and "
+                "checkpoint.initial_load_model_only is off; turn it on, or give a checkpoint"
+            )
+        model = self.states[MODEL].state_dict()
+        shapes = {name: entry.shape for name, entry in opened.tensors.entries.items()}
+        refuse_other_function(self.description, to_dict(opened.config), opened.folder)
+        refuse_other_model(model, model, shapes, opened.folder)
+        initial_load.load_whole(model, opened.tensors)
+        return True
 
     def _find_load_step(self, folder: str = "") -> int:
         """torchtitan asks where ``_load`` has found no checkpoint of this run."""
@@ -329,16 +389,27 @@ class Checkpoints(CheckpointManager):
 
     def _candidates(self, wanted: int) -> list[int]:
         """Steps that may be loaded, the first choice first: what rank 0 sees decides."""
-        box: list[Any] = [(self.disk.steps(), self.disk.latest()) if self.rank == 0 else None]
+        box: list[Any] = [self._seen(wanted) if self.rank == 0 else None]
         dist.broadcast_object_list(box, src=0, group=self.pg)
-        steps, latest = box[0]
-        if wanted != -1 and wanted not in steps:
-            raise ValueError(
+        if isinstance(box[0], str):
+            raise ValueError(box[0])
+        return box[0]
+
+    def _seen(self, wanted: int) -> list[int] | str:
+        """The candidates, or why there are none; rank 0 only."""
+        try:
+            self.disk.restore_replaced()
+            steps = self.disk.steps()
+            if wanted == -1:
+                return self.disk.to_load() or lost_checkpoints(self.run, self.disk.root) or []
+        except (ValueError, OSError) as error:
+            return str(error)
+        if wanted not in steps:
+            return (
                 f"checkpoint.load_step ({wanted}) must be a step with a checkpoint in "
                 f"{self.folder}: {steps or 'there is none'}"
             )
-        first = (latest or 0) if wanted == -1 else wanted
-        return [step for step in reversed(steps) if step <= first]
+        return [step for step in reversed(steps) if step <= wanted]
 
     def _damage(self, folder: Path) -> str:
         return damage_seen_by_all(folder, self.pg)
@@ -357,7 +428,9 @@ class Checkpoints(CheckpointManager):
         checkpoint's.
         """
         reader = DcpReader(Path(checkpoint_id))
-        refuse_other_function(self.description, reader.folder)
+        if (reader.folder / CONFIG).is_file():
+            described = read_json(reader.folder / CONFIG).get("model")
+            refuse_other_function(self.description, described, reader.folder)
         refuse_other_run(self.states, state_dict, reader)
         with warnings.catch_warnings():
             # torchtitan's schedule works out its rate by itself, on purpose
@@ -366,10 +439,27 @@ class Checkpoints(CheckpointManager):
             self.states[MODEL].load_state_dict(state_dict)
 
 
+def not_finite(states: dict[str, Any]) -> list[str]:
+    """Names of the tensors whose part on this rank has a value that is not finite."""
+    held = {
+        name: value.to_local() if isinstance(value, DTensor) else value
+        for name, value in states.items()
+        if isinstance(value, torch.Tensor) and value.is_floating_point()
+    }
+    if not held:
+        return []
+    device = next(iter(held.values())).device
+    finite = torch.stack([value.isfinite().all().to(device) for value in held.values()])
+    return [name for name, good in zip(held, finite.tolist(), strict=True) if not good]
+
+
 def damage_seen_by_all(folder: Path, group: dist.ProcessGroup | None = None) -> str:
     """What is wrong with a checkpoint, "" if nothing; each rank of ``group`` looks at its share."""
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     try:
+        if not folder.is_dir():
+            there = named(steps_in(folder.parent))
+            raise ValueError(f"its folder is not there, though {LATEST} names it (there: {there})")
         files = read_manifest(folder).files
         share = sorted(files)[rank::world]
         found = damage(folder, {name: files[name] for name in share})

@@ -41,6 +41,7 @@ from earlyfuse.models.state_dicts.manifest import (
     Files,
     Manifest,
     read_latest,
+    step_of,
     steps_in,
 )
 
@@ -61,16 +62,36 @@ class CheckpointFolder:
         """Where the checkpoint of ``step`` is written."""
         return self.root / f"step-{step}{PARTIAL}"
 
+    def discarded(self, step: int) -> Path:
+        """Where the checkpoint of ``step`` waits for its deletion."""
+        return self.root / f"step-{step}{DISCARDED}"
+
     def steps(self) -> list[int]:
         """Steps of the checkpoints that are here, ascending."""
         return steps_in(self.root)
 
-    def latest(self) -> int | None:
-        """The step that ``latest`` names, be it there or not; the highest if ``latest`` is gone;
-        None without checkpoints.
+    def to_load(self) -> list[int]:
+        """Steps that a run may continue from, the first choice first: the one that ``latest``
+        names, be it there or not, then those before it.
+
+        Without ``latest``, which is written after the first checkpoint, the highest comes first.
+        ``ValueError`` if ``latest`` is damaged.
         """
-        named = read_latest(self.root)
-        return max(self.steps(), default=None) if named is None else named
+        steps, latest = self.steps(), read_latest(self.root)
+        if latest is None:
+            return steps[::-1]
+        return [latest, *(step for step in reversed(steps) if step < latest)]
+
+    def restore_replaced(self) -> None:
+        """Take back a checkpoint that was set aside for its successor, if a kill has come before
+        the successor had its place.
+        """
+        for aside in self.root.glob(f"step-*{DISCARDED}"):
+            step = step_of(aside.name.removesuffix(DISCARDED))
+            if step is None or self.complete(step).exists():
+                continue
+            if (self.partial(step) / MANIFEST).is_file():
+                aside.rename(self.complete(step))
 
     def prepare(self, step: int) -> None:
         """Make an empty partial folder; what interrupted saves have left goes."""
@@ -97,12 +118,17 @@ class CheckpointFolder:
             file.flush()
             os.fsync(file.fileno())  # nothing after the renames can want for space
             replaced = self.set_aside(manifest.step) if complete.exists() else None
-            partial.rename(complete)
+            try:
+                partial.rename(complete)
+            except OSError:
+                if replaced is not None:
+                    replaced.rename(complete)
+                raise
         return replaced
 
     def set_aside(self, step: int) -> Path:
         """Rename a checkpoint that is to be deleted: none is ever half deleted under its name."""
-        discarded = self.root / f"step-{step}{DISCARDED}"
+        discarded = self.discarded(step)
         shutil.rmtree(discarded, ignore_errors=True)
         return self.complete(step).rename(discarded)
 

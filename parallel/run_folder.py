@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
-DESCRIPTION = "run.json"
+from earlyfuse.data.json_files import JsonObject, read_json
+
+DESCRIPTION, CURVES = "run.json", "loss_curves.png"
 PEAKS_KNOWN = ("A100", "H100", "H200", "B200", "A6000", "MI250", "MI300", "MI325", "MI355", "L40S")
 
 
@@ -40,6 +42,12 @@ def write_description(folder: Path, config: dict[str, Any]) -> None:
     temporary = folder / f"{DESCRIPTION}.tmp"
     temporary.write_text(json.dumps(description, indent=2, default=repr))
     temporary.replace(folder / DESCRIPTION)
+
+
+def read_config(folder: Path) -> JsonObject:
+    """The resolved config of the run in ``folder``; ``ValueError`` if that is damaged."""
+    remedy = "restore the file, or take another run"
+    return read_json(folder / DESCRIPTION, remedy).object("config")
 
 
 def revision() -> str:

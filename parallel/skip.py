@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torchtitan.config import Configurable
 
+from earlyfuse.data.json_files import JsonObject, load_json
 from earlyfuse.parallel import rank_log
 from earlyfuse.parallel.totals import StepTotals
 
@@ -133,11 +134,16 @@ class SkipRule(Configurable):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Inverse of ``state_dict``; a window of another length keeps the latest steps."""
-        memory = json.loads(state_dict["memory"])
+        where, remedy = "train_state.skip.memory of the checkpoint", "load another checkpoint"
+        memory = JsonObject.of(load_json(state_dict["memory"], where, remedy), where, remedy)
+        past = memory.items("past", list)
+        if not all(len(pair) == 2 and {*map(type, pair)} <= {int, float} for pair in past):
+            raise memory.wrong("past", "must be pairs of loss and gradient norm")
         self.total = state_dict["total"]
-        self.in_a_row, self.origin = memory["in_a_row"], memory["origin"]
+        self.in_a_row = memory.field("in_a_row", int, least=0)
+        self.origin = memory.field("origin", str)
         self.past.clear()
-        self.past.extend((loss, grad_norm) for loss, grad_norm in memory["past"])
+        self.past.extend((loss, grad_norm) for loss, grad_norm in past)
 
 
 def is_finite(loss: float, grad_norm: float) -> bool:

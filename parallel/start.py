@@ -8,7 +8,6 @@ one took is in its own folder.
 Every rank reads the regions that it holds, on any layout, whatever layout wrote them.
 """
 
-import json
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,20 +23,19 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import LoadPlan
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torchtitan.components.checkpointer import DATALOADER
 from torchtitan.config import Configurable
 
 from earlyfuse.data.loader import LaneLoader
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.state_dicts.dcp_reader import DcpReader, SafeLoadPlanner, load_dcp
-from earlyfuse.models.state_dicts.manifest import EVERYTHING, read_manifest
+from earlyfuse.models.state_dicts.manifest import EVERYTHING, latest_checkpoint, read_manifest
 from earlyfuse.models.upcycle import Inherited, Shape, inherit
 from earlyfuse.parallel.checkpoint import damage_seen_by_all
 from earlyfuse.parallel.checkpoint_files import CheckpointFolder
-from earlyfuse.parallel.checkpoint_identity import is_parameter
-from earlyfuse.parallel.run_folder import DESCRIPTION
+from earlyfuse.parallel.checkpoint_identity import is_parameter, refuse_other_data
+from earlyfuse.parallel.initial_load import held_region
+from earlyfuse.parallel.run_folder import DESCRIPTION, read_config
 
 
 class Start(Configurable):
@@ -69,15 +67,17 @@ class Start(Configurable):
                 f"start.run ({run}) must be the folder of a run, with its {DESCRIPTION}: that says "
                 "what model its checkpoints hold"
             )
-        described = json.loads((run / DESCRIPTION).read_text())["config"]
-        folder = CheckpointFolder(run / described["checkpoint"]["folder"])
-        step = folder.latest() if self.config.step == -1 else self.config.step
-        if step not in folder.steps():
+        described = read_config(run)
+        folder = CheckpointFolder(run / described.object("checkpoint").field("folder", str))
+        step = self.config.step
+        if step != -1 and step not in folder.steps():
             raise ValueError(
-                f"start.step ({self.config.step}) must be a step with a checkpoint in "
-                f"{folder.root}: {folder.steps() or 'there is none'}"
+                f"start.step ({step}) must be a step with a checkpoint in {folder.root}: "
+                f"{folder.steps() or 'there is none'}"
             )
-        seed = Seed(folder.complete(step), described["model_spec"]["model"])
+        latest = step == -1
+        folder_of_step = latest_checkpoint(folder.root) if latest else folder.complete(step)
+        seed = Seed(folder_of_step, described.object("model_spec").field("model", dict))
         if found := damage_seen_by_all(seed.folder):
             raise ValueError(
                 f"checkpoint {seed.folder} is damaged: {found}. Restore the files, or begin with "
@@ -89,7 +89,13 @@ class Start(Configurable):
                 "not where its data stood; begin with an earlier one by --start.step, or from the "
                 "beginning of the data with --start.no-data"
             )
-        inherit(seed.shapes(), seed.model, child)
+        try:
+            inherit(seed.shapes(), seed.model, child)
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise ValueError(
+                f"{run / DESCRIPTION}: config.model_spec.model describes no model ({error!r}); "
+                "restore the file, or take another run"
+            ) from error
         return seed
 
     def take_over(
@@ -102,7 +108,7 @@ class Start(Configurable):
         if self.config.data:
             reader = DcpReader(seed.folder)
             try:
-                loader.check_identity(reader.value(f"{DATALOADER}.identity"))
+                refuse_other_data(loader, reader)
             except ValueError as error:
                 raise ValueError(
                     f"{error}; or begin anew in the data with --start.no-data"
@@ -144,12 +150,7 @@ def load_inherited(model: nn.Module, origins: dict[str, Inherited | None], folde
         origin = origins.get(name)  # what routers balance with begins anew
         if origin is None:
             continue
-        local, offset = parameter, (0,) * parameter.ndim
-        if isinstance(parameter, DTensor):
-            local = parameter.to_local()
-            _, offset = compute_local_shape_and_global_offset(
-                parameter.shape, parameter.device_mesh, parameter.placements
-            )
+        local, offset = held_region(parameter)
         if not local.numel():
             continue
         if origin.parts is None:

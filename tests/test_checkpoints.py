@@ -18,7 +18,7 @@ import pytest
 from small_states import SmallRun
 from torch.distributed.checkpoint.filesystem import FileSystem
 
-from earlyfuse.models.state_dicts.manifest import read_manifest
+from earlyfuse.models.state_dicts.manifest import latest_checkpoint, read_manifest
 from earlyfuse.parallel.checkpoint import Checkpoints
 from earlyfuse.parallel.checkpoint_files import Writer
 
@@ -292,11 +292,106 @@ def test_load_step_is_honoured_or_refused_with_the_steps_there_are(tmp_path):
 def test_without_latest_the_highest_is_loaded(tmp_path):
     saved(tmp_path, 3, 12, 6)
     assert loaded(tmp_path) == 6
-    for wrong in ("step-", "step-99"):
-        (tmp_path / "checkpoint" / "latest").write_text(wrong)
-        assert loaded(tmp_path) == 12
-    (tmp_path / "checkpoint" / "latest").unlink()
+    (tmp_path / "checkpoint" / "latest").unlink()  # as after a kill in the first save
     assert loaded(tmp_path) == 12
+
+
+GARBLED = [
+    b"",
+    b"step-",
+    b"step-6\n\n",
+    b"step-06",
+    b"step--6",
+    b"../step-6",
+    b"\xff\x1b[2J",
+    b"9" * 10**6,
+]
+
+
+@pytest.mark.parametrize("content", GARBLED, ids=range(8))
+def test_latest_that_is_damaged_is_refused_by_name(tmp_path, content):
+    saved(tmp_path, 3, 6)
+    (tmp_path / "checkpoint" / "latest").write_bytes(content)
+    for load in (loaded, lambda folder: latest_checkpoint(folder / "checkpoint")):
+        with pytest.raises(ValueError, match=r"latest .* must name .*step-3, step-6") as refusal:
+            load(tmp_path)
+        assert len(str(refusal.value)) < 500 and "\x1b" not in str(refusal.value)
+    assert loaded(tmp_path, 3) == 3, "a step that is asked for needs no latest"
+
+
+def test_latest_that_is_a_folder_is_refused_by_name(tmp_path):
+    saved(tmp_path, 3)
+    (tmp_path / "checkpoint" / "latest").unlink()
+    (tmp_path / "checkpoint" / "latest").mkdir()
+    with pytest.raises(ValueError, match=r"latest cannot be read .*there: step-3"):
+        loaded(tmp_path)
+
+
+@pytest.mark.parametrize("left", [(3, 6), (12,), ()], ids=repr)
+def test_a_checkpoint_that_latest_names_and_is_gone_is_refused_with_what_is_there(tmp_path, left):
+    saved(tmp_path, 12, 3, 6, 9)
+    for step in {3, 6, 9, 12} - {*left}:
+        shutil.rmtree(tmp_path / "checkpoint" / f"step-{step}")
+    there = ", ".join(f"step-{step}" for step in left) or "none"
+    with pytest.raises(ValueError, match=rf"step-9 .* is not there.*there: {there}"):
+        loaded(tmp_path)
+    with pytest.raises(ValueError, match=rf"step-9, which is not there \(there: {there}\)"):
+        latest_checkpoint(tmp_path / "checkpoint")
+    if 6 in left:
+        assert loaded(tmp_path, fallback=True) == loaded(tmp_path, 6) == 6
+
+
+def trained_to(folder: Path, step: int, **settings) -> Path:
+    """What a run leaves besides its checkpoints."""
+    checkpoint = {"enable": True, "interval": 3, **settings}
+    (folder / "run.json").write_text(json.dumps({"config": {"checkpoint": checkpoint}}))
+    lines = [json.dumps({"step": at, "kind": "train"}) for at in range(1, step + 1)]
+    (folder / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 1']))
+    return folder
+
+
+def test_a_run_that_has_lost_its_checkpoints_does_not_begin_anew(tmp_path):
+    trained_to(tmp_path, 4)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"has been trained to step 4, .* has no checkpoint"):
+            loaded(tmp_path)
+        (tmp_path / "checkpoint").mkdir(exist_ok=True)
+    finished = tmp_path / "finished"
+    finished.mkdir()
+    (trained_to(finished, 2) / "loss_curves.png").touch()
+    with pytest.raises(ValueError, match="has been trained to step 2"):
+        loaded(finished)
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_anew(tmp_path):
+    for number, (step, settings) in enumerate(
+        [(0, {}), (3, {}), (9, {"enable": False}), (9, {"load_only": True})]
+    ):
+        (tmp_path / str(number)).mkdir()
+        assert loaded(trained_to(tmp_path / str(number), step, **settings)) == 0
+    (tmp_path / "checkpoint" / "step-3.partial").mkdir(parents=True)  # the first was being written
+    assert loaded(trained_to(tmp_path, 5)) == 0
+
+
+def test_a_kill_while_a_checkpoint_is_replaced_brings_the_old_one_back(tmp_path):
+    saved(tmp_path, 3)
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(folder / "step-3", folder / "step-3.partial")
+    (folder / "step-3").rename(folder / "step-3.discarded")
+    assert loaded(tmp_path) == 3
+    assert names(tmp_path) == ["latest", "step-3", "step-3.partial"]
+
+
+def test_a_renamed_checkpoint_is_refused_by_name(tmp_path):
+    saved(tmp_path, 3, 6)
+    folder = tmp_path / "checkpoint"
+    (folder / "step-6").rename(folder / "step-9")
+    (folder / "latest").write_text("step-9\n")
+    with pytest.raises(ValueError, match=r"step-9 holds step 6, .* was renamed.*name step-6 again"):
+        loaded(tmp_path)
+    assert loaded(tmp_path, fallback=True) == 3
+    shutil.copytree(folder / "step-9", tmp_path / "elsewhere")
+    assert read_manifest(tmp_path / "elsewhere").step == 6, "any other name will do"
 
 
 def test_equal_states_give_equal_files(tmp_path):

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,29 +18,32 @@ from PIL import Image
 
 from earlyfuse.data.atomic import atomic_write_bytes
 from earlyfuse.data.documents import BadSample
+from earlyfuse.data.json_files import JsonObject, read_json
 from earlyfuse.data.tokenizers import TEXT_FILES, Tokenizers, text_file
 from earlyfuse.data.tokenizers.audio import wav_file
 from earlyfuse.data.tokenizers.speech_kmeans import RATE
 from earlyfuse.models.modality import MediaCodes, Modality, Vocabulary
 from earlyfuse.models.state_dicts.dcp_reader import DcpReader
 from earlyfuse.models.state_dicts.manifest import latest_checkpoint
-from earlyfuse.parallel.run_folder import DESCRIPTION
+from earlyfuse.parallel.checkpoint_identity import data_identity
+from earlyfuse.parallel.run_folder import DESCRIPTION, read_config
 
 TOKENIZERS, CONFIG = "tokenizers", "config.json"
 MEDIA = {"image": Modality.IMAGE, "speech": Modality.SPEECH}
 Segment = dict[str, str]
+_RESTORE = "restore the file, or copy the folder again"
 
 
 @dataclass(frozen=True)
 class ModelFolder:
     """What is known of the model in a run, checkpoint or exported folder, besides its parameters.
 
-    ``run``: the description of its run, {} if there is none. ``hashes``: those of the tokenizers it
+    ``run``: the config of its run, None if it is unknown. ``hashes``: those of the tokenizers it
     was trained with, {} if unknown.
     """
 
     folder: Path
-    run: dict[str, Any]
+    run: JsonObject | None
     hashes: dict[str, str]
 
     @classmethod
@@ -49,17 +51,16 @@ class ModelFolder:
         """Look into ``folder``; a checkpoint is looked at in its run."""
         run_folder = folder.parent.parent if (folder / ".metadata").exists() else folder
         description = run_folder / DESCRIPTION
-        run = json.loads(description.read_text()) if description.is_file() else {}
+        run = read_config(run_folder) if description.is_file() else None
         checkpoint = folder
         if run_folder == folder and run:
-            root = folder / run["config"]["checkpoint"]["folder"]
-            checkpoint = latest_checkpoint(root)
+            checkpoint = latest_checkpoint(folder / run.object("checkpoint").field("folder", str))
         return cls(folder, run, _recorded_hashes(checkpoint))
 
     @property
     def seq_len(self) -> int | None:
         """Positions of the rows that it was trained on."""
-        return self.run["config"]["training"]["seq_len"] if self.run else None
+        return self.run.object("training").field("seq_len", int, least=1) if self.run else None
 
     def tokenizers(self, vocabulary: Vocabulary, given: Path | None) -> Tokenizers:
         """Those of the model: ``given``, else beside it, else in the data folder of its run.
@@ -68,7 +69,7 @@ class ModelFolder:
         """
         places = [given] if given is not None else [self.folder / TOKENIZERS]
         if given is None and self.run:
-            places.append(Path(self.run["config"]["data"]["folder"]) / TOKENIZERS)
+            places.append(Path(self.run.object("data").field("folder", str)) / TOKENIZERS)
         found = [place for place in places if text_file(place).is_file()]
         if not found:
             raise ValueError(
@@ -95,12 +96,19 @@ class ModelFolder:
 def _recorded_hashes(checkpoint: Path) -> dict[str, str]:
     """Modality label → SHA-256 of the tokenizers, as a checkpoint or an exported folder says."""
     if (checkpoint / CONFIG).is_file():
-        source = json.loads((checkpoint / CONFIG).read_text()).get("source", {})
-        return source.get("tokenizers", {})
+        description = read_json(checkpoint / CONFIG, _RESTORE)
+        source = JsonObject(
+            description.field("source", dict, default={}), f"{description.where}: source", _RESTORE
+        )
+        return _hashes(source)
     if not (checkpoint / ".metadata").is_file():
         return {}
-    identity = DcpReader(checkpoint).value("dataloader.identity")
-    return json.loads(identity)["tokenizers"]
+    return _hashes(data_identity(DcpReader(checkpoint)))
+
+
+def _hashes(about: JsonObject) -> dict[str, str]:
+    tokenizers = JsonObject(about.field("tokenizers", dict, default={}), about.where, _RESTORE)
+    return {kind: tokenizers.field(kind, str) for kind in tokenizers.values}
 
 
 # ---------------------------------------------------------------- prompts

@@ -55,8 +55,11 @@ class DcpReader(dcp.FileSystemReader):
         if not isinstance(entry, BytesStorageMetadata):
             raise ValueError(f"{self.folder} has no value {name}; {_REMEDY}")
         info = self.storage_data[MetadataIndex(name)]
-        with open(self.folder / info.relative_path, "rb") as file:
-            return self._value(name, _part(file, info))
+        try:
+            with open(self.folder / info.relative_path, "rb") as file:
+                return self._value(name, _part(file, info))
+        except OSError as error:
+            raise self._unreadable(name, error) from error
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Read what ``plan`` wants, file by file."""

@@ -11,12 +11,12 @@ file                              what it is
 ================================  =================================================================
 """
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from earlyfuse.data import json_files
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.modality import Vocabulary
 from earlyfuse.models.state_dicts import decoder_config
@@ -68,14 +68,8 @@ def read_description(
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """An object in a file; ``ValueError`` if it is none."""
-    try:
-        content = json.loads(path.read_text())
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{path} is no JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, not {type(content).__name__}")
-    return content
+    """The object in a file; ``ValueError`` naming it if there is none."""
+    return json_files.read_json(path, "correct it, or copy it again").values
 
 
 def check_numbers(

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from torchtitan.protocols.module import Module
 
+from earlyfuse.data import json_files
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.modality import Vocabulary
 from earlyfuse.models.routing.expert_choice import ExpertChoice
@@ -137,8 +138,8 @@ def _values_of(path: Path) -> Iterator[None]:
 
 
 def _last_checkpoint(run: Path) -> Path:
-    settings = read_json(run / RUN).get("config", {}).get("checkpoint", {})
-    root = run / settings.get("folder", "checkpoint")
+    described = json_files.read_json(run / RUN, "restore it, or give a checkpoint of the run")
+    root = run / described.object("config").object("checkpoint").field("folder", str)
     return latest_checkpoint(root)
 
 

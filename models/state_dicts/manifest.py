@@ -60,10 +60,10 @@ def read_manifest(folder: Path) -> Manifest:
     if path.read_bytes() != manifest.written():
         raise ValueError(f"{path} is not as it was written: its SHA-256 is another; {_COPY}")
     named = step_of(folder.name)
-    if named is not None and named != manifest.step:
+    if manifest.holds == EVERYTHING and named not in (None, manifest.step):
         raise ValueError(
-            f"{folder} holds the checkpoint of step {manifest.step}, as its {MANIFEST} says: it "
-            f"was renamed; give the folder its name step-{manifest.step} again"
+            f"{folder} holds step {manifest.step}, as its {MANIFEST} says, so it was renamed; give "
+            f"it the name step-{manifest.step} again"
         )
     return manifest
 
@@ -103,7 +103,9 @@ def read_latest(root: Path) -> int | None:
     path = root / LATEST
     if not path.exists():
         return None
-    remedy = f"write the name of the checkpoint to continue from into it, {_shown(steps_in(root))}"
+    remedy = (
+        f"write the name of the newest good checkpoint into it (there: {named(steps_in(root))})"
+    )
     try:
         with open(path, "rb") as file:
             content = file.read(_MOST_LATEST + 1)
@@ -120,22 +122,18 @@ def read_latest(root: Path) -> int | None:
 def latest_checkpoint(root: Path) -> Path:
     """The checkpoint completed last in ``root``; ``ValueError`` if it is not there."""
     step, steps = read_latest(root), steps_in(root)
-    if step is None and steps:
-        step = steps[-1]  # killed before ``latest`` was written for the first time
+    if step is None and not steps:
+        raise ValueError(f"{root} has no complete checkpoint yet; give a folder that has one")
     if step is None:
-        raise ValueError(f"{root} holds no complete checkpoint yet")
+        step = steps[-1]  # killed before ``latest`` was written for the first time
     if step not in steps:
-        raise ValueError(missing(root, step, steps))
+        raise ValueError(
+            f"{root / LATEST} names step-{step}, which is not there (there: {named(steps)}); "
+            "restore its folder, or give another one by its name"
+        )
     return root / f"step-{step}"
 
 
-def missing(root: Path, step: int, steps: list[int]) -> str:
-    """That ``latest`` names a checkpoint that is not there."""
-    return (
-        f"{root / LATEST} names step-{step}, which is not there (there: {_shown(steps)}); restore "
-        f"the folder step-{step}"
-    )
-
-
-def _shown(steps: list[int]) -> str:
-    return ", ".join(f"step-{step}" for step in steps) or "no checkpoint"
+def named(steps: list[int]) -> str:
+    """The names of checkpoints, for messages."""
+    return ", ".join(f"step-{step}" for step in steps) or "none"
