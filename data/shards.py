@@ -21,7 +21,7 @@ import weakref
 import zlib
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -118,6 +118,17 @@ class TokenSource:
             for shard in range(len(self._shards))
         ]
         return np.concatenate(parts)
+
+    def runs(self) -> Iterator[np.ndarray]:
+        """Tokens of all documents, as many at a time as lie end to end, without their checksums."""
+        for shard in range(len(self._shards)):
+            data, entries, _ = self._opened.get(shard) or self._open(shard)
+            starts = entries[:, 0] // self._itemsize
+            stops = starts + entries[:, 1]
+            first = np.flatnonzero(np.append(True, starts[1:] != stops[:-1]))[: len(entries)]
+            last = np.append(first[1:], len(entries)) - 1
+            for begin, end in zip(starts[first].tolist(), stops[last].tolist(), strict=True):
+                yield data[begin:end]
 
     @property
     def media_fraction(self) -> float:

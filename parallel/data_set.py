@@ -16,7 +16,7 @@ from earlyfuse.data.atomic import sha256_file
 from earlyfuse.data.shards import TokenSource
 from earlyfuse.data.tokenised import MANIFEST
 from earlyfuse.data.tokenizers import IMAGE_FILE, SPEECH_FILE, TEXT_FILES, VOCABULARY_FILE
-from earlyfuse.data.vocabulary import load_vocabulary
+from earlyfuse.data.vocabulary import check_same, load_vocabulary
 from earlyfuse.models.blocks.experts import ExpertPool
 from earlyfuse.models.modality import Modality
 from earlyfuse.models.routing.expert_choice import ExpertChoice, static_budget
@@ -26,7 +26,6 @@ CORPUS, SPEECH_CORPUS = Path("runs", "data"), Path("runs", "data_speech")
 _MIX = {"text": 0.2, "glyphs": 0.4, "digits": 0.2, "interleaved": 0.2}
 _SPEECH_MIX = {"text": 0.15, "glyphs": 0.25, "digits": 0.15, "interleaved": 0.15, "speech": 0.3}
 _SPLITS = ("train", "validation")
-_REMEDY = "copy it again, or remove it and repeat the prepare command"
 
 
 class DataSet(Configurable):
@@ -69,7 +68,7 @@ class DataSet(Configurable):
             self._check_given(config)
         else:
             _prepare_once(folder, config.speech)
-        self.vocabulary = load_vocabulary(folder / "tokenizers" / VOCABULARY_FILE, _REMEDY)
+        self.vocabulary = load_vocabulary(folder / "tokenizers" / VOCABULARY_FILE)
         self.shares = config.shares or self._own_shares(config.embedded)
 
     def _check_given(self, config: Config) -> None:
@@ -134,6 +133,7 @@ class DataSet(Configurable):
             )
         config.dataloader.sources = {str(train[name]): share for name, share in self.shares.items()}
         config.dataloader.global_batch_size = training.global_batch_size
+        config.dataloader.order = sorted(self.shares, key=_place)
         config.validator.sources = [str(folder) for folder in held_out.values()]
         config.data.folder = str(self.folder)
         config.validator.data_folder = config.sampler.data_folder = str(self.folder)
@@ -154,21 +154,16 @@ class DataSet(Configurable):
 
     def _check_tokenizers(self, source: TokenSource) -> None:
         """``ValueError`` where the tokenizers beside the data are not those of its tokens."""
-        folder, said = self.folder / "tokenizers", f"by {source.folder / MANIFEST}"
-        here, there = self.vocabulary.to_dict(), source.vocabulary.to_dict()
-        for name, value in here.items():
-            if value != there[name]:
-                raise ValueError(
-                    f"{folder / VOCABULARY_FILE}: {name} ({value}) must be that of the data "
-                    f"({there[name]}, {said}); {_REMEDY}"
-                )
+        folder, manifest = self.folder / "tokenizers", source.folder / MANIFEST
+        check_same(folder / VOCABULARY_FILE, self.vocabulary, source.vocabulary, manifest)
         files = {"text": TEXT_FILES, "image": (IMAGE_FILE,), "speech": (SPEECH_FILE,)}
         for kind, names in files.items():
             for path in (folder / name for name in names):
                 expected = source.tokenizers.get(kind)
                 if path.exists() and (found := sha256_file(path)) != expected:
                     raise ValueError(
-                        f"{path}: SHA-256 {found} must be that of the data ({expected}, {said}); "
+                        f"{path}: SHA-256 {found} must be that of the data ({expected}, by "
+                        f"{manifest}); "
                         "copy the tokenizer again, or prepare the data again in another folder"
                     )
 
@@ -224,6 +219,12 @@ def data_folder(config: DataSet.Config) -> Path | None:
     if config.embedded:
         return SPEECH_CORPUS if config.speech else CORPUS
     return None
+
+
+def _place(name: str) -> tuple[int, str]:
+    """Sorts sources by name, those of the embedded corpus as they were in the first runs."""
+    corpus = list(_SPEECH_MIX)
+    return (corpus.index(name) if name in corpus else len(corpus), name)
 
 
 def _prepare_once(folder: Path, speech: bool) -> None:

@@ -142,6 +142,33 @@ def test_a_dry_run_neither_makes_the_corpus_nor_a_folder(tmp_path, no_corpus, da
     assert "lanes of" in dry_run.describe("tiny", tiny_config(tmp_path, data), 1)
 
 
+def test_the_order_of_shares_decides_nothing(tmp_path, data):
+    """The same stream whatever order shares are given in, and a resume that continues it."""
+
+    def run(shares):
+        config = tiny_config(tmp_path / "run", data)
+        config.data.shares = shares
+        DataSet(config.data).connect(config)
+        loader = config.dataloader.build(
+            dp_world_size=1, dp_rank=0, seq_len=32, local_batch_size=4, tokenizer=None
+        )
+        batches = iter(loader)
+        return loader, lambda: [next(batches)[0]["input"] for _ in range(5)]
+
+    one, draw = run({"text": 0.5, "pairs": 0.5})
+    _, draw_other = run({"pairs": 0.5, "text": 0.5})
+    assert [x.tolist() for x in draw()] == [x.tolist() for x in draw_other()]
+    again, draw_again = run({"pairs": 0.5, "text": 0.5})
+    again.load_state_dict(one.state_dict())
+    assert [x.tolist() for x in draw()] == [x.tolist() for x in draw_again()]
+
+
+def test_the_corpus_keeps_the_order_of_its_first_runs():
+    names = ["interleaved", "speech", "a", "digits", "z", "text", "glyphs"]
+    first = ["text", "glyphs", "digits", "interleaved", "speech"]
+    assert sorted(names, key=data_set._place) == [*first, "a", "z"]
+
+
 # ---------------------------------------------------------------- what is in it
 
 
