@@ -31,6 +31,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from earlyfuse.data.prepare.embedded import prepare_corpus
 from harness import RESULTS, environment
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -541,6 +542,7 @@ def main() -> int:
     work = options.work.resolve()
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
+    prepare_corpus(options.data)
     events = Events(options.results / "soak.jsonl")
     calm, harmed = soak(options, work, events)
     lost = differences(calm, harmed, events.all[-1]["common_step"])

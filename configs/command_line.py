@@ -3,6 +3,7 @@
 import os
 import sys
 from difflib import get_close_matches
+from itertools import zip_longest
 from typing import Any
 
 import tyro
@@ -16,7 +17,8 @@ DRY_RUN = "--dry-run"
 # the fields that people change; --help-all shows every one
 COMMON_FIELDS = (
     ("dump_folder", "run folder: checkpoints, metrics, curves; the same folder resumes"),
-    ("data.folder", "prepared data (python -m earlyfuse.tools.prepare)"),
+    ("data.folder", "prepared data (python -m earlyfuse.tools.prepare); none: the config's own"),
+    ("data.shares", "NAME=SHARE of the tokens for each source; none: by what they have"),
     ("training.steps", "optimizer steps"),
     ("training.seq_len", "positions in a row"),
     ("training.local_batch_size", "rows per rank and micro-batch"),
@@ -92,6 +94,36 @@ def take_dry_run(arguments: list[str]) -> int | None:
     if not ranks.isdecimal() or not int(ranks):
         sys.exit(f"{DRY_RUN} ({ranks}) must be followed by a number of ranks, or by nothing")
     return int(ranks)
+
+
+@custom_registry.primitive_rule
+def _shares(
+    field_type: tyro.constructors.PrimitiveTypeInfo,
+) -> tyro.constructors.PrimitiveConstructorSpec[dict[str, float]] | None:
+    """``--data.shares NAME=SHARE …``: in place of all that the config has, which tyro alone would
+    offer one by one.
+    """
+    if field_type.type != dict[str, float]:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="NAME=SHARE ...",
+        instance_from_str=_named_shares,
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=lambda shares: [f"{name}={share}" for name, share in shares.items()],
+    )
+
+
+def _named_shares(words: list[str]) -> dict[str, float]:
+    if words and not any("=" in word for word in words):  # NAME SHARE NAME SHARE …
+        words = [f"{name}={share}" for name, share in zip_longest(words[::2], words[1::2])]
+    shares = {}
+    for word in words:
+        name, _, share = word.rpartition("=")
+        if not name or name in shares:
+            raise ValueError(f"give each source once, as NAME=SHARE, not {word!r}")
+        shares[name] = float(share)
+    return shares
 
 
 def override(config: Trainer.Config, arguments: list[str]) -> Trainer.Config:

@@ -7,7 +7,6 @@ Nothing is built, joined or written. Sizes and traffic are closed forms (``model
 import os
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 from torchtitan.distributed import ParallelDims
 
@@ -16,7 +15,7 @@ from earlyfuse.data.shards import TokenSource
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.flops import count_parameters, training_flops
 from earlyfuse.models.modality import Modality
-from earlyfuse.parallel.data_set import DataSet
+from earlyfuse.parallel.data_set import DataSet, data_folder
 from earlyfuse.parallel.limits import check_limits
 from earlyfuse.parallel.memory import rank_memory
 from earlyfuse.parallel.pipeline import stage_blocks
@@ -147,18 +146,15 @@ def _which_rank(dims: ParallelDims) -> str:
 
 
 def _data(config: Trainer.Config, dims: ParallelDims) -> Iterator[str]:
-    if not config.data.folder:
+    folder = data_folder(config.data)
+    if folder is None:
         yield "none yet: prepare some (docs/data.md), and give their folder with --data.folder"
         return
-    folder = Path(config.data.folder)
-    found = [(name, folder / "train" / name) for name in config.data.shares]
-    missing = [name for name, path in found if not path.is_dir()]
-    if missing or not folder.is_dir():
-        made = "they are made at the first start" if config.data.embedded else "prepare them first"
-        yield f"{folder} does not have {', '.join(missing) or 'any source'} yet: {made}"
+    if not config.data.folder and not (folder / "tokenizers" / "vocabulary.json").exists():
+        yield f"{folder} does not have the embedded corpus yet: it is made at the first start"
         return
     # what the start would refuse is refused here; only making the embedded corpus is left out
-    data = DataSet(replace(config.data, embedded=False, speech=False))
+    data = DataSet(replace(config.data, folder=str(folder)))
     data.connect(config)
     sources = tuple(TokenSource(folder / "train" / name) for name in data.shares)
     blend = Blend(sources, tuple(data.shares.values()), config.dataloader.media_share)

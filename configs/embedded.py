@@ -4,7 +4,6 @@ All variants share shape, data, optimizer and schedule, so their losses can be c
 stand.
 """
 
-import os
 from dataclasses import replace
 
 from torchtitan.components.optimizer import OptimizersContainer, ParamGroupConfig
@@ -171,9 +170,7 @@ def adamw(lr: float) -> OptimizersContainer.Config:
 
 def _with_speech(config: Trainer.Config) -> Trainer.Config:
     """The same run on the corpus in which words and digits are spoken too."""
-    shares = {"text": 0.15, "glyphs": 0.25, "digits": 0.15, "interleaved": 0.15, "speech": 0.3}
-    config.data.folder = os.path.join("runs", "data_speech")
-    config.data.speech, config.data.shares = True, shares
+    config.data.speech = True
     return config
 
 
@@ -181,11 +178,7 @@ def _run(name: str, model: Decoder.Config) -> Trainer.Config:
     config = Trainer.Config(
         model_spec=model_spec(name, model),
         dump_folder=f"runs/{name}",
-        data=DataSet.Config(
-            folder=os.path.join("runs", "data"),
-            embedded=True,
-            shares={"text": 0.2, "glyphs": 0.4, "digits": 0.2, "interleaved": 0.2},
-        ),
+        data=DataSet.Config(embedded=True),
         optimizer=adamw(lr=4e-3),
         lr_scheduler=LearningRate.Config(warmup_steps=60, decay_type="cosine", min_lr_factor=0.05),
         training=TrainingConfig(

@@ -144,6 +144,13 @@ class JsonObject:
                 )
         return list(values)
 
+    def mapping(self, name: str, kind: type, *, least: float = -math.inf) -> dict[str, Any]:
+        """The object in field ``name``, all values of which are of type ``kind``, ``least`` or
+        more.
+        """
+        fields = self.object(name)
+        return {key: fields.field(key, kind, least=least) for key in fields.values}
+
     def check_names(self, known: Collection[str]) -> None:
         """``ValueError`` for a field outside ``known``: it would be ignored."""
         if unknown := sorted(set(self.values) - set(known)):

@@ -23,8 +23,8 @@ padding, rows.
 
 import hashlib
 from bisect import bisect_left
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
@@ -251,6 +251,14 @@ class Blend:
     def modality_V(self) -> np.ndarray:
         """uint8 (V,): modality of every id of the vocabulary."""
         return self.vocabulary.modality_of(torch.arange(self.vocabulary.size)).numpy()
+
+    def in_order(self, names: Sequence[str]) -> "Blend":
+        """The same with its sources in the order of ``names``, which must be theirs."""
+        by_name = {s.name: (s, x) for s, x in zip(self.sources, self.shares, strict=True)}
+        if len(names) != len(by_name) or set(names) != by_name.keys():
+            raise ValueError(f"order of the sources ({names}) must name {sorted(by_name)}")
+        sources, shares = zip(*(by_name[name] for name in names), strict=True)
+        return replace(self, sources=sources, shares=shares)
 
     def effective_shares(self) -> tuple[float, ...]:
         """Token shares that meet the quota in the long run; ``shares`` themselves without one.

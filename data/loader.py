@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torchtitan.components.dataloader import BaseDataLoader
 
+from earlyfuse.data.json_files import JsonObject, load_json, shown
 from earlyfuse.data.lanes import Blend, check_seq_len
 from earlyfuse.data.shards import TokenSource
 from earlyfuse.data.stream import Drawn, LaneStream, Prefetcher
@@ -29,6 +30,11 @@ _REMEDY = {
     "global_batch_size": "change ranks, local batch or accumulation instead, or start a new run",
     "tokenizers": "the model would read other ids; use the data this checkpoint was trained on",
 }
+
+
+def _saved(identity: str) -> JsonObject:
+    where, remedy = "identity of the data in the checkpoint", "restore another checkpoint"
+    return JsonObject.of(load_json(identity, where, remedy), where, remedy)
 
 
 class LaneLoader(BaseDataLoader):
@@ -48,6 +54,10 @@ class LaneLoader(BaseDataLoader):
     class Config(BaseDataLoader.Config):
         sources: dict[str, float] = field(default_factory=dict)
         """Prepared folder → share of the tokens; shares sum to 1."""
+
+        order: list[str] = field(default_factory=list)
+        """Names of the sources as a new run takes them: of those that lag alike, the first is due.
+        None given: as they stand in sources. A resumed run keeps the order of its checkpoint."""
 
         global_batch_size: int = 0
         """Rows of a global batch, as training.global_batch_size: the number of lanes."""
@@ -91,8 +101,10 @@ class LaneLoader(BaseDataLoader):
             )
         self.config, self.mesh = config, mesh
         self.world_size, self.seq_len, self.rows = dp_world_size, seq_len, local_batch_size
-        sources = tuple(TokenSource(folder) for folder in config.sources)
-        self.blend = Blend(sources, tuple(config.sources.values()), config.media_share)
+        given = tuple(TokenSource(folder) for folder in config.sources)
+        self._given = tuple(source.name for source in given)
+        self.blend = Blend(given, tuple(config.sources.values()), config.media_share)
+        self.blend = self.blend.in_order(config.order or self._given)
         check_seq_len(seq_len, self.blend)
         self._lanes = range(dp_rank * lanes, (dp_rank + 1) * lanes)
         self._state_LK = np.zeros((lanes, self.blend.state_size()), np.int64)
@@ -145,12 +157,15 @@ class LaneLoader(BaseDataLoader):
         self._drawn = None
 
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint must agree with: seed, global batch, tokenizers, data and mix."""
+        """What a checkpoint must agree with: seed, global batch, tokenizers, data and mix.
+        ``tokens``: those of each source, from which follows what the quota draws from it.
+        """
         return {
             "global_batch_size": self.config.global_batch_size,
             "seed": self.config.seed,
             "tokenizers": self.blend.sources[0].tokenizers,
             "data": {source.name: source.identity for source in self.blend.sources},
+            "tokens": {source.name: source.tokens for source in self.blend.sources},
             "shares": {
                 s.name: x for s, x in zip(self.blend.sources, self.blend.shares, strict=True)
             },
@@ -159,17 +174,20 @@ class LaneLoader(BaseDataLoader):
 
     def check_identity(self, saved: str) -> None:
         """``ValueError`` naming the first field in which ``saved`` (``state_dict()["identity"]``)
-        differs.
+        differs. The order of the sources is not one: that of the checkpoint is taken over.
 
         A checkpoint may be asked before its tensors are loaded, whose shapes differ when lanes or
         sources do: ``state = {"dataloader": {"identity": ""}}; dcp.load(state,
         checkpoint_id=folder)``.
         """
-        fields = json.loads(saved)
+        fields = _saved(saved)
         for name, here in json.loads(json.dumps(self.identity())).items():
-            if fields[name] != here:
+            if name == "tokens" and name not in fields:
+                continue  # saved before they were
+            if fields.values.get(name) != here:
                 raise ValueError(
-                    f"{name} of the data ({here}) must be that of the checkpoint ({fields[name]}); "
+                    f"{name} of the data ({here}) must be that of the checkpoint "
+                    f"({shown(fields.values.get(name))}); "
                     f"{_REMEDY.get(name, 'restore it, or load the weights only into a new run')}"
                 )
 
@@ -183,7 +201,9 @@ class LaneLoader(BaseDataLoader):
                     f"save its state, but has {self.mesh}; set loader.mesh to their mesh"
                 )
             lanes = DTensor.from_local(lanes, self.mesh, [Shard(0)])
-        return {"lanes": lanes, "identity": json.dumps(self.identity(), sort_keys=True)}
+        order = [source.name for source in self.blend.sources]
+        identity = json.dumps(self.identity() | {"order": order}, sort_keys=True)
+        return {"lanes": lanes, "identity": identity}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a state: the lanes of this rank, or those of all ranks, of which it takes
@@ -211,6 +231,11 @@ class LaneLoader(BaseDataLoader):
                 "between the micro-batches of a step; save after a whole step"
             )
         self.close()
+        # what the columns of the state are; saved before it was, they are as the config has them
+        saved = _saved(state_dict["identity"])
+        self.blend = self.blend.in_order(
+            saved.items("order", str) if "order" in saved else self._given
+        )
         self._state_LK = lanes.cpu().numpy().astype(np.int64, copy=True)
 
     def progress(self) -> dict[str, Any]:

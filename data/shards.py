@@ -6,14 +6,22 @@ the source is opened, the hashes of its index and checksums when its first docum
 each document against its checksum (``verify`` reads everything and checks the hash of the tar too).
 A file that shrinks while it is mapped ends the process (SIGBUS): prepare replaces files, it never
 rewrites them.
+
+A process may map 65,530 things (Linux, vm.max_map_count), and a shard is three files. So the
+``MOST_OPEN`` shards opened last stay mapped, of all sources together, and others are mapped again
+when one of their documents is read. No file descriptor is kept.
 """
 
 import hashlib
 import json
 import math
+import os
+import threading
+import weakref
 import zlib
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +32,9 @@ import torch
 from earlyfuse.data.atomic import sha256_file
 from earlyfuse.data.tokenised import MANIFEST, read_manifest
 from earlyfuse.models.modality import Vocabulary
+
+MOST_OPEN = 8192  # shards; what lanes are reading stays mapped besides
+_SUFFIXES = (".tar", ".index.npy", ".crc.npy")
 
 
 class TokenSource:
@@ -46,40 +57,34 @@ class TokenSource:
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
         self.name = self.folder.resolve().name
-        manifest = read_manifest(self.folder)
+        self._take(read_manifest(self.folder))
         try:
-            self._take(manifest)
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(
-                f"{self.folder / MANIFEST} is damaged ({error!r}); copy it again, or remove it and "
-                "run the same prepare command again, which keeps the shards"
-            ) from error
-        for number in range(len(self._shards)):
-            self._check_size(number)
-        if not sum(self.tokens.values()):
-            raise ValueError(
-                f"{self.folder} holds no token; prepare it from documents or leave it out"
-            )
+            self._check_files()
+        except OSError as error:
+            raise _unreadable(self.folder, error) from error
 
     def _take(self, manifest: dict[str, Any]) -> None:
         self.vocabulary = Vocabulary.from_dict(manifest["vocabulary"])
         self.tokenizers: dict[str, str] = manifest["tokenizers"]
         self.dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
         self._itemsize = self.dtype.itemsize
-        self.tokens = {
-            m.label: int(manifest["tokens"][m.label]) for m in self.vocabulary.modalities
+        self.tokens: dict[str, int] = {
+            m.label: manifest["tokens"][m.label] for m in self.vocabulary.modalities
         }
         self.longest: dict[str, int] = manifest.get("longest", {})
         self._shards = manifest["shards"]
         # first document of each shard, and the number of all documents at the end
         self._first = [0, *accumulate(shard["documents"] for shard in self._shards)]
-        if self._first[-1] != manifest["documents"]:
-            raise ValueError(f"{self._first[-1]} documents in shards, not {manifest['documents']}")
-        self._opened: dict[int, _Opened] = {}
+        self._opened: _Opened = {}
+        self._checked: dict[int, list[_Stamp]] = {}  # files whose hashes were right
         self.identity = _digest(
             [manifest["format"], manifest["vocabulary"], manifest["tokenizers"], manifest["dtype"]]
             + [[shard["name"], shard["documents"], shard["sha256"]] for shard in self._shards]
         )
+        if not sum(self.tokens.values()):
+            raise ValueError(
+                f"{self.folder} holds no token; prepare it from documents or leave it out"
+            )
 
     def __len__(self) -> int:
         return self._first[-1]
@@ -98,7 +103,7 @@ class TokenSource:
         offset, count, *per_modality = index[place].tolist()
         start = offset // self._itemsize
         tokens = data[start : start + count]
-        if checksums is not None and zlib.crc32(tokens.data) != checksums[place]:
+        if zlib.crc32(tokens.data) != checksums[place]:
             raise ValueError(
                 f"{self._tar(shard)}: document {place} is not the one that was prepared, by its "
                 "checksum; the file was damaged or exchanged, copy the shard again or prepare the "
@@ -109,10 +114,21 @@ class TokenSource:
     def token_counts(self) -> np.ndarray:
         """int64 (documents, M): tokens of each document per modality; reads every index."""
         parts = [
-            (self._opened.get(shard) or self._open(shard)).entries[:, 2:]
+            (self._opened.get(shard) or self._open(shard)).entries[:, 2:].copy()
             for shard in range(len(self._shards))
         ]
         return np.concatenate(parts)
+
+    def runs(self) -> Iterator[np.ndarray]:
+        """Tokens of all documents, as many at a time as lie end to end, without their checksums."""
+        for shard in range(len(self._shards)):
+            data, entries, _ = self._opened.get(shard) or self._open(shard)
+            starts = entries[:, 0] // self._itemsize
+            stops = starts + entries[:, 1]
+            first = np.flatnonzero(np.append(True, starts[1:] != stops[:-1]))[: len(entries)]
+            last = np.append(first[1:], len(entries)) - 1
+            for begin, end in zip(starts[first].tolist(), stops[last].tolist(), strict=True):
+                yield data[begin:end]
 
     @property
     def media_fraction(self) -> float:
@@ -129,59 +145,85 @@ class TokenSource:
     def _tar(self, number: int) -> Path:
         return self.folder / self._shards[number]["name"]
 
-    def _index(self, number: int) -> Path:
-        return self._tar(number).with_suffix(".index.npy")
+    def _path(self, number: int, suffix: str) -> Path:
+        return self._tar(number).with_suffix(suffix)
 
-    def _checksums(self, number: int) -> Path:
-        return self._tar(number).with_suffix(".crc.npy")
+    def _check_files(self) -> None:
+        """Look at all files of the source, in one pass over the folder."""
+        with os.scandir(self.folder) as entries:
+            found = {entry.name: entry for entry in entries}
+        for number, shard in enumerate(self._shards):
+            for suffix in _SUFFIXES:
+                entry = found.get(shard["name"].removesuffix(".tar") + suffix)
+                if entry is None:
+                    self._check_file(number, suffix, None)
+                elif suffix == ".tar":  # of the others, the hash is compared when they are opened
+                    self._check_file(number, suffix, entry.stat().st_size)
 
-    def _check_size(self, number: int) -> None:
-        tar, expected = self._tar(number), self._shards[number]["bytes"]
-        if not tar.is_file():
+    def _check_file(self, number: int, suffix: str, size: int | None) -> None:
+        """``ValueError`` for a file that is not there, or a shard of another size than its own."""
+        path, expected = self._path(number, suffix), self._shards[number]["bytes"]
+        if size is None and suffix == ".tar":
             raise ValueError(
-                f"{tar} is missing: the manifest expects {expected} bytes there, found none; "
+                f"{path} is missing: the manifest expects {expected} bytes there, found none; "
                 "copy the shard again or prepare the source again"
             )
-        found = tar.stat().st_size
-        if found != expected:
+        if size is None:
             raise ValueError(
-                f"{tar} is {'truncated' if found < expected else 'too long'}: the manifest expects "
-                f"{expected} bytes, found {found}; copy the shard again or prepare the source again"
+                f"{path} is missing, so documents of {self._tar(number).name} cannot be "
+                f"{'found' if suffix == '.index.npy' else 'checked'}; copy it again or prepare the "
+                "source again"
             )
-        if not self._index(number).is_file():
+        if suffix == ".tar" and size != expected:
             raise ValueError(
-                f"{self._index(number)} is missing, so documents of {tar.name} cannot be found; "
-                "copy it again or prepare the source again"
-            )
-        if "crc_sha256" in self._shards[number] and not self._checksums(number).is_file():
-            raise ValueError(
-                f"{self._checksums(number)} is missing, so documents of {tar.name} cannot be "
-                "checked; copy it again or prepare the source again"
+                f"{path} is {'truncated' if size < expected else 'too long'}: the manifest expects "
+                f"{expected} bytes, found {size}; copy the shard again or prepare the source again"
             )
 
-    def _open(self, number: int) -> "_Opened":
-        """Map shard ``number`` and check that index and checksums are those of the manifest."""
-        self._check_size(number)  # the files may be others than when the source was opened
-        shard, path = self._shards[number], self._index(number)
-        columns = 2 + len(self.vocabulary.modalities)
-        index, found = _mapped_array(path, (shard["documents"], columns), "<i8")
+    def _open(self, number: int) -> "_Mapped":
+        """Map shard ``number``; check that index and checksums are those of the manifest, unless
+        they were already and are the same files still.
+        """
+        stamps = [_stamp(self._path(number, suffix)) for suffix in _SUFFIXES]
+        for suffix, stamp in zip(_SUFFIXES, stamps, strict=True):
+            self._check_file(number, suffix, stamp and stamp.size)
         data = _mapped(self._tar(number)).view(self.dtype)
-        stops = index[:, 0] + index[:, 1] * self._itemsize
-        if (stops > data.nbytes).any() or (index[:, 0] % self._itemsize).any():
+        documents = self._shards[number]["documents"]
+        columns = 2 + len(self.vocabulary.modalities)
+        index = _mapped_array(self._path(number, ".index.npy"), (documents, columns), "<i8")
+        checksums = _mapped_array(self._path(number, ".crc.npy"), (documents,), "<u4")
+        if self._checked.get(number) != stamps:
+            self._check_contents(number, data, index, checksums)
+            self._checked[number] = stamps
+        mapped = _Mapped(data, index.array, checksums.array)
+        _OPEN.add(self, self._opened, number, mapped)
+        return mapped
+
+    def _check_contents(
+        self, number: int, data: np.ndarray, index: "_ArrayFile", checksums: "_ArrayFile"
+    ) -> None:
+        shard, entries = self._shards[number], index.array
+        path = self._path(number, ".index.npy")
+        stops = entries[:, 0] + entries[:, 1] * self._itemsize
+        if (entries[:, 0] < 0).any() or (entries[:, 1] < 0).any() or (stops > data.nbytes).any():
             raise ValueError(
-                f"{path} points past the {data.nbytes} bytes of its shard, or between two tokens; "
+                f"{path} points past the {data.nbytes} bytes of its shard; copy both again or "
+                "prepare the source again"
+            )
+        if (entries[:, 0] % self._itemsize).any():
+            raise ValueError(
+                f"{path} points between two tokens of its shard; copy both again or prepare the "
+                "source again"
+            )
+        self._check_hash(path, index.sha256(), shard["index_sha256"])
+        self._check_hash(self._path(number, ".crc.npy"), checksums.sha256(), shard["crc_sha256"])
+        labels = [modality.label for modality in self.vocabulary.modalities]
+        counted = dict(zip(labels, entries[:, 2:].sum(0).tolist(), strict=True))
+        if counted != shard["tokens"]:
+            raise ValueError(
+                f"{path} counts {counted} tokens, {self.folder / MANIFEST} {shard['tokens']}; "
                 "copy both again or prepare the source again"
             )
-        if "index_sha256" in shard:
-            self._check_hash(path, found, shard["index_sha256"])
-        checksums = None
-        if "crc_sha256" in shard:  # absent where it was prepared before there were any
-            path = self._checksums(number)
-            checksums, found = _mapped_array(path, (shard["documents"],), "<u4")
-            self._check_hash(path, found, shard["crc_sha256"])
-        # Threads that arrive here together map twice and keep one: harmless.
-        self._opened[number] = opened = _Opened(data, index, checksums)
-        return opened
 
     def _check_hash(self, path: Path, found: str, expected: str) -> None:
         if found != expected:
@@ -191,12 +233,58 @@ class TokenSource:
             )
 
 
-class _Opened(NamedTuple):
+class _Mapped(NamedTuple):
     """A mapped shard: its bytes as tokens, its index int64 (documents, 2 + M), checksums uint32."""
 
     data: np.ndarray
     entries: np.ndarray
-    checksums: np.ndarray | None
+    checksums: np.ndarray
+
+
+_Opened = dict[int, _Mapped]  # the mapped shards of one source
+
+
+class _Stamp(NamedTuple):
+    """By which a file is known to be the one that was checked."""
+
+    inode: int
+    size: int
+    changed: int
+
+
+def _stamp(path: Path) -> _Stamp | None:
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    return _Stamp(found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+class _OpenShards:
+    """Bounds what is mapped: the shard that was opened first leaves first.
+
+    Reading a document of an open shard costs nothing here, whatever the number of shards.
+    """
+
+    def __init__(self) -> None:
+        self._order: deque[tuple[weakref.ref[TokenSource], int]] = deque()
+        self._lock = threading.Lock()
+
+    def add(self, source: TokenSource, opened: _Opened, number: int, mapped: _Mapped) -> None:
+        """Keep a shard of ``source``. Threads that open one together map twice and keep one."""
+        with self._lock:
+            if number not in opened:
+                self._order.append((weakref.ref(source), number))
+            opened[number] = mapped
+            while len(self._order) > MOST_OPEN:
+                reference, first = self._order.popleft()
+                if (owner := reference()) is not None:
+                    del owner._opened[first]
+
+
+_OPEN = _OpenShards()
 
 
 def check_same_vocabulary(sources: Sequence[TokenSource]) -> None:
@@ -228,8 +316,19 @@ def check_same_vocabulary(sources: Sequence[TokenSource]) -> None:
             )
 
 
-def _mapped_array(path: Path, shape: tuple[int, ...], dtype: str) -> tuple[np.ndarray, str]:
-    """The array of a .npy file, mapped, and the file's SHA-256. ``ValueError`` if it is another."""
+class _ArrayFile(NamedTuple):
+    """A mapped .npy file: the array, and all bytes."""
+
+    array: np.ndarray
+    content: np.ndarray
+
+    def sha256(self) -> str:
+        """SHA-256 of the file."""
+        return hashlib.sha256(self.content.data).hexdigest()
+
+
+def _mapped_array(path: Path, shape: tuple[int, ...], dtype: str) -> _ArrayFile:
+    """The array of a .npy file, mapped. ``ValueError`` if it is another one."""
     try:
         with open(path, "rb") as file:
             np.lib.format.read_magic(file)
@@ -246,7 +345,7 @@ def _mapped_array(path: Path, shape: tuple[int, ...], dtype: str) -> tuple[np.nd
             f"{np.dtype(dtype).name} in {expected}; copy it again or prepare the source again"
         )
     content = _mapped(path)
-    return content[header:].view(dtype).reshape(shape), hashlib.sha256(content.data).hexdigest()
+    return _ArrayFile(content[header:].view(dtype).reshape(shape), content)
 
 
 def _mapped(path: Path) -> np.ndarray:
@@ -255,10 +354,20 @@ def _mapped(path: Path) -> np.ndarray:
     torch's mapping keeps no file descriptor, so thousands of shards do not meet the limit on open
     files.
     """
-    size = path.stat().st_size
+    try:
+        with open(path, "rb") as file:  # torch would not say why it cannot
+            size = os.fstat(file.fileno()).st_size
+    except OSError as error:
+        raise _unreadable(path, error) from error
     view = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy()
     view.flags.writeable = False
     return view
+
+
+def _unreadable(path: Path, error: OSError) -> ValueError:
+    return ValueError(
+        f"{path} cannot be read ({error.strerror}); copy it again or prepare the source again"
+    )
 
 
 def _digest(value: object) -> str:

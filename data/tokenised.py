@@ -12,6 +12,9 @@ One folder is one source::
                              its reader compares; a shard need not be read whole to be trusted
     shard-000000.json        how the shard came about; it says that the files above are complete
 
+The manifest holds the SHA-256 of all else that it says. One of before it did is compared with the
+records of its shards; repeating the prepare command brings it up to date without tokenising.
+
 A tar of few large members costs nothing to skip through and remains an ordinary WebDataset tar;
 with the index a document is one ``pread``. Nothing here depends on time, host or user: equal
 documents give equal bytes.
@@ -20,16 +23,20 @@ documents give equal bytes.
 import hashlib
 import io
 import json
+import re
 import tarfile
 import zlib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
+from math import inf
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from earlyfuse.data.atomic import atomic_write, atomic_write_bytes, atomic_write_json, sha256_file
+from earlyfuse.data.json_files import JsonObject, read_json
+from earlyfuse.data.vocabulary import read_vocabulary
 from earlyfuse.models.modality import Modality, Vocabulary
 
 FORMAT = "earlyfuse-tokens/1"
@@ -37,6 +44,11 @@ MANIFEST = "manifest.json"
 MEMBER_BYTES = 1 << 20
 SHARD_SUFFIXES = (".tar", ".index.npy", ".crc.npy", ".json")
 _OF_SPEECH = {"speech_error", "speech_values", "longest_speech"}  # of a record that has some
+_MOST_BYTES = 1 << 30  # of a manifest: two million shards
+_REMEDY = (
+    f"copy it again, or remove {MANIFEST} and run the same prepare command again, which keeps the "
+    "shards"
+)
 
 
 def token_dtype(vocabulary_size: int) -> str:
@@ -147,18 +159,37 @@ class ShardRecord:
         atomic_write_json(folder / f"{Path(self.name).stem}.json", values)
 
     @classmethod
+    def read(cls, folder: Path, number: int) -> "ShardRecord | None":
+        """The record of a shard; none if it is absent, damaged, or written by another version."""
+        try:
+            values = read_json(folder / f"{shard_name(number)}.json", "make it again")
+            if values.values.keys() | _OF_SPEECH != {column.name for column in fields(cls)}:
+                return None
+            record = cls(
+                **{
+                    name: values.mapping(name, int, least=0)
+                    if name in ("tokens", "drops")
+                    else values.field(name, type(value), least=0 if type(value) is int else -inf)
+                    for name, value in asdict(cls("", "", "", 0, "")).items()
+                    if name in values
+                }
+            )
+        except ValueError:
+            return None
+        return record if record.name == f"{shard_name(number)}.tar" else None
+
+    @classmethod
     def load(cls, folder: Path, number: int) -> "ShardRecord | None":
-        """The record of a complete shard, or none: absent, damaged, or its files are not as it
+        """The record of a complete shard, or none: as in ``read``, or its files are not as it
         says.
         """
+        record = cls.read(folder, number)
+        if record is None:
+            return None
         stem = folder / shard_name(number)
         try:
-            values = json.loads(stem.with_suffix(".json").read_bytes())
-            if values.keys() | _OF_SPEECH != {column.name for column in fields(cls)}:
-                return None  # written by another version
-            record = cls(**values)
             found = [sha256_file(stem.with_suffix(suffix)) for suffix in SHARD_SUFFIXES[:-1]]
-        except (FileNotFoundError, ValueError, AttributeError):  # the last: JSON, but no object
+        except FileNotFoundError:
             return None
         said = [record.sha256, record.index_sha256, record.crc_sha256]
         return record if found == said else None
@@ -204,7 +235,17 @@ def write_manifest(
     folder: Path, vocabulary: Vocabulary, tokenizers: dict[str, str], records: list[ShardRecord]
 ) -> dict[str, Any]:
     """Declare ``folder`` a data set. ``tokenizers``: kind → SHA-256. Returns the manifest."""
-    names = [modality.label for modality in vocabulary.modalities]
+    content = _manifest_of(vocabulary.to_dict(), tokenizers, records)
+    manifest = {**content, "sha256": _digest(content)}
+    atomic_write_json(folder / MANIFEST, manifest)
+    return manifest
+
+
+def _manifest_of(
+    vocabulary: dict[str, Any], tokenizers: dict[str, str], records: list[ShardRecord]
+) -> dict[str, Any]:
+    """All that a manifest says, but for its own hash."""
+    labels = [Modality.TEXT.label, *(medium["modality"] for medium in vocabulary["media"])]
     shards = [
         {
             "name": record.name,
@@ -225,11 +266,11 @@ def write_manifest(
             drops[cause] = drops.get(cause, 0) + count
     manifest: dict[str, Any] = {
         "format": FORMAT,
-        "vocabulary": vocabulary.to_dict(),
+        "vocabulary": vocabulary,
         "tokenizers": tokenizers,
-        "dtype": token_dtype(vocabulary.size),
+        "dtype": token_dtype(vocabulary["size"]),
         "documents": sum(record.documents for record in records),
-        "tokens": {name: sum(record.tokens[name] for record in records) for name in names},
+        "tokens": {label: sum(r.tokens.get(label, 0) for r in records) for label in labels},
         "shards": shards,
         "drops": drops,
         "drops_by_shard": {record.raw: record.drops for record in records if record.drops},
@@ -243,15 +284,14 @@ def write_manifest(
         manifest["speech_squared_error"] = sum(record.speech_error for record in records) / values
         longest = max(record.longest_speech for record in records)
         manifest["longest"] = {Modality.SPEECH.label: longest}
-    atomic_write_json(folder / MANIFEST, manifest)
     return manifest
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a prepared source.
+    """The manifest of a prepared source: every field of its type, and as it was written.
 
-    Raises ``FileNotFoundError`` when ``folder`` is not a complete data set, ``ValueError`` on
-    another format or a damaged file.
+    Raises ``FileNotFoundError`` when ``folder`` is not a complete data set, ``ValueError`` naming
+    file and field on another format or a damaged file.
     """
     path = folder / MANIFEST
     if not path.exists():
@@ -259,16 +299,66 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{folder} has no {MANIFEST}: prepare did not finish there; "
             "run the same prepare command again"
         )
-    try:
-        manifest = json.loads(path.read_bytes())
-        written_as = manifest.get("format")
-    except (ValueError, AttributeError) as error:  # the last: JSON, but no object
+    manifest = read_json(path, _REMEDY, _MOST_BYTES)
+    manifest.field("format", str, choices=(FORMAT,))
+    _check_fields(manifest)
+    content = {name: value for name, value in manifest.values.items() if name != "sha256"}
+    if "sha256" not in manifest:
+        _check_records(folder, content)
+    elif manifest.field("sha256", str) != _digest(content):
+        raise manifest.wrong("sha256", "must be that of all else in the file, which was changed")
+    return manifest.values
+
+
+def _check_fields(manifest: JsonObject) -> None:
+    """``ValueError`` for a field of another type, and for numbers that contradict one another."""
+    vocabulary = read_vocabulary(manifest.object("vocabulary"))
+    if not all(map(str.isprintable, manifest.mapping("tokenizers", str).values())):
+        raise manifest.wrong("tokenizers", "must be hashes by kind")
+    manifest.field("dtype", str, choices=(token_dtype(vocabulary.size),))
+    labels = [modality.label for modality in vocabulary.modalities]
+    documents, tokens = 0, dict.fromkeys(labels, 0)
+    for number, shard in enumerate(manifest.objects("shards")):
+        shard.field("name", str, choices=(f"{shard_name(number)}.tar",))
+        for name in ("sha256", "index_sha256", "crc_sha256"):
+            if not re.fullmatch("[0-9a-f]{64}", shard.field(name, str)):
+                raise shard.wrong(name, "must be 64 hexadecimal digits")
+        for name in ("raw", "raw_sha256"):
+            shard.field(name, str)
+        shard.field("bytes", int, least=0)
+        documents += shard.field("documents", int, least=0)
+        counts = shard.mapping("tokens", int, least=0)
+        if counts.keys() != tokens.keys():
+            raise shard.wrong("tokens", f"must have a number for each of {', '.join(labels)}")
+        for label, count in counts.items():
+            tokens[label] += count
+    if manifest.field("documents", int) != documents:
+        raise manifest.wrong("documents", f"must be those of the shards together ({documents})")
+    if manifest.mapping("tokens", int) != tokens:
+        raise manifest.wrong("tokens", f"must be those of the shards together ({tokens})")
+    manifest.mapping("drops", int, least=0)
+    by_shard = manifest.object("drops_by_shard")
+    for raw in by_shard.values:
+        by_shard.mapping(raw, int, least=0)
+    for name in ("image_squared_error", "speech_squared_error"):
+        manifest.field(name, float, default=0.0, least=0)
+    if "longest" in manifest:
+        manifest.mapping("longest", int, least=0)
+
+
+def _check_records(folder: Path, content: dict[str, Any]) -> None:
+    """``ValueError`` unless the manifest follows from the records of its shards."""
+    read = [ShardRecord.read(folder, number) for number in range(len(content["shards"]))]
+    records = [record for record in read if record is not None]
+    if (
+        len(records) < len(read)
+        or _manifest_of(content["vocabulary"], content["tokenizers"], records) != content
+    ):
         raise ValueError(
-            f"{path} is damaged or cut ({error}); copy it again, or remove it and run the same "
-            "prepare command again, which keeps the shards"
-        ) from error
-    if written_as != FORMAT:
-        raise ValueError(
-            f"{path}: format ({written_as!r}) must be {FORMAT!r}; prepare the data again"
+            f"{folder / MANIFEST} has no sha256 of its own and is not what the records beside it "
+            f"({shard_name(0)}.json …) say; {_REMEDY}"
         )
-    return manifest
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

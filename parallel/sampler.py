@@ -8,8 +8,6 @@ Every rank writes the same: their layers compute together, and the tokens of ran
 are those of the prompts, so nothing else that is random in a run is touched.
 """
 
-import base64
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torchtitan.config import Configurable
 
+from earlyfuse.data.json_files import read_json
 from earlyfuse.data.tokenizers import Tokenizers
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.generate import Sampling, generate
@@ -27,8 +26,10 @@ from earlyfuse.models.modality import Modality, Vocabulary
 from earlyfuse.models.routing.causal import routing
 from earlyfuse.parallel import rank_log
 from earlyfuse.parallel.pipeline import Pipeline
+from earlyfuse.parallel.tasks import decoded
 
 PROMPTS = Path("validation") / "prompts.json"
+_REMEDY = "copy it again, remove it, or turn samples off: --sampler.no-enable"
 
 
 @dataclass(frozen=True)
@@ -171,24 +172,20 @@ def load_pairs(path: Path, tokenizers: Tokenizers) -> list[Pair]:
             f"{path} has images, but the data folder has no image tokenizer; remove the file or "
             "prepare with images"
         )
+    prompts = read_json(path, _REMEDY).objects("prompts")
+    captions = [prompt.field("caption", str) for prompt in prompts]
+    pixels = [decoded(prompt, "image", images.pixels) for prompt in prompts]
     try:
-        prompts = json.loads(path.read_text(encoding="utf-8"))["prompts"]
-        captions = [str(prompt["caption"]) for prompt in prompts]
-        encoded = [base64.b64decode(prompt["image"], validate=True) for prompt in prompts]
-        pixels = [images.pixels(image) for image in encoded]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f'{path} must be {{"prompts": [{{"caption": text, "image": base64 of an image file}}]}}'
-            f": {error!r}"
-        ) from error
+        tokens = [tokenizers.text.encode(caption) for caption in captions]
+    except ValueError as error:  # UnicodeEncodeError too
+        raise ValueError(f"{path}: a caption is no text ({error}); {_REMEDY}") from error
     if not pixels:
         return []
     medium = vocabulary.medium(Modality.IMAGE)
+    codes = (images.encode(np.stack(pixels)) + medium.start).tolist()
     return [
-        Pair(caption, image, tokenizers.text.encode(caption), [medium.begin, *codes, medium.end])
-        for caption, image, codes in zip(
-            captions, pixels, (images.encode(np.stack(pixels)) + medium.start).tolist(), strict=True
-        )
+        Pair(caption, image, words, [medium.begin, *block, medium.end])
+        for caption, image, words, block in zip(captions, pixels, tokens, codes, strict=True)
     ]
 
 

@@ -7,7 +7,6 @@ The answer is never in the input, so look-ahead in routing cannot give it away.
 """
 
 import base64
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from operator import eq
@@ -16,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from earlyfuse.data.json_files import JsonObject, read_json
 from earlyfuse.data.tokenizers import Tokenizers
 from earlyfuse.models.batch import MixedBatch
 from earlyfuse.models.decoder import Decoder
@@ -138,56 +138,80 @@ class Task:
 
 
 def load_tasks(folder: Path) -> list[Task]:
-    """Tasks of a prepared data folder, tokenised; none if it brings none."""
+    """Tasks of a prepared data folder, tokenised; none if it brings none.
+
+    ``ValueError`` names the file and the field of what is no task.
+    """
     path = folder / "validation" / "tasks.json"
     if not path.exists():
         return []
+    described = read_json(path, "copy it again, remove it, or turn tasks off: --validator.no-tasks")
     tokenizers = Tokenizers.load(folder / "tokenizers")
+    return [_task(fields, tokenizers) for fields in described.objects("tasks")]
+
+
+def _task(fields: JsonObject, tokenizers: Tokenizers) -> Task:
     text, vocabulary = tokenizers.text, tokenizers.vocabulary
-    tasks = []
-    for fields in json.loads(path.read_text())["tasks"]:
-        prefix, candidates = _split_prefix(
-            [text.encode(fields["prefix"] + w) for w in fields["candidates"]]
-        )
-        spoken = any("speech" in item for item in fields["items"])
-        medium_of = _utterances if spoken else _images
-        blocks = medium_of(path, fields["items"], tokenizers)
-        prompts = [[vocabulary.bos, *block, *prefix] for block in blocks]
-        answers = [fields["candidates"].index(item["answer"]) for item in fields["items"]]
-        tasks.append(Task(fields["name"], prompts, candidates, answers, vocabulary))
-    return tasks
+    name, words = fields.field("name", str), fields.items("candidates", str)
+    if not name.isprintable() or not name:
+        raise fields.wrong("name", "must be a name")
+    if not words or len(set(words)) < len(words):
+        raise fields.wrong("candidates", "must be different words, at least one")
+    try:
+        whole = [text.encode(fields.field("prefix", str) + word) for word in words]
+        prefix, candidates = _split_prefix(whole)
+    except ValueError as error:  # UnicodeEncodeError too
+        raise fields.wrong("candidates", f"must be words that differ: {error}") from error
+    items = fields.objects("items")
+    if not items:
+        raise fields.wrong("items", "must hold at least one")
+    answers = [words.index(item.field("answer", str, choices=words)) for item in items]
+    medium_of = _utterances if any("speech" in item for item in items) else _images
+    prompts = [[vocabulary.bos, *block, *prefix] for block in medium_of(items, tokenizers)]
+    return Task(name, prompts, candidates, answers, vocabulary)
 
 
-def _images(path: Path, items: list[dict[str, str]], tokenizers: Tokenizers) -> list[list[int]]:
+def _images(items: list[JsonObject], tokenizers: Tokenizers) -> list[list[int]]:
     """Tokens of the items' images, sentinels included."""
     images = tokenizers.image
     if images is None:
         raise ValueError(
-            f"{path} asks for words after images, but {path.parent.parent}/tokenizers has no image "
+            f"{items[0].where} asks for words after images, but the data folder has no image "
             "tokenizer; remove the file or prepare with images"
         )
     medium = tokenizers.vocabulary.medium(Modality.IMAGE)
-    pixels = np.stack([images.pixels(base64.b64decode(item["image"])) for item in items])
+    pixels = np.stack([decoded(item, "image", images.pixels) for item in items])
     return [
         [medium.begin, *(codes + medium.start).tolist(), medium.end]
         for codes in images.encode(pixels)
     ]
 
 
-def _utterances(path: Path, items: list[dict[str, str]], tokenizers: Tokenizers) -> list[list[int]]:
+def _utterances(items: list[JsonObject], tokenizers: Tokenizers) -> list[list[int]]:
     """Tokens of the items' utterances, sentinels included."""
     speech = tokenizers.speech
     if speech is None:
         raise ValueError(
-            f"{path} asks for words after speech, but {path.parent.parent}/tokenizers has no "
-            "speech tokenizer; remove the file or prepare with speech"
+            f"{items[0].where} asks for words after speech, but the data folder has no speech "
+            "tokenizer; remove the file or prepare with speech"
         )
     medium = tokenizers.vocabulary.medium(Modality.SPEECH)
-    features = [speech.features(base64.b64decode(item["speech"])) for item in items]
+    features = [decoded(item, "speech", speech.features) for item in items]
     return [
         [medium.begin, *(speech.encode(frames) + medium.start).tolist(), medium.end]
         for frames in features
     ]
+
+
+def decoded(fields: JsonObject, name: str, decode: Callable[[bytes], np.ndarray]) -> np.ndarray:
+    """The base64 in field ``name``, through ``decode``; ``ValueError`` for what is none."""
+    encoded = fields.field(name, str)
+    try:
+        return decode(base64.b64decode(encoded, validate=True))
+    except ValueError as error:  # BadSample and binascii.Error too
+        raise fields.wrong(
+            name, f"must be base64 of {'an image' if name == 'image' else 'a sound'}: {error}"
+        ) from error
 
 
 def _split_prefix(texts: list[list[int]]) -> tuple[list[int], list[tuple[int, ...]]]:

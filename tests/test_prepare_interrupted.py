@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -134,13 +135,31 @@ def test_changed_added_and_removed_shards_are_noticed(raw, tmp_path):
     untouched = (folder / "shard-000000.tar").stat().st_mtime_ns
     write_tar(own / "1.tar", pairs(rng, 10))
     (own / "2.tar").unlink()
-    manifest = prepare(spec, quiet())["train/own"]
+    with pytest.raises(ValueError, match=r"train/own .* 2 \(1\.tar, …\) are not .* --replace"):
+        prepare(spec, quiet())
+    manifest = prepare(replace(spec, replace=True), quiet())["train/own"]
     assert manifest["documents"] == 20
     assert [shard["raw"] for shard in manifest["shards"]] == ["0.tar", "1.tar"]
     assert (folder / "shard-000000.tar").stat().st_mtime_ns == untouched
     assert not list(folder.glob("shard-000002*"))
     record = ShardRecord.load(folder, 1)
     assert record.raw_sha256 == sha256_file(own / "1.tar")
+
+
+def test_more_shards_join_a_source_and_a_bad_one_is_mended(raw, tmp_path):
+    rng = np.random.default_rng(3)
+    own = tmp_path / "raw"
+    write_tar(own / "1.tar", pairs(rng, 10))
+    write_tar(own / "3.tar", pairs(rng, 10, corrupt=(4, 5)))
+    spec = spec_of(raw, tmp_path / "out", train={"own": own}, validation={})
+    with pytest.raises(ValueError, match="2 of 20 samples are bad"):
+        prepare(spec, quiet())
+    write_tar(own / "3.tar", pairs(rng, 10))
+    assert prepare(spec, quiet())["train/own"]["documents"] == 20
+    write_tar(own / "2.tar", pairs(rng, 10))
+    manifest = prepare(spec, quiet())["train/own"]
+    assert [shard["raw"] for shard in manifest["shards"]] == ["1.tar", "2.tar", "3.tar"]
+    assert manifest["documents"] == 30
 
 
 def test_other_options_make_other_tokens_and_no_manifest_outlives_its_shards(raw, tmp_path):

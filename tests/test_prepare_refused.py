@@ -1,8 +1,10 @@
 """prepare: bad samples are counted or stop it, and what cannot be is refused with the reason."""
 
+import gzip
 import io
 import json
 import os
+import shutil
 import tarfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -129,6 +131,59 @@ def test_validation_on_a_copy_of_a_training_shard_is_refused(raw, tmp_path):
     ):
         prepare(spec_of(raw, tmp_path / "out", validation={"pairs": held}), quiet())
     assert not (tmp_path / "out" / "validation" / "pairs" / "manifest.json").exists()
+
+
+def test_a_source_of_other_shards_is_never_replaced_unasked(raw, prepared, tmp_path):
+    """Fewer of them, or others of the same names: in silence a second command would lose data."""
+    out = tmp_path / "out"
+    shutil.copytree(prepared, out)
+    before = contents(out)
+    (tmp_path / "part").mkdir()
+    shutil.copy(raw / "pairs" / "0.tar", tmp_path / "part")
+    others = write_tar(tmp_path / "others" / "0.tar", pairs(np.random.default_rng(9), 5)).parent
+    for shards, lost in ((tmp_path / "part", 1), (others, 2)):
+        spec = spec_of(raw, out, train={"pairs": shards}, validation={})
+        message = rf"source train/pairs is in .*made of 2 .* {lost} \(.*\.tar.* would be lost"
+        with pytest.raises(ValueError, match=message) as caught:
+            prepare(spec, quiet())
+        assert str(shards) in str(caught.value) and "--replace" in str(caught.value)
+        assert contents(out) == before
+    for path in out.rglob("manifest.json"):
+        path.unlink()  # as an interrupted command leaves it: the work of hours
+    with pytest.raises(ValueError, match="would be lost"):
+        prepare(spec, quiet())
+    prepare(spec_of(raw, out), quiet())
+    assert contents(out) == before
+    asked = spec_of(raw, out, train={"pairs": others}, validation={}, replace=True)
+    assert prepare(asked, quiet())["train/pairs"]["documents"] == 5
+
+
+def test_splits_are_kept_apart_by_every_later_command(raw, prepared, tmp_path):
+    """A copy of a shard that an earlier command put into the other split, under another name,
+    compressed or not.
+    """
+    out, copies = tmp_path / "out", tmp_path / "copies"
+    shutil.copytree(prepared, out)
+    copies.mkdir()
+    (copies / "plain.tar").write_bytes((raw / "books" / "1.tar").read_bytes())
+    (copies / "packed.tar.gz").write_bytes(gzip.compress((raw / "mixed" / "0.tar").read_bytes()))
+    (copies / "back.tar").write_bytes((raw / "held" / "0.tar").read_bytes())
+    new = {"new": write_tar(tmp_path / "new.tar", pairs(np.random.default_rng(8), 5))}
+    held = {"text": copies / "plain.tar"}
+    for changes, said in (
+        ({"train": new, "validation": held}, r"plain\.tar of validation/text has the bytes of train"
+         r"ing shard 1\.tar of train/books"),
+        ({"train": new, "validation": {"text": copies / "packed.tar.gz"}},
+         r"packed\.tar\.gz of validation/text has the documents of training shard 0\.tar"),
+        ({"train": {"back": copies / "back.tar"}, "validation": {}},
+         r"back\.tar of train/back has the bytes of validation shard 0\.tar of validation/pairs"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=said):
+            prepare(spec_of(raw, out, **changes), quiet())
+        (refused,) = ({*changes["train"], *changes["validation"]} - {"new"}) or {"back"}
+        assert not list(out.glob(f"*/{refused}/manifest.json"))
+    # what was refused is no data set, and in nobody's way
+    prepare(spec_of(raw, out), quiet())
 
 
 def test_hidden_files_of_a_folder_are_no_shards(raw, tmp_path):

@@ -148,7 +148,7 @@ def test_wrong_prompts_and_settings_are_refused_by_name(tmp_path, data):
     path = tmp_path / "prompts.json"
     for content in ("[]", '{"prompts": [{"caption": "x"}]}', "no json"):
         path.write_text(content)
-        with pytest.raises(ValueError, match=r"prompts.json must be"):
+        with pytest.raises(ValueError, match=r"prompts.json.* remove it"):
             load_pairs(path, tokenizers)
     with pytest.raises(ValueError, match="no image tokenizer"):
         load_pairs(path, replace(tokenizers, image=None))

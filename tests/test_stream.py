@@ -516,6 +516,59 @@ def test_validation_holds_every_document_once_whatever_the_ranks(three):
 # ---- refusals ----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("quota", [None, 0.3])
+def test_a_checkpoint_keeps_its_order_of_the_sources(three, quota):
+    """Whatever order the shares are given in: the checkpoint's columns are of its own sources."""
+    first = loader(three, media_share=quota)
+    steps([first], 5)
+    state = first.state_dict()
+    expected = steps([first], 7)
+    drawn = first.progress()["source_tokens"]
+    for names in itertools.permutations(three):
+        given = {folder: three[folder] for folder in names}
+        for order in ([], sorted(folder.name for folder in three)):
+            resumed = loader(given, media_share=quota, order=order)
+            resumed.load_state_dict(state)
+            assert_same(steps([resumed], 7), expected)
+            assert resumed.progress()["source_tokens"] == drawn
+            assert json.loads(resumed.state_dict()["identity"])["order"] == list(drawn)
+
+
+def test_a_new_run_takes_its_sources_in_the_order_it_is_told(three):
+    order = sorted(folder.name for folder in three)
+    given = [{f: three[f] for f in names} for names in itertools.permutations(three)]
+    expected = steps([loader(given[0], order=order)], 6)
+    for shares in given[1:]:
+        assert_same(steps([loader(shares, order=order)], 6), expected)
+
+
+def test_a_checkpoint_of_before_the_order_was_written_is_as_the_config_has_it(three):
+    first = loader(three)
+    steps([first], 5)
+    state = first.state_dict()
+    identity = json.loads(state["identity"])
+    del identity["order"], identity["tokens"]
+    old = loader(three, order=sorted(folder.name for folder in three))
+    old.load_state_dict(state | {"identity": json.dumps(identity)})
+    assert_same(steps([old], 7), steps([first], 7))
+    for order in ([1], ["prose"], ["prose"] * 3, "prose"):
+        damaged = state | {"identity": json.dumps(identity | {"order": order})}
+        with pytest.raises(ValueError, match=r"order"):
+            loader(three).load_state_dict(damaged)
+
+
+def test_what_a_quota_draws_by_is_part_of_the_identity(folders, tmp_path):
+    """Token counts edited in manifest and index alike, with every hash put right."""
+    saved = loader({folders["mixed"]: 1.0}).state_dict()["identity"]
+    fields = json.loads(saved)
+    fields["tokens"]["mixed"]["image"] += 1
+    with pytest.raises(ValueError, match=r"tokens of the data .* must be that of the checkpoint"):
+        loader({folders["mixed"]: 1.0}).check_identity(json.dumps(fields))
+    for content in ("", "[]", "{}", "[" * 10_000):
+        with pytest.raises(ValueError, match="checkpoint"):
+            loader({folders["mixed"]: 1.0}).check_identity(content)
+
+
 def test_shares_are_checked(folders):
     prose, mixed = folders["prose"], folders["mixed"]
     with pytest.raises(ValueError, match=r"shares of sources .* must sum to 1, not 0.9"):

@@ -96,6 +96,11 @@ def _parser() -> argparse.ArgumentParser:
     builder.add_argument(
         "--max-bad-rate", type=float, help="end above this share of bad samples (0.01)"
     )
+    builder.add_argument(
+        "--replace",
+        action="store_true",
+        help="make anew sources that are there already, of other raw shards (off: refuse)",
+    )
     _add_tokenizer_options(builder)
     embedded = commands.add_parser(
         "corpus", help="build and tokenise the embedded corpus", allow_abbrev=False

@@ -14,6 +14,12 @@ and with speech another one that has a source more.
 Validation holds digits, typefaces, works of text and voices that training never shows.
 """
 
-from earlyfuse.data.corpus.builder import SOURCES, CorpusPaths, build_corpus, sources_of
+from earlyfuse.data.corpus.builder import (
+    CORPUS_FILE,
+    SOURCES,
+    CorpusPaths,
+    build_corpus,
+    sources_of,
+)
 
-__all__ = ["SOURCES", "CorpusPaths", "build_corpus", "sources_of"]
+__all__ = ["CORPUS_FILE", "SOURCES", "CorpusPaths", "build_corpus", "sources_of"]

@@ -20,8 +20,10 @@ from earlyfuse.data.corpus.compose import Parts
 from earlyfuse.data.corpus.prompts import prompts
 from earlyfuse.data.corpus.shards import write_shards
 from earlyfuse.data.corpus.tasks import spoken_task, tasks
+from earlyfuse.data.json_files import read_json, shown
 
 FORMAT = "earlyfuse-corpus/1"
+CORPUS_FILE = "corpus.json"  # by it a folder is known to be a corpus
 SOURCES = ("text", "glyphs", "digits", "interleaved")
 SPEECH = "speech"
 SPLITS = ("train", "validation")
@@ -135,16 +137,14 @@ def _is_built(folder: Path, spec: dict[str, Any]) -> bool:
     """Whether ``folder`` is this corpus. ``ValueError`` when it is something else and not empty."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
-    try:
-        found = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        found = {}
-    if found.get("format") != FORMAT:
+    if not (folder / CORPUS_FILE).exists():
         raise ValueError(f"corpus folder {folder} holds something else; give a new or empty folder")
-    if found["spec"] != spec:
+    found = read_json(folder / CORPUS_FILE, "copy it again, or give a new or empty folder")
+    found.field("format", str, choices=(FORMAT,))
+    if found.field("spec", dict) != spec:
         raise ValueError(
-            f"corpus folder {folder} was built with {found['spec']}, asked for is {spec}; "
-            "give another folder, or remove this one"
+            f"corpus folder {folder} was built with {shown(found.values['spec'])}, asked for is "
+            f"{spec}; give another folder, or remove this one"
         )
     return True
 
@@ -205,7 +205,7 @@ def _write(folder: Path, spec: dict[str, Any], synthesiser: str | None, progress
                 "libsndfile": soundfile.__libsndfile_version__,
             }
             about["held_out_timbres"] = list(speech.HELD_OUT_TIMBRES)
-        _write_json(folder / "corpus.json", about)
+        _write_json(folder / CORPUS_FILE, about)
 
 
 def _text(seed: int, scale: float) -> dict[str, list[Parts]]:

@@ -8,12 +8,12 @@
 
 Every file appears whole or not at all, and says what it was made from; so the process may be killed
 at any moment, and the same call goes on where it ended, with the same bytes as without the
-interruption. Tokenizers learn from training data only, and stay once made: more shards can join a
-folder later.
+interruption. Tokenizers learn from training data only, and stay once made: more sources can join a
+folder later, and more shards a source. Nothing that is there is replaced unasked.
 
-The parts: ``spec`` (what to prepare, and what is refused), ``tokenizers`` (which there are to be),
-``learn`` (making them), ``tokenise`` (the work on one shard), ``pool`` (processes), ``report``
-(what is in a prepared folder).
+The parts: ``spec`` (what to prepare, and what is refused), ``present`` (what is there already),
+``tokenizers`` (which there are to be), ``learn`` (making them), ``tokenise`` (the work on one
+shard), ``pool`` (processes), ``report`` (what is in a prepared folder).
 """
 
 import fcntl
@@ -25,9 +25,11 @@ from pathlib import Path
 from typing import Any
 
 from earlyfuse.data.atomic import TEMPORARY_SUFFIX, remove_temporaries, sha256_file
+from earlyfuse.data.console import printable
 from earlyfuse.data.prepare.pool import ProcessPool
+from earlyfuse.data.prepare.present import SplitGuard, check_replaced, made_shards, raw_hashes
 from earlyfuse.data.prepare.progress import Progress
-from earlyfuse.data.prepare.spec import PrepareSpec, Source
+from earlyfuse.data.prepare.spec import SPLITS, PrepareSpec, Source
 from earlyfuse.data.prepare.tokenise import ShardJob, recipe_of, tokenise_shard
 from earlyfuse.data.prepare.tokenizers import check_existing, make_tokenizers
 from earlyfuse.data.tokenised import (
@@ -55,19 +57,24 @@ def prepare(
     Raises before anything is written: ``FileNotFoundError`` for shards that are not there,
     ``ValueError`` for a folder prepared with other tokenizers, ``PermissionError`` or another
     ``OSError`` for one that cannot be written, ``RuntimeError`` for one that another prepare is
-    writing. Raises later: ``ValueError`` on too many bad samples, too little data for a tokenizer,
-    or a validation shard that is a copy of a training shard.
+    writing, or that has a source of the same name from other raw shards. Raises later:
+    ``ValueError`` on too many bad samples, too little data for a tokenizer, or a validation shard
+    that is a copy of a training shard of this call or an earlier one.
     """
     progress = progress or Progress()
     sources = spec.sources()
     check_existing(spec)
     _check_writable(spec.out)
     with _only_one(spec.out, progress, wait), ProcessPool(spec.workers) as pool:
+        hashes, guard = _check_present(spec, sources)
         remove_temporaries(spec.out)
         train = [shard for source in sources if source.split == "train" for shard in source.shards]
         tokenizers = make_tokenizers(spec, train, pool, progress)
         jobs = {source.label: _jobs(spec, source, tokenizers) for source in sources}
-        done = {source.label: _complete_shards(source, jobs[source.label]) for source in sources}
+        done = {
+            source.label: _complete_shards(jobs[source.label], hashes[source.label])
+            for source in sources
+        }
         waiting = [
             job
             for source in sources
@@ -81,9 +88,9 @@ def prepare(
             progress.tell(f"{shards - len(waiting)} of {shards} shards are complete already")
         with progress.bar("tokenising", max(1, len(waiting)), "shard") as advance:
             documents = 0
-            trained: dict[str, str] = {}  # SHA-256 of raw shards → where training has them
             for source in sources:
                 records = []
+                bad_rate = _BadRate(spec, source)
                 for job in jobs[source.label]:
                     record = done[source.label].get(job.number)
                     if record is None:
@@ -91,13 +98,37 @@ def prepare(
                         documents += record.documents
                         advance(1, f"{documents} documents")
                     records.append(record)
-                    _check_bad_rate(spec, source, records)
-                    _check_apart(source, record, trained)
+                    bad_rate.check(record)
+                    if record.documents:
+                        _keep_apart(guard, source, record, job.folder)
                 folder = spec.out / source.split / source.name
                 manifests[source.label] = write_manifest(
                     folder, tokenizers.vocabulary, tokenizers.hashes, records
                 )
     return manifests
+
+
+def _check_present(
+    spec: PrepareSpec, sources: list[Source]
+) -> tuple[dict[str, dict[Path, str]], SplitGuard]:
+    """Refuse what would replace or repeat data of ``spec.out``.
+
+    Returns SHA-256 of the raw shards of sources that are there already, and what watches over the
+    splits from here on.
+    """
+    asked = {source.label: source for source in sources}
+    hashes: dict[str, dict[Path, str]] = {label: {} for label in asked}
+    others = {}
+    for split in SPLITS:
+        for folder in sorted((spec.out / split).glob("*/")):
+            label, made = f"{split}/{folder.name}", made_shards(folder)
+            source = asked.get(label)
+            if source is None:
+                others[label] = [shard for shard in made if shard.finished]
+            elif made:
+                hashes[label] = raw_hashes(source.shards)
+                check_replaced(spec, source, made, hashes[label])
+    return hashes, SplitGuard(others)
 
 
 def _jobs(spec: PrepareSpec, source: Source, tokenizers: Tokenizers) -> list[ShardJob]:
@@ -119,8 +150,9 @@ def _jobs(spec: PrepareSpec, source: Source, tokenizers: Tokenizers) -> list[Sha
     ]
 
 
-def _complete_shards(source: Source, jobs: list[ShardJob]) -> dict[int, ShardRecord]:
+def _complete_shards(jobs: list[ShardJob], hashes: dict[Path, str]) -> dict[int, ShardRecord]:
     """Shards of an earlier call that were made from the same bytes in the same way, by number.
+    ``hashes``: SHA-256 of the raw shards, if there are any of an earlier call.
 
     Everything else that an earlier call left in the folder goes, the manifest first: from here
     until the new one is written the folder is not a data set.
@@ -128,7 +160,7 @@ def _complete_shards(source: Source, jobs: list[ShardJob]) -> dict[int, ShardRec
     folder = jobs[0].folder
     folder.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor() as threads:
-        records = list(threads.map(_usable_record, jobs))
+        records = list(threads.map(lambda job: _usable_record(job, hashes.get(job.raw)), jobs))
     complete = {job.number: record for job, record in zip(jobs, records, strict=True) if record}
     wanted = {f"{shard_name(n)}{suffix}" for n in complete for suffix in SHARD_SUFFIXES}
     found = {path.name for path in folder.glob("shard-*")}
@@ -140,43 +172,48 @@ def _complete_shards(source: Source, jobs: list[ShardJob]) -> dict[int, ShardRec
     return complete
 
 
-def _usable_record(job: ShardJob) -> ShardRecord | None:
+def _usable_record(job: ShardJob, raw_sha256: str | None) -> ShardRecord | None:
     record = ShardRecord.load(job.folder, job.number)
     if record is None or record.recipe != job.recipe or record.raw != job.raw_name:
         return None
     if job.on_bad == "stop" and record.drops:
         return None  # skipped then, to be met now
-    if record.raw_bytes != job.raw.stat().st_size or record.raw_sha256 != sha256_file(job.raw):
-        return None
-    return record
+    return record if record.raw_sha256 == (raw_sha256 or sha256_file(job.raw)) else None
 
 
-def _check_bad_rate(spec: PrepareSpec, source: Source, records: list[ShardRecord]) -> None:
-    """Raises ``ValueError`` naming the worst shard when too many of the samples so far are bad."""
-    bad = sum(sum(record.drops.values()) for record in records)
-    seen = bad + sum(record.documents for record in records)
-    last = len(records) == len(source.shards)
-    if bad <= spec.max_bad_rate * seen or not (last or seen >= _SAMPLES_TO_JUDGE):
-        return
-    worst = max(records, key=lambda record: sum(record.drops.values()))
-    causes = ", ".join(f"{cause} {count}" for cause, count in sorted(worst.drops.items()))
-    raise ValueError(
-        f"{source.label}: {bad} of {seen} samples are bad, a rate of {bad / seen:.3f}, above "
-        f"max_bad_rate ({spec.max_bad_rate}); most are in shard {worst.raw}: {causes}. "
-        "Mend it, or raise max_bad_rate"
-    )
+def _keep_apart(guard: SplitGuard, source: Source, record: ShardRecord, folder: Path) -> None:
+    try:
+        guard.check(source, record.raw, record.raw_sha256, record.sha256)
+    except ValueError:
+        (folder / record.name).with_suffix(".json").unlink()  # another may take its place
+        raise
 
 
-def _check_apart(source: Source, record: ShardRecord, trained: dict[str, str]) -> None:
-    """Raises ``ValueError`` for validation on a copy of what training sees, under any name."""
-    if not record.documents:
-        return
-    if source.split == "train":
-        trained[record.raw_sha256] = f"{record.raw} of {source.label}"
-    elif record.raw_sha256 in trained:
+class _BadRate:
+    """Raises ``ValueError`` naming the worst shard when too many samples of a source are bad."""
+
+    def __init__(self, spec: PrepareSpec, source: Source) -> None:
+        self.spec, self.source = spec, source
+        self.bad = self.seen = self.shards = 0
+        self.worst = ShardRecord("", "", "", 0, "")
+
+    def check(self, record: ShardRecord) -> None:
+        """The next shard: judged together with those before it."""
+        own = sum(record.drops.values())
+        if own > sum(self.worst.drops.values()):
+            self.worst = record
+        self.bad += own
+        self.seen += own + record.documents
+        self.shards += 1
+        last = self.shards == len(self.source.shards)
+        spec, bad, seen, worst = self.spec, self.bad, self.seen, self.worst
+        if bad <= spec.max_bad_rate * seen or not (last or seen >= _SAMPLES_TO_JUDGE):
+            return
+        causes = ", ".join(f"{cause} {count}" for cause, count in sorted(worst.drops.items()))
         raise ValueError(
-            f"shard {record.raw} of {source.label} has the bytes of training shard "
-            f"{trained[record.raw_sha256]}; validate on data that training does not see"
+            f"{self.source.label}: {bad} of {seen} samples are bad, a rate of {bad / seen:.3f}, "
+            f"above max_bad_rate ({spec.max_bad_rate}); most are in shard "
+            f"{printable(worst.raw)}: {printable(causes)}. Mend it, or raise max_bad_rate"
         )
 
 

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from earlyfuse.data.atomic import atomic_write_bytes
-from earlyfuse.data.corpus import CorpusPaths, build_corpus, sources_of
+from earlyfuse.data.console import printable
+from earlyfuse.data.corpus import CORPUS_FILE, CorpusPaths, build_corpus, sources_of
 from earlyfuse.data.prepare import prepare
 from earlyfuse.data.prepare.progress import Progress
 from earlyfuse.data.prepare.spec import SPLITS, PrepareSpec
@@ -22,15 +23,17 @@ def prepare_corpus(
 ) -> CorpusPaths:
     """Raw shards in ``<out>/raw``, the rest as ``prepare`` lays it out. Quick when it is there.
 
+    Raises ``ValueError``, before anything is written, for a folder that holds anything else.
     ``scale``: share of the corpus to build; ``speech``: with spoken names, tokenised unless
     ``options`` say how. ``options``: fields of ``PrepareSpec``. Returns the raw corpus, for its
     task checks and prompts. Raises what ``build_corpus`` and ``prepare`` raise.
     """
+    _check_own(out)
     if speech and "tokenizers" not in options:
         options = {"speech_tokenizer": "kmeans", "speech_codes": SPEECH_CODES, **options}
     progress = progress or Progress()
     image_size = options.get("image_size", PrepareSpec.image_size)
-    if not (out / "raw" / "corpus.json").exists():
+    if not (out / "raw" / CORPUS_FILE).exists():
         progress.tell(f"making the embedded corpus in {out} (once; some minutes)")
     paths = build_corpus(
         out / "raw",
@@ -47,5 +50,21 @@ def prepare_corpus(
     prepare(PrepareSpec(out=out, **splits, **options), progress, wait=True)
     # the trainer looks for task checks and prompts beside the validation sources
     for path in (paths.tasks, paths.prompts):
-        atomic_write_bytes(out / "validation" / path.name, path.read_bytes())
+        if not (out / "validation" / path.name).exists():
+            atomic_write_bytes(out / "validation" / path.name, path.read_bytes())
     return paths
+
+
+def _check_own(out: Path) -> None:
+    """``ValueError`` unless ``out`` is the corpus, finished or not, or is empty."""
+    if not out.exists() or (out / "raw" / CORPUS_FILE).is_file():
+        return
+    if not out.is_dir():
+        raise ValueError(f"out ({out}) must be a folder; it is a file")
+    # a corpus that was interrupted while it was built leaves .raw-*
+    others = [path.name for path in out.iterdir() if not path.name.startswith(".raw-")]
+    if others:
+        raise ValueError(
+            f"out ({out}) holds {printable(min(others))} and no raw/{CORPUS_FILE}, so it is not "
+            "the embedded corpus, which is made in a folder of its own; give a new or an empty one"
+        )

@@ -5,11 +5,14 @@ from typing import Any
 
 import numpy as np
 
+from earlyfuse.data.console import printable
 from earlyfuse.data.prepare.spec import SPLITS
+from earlyfuse.data.shards import TokenSource
 from earlyfuse.data.tokenised import MANIFEST, read_manifest
-from earlyfuse.data.tokenizers import Tokenizers
+from earlyfuse.data.tokenizers import VOCABULARY_FILE, Tokenizers
 from earlyfuse.data.tokenizers.image import code_usage, psnr
 from earlyfuse.data.tokenizers.speech_kmeans import log_mel_error
+from earlyfuse.data.vocabulary import check_same
 from earlyfuse.models.modality import Modality, Vocabulary
 
 _WORST_SHARDS = 10
@@ -18,7 +21,7 @@ _WORST_SHARDS = 10
 def describe(out: Path) -> str:
     """Documents, tokens per modality, drops by cause and shard, tokenizers and how good they are.
 
-    Raises ``FileNotFoundError`` when ``out`` was not prepared.
+    Raises ``FileNotFoundError`` when ``out`` was not prepared, ``ValueError`` for a damaged file.
     """
     folders = [folder for split in SPLITS for folder in sorted((out / split).glob("*/"))]
     if not (out / "tokenizers").is_dir() or not folders:
@@ -27,6 +30,10 @@ def describe(out: Path) -> str:
         )
     tokenizers = Tokenizers.load(out / "tokenizers")
     done = [(folder, read_manifest(folder)) for folder in folders if (folder / MANIFEST).exists()]
+    for folder, manifest in done:
+        data = Vocabulary.from_dict(manifest["vocabulary"])
+        path = out / "tokenizers" / VOCABULARY_FILE
+        check_same(path, tokenizers.vocabulary, data, folder / MANIFEST)
     lines = [*_tokenizer_lines(tokenizers), ""]
     lines += _table(
         [_heading(tokenizers), *(_row(folder, manifest, tokenizers) for folder, manifest in done)]
@@ -91,9 +98,10 @@ def _image_cells(folder: Path, manifest: dict[str, Any], codes: int) -> list[str
 def _speech_cells(folder: Path, manifest: dict[str, Any], codes: int) -> list[str]:
     if not manifest["tokens"][Modality.SPEECH.label]:
         return ["-"] * 4
-    quality = f"{log_mel_error(manifest['speech_squared_error'], 1):.1f}"
+    measured = "speech_squared_error" in manifest
+    quality = f"{log_mel_error(manifest['speech_squared_error'], 1):.1f}" if measured else "-"
     used, perplexity = code_usage(_code_counts(folder, manifest, Modality.SPEECH))
-    longest = str(manifest["longest"][Modality.SPEECH.label])
+    longest = str(manifest.get("longest", {}).get(Modality.SPEECH.label, "-"))
     return [quality, f"{used} / {codes}", f"{perplexity:.0f}", longest]
 
 
@@ -102,21 +110,9 @@ def _code_counts(folder: Path, manifest: dict[str, Any], modality: Modality) -> 
     vocabulary = Vocabulary.from_dict(manifest["vocabulary"])
     codes = vocabulary.medium(modality)
     counts = np.zeros(codes.count, dtype=np.int64)
-    dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
-    for shard in manifest["shards"]:
-        index = np.load(folder / f"{Path(shard['name']).stem}.index.npy", allow_pickle=False)
-        if not len(index):
-            continue
-        content = np.memmap(folder / shard["name"], dtype=np.uint8, mode="r")
-        starts, stops = index[:, 0], index[:, 0] + index[:, 1] * dtype.itemsize
-        # documents lie end to end inside a member: read runs of them, not each
-        first = np.flatnonzero(np.append(True, starts[1:] != stops[:-1]))
-        for begin, end in zip(
-            starts[first], stops[np.append(first[1:], len(index)) - 1], strict=True
-        ):
-            tokens = content[begin:end].view(dtype)
-            own = tokens[(tokens >= codes.start) & (tokens < codes.start + codes.count)]
-            counts += np.bincount(own.astype(np.int64) - codes.start, minlength=codes.count)
+    for tokens in TokenSource(folder).runs():
+        own = tokens[(tokens >= codes.start) & (tokens < codes.start + codes.count)]
+        counts += np.bincount(own.astype(np.int64) - codes.start, minlength=codes.count)
     return counts
 
 
@@ -125,13 +121,15 @@ def _drop_lines(label: str, manifest: dict[str, Any]) -> list[str]:
         return []
     lines = ["", f"{label} dropped: {_causes(manifest['drops'])}"]
     by_shard = sorted(manifest["drops_by_shard"].items(), key=lambda item: -sum(item[1].values()))
-    lines += [f"  {shard}: {_causes(drops)}" for shard, drops in by_shard[:_WORST_SHARDS]]
+    lines += [
+        f"  {printable(shard)}: {_causes(drops)}" for shard, drops in by_shard[:_WORST_SHARDS]
+    ]
     hidden = len(by_shard) - _WORST_SHARDS
     return lines + ([f"  and {hidden} shards more"] if hidden > 0 else [])
 
 
 def _causes(drops: dict[str, int]) -> str:
-    return ", ".join(f"{cause} {count}" for cause, count in sorted(drops.items()))
+    return ", ".join(f"{printable(cause)} {count}" for cause, count in sorted(drops.items()))
 
 
 def _table(rows: list[list[str]]) -> list[str]:

@@ -57,6 +57,7 @@ class PrepareSpec:
     bad sample: it is never cut, and has to fit a row of training.
     ``layout``, ``image_first``: see ``read_documents``. ``on_bad``: "skip" counts a bad sample and
     goes on, while at most ``max_bad_rate`` of a source's samples are bad; "stop" ends at the first.
+    ``replace``: make anew also sources that are there, of other raw shards than these.
     """
 
     out: Path
@@ -80,6 +81,7 @@ class PrepareSpec:
     max_bad_rate: float = 0.01
     workers: int = min(8, os.cpu_count() or 1)
     seed: int = 0
+    replace: bool = False
 
     def __post_init__(self) -> None:
         check_vocabulary_size(self.text_vocab)

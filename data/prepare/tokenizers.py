@@ -1,6 +1,5 @@
 """The tokenizers of a prepared folder: made there once, from training data, and then kept."""
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,8 @@ from earlyfuse.data.tokenizers.image import (
 )
 from earlyfuse.data.tokenizers.speech_kmeans import SpeechTokenizer
 from earlyfuse.data.tokenizers.text import TextTokenizer
+from earlyfuse.data.vocabulary import check_same, load_vocabulary
+from earlyfuse.models.modality import Vocabulary
 
 
 def check_existing(spec: PrepareSpec) -> None:
@@ -161,8 +162,7 @@ def _speech_settings(spec: PrepareSpec) -> dict[str, Any]:
 
 
 def _check_vocabulary(spec: PrepareSpec, stored: Path, asked: Tokenizers) -> None:
-    wanted = asked.vocabulary.to_dict()
-    if stored.exists() and json.loads(stored.read_bytes()) != wanted:
+    if stored.exists() and load_vocabulary(stored) != asked.vocabulary:
         raise ValueError(
             f"out ({spec.out}) was prepared with another vocabulary ({stored}) than that of "
             f"tokenizers ({spec.tokenizers}); ask for the same, or choose another folder"
@@ -173,7 +173,11 @@ def _check_manifest(
     spec: PrepareSpec, folder: Path, tokenizers: Path, wanted: dict[str, bool]
 ) -> None:
     """``wanted``: which media ``spec`` has a tokenizer for."""
-    recorded = read_manifest(folder)["tokenizers"]
+    manifest, stored = read_manifest(folder), tokenizers / VOCABULARY_FILE
+    recorded = manifest["tokenizers"]
+    if stored.exists():
+        data = Vocabulary.from_dict(manifest["vocabulary"])
+        check_same(stored, load_vocabulary(stored), data, folder / MANIFEST)
     text, image, speech = text_file(tokenizers), tokenizers / IMAGE_FILE, tokenizers / SPEECH_FILE
     if not text.exists():
         _refuse(spec, "text", recorded["text"], "a new one, as the tokenizers folder is gone")

@@ -11,13 +11,13 @@
 documents.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from earlyfuse.data.tokenizers.image import ImageTokenizer, load_image_tokenizer
 from earlyfuse.data.tokenizers.speech_kmeans import SpeechTokenizer
 from earlyfuse.data.tokenizers.text import TextTokenizer
+from earlyfuse.data.vocabulary import REMEDY, load_vocabulary
 from earlyfuse.models.modality import MediaCodes, Modality, Vocabulary
 
 TEXT_FILES = ("text.model", "text.json")
@@ -54,14 +54,11 @@ class Tokenizers:
         text = TextTokenizer.load(text_file(folder), speech is not None)
         if not stored.exists():
             return cls(text, image, derived(text, image, speech), speech)
-        try:
-            vocabulary = Vocabulary.from_dict(json.loads(stored.read_bytes()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"vocabulary ({stored}) cannot be read: {error!r}") from error
+        vocabulary = load_vocabulary(stored)
         try:
             return cls(text, image, vocabulary, speech)
         except ValueError as error:
-            raise ValueError(f"{folder}: {error}") from error
+            raise ValueError(f"{stored}: {error}; {REMEDY}") from error
 
     @property
     def hashes(self) -> dict[str, str]:

@@ -1,0 +1,49 @@
+"""Layouts of ids in JSON files: ``vocabulary.json``, and ``vocabulary`` of a manifest."""
+
+from pathlib import Path
+
+from earlyfuse.data.json_files import JsonObject, read_json, shown
+from earlyfuse.models.modality import MediaCodes, Modality, Vocabulary
+
+MOST_IDS = 1 << 24  # tables of this length are made; the largest vocabularies in use have 2**18
+REMEDY = "copy it again, or remove it and repeat the prepare command"
+_MEDIA = {modality.label: modality for modality in Modality if modality != Modality.TEXT}
+_SIZES = ("size", "bos", "eos", "pad")
+_CODES = ("start", "count", "begin", "end", "block")
+
+
+def load_vocabulary(path: Path) -> Vocabulary:
+    """The layout in the file ``path``; ``ValueError`` as in ``read_vocabulary``."""
+    return read_vocabulary(read_json(path, REMEDY))
+
+
+def read_vocabulary(fields: JsonObject) -> Vocabulary:
+    """The inverse of ``Vocabulary.to_dict``; ``ValueError`` names file, field, value and rule."""
+    fields.check_names((*_SIZES, "media"))
+    sizes = {name: fields.field(name, int, least=0, most=MOST_IDS) for name in _SIZES}
+    media = tuple(_medium(medium) for medium in fields.objects("media"))
+    if len({medium.modality for medium in media}) < len(media):
+        raise fields.wrong("media", "must name each modality once")
+    try:
+        return Vocabulary(**sizes, media=media)
+    except ValueError as error:
+        raise ValueError(f"{fields.where}: {error}; {fields.remedy}") from error
+
+
+def check_same(path: Path, here: Vocabulary, data: Vocabulary, manifest: Path) -> None:
+    """``ValueError`` where ``here``, of the file ``path``, is not the layout of the ``data``."""
+    expected = data.to_dict()
+    for name, value in here.to_dict().items():
+        if value != expected[name]:
+            raise ValueError(
+                f"{path}: {name} ({shown(value)}) must be that of the data "
+                f"({shown(expected[name])}, by {manifest}); {REMEDY}"
+            )
+
+
+def _medium(fields: JsonObject) -> MediaCodes:
+    fields.check_names(("modality", *_CODES))
+    modality = _MEDIA[fields.field("modality", str, choices=tuple(_MEDIA))]
+    return MediaCodes(
+        modality, **{name: fields.field(name, int, least=0, most=MOST_IDS) for name in _CODES}
+    )
