@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from earlyfuse.models.blocks.wide import wide, wide_type
+
 
 def scaled_by_group(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, group_T: torch.Tensor
@@ -33,9 +35,8 @@ def sums_by_group(values: torch.Tensor, group_T: torch.Tensor, groups: int) -> t
     """(T, ...) → (G, ...), fp32 at least: sums over the tokens of each group; 0 of an empty one."""
     if values.device.type != "cpu":  # rows added to one another there are a race of atomics
         return masked_sums(values, group_T, groups)
-    wide = torch.promote_types(values.dtype, torch.float32)
-    sums = values.new_zeros(groups, *values.shape[1:], dtype=wide)
-    return sums.index_add_(0, group_T, values.to(wide))
+    sums = values.new_zeros(groups, *values.shape[1:], dtype=wide_type(values.dtype))
+    return sums.index_add_(0, group_T, wide(values))
 
 
 def masked_sums(values: torch.Tensor, group_T: torch.Tensor, groups: int) -> torch.Tensor:
@@ -43,10 +44,10 @@ def masked_sums(values: torch.Tensor, group_T: torch.Tensor, groups: int) -> tor
 
     A product with a one-hot matrix would carry what is not finite in one group into all of them.
     """
-    wide = torch.promote_types(values.dtype, torch.float32)
+    dtype = wide_type(values.dtype)
     lead = (-1,) + (1,) * (values.ndim - 1)
     masks = ((group_T == group).view(lead) for group in range(groups))
-    return torch.stack([values.where(mask, 0).sum(0, dtype=wide) for mask in masks])
+    return torch.stack([values.where(mask, 0).sum(0, dtype=dtype) for mask in masks])
 
 
 class _ScaledByGroup(torch.autograd.Function):
@@ -92,6 +93,7 @@ class _Embedding(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy_TD: torch.Tensor) -> tuple[None, torch.Tensor]:
         (tokens_T,) = ctx.saved_tensors
-        wide_TD = dy_TD.to(torch.promote_types(dy_TD.dtype, torch.float32))
-        dweight_VD = torch.ops.aten.embedding_dense_backward(wide_TD, tokens_T, ctx.rows, -1, False)
+        dweight_VD = torch.ops.aten.embedding_dense_backward(
+            wide(dy_TD), tokens_T, ctx.rows, -1, False
+        )
         return None, dweight_VD.to(ctx.dtype)  # tokens_T
