@@ -23,6 +23,7 @@ from earlyfuse.models.blocks.decoding import Decoding
 from earlyfuse.models.blocks.experts import MixtureOfExperts
 from earlyfuse.models.blocks.feed_forward import FeedForward
 from earlyfuse.models.blocks.held import held
+from earlyfuse.models.blocks.indexed import embedding
 from earlyfuse.models.blocks.layout import Layout
 from earlyfuse.models.blocks.linear import RMSNorm
 from earlyfuse.models.blocks.mamba import GROUPS, Mamba
@@ -273,7 +274,7 @@ class Embedding(Module):
 
     def forward(self, tokens_T: torch.Tensor) -> torch.Tensor:
         """(T,) ids → (T, D)."""
-        return F.embedding(tokens_T, held(self.weight))
+        return embedding(tokens_T, held(self.weight))
 
 
 class Head(Module):

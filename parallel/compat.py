@@ -12,6 +12,8 @@ entry                           goes away when
 ``_quiet_cpu_meshes``           torch's random operators on DTensors know CPU meshes, or torchtitan
                                 seeds them only where a model draws from them; none here does
 ``can_pipeline``                the pinned torch is ≥ 2.14: schedules take micro-batches as they are
+``_recompute_past_profiling``   torch leaves the profiler's marks out of what it compares, or FSDP's
+                                hooks make as many in backward as in forward
 ``reduce_with_plain_sums``      gloo supports PREMUL_SUM, or torchtitan stops dividing by 1
 ``light_imports``               torchtitan imports ``datasets``, and compiles, where it uses them
 ==============================  ===================================================================
@@ -35,6 +37,7 @@ import torch.distributed as dist
 import torchtitan.tools.utils as titan_utils
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.utils.checkpoint import SAC_IGNORED_OPS
 
 
 def apply() -> None:
@@ -43,6 +46,7 @@ def apply() -> None:
     _shim_set_timeout()
     _losses_are_visible()
     _quiet_cpu_meshes()
+    _recompute_past_profiling()
 
 
 def join_process_group_alone() -> bool:
@@ -172,6 +176,16 @@ def _losses_are_visible() -> None:
 
 def _quiet_cpu_meshes() -> None:
     warnings.filterwarnings("ignore", "DTensor .* may not have complete support on cpu")
+
+
+def _recompute_past_profiling() -> None:
+    """FSDP units inside a block mark its recomputation as the root, a mark more than in forward,
+    which selective checkpointing takes for another computation.
+    """
+    marks = torch.ops.profiler
+    SAC_IGNORED_OPS.update(
+        {marks._record_function_enter_new.default, marks._record_function_exit._RecordFunction}
+    )
 
 
 def _shim_set_timeout() -> None:

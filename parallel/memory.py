@@ -175,7 +175,7 @@ def saved_per_token(
     """Elements per token that autograd keeps of one block, its branches' norms included; on the
     rank that has the last of the ``parts`` of each row. ``training.seq_len`` is that of a part.
 
-    A norm: its input and the normed input, untied also the gains of each token.
+    A norm: its input and the normed input.
     """
     saved = 0
     if layer.attention is not None:
@@ -184,7 +184,7 @@ def saved_per_token(
         saved += _saved_by_mamba(layer.mamba, training, parts)
     if layer.feed_forward is not None:
         saved += _saved_by_feed_forward(layer.feed_forward, training, tensor_ranks)
-    return saved + (2 + (layer.norm_groups > 1)) * len(layer.branches) * layer.dim
+    return saved + 2 * len(layer.branches) * layer.dim
 
 
 def _saved_by_attention(config: Attention.Config, tensor_ranks: int, parts: int) -> int:
@@ -194,9 +194,8 @@ def _saved_by_attention(config: Attention.Config, tensor_ranks: int, parts: int)
     width = config.heads * config.head_dim // tensor_ranks
     kv_width = config.kv_heads * config.head_dim // tensor_ranks
     normed = 2 if config.qk_norm else 0  # before and after; rotated are counted always
-    per_projection = 1 + normed + (config.groups > 1 and config.qk_norm)
     others = 2 * (parts - 1) * kv_width
-    return per_projection * (width + kv_width) + kv_width + 2 * width + others
+    return (1 + normed) * (width + kv_width) + kv_width + 2 * width + others
 
 
 def _saved_by_mamba(config: Mamba.Config, training: TrainingConfig, parts: int) -> int:

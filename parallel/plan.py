@@ -11,7 +11,7 @@
 4. FSDP2 or HSDP — last, around compiled blocks: its hooks gather parameters outside the graph. Its
    units are the embedding, each block, and norm with head; with expert parallelism, the experts of
    a block are gathered beside the rest of it, from those ranks that hold the same ones; a
-   scan is a unit of its own, whose parameters are in fp32 whatever the rest computes in.
+   scan and a router are units of their own, in fp32 whatever the rest computes in.
 
 n ranks compute what one rank computes on the same global batch: gradients are summed, not averaged,
 because losses are already divided by global counts.
@@ -44,8 +44,8 @@ from torchtitan.distributed.activation_checkpoint import ActivationCheckpointing
 
 from earlyfuse.models.blocks.experts import Experts, MixtureOfExperts
 from earlyfuse.models.blocks.feed_forward import FeedForward
-from earlyfuse.models.blocks.mamba import Scan
 from earlyfuse.models.decoder import Decoder
+from earlyfuse.models.precision import fp32_modules
 from earlyfuse.models.routing.token_choice import TokenChoice, experts_served
 from earlyfuse.parallel.compat import reduce_with_plain_sums
 from earlyfuse.parallel.expert_parallel import spread_experts
@@ -247,9 +247,8 @@ def _shard(
         )
 
     in_fp32 = replace(settings["mp_policy"], param_dtype=torch.float32)
-    for module in model.modules():
-        if isinstance(module, Scan):
-            shard(module, reshard, mp_policy=in_fp32)
+    for module in fp32_modules(model):
+        shard(module, reshard, mp_policy=in_fp32)
 
     if model.tok_embeddings is not None:
         shard(model.tok_embeddings, reshard)

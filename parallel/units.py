@@ -15,11 +15,10 @@ from torchtitan.distributed import ParallelDims
 
 from earlyfuse.models.blocks.experts import Experts
 from earlyfuse.models.decoder import Decoder
+from earlyfuse.models.precision import fp32_parameters
 from earlyfuse.parallel.pipeline import rank_stages, stage_blocks
 from earlyfuse.parallel.plan import shard_dimension
 from earlyfuse.parallel.tensor_parallel import CUTS
-
-SCAN = ".mamba.scan"  # a unit of its own in each Mamba block
 
 
 @dataclass(frozen=True)
@@ -78,10 +77,13 @@ def fsdp_units(
     """
     reshard = parallelism.fsdp_reshard_after_forward
     held = _held(model, parallelism, pipeline_rank)
+    with torch.device("meta"):
+        built = model.build()
+    in_fp32 = fp32_parameters(built)
     shards: dict[tuple[str, str], int] = defaultdict(int)
-    for name, shape, cut in _parameters(model, dims):
-        unit, axis = _unit_of(name, dims)
-        if unit in held:
+    for name, shape, cut in _parameters(built, dims):
+        unit, axis = (in_fp32[name], "fsdp") if name in in_fp32 else _unit_of(name, dims)
+        if _part_of(name) in held:
             shards[unit, axis] += _shard_numel(shape, cut, axis_ranks(dims, axis))
     return [
         Unit(
@@ -90,18 +92,18 @@ def fsdp_units(
             ranks=axis_ranks(dims, axis),
             shard=shard,
             kept=reshard == "never" or dims.pp > 1 or (unit == "head" and reshard != "always"),
-            fp32=unit.endswith(SCAN),
+            fp32=unit in in_fp32.values(),
         )
         for (unit, axis), shard in shards.items()
     ]
 
 
 def _held(model: Decoder.Config, parallelism: ParallelismConfig, pipeline_rank: int) -> set[str]:
-    """Names of the units on one rank of a pipeline."""
+    """Names of the parts of a model on one rank of a pipeline."""
     names: set[str] = set()
     stages = stage_blocks(parallelism, len(model.layers))
     for blocks in (stages[index] for index in rank_stages(parallelism, pipeline_rank)):
-        names |= {f"layers.{block}{part}" for block in blocks for part in ("", SCAN)}
+        names |= {f"layers.{block}" for block in blocks}
         if blocks.start == 0:
             names.add("embedding")
         if blocks.stop == len(model.layers):
@@ -109,14 +111,10 @@ def _held(model: Decoder.Config, parallelism: ParallelismConfig, pipeline_rank: 
     return names
 
 
-def _parameters(
-    model: Decoder.Config, dims: ParallelDims
-) -> Iterator[tuple[str, list[int], int | None]]:
+def _parameters(built: Decoder, dims: ParallelDims) -> Iterator[tuple[str, list[int], int | None]]:
     """Name and shape of what a rank holds after tensor and expert parallelism, and the dimension
     that they cut.
     """
-    with torch.device("meta"):
-        built = model.build()
     for prefix, module in built.named_modules():
         for leaf, parameter in module.named_parameters(recurse=False):
             name, shape, cut = f"{prefix}.{leaf}", list(parameter.shape), None
@@ -141,13 +139,16 @@ def _tensor_cut(model: Decoder, name: str, ndim: int) -> int | None:
 
 
 def _unit_of(name: str, dims: ParallelDims) -> tuple[str, str]:
-    parts = name.split(".")
-    if parts[0] != "layers":
-        return ("embedding" if parts[0] == "tok_embeddings" else "head"), "fsdp"
-    if parts[2:4] == ["mamba", "scan"]:
-        return ".".join(parts[:2]) + SCAN, "fsdp"
     # the experts of all pools of a block travel together, over the ranks that hold the same ones
-    return ".".join(parts[:2]), "efsdp" if "experts" in parts and dims.ep > 1 else "fsdp"
+    return _part_of(name), "efsdp" if ".experts." in name and dims.ep > 1 else "fsdp"
+
+
+def _part_of(name: str) -> str:
+    """Embedding, head or block that a parameter is of."""
+    first, second, *_ = name.split(".")
+    if first == "layers":
+        return f"{first}.{second}"
+    return "embedding" if first == "tok_embeddings" else "head"
 
 
 def _shard_numel(shape: list[int], cut: int | None, ranks: int) -> int:

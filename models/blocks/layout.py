@@ -91,9 +91,10 @@ class Layout:
 
 def group_of_modality(modality_T: torch.Tensor, modalities: tuple[int, ...]) -> torch.Tensor:
     """(T,) ids → (T,) int64 index into ``modalities``; those the model lacks join group 0."""
-    table = torch.zeros(256, dtype=torch.int64)
-    table[list(modalities)] = torch.arange(len(modalities))
-    return table.to(modality_T.device)[modality_T.long()]
+    group_T = torch.zeros_like(modality_T, dtype=torch.int64)
+    for group, modality in enumerate(modalities):  # no table: copying one over waits for the device
+        group_T = group_T.masked_fill(modality_T == modality, group)
+    return group_T
 
 
 def rotary_angles(

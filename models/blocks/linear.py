@@ -17,6 +17,7 @@ from torchtitan.protocols.module import Module
 
 from earlyfuse.kernels.grouped_gemm import grouped_linear
 from earlyfuse.models.blocks.held import held
+from earlyfuse.models.blocks.indexed import scaled_by_group
 from earlyfuse.models.blocks.layout import Layout
 
 NORM_EPS = 1e-5
@@ -64,7 +65,7 @@ class RMSNorm(Module):
     def forward(self, x_TD: torch.Tensor, layout: Layout) -> torch.Tensor:
         """(T, D) → (T, D)."""
         if self.untied:
-            return _divided_by_rms(x_TD) * self.weight[layout.group_T]
+            return scaled_by_group(_divided_by_rms(x_TD), self.weight, None, layout.group_T)
         if x_TD.device.type == "cpu":
             return _divided_by_rms(x_TD) * self.weight
         return F.rms_norm(x_TD, self.weight.shape, self.weight, NORM_EPS)
@@ -123,6 +124,7 @@ class HeadNorm(Module):
     def forward(self, x_TNH: torch.Tensor, layout: Layout) -> torch.Tensor:
         """(T, N, H) → (T, N, H)."""
         weight, bias = held(self.weight), held(self.bias)
+        normed_TNH = F.layer_norm(x_TNH, x_TNH.shape[-1:], eps=NORM_EPS)
         if self.untied:
-            weight, bias = weight[layout.group_T], bias[layout.group_T]
-        return torch.addcmul(bias, F.layer_norm(x_TNH, x_TNH.shape[-1:], eps=NORM_EPS), weight)
+            return scaled_by_group(normed_TNH, weight, bias, layout.group_T)
+        return torch.addcmul(bias, normed_TNH, weight)

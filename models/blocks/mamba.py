@@ -20,6 +20,7 @@ from earlyfuse.kernels.selective_scan import selective_scan
 from earlyfuse.models.blocks.decoding import Decoding
 from earlyfuse.models.blocks.layout import Layout
 from earlyfuse.models.blocks.linear import Linear
+from earlyfuse.models.blocks.wide import wide
 
 WIDTHS = (2, 3, 4)  # that the kernels of the convolution have
 
@@ -142,9 +143,9 @@ class Scan(Module):
         """(B, S, I) → (B, S, I)."""
         if kept is not None:
             delta_BSI = kept.steps(delta_BSI)
-        bias = _wide(self.dt_bias)
+        bias = wide(self.dt_bias)
         inputs = (  # of ``selective_scan``, in its order
-            *(u_BSI, delta_BSI, -torch.exp(_wide(self.A_log)), B_BSN, C_BSN, _wide(self.D), z_BSI),
+            *(u_BSI, delta_BSI, -torch.exp(wide(self.A_log)), B_BSN, C_BSN, wide(self.D), z_BSI),
             bias if self.untied else bias.unsqueeze(0),
             layout.group_T.view(layout.rows, layout.seq_len) if self.untied else None,
             layout.positions_BS == 0,
@@ -153,11 +154,6 @@ class Scan(Module):
             return layout.row_part.scan(*inputs)
         y_BSI, kept.state_BIN = selective_scan(*inputs, kept.state_BIN)
         return y_BSI
-
-
-def _wide(parameter: torch.Tensor) -> torch.Tensor:
-    """In fp32 also where a whole model has been cast to less."""
-    return parameter.to(torch.promote_types(parameter.dtype, torch.float32))
 
 
 class Recurrence:

@@ -20,6 +20,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torchtitan.protocols.module import Module
 
+from earlyfuse.models.blocks.wide import wide
 from earlyfuse.models.routes import Routes, group_of_rows
 from earlyfuse.models.routing.statistics import CausalStats
 
@@ -49,8 +50,8 @@ class CausalRouter(Module):
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
         """Logits (T, E) fp32 of each expert taking each token (T, D)."""
-        hidden_TH = F.silu(F.linear(x_TD.detach(), self.w_hidden))
-        return F.linear(hidden_TH, self.w_score).float()
+        hidden_TH = F.silu(F.linear(wide(x_TD.detach()), wide(self.w_hidden)))
+        return F.linear(hidden_TH, wide(self.w_score))
 
     def choose(
         self, x_TD: torch.Tensor, main_TE: torch.Tensor, eligible_T: torch.Tensor | None

@@ -18,6 +18,7 @@ from torchtitan.protocols.module import Module
 
 from earlyfuse.kernels.permute import select_top_k
 from earlyfuse.models.blocks.layout import Layout
+from earlyfuse.models.blocks.wide import wide
 from earlyfuse.models.routes import Routes, group_of_rows
 from earlyfuse.models.routing.causal_router import CausalRouter
 from earlyfuse.models.routing.noise import RouterNoise
@@ -83,7 +84,8 @@ class ExpertChoice(Module):
     ) -> Routes:
         """Which of the tokens (T, D) each expert takes, and their weights."""
         # router in fp32: ties in bf16 would reorder the top-k
-        logits_TE = F.linear(x_TD.float(), self.weight.float())
+        x_TD = wide(x_TD)
+        logits_TE = F.linear(x_TD, wide(self.weight))
         if self.rule == "causal":
             assert self.causal is not None, "routing() has made sure of it"
             return self._weighed(self.causal.choose(x_TD, logits_TE, eligible_T), len(x_TD))

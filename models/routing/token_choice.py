@@ -22,6 +22,7 @@ from torchtitan.protocols.module import Module, ModuleList
 
 from earlyfuse.kernels.permute import select_top_k
 from earlyfuse.models.blocks.layout import Layout
+from earlyfuse.models.blocks.wide import wide
 from earlyfuse.models.routes import Routes
 from earlyfuse.models.routing.statistics import RouterStats
 
@@ -109,7 +110,7 @@ class TokenChoice(Module):
         """The experts that each of the tokens (T, D) takes, and their weights."""
         assert eligible_T is None, "ExpertPool.Config refuses groups with token choice"
         # router in fp32: ties in bf16 would reorder the top-k
-        logits_TE = F.linear(x_TD.float(), self.weight.float())
+        logits_TE = F.linear(wide(x_TD), wide(self.weight))
         scores_TE = logits_TE.detach() + self.bias_E
         if self.config.serves:
             scores_TE = scores_TE.masked_fill(layout.group_T[:, None] != self.serves_E, -torch.inf)

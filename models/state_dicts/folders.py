@@ -23,8 +23,10 @@ from torch import nn
 from torchtitan.protocols.module import Module
 
 from earlyfuse.data import json_files
+from earlyfuse.models.blocks.wide import wide_type
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.modality import Vocabulary
+from earlyfuse.models.precision import fp32_parameters
 from earlyfuse.models.routing.expert_choice import ExpertChoice
 from earlyfuse.models.state_dicts import (
     decoder_config,
@@ -345,7 +347,8 @@ def load_model(
 
     Returns it in evaluation mode, and its vocabulary. ``model(tokens_BS, modality_BS=…,
     positions_BS=…)`` gives logits (B, S, V); ``vocabulary.modality_of(tokens_BS)`` the modalities.
-    ``dtype`` None keeps that of the files. No launcher, no process group; ``ValueError`` says what
+    ``dtype`` None keeps that of the files; of a narrower one scans and routers stay in fp32, as in
+    training (``models/precision.py``). No launcher, no process group; ``ValueError`` says what
     is wrong with the folder. Experts are chosen by the causal rule where the model has causal
     routers; else by batch, with budgets from the actual counts, as in validation
     (``routing(model, rule)`` changes that).
@@ -361,6 +364,7 @@ def load_model(
         if isinstance(module, ExpertChoice):
             module.budget = "exact"
             module.rule = "batch" if module.causal is None else "causal"
+    in_fp32 = fp32_parameters(model)
     for name, entry in opened.tensors.entries.items():
         values = opened.tensors.read(name)
         owner, _, leaf = name.rpartition(".")
@@ -368,6 +372,9 @@ def load_model(
         if leaf in module._buffers:  # what a router balances with is as it was
             getattr(module, leaf).copy_(values)
             continue
-        values = values.to(device=device, dtype=dtype or entry.dtype, copy=True)
+        kept = dtype or entry.dtype
+        if dtype is not None and name in in_fp32:
+            kept = wide_type(dtype)
+        values = values.to(device=device, dtype=kept, copy=True)
         module.register_parameter(leaf, nn.Parameter(values))
     return model.eval(), opened.vocabulary
