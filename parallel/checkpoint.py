@@ -50,6 +50,7 @@ from earlyfuse.parallel.checkpoint_files import (
     read_manifest,
 )
 from earlyfuse.parallel.checkpoint_identity import refuse_other_function, refuse_other_run
+from earlyfuse.parallel.resume import Settings
 
 
 class Checkpoints(CheckpointManager):
@@ -59,7 +60,8 @@ class Checkpoints(CheckpointManager):
     one; ``saved`` and ``failed`` count saves; ``stall_seconds`` is how long saving has kept the
     training loop waiting. All ranks agree on the first three. ``description``, if set, becomes the
     ``config.json`` of every checkpoint: what model it is of, for those who find the folder alone.
-    ``steps``, if set: how long the run is; a checkpoint from beyond is refused.
+    ``steps``, if set: how long the run is; a checkpoint from beyond is refused. ``settings``, if
+    set, are noted in every checkpoint; one of which a resume would change what is fixed is refused.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -97,6 +99,7 @@ class Checkpoints(CheckpointManager):
         self.newest: int | None = None
         self.description: dict[str, Any] | None = None
         self.steps: int | None = None
+        self.settings: Settings | None = None
         self.saved, self.failed, self.stall_seconds = 0, 0, 0.0
         super().__init__(config, **built)
         if not self.enable:
@@ -156,6 +159,8 @@ class Checkpoints(CheckpointManager):
         self.disk.prepare(step)
         if self.description is not None:
             atomic_write_json(self.disk.partial(step) / CONFIG, self.description)
+        if self.settings is not None:
+            self.settings.write(self.disk.partial(step))
 
     def _write(self, state_dict: dict[str, Any], partial: Path, to_hf: bool) -> None:
         if to_hf:
@@ -361,6 +366,9 @@ class Checkpoints(CheckpointManager):
         if not options.get("from_hf"):
             refuse_other_function(self.description, Path(checkpoint_id))
             refuse_other_run(self.states, state_dict, checkpoint_id)
+        folder = Path(checkpoint_id)
+        if self.settings is not None and folder.parent == self.disk.root:
+            self.settings.resume(folder, int(folder.name.rpartition("-")[2]))
         with warnings.catch_warnings():
             # torchtitan's schedule works out its rate by itself, on purpose
             warnings.filterwarnings("ignore", "To get the last learning rate")

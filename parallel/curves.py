@@ -1,6 +1,5 @@
 """Pictures: of a run, losses and task accuracy over tokens; of several, losses over FLOPs."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from earlyfuse.parallel.metrics import METRICS_FILE
+from earlyfuse.parallel.metrics_file import METRICS_FILE, TRAIN, VALIDATION, read_metrics
 
 PICTURE = "loss_curves.png"
 COLOURS = {"text": "#1b6ca8", "image": "#c8553d", "speech": "#5b8c5a"}
@@ -20,9 +19,9 @@ COLOURS = {"text": "#1b6ca8", "image": "#c8553d", "speech": "#5b8c5a"}
 
 def plot_curves(folder: Path) -> Path:
     """Draw ``folder``/loss_curves.png from the run's metrics; returns its path."""
-    lines = [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
-    train = [line for line in lines if line["kind"] == "train"]
-    validation = [line for line in lines if line["kind"] == "validation"]
+    lines = read_metrics(folder / METRICS_FILE)
+    train = [line for line in lines if line["kind"] == TRAIN]
+    validation = [line for line in lines if line["kind"] == VALIDATION]
     labels = [label for label in COLOURS if any(f"loss/{label}" in line for line in train)]
     tasks = sorted({key for line in validation for key in line if key.startswith("task/")})
 
