@@ -42,12 +42,15 @@ def plot_curves(folder: Path) -> Path:
 
 
 def plot_study(
-    found: Mapping[str, Mapping[str, np.ndarray]], labels: Sequence[str], picture: Path
+    found: Mapping[str, Mapping[str, np.ndarray]],
+    labels: Sequence[str],
+    picture: Path,
+    equal_flops: float,
 ) -> None:
     """Draw the held-out losses of several configs over FLOPs, a panel for each of ``labels``.
 
     ``found``: config → ``flops`` (P,) and label → losses (seeds, P); lines are means, bands span
-    the seeds.
+    the seeds. A dotted line marks ``equal_flops``, at which they are compared.
     """
     figure, axes = plt.subplots(1, len(labels), figsize=(4.6 * len(labels), 3.6), squeeze=False)
     for axis, label in zip(axes[0], labels, strict=True):
@@ -60,10 +63,11 @@ def plot_study(
                 mean[later],
                 marker="o",
                 markersize=3,
-                label=f"{config} ({mean[-1]:.3f})",
+                label=f"{config} ({mean[-1]:.3f} at its end)",
             )
             low, high = losses.min(0)[later], losses.max(0)[later]
             axis.fill_between(flops[later], low, high, color=line.get_color(), alpha=0.2)
+        axis.axvline(equal_flops, color="grey", linestyle=":", linewidth=1)
         axis.set_title(label)
         axis.set_xlabel("training FLOPs")
         axis.set_ylabel(f"held-out {label} loss (nats per token)")

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from earlyfuse.data.console import printable
+from earlyfuse.data.json_files import JsonObject, read_json
 from earlyfuse.data.lock import FolderLock
 from earlyfuse.parallel import rank_log
 
@@ -86,6 +87,12 @@ def write_description(
     temporary = folder / f"{DESCRIPTION}.tmp"
     temporary.write_text(json.dumps(description, indent=2, default=repr))
     temporary.replace(folder / DESCRIPTION)
+
+
+def read_description(folder: Path) -> JsonObject:
+    """``run.json`` of a run; ``ValueError`` if it is damaged."""
+    path = folder / DESCRIPTION
+    return read_json(path, "restore it, or begin anew in another folder")
 
 
 def revision() -> str:
