@@ -11,6 +11,7 @@ SHORT_HELP, LONG_HELP, LIST = ("-h", "--help"), "--help-all", "--list"
 
 def main(arguments: list[str]) -> int:
     """Run the command line; returns the exit status."""
+    stop.end_with_parent()
     if "RANK" in os.environ:  # a request to stop must not kill a rank that is still importing
         stop.listen()
     # large tensors on huge pages: 2 to 3 % of a step on CPUs; read at torch's first allocation

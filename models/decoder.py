@@ -8,6 +8,7 @@ relatives differ only in what their blocks are composed of: ``Attention`` or ``M
 B rows, S positions, T = B·S tokens, D width, V vocabulary.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -115,6 +116,9 @@ class Decoder(BaseModel):
         seed: int = 0
 
         def __post_init__(self) -> None:
+            for name in ("rope_theta", "init_std"):
+                if not 0 < getattr(self, name) < math.inf:
+                    raise ValueError(f"{name} ({getattr(self, name)}) must be positive and finite")
             if not self.layers:
                 raise ValueError("layers must hold at least one block")
             for index, layer in enumerate(self.layers):

@@ -60,6 +60,7 @@ from earlyfuse.parallel.checkpoint_identity import (
     refuse_other_run,
 )
 from earlyfuse.parallel.lost_checkpoints import lost_checkpoints
+from earlyfuse.parallel.resume import Settings
 
 
 class Checkpoints(CheckpointManager):
@@ -69,7 +70,8 @@ class Checkpoints(CheckpointManager):
     one; ``saved`` and ``failed`` count saves; ``stall_seconds`` is how long saving has kept the
     training loop waiting. All ranks agree on the first three. ``description``, if set, becomes the
     ``config.json`` of every checkpoint: what model it is of, for those who find the folder alone.
-    ``steps``, if set: how long the run is; a checkpoint from beyond is refused.
+    ``steps``, if set: how long the run is; a checkpoint from beyond is refused. ``settings``, if
+    set, are noted in every checkpoint; one of which a resume would change what is fixed is refused.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -119,6 +121,7 @@ class Checkpoints(CheckpointManager):
         self.newest: int | None = None
         self.description: dict[str, Any] | None = None
         self.steps: int | None = None
+        self.settings: Settings | None = None
         self.saved, self.failed, self.stall_seconds = 0, 0, 0.0
         self.run = Path(built.get("base_folder", ""))
         super().__init__(config, **built)
@@ -200,6 +203,8 @@ class Checkpoints(CheckpointManager):
         self.disk.prepare(step)
         if self.description is not None:
             atomic_write_json(self.disk.partial(step) / CONFIG, self.description)
+        if self.settings is not None:
+            self.settings.write(self.disk.partial(step))
 
     def _write(self, state_dict: dict[str, Any], partial: Path) -> None:
         dcp.save(state_dict, storage_writer=Writer(partial), process_group=self.pg)
@@ -432,6 +437,8 @@ class Checkpoints(CheckpointManager):
             described = read_json(reader.folder / CONFIG).get("model")
             refuse_other_function(self.description, described, reader.folder)
         refuse_other_run(self.states, state_dict, reader)
+        if self.settings is not None and reader.folder.parent == self.disk.root:
+            self.settings.resume(reader.folder, read_manifest(reader.folder).step)
         with warnings.catch_warnings():
             # torchtitan's schedule works out its rate by itself, on purpose
             warnings.filterwarnings("ignore", "To get the last learning rate")

@@ -1,6 +1,5 @@
 """Pictures: of a run, losses and task accuracy over tokens; of several, losses over FLOPs."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from earlyfuse.parallel.metrics import METRICS_FILE
+from earlyfuse.parallel.metrics_file import METRICS_FILE, TRAIN, VALIDATION, read_metrics
 from earlyfuse.parallel.run_folder import CURVES
 
 COLOURS = {"text": "#1b6ca8", "image": "#c8553d", "speech": "#5b8c5a"}
@@ -20,9 +19,9 @@ COLOURS = {"text": "#1b6ca8", "image": "#c8553d", "speech": "#5b8c5a"}
 
 def plot_curves(folder: Path) -> Path:
     """Draw ``folder``/loss_curves.png from the run's metrics; returns its path."""
-    lines = [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
-    train = [line for line in lines if line["kind"] == "train"]
-    validation = [line for line in lines if line["kind"] == "validation"]
+    lines = read_metrics(folder / METRICS_FILE)
+    train = [line for line in lines if line["kind"] == TRAIN]
+    validation = [line for line in lines if line["kind"] == VALIDATION]
     labels = [label for label in COLOURS if any(f"loss/{label}" in line for line in train)]
     tasks = sorted({key for line in validation for key in line if key.startswith("task/")})
 
@@ -43,12 +42,15 @@ def plot_curves(folder: Path) -> Path:
 
 
 def plot_study(
-    found: Mapping[str, Mapping[str, np.ndarray]], labels: Sequence[str], picture: Path
+    found: Mapping[str, Mapping[str, np.ndarray]],
+    labels: Sequence[str],
+    picture: Path,
+    equal_flops: float,
 ) -> None:
     """Draw the held-out losses of several configs over FLOPs, a panel for each of ``labels``.
 
     ``found``: config → ``flops`` (P,) and label → losses (seeds, P); lines are means, bands span
-    the seeds.
+    the seeds. A dotted line marks ``equal_flops``, at which they are compared.
     """
     figure, axes = plt.subplots(1, len(labels), figsize=(4.6 * len(labels), 3.6), squeeze=False)
     for axis, label in zip(axes[0], labels, strict=True):
@@ -61,10 +63,11 @@ def plot_study(
                 mean[later],
                 marker="o",
                 markersize=3,
-                label=f"{config} ({mean[-1]:.3f})",
+                label=f"{config} ({mean[-1]:.3f} at its end)",
             )
             low, high = losses.min(0)[later], losses.max(0)[later]
             axis.fill_between(flops[later], low, high, color=line.get_color(), alpha=0.2)
+        axis.axvline(equal_flops, color="grey", linestyle=":", linewidth=1)
         axis.set_title(label)
         axis.set_xlabel("training FLOPs")
         axis.set_ylabel(f"held-out {label} loss (nats per token)")

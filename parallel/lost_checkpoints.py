@@ -4,7 +4,7 @@ from pathlib import Path
 
 from earlyfuse.data.json_files import load_json
 from earlyfuse.parallel.checkpoint_files import PARTIAL
-from earlyfuse.parallel.metrics import METRICS_FILE
+from earlyfuse.parallel.metrics_file import METRICS_FILE
 from earlyfuse.parallel.run_folder import CURVES, DESCRIPTION, read_config
 
 _TAIL = 1 << 20  # bytes of a log in which its last line is looked for

@@ -1,14 +1,13 @@
 """Where a run's numbers go: ``metrics.jsonl``, TensorBoard and the console, all per modality.
 
 ``metrics.jsonl`` has one JSON object per logged step. ``kind`` is "train" or "validation"; modality
-names are the last part of a key (``loss/image``). A resumed run first drops what the interrupted
+names are the last part of a key (``loss/image``), and null is a number that is not finite
+(``metrics_file.py``). A resumed run first drops what the interrupted
 one logged beyond its last checkpoint, so the file reads as if the run had never stopped.
 
 With several ranks a logged step also says what the slowest of them saw (``rank_times.py``).
 """
 
-import json
-import os
 import sys
 import time
 from dataclasses import dataclass
@@ -21,9 +20,9 @@ from torch.utils.tensorboard import SummaryWriter
 from torchtitan.components.metrics import BaseLogger, MetricsProcessor
 from tqdm import tqdm
 
+from earlyfuse.parallel.metrics_file import METRICS_FILE, TRAIN, VALIDATION, as_line, drop_after
 from earlyfuse.parallel.rank_times import RankTimes
 
-METRICS_FILE = "metrics.jsonl"
 CLEARLY_SLOWER = 1.1
 
 
@@ -73,7 +72,7 @@ class RunMetrics(MetricsProcessor):
         if self.gpu_peak_flops:
             metrics["mfu"] = self.num_flops_per_token * tokens_per_second / self.gpu_peak_flops
         metrics |= self.rank_times.gather(step, data_wait, elapsed)
-        self.logger.log({"kind": "train", **metrics}, step)
+        self.logger.log({"kind": TRAIN, **metrics}, step)
         if self.console:
             self.console.train(step, metrics)
         self.restart_clock()
@@ -86,7 +85,7 @@ class RunMetrics(MetricsProcessor):
 
     def log_validation_step(self, step: int, metrics: dict[str, float]) -> None:
         """Write one validation's metrics; its time does not count as training time."""
-        self.logger.log({"kind": "validation", **metrics}, step)
+        self.logger.log({"kind": VALIDATION, **metrics}, step)
         if self.console:
             self.console.validation(step, metrics)
 
@@ -121,14 +120,15 @@ class RunLogger(BaseLogger):
         self.writer: SummaryWriter | None = None
 
     def start(self, step: int) -> None:
-        """Open for appending after ``step``; later lines of an interrupted run are dropped."""
+        """Open for appending after ``step``; later lines of an interrupted run are dropped.
+
+        ``ValueError`` if the file is damaged.
+        """
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.path.exists():
-            lines = self.path.read_text().splitlines() if step else []
-            kept = [line for line in lines if _step_of(line) <= step]
-            replacement = self.path.with_suffix(".tmp")
-            replacement.write_text("".join(line + "\n" for line in kept))
-            os.replace(replacement, self.path)
+        if step and self.path.exists():
+            drop_after(self.path, step)
+        elif self.path.exists():
+            self.path.write_bytes(b"")
         self.file = self.path.open("a", buffering=1)
         if self.tensorboard_folder:
             self.writer = SummaryWriter(str(self.tensorboard_folder), purge_step=step + 1)
@@ -136,7 +136,7 @@ class RunLogger(BaseLogger):
     def log(self, metrics: dict[str, Any], step: int) -> None:
         """One line, and a scalar named ``kind``/name for each number."""
         assert self.file is not None, "log before start"
-        self.file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self.file.write(as_line(metrics, step))
         if self.writer:
             for name, value in metrics.items():
                 if not isinstance(value, str):
@@ -226,11 +226,3 @@ def _ranks(metrics: dict[str, Any]) -> str:
     if slow > CLEARLY_SLOWER * fast:
         text += f", slowest rank {metrics['slowest_rank']} on {metrics['slowest_host']}"
     return text
-
-
-def _step_of(line: str) -> float:
-    """Step of a logged line; a line cut off by a crash belongs to no step and is dropped."""
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError):
-        return float("inf")

@@ -54,7 +54,7 @@ class SkipRule(Configurable):
                 raise ValueError(
                     f"skip.window ({self.window}) must be at least 4 steps; 128 is usual"
                 )
-            if self.deviations <= 0:
+            if not 0 < self.deviations < math.inf:
                 raise ValueError(
                     f"skip.deviations ({self.deviations}) must be positive; 6 is usual, and "
                     "--skip.no-spike-guard turns the guard off"

@@ -1,4 +1,5 @@
-"""Requests to stop: SIGTERM and SIGUSR1, to this process or to the launcher of its host.
+"""Requests to stop: SIGTERM and SIGUSR1, to this process or to the launcher of its host; and the
+end with a parent that was killed.
 
 A launcher that must outlive the request (``tools/launch.py``) cannot pass a signal on to ranks that
 are still starting. It makes a file instead, whose path its ranks find in the environment.
@@ -8,12 +9,18 @@ Only the standard library is imported, so that ``train.py`` listens before its l
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 STOP_FILE = "EARLYFUSE_STOP_FILE"
 """Environment variable: path of the file that asks to stop by existing."""
+
+PARENT_PIPE = "EARLYFUSE_PARENT_PIPE"
+"""Environment variable: descriptor of a pipe that closes when the parent ends, however it does."""
+
+PARENT_GONE = 71  # exit status
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -39,6 +46,22 @@ def listening() -> Iterator[None]:
         for number, handler in zip(SIGNALS, before, strict=True):
             signal.signal(number, handler)
         _signalled = False
+
+
+def end_with_parent() -> None:
+    """From now on, end this process at once when the parent that gave it a pipe is gone; nothing
+    without one. Children of this process do not inherit it.
+    """
+    descriptor = os.environ.pop(PARENT_PIPE, "")
+    if not descriptor:
+        return
+
+    def wait() -> None:
+        while os.read(int(descriptor), 1):
+            pass
+        os._exit(PARENT_GONE)
+
+    threading.Thread(target=wait, name="parent", daemon=True).start()
 
 
 def requested() -> bool:

@@ -35,6 +35,12 @@ from earlyfuse.parallel.limits import check_limits
 from earlyfuse.parallel.metrics import RunMetrics
 from earlyfuse.parallel.pipeline import Pipeline
 from earlyfuse.parallel.plan import check_parallelism
+from earlyfuse.parallel.resume import (
+    Settings,
+    apply_hyperparameters,
+    hyperparameters,
+    plain_config,
+)
 from earlyfuse.parallel.sampler import Sampler
 from earlyfuse.parallel.schedule import LearningRate
 from earlyfuse.parallel.sequence_parallel import positions_here
@@ -54,6 +60,23 @@ from earlyfuse.parallel.watchdog import Phase, Watchdog
 MODALITIES = len(Modality)
 
 Microbatch = tuple[dict[str, torch.Tensor], torch.Tensor]
+
+
+def resolve(config: "Trainer.Config") -> DataSet:
+    """Fill in, in place, what follows from other fields and from the data, which are returned.
+
+    Raises ``ValueError`` for what cannot be right, before anything is built.
+    """
+    assert config.model_spec is not None, "configs always set model_spec"
+    model = config.model_spec.model
+    assert isinstance(model, Decoder.Config)
+    if config.debug.seed is not None:
+        model.seed = config.debug.seed
+    check_limits(config)
+    check_parallelism(config.parallelism, config.training, model)
+    data = DataSet(config.data)
+    data.connect(config)
+    return data
 
 
 class Trainer(titan.Trainer):
@@ -89,19 +112,23 @@ class Trainer(titan.Trainer):
         compat.apply()
         self._alone = compat.join_process_group_alone()
         assert config.model_spec is not None, "configs always set model_spec"
+        self.data = resolve(config)
+        self.vocabulary = self.data.vocabulary
         model = config.model_spec.model
-        if config.debug.seed is not None:
-            model.seed = config.debug.seed
-        check_limits(config)
-        check_parallelism(config.parallelism, config.training, model)
         if config.train_only == "causal_routers":
             check_optimizer(config.optimizer, model)
             spread = causal_routers_alone(config.model_spec.parallelize_fn)
             config.model_spec = replace(config.model_spec, parallelize_fn=spread)
-        self.data = DataSet(config.data)
-        self.data.connect(config)
-        self.vocabulary = self.data.vocabulary
         run_folder.check_writable(Path(config.dump_folder))
+        self.reservation = run_folder.Reservation(Path(config.dump_folder))
+        try:
+            self._build(config)
+        except BaseException:
+            self.reservation.release()
+            raise
+
+    def _build(self, config: Config) -> None:
+        model = config.model_spec.model
         rank_log.start(Path(config.dump_folder))
         # saved in every checkpoint: totals of the whole run
         self.tokens_M = torch.zeros(MODALITIES, dtype=torch.int64)
@@ -112,6 +139,7 @@ class Trainer(titan.Trainer):
             self.dataloader.mesh = self.parallel_dims.get_mesh("batch")
         pipelined = self.parallel_dims.pp_enabled
         self.checkpointer.steps = config.training.steps
+        self.checkpointer.settings = self.settings = Settings(config)
         self.checkpointer.description = describe(
             config.model_spec.model, self.vocabulary, self._provenance()
         )
@@ -306,15 +334,26 @@ class Trainer(titan.Trainer):
 
         SIGTERM or SIGUSR1 to any rank lets all of them finish their step, save, and end.
         """
+        try:
+            self._train()
+        except BaseException:
+            self.reservation.release()
+            raise
+
+    def _train(self) -> None:
         config, metrics = self.config, self.metrics_processor
-        begun = ""
+        begun, settings = "", self.settings
+        configured = hyperparameters(self.optimizers)
         if not self.checkpointer.load(step=config.checkpoint.load_step):
             begun = self._begin()
-        # only now: a refused checkpoint leaves the folder's own description in place
-        run_folder.write_description(Path(config.dump_folder), config.to_dict())
+        apply_hyperparameters(self.optimizers, self.lr_schedulers, configured)
         metrics.start(self.step, config.training.steps)
+        # only now: whatever was refused has left the folder's own description in place
+        description = plain_config(config)
+        run_folder.write_description(Path(config.dump_folder), description, settings.changes)
         if self.step:
             begun = f"resumed at step {self.step}"
+            begun += f", from here with {settings.changed_now}" if settings.changed_now else ""
         if begun and torch.distributed.get_rank() == 0:
             print(begun, flush=True)
         if begun and not self.step and config.validator.enable:
@@ -404,6 +443,7 @@ class Trainer(titan.Trainer):
         """Release everything; the other ranks no longer wait for this one."""
         super().close()
         self.watchdog.close()
+        self.reservation.release()
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps of the trainer itself."""

@@ -10,7 +10,7 @@ from tiny_runs import MAMBAS, tiny_config
 from toy import make_data
 
 from earlyfuse.configs import catalogue
-from earlyfuse.tools import study
+from earlyfuse.tools import study, study_report
 
 
 def written(folder, losses, kind="text"):
@@ -27,12 +27,16 @@ def written(folder, losses, kind="text"):
     return study.Run("mamba", 0, folder, max(losses), ())
 
 
+def curve(runs):
+    return study.curves([run.lines() for run in runs])
+
+
 def test_losses_stand_over_the_flops_of_all_modalities(tmp_path):
     runs = [
         written(tmp_path / "a", {1: 8.0, 4: 4.0, 8: 2.0}),
         written(tmp_path / "b", {1: 6.0, 4: 2.0, 8: 1.0}),
     ]
-    found = study.curves(runs)
+    found = curve(runs)
     assert found["flops"].tolist() == [10, 40, 80]
     assert found["text"].tolist() == [[8, 4, 2], [6, 2, 1]] and "image" not in found
 
@@ -43,14 +47,14 @@ def test_flops_to_reach_a_loss(tmp_path, target, flops):
         written(tmp_path / "a", {1: 8.0, 4: 4.0, 8: 2.0}),
         written(tmp_path / "b", {1: 6.0, 4: 2.0, 8: 1.0}),
     ]
-    assert study.flops_to_reach(study.curves(runs), "text", target) == flops
+    assert study_report.flops_to_reach(curve(runs), "text", target) == flops
 
 
 def test_the_last_line_of_a_repeated_step_counts(tmp_path):
     run = written(tmp_path / "a", {8: 2.0})
     with (tmp_path / "a" / "metrics.jsonl").open("a") as log:
         log.write(json.dumps({"kind": "validation", "step": 8, "loss/text": 1.5}) + "\n")
-    assert run.finished() and study.curves([run])["text"].tolist() == [[1.5]]
+    assert run.finished() and curve([run])["text"].tolist() == [[1.5]]
 
 
 def test_the_table_compares_with_the_first_config(tmp_path, capsys):

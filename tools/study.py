@@ -3,65 +3,98 @@
 ``python -m earlyfuse.tools.study OUT --configs mamba mixture_of_mamba --seeds 0 1 2 --jobs 2``, and
 behind ``--`` any overrides of ``train.py``. A seed is that of the first values (``debug.seed``) and
 of the documents' order (``dataloader.seed``). Runs that are finished are not run again; stopped
-ones go on. OUT then holds the runs, and of all together ``study.png``, ``study.md`` and
-``study.json``. The first config is the baseline.
+ones go on; those that were trained with other settings are refused. OUT then holds the runs, and of
+all together ``study.png``, ``study.md`` and ``study.json``. The first config is the baseline.
+
+SIGTERM lets the runs save and end; they end with this process if it is killed.
 """
 
 import argparse
-import json
 import logging
 import os
+import signal
 import subprocess
 import sys
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
+from types import FrameType
 from typing import Any
-
-import numpy as np
 
 from earlyfuse.configs.catalogue import catalogue
 from earlyfuse.configs.command_line import override
-from earlyfuse.data.atomic import atomic_write_bytes, atomic_write_json
-from earlyfuse.models.modality import Modality
-from earlyfuse.parallel.curves import plot_study
-from earlyfuse.parallel.data_set import DataSet
-from earlyfuse.parallel.metrics import METRICS_FILE
+from earlyfuse.data.console import printable
+from earlyfuse.data.json_files import shown
+from earlyfuse.data.lock import FolderLock
+from earlyfuse.parallel.metrics_file import METRICS_FILE, VALIDATION, read_metrics
+from earlyfuse.parallel.resume import UNKNOWN, Effect, differences, effect_of, plain_config
+from earlyfuse.parallel.run_folder import DESCRIPTION, read_description
+from earlyfuse.parallel.stop import PARENT_PIPE
+from earlyfuse.parallel.trainer import resolve
+from earlyfuse.tools.study_report import curves, report
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 
 
 @dataclass(frozen=True)
 class Run:
-    """One config with one seed, in a folder of its own."""
+    """One config with one seed, in a folder of its own; ``settings``: its resolved config."""
 
     config: str
     seed: int
     folder: Path
     steps: int
     overrides: tuple[str, ...]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def arguments(self) -> list[str]:
+        """What is given to ``train.py`` besides the name of the config."""
+        seeds = ["--debug.seed", str(self.seed), "--dataloader.seed", str(self.seed)]
+        return [*self.overrides, *seeds, "--dump_folder", str(self.folder)]
 
     @property
     def command(self) -> list[str]:
         """The command line of ``train.py``."""
-        seeds = ["--debug.seed", str(self.seed), "--dataloader.seed", str(self.seed)]
-        folder = ["--dump_folder", str(self.folder)]
-        return [sys.executable, str(TRAIN), self.config, *self.overrides, *seeds, *folder]
+        return [sys.executable, str(TRAIN), self.config, *self.arguments]
 
     def lines(self) -> list[dict[str, Any]]:
         """What the run has logged; of a step that was repeated after a stop, the last."""
         path = self.folder / METRICS_FILE
         if not path.exists():
             return []
-        logged = [json.loads(line) for line in path.read_text().splitlines()]
-        return list({(line["kind"], line["step"]): line for line in logged}.values())
+        return list({(line["kind"], line["step"]): line for line in read_metrics(path)}.values())
 
     def finished(self) -> bool:
         """Whether its last validation is there."""
-        return any(x["kind"] == "validation" and x["step"] == self.steps for x in self.lines())
+        return any(x["kind"] == VALIDATION and x["step"] == self.steps for x in self.lines())
+
+    def check_settings(self) -> None:
+        """``ValueError`` if the folder holds a run of other settings, or of unknown ones."""
+        where = printable(str(self.folder))
+        remedy = "compare in another OUT, or remove that folder"
+        if not (self.folder / DESCRIPTION).is_file():
+            if (self.folder / METRICS_FILE).exists():
+                raise ValueError(
+                    f"{where} holds a run without {DESCRIPTION}, so its settings are unknown; "
+                    f"{remedy}"
+                )
+            return
+        description = read_description(self.folder)
+        for name, before, now in differences(description.field("config", dict), self.settings):
+            if before is not UNKNOWN and effect_of(name) is not Effect.NONE:
+                raise ValueError(
+                    f"{where} holds a run of other settings: {printable(name)} is {shown(before)} "
+                    f"there and {shown(now)} here; {remedy}"
+                )
+        for change in description.field("changes", list, default=[]):
+            raise ValueError(
+                f"{where} holds a run whose settings were changed on the way ({shown(change)}); "
+                f"{remedy}"
+            )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -72,12 +105,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger().setLevel(logging.ERROR)  # torchtitan warns of its own defaults
     try:
         runs = plan(options.out, options.configs, options.seeds, tuple(given[split + 1 :]))
-        train(runs, options.jobs)
-        found = {
-            config: curves([r for r in runs if r.config == config]) for config in options.configs
-        }
-        report(options.out, found)
-    except (ValueError, RuntimeError) as error:
+        for run in runs:
+            run.check_settings()
+        with _only_one(options.out):
+            train(runs, options.jobs)
+            found = {
+                config: curves([run.lines() for run in runs if run.config == config])
+                for config in options.configs
+            }
+            report(options.out, found)
+    except (ValueError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
@@ -86,8 +123,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def plan(
     out: Path, configs: Sequence[str], seeds: Sequence[int], overrides: tuple[str, ...]
 ) -> list[Run]:
-    """The runs, seed by seed. ``ValueError`` for unknown configs, repeated names, and configs
-    without validation.
+    """The runs, seed by seed. ``ValueError`` for unknown configs, repeated names, configs without
+    validation, and settings that cannot be right.
     """
     known = catalogue()
     for name, values in (("configs", configs), ("seeds", seeds)):
@@ -95,108 +132,87 @@ def plan(
             raise ValueError(f"{name} ({' '.join(map(str, values))}) must be different ones")
     if unknown := [name for name in configs if name not in known]:
         raise ValueError(f"configs ({' '.join(unknown)}) are unknown; see train.py --list")
-    runs = []
+    planned = []
     for seed in seeds:
         for name in configs:
-            config = override(known[name](), list(overrides))
+            run = Run(name, seed, out / f"{name}-seed{seed}", 0, overrides)
+            config = override(known[name](), run.arguments)
             if not config.validator.enable:
                 raise ValueError(f"validator.enable of {name} is off: there is nothing to compare")
-            folder = out / f"{name}-seed{seed}"
-            runs.append(Run(name, seed, folder, config.training.steps, overrides))
-    DataSet(config.data)  # the embedded corpus is made once, before runs would make it together
+            planned.append((run, config))
+    runs = []
+    for run, config in planned:
+        resolve(config)  # makes the embedded corpus once, before runs would make it together
+        settings = plain_config(config)
+        runs.append(
+            Run(run.config, run.seed, run.folder, config.training.steps, overrides, settings)
+        )
     return runs
 
 
 def train(runs: Sequence[Run], jobs: int) -> None:
     """Train what is not finished, ``jobs`` at a time. ``RuntimeError`` names a run that fails."""
     threads = max(1, (os.cpu_count() or 1) // jobs)
-    environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
+    read, write = os.pipe()  # closes when this process ends, and its runs see it
+    environment = {"OMP_NUM_THREADS": str(threads)} | os.environ | {PARENT_PIPE: str(read)}
+    training: set[subprocess.Popen[bytes]] = set()
+    stopping = False
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal stopping
+        stopping = True
+        for process in list(training):
+            process.terminate()
 
     def one(run: Run) -> None:
-        if run.finished():
+        if stopping or run.finished():
             return
         began = perf_counter()
         run.folder.mkdir(parents=True, exist_ok=True)
         log = run.folder / "console.log"
         with log.open("ab") as console:
-            status = subprocess.run(run.command, stdout=console, stderr=console, env=environment)
-        if status.returncode or not run.finished():
+            process = subprocess.Popen(
+                run.command, stdout=console, stderr=console, env=environment, pass_fds=(read,)
+            )
+            training.add(process)
+            if stopping:
+                process.terminate()
+            status = process.wait()
+            training.remove(process)
+        if not stopping and (status or not run.finished()):
             raise RuntimeError(
-                f"{run.folder.name} ended with status {status.returncode}; see {log}"
+                f"{run.folder.name} ended with status {status}; see {printable(str(log))}"
             )
         print(f"{run.folder.name}: {perf_counter() - began:.0f} s", flush=True)
 
-    with ThreadPoolExecutor(jobs) as pool:
-        results = [pool.submit(one, run) for run in runs]
-        try:
-            for result in results:
-                result.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        with ThreadPoolExecutor(jobs) as pool:
+            results = [pool.submit(one, run) for run in runs]
+            try:
+                for result in results:
+                    result.result()
+            finally:
+                pool.shutdown(cancel_futures=True)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        os.close(read)
+        os.close(write)
+    if stopping:
+        raise RuntimeError("stopped by SIGTERM; the same command goes on")
 
 
-def curves(runs: Sequence[Run]) -> dict[str, np.ndarray]:
-    """``flops`` (P,) of all modalities at each validation, and losses by modality (seeds, P)."""
-    losses: dict[str, list[list[float]]] = defaultdict(list)
-    flops = np.zeros(0)
-    for run in runs:
-        lines = run.lines()
-        trained = [line for line in lines if line["kind"] == "train"]
-        held_out = [line for line in lines if line["kind"] == "validation"]
-        done = [sum(v for k, v in line.items() if k.startswith("flops/")) for line in trained]
-        steps = [line["step"] for line in trained]
-        flops = np.interp([line["step"] for line in held_out], steps, done)
-        for modality in Modality:
-            if all(f"loss/{modality.label}" in line for line in held_out):
-                losses[modality.label].append([x[f"loss/{modality.label}"] for x in held_out])
-    return {"flops": flops} | {label: np.array(seeds) for label, seeds in losses.items()}
-
-
-def flops_to_reach(curve: dict[str, np.ndarray], label: str, target: float) -> float | None:
-    """FLOPs at which the mean held-out loss first is ``target``, between validations linearly;
-    None if it never is.
-    """
-    mean, flops = curve[label].mean(0), curve["flops"]
-    below = np.flatnonzero(mean <= target)
-    if not len(below):
-        return None
-    at = below[0]
-    if at == 0:
-        return float(flops[0])
-    share = (mean[at - 1] - target) / (mean[at - 1] - mean[at])
-    return float(flops[at - 1] + share * (flops[at] - flops[at - 1]))
-
-
-def report(out: Path, found: dict[str, dict[str, np.ndarray]]) -> None:
-    """Write ``study.json``, ``study.md`` and ``study.png`` into ``out``, and print the table."""
-    baseline, *_ = found
-    labels = [m.label for m in Modality if m.label in found[baseline]]
-    total = found[baseline]["flops"][-1]
-    header = ["config"] + [
-        cell for label in labels for cell in (f"{label} loss", f"FLOPs to {baseline}'s {label}")
-    ]
-    rows = [header, ["---"] * len(header)]
-    for config, curve in found.items():
-        row = [config]
-        for label in labels:
-            last = curve[label][:, -1]
-            reached = flops_to_reach(curve, label, float(found[baseline][label][:, -1].mean()))
-            row += [
-                f"{last.mean():.3f} ({last.min():.3f}-{last.max():.3f})",
-                "not reached" if reached is None else f"{reached / total:.1%}",
-            ]
-        rows.append(row)
-    seeds = len(found[baseline][labels[0]])
-    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    text = (
-        f"Held-out loss in nats per token after {total:.3g} training FLOPs, mean of {seeds} seeds "
-        f"(least-most).\n\n{table}\n"
-    )
-    atomic_write_bytes(out / "study.md", text.encode())
-    values = {config: {k: v.tolist() for k, v in curve.items()} for config, curve in found.items()}
-    atomic_write_json(out / "study.json", values)
-    plot_study(found, labels, out / "study.png")
-    print(f"{text}\n{out / 'study.png'}")
+@contextmanager
+def _only_one(out: Path) -> Iterator[None]:
+    """Refuse a second study in ``out``."""
+    out.mkdir(parents=True, exist_ok=True)
+    lock = FolderLock(out, lambda line: print(f"warning: {line}", file=sys.stderr))
+    if not lock.acquire():
+        raise ValueError(f"out ({out}) is in use by another study; wait for it to end, or stop it")
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -16,7 +16,7 @@ The parts: ``spec`` (what to prepare, and what is refused), ``present`` (what is
 shard), ``pool`` (processes), ``report`` (what is in a prepared folder).
 """
 
-import fcntl
+import math
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +26,7 @@ from typing import Any
 
 from earlyfuse.data.atomic import TEMPORARY_SUFFIX, remove_temporaries, sha256_file
 from earlyfuse.data.console import printable
+from earlyfuse.data.lock import FolderLock
 from earlyfuse.data.prepare.pool import ProcessPool
 from earlyfuse.data.prepare.present import SplitGuard, check_replaced, made_shards, raw_hashes
 from earlyfuse.data.prepare.progress import Progress
@@ -231,25 +232,11 @@ def _check_writable(out: Path) -> None:
 
 @contextmanager
 def _only_one(out: Path, progress: Progress, wait: bool) -> Iterator[None]:
-    """Refuse a second prepare on the folder, or let it ``wait``; the lock goes with the process,
-    however it ends.
-    """
-    descriptor = os.open(out, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        if not wait:
-            os.close(descriptor)
-            raise RuntimeError(
-                f"out ({out}) is being written by another prepare; wait for it to end"
-            ) from error
-        progress.tell(f"waiting for another process that prepares {out}")
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-    except OSError as error:  # some network file systems
-        progress.tell(
-            f"no lock on {out} ({error.strerror}): see that no other prepare writes there"
-        )
+    """Refuse a second prepare on the folder, or let it ``wait``."""
+    lock = FolderLock(out, progress.tell)
+    if not lock.acquire(math.inf if wait else 0.0):
+        raise RuntimeError(f"out ({out}) is being written by another prepare; wait for it to end")
     try:
         yield
     finally:
-        os.close(descriptor)
+        lock.release()

@@ -6,6 +6,7 @@ caller divides by global counts, and a batch without images is no special case.
 B rows, S positions, T = B·S, M modality ids.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -30,8 +31,10 @@ class ChameleonObjective(Configurable):
         """Weight of log² Z; 0 turns it off. Chameleon: 1e-5."""
 
         def __post_init__(self) -> None:
-            if self.z_loss < 0:
-                raise ValueError(f"z_loss ({self.z_loss}) must not be negative; 0 turns it off")
+            if not 0 <= self.z_loss < math.inf:
+                raise ValueError(
+                    f"z_loss ({self.z_loss}) must not be negative or infinite; 0 turns it off"
+                )
 
     def __init__(self, config: Config, **_: Any):
         self.z_loss = config.z_loss

@@ -8,6 +8,7 @@ T tokens, D width, N routing groups of L = T/N tokens, E experts, k tokens an ex
 group, R = E·N·k rows.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -50,8 +51,8 @@ class ExpertChoice(Module):
 
         def __post_init__(self) -> None:
             for name in ("routing_rows", "capacity_factor", "init_gain"):
-                if getattr(self, name) <= 0:
-                    raise ValueError(f"{name} ({getattr(self, name)}) must be positive")
+                if not 0 < getattr(self, name) < math.inf:
+                    raise ValueError(f"{name} ({getattr(self, name)}) must be positive and finite")
             for name, allowed in (
                 ("budget", ("static", "exact")),
                 ("weights", ("sigmoid", "normalised")),

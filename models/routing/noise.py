@@ -13,6 +13,7 @@ T tokens, E experts.
 """
 
 import hashlib
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -35,7 +36,7 @@ class RouterNoise(Module):
         temperature: float = 1.0
 
         def __post_init__(self) -> None:
-            if self.end_step < 1 or self.temperature <= 0:
+            if self.end_step < 1 or not 0 < self.temperature < math.inf:
                 raise ValueError(
                     f"end_step ({self.end_step}) of the router noise must be at least 1 and its "
                     f"temperature ({self.temperature}) positive; without noise leave noise None"

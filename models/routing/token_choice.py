@@ -12,6 +12,7 @@ only the device knows.
 T tokens, D width, E experts, k experts of a token, R = T·k rows.
 """
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -54,9 +55,9 @@ class TokenChoice(Module):
 
         def __post_init__(self) -> None:
             for name, least in (("top_k", 1), ("bias_rate", 0)):
-                if getattr(self, name) < least:
+                if not least <= getattr(self, name) < math.inf:
                     raise ValueError(f"{name} ({getattr(self, name)}) must be at least {least}")
-            if self.scale <= 0:
+            if not 0 < self.scale < math.inf:
                 raise ValueError(f"scale ({self.scale}) must be positive; 1 leaves weights alone")
             for group in set(self.serves):
                 if (experts := self.serves.count(group)) < self.top_k:
