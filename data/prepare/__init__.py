@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from earlyfuse.data.atomic import TEMPORARY_SUFFIX, remove_temporaries, sha256_file
+from earlyfuse.data.prepare.bad_samples import lost, skipped
 from earlyfuse.data.prepare.pool import ProcessPool
 from earlyfuse.data.prepare.progress import Progress
 from earlyfuse.data.prepare.spec import PrepareSpec, Source
@@ -43,6 +44,7 @@ __all__ = ["PrepareSpec", "prepare"]
 
 # a rate of bad samples means something from this many samples on, or at the end of a source
 _SAMPLES_TO_JUDGE = 1000
+_NAMED_SHARDS = 5
 
 
 def prepare(
@@ -64,8 +66,10 @@ def prepare(
     _check_writable(spec.out)
     with _only_one(spec.out, progress, wait), ProcessPool(spec.workers) as pool:
         remove_temporaries(spec.out)
-        train = [shard for source in sources if source.split == "train" for shard in source.shards]
-        tokenizers = make_tokenizers(spec, train, pool, progress)
+        for source in sources:
+            for line in source.unused:
+                progress.tell(f"{source.label}: not read, in {line}")
+        tokenizers = make_tokenizers(spec, sources, pool, progress)
         jobs = {source.label: _jobs(spec, source, tokenizers) for source in sources}
         done = {source.label: _complete_shards(source, jobs[source.label]) for source in sources}
         waiting = [
@@ -93,6 +97,7 @@ def prepare(
                     records.append(record)
                     _check_bad_rate(spec, source, records)
                     _check_apart(source, record, trained)
+                _tell_lost(source, records, progress)
                 folder = spec.out / source.split / source.name
                 manifests[source.label] = write_manifest(
                     folder, tokenizers.vocabulary, tokenizers.hashes, records
@@ -114,8 +119,11 @@ def _jobs(spec: PrepareSpec, source: Source, tokenizers: Tokenizers) -> list[Sha
             image_first=spec.image_first,
             speech_seconds=spec.speech_seconds,
             on_bad=spec.on_bad,
+            expected_size=expected,
         )
-        for number, (raw, name) in enumerate(zip(source.shards, source.raw_names, strict=True))
+        for number, (raw, name, expected) in enumerate(
+            zip(source.shards, source.raw_names, source.expected_sizes(), strict=True)
+        )
     ]
 
 
@@ -144,7 +152,8 @@ def _usable_record(job: ShardJob) -> ShardRecord | None:
     record = ShardRecord.load(job.folder, job.number)
     if record is None or record.recipe != job.recipe or record.raw != job.raw_name:
         return None
-    if job.on_bad == "stop" and record.drops:
+    ends_it = {"stop": bool(record.drops), "skip": lost(record.drops) > 0}
+    if ends_it.get(job.on_bad, False):
         return None  # skipped then, to be met now
     if record.raw_bytes != job.raw.stat().st_size or record.raw_sha256 != sha256_file(job.raw):
         return None
@@ -153,18 +162,29 @@ def _usable_record(job: ShardJob) -> ShardRecord | None:
 
 def _check_bad_rate(spec: PrepareSpec, source: Source, records: list[ShardRecord]) -> None:
     """Raises ``ValueError`` naming the worst shard when too many of the samples so far are bad."""
-    bad = sum(sum(record.drops.values()) for record in records)
+    bad = sum(skipped(record.drops) for record in records)
     seen = bad + sum(record.documents for record in records)
     last = len(records) == len(source.shards)
     if bad <= spec.max_bad_rate * seen or not (last or seen >= _SAMPLES_TO_JUDGE):
         return
-    worst = max(records, key=lambda record: sum(record.drops.values()))
+    worst = max(records, key=lambda record: skipped(record.drops))
     causes = ", ".join(f"{cause} {count}" for cause, count in sorted(worst.drops.items()))
     raise ValueError(
         f"{source.label}: {bad} of {seen} samples are bad, a rate of {bad / seen:.3f}, above "
         f"max_bad_rate ({spec.max_bad_rate}); most are in shard {worst.raw}: {causes}. "
         "Mend it, or raise max_bad_rate"
     )
+
+
+def _tell_lost(source: Source, records: list[ShardRecord], progress: Progress) -> None:
+    broken = [record for record in records if lost(record.drops)]
+    if broken:
+        names = ", ".join(record.raw for record in broken[:_NAMED_SHARDS])
+        samples = sum(lost(record.drops) for record in broken)
+        progress.tell(
+            f"{source.label}: {len(broken)} of {len(records)} shards end early, about {samples:,} "
+            f"samples are lost: {names}{', …' if len(broken) > _NAMED_SHARDS else ''}"
+        )
 
 
 def _check_apart(source: Source, record: ShardRecord, trained: dict[str, str]) -> None:
