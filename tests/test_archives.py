@@ -3,6 +3,7 @@
 import gzip
 import io
 import os
+import pickle
 import shutil
 import subprocess
 import tarfile
@@ -366,6 +367,8 @@ def test_what_lies_behind_a_break_is_estimated_by_its_bytes(tmp_path):
     assert len(good) == 299 and lost.cause == "truncated" and "byte 307,200" in lost.message
     assert lost.samples() == 1
     assert lost.samples(len(content) / (300 * 1024)) == pytest.approx(301, abs=12)
+    copy = pickle.loads(pickle.dumps(lost))  # between processes
+    assert str(copy) == str(lost) and copy.samples(2.0) == lost.samples(2.0)
 
 
 def test_zeros_in_place_of_data_are_no_end(tmp_path):

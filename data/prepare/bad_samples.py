@@ -2,7 +2,7 @@
 
 from earlyfuse.data.documents import LOST_CAUSES, BadSample, LostSamples
 
-POLICIES = ("skip", "skip-shards", "stop")
+POLICIES = ("skip", "stop", "skip-shards")
 
 
 def count_bad(bad: BadSample, on_bad: str, shard: str, expected: float) -> int:

@@ -41,10 +41,18 @@ class Source:
         return [Path(os.path.relpath(shard, shared)).as_posix() for shard in self.shards]
 
     def expected_sizes(self) -> list[float]:
-        """For each shard how many times larger the usual shard of the source is, at least 1."""
+        """For each shard how many times larger the usual shard of the source is, at least 1;
+        compressed ones beside compressed ones.
+        """
         sizes = [max(1, shard.stat().st_size) for shard in self.shards]
-        usual = statistics.median(sizes)
-        return [max(1.0, usual / size) for size in sizes]
+        packed = [shard.name.lower().endswith("gz") for shard in self.shards]
+        usual = {
+            kind: statistics.median(
+                size for size, own in zip(sizes, packed, strict=True) if own == kind
+            )
+            for kind in set(packed)
+        }
+        return [max(1.0, usual[kind] / size) for size, kind in zip(sizes, packed, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from typing import BinaryIO
 GZIP_MAGIC = b"\x1f\x8b"
 _CHUNK = 1 << 20
 _PACKED_CHUNK = 1 << 18
-_CAREFUL_CHUNK = 1 << 12  # to know about where damage lies
+_CAREFUL_CHUNK = 512  # to know about where damage lies
 _GZIP = 31  # zlib's window bits for a gzip member with its header and checksum
 
 
@@ -100,7 +100,7 @@ class _GzipStream(ArchiveStream):
     @property
     def share_read(self) -> float:
         """Share of the packed file that has been taken."""
-        return self.file.tell() / max(1, os.fstat(self.file.fileno()).st_size)
+        return (self.file.tell() - len(self._packed)) / max(1, os.fstat(self.file.fileno()).st_size)
 
 
 @contextmanager
