@@ -48,3 +48,33 @@ class BadSample(ValueError):
 
     def __str__(self) -> str:
         return f"{self.message} [{self.cause}]"
+
+
+# causes of ``LostSamples``, and of nothing else
+LOST_CAUSES = ("truncated", "corrupt-tar")
+
+
+class LostSamples(BadSample):
+    """The rest of a shard, or all of it, that cannot be read; the last that a reader yields.
+
+    ``size``: bytes of the archive as far as known; ``good_bytes``: up to the end of its last good
+    sample; ``sample_bytes``: mean size of the samples there were, 0 without any.
+    """
+
+    def __init__(
+        self, cause: str, message: str, size: float, good_bytes: int, sample_bytes: float
+    ) -> None:
+        super().__init__(cause, message)
+        self.args = (cause, message, size, good_bytes, sample_bytes)
+        self.size, self.good_bytes, self.sample_bytes = size, good_bytes, sample_bytes
+
+    def samples(self, expected: float = 1.0) -> int:
+        """How many are lost, by their bytes, at least one.
+
+        ``expected``: size of the shards beside it over the size of this one; a file that was cut
+        does not know how long it was.
+        """
+        if not self.sample_bytes:
+            return 1
+        missing = self.size * max(1.0, expected) - self.good_bytes
+        return max(1, round(missing / self.sample_bytes))

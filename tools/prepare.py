@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from earlyfuse.data.console import printable
+
 _EXAMPLE = """example:
   python -m earlyfuse.tools.prepare build --out prepared \\
       --train text=raw/books 'pairs=raw/cc12m/*.tar' --validation pairs=raw/held_out
@@ -24,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(command(**options))
     except (ValueError, OSError, RuntimeError) as error:
-        print(f"prepare: {error}", file=sys.stderr)
+        print(f"prepare: {printable(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("prepare: stopped; the same command goes on from here", file=sys.stderr)
@@ -81,7 +83,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     shards: dict[str, Any] = {"nargs": "+", "action": "extend", "metavar": "NAME=SHARDS"}
     builder.add_argument(
-        "--train", required=True, help="sources: file, folder of tars or pattern", **shards
+        "--train",
+        required=True,
+        help="sources: file, folder of tars or pattern (*, {000..127})",
+        **shards,
     )
     builder.add_argument("--validation", default=[], help="held-out sources, likewise", **shards)
     builder.add_argument(
@@ -92,7 +97,12 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         help="share of pairs with the image or utterance before its text (0.5)",
     )
-    builder.add_argument("--on-bad", help="skip: count bad samples; stop: end at the first (skip)")
+    builder.add_argument(
+        "--on-bad",
+        metavar="POLICY",
+        help="skip: count bad samples, end at a shard that cannot be read to its end; skip-shards: "
+        "count what such a shard loses too; stop: end at the first (skip)",
+    )
     builder.add_argument(
         "--max-bad-rate", type=float, help="end above this share of bad samples (0.01)"
     )

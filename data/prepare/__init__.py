@@ -27,6 +27,7 @@ from typing import Any
 from earlyfuse.data.atomic import TEMPORARY_SUFFIX, remove_temporaries, sha256_file
 from earlyfuse.data.console import printable
 from earlyfuse.data.lock import FolderLock
+from earlyfuse.data.prepare.bad_samples import lost, skipped
 from earlyfuse.data.prepare.pool import ProcessPool
 from earlyfuse.data.prepare.present import SplitGuard, check_replaced, made_shards, raw_hashes
 from earlyfuse.data.prepare.progress import Progress
@@ -46,6 +47,7 @@ __all__ = ["PrepareSpec", "prepare"]
 
 # a rate of bad samples means something from this many samples on, or at the end of a source
 _SAMPLES_TO_JUDGE = 1000
+_NAMED_SHARDS = 5
 
 
 def prepare(
@@ -69,8 +71,10 @@ def prepare(
     with _only_one(spec.out, progress, wait), ProcessPool(spec.workers) as pool:
         hashes, guard = _check_present(spec, sources)
         remove_temporaries(spec.out)
-        train = [shard for source in sources if source.split == "train" for shard in source.shards]
-        tokenizers = make_tokenizers(spec, train, pool, progress)
+        for source in sources:
+            for line in source.unused:
+                progress.tell(f"{source.label}: not read, in {line}")
+        tokenizers = make_tokenizers(spec, sources, pool, progress)
         jobs = {source.label: _jobs(spec, source, tokenizers) for source in sources}
         done = {
             source.label: _complete_shards(jobs[source.label], hashes[source.label])
@@ -102,6 +106,7 @@ def prepare(
                     bad_rate.check(record)
                     if record.documents:
                         _keep_apart(guard, source, record, job.folder)
+                _tell_lost(source, records, progress)
                 folder = spec.out / source.split / source.name
                 manifests[source.label] = write_manifest(
                     folder, tokenizers.vocabulary, tokenizers.hashes, records
@@ -146,8 +151,11 @@ def _jobs(spec: PrepareSpec, source: Source, tokenizers: Tokenizers) -> list[Sha
             image_first=spec.image_first,
             speech_seconds=spec.speech_seconds,
             on_bad=spec.on_bad,
+            expected_size=expected,
         )
-        for number, (raw, name) in enumerate(zip(source.shards, source.raw_names, strict=True))
+        for number, (raw, name, expected) in enumerate(
+            zip(source.shards, source.raw_names, source.expected_sizes(), strict=True)
+        )
     ]
 
 
@@ -177,7 +185,8 @@ def _usable_record(job: ShardJob, raw_sha256: str | None) -> ShardRecord | None:
     record = ShardRecord.load(job.folder, job.number)
     if record is None or record.recipe != job.recipe or record.raw != job.raw_name:
         return None
-    if job.on_bad == "stop" and record.drops:
+    ends_it = {"stop": bool(record.drops), "skip": lost(record.drops) > 0}
+    if ends_it.get(job.on_bad, False):
         return None  # skipped then, to be met now
     return record if record.raw_sha256 == (raw_sha256 or sha256_file(job.raw)) else None
 
@@ -200,8 +209,8 @@ class _BadRate:
 
     def check(self, record: ShardRecord) -> None:
         """The next shard: judged together with those before it."""
-        own = sum(record.drops.values())
-        if own > sum(self.worst.drops.values()):
+        own = skipped(record.drops)
+        if own > skipped(self.worst.drops):
             self.worst = record
         self.bad += own
         self.seen += own + record.documents
@@ -215,6 +224,17 @@ class _BadRate:
             f"{self.source.label}: {bad} of {seen} samples are bad, a rate of {bad / seen:.3f}, "
             f"above max_bad_rate ({spec.max_bad_rate}); most are in shard "
             f"{printable(worst.raw)}: {printable(causes)}. Mend it, or raise max_bad_rate"
+        )
+
+
+def _tell_lost(source: Source, records: list[ShardRecord], progress: Progress) -> None:
+    broken = [record for record in records if lost(record.drops)]
+    if broken:
+        names = ", ".join(record.raw for record in broken[:_NAMED_SHARDS])
+        samples = sum(lost(record.drops) for record in broken)
+        progress.tell(
+            f"{source.label}: {len(broken)} of {len(records)} shards end early, about {samples:,} "
+            f"samples are lost: {names}{', …' if len(broken) > _NAMED_SHARDS else ''}"
         )
 
 

@@ -9,7 +9,8 @@ from time import perf_counter
 import numpy as np
 import torch
 
-from earlyfuse.data.documents import BadSample, Document
+from earlyfuse.data.documents import BadSample, Document, LostSamples
+from earlyfuse.data.prepare.bad_samples import count_bad
 from earlyfuse.data.prepare.progress import Progress
 from earlyfuse.data.prepare.spec import PrepareSpec
 from earlyfuse.data.raw import read_documents
@@ -33,9 +34,11 @@ _FRUITLESS_DOCUMENTS = 1000
 
 @dataclass(frozen=True)
 class Sample:
-    """Which documents tokenizers learn from."""
+    """Which documents tokenizers learn from. ``expected_sizes``: of ``shards``, see ``Source``."""
 
     shards: tuple[Path, ...]
+    expected_sizes: tuple[float, ...]
+    on_bad: str
     layout: str
     image_first: float
 
@@ -51,6 +54,8 @@ class Sample:
             for seen, document in enumerate(documents):
                 if taken >= share or (taken == 0 and seen >= _FRUITLESS_DOCUMENTS):
                     break
+                if isinstance(document, LostSamples) and self.on_bad == "skip":
+                    count_bad(document, self.on_bad, shard.name, self.expected_sizes[number])
                 if isinstance(document, BadSample):
                     continue  # counted when the shard is tokenised
                 taken += size_of(document)

@@ -7,6 +7,8 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+from earlyfuse.data.console import printable
+
 _PLAIN_LINES = 10
 
 
@@ -18,7 +20,7 @@ class Progress:
 
     def tell(self, line: str) -> None:
         """One line; a bar that is shown stays below it."""
-        tqdm.write(line, file=self.file)
+        tqdm.write(printable(line), file=self.file)
 
     @contextmanager
     def steps(self, name: str, total: int) -> Iterator[Callable[[int, float], None]]:

@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 
 from earlyfuse.data.console import printable
+from earlyfuse.data.documents import LOST_CAUSES
+from earlyfuse.data.prepare.bad_samples import lost
 from earlyfuse.data.prepare.spec import SPLITS
 from earlyfuse.data.shards import TokenSource
 from earlyfuse.data.tokenised import MANIFEST, read_manifest
@@ -125,7 +127,14 @@ def _drop_lines(label: str, manifest: dict[str, Any]) -> list[str]:
         f"  {printable(shard)}: {_causes(drops)}" for shard, drops in by_shard[:_WORST_SHARDS]
     ]
     hidden = len(by_shard) - _WORST_SHARDS
-    return lines + ([f"  and {hidden} shards more"] if hidden > 0 else [])
+    lines += [f"  and {hidden} shards more"] if hidden > 0 else []
+    if samples := lost(manifest["drops"]):
+        broken = sum(lost(drops) > 0 for _, drops in by_shard)
+        lines.append(
+            f"  {broken} of {len(manifest['shards'])} shards end early: about {samples:,} samples "
+            f"are lost, counted as {' or '.join(LOST_CAUSES)}"
+        )
+    return lines
 
 
 def _causes(drops: dict[str, int]) -> str:

@@ -1,25 +1,23 @@
 """What to prepare, and the refusals that come before anything is written."""
 
-import glob
 import os
 import re
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from earlyfuse.data.prepare.bad_samples import POLICIES
+from earlyfuse.data.prepare.shard_files import Paths, check_kinds, find_shards, unused_files
 from earlyfuse.data.raw import LAYOUTS
-from earlyfuse.data.raw.safety import checked_shard
 from earlyfuse.data.tokenizers import TEXT_FILES, text_file
 from earlyfuse.data.tokenizers.image import check_image_geometry
 from earlyfuse.data.tokenizers.speech_kmeans import check_speech_geometry
 from earlyfuse.data.tokenizers.text import check_vocabulary_size
 
 SPLITS = ("train", "validation")
-POLICIES = ("skip", "stop")
 IMAGE_KINDS = ("kmeans", "vqvae", "none")
 SPEECH_KINDS = ("none", "kmeans")
-
-Paths = str | Path | Sequence[str | Path]
 
 
 @dataclass(frozen=True)
@@ -29,6 +27,7 @@ class Source:
     split: str
     name: str
     shards: tuple[Path, ...]
+    unused: tuple[str, ...] = ()  # what its folders hold besides shards
 
     @property
     def label(self) -> str:
@@ -41,12 +40,27 @@ class Source:
         shared = os.path.commonpath([shard.parent for shard in self.shards])
         return [Path(os.path.relpath(shard, shared)).as_posix() for shard in self.shards]
 
+    def expected_sizes(self) -> list[float]:
+        """For each shard how many times larger the usual shard of the source is, at least 1;
+        compressed ones beside compressed ones.
+        """
+        sizes = [max(1, shard.stat().st_size) for shard in self.shards]
+        packed = [shard.name.lower().endswith("gz") for shard in self.shards]
+        usual = {
+            kind: statistics.median(
+                size for size, own in zip(sizes, packed, strict=True) if own == kind
+            )
+            for kind in set(packed)
+        }
+        return [max(1.0, usual[kind] / size) for size, kind in zip(sizes, packed, strict=True)]
+
 
 @dataclass(frozen=True)
 class PrepareSpec:
     """A whole preparation. Raises ``ValueError`` on values that cannot be, when it is built.
 
-    ``train`` and ``validation``: source name → shards, as files, folders of tars or glob patterns.
+    ``train`` and ``validation``: source name → shards, as files, folders of tars or patterns (glob,
+    braces).
     ``tokenizers``: a folder of ready ones, as a prepared folder or an import holds it; all of them
     are taken, with their vocabulary. Else ``text_tokenizer``: a sentencepiece .model or a Hugging
     Face tokenizer.json; none: learn ``text_vocab`` pieces.
@@ -56,7 +70,9 @@ class PrepareSpec:
     ``speech_codes`` codes of ``speech_frame_ms`` each. An utterance above ``speech_seconds`` is a
     bad sample: it is never cut, and has to fit a row of training.
     ``layout``, ``image_first``: see ``read_documents``. ``on_bad``: "skip" counts a bad sample and
-    goes on, while at most ``max_bad_rate`` of a source's samples are bad; "stop" ends at the first.
+    goes on, while at most ``max_bad_rate`` of a source's samples are bad, and ends at a shard that
+    cannot be read to its end; "skip-shards" counts what such a shard lost, by estimate and outside
+    that rate, and goes on with what was read before; "stop" ends at the first bad sample.
     ``replace``: make anew also sources that are there, of other raw shards than these.
     """
 
@@ -142,11 +158,11 @@ class PrepareSpec:
     def sources(self) -> list[Source]:
         """Both splits with their shards found.
 
-        Raises ``FileNotFoundError`` where nothing matches, ``ValueError`` for a URL, an unfit
-        source name, or a shard that is in both splits.
+        Raises ``FileNotFoundError`` where nothing matches, ``ValueError`` for a URL, a file that is
+        no tar, an unfit name, or a shard that is in both splits.
         """
         found = [
-            Source(split, _checked_name(name), find_shards(f"{split}/{name}", paths))
+            self._source(split, _checked_name(name), paths)
             for split in SPLITS
             for name, paths in getattr(self, split).items()
         ]
@@ -165,19 +181,20 @@ class PrepareSpec:
                 )
         return found
 
-
-def find_shards(label: str, paths: Paths) -> tuple[Path, ...]:
-    """Files of ``paths``, one or several: each sorted by name, without repeats."""
-    shards: list[Path] = []
-    for path in [paths] if isinstance(paths, str | Path) else paths:
-        matches = _matches(str(path))
-        if not matches:
-            raise FileNotFoundError(
-                f"{label}: no shard (.tar, .tar.gz) at {path}; "
-                "give a file, a folder of tars or a pattern"
-            )
-        shards += [checked_shard(match) for match in matches]
-    return tuple(dict.fromkeys(shards))
+    def _source(self, split: str, name: str, paths: Paths) -> Source:
+        label = f"{split}/{name}"
+        shards = find_shards(label, paths)
+        check_kinds(label, shards, failed=self.on_bad == "skip-shards")
+        source = Source(split, name, shards, tuple(unused_files(paths)))
+        for raw_name in source.raw_names:
+            try:
+                raw_name.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(
+                    f"{label}: shard {raw_name!r} has a name that is not UTF-8, and manifests "
+                    "name their shards; rename it"
+                ) from error
+        return source
 
 
 def _checked_name(name: str) -> str:
@@ -186,17 +203,6 @@ def _checked_name(name: str) -> str:
             f"source name ({name!r}) must be letters, digits, '_' and '-': it names a folder"
         )
     return name
-
-
-def _matches(path: str) -> list[str]:
-    if os.path.isdir(path):
-        names = [n for n in os.listdir(path) if n.endswith((".tar", ".tar.gz"))]
-        # hidden ones are passed over, as by patterns: macOS leaves "._a.tar" beside a.tar
-        return sorted(os.path.join(path, name) for name in names if not name.startswith("."))
-    if not os.path.exists(path) and glob.has_magic(path):
-        return sorted(match for match in glob.glob(path, recursive=True) if os.path.isfile(match))
-    # URLs and commands go on, to be refused with their own reason
-    return [path] if os.path.exists(path) or ":" in path else []
 
 
 def _check_one_of(name: str, value: str, known: Sequence[str]) -> None:

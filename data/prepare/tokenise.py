@@ -14,6 +14,7 @@ import numpy as np
 
 from earlyfuse.data.atomic import sha256_file
 from earlyfuse.data.documents import BadSample, Document
+from earlyfuse.data.prepare.bad_samples import count_bad
 from earlyfuse.data.raw import read_documents
 from earlyfuse.data.tokenised import FORMAT, ShardRecord, shard_name, write_shard
 from earlyfuse.data.tokenizers import Tokenizers
@@ -42,6 +43,7 @@ class ShardJob:
     image_first: float
     speech_seconds: float
     on_bad: str
+    expected_size: float  # see ``Source.expected_sizes``
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,7 @@ def recipe_of(
 def tokenise_shard(job: ShardJob) -> ShardRecord:
     """Read, tokenise and write one shard. Its record, written last, says that it is complete.
 
-    Raises ``ValueError`` naming shard and cause on the first bad sample when the policy is
-    ``stop``.
+    Raises ``ValueError`` naming shard and cause where the policy ``on_bad`` says to end.
     """
     tokenizers = _loaded(job.tokenizers, job.recipe)
     record = ShardRecord(
@@ -126,11 +127,8 @@ def _judged(
 
 
 def _drop(bad: BadSample, job: ShardJob, record: ShardRecord) -> None:
-    if job.on_bad == "stop":
-        raise ValueError(
-            f"shard {job.raw_name}: {bad}; on_bad is 'stop': mend the sample, or choose 'skip'"
-        ) from bad
-    record.drops[bad.cause] = record.drops.get(bad.cause, 0) + 1
+    count = count_bad(bad, job.on_bad, job.raw_name, job.expected_size)
+    record.drops[bad.cause] = record.drops.get(bad.cause, 0) + count
 
 
 def _parts(document: Document, tokenizers: Tokenizers, speech_seconds: float) -> list[_Part]:

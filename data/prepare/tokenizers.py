@@ -8,7 +8,7 @@ from earlyfuse.data.atomic import atomic_write_bytes, atomic_write_json, remove_
 from earlyfuse.data.prepare.learn import Sample, learn_image, learn_speech, learn_text
 from earlyfuse.data.prepare.pool import ProcessPool
 from earlyfuse.data.prepare.progress import Progress
-from earlyfuse.data.prepare.spec import IMAGE_KINDS, SPEECH_KINDS, PrepareSpec
+from earlyfuse.data.prepare.spec import IMAGE_KINDS, SPEECH_KINDS, PrepareSpec, Source
 from earlyfuse.data.tokenised import MANIFEST, read_manifest
 from earlyfuse.data.tokenizers import (
     IMAGE_FILE,
@@ -99,9 +99,11 @@ def _check_medium(
 
 
 def make_tokenizers(
-    spec: PrepareSpec, shards: Sequence[Path], pool: ProcessPool, progress: Progress
+    spec: PrepareSpec, sources: Sequence[Source], pool: ProcessPool, progress: Progress
 ) -> Tokenizers:
-    """Those in ``<out>/tokenizers``; absent ones are copied there or learnt first."""
+    """Those in ``<out>/tokenizers``; absent ones are copied there or learnt from the training
+    ``sources`` first.
+    """
     folder = spec.out / "tokenizers"
     folder.mkdir(exist_ok=True)
     remove_temporaries(folder)
@@ -110,7 +112,14 @@ def make_tokenizers(
             if (spec.tokenizers / name).exists() and not (folder / name).exists():
                 atomic_write_bytes(folder / name, (spec.tokenizers / name).read_bytes())
         return _with_vocabulary(folder)
-    sample = Sample(tuple(shards), spec.layout, spec.image_first)
+    train = [source for source in sources if source.split == "train"]
+    sample = Sample(
+        shards=tuple(shard for source in train for shard in source.shards),
+        expected_sizes=tuple(size for source in train for size in source.expected_sizes()),
+        on_bad=spec.on_bad,
+        layout=spec.layout,
+        image_first=spec.image_first,
+    )
     text_ready: Callable[[], None] | None = None
     speech = spec.speech_tokenizer != "none"
     if not text_file(folder).exists():

@@ -5,8 +5,13 @@ earlyfuse opens none of these itself; they are refused because the next tool to 
 """
 
 import io
+import os
 import re
+import stat
+import warnings
 import zipfile
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +19,23 @@ import numpy as np
 _CODE = frozenset(
     "pickle pkl pyd pth pt ckpt dill joblib marshal py pyc pyo sh so dll dylib exe".split()
 )
+_MOST_HEADER = 1 << 16  # bytes of an array's header, which numpy itself limits to 10,000
+_MOST_ARRAYS = 10_000  # in an .npz
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a FIFO"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
 _SCHEME = re.compile(r"(?i)([a-z][a-z0-9+.-]+):")
 
 
 def checked_shard(shard: Path | str) -> Path:
     """``shard`` as the path of an existing local file.
 
-    Raises ``ValueError`` for ``pipe:`` commands and URLs, ``FileNotFoundError`` for no file.
+    Raises ``ValueError`` for ``pipe:`` commands and URLs, ``FileNotFoundError`` for no plain file,
+    ``PermissionError`` for one that may not be read.
     """
     text = str(shard)
     scheme = _SCHEME.match(text)
@@ -34,41 +49,78 @@ def checked_shard(shard: Path | str) -> Path:
             "fetch it first and give its path"
         )
     path = Path(shard)
-    if not path.is_file():
-        what = "is not a plain file" if path.exists() else "does not exist"
-        raise FileNotFoundError(f"shard {text!r} {what}; give the path of a .tar or .tar.gz file")
-    return path
+    try:
+        mode = os.stat(path).st_mode
+        if stat.S_ISREG(mode):
+            with open(path, "rb"):
+                return path
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        problem = type(error) if isinstance(error, PermissionError) else FileNotFoundError
+        raise problem(f"shard {text!r} {_unreadable(path, error)}") from error
+    kind = next((name for is_kind, name in _KINDS if is_kind(mode)), "something else")
+    raise FileNotFoundError(
+        f"shard {text!r} is not a plain file but {kind}; give the path of a .tar or .tar.gz file"
+    )
 
 
-def unsafe_reason(name: str, data: bytes) -> str | None:
-    """Why a member called ``name`` could run code when decoded; none when it could not."""
+def _unreadable(path: Path, error: OSError | ValueError) -> str:
+    if path.is_symlink():
+        return f"is a symbolic link to {os.readlink(path)!r}, which cannot be read; mend the link"
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        return "does not exist; give the path of a .tar or .tar.gz file"
+    reason = error.strerror if isinstance(error, OSError) else error
+    return f"cannot be read ({reason}); make it readable, or leave it out"
+
+
+def member_problem(name: str, data: bytes) -> tuple[str, str] | None:
+    """Cause and reason why a sample with a member called ``name`` must not be used, if any."""
     *_, suffix = parts = name.lower().split(".")
-    if suffix == "gz" and len(parts) > 1:
+    packed = suffix == "gz" and len(parts) > 1
+    if packed:
         suffix = parts[-2]
     if suffix in _CODE:
-        return f"is of a kind that runs code when loaded (.{suffix})"
-    if suffix in ("npy", "npz") and _holds_objects(data, archive=suffix == "npz"):
-        return "is a numpy file of pickled objects"
-    return None
-
-
-def _holds_objects(data: bytes, archive: bool) -> bool:
-    """Whether a .npy or .npz has object arrays, by its headers; an unreadable one counts too."""
+        return "unsafe-member", f"is of a kind that runs code when loaded (.{suffix})"
+    if suffix not in ("npy", "npz"):
+        return None
     try:
-        if not archive:
-            return _header_has_object(io.BytesIO(data))
-        with zipfile.ZipFile(io.BytesIO(data)) as entries:
-            for entry in entries.namelist():
-                with entries.open(entry) as stream:
-                    if _header_has_object(stream):
-                        return True
-        return False
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError):
-        return True
+        heads = _inflated_heads(data, suffix) if packed else _array_heads(data, suffix)
+        with warnings.catch_warnings(action="ignore"):  # numpy's, on headers of Python 2
+            objects = any(_has_objects(head) for head in heads)
+    except Exception as error:  # numpy, zipfile and zlib raise nearly anything on damaged bytes
+        return "corrupt-array", f"is no numpy file that can be read ({_first_line(error)})"
+    return ("unsafe-member", "is a numpy file of pickled objects") if objects else None
 
 
-def _header_has_object(stream: object) -> bool:
-    version = np.lib.format.read_magic(stream)  # type: ignore[arg-type]
+def _array_heads(data: bytes, suffix: str) -> Iterator[bytes]:
+    """Of each array in a .npy or .npz as many bytes as a header may take."""
+    if suffix == "npy":
+        yield data[:_MOST_HEADER]
+        return
+    if data.count(b"PK\1\2") > _MOST_ARRAYS:
+        raise ValueError(f"it lists more than {_MOST_ARRAYS} arrays")
+    with zipfile.ZipFile(io.BytesIO(data)) as entries:
+        for entry in entries.infolist():
+            if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise ValueError("an entry is compressed as numpy never does")
+            with entries.open(entry) as stream:
+                yield stream.read(_MOST_HEADER)
+
+
+def _inflated_heads(data: bytes, suffix: str) -> Iterator[bytes]:
+    if suffix == "npz":
+        raise ValueError("an .npz is compressed already; gzip hides what it holds")
+    yield zlib.decompressobj(31).decompress(data, _MOST_HEADER)
+
+
+def _has_objects(head: bytes) -> bool:
+    """Whether an array that begins with ``head`` holds Python objects."""
+    stream = io.BytesIO(head)
+    version = np.lib.format.read_magic(stream)
     if version == (1, 0):
-        return bool(np.lib.format.read_array_header_1_0(stream)[2].hasobject)  # type: ignore[arg-type]
-    return bool(np.lib.format.read_array_header_2_0(stream)[2].hasobject)  # type: ignore[arg-type]
+        return bool(np.lib.format.read_array_header_1_0(stream)[2].hasobject)
+    return bool(np.lib.format.read_array_header_2_0(stream)[2].hasobject)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).splitlines() or [""]
+    return (lines[0] or type(error).__name__)[:120]

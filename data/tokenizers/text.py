@@ -106,7 +106,8 @@ class TextTokenizer:
         """
         check_vocabulary_size(vocabulary_size)
         model = io.BytesIO()
-        lines = _lines(texts)
+        failures: list[Exception] = []
+        lines = _lines(texts, failures)
         try:
             sentencepiece.SentencePieceTrainer.train(
                 sentence_iterator=lines,
@@ -136,6 +137,8 @@ class TextTokenizer:
                 minloglevel=2,
             )
         except RuntimeError as error:
+            if failures:  # sentencepiece passes an error of the texts off as one of its own
+                raise failures[0] from None
             raise ValueError(
                 f"text vocabulary ({vocabulary_size}) does not fit the training texts; "
                 f"give more text or another --text-vocab; sentencepiece says: {error}"
@@ -203,7 +206,14 @@ def check_vocabulary_size(size: int) -> None:
         )
 
 
-def _lines(texts: Iterable[str]) -> Iterator[str]:
-    """Non-empty lines: newline is a piece of its own, so nothing is learnt across it."""
-    for text in texts:
-        yield from (line for line in text.split("\n") if line)
+def _lines(texts: Iterable[str], failures: list[Exception]) -> Iterator[str]:
+    """Non-empty lines: newline is a piece of its own, so nothing is learnt across it.
+
+    What ``texts`` raises is left in ``failures`` too.
+    """
+    try:
+        for text in texts:
+            yield from (line for line in text.split("\n") if line)
+    except Exception as error:
+        failures.append(error)
+        raise

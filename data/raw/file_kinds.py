@@ -1,0 +1,158 @@
+"""What a file is that was given as a shard and is no tar, by its content and not by its name."""
+
+import re
+import tarfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from earlyfuse.data.raw.archive_stream import GZIP_MAGIC
+
+_HEAD = 1 << 16
+_BLOCK = 512
+_PACK_IT = "write its records as samples of a .tar; docs/data.md lists the layouts"
+_UNPACK_IT = "only gzip is read: unpack it, or compress the tar with gzip"
+_COLLECT = "a shard is a .tar of such files, each with its text under the same name"
+_FETCH_AGAIN = "fetch the shard again"
+_PULL = "run git lfs pull"
+_FAILED = (_FETCH_AGAIN, _PULL)
+
+# where, what stands there, what that is, remedy; the first that fits is taken
+_MAGIC = (
+    (0, b"PAR1", "a parquet file", _PACK_IT),
+    (0, b"PARE", "an encrypted parquet file", _PACK_IT),
+    (0, b"ARROW1", "an Arrow or Feather file", _PACK_IT),
+    (0, b"FEA1", "a Feather file", _PACK_IT),
+    (0, b"\xff\xff\xff\xff", "an Arrow stream", _PACK_IT),
+    (0, b"Obj\x01", "an Avro file", _PACK_IT),
+    (0, b"\x89HDF\r\n\x1a\n", "an HDF5 file", _PACK_IT),
+    (0, b"SQLite format 3\0", "an SQLite database", _PACK_IT),
+    (0, b"\x93NUMPY", "a numpy array", _PACK_IT),
+    (0, b"\x28\xb5\x2f\xfd", "compressed with zstd", _UNPACK_IT),
+    (4, b"1AY&SY", "compressed with bzip2", _UNPACK_IT),
+    (0, b"\xfd7zXZ\0", "compressed with xz", _UNPACK_IT),
+    (0, b"\x04\x22\x4d\x18", "compressed with lz4", _UNPACK_IT),
+    (0, b"\x1f\x9d", "compressed with compress (.Z)", _UNPACK_IT),
+    (0, b"7z\xbc\xaf\x27\x1c", "a 7z archive", _UNPACK_IT),
+    (0, b"Rar!", "a rar archive", _UNPACK_IT),
+    (0, b"PK\5\6", "an empty zip archive", _UNPACK_IT),
+    (0, b"\x89PNG", "a PNG image", _COLLECT),
+    (0, b"\xff\xd8\xff", "a JPEG image", _COLLECT),
+    (0, b"GIF8", "a GIF image", _COLLECT),
+    (0, b"II*\0", "a TIFF image", _COLLECT),
+    (0, b"MM\0*", "a TIFF image", _COLLECT),
+    (8, b"WEBP", "a WebP image", _COLLECT),
+    (8, b"WAVE", "a WAV file", _COLLECT),
+    (0, b"RIFF", "a RIFF file", _COLLECT),
+    (0, b"fLaC", "a FLAC file", _COLLECT),
+    (0, b"OggS", "an Ogg file", _COLLECT),
+    (0, b"ID3\x03", "an MP3 file", _COLLECT),
+    (4, b"ftyp", "an MP4 file", _COLLECT),
+    (0, b"\x1a\x45\xdf\xa3", "a Matroska or WebM file", _COLLECT),
+    (0, b"%PDF", "a PDF document", _COLLECT),
+    (
+        5,
+        b'\0\0\0{"',
+        "a safetensors file",
+        "give it to the option it belongs to",
+    ),
+    (0, b"\x80\x02", "a Python pickle", "it can run code and is not opened: write a .tar"),
+    (0, b"\x80\x04", "a Python pickle", "it can run code and is not opened: write a .tar"),
+    (0, b"version https://git-lfs", "a git-lfs pointer, not the data", _PULL),
+    (0, b"\xff\xfe", "text in UTF-16", _PACK_IT),
+    (0, b"\xfe\xff", "text in UTF-16", _PACK_IT),
+)
+_CONTROLS = re.compile(r"[\0-\x08\x0e-\x1a\x1c-\x1f]")
+
+
+def is_gzip(path: Path) -> bool:
+    """Whether the file begins as gzip does."""
+    with open(path, "rb") as file:
+        return file.read(len(GZIP_MAGIC)) == GZIP_MAGIC
+
+
+@dataclass(frozen=True)
+class OtherKind:
+    """What a file is in place of a tar, as the end of a sentence with the formats that are read and
+    what to do. ``failed``: what a download that failed leaves, so that there was a shard once.
+    """
+
+    text: str
+    failed: bool
+
+
+def other_kind(path: Path) -> OtherKind | None:
+    """None for a tar, and for a file that only its damage tells from a tar."""
+    with open(path, "rb") as file:
+        head = file.read(_BLOCK)
+        if _is_tar(head):
+            return None
+        head += file.read(_HEAD - len(head))
+    packed = ""
+    if head.startswith(GZIP_MAGIC):
+        packed, head = "gzip of ", _inflated(head)
+        if len(head) < _BLOCK or _is_tar(head):
+            return None
+    what, remedy = _described(head)
+    if not what:
+        return None
+    text = f"{packed}{what}, not a tar; shards are .tar and .tar.gz files: {remedy}"
+    return OtherKind(text, remedy in _FAILED)
+
+
+def _described(head: bytes) -> tuple[str, str]:
+    """What begins so, and a remedy; empty for bytes that say nothing."""
+    if not head:
+        return "an empty file", _FETCH_AGAIN
+    if head.startswith(b"PK\3\4"):
+        for mark, what in ((b".npy", "an .npz file"), (b"xl/", "an .xlsx table")):
+            if mark in head:
+                return what, _PACK_IT
+        return "a zip archive", _UNPACK_IT
+    for at, magic, what, remedy in _MAGIC:
+        if head.startswith(magic, at):
+            return what, remedy
+    text = _as_text(head)
+    if text is None:
+        return "", ""
+    start = text.lstrip("\ufeff \t\r\n").lower()
+    if start.startswith(("<!doctype html", "<html", "<head")):
+        return "an HTML page, as servers send in place of a file", _FETCH_AGAIN
+    if start.startswith(("<?xml", "<error")):
+        return "an XML document, as servers send in place of a file", _FETCH_AGAIN
+    if start.startswith(("{", "[")):
+        lines = start.splitlines()
+        several = len(lines) > 1 and lines[0].rstrip().endswith(("}", "]"))
+        return ("JSON lines" if several else "a JSON file"), _PACK_IT
+    return "plain text", _PACK_IT
+
+
+def _is_tar(block: bytes) -> bool:
+    """Whether this is a tar header, or the zeros that an empty archive consists of."""
+    if len(block) < _BLOCK:
+        return False
+    try:
+        tarfile.TarInfo.frombuf(block[:_BLOCK], "utf-8", "backslashreplace")
+    except tarfile.EOFHeaderError:
+        return True
+    except tarfile.HeaderError:
+        return False
+    return True
+
+
+def _inflated(head: bytes) -> bytes:
+    """The beginning of what the gzip file holds, as far as it is whole."""
+    try:
+        return zlib.decompressobj(31).decompress(head, _HEAD)
+    except zlib.error:
+        return b""
+
+
+def _as_text(head: bytes) -> str | None:
+    if len(head) == _HEAD:  # a letter may be cut
+        head = head[:-4] + head[-4:].rstrip(bytes(range(0x80, 0x100)))
+    try:
+        text = head.decode()
+    except UnicodeDecodeError:
+        return None
+    return None if _CONTROLS.search(text) else text
