@@ -69,6 +69,28 @@ class BadSample(ValueError):
         return f"{self.message} [{self.cause}]"
 
 
+@dataclass
+class Tally:
+    """How often each kind of thing was met (a cause, a suffix), and the first example of each."""
+
+    counts: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, str] = field(default_factory=dict)
+
+    def add(self, kind: str, example: str, count: int = 1) -> None:
+        """``count`` more of ``kind``; ``example`` is kept where it is the first."""
+        self.counts[kind] = self.counts.get(kind, 0) + count
+        self.examples.setdefault(kind, printable(example))
+
+    def __str__(self) -> str:
+        """``corrupt-image 2 (0.tar: sample '0003' …), .cls 7 (0.tar: 0001.cls)``, by kind."""
+        return ", ".join(
+            f"{kind} {count} ({self.examples[kind]})"
+            if self.examples.get(kind)
+            else f"{kind} {count}"
+            for kind, count in sorted(self.counts.items())
+        )
+
+
 @contextmanager
 def decoding(cause: str, what: str) -> Iterator[None]:
     """Turns every error inside into ``BadSample(cause, what: error)``, and hushes warnings.

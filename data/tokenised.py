@@ -30,6 +30,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from earlyfuse.data.atomic import atomic_write, atomic_write_bytes, atomic_write_json, sha256_file
+from earlyfuse.data.documents import Tally
 from earlyfuse.models.modality import Modality, Vocabulary
 
 FORMAT = "earlyfuse-tokens/1"
@@ -37,6 +38,7 @@ MANIFEST = "manifest.json"
 MEMBER_BYTES = 1 << 20
 SHARD_SUFFIXES = (".tar", ".index.npy", ".crc.npy", ".json")
 _OF_SPEECH = {"speech_error", "speech_values", "longest_speech"}  # of a record that has some
+_IF_ANY = {"unused", "examples"}  # of a record, where they hold something
 
 
 def token_dtype(vocabulary_size: int) -> str:
@@ -118,7 +120,9 @@ class ShardRecord:
     ``recipe`` names everything besides the raw shard that decides the tokens (tokenizers, layout,
     format). ``squared_error`` and ``pixels`` sum the image tokenizer's error over some of the
     shard's images; of speech, ``speech_error`` and ``speech_values`` sum it over all log-mel
-    levels, and ``longest_speech`` is the number of codes of the longest utterance.
+    levels, and ``longest_speech`` is the number of codes of the longest utterance. ``unused``
+    counts what good samples held and their documents do not use, by kind (``.cls``); ``examples``
+    has the first of each cause in ``drops`` and of each kind in ``unused``.
     """
 
     name: str
@@ -138,12 +142,15 @@ class ShardRecord:
     speech_error: int = 0
     speech_values: int = 0
     longest_speech: int = 0
+    unused: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, str] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
         """Mark the shard complete; its other files are on the disk already."""
         values = asdict(self)
         if not self.speech_values:  # as records were before there was speech
             values = {name: value for name, value in values.items() if name not in _OF_SPEECH}
+        values = {name: value for name, value in values.items() if value or name not in _IF_ANY}
         atomic_write_json(folder / f"{Path(self.name).stem}.json", values)
 
     @classmethod
@@ -154,7 +161,7 @@ class ShardRecord:
         stem = folder / shard_name(number)
         try:
             values = json.loads(stem.with_suffix(".json").read_bytes())
-            if values.keys() | _OF_SPEECH != {column.name for column in fields(cls)}:
+            if values.keys() | _OF_SPEECH | _IF_ANY != {column.name for column in fields(cls)}:
                 return None  # written by another version
             record = cls(**values)
             found = [sha256_file(stem.with_suffix(suffix)) for suffix in SHARD_SUFFIXES[:-1]]
@@ -219,10 +226,7 @@ def write_manifest(
         }
         for record in records
     ]
-    drops: dict[str, int] = {}
-    for record in records:
-        for cause, count in record.drops.items():
-            drops[cause] = drops.get(cause, 0) + count
+    dropped, unused = dropped_and_unused(records)
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "vocabulary": vocabulary.to_dict(),
@@ -231,9 +235,13 @@ def write_manifest(
         "documents": sum(record.documents for record in records),
         "tokens": {name: sum(record.tokens[name] for record in records) for name in names},
         "shards": shards,
-        "drops": drops,
+        "drops": dropped.counts,
         "drops_by_shard": {record.raw: record.drops for record in records if record.drops},
     }
+    if unused.counts:
+        manifest["unused"] = unused.counts
+    if examples := dropped.examples | unused.examples:
+        manifest["examples"] = examples
     pixels = sum(record.pixels for record in records)
     if pixels:
         error = sum(record.squared_error for record in records)
@@ -245,6 +253,17 @@ def write_manifest(
         manifest["longest"] = {Modality.SPEECH.label: longest}
     atomic_write_json(folder / MANIFEST, manifest)
     return manifest
+
+
+def dropped_and_unused(records: Iterable[ShardRecord]) -> tuple[Tally, Tally]:
+    """Bad samples by cause, and what good samples held and do not use by kind, of all shards."""
+    dropped, unused = Tally(), Tally()
+    for record in records:
+        for counts, tally in ((record.drops, dropped), (record.unused, unused)):
+            for kind, count in counts.items():
+                example = record.examples.get(kind, "")
+                tally.add(kind, f"{record.raw}: {example}" if example else record.raw, count)
+    return dropped, unused
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from earlyfuse.data.atomic import TEMPORARY_SUFFIX, remove_temporaries, sha256_file
+from earlyfuse.data.documents import Tally
 from earlyfuse.data.prepare.pool import ProcessPool
 from earlyfuse.data.prepare.progress import Progress
 from earlyfuse.data.prepare.spec import PrepareSpec, Source
@@ -159,7 +160,7 @@ def _check_bad_rate(spec: PrepareSpec, source: Source, records: list[ShardRecord
     if bad <= spec.max_bad_rate * seen or not (last or seen >= _SAMPLES_TO_JUDGE):
         return
     worst = max(records, key=lambda record: sum(record.drops.values()))
-    causes = ", ".join(f"{cause} {count}" for cause, count in sorted(worst.drops.items()))
+    causes = Tally(worst.drops, worst.examples)
     raise ValueError(
         f"{source.label}: {bad} of {seen} samples are bad, a rate of {bad / seen:.3f}, above "
         f"max_bad_rate ({spec.max_bad_rate}); most are in shard {worst.raw}: {causes}. "

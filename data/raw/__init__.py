@@ -91,7 +91,9 @@ def _recognising(first: list[Sample | BadSample], parsers: dict[str, Parser]) ->
     def parse(sample: Sample) -> Document:
         layout = _layout_of(sample) or usual
         if layout == "text" and usual == "pairs":
-            layout = usual
+            what = f"no image or audio among {_some(sample.members)}: in a shard of pairs, a text "
+            what += "alone is a caption that lost its medium; put texts into shards of their own"
+            raise bad(sample, "missing-member", what)
         if layout is not None:
             return parsers[layout](sample)
         raise bad(
