@@ -81,7 +81,7 @@ class Seen(Tally):
         elif what == "text" or not documents:
             message += f"; give other shards, or a ready {what} tokenizer"
         else:
-            message += f"; give {what}_tokenizer 'none' to prepare without {what}"
+            message += f"; give {what}_tokenizer 'none' to prepare the rest alone"
         return ValueError(message)
 
 

@@ -101,8 +101,7 @@ def _recognising(first: list[Sample | BadSample], parsers: dict[str, Parser]) ->
             "foreign-layout",
             f"its members are {_some(sample.members)}, none of the layouts {', '.join(LAYOUTS)}; "
             "a pair is KEY.jpg and KEY.txt one behind the other, and KEY ends at the first dot. "
-            f"The first samples of the shard have members {shard_members}, "
-            f"json fields {shard_fields}",
+            f"The shard begins with members {shard_members}, json fields {shard_fields}",
         )
 
     return parse
@@ -135,4 +134,5 @@ def _layout_of(sample: Sample) -> str | None:
 def _some(names: Iterable[str], limit: int = 12) -> str:
     """Distinct names in order of appearance, the first few of them."""
     distinct = list(dict.fromkeys(names))
-    return ", ".join(distinct[:limit]) + (", …" if len(distinct) > limit else "") or "none"
+    more = f" and {len(distinct) - limit} more" if len(distinct) > limit else ""
+    return ", ".join(distinct[:limit]) + more or "none"

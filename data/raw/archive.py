@@ -92,7 +92,9 @@ def _add(sample: Sample, name: str, member: Member, shard: Path) -> None:
 
 def _duplicate(shard: Path, what: str) -> BadSample:
     return BadSample(
-        "duplicate-key", f"{shard}: {what}; samples must not be mixed: rename one of them"
+        "duplicate-key",
+        f"{shard}: {what}; members of one sample must follow one another, and samples must not be "
+        "mixed: sort the tar by name, or rename one of them",
     )
 
 

@@ -85,23 +85,24 @@ def media_members(sample: Sample) -> list[tuple[Modality, str]]:
 
 def _caption(sample: Sample, modality: Modality) -> tuple[str, str]:
     """The caption of a pair, and the member that holds it: ``txt``, else ``json``."""
-    found = "the caption is empty"
+    found = "no caption"
     if "txt" in sample.members:
         caption = decoded_text(sample, "txt").strip()
         if caption and not is_missing(caption):
             return caption, "txt"
+        found = "txt is empty"
         if caption:
             found = f"txt holds {caption!r}, as programs write a caption that is missing"
     if "json" in sample.members:
         fields = json_fields(sample)
         for name in _CAPTIONS[modality]:
             value = fields.get(name)
-            if not (value in ("", []) or is_missing(value)):
+            if value and not is_missing(value):
                 caption = _text(sample, f"json field {name!r}", value).strip()
                 if caption:
                     return caption, "json"
-        found += f"; json has no caption in {' or '.join(_CAPTIONS[modality])}, its fields are "
-        found += listed(fields)
+        names = " or ".join(map(repr, _CAPTIONS[modality]))
+        found += f"; json has no text in {names}, its fields are {listed(fields)}"
     elif "txt" not in sample.members:
         what = f"neither txt nor json holds a caption; the members are {listed(sample.members)}"
         raise bad(sample, "missing-member", what)
