@@ -4,17 +4,27 @@ A document keeps media as the encoded bytes it was read with; decoding (and find
 image is corrupt) is the business of whoever needs pixels or samples.
 """
 
-from dataclasses import dataclass
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
+from earlyfuse.data.console import printable
 from earlyfuse.models.modality import Modality
+
+_LONGEST_MESSAGE = 1000  # characters; a damaged file can put anything into an error
 
 
 @dataclass(frozen=True)
 class Segment:
-    """One stretch of one modality; ``payload`` is text, or an image or audio file's bytes."""
+    """One stretch of one modality; ``payload`` is text, or an image or audio file's bytes.
+
+    ``origin``: the member or entry that it comes from, for messages.
+    """
 
     modality: Modality
     payload: str | bytes
+    origin: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         wanted = str if self.modality == Modality.TEXT else bytes
@@ -27,10 +37,15 @@ class Segment:
 
 @dataclass(frozen=True)
 class Document:
-    """Segments in reading order; ``key`` is the sample's name inside its shard."""
+    """Segments in reading order; ``key`` is the sample's name inside its shard.
+
+    ``unused``: what else the sample holds, as (kind, name): members that no segment comes from
+    (``(".cls", "0001.cls")``) and images that are listed without their bytes.
+    """
 
     key: str
     segments: tuple[Segment, ...]
+    unused: tuple[tuple[str, str], ...] = field(default=(), compare=False)
 
 
 class BadSample(ValueError):
@@ -38,10 +53,14 @@ class BadSample(ValueError):
 
     ``cause`` is a short kebab-case name, counted per shard (``missing-member``, ``corrupt-image``,
     ``corrupt-audio``, ``bad-json``, …); the message says what was found and where. Readers *yield*
-    it, so that a policy (skip, stop) is chosen in one place; whoever stops on it raises it.
+    it, so that a policy (skip, stop) is chosen in one place; whoever stops on it raises it. What
+    the message quotes of a file is escaped for a console here.
     """
 
     def __init__(self, cause: str, message: str) -> None:
+        message = printable(message)
+        if len(message) > _LONGEST_MESSAGE:
+            message = f"{message[:_LONGEST_MESSAGE]}…"
         super().__init__(cause, message)  # both as args: pickles across processes
         self.cause = cause
         self.message = message
@@ -78,3 +97,44 @@ class LostSamples(BadSample):
             return 1
         missing = self.size * max(1.0, expected) - self.good_bytes
         return max(1, round(missing / self.sample_bytes))
+
+
+@dataclass
+class Tally:
+    """How often each kind of thing was met (a cause, a suffix), and the first example of each."""
+
+    counts: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, str] = field(default_factory=dict)
+
+    def add(self, kind: str, example: str, count: int = 1) -> None:
+        """``count`` more of ``kind``; ``example`` is kept where it is the first."""
+        self.counts[kind] = self.counts.get(kind, 0) + count
+        self.examples.setdefault(kind, printable(example))
+
+    def __str__(self) -> str:
+        """``corrupt-image 2 (0.tar: sample '0003' …), .cls 7 (0.tar: 0001.cls)``, by kind."""
+        return ", ".join(
+            f"{kind} {count} ({self.examples[kind]})"
+            if self.examples.get(kind)
+            else f"{kind} {count}"
+            for kind, count in sorted(self.counts.items())
+        )
+
+
+@contextmanager
+def decoding(cause: str, what: str) -> Iterator[None]:
+    """Turns every error inside into ``BadSample(cause, what: error)``, and hushes warnings.
+
+    For calls of other people's decoders on one sample: they raise nearly anything on damaged
+    files (``MemoryError``, ``RecursionError``, ``struct.error``, ``SyntaxError`` …).
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except BadSample:
+        raise
+    except Exception as error:
+        raise BadSample(cause, f"{what} cannot be decoded ({type(error).__name__}: {error})") from (
+            error
+        )

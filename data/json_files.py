@@ -37,12 +37,14 @@ def shown(value: Any) -> str:
     return printable(_short.repr(value))
 
 
-def load_json(content: bytes | str, where: str, remedy: str) -> Any:
+def load_json(content: bytes | str, where: str, remedy: str, *, unique_names: bool = False) -> Any:
     """The value in ``content``; ``ValueError`` with ``where`` and ``remedy`` if it is not JSON, or
     is nested more than ``MOST_NESTED`` deep.
+
+    ``unique_names``: also if an object names a field twice, of which parsers take the last.
     """
     try:
-        value = json.loads(content)
+        value = json.loads(content, object_pairs_hook=_unique if unique_names else None)
         too_deep = _depth_exceeds(value, content)
     except RecursionError:
         too_deep = True
@@ -177,6 +179,16 @@ def _range(least: float, most: float) -> str:
     if most == math.inf:
         return f"must be at least {least}"
     return f"must be at most {most}" if least == -math.inf else f"must lie in [{least}, {most}]"
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of these fields; ``ValueError`` where one is named twice."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+        raise ValueError(f"an object names the field {shown(twice)} twice")
+    return fields
 
 
 def _depth_exceeds(value: Any, content: bytes | str) -> bool:

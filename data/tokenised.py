@@ -35,6 +35,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from earlyfuse.data.atomic import atomic_write, atomic_write_bytes, atomic_write_json, sha256_file
+from earlyfuse.data.documents import Tally
 from earlyfuse.data.json_files import JsonObject, read_json
 from earlyfuse.data.vocabulary import read_vocabulary
 from earlyfuse.models.modality import Modality, Vocabulary
@@ -44,6 +45,8 @@ MANIFEST = "manifest.json"
 MEMBER_BYTES = 1 << 20
 SHARD_SUFFIXES = (".tar", ".index.npy", ".crc.npy", ".json")
 _OF_SPEECH = {"speech_error", "speech_values", "longest_speech"}  # of a record that has some
+_IF_ANY = {"unused", "examples"}  # of a record, where they hold something
+_MAPPINGS = {"tokens": int, "drops": int, "unused": int, "examples": str}  # of a record
 _MOST_BYTES = 1 << 30  # of a manifest: two million shards
 _REMEDY = (
     f"copy it again, or remove {MANIFEST} and run the same prepare command again, which keeps the "
@@ -130,7 +133,9 @@ class ShardRecord:
     ``recipe`` names everything besides the raw shard that decides the tokens (tokenizers, layout,
     format). ``squared_error`` and ``pixels`` sum the image tokenizer's error over some of the
     shard's images; of speech, ``speech_error`` and ``speech_values`` sum it over all log-mel
-    levels, and ``longest_speech`` is the number of codes of the longest utterance.
+    levels, and ``longest_speech`` is the number of codes of the longest utterance. ``unused``
+    counts what good samples held and their documents do not use, by kind (``.cls``); ``examples``
+    has the first of each cause in ``drops`` and of each kind in ``unused``.
     """
 
     name: str
@@ -150,12 +155,15 @@ class ShardRecord:
     speech_error: int = 0
     speech_values: int = 0
     longest_speech: int = 0
+    unused: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, str] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
         """Mark the shard complete; its other files are on the disk already."""
         values = asdict(self)
         if not self.speech_values:  # as records were before there was speech
             values = {name: value for name, value in values.items() if name not in _OF_SPEECH}
+        values = {name: value for name, value in values.items() if value or name not in _IF_ANY}
         atomic_write_json(folder / f"{Path(self.name).stem}.json", values)
 
     @classmethod
@@ -163,12 +171,12 @@ class ShardRecord:
         """The record of a shard; none if it is absent, damaged, or written by another version."""
         try:
             values = read_json(folder / f"{shard_name(number)}.json", "make it again")
-            if values.values.keys() | _OF_SPEECH != {column.name for column in fields(cls)}:
+            if values.values.keys() | _OF_SPEECH | _IF_ANY != {c.name for c in fields(cls)}:
                 return None
             record = cls(
                 **{
-                    name: values.mapping(name, int, least=0)
-                    if name in ("tokens", "drops")
+                    name: values.mapping(name, _MAPPINGS[name])
+                    if name in _MAPPINGS
                     else values.field(name, type(value), least=0 if type(value) is int else -inf)
                     for name, value in asdict(cls("", "", "", 0, "")).items()
                     if name in values
@@ -260,10 +268,7 @@ def _manifest_of(
         }
         for record in records
     ]
-    drops: dict[str, int] = {}
-    for record in records:
-        for cause, count in record.drops.items():
-            drops[cause] = drops.get(cause, 0) + count
+    dropped, unused = dropped_and_unused(records)
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "vocabulary": vocabulary,
@@ -272,9 +277,13 @@ def _manifest_of(
         "documents": sum(record.documents for record in records),
         "tokens": {label: sum(r.tokens.get(label, 0) for r in records) for label in labels},
         "shards": shards,
-        "drops": drops,
+        "drops": dropped.counts,
         "drops_by_shard": {record.raw: record.drops for record in records if record.drops},
     }
+    if unused.counts:
+        manifest["unused"] = unused.counts
+    if examples := dropped.examples | unused.examples:
+        manifest["examples"] = examples
     pixels = sum(record.pixels for record in records)
     if pixels:
         error = sum(record.squared_error for record in records)
@@ -285,6 +294,17 @@ def _manifest_of(
         longest = max(record.longest_speech for record in records)
         manifest["longest"] = {Modality.SPEECH.label: longest}
     return manifest
+
+
+def dropped_and_unused(records: Iterable[ShardRecord]) -> tuple[Tally, Tally]:
+    """Bad samples by cause, and what good samples held and do not use by kind, of all shards."""
+    dropped, unused = Tally(), Tally()
+    for record in records:
+        for counts, tally in ((record.drops, dropped), (record.unused, unused)):
+            for kind, count in counts.items():
+                example = record.examples.get(kind, "")
+                tally.add(kind, f"{record.raw}: {example}" if example else record.raw, count)
+    return dropped, unused
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -337,6 +357,9 @@ def _check_fields(manifest: JsonObject) -> None:
     if manifest.mapping("tokens", int) != tokens:
         raise manifest.wrong("tokens", f"must be those of the shards together ({tokens})")
     manifest.mapping("drops", int, least=0)
+    for name, kind in (("unused", int), ("examples", str)):
+        if name in manifest:
+            manifest.mapping(name, kind)
     by_shard = manifest.object("drops_by_shard")
     for raw in by_shard.values:
         by_shard.mapping(raw, int, least=0)

@@ -26,6 +26,7 @@ from typing import Any
 
 from earlyfuse.data.atomic import TEMPORARY_SUFFIX, remove_temporaries, sha256_file
 from earlyfuse.data.console import printable
+from earlyfuse.data.documents import Tally
 from earlyfuse.data.lock import FolderLock
 from earlyfuse.data.prepare.bad_samples import lost, skipped
 from earlyfuse.data.prepare.pool import ProcessPool
@@ -219,11 +220,11 @@ class _BadRate:
         spec, bad, seen, worst = self.spec, self.bad, self.seen, self.worst
         if bad <= spec.max_bad_rate * seen or not (last or seen >= _SAMPLES_TO_JUDGE):
             return
-        causes = ", ".join(f"{cause} {count}" for cause, count in sorted(worst.drops.items()))
+        causes = Tally(worst.drops, worst.examples)
         raise ValueError(
             f"{self.source.label}: {bad} of {seen} samples are bad, a rate of {bad / seen:.3f}, "
             f"above max_bad_rate ({spec.max_bad_rate}); most are in shard "
-            f"{printable(worst.raw)}: {printable(causes)}. Mend it, or raise max_bad_rate"
+            f"{printable(worst.raw)}: {printable(str(causes))}. Mend it, or raise max_bad_rate"
         )
 
 

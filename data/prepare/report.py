@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from earlyfuse.data.console import printable
-from earlyfuse.data.documents import LOST_CAUSES
+from earlyfuse.data.documents import LOST_CAUSES, Tally
 from earlyfuse.data.prepare.bad_samples import lost
 from earlyfuse.data.prepare.spec import SPLITS
 from earlyfuse.data.shards import TokenSource
@@ -119,26 +119,36 @@ def _code_counts(folder: Path, manifest: dict[str, Any], modality: Modality) -> 
 
 
 def _drop_lines(label: str, manifest: dict[str, Any]) -> list[str]:
-    if not manifest["drops"]:
-        return []
-    lines = ["", f"{label} dropped: {_causes(manifest['drops'])}"]
-    by_shard = sorted(manifest["drops_by_shard"].items(), key=lambda item: -sum(item[1].values()))
-    lines += [
-        f"  {printable(shard)}: {_causes(drops)}" for shard, drops in by_shard[:_WORST_SHARDS]
-    ]
-    hidden = len(by_shard) - _WORST_SHARDS
-    lines += [f"  and {hidden} shards more"] if hidden > 0 else []
-    if samples := lost(manifest["drops"]):
-        broken = sum(lost(drops) > 0 for _, drops in by_shard)
-        lines.append(
-            f"  {broken} of {len(manifest['shards'])} shards end early: about {samples:,} samples "
-            f"are lost, counted as {' or '.join(LOST_CAUSES)}"
+    examples = manifest.get("examples", {})
+    lines = []
+    if manifest["drops"]:
+        lines += ["", f"{label} dropped: {_causes(manifest['drops'])}"]
+        lines += [
+            f"  first {cause}: {examples[cause]}" for cause in _known(manifest["drops"], examples)
+        ]
+        by_shard = sorted(
+            manifest["drops_by_shard"].items(), key=lambda item: -sum(item[1].values())
         )
-    return lines
+        lines += [f"  {shard}: {_causes(drops)}" for shard, drops in by_shard[:_WORST_SHARDS]]
+        hidden = len(by_shard) - _WORST_SHARDS
+        lines += [f"  and {hidden} shards more"] if hidden > 0 else []
+        if samples := lost(manifest["drops"]):
+            broken = sum(lost(drops) > 0 for _, drops in by_shard)
+            lines.append(
+                f"  {broken} of {len(manifest['shards'])} shards end early: about {samples:,} "
+                f"samples are lost, counted as {' or '.join(LOST_CAUSES)}"
+            )
+    if unused := manifest.get("unused"):
+        lines += ["", f"{label} unused: {Tally(unused, examples)}"]
+    return [printable(line) for line in lines]
 
 
 def _causes(drops: dict[str, int]) -> str:
-    return ", ".join(f"{printable(cause)} {count}" for cause, count in sorted(drops.items()))
+    return ", ".join(f"{cause} {count}" for cause, count in sorted(drops.items()))
+
+
+def _known(drops: dict[str, int], examples: dict[str, str]) -> list[str]:
+    return [cause for cause in sorted(drops) if examples.get(cause)]
 
 
 def _table(rows: list[list[str]]) -> list[str]:

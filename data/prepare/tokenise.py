@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from earlyfuse.data.atomic import sha256_file
-from earlyfuse.data.documents import BadSample, Document
-from earlyfuse.data.prepare.bad_samples import count_bad
+from earlyfuse.data.console import printable
+from earlyfuse.data.documents import BadSample, Document, Segment, decoding
+from earlyfuse.data.prepare.bad_samples import count_bad, without_path
 from earlyfuse.data.raw import read_documents
 from earlyfuse.data.tokenised import FORMAT, ShardRecord, shard_name, write_shard
 from earlyfuse.data.tokenizers import Tokenizers
@@ -108,6 +109,9 @@ def tokenise(
         except BadSample as bad:
             _drop(bad, job, record)
             continue
+        for kind, name in document.unused:
+            record.unused[kind] = record.unused.get(kind, 0) + 1
+            record.examples.setdefault(kind, printable(name))
         waiting.append(parts)
         images += sum(isinstance(part, np.ndarray) for part in parts)
         if images >= image_batch or len(waiting) >= _WAITING_DOCUMENTS:
@@ -127,8 +131,9 @@ def _judged(
 
 
 def _drop(bad: BadSample, job: ShardJob, record: ShardRecord) -> None:
-    count = count_bad(bad, job.on_bad, job.raw_name, job.expected_size)
+    count = count_bad(bad, job.on_bad, job.raw, job.raw_name, job.expected_size)
     record.drops[bad.cause] = record.drops.get(bad.cause, 0) + count
+    record.examples.setdefault(bad.cause, without_path(bad, job.raw))
 
 
 def _parts(document: Document, tokenizers: Tokenizers, speech_seconds: float) -> list[_Part]:
@@ -137,23 +142,29 @@ def _parts(document: Document, tokenizers: Tokenizers, speech_seconds: float) ->
     """
     parts: list[_Part] = []
     for segment in document.segments:
-        modality, payload = segment.modality, segment.payload
-        if isinstance(payload, str):
-            try:
-                parts.append(tokenizers.text.encode(payload))
-            except ValueError as error:
-                message = f"document {document.key!r}: {error}"
-                raise BadSample("reserved-token", message) from error
-        elif modality == Modality.IMAGE and tokenizers.image is not None:
-            parts.append(tokenizers.image.pixels(payload))
-        elif modality == Modality.SPEECH and tokenizers.speech is not None:
-            parts.append(_utterance(payload, tokenizers.speech, speech_seconds))
-        else:
-            raise BadSample(
-                f"no-{modality.label}-tokenizer",
-                f"document {document.key!r} holds {modality.label}, which has no tokenizer",
-            )
+        try:
+            parts.append(_part(segment, tokenizers, speech_seconds))
+        except BadSample as bad:
+            where = f"sample {document.key!r}: {segment.origin or segment.modality.label}"
+            raise BadSample(bad.cause, f"{where}: {bad.message}") from bad
     return parts
+
+
+def _part(segment: Segment, tokenizers: Tokenizers, speech_seconds: float) -> _Part:
+    modality, payload = segment.modality, segment.payload
+    if isinstance(payload, str):
+        with decoding("unencodable-text", "text"):
+            try:
+                return tokenizers.text.encode(payload)
+            except ValueError as error:
+                raise BadSample("reserved-token", str(error)) from error
+    if modality == Modality.IMAGE and tokenizers.image is not None:
+        with decoding("corrupt-image", "image"):
+            return tokenizers.image.pixels(payload)
+    if modality == Modality.SPEECH and tokenizers.speech is not None:
+        with decoding("corrupt-audio", "audio"):
+            return _utterance(payload, tokenizers.speech, speech_seconds)
+    raise BadSample(f"no-{modality.label}-tokenizer", f"{modality.label} has no tokenizer")
 
 
 def _utterance(encoded: bytes, tokenizer: SpeechTokenizer, longest: float) -> _Utterance:

@@ -1,28 +1,31 @@
 """Raw shards to documents: ordinary WebDataset tars in the layouts that people have.
 
 ``read_documents`` is the whole interface. The parts: ``archive`` (tar members to complete samples),
-``layouts`` (samples to documents), ``safety`` (what is refused unread).
+``layouts`` (samples to documents), ``members`` (what a sample holds), ``safety`` (what is refused
+unread).
 """
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 from earlyfuse.data.documents import BadSample, Document
 from earlyfuse.data.raw.archive import Sample, read_samples
 from earlyfuse.data.raw.layouts import (
-    json_fields,
     media_members,
     parse_interleaved,
     parse_mmc4,
     parse_pair,
     parse_text,
 )
+from earlyfuse.data.raw.members import bad, json_fields
 from earlyfuse.data.raw.safety import checked_shard
 
 LAYOUTS = ("pairs", "interleaved", "mmc4", "text")
-_LOOKAHEAD = 16  # samples of a shard that decide its layout
+_RICHEST_FIRST = ("mmc4", "interleaved", "pairs", "text")
+_LOOKAHEAD = 16  # samples of a shard that decide what one without a layout of its own lacks
 
 Parser = Callable[[Sample], Document]
 
@@ -32,7 +35,9 @@ def read_documents(
 ) -> Iterator[Document | BadSample]:
     """Documents of one ``.tar`` or ``.tar.gz`` in order, a ``BadSample`` for each unusable one.
 
-    ``layout`` is one of ``LAYOUTS``, or ``auto``: the first samples of the shard decide.
+    ``layout`` is one of ``LAYOUTS``, or ``auto``: each sample is read in the layout that it has.
+    One that has none is a bad sample of the layout of the shard's first samples, and so is a text
+    alone where these are pairs: a caption that lost its image.
     ``image_first`` is the share of pairs in which the image or utterance leads (Chameleon: 0.5);
     the hash of the key decides which, so it does not depend on order or process.
 
@@ -57,12 +62,11 @@ def _documents(shard: Path, layout: str, image_first: float) -> Iterator[Documen
         "text": parse_text,
     }
     samples = read_samples(shard)
-    if layout == "auto":
+    parse = parsers.get(layout)
+    if parse is None:
         first = list(islice(samples, _LOOKAHEAD))
-        parse = _detect(shard, first, parsers)
+        parse = _recognising(first, parsers)
         samples = chain(first, samples)
-    else:
-        parse = parsers[layout]
     for sample in samples:
         if isinstance(sample, BadSample):
             yield sample
@@ -71,33 +75,48 @@ def _documents(shard: Path, layout: str, image_first: float) -> Iterator[Documen
         else:
             try:
                 document: Document | BadSample = parse(sample)
-            except BadSample as bad:
-                document = BadSample(bad.cause, f"{shard}: {bad.message}")
+            except BadSample as error:
+                document = BadSample(error.cause, f"{shard}: {error.message}")
             yield document
 
 
-def _detect(shard: Path, first: list[Sample | BadSample], parsers: dict[str, Parser]) -> Parser:
-    """The richest layout of the first samples: a caption without its image is no text shard."""
+def _recognising(first: list[Sample | BadSample], parsers: dict[str, Parser]) -> Parser:
+    """The parser of a shard with these ``first`` samples, which looks at each sample."""
     usable = [s for s in first if isinstance(s, Sample) and s.problem is None]
     found = {_layout_of(sample) for sample in usable}
-    for layout in ("mmc4", "interleaved", "pairs", "text"):
-        if layout in found:
-            return parsers[layout]
-    names = _some(chain.from_iterable(sample.members for sample in usable))
-    fields = _some(chain.from_iterable(map(json_fields, usable)))
-    message = (
-        f"members are {names}, json fields {fields}; that is none of the layouts "
-        f"{', '.join(LAYOUTS)}. Write the shard in one of them, or name the layout if it is one"
-    )
+    usual = next((layout for layout in _RICHEST_FIRST if layout in found), None)
+    shard_members = _some(chain.from_iterable(sample.members for sample in usable))
+    shard_fields = _some(chain.from_iterable(map(_fields_of, usable)))
 
-    def refuse(sample: Sample) -> Document:
-        raise BadSample("foreign-layout", f"sample {sample.key!r}: {message}")
+    def parse(sample: Sample) -> Document:
+        layout = _layout_of(sample) or usual
+        if layout == "text" and usual == "pairs":
+            what = f"no image or audio among {_some(sample.members)}: in a shard of pairs, a text "
+            what += "alone is a caption that lost its medium; put texts into shards of their own"
+            raise bad(sample, "missing-member", what)
+        if layout is not None:
+            return parsers[layout](sample)
+        raise bad(
+            sample,
+            "foreign-layout",
+            f"its members are {_some(sample.members)}, none of the layouts {', '.join(LAYOUTS)}; "
+            "a pair is KEY.jpg and KEY.txt one behind the other, and KEY ends at the first dot. "
+            f"The shard begins with members {shard_members}, json fields {shard_fields}",
+        )
 
-    return refuse
+    return parse
+
+
+def _fields_of(sample: Sample) -> dict[str, Any]:
+    """The fields of the ``json`` member for a first look: empty when it cannot be read."""
+    try:
+        return json_fields(sample)
+    except BadSample:
+        return {}
 
 
 def _layout_of(sample: Sample) -> str | None:
-    members, fields = sample.members, json_fields(sample)
+    members, fields = sample.members, _fields_of(sample)
     if isinstance(fields.get("text_list"), list) and isinstance(fields.get("image_info"), list):
         return "mmc4"
     media = any(isinstance(fields.get(name), list) for name in ("images", "audio"))
@@ -115,4 +134,5 @@ def _layout_of(sample: Sample) -> str | None:
 def _some(names: Iterable[str], limit: int = 12) -> str:
     """Distinct names in order of appearance, the first few of them."""
     distinct = list(dict.fromkeys(names))
-    return ", ".join(distinct[:limit]) + (", …" if len(distinct) > limit else "") or "none"
+    more = f" and {len(distinct) - limit} more" if len(distinct) > limit else ""
+    return ", ".join(distinct[:limit]) + more or "none"

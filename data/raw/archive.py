@@ -151,7 +151,9 @@ def _at(shard: Path, member: Member) -> BadSample:
 
 def _duplicate(shard: Path, what: str) -> BadSample:
     return BadSample(
-        "duplicate-key", f"{shard}: {what}; samples must not be mixed: rename one of them"
+        "duplicate-key",
+        f"{shard}: {what}; members of one sample must follow one another, and samples must not be "
+        "mixed: sort the tar by name, or rename one of them",
     )
 
 

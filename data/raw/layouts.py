@@ -9,30 +9,44 @@ interleaved    ``json`` with lists ``texts``, ``images`` and ``audio`` of one le
                but one of them at each place, and a member for each name (OBELICS, Energon);
                ``images`` or ``audio`` may be absent. With ``matched_text_indices``, images stand
                before the text they match instead, and there is no audio
-mmc4           ``json`` with ``text_list`` and ``image_info``, images in it as base64
+mmc4           ``json`` with ``text_list`` and ``image_info``, images in it as base64 or as members
+               that ``image_name`` names
 text           ``txt``, else ``text`` in ``json``
 =============  ==================================================================================
+
+A member is named by what stands behind its key, or by its whole file name. Texts and names that a
+data frame wrote where it had none (``nan``, ``None`` …) count as null. What a sample holds and its
+document does not use is listed in ``Document.unused``.
 
 Parsers raise ``BadSample``: ``missing-member``, ``bad-json``, ``not-utf8``, ``empty-text``,
 ``corrupt-image`` (base64 that is none), ``unsupported-media`` (video, audio in other containers),
 ``foreign-layout``.
 """
 
-import base64
 import hashlib
-import json
-import re
 from collections.abc import Iterable
 from typing import Any
 
-from earlyfuse.data.documents import BadSample, Document, Segment
+from earlyfuse.data.documents import Document, Segment
+from earlyfuse.data.json_files import shown
 from earlyfuse.data.raw.archive import Sample
+from earlyfuse.data.raw.members import (
+    bad,
+    decoded_base64,
+    decoded_text,
+    find_member,
+    is_missing,
+    json_fields,
+    listed,
+    unused_members,
+)
 from earlyfuse.models.modality import Modality
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 AUDIO_SUFFIXES = ("wav", "flac")
 MEDIA_SUFFIXES = {Modality.IMAGE: IMAGE_SUFFIXES, Modality.SPEECH: AUDIO_SUFFIXES}
-_BYTES_LITERAL = re.compile(r"b(['\"])(.*)\1", re.DOTALL)
+WITHOUT_BYTES = "image_info without its image"  # a kind of ``Document.unused``
+_CAPTIONS = {Modality.IMAGE: ("caption",), Modality.SPEECH: ("caption", "text")}
 
 
 def parse_pair(sample: Sample, image_first: float) -> Document:
@@ -41,23 +55,22 @@ def parse_pair(sample: Sample, image_first: float) -> Document:
     """
     media = media_members(sample)
     if not media:
-        raise _bad(sample, "missing-member", f"no image or audio among {_listed(sample.members)}")
+        raise bad(
+            sample,
+            "missing-member",
+            f"no image or audio among {listed(sample.members)}; a pair is one member such as "
+            ".jpg or .wav and its caption in .txt or .json",
+        )
     if len(media) > 1:
-        what = f"a pair has one image or utterance, this one {_listed(name for _, name in media)}"
-        raise _bad(sample, "foreign-layout", what)
+        what = f"a pair has one image or utterance, this one {listed(name for _, name in media)}"
+        raise bad(sample, "foreign-layout", what)
     ((modality, name),) = media
-    caption = _decode(sample, "txt").strip() if "txt" in sample.members else ""
-    if not caption and "json" in sample.members:
-        caption = _caption(sample, ("caption", "text")[: 2 if modality == Modality.SPEECH else 1])
-    elif "txt" not in sample.members:
-        raise _bad(sample, "missing-member", "neither txt nor json holds a caption")
-    if not caption:
-        raise _bad(sample, "empty-text", "the caption is empty")
-    medium = Segment(modality, sample.members[name])
-    text = Segment(Modality.TEXT, caption)
+    caption, origin = _caption(sample, modality)
+    medium = Segment(modality, sample.members[name], name)
+    text = Segment(Modality.TEXT, caption, origin)
     digest = hashlib.blake2b(sample.key.encode(), digest_size=8).digest()
     leads = int.from_bytes(digest, "big") < image_first * 2**64
-    return Document(sample.key, (medium, text) if leads else (text, medium))
+    return _document(sample, [medium, text] if leads else [text, medium], ("txt",))
 
 
 def media_members(sample: Sample) -> list[tuple[Modality, str]]:
@@ -70,20 +83,37 @@ def media_members(sample: Sample) -> list[tuple[Modality, str]]:
     ]
 
 
-def _caption(sample: Sample, names: tuple[str, ...]) -> str:
-    """The first of these json fields that is not empty."""
-    fields = _fields(sample)
-    for name in names:
-        if fields.get(name):
-            return _text(sample, f"json field {name!r}", fields[name]).strip()
-    return ""
+def _caption(sample: Sample, modality: Modality) -> tuple[str, str]:
+    """The caption of a pair, and the member that holds it: ``txt``, else ``json``."""
+    found = "no caption"
+    if "txt" in sample.members:
+        caption = decoded_text(sample, "txt").strip()
+        if caption and not is_missing(caption):
+            return caption, "txt"
+        found = "txt is empty"
+        if caption:
+            found = f"txt holds {caption!r}, as programs write a caption that is missing"
+    if "json" in sample.members:
+        fields = json_fields(sample)
+        for name in _CAPTIONS[modality]:
+            value = fields.get(name)
+            if value and not is_missing(value):
+                caption = _text(sample, f"json field {name!r}", value).strip()
+                if caption:
+                    return caption, "json"
+        names = " or ".join(map(repr, _CAPTIONS[modality]))
+        found += f"; json has no text in {names}, its fields are {listed(fields)}"
+    elif "txt" not in sample.members:
+        what = f"neither txt nor json holds a caption; the members are {listed(sample.members)}"
+        raise bad(sample, "missing-member", what)
+    raise bad(sample, "empty-text", found)
 
 
 def parse_interleaved(sample: Sample) -> Document:
     """Lists in step, or texts with images matched to them by index."""
-    fields = _fields(sample)
+    fields = json_fields(sample)
     if any(item is not None for item in _optional(fields, "video")):
-        raise _bad(sample, "unsupported-media", "video members are not read")
+        raise bad(sample, "unsupported-media", "video members are not read")
     texts, audio = _list(sample, fields, "texts"), _optional(fields, "audio")
     heard = any(item is not None for item in audio)
     images: list[Any] = [None] * len(texts)
@@ -99,14 +129,14 @@ def parse_interleaved(sample: Sample) -> Document:
         matches = _list(sample, fields, "matched_text_indices")
         if len(matches) != len(images):
             what = f"{len(images)} images, but {len(matches)} matched_text_indices"
-            raise _bad(sample, "foreign-layout", what)
+            raise bad(sample, "foreign-layout", what)
         named = [
             (image, at) for image, at in zip(images, matches, strict=True) if image is not None
         ]
-        placed = [(_member(sample, Modality.IMAGE, image), at) for image, at in named]
-        return _placed(sample, texts, placed)
+        placed = [(_medium(sample, Modality.IMAGE, image), at) for image, at in named]
+        return _document(sample, _placed(sample, texts, placed), ("json",))
     if not in_step:
-        raise _bad(
+        raise bad(
             sample,
             "foreign-layout",
             f"texts ({len(texts)}) and images ({len(images)}) must be of one length, "
@@ -117,142 +147,132 @@ def parse_interleaved(sample: Sample) -> Document:
     for text, image, utterance in zip(texts, images, audio, strict=True):
         for modality, name in ((Modality.IMAGE, image), (Modality.SPEECH, utterance)):
             if name is not None:
-                segments.append(Segment(modality, _member(sample, modality, name)))
-        if text not in (None, ""):
-            segments.append(Segment(Modality.TEXT, _text(sample, "an entry of texts", text)))
-    return _document(sample, segments)
+                segments.append(_medium(sample, modality, name))
+        segments += _text_entry(sample, text)
+    return _document(sample, segments, ("json",))
 
 
 def parse_mmc4(sample: Sample) -> Document:
-    """Images stand before the text at their ``matched_text_index``; without base64: skipped."""
-    fields = _fields(sample)
+    """Images stand before the text at their ``matched_text_index``; those that are not there are
+    listed as unused.
+    """
+    fields = json_fields(sample)
     texts = _list(sample, fields, "text_list")
-    placed: list[tuple[bytes, Any]] = []
-    for info in _list(sample, fields, "image_info"):
+    placed: list[tuple[Segment, Any]] = []
+    absent: list[tuple[str, str]] = []
+    for place, info in enumerate(_list(sample, fields, "image_info")):
         if not isinstance(info, dict):
-            raise _bad(sample, "foreign-layout", "an entry of image_info is not an object")
-        if info.get("image_base64"):
-            placed.append((_base64(sample, info["image_base64"]), info.get("matched_text_index")))
-    return _placed(sample, texts, placed)
+            raise bad(sample, "foreign-layout", "an entry of image_info is not an object")
+        encoded, name = info.get("image_base64"), info.get("image_name")
+        member = find_member(sample, name)
+        if encoded and not is_missing(encoded):
+            image = Segment(Modality.IMAGE, decoded_base64(sample, encoded), f"image_info[{place}]")
+        elif member is not None:
+            image = Segment(Modality.IMAGE, sample.members[member], member)
+        else:
+            absent.append((WITHOUT_BYTES, f"{sample.key}.json image_info[{place}] {shown(name)}"))
+            continue
+        placed.append((image, info.get("matched_text_index")))
+    return _document(sample, _placed(sample, texts, placed), ("json",), absent)
 
 
 def parse_text(sample: Sample) -> Document:
     """One stretch of text, kept as it is."""
     if "txt" in sample.members:
-        text = _decode(sample, "txt")
+        text, origin = decoded_text(sample, "txt"), "txt"
+    elif "json" in sample.members:
+        fields, origin = json_fields(sample), "json"
+        if "text" not in fields:
+            what = f"json has no field 'text', its fields are {listed(fields)}"
+            raise bad(sample, "foreign-layout", what)
+        value = fields["text"]
+        text = "" if is_missing(value) else _text(sample, "json field 'text'", value)
     else:
-        text = _text(sample, "json field 'text'", _fields(sample).get("text"))
-    return _document(sample, [Segment(Modality.TEXT, text)] if text.strip() else [])
+        what = f"neither txt nor json among {listed(sample.members)}"
+        raise bad(sample, "missing-member", what)
+    empty = not text.strip() or is_missing(text)
+    return _document(sample, [] if empty else [Segment(Modality.TEXT, text, origin)])
 
 
-def json_fields(sample: Sample) -> dict[str, Any]:
-    """The fields of the ``json`` member for a first look: empty when it cannot be read."""
-    try:
-        return _fields(sample)
-    except BadSample:
-        return {}
-
-
-def _placed(sample: Sample, texts: list[Any], placed: list[tuple[bytes, Any]]) -> Document:
+def _placed(sample: Sample, texts: list[Any], placed: list[tuple[Segment, Any]]) -> list[Segment]:
     """Texts in order, each image before the text whose index it has."""
-    before: dict[int, list[bytes]] = {}
+    before: dict[int, list[Segment]] = {}
     for image, index in placed:
         if type(index) is not int or not 0 <= index < len(texts):
-            what = f"an image is matched to text {index!r} of {len(texts)}"
-            raise _bad(sample, "foreign-layout", what)
+            what = f"an image is matched to text {shown(index)} of {len(texts)}"
+            raise bad(sample, "foreign-layout", what)
         before.setdefault(index, []).append(image)
     segments: list[Segment] = []
     for index, text in enumerate(texts):
-        segments += [Segment(Modality.IMAGE, image) for image in before.get(index, ())]
-        if text not in (None, ""):
-            segments.append(Segment(Modality.TEXT, _text(sample, "an entry of the texts", text)))
-    return _document(sample, segments)
+        segments += [*before.get(index, ()), *_text_entry(sample, text)]
+    return segments
 
 
-def _document(sample: Sample, segments: list[Segment]) -> Document:
+def _text_entry(sample: Sample, text: object) -> list[Segment]:
+    """An entry of a list of texts, if it holds any."""
+    if text in (None, ""):
+        return []
+    return [Segment(Modality.TEXT, _text(sample, "an entry of the texts", text), "json")]
+
+
+def _document(
+    sample: Sample,
+    segments: list[Segment],
+    read: Iterable[str] = (),
+    absent: Iterable[tuple[str, str]] = (),
+) -> Document:
+    """``read``: members that were looked at beside those of the segments; ``absent``: entries of
+    lists without their image.
+    """
     if not segments:
-        raise _bad(sample, "empty-text", "it holds neither text nor media")
-    return Document(sample.key, tuple(segments))
+        raise bad(sample, "empty-text", f"no text and no media in {listed(sample.members)}")
+    used = {*read, *(segment.origin for segment in segments)}
+    return Document(sample.key, tuple(segments), (*unused_members(sample, used), *absent))
 
 
-def _member(sample: Sample, modality: Modality, name: object) -> bytes:
-    """Bytes of the member ``name``, whose case is no matter."""
+def _medium(sample: Sample, modality: Modality, name: object) -> Segment:
+    """The member ``name`` as a segment."""
     image = modality == Modality.IMAGE
     what, field = ("image", "images") if image else ("wav or flac audio", "audio")
     if not isinstance(name, str):
-        raise _bad(sample, "foreign-layout", f"{field} holds {name!r}, not a member name or null")
+        raise bad(
+            sample, "foreign-layout", f"{field} holds {shown(name)}, not a member name or null"
+        )
     suffixes = MEDIA_SUFFIXES[modality]
     if not name.lower().endswith(tuple(f".{suffix}" for suffix in suffixes)):
-        raise _bad(
-            sample, "unsupported-media", f"{name!r} is no {what}; known are {_listed(suffixes)}"
+        raise bad(
+            sample, "unsupported-media", f"{name!r} is no {what}; known are {listed(suffixes)}"
         )
-    if name.lower() in sample.members:
-        return sample.members[name.lower()]
-    raise _bad(
-        sample,
-        "missing-member",
-        f"json names {'image' if image else 'audio'} {name!r}, there is {_listed(sample.members)}",
-    )
-
-
-def _base64(sample: Sample, value: object) -> bytes:
-    """Decoded bytes; ``b'…'``, a bytes literal as some converters write, is unwrapped."""
-    if not isinstance(value, str):
-        raise _bad(sample, "corrupt-image", "image_base64 is not a string")
-    wrapped = _BYTES_LITERAL.fullmatch(value)
-    try:
-        return base64.b64decode(wrapped[2] if wrapped else value, validate=True)
-    except ValueError as error:
-        raise _bad(sample, "corrupt-image", f"image_base64 is not base64 ({error})") from error
-
-
-def _fields(sample: Sample) -> dict[str, Any]:
-    if "json" not in sample.members:
-        raise _bad(sample, "missing-member", f"no json among {_listed(sample.members)}")
-    text = _decode(sample, "json")
-    try:
-        fields = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise _bad(sample, "bad-json", f"json cannot be parsed ({error})") from error
-    if not isinstance(fields, dict):
-        raise _bad(sample, "bad-json", f"json holds a {type(fields).__name__}, not an object")
-    return fields
+    member = find_member(sample, name)
+    if member is None:
+        raise bad(
+            sample,
+            "missing-member",
+            f"json names {'image' if image else 'audio'} {name!r}, there is "
+            f"{listed(sample.members)}",
+        )
+    return Segment(modality, sample.members[member], member)
 
 
 def _list(sample: Sample, fields: dict[str, Any], name: str) -> list[Any]:
+    """The list ``name``, with null where a data frame had nothing."""
     value = fields.get(name)
     if not isinstance(value, list):
-        what = f"json field {name!r} must be a list; the fields are {_listed(fields)}"
-        raise _bad(sample, "foreign-layout", what)
-    return value
+        what = f"json field {name!r} must be a list; the fields are {listed(fields)}"
+        raise bad(sample, "foreign-layout", what)
+    return [None if is_missing(item) else item for item in value]
 
 
 def _optional(fields: dict[str, Any], name: str) -> list[Any]:
     value = fields.get(name)
-    return value if isinstance(value, list) else []
-
-
-def _decode(sample: Sample, name: str) -> str:
-    try:
-        return sample.members[name].decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise _bad(sample, "not-utf8", f"{name} is not UTF-8 ({error})") from error
+    return [None if is_missing(item) else item for item in value] if isinstance(value, list) else []
 
 
 def _text(sample: Sample, what: str, value: object) -> str:
     if not isinstance(value, str):
-        raise _bad(sample, "foreign-layout", f"{what} is {type(value).__name__}, not text")
+        raise bad(sample, "foreign-layout", f"{what} is {type(value).__name__}, not text")
     try:
         value.encode()
     except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
-        raise _bad(sample, "not-utf8", f"{what} has no UTF-8 form ({error})") from error
+        raise bad(sample, "not-utf8", f"{what} has no UTF-8 form ({error})") from error
     return value
-
-
-def _bad(sample: Sample, cause: str, what: str) -> BadSample:
-    return BadSample(cause, f"sample {sample.key!r}: {what}")
-
-
-def _listed(names: Iterable[str]) -> str:
-    shown = sorted(names)
-    return ", ".join(shown[:8]) + (", …" if len(shown) > 8 else "") or "nothing"

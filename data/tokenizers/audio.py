@@ -1,7 +1,8 @@
 """Encoded audio → one channel at one sample rate, and back to a file.
 
 WAV (PCM of 8 to 32 bits, float, µ-law and whatever else libsndfile reads) and FLAC, at any sample
-rate, with any number of channels, which are averaged.
+rate, with any number of channels, which are averaged. Codecs that cannot be sought in (GSM 6.10,
+G.721) are refused.
 
 A WAV file that was cut reads like a shorter one, so the sizes that it states are compared with what
 is there; FLAC has checksums, which libsndfile checks.
@@ -16,7 +17,7 @@ import numpy as np
 import soundfile
 from scipy.signal import resample_poly
 
-from earlyfuse.data.documents import BadSample
+from earlyfuse.data.documents import BadSample, decoding
 
 FORMATS = ("WAV", "WAVEX", "FLAC")
 RATES = range(1_000, 768_001)  # Hz
@@ -32,20 +33,16 @@ def waveform(encoded: bytes, rate: int, longest: float = float("inf")) -> np.nda
     Raises ``BadSample``: "corrupt-audio" also for cut files and sample rates outside ``RATES``,
     "long-audio" above ``longest`` seconds or 2^26 samples.
     """
-    _check_whole(encoded)
-    try:
-        with soundfile.SoundFile(io.BytesIO(encoded)) as file:
-            samples_NC = _samples(file, longest)
-            given = file.samplerate
-    except soundfile.SoundFileError as error:
-        raise BadSample("corrupt-audio", str(error).rpartition(": ")[2]) from error
-    wave = samples_NC.mean(axis=1)
-    if not np.isfinite(wave).all():
-        raise BadSample("corrupt-audio", "audio holds samples that are not finite")
-    if given == rate or not len(wave):
-        return wave
-    shared = gcd(rate, given)
-    return resample_poly(wave, rate // shared, given // shared)
+    with decoding("corrupt-audio", "audio"):
+        _check_whole(encoded)
+        samples_NC, given = _read(_with_known_size(encoded), longest)
+        wave = samples_NC.mean(axis=1)
+        if not np.isfinite(wave).all():
+            raise BadSample("corrupt-audio", "audio holds samples that are not finite")
+        if given == rate or not len(wave):
+            return wave
+        shared = gcd(rate, given)
+        return resample_poly(wave, rate // shared, given // shared)
 
 
 def wav_file(wave: np.ndarray, rate: int) -> bytes:
@@ -55,10 +52,25 @@ def wav_file(wave: np.ndarray, rate: int) -> bytes:
     return file.getvalue()
 
 
+def _read(encoded: bytes, longest: float) -> tuple[np.ndarray, int]:
+    """float64 (samples, channels) and their rate in Hz."""
+    try:
+        with soundfile.SoundFile(io.BytesIO(encoded)) as file:
+            return _samples(file, longest), file.samplerate
+    except soundfile.SoundFileError as error:  # its prefix holds an address in memory
+        raise BadSample("corrupt-audio", str(error).rpartition(": ")[2]) from error
+
+
 def _samples(file: soundfile.SoundFile, longest: float) -> np.ndarray:
     """float64 (samples, channels): all that the file states."""
     if file.format not in FORMATS:
         raise BadSample("corrupt-audio", f"audio is {file.format}, neither WAV nor FLAC")
+    if not file.seekable():
+        raise BadSample(
+            "corrupt-audio",
+            f"audio is {file.format} in {file.subtype_info}, whose samples cannot be counted; "
+            "convert it to PCM or FLAC",
+        )
     if file.samplerate not in RATES:
         raise BadSample(
             "corrupt-audio",
@@ -94,9 +106,36 @@ def _check_whole(encoded: bytes) -> None:
             )
 
 
-def _chunks(encoded: bytes) -> Iterator[tuple[bytes, int, int]]:
+def _with_known_size(encoded: bytes) -> bytes:
+    """A RIFF file that states 0 bytes of samples and has some, with their number in its header.
+
+    So do programs that write into a pipe and never come back to the header. libsndfile takes the 0
+    at its word.
+    """
+    if encoded[:4] != b"RIFF":
+        return encoded
+    for name, size, start in _chunks(encoded):
+        if name == b"data":
+            there = len(encoded) - start
+            if size or not there or _ends_with_chunks(encoded, start):
+                return encoded
+            sizes = struct.pack("<I", len(encoded) - 8), struct.pack("<I", there)
+            return encoded[:4] + sizes[0] + encoded[8 : start - 4] + sizes[1] + encoded[start:]
+    return encoded
+
+
+def _ends_with_chunks(encoded: bytes, at: int) -> bool:
+    """Whether chunks with printable names, and nothing else, lie between ``at`` and the end."""
+    end = at
+    for name, size, start in _chunks(encoded, at):
+        if not all(0x20 <= letter < 0x7F for letter in name):
+            return False
+        end = start + size
+    return end <= len(encoded) < end + 2 and end > at
+
+
+def _chunks(encoded: bytes, at: int = 12) -> Iterator[tuple[bytes, int, int]]:
     """Name, stated size and start of each chunk of a RIFF file, as far as their headers are."""
-    at = 12
     while at + 8 <= len(encoded):
         name, size = struct.unpack_from("<4sI", encoded, at)
         yield name, size, at + 8

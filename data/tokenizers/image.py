@@ -88,19 +88,21 @@ def save_image_tokenizer(tokenizer: ImageTokenizer, path: Path) -> None:
 def load_image_tokenizer(path: Path) -> ImageTokenizer:
     """The tokenizer of a file written by ``save_image_tokenizer``; its metadata says which kind.
 
-    Raises ``ValueError`` when the file is no such tokenizer.
+    Raises ``ValueError`` naming file and field when the file is no such tokenizer.
     """
     # here, not above: the kinds build on this file
     from earlyfuse.data.tokenizers.image_chameleon import ChameleonTokenizer
     from earlyfuse.data.tokenizers.image_kmeans import KMeansTokenizer
     from earlyfuse.data.tokenizers.image_vqvae import VQVAETokenizer
 
-    file = TokenizerFile.read("image", FORMAT, path)
     kinds: dict[str, type[KMeansTokenizer | VQVAETokenizer | ChameleonTokenizer]] = {
         kind.kind: kind for kind in (KMeansTokenizer, VQVAETokenizer, ChameleonTokenizer)
     }
-    file.check_kind(kinds)
-    tokenizer = kinds[file.kind].from_tensors(file.tensors(), file.settings)
+    file = TokenizerFile.read("image", FORMAT, path, kinds)
+    try:
+        tokenizer = kinds[file.kind].from_file(file)
+    except ValueError as error:
+        raise file.refusal(error) from error
     # a newer writer of the file format may order bytes differently: the file's hash is the one to
     # keep
     tokenizer.sha256 = hashlib.sha256(file.content).hexdigest()

@@ -13,13 +13,24 @@ from typing import Any
 import numpy as np
 import torch
 
-from earlyfuse.data.tokenizers.image import check_image_geometry, pack_tokenizer
+from earlyfuse.data.json_files import JsonObject
+from earlyfuse.data.tokenizers.image import (
+    LARGEST_CODEBOOK,
+    check_image_geometry,
+    pack_tokenizer,
+)
 from earlyfuse.data.tokenizers.image_vqvae import to_pixels
 from earlyfuse.data.tokenizers.pixels import image_pixels_whole
+from earlyfuse.data.tokenizers.tokenizer_file import LARGEST_SIDE, TokenizerFile
 from earlyfuse.data.tokenizers.vqgan import VQGAN, VQGANShape
 
 # values of one activation held at a time: 512² pixels of 128 channels, an image of Chameleon's
 _ACTIVATION = 1 << 25
+_MOST = {
+    "image_size": LARGEST_SIDE, "codes": LARGEST_CODEBOOK, "embed": 1 << 14, "latent": 1 << 14,
+    "width": 1 << 12, "blocks": 64,
+}  # fmt: skip
+_MOST_LEVELS = 16
 _SHAPE = VQGANShape.__dataclass_fields__.keys()
 
 
@@ -68,20 +79,16 @@ class ChameleonTokenizer:
         self._sha256 = value
 
     @classmethod
-    def from_tensors(
-        cls, tensors: dict[str, torch.Tensor], settings: dict[str, Any]
-    ) -> "ChameleonTokenizer":
-        """Inverse of ``to_bytes``, given what it holds. ``ValueError`` on foreign tensors."""
-        weights = dict(tensors)
+    def from_file(cls, file: TokenizerFile) -> "ChameleonTokenizer":
+        """Inverse of ``to_bytes``."""
+        _check_settings(file.settings)
+        settings = file.settings.values
         with torch.device("meta"):
             net = VQGAN(shape_of(settings))
-        try:
-            rank_K = weights.pop("rank")
-            net.load_state_dict(weights, assign=True)
-        except (KeyError, RuntimeError) as error:
-            raise ValueError(
-                f"image tokenizer tensors must fit settings {settings}: {error}"
-            ) from error
+            rank_K = torch.empty(settings["codes"], dtype=torch.int64)
+        weights = file.tensors({**net.state_dict(), "rank": rank_K})
+        rank_K = weights.pop("rank")
+        net.load_state_dict(weights, assign=True)
         return cls(net, rank_K, settings)
 
     def to_bytes(self) -> bytes:
@@ -119,6 +126,22 @@ class ChameleonTokenizer:
     def _floats(self, pixels_BHHC: torch.Tensor) -> torch.Tensor:
         """uint8 (B, H, H, 3) → float32 (B, 3, H, H) as the source scales them."""
         return self._value_256[pixels_BHHC.permute(0, 3, 1, 2).to(torch.int64)]
+
+
+def _check_settings(settings: JsonObject) -> None:
+    """``ValueError`` naming a field of another type, or of a size that no such network has."""
+    for name, most in _MOST.items():
+        settings.field(name, int, least=1, most=most)
+    for name in ("middle_attention", "decoder"):
+        settings.field(name, bool)
+    for name in ("multipliers", "attention"):
+        values = settings.items(name, int)
+        if len(values) > _MOST_LEVELS or not all(0 <= value <= _MOST_LEVELS for value in values):
+            raise settings.wrong(name, f"must be at most {_MOST_LEVELS} numbers up to that")
+    settings.field("scale", float, least=-1e3, most=1e3)
+    settings.field("mean", float, least=-1e3, most=1e3)
+    settings.field("std", float, least=1e-6, most=1e3)
+    settings.field("long_side", str, choices=("round", "floor"))
 
 
 def shape_of(settings: dict[str, Any]) -> VQGANShape:

@@ -13,8 +13,13 @@ import numpy as np
 import torch
 
 from earlyfuse.data.tokenizers import kmeans
-from earlyfuse.data.tokenizers.image import check_image_geometry, pack_tokenizer
+from earlyfuse.data.tokenizers.image import (
+    LARGEST_CODEBOOK,
+    check_image_geometry,
+    pack_tokenizer,
+)
 from earlyfuse.data.tokenizers.pixels import image_pixels
+from earlyfuse.data.tokenizers.tokenizer_file import LARGEST_SIDE, TokenizerFile
 
 
 class KMeansTokenizer:
@@ -69,11 +74,16 @@ class KMeansTokenizer:
         return cls(codebook_KD, settings)
 
     @classmethod
-    def from_tensors(
-        cls, tensors: dict[str, torch.Tensor], settings: dict[str, Any]
-    ) -> "KMeansTokenizer":
-        """Inverse of ``to_bytes``, given what it holds."""
-        return cls(tensors["codebook"].numpy(), settings)
+    def from_file(cls, file: TokenizerFile) -> "KMeansTokenizer":
+        """Inverse of ``to_bytes``."""
+        settings = file.settings
+        settings.field("image_size", int, least=1, most=LARGEST_SIDE)
+        patch = settings.field("patch", int, least=1, most=LARGEST_SIDE)
+        codes = settings.field("codes", int, least=2, most=LARGEST_CODEBOOK)
+        settings.field("seed", int)
+        codebook = torch.empty(codes, patch**2 * 3, dtype=torch.uint8, device="meta")
+        tensors = file.tensors({"codebook": codebook})
+        return cls(tensors["codebook"].numpy(), settings.values)
 
     def to_bytes(self) -> bytes:
         """See ``ImageTokenizer``."""

@@ -18,8 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from earlyfuse.data.tokenizers.image import check_image_geometry, pack_tokenizer
+from earlyfuse.data.tokenizers.image import (
+    LARGEST_CODEBOOK,
+    check_image_geometry,
+    pack_tokenizer,
+)
 from earlyfuse.data.tokenizers.pixels import image_pixels
+from earlyfuse.data.tokenizers.tokenizer_file import LARGEST_SIDE, TokenizerFile
 
 _ENCODE_BATCH, _ENCODE_PIXELS = 64, 1 << 22
 _COMMITMENT = 0.25
@@ -29,6 +34,10 @@ _CODEBOOK_DECAY = 0.98
 _DEAD_SHARE = 0.05
 # part of the steps that train encoder and decoder alone, before there is a codebook
 _WARM_UP = 0.1
+_MOST = {
+    "image_size": LARGEST_SIDE, "patch": LARGEST_SIDE, "codes": LARGEST_CODEBOOK,
+    "width": 1 << 12, "latent": 1 << 12,
+}  # fmt: skip
 
 
 class VQVAETokenizer:
@@ -100,18 +109,19 @@ class VQVAETokenizer:
         return cls(net, settings)
 
     @classmethod
-    def from_tensors(
-        cls, tensors: dict[str, torch.Tensor], settings: dict[str, Any]
-    ) -> "VQVAETokenizer":
-        """Inverse of ``to_bytes``, given what it holds. ``ValueError`` on foreign tensors."""
-        net = build_vqvae(settings)
-        try:
-            net.load_state_dict(tensors)
-        except RuntimeError as error:
-            raise ValueError(
-                f"image tokenizer tensors must fit settings {settings}: {error}"
-            ) from error
-        return cls(net, settings)
+    def from_file(cls, file: TokenizerFile) -> "VQVAETokenizer":
+        """Inverse of ``to_bytes``."""
+        settings = file.settings
+        for name, most in _MOST.items():
+            settings.field(name, int, least=1, most=most)
+        settings.field("seed", int)
+        settings.field("steps", int)
+        with torch.device("meta"):  # sizes are believed once the tensors have them
+            expected = build_vqvae(settings.values).state_dict()
+        tensors = file.tensors(expected)
+        net = build_vqvae(settings.values)
+        net.load_state_dict(tensors)
+        return cls(net, settings.values)
 
     def to_bytes(self) -> bytes:
         """See ``ImageTokenizer``."""

@@ -1,16 +1,24 @@
-"""Encoded images → square RGB pixels."""
+"""Encoded images → square RGB pixels.
+
+Pillow refuses PNGs whose text, colour profile or other notes are large or odd, although no pixel
+depends on them: such a file is read without its notes, and EXIF counts only where it can be read.
+"""
 
 import io
 import math
+import struct
+import zlib
+from collections.abc import Iterator
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
-from earlyfuse.data.documents import BadSample
+from earlyfuse.data.documents import BadSample, decoding
 
 # a fixed list: Pillow would otherwise also try formats that run external programs (EPS)
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 LARGEST_IMAGE = 1 << 26  # pixels; beyond it a small file can unpack to gigabytes
+_PNG = b"\x89PNG\r\n\x1a\n"
 _UPRIGHT: dict[int | None, Image.Transpose] = {  # EXIF orientation → what undoes it
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -28,7 +36,8 @@ def image_pixels(encoded: bytes, size: int) -> np.ndarray:
     Transparency is laid on white. Raises ``BadSample`` "corrupt-image", also for cut files and for
     images of more than 2^26 pixels.
     """
-    return np.asarray(_square(_upright_rgb(encoded, draft=size), size), dtype=np.uint8)
+    with decoding("corrupt-image", "image"):
+        return np.asarray(_square(_upright_rgb(encoded, draft=size), size), dtype=np.uint8)
 
 
 def image_pixels_whole(encoded: bytes, size: int, long_side: str) -> np.ndarray:
@@ -38,7 +47,12 @@ def image_pixels_whole(encoded: bytes, size: int, long_side: str) -> np.ndarray:
     ``long_side``: how the longer side is made whole, "round" (Meta) or "floor" (Hugging Face).
     Raises ``BadSample`` also for images so long that resized they exceed 2^26 pixels.
     """
-    image = _upright_rgb(encoded, draft=None)
+    with decoding("corrupt-image", "image"):
+        return _resized_whole(_upright_rgb(encoded, draft=None), size, long_side)
+
+
+def _resized_whole(image: Image.Image, size: int, long_side: str) -> np.ndarray:
+    """The shorter side resized to ``size``, and the centre cropped at whole pixels."""
     width, height = image.size
     short = min(width, height)
     if long_side == "round":  # scale first, as there: it decides halves
@@ -58,21 +72,30 @@ def image_pixels_whole(encoded: bytes, size: int, long_side: str) -> np.ndarray:
 def _upright_rgb(encoded: bytes, draft: int | None) -> Image.Image:
     """The image in RGB; with ``draft``, at a lower resolution that still has so many pixels."""
     try:
-        return _rgb(_upright(_decoded(encoded, draft)))
+        image = _decoded(encoded, draft)
     except BadSample:
         raise
-    except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
-        raise BadSample("corrupt-image", f"{type(error).__name__}: {error}") from error
+    except Exception:
+        if not encoded.startswith(_PNG):
+            raise
+        image = _decoded(_without_notes(encoded), draft)
+    return _rgb(_upright(image))
 
 
 def _upright(image: Image.Image) -> Image.Image:
     # not ImageOps.exif_transpose: it writes the other EXIF fields anew, and fails on damaged ones
-    turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+    try:
+        turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # EXIF that is none says nothing, and the pixels do not depend on it
+        turn = None
     return image if turn is None else image.transpose(turn)
 
 
 def _decoded(encoded: bytes, draft: int | None) -> Image.Image:
-    image = Image.open(io.BytesIO(encoded), formats=FORMATS)
+    try:
+        image = Image.open(io.BytesIO(encoded), formats=FORMATS)
+    except UnidentifiedImageError as error:  # Pillow's message holds an address in memory
+        raise ValueError(f"no image in one of the formats {', '.join(FORMATS)}") from error
     width, height = image.size
     if width * height > LARGEST_IMAGE:
         raise BadSample("corrupt-image", f"image of {width} × {height} pixels is too large")
@@ -80,6 +103,28 @@ def _decoded(encoded: bytes, draft: int | None) -> Image.Image:
         image.draft("RGB", (draft, draft))  # decodes at a fraction of the resolution
     image.load()
     return image
+
+
+def _without_notes(png: bytes) -> bytes:
+    """``png`` with only those chunks that its pixels and their orientation depend on.
+
+    Damaged chunks stay, for Pillow to refuse.
+    """
+    kept = [_PNG]
+    for kind, chunk in _png_chunks(png):
+        whole = zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")
+        if not (whole and kind[:1].islower()) or kind in (b"tRNS", b"eXIf"):
+            kept.append(chunk)
+    return b"".join(kept)
+
+
+def _png_chunks(png: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Kind and bytes of each chunk, the last of them cut if the file is."""
+    at = len(_PNG)
+    while at + 8 <= len(png):
+        size, kind = struct.unpack_from(">I4s", png, at)
+        yield kind, png[at : at + size + 12]
+        at += size + 12
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -102,9 +102,17 @@ class SpeechTokenizer:
     @classmethod
     def load(cls, path: Path) -> "SpeechTokenizer":
         """The tokenizer of a file written by ``save``. ``ValueError`` when it is none."""
-        file = TokenizerFile.read("speech", FORMAT, path)
-        file.check_kind((cls.kind,))
-        tokenizer = cls(file.tensors()["codebook"].numpy(), file.settings)
+        file = TokenizerFile.read("speech", FORMAT, path, (cls.kind,))
+        settings = file.settings
+        frame_ms = settings.field("frame_ms", int, least=10, most=LONGEST_FRAME_MS)
+        codes = settings.field("codes", int, least=2, most=LARGEST_CODEBOOK)
+        settings.field("seed", int)
+        codebook = torch.empty(codes, frame_ms // 10 * MELS, dtype=torch.uint8, device="meta")
+        try:
+            tensors = file.tensors({"codebook": codebook})
+            tokenizer = cls(tensors["codebook"].numpy(), settings.values)
+        except ValueError as error:
+            raise file.refusal(error) from error
         # as of images: of the file, however its writer ordered the bytes
         tokenizer.sha256 = hashlib.sha256(file.content).hexdigest()
         return tokenizer

@@ -10,6 +10,7 @@ to contain ``<image>`` cannot open an image.
 import hashlib
 import io
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 import sentencepiece
@@ -102,15 +103,22 @@ class TextTokenizer:
     ) -> "TextTokenizer":
         """Learn ``vocabulary_size`` pieces. Equal texts in equal order give equal bytes.
 
-        Raises ``ValueError`` when the size is out of range or the texts are too few for it.
+        Raises ``ValueError`` when the size is out of range or the texts are too few for it, and
+        whatever ``texts`` raises.
         """
         check_vocabulary_size(vocabulary_size)
+        lines = _lines(texts)
+        first = next(lines, None)
+        if first is None:
+            raise ValueError(
+                f"text vocabulary ({vocabulary_size}) is learnt from text, and there is none; "
+                "give texts that are not empty"
+            )
         model = io.BytesIO()
-        failures: list[Exception] = []
-        lines = _lines(texts, failures)
+        watched = _Watched(chain([first], lines))
         try:
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=lines,
+                sentence_iterator=watched,
                 model_writer=model,
                 model_type="bpe",
                 vocab_size=vocabulary_size,
@@ -136,12 +144,13 @@ class TextTokenizer:
                 num_threads=1,
                 minloglevel=2,
             )
-        except RuntimeError as error:
-            if failures:  # sentencepiece passes an error of the texts off as one of its own
-                raise failures[0] from None
+        except Exception as error:
+            if watched.error is not None or not isinstance(error, RuntimeError):
+                raise watched.error or error from None
             raise ValueError(
                 f"text vocabulary ({vocabulary_size}) does not fit the training texts; "
-                f"give more text or another --text-vocab; sentencepiece says: {error}"
+                f"give more text or another --text-vocab; sentencepiece says: "
+                f"{str(error).rpartition('] ')[2]}"
             ) from error
         return cls(model.getvalue(), speech)
 
@@ -206,14 +215,24 @@ def check_vocabulary_size(size: int) -> None:
         )
 
 
-def _lines(texts: Iterable[str], failures: list[Exception]) -> Iterator[str]:
-    """Non-empty lines: newline is a piece of its own, so nothing is learnt across it.
+def _lines(texts: Iterable[str]) -> Iterator[str]:
+    """Non-empty lines: newline is a piece of its own, so nothing is learnt across it."""
+    for text in texts:
+        yield from (line for line in text.split("\n") if line)
 
-    What ``texts`` raises is left in ``failures`` too.
-    """
-    try:
-        for text in texts:
-            yield from (line for line in text.split("\n") if line)
-    except Exception as error:
-        failures.append(error)
-        raise
+
+class _Watched(Iterator[str]):
+    """Passes ``lines`` on and keeps what they raise, which sentencepiece reports as its own."""
+
+    def __init__(self, lines: Iterator[str]) -> None:
+        self._lines = lines
+        self.error: Exception | None = None
+
+    def __next__(self) -> str:
+        try:
+            return next(self._lines)
+        except StopIteration:
+            raise
+        except Exception as error:
+            self.error = error
+            raise
