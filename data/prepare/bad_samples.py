@@ -15,11 +15,11 @@ def count_bad(bad: BadSample, on_bad: str, shard: Path, name: str, expected: flo
     where the policy ``on_bad`` says to end.
     """
     what = f"shard {printable(name)}: {without_path(bad, shard)} [{bad.cause}]"
-    lost = isinstance(bad, LostSamples)
+    is_lost = isinstance(bad, LostSamples)
     count = bad.samples(expected) if isinstance(bad, LostSamples) else 1
-    if on_bad == "stop":
+    if on_bad == "stop" and not is_lost:
         raise ValueError(f"{what}; on_bad is 'stop': mend the sample, or choose 'skip'") from bad
-    if lost and on_bad != "skip-shards":
+    if is_lost and on_bad != "skip-shards":
         raise ValueError(
             f"{what}; about {count:,} {'sample is' if count == 1 else 'samples are'} "
             "lost: fetch or write the shard again, or choose on_bad 'skip-shards' to go on without"

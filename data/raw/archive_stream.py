@@ -5,7 +5,9 @@ once to verify all of them before any byte is handed on: a flipped bit would oth
 documents long before the checksum that tells. The size of the archive is then known as well, so a
 size stated inside it is compared before memory is asked for.
 
-Cost: one more inflation of each ``.tar.gz`` in each process that reads it; none for a ``.tar``.
+Cost: one more inflation of each ``.tar.gz`` in each process that reads it; none for a ``.tar``. Of
+the CPU time of a whole build on one core, 0.03 of 7 s for 11.5 MB of Python sources, 0.1 of 1.9 s
+for 400 JPEGs of 41 KB.
 """
 
 import os

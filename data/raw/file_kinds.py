@@ -133,10 +133,8 @@ def _is_tar(block: bytes) -> bool:
         return False
     try:
         tarfile.TarInfo.frombuf(block[:_BLOCK], "utf-8", "backslashreplace")
-    except tarfile.EOFHeaderError:
-        return True
     except tarfile.HeaderError:
-        return False
+        return not block[:_BLOCK].strip(b"\0")
     return True
 
 

@@ -93,7 +93,7 @@ def _parsed(block: bytes) -> tarfile.TarInfo | tarfile.HeaderError:
         header = tarfile.TarInfo.frombuf(block, "utf-8", "backslashreplace")
     except tarfile.HeaderError as error:
         return error
-    return header if header.size >= 0 else tarfile.InvalidHeaderError("negative size")
+    return header if header.size >= 0 else tarfile.HeaderError("negative size")
 
 
 def _header_follows(stream: ArchiveStream) -> bool:
