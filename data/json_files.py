@@ -185,8 +185,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object of these fields; ``ValueError`` where one is named twice."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
-        seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+        names = [name for name, _ in pairs]
+        twice = next(name for name in fields if names.count(name) > 1)
         raise ValueError(f"an object names the field {shown(twice)} twice")
     return fields
 

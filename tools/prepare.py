@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     builder.add_argument("--validation", default=[], help="held-out sources, likewise", **shards)
     builder.add_argument(
-        "--layout", help="pairs, interleaved, mmc4, text (auto: by the first samples)"
+        "--layout", help="pairs, interleaved, mmc4, text (auto: each sample's own)"
     )
     builder.add_argument(
         "--image-first",

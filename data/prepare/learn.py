@@ -10,14 +10,7 @@ from time import perf_counter
 import numpy as np
 import torch
 
-from earlyfuse.data.documents import (
-    BadSample,
-    Document,
-    LostSamples,
-    Segment,
-    Tally,
-    decoding,
-)
+from earlyfuse.data.documents import BadSample, Document, LostSamples, Tally, decoding
 from earlyfuse.data.prepare.bad_samples import count_bad
 from earlyfuse.data.prepare.progress import Progress
 from earlyfuse.data.prepare.spec import PrepareSpec
@@ -49,14 +42,14 @@ class Seen(Tally):
     shard: Path = Path()
 
     @contextmanager
-    def decoded(self, document: Document, segment: Segment) -> Iterator[None]:
+    def decoded(self, document: Document, origin: str) -> Iterator[None]:
         """Counts a medium that cannot be decoded; it counts again when its shard is tokenised."""
         try:
             yield
         except BadSample as bad:
             self.add(
                 bad.cause,
-                f"{self.shard}: sample {document.key!r}: {segment.origin}: {bad.message}",
+                f"{self.shard}: sample {document.key!r}: {origin}: {bad.message}",
             )
 
     @contextmanager
@@ -259,9 +252,9 @@ def _images(spec: PrepareSpec, sample: Sample, seen: Seen) -> np.ndarray:
     budget = min(wanted, max(1, _PIXEL_BYTES // (3 * spec.image_size**2)))
     images: list[np.ndarray] = []
     for document in sample.documents(budget, lambda d: len(_encoded(d, Modality.IMAGE)), seen):
-        for segment in _encoded(document, Modality.IMAGE):
-            with seen.decoded(document, segment):
-                images.append(image_pixels(segment.payload, spec.image_size))
+        for origin, encoded in _encoded(document, Modality.IMAGE):
+            with seen.decoded(document, origin):
+                images.append(image_pixels(encoded, spec.image_size))
     return np.stack(images) if images else np.zeros((0, 1, 1, 3), np.uint8)
 
 
@@ -271,9 +264,9 @@ def _utterances(spec: PrepareSpec, sample: Sample, seen: Seen) -> list[np.ndarra
 
     def frames_of(document: Document) -> int:
         before = len(utterances)
-        for segment in _encoded(document, Modality.SPEECH):
-            with seen.decoded(document, segment), decoding("corrupt-audio", "audio"):
-                wave = waveform(segment.payload, RATE, spec.speech_seconds)
+        for origin, encoded in _encoded(document, Modality.SPEECH):
+            with seen.decoded(document, origin), decoding("corrupt-audio", "audio"):
+                wave = waveform(encoded, RATE, spec.speech_seconds)
                 utterances.append(levels(wave, spec.speech_frame_ms // 10))
         return sum(map(len, utterances[before:]))
 
@@ -286,5 +279,10 @@ def _texts(document: Document) -> list[str]:
     return [s.payload for s in document.segments if isinstance(s.payload, str)]
 
 
-def _encoded(document: Document, modality: Modality) -> list[Segment]:
-    return [segment for segment in document.segments if segment.modality == modality]
+def _encoded(document: Document, modality: Modality) -> list[tuple[str, bytes]]:
+    """Origin and bytes of each medium."""
+    return [
+        (segment.origin, segment.payload)
+        for segment in document.segments
+        if segment.modality == modality and isinstance(segment.payload, bytes)
+    ]
