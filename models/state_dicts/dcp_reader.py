@@ -4,6 +4,7 @@ torch's own reader and planner unpickle ``.metadata`` and all values that are no
 are parsed as data (``dcp_notes``, ``torch_archives``), and so are tensors.
 """
 
+import errno
 import io
 import warnings
 from collections import defaultdict
@@ -122,7 +123,7 @@ class _Slice(io.RawIOBase):
     def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
         start = {io.SEEK_SET: 0, io.SEEK_CUR: self.place, io.SEEK_END: self.length}[whence]
         if start + offset < 0:
-            raise ValueError("a place before its beginning")
+            raise OSError(errno.EINVAL, "a place before the beginning")
         self.place = start + offset
         return self.place
 
