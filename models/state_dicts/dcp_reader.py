@@ -40,7 +40,7 @@ class DcpReader(dcp.FileSystemReader):
         self._notes: Metadata | None = None
 
     # takes no rank, for which DCP would look for another pickle
-    def read_metadata(self) -> Metadata:  # type: ignore[override]
+    def read_metadata(self) -> Metadata:
         """DCP's notes: which tensors and values there are, and where. Read once."""
         if self._notes is None:
             self._notes = read_notes(self.folder)
