@@ -28,10 +28,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from earlyfuse.data.prepare.embedded import prepare_corpus
+from earlyfuse.models.state_dicts.dcp_reader import DcpReader, load_dcp
 from harness import RESULTS, environment
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -461,14 +461,15 @@ def differences(calm: Job, harmed: Job, step: int) -> dict[str, Any]:
 
 def load(folder: Path) -> dict[str, Any]:
     """Every entry of a checkpoint, whole."""
-    stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    reader = DcpReader(folder)
+    stored = reader.read_metadata().state_dict_metadata
     state: dict[str, Any] = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         if isinstance(entry, TensorStorageMetadata)
-        else ""
+        else None
         for name, entry in stored.items()
     }
-    dcp.load(state, checkpoint_id=folder, no_dist=True)
+    load_dcp(state, reader, alone=True)
     return state
 
 

@@ -85,6 +85,10 @@ class Checkpoints(CheckpointManager):
         last_save_model_only: bool = False
         """Save only weights at the last step; the run can then not be continued."""
 
+        initial_load_path: str | None = None
+        """Folder of a model to begin with, where the run has no checkpoint: a checkpoint, a run, an
+        export, or one of Hugging Face's, Meta's or mamba_ssm's (docs/conversion.md)."""
+
         fallback: bool = False
         """When the checkpoint to load is damaged, take the newest intact one before it."""
 
@@ -110,6 +114,7 @@ class Checkpoints(CheckpointManager):
 
     pg: dist.ProcessGroup | None
     stager: DefaultStager | None
+    initial_load_path: str | None
 
     def __init__(self, config: Config, **built: Any):
         pinned = config.enable and config.async_mode == AsyncMode.ASYNC_WITH_PINNED_MEM

@@ -152,6 +152,77 @@ def test_triton_is_imported_only_by_triton_implementations():
     assert offences(sources(*FOLDERS, "train.py"), allowed) == []
 
 
+# What unpickles, by the last part of its name, and the files that may call it, each in a safe way.
+UNPICKLES = {
+    "load": ("models/state_dicts/torch_files.py", "data/tokenizers/vq_files.py"),  # torch.load
+    "loads": (),
+    "Unpickler": (),
+    "_load_state_dict": (),
+    "_load_state_dict_from_keys": (),
+    "dcp_to_torch_save": (),
+    "FsspecReader": (),
+    "FileSystemReader": ("models/state_dicts/dcp_reader.py",),  # the base of the safe one
+    "DefaultLoadPlanner": ("models/state_dicts/dcp_reader.py",),
+    "read_pickle": (),
+    "allow_pickle": (),
+}
+OWNERS = ("torch", "pickle", "dcp", "cPickle", "dill", "marshal", "shelve", "joblib", "checkpoint")
+
+
+def unpickling(text):
+    """(line, what) for each use of something that unpickles."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.keyword) and node.arg in ("weights_only", "allow_pickle"):
+            safe = node.arg == "weights_only"
+            if not isinstance(node.value, ast.Constant) or node.value.value is not safe:
+                yield node.value.lineno, node.arg
+        elif isinstance(node, ast.Attribute) and node.attr in UNPICKLES:
+            owner = node.value.attr if isinstance(node.value, ast.Attribute) else node.value
+            if (owner.id if isinstance(owner, ast.Name) else owner) in OWNERS:
+                yield node.lineno, node.attr
+        elif isinstance(node, ast.ImportFrom):
+            owner = (node.module or "").split(".")
+            for alias in node.names:
+                if alias.name in UNPICKLES and owner[0] in OWNERS:
+                    yield node.lineno, alias.name
+        elif (
+            isinstance(node, ast.Call)
+            and ast.unparse(node.func) == "torch.load"
+            and "weights_only" not in {keyword.arg for keyword in node.keywords}
+        ):
+            yield node.lineno, "torch.load without weights_only"
+
+
+def test_what_unpickles_is_seen():
+    text = """
+import torch, pickle
+import torch.distributed.checkpoint as dcp
+from pickle import loads
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+torch.load(path)
+torch.load(path, weights_only=False)
+pickle.load(file); pickle.Unpickler(file)
+dcp.load(state); torch.distributed.checkpoint.load(state); dcp.FileSystemReader(folder)
+np.load(path, allow_pickle=True)
+json.load(file); json.loads(text); np.load(path, allow_pickle=False)
+"""
+    lines = {line for line, _ in unpickling(text)}
+    assert lines == set(range(4, 11))
+
+
+def test_nothing_unpickles_what_a_file_holds():
+    found = [
+        f"{path}:{line}: {what}"
+        for file in sources(*FOLDERS, "train.py", "benchmarks")
+        for path in [file.relative_to(ROOT).as_posix()]
+        for line, what in unpickling(file.read_text())
+        if path not in UNPICKLES.get(what, ())
+    ]
+    # the reader's own call of DCP gives it the safe reader and planner
+    assert [line for line in found if "dcp_reader.py" not in line] == []
+    assert len(found) == 1 and found[0].endswith(": load"), found
+
+
 def test_top_folders_and_the_root_are_no_packages():
     assert [folder for folder in (".", *FOLDERS) if (ROOT / folder / "__init__.py").exists()] == []
 

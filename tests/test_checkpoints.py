@@ -15,11 +15,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from small_states import SmallRun
 from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 
 from earlyfuse.models.state_dicts.manifest import latest_checkpoint, read_manifest
-from earlyfuse.parallel.checkpoint import Checkpoints
+from earlyfuse.parallel.checkpoint import Checkpoints, not_finite
 from earlyfuse.parallel.checkpoint_files import Writer
 
 SYNC_AND_ASYNC = pytest.mark.parametrize("mode", ["disabled", "async"])
@@ -153,6 +156,50 @@ def test_an_error_that_is_not_the_disks_is_raised(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="rank 0: KeyError: 'no such key'"):
         run.save(6)
     assert loaded(tmp_path) == 3
+
+
+# ---------------------------------------------------------------- values that are not finite
+
+
+def first_moment(run: SmallRun) -> torch.Tensor:
+    return next(v for name, v in run.optimizers.state_dict().items() if name.endswith("exp_avg"))
+
+
+@SYNC_AND_ASYNC
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+@pytest.mark.parametrize(
+    ("of", "name"),
+    [(lambda run: run.model[1].weight, r"1\.weight"), (first_moment, r"optimizer|exp_avg")],
+    ids=["parameter", "moment"],
+)
+def test_what_is_not_finite_is_not_saved(tmp_path, mode, value, of, name):
+    run = SmallRun(tmp_path, async_mode=mode)
+    run.save(3)
+    run.be_at(6)
+    with torch.no_grad():
+        of(run).view(-1)[7] = value
+    with pytest.raises(RuntimeError, match=rf"{name}.* on ranks \[0\] .* step 6.*step-3$"):
+        run.checkpoints.save(6)
+    with pytest.raises(RuntimeError, match="are not finite"):
+        run.checkpoints.save(6, last_step=True)
+    run.close()
+    assert names(tmp_path) == ["latest", "step-3"] and loaded(tmp_path) == 3
+
+
+def test_a_value_that_is_not_finite_on_one_rank_is_refused_on_all(tmp_path, monkeypatch):
+    run = SmallRun(tmp_path)
+    gather = torch.distributed.all_gather_object
+
+    def with_another_rank(found, own, group):
+        gather(found, own, group=group)
+        found.append(["layers.1.experts"])
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", with_another_rank)
+    with pytest.raises(RuntimeError, match=r"layers.1.experts on ranks \[1\] .*checkpoint, none"):
+        run.save(3)
+    mesh = init_device_mesh("cpu", (1,))
+    shard = DTensor.from_local(torch.tensor([1.0, torch.inf]), mesh, [Shard(0)])
+    assert not_finite({"a": shard, "b": torch.ones(2), "c": torch.ones(1).int(), "d": 3}) == ["a"]
 
 
 # ---------------------------------------------------------------- async

@@ -16,8 +16,11 @@ from toy import VOCABULARY, make_data
 from earlyfuse.configs import decoders
 from earlyfuse.data.atomic import sha256_file
 from earlyfuse.models.state_dicts import load_model
+from earlyfuse.parallel import initial_load
+from earlyfuse.parallel.start import Start
 from earlyfuse.parallel.trainer import Trainer
 from earlyfuse.tools.convert import convert
+from earlyfuse.tools.documents import ModelFolder
 
 TOKENS = torch.randint(0, 48, (4, 32), generator=torch.Generator().manual_seed(1))
 
@@ -105,18 +108,73 @@ def test_tokenizers_that_are_those_of_the_run_are_copied(trained, data, tmp_path
 
 
 @pytest.mark.parametrize("kind", ["dense", "mot"])
-def test_a_run_starts_from_a_converted_model(tmp_path, data, kind):
+def test_a_run_starts_from_a_converted_model_whatever_its_format(tmp_path, data, kind):
     config = MODELS[kind]()
-    first = run(tiny_config(tmp_path / "first", data, config, steps=2))
-    convert(tmp_path / "first", tmp_path / "ours")
+    first = run(tiny_config(tmp_path / "run", data, config, steps=2))
+    convert(tmp_path / "run", tmp_path / "ours")
     convert(tmp_path / "ours", tmp_path / "dcp", "dcp")
-    settings = tiny_config(tmp_path / "second", data, MODELS[kind](), steps=2)
-    settings.checkpoint.initial_load_path = str(tmp_path / "dcp")
-    second = settings.build()
-    assert second.checkpointer.load() and second.step == 0
-    for name, tensor in first.model.state_dict().items():
-        assert torch.equal(second.model.state_dict()[name], tensor), name
-    second.close()
+    folders = ["run", "run/checkpoint/step-2", "ours", "dcp"]
+    if kind == "dense":
+        convert(tmp_path / "run", tmp_path / "hf", "hf")
+        folders.append("hf")
+    for folder in folders:
+        second = begun_with(tmp_path / folder, tmp_path / "second", data, MODELS[kind]())
+        assert second.checkpointer.load() and second.step == 0
+        for name, tensor in first.model.state_dict().items():
+            assert torch.equal(second.model.state_dict()[name], tensor), (folder, name)
+        second.close()
+
+
+def begun_with(path: Path, folder: Path, data: Path, model, **settings) -> Trainer:
+    config = tiny_config(folder, data, model, steps=2)
+    config.checkpoint = replace(config.checkpoint, initial_load_path=str(path), **settings)
+    return config.build()
+
+
+def test_what_no_run_can_begin_with_is_refused_by_name(trained, data, tmp_path, monkeypatch):
+    folder, _ = trained
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("text")
+    convert(folder, tmp_path / "ours")
+    shutil.copytree(folder, tmp_path / "lost")
+    shutil.rmtree(tmp_path / "lost" / "checkpoint" / "step-4")
+    dense = MODELS["dense"]()
+    monkeypatch.chdir(tmp_path)
+    for path, model, settings, says in [
+        ("absent", None, {}, r"initial_load_path \(.*/absent\) must be the folder .* is not there"),
+        ("file", None, {}, r"initial_load_path \(.*/file\) must be the folder .* is a file"),
+        ("empty", None, {}, "initial_load_path: .*empty .* must hold a model"),
+        ("lost", None, {}, r"names step-4, which is not there \(there: step-3\)"),
+        ("ours", dense, {}, r"ours is of another model: .*layers.0.feed_forward"),
+        ("ours", None, {"initial_load_model_only": False}, "holds only weights"),
+    ]:
+        trainer = begun_with(path, tmp_path / "second", data, model, **settings)
+        with pytest.raises(ValueError, match=says):
+            trainer.checkpointer.load()
+        trainer.close()
+    for setting in ("initial_load_in_hf", "last_save_in_hf"):
+        model_only = {"last_save_model_only": True}
+        with pytest.raises(ValueError, match=rf"checkpoint.{setting} must be off: .*onver"):
+            begun_with(path, tmp_path / "second", data, None, **{setting: True}, **model_only)
+
+
+DAMAGED = [b"", b"{", b"[]", b"{}", b"[" * 9999, b'{"config": 1}', b"\xff"]
+
+
+@pytest.mark.parametrize("content", DAMAGED, ids=range(7))
+def test_a_damaged_description_of_a_run_is_refused_by_file(trained, data, tmp_path, content):
+    shutil.copytree(trained[0], tmp_path / "run")
+    (tmp_path / "run" / "run.json").write_bytes(content)
+    start = Start.Config(run=str(tmp_path / "run"))
+    for read in (
+        load_model,
+        ModelFolder.read,
+        initial_load.find,
+        lambda folder: convert(folder, tmp_path / "new"),
+        lambda folder: start.build().find(MODELS["moma"]()),
+    ):
+        with pytest.raises(ValueError, match=r"run\.json"):
+            read(tmp_path / "run")
 
 
 def test_a_run_does_not_start_from_a_model_of_another_norm_order_or_rotation(tmp_path, data):

@@ -4,6 +4,7 @@ torch's own reader and planner unpickle ``.metadata`` and all values that are no
 are parsed as data (``dcp_notes``, ``torch_archives``), and so are tensors.
 """
 
+import errno
 import io
 import warnings
 from collections import defaultdict
@@ -39,7 +40,7 @@ class DcpReader(dcp.FileSystemReader):
         self._notes: Metadata | None = None
 
     # takes no rank, for which DCP would look for another pickle
-    def read_metadata(self) -> Metadata:  # type: ignore[override]
+    def read_metadata(self) -> Metadata:
         """DCP's notes: which tensors and values there are, and where. Read once."""
         if self._notes is None:
             self._notes = read_notes(self.folder)
@@ -122,7 +123,7 @@ class _Slice(io.RawIOBase):
     def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
         start = {io.SEEK_SET: 0, io.SEEK_CUR: self.place, io.SEEK_END: self.length}[whence]
         if start + offset < 0:
-            raise ValueError("a place before its beginning")
+            raise OSError(errno.EINVAL, "a place before the beginning")
         self.place = start + offset
         return self.place
 
