@@ -27,6 +27,13 @@ def check_limits(config: Any) -> None:
                 f"{name} ({value}) must be at least 1, or -1: what local_batch_size makes over "
                 "all ranks"
             )
+    recompute = config.activation_checkpoint
+    dropout = max(layer.dropout for layer in config.model_spec.model.layers)
+    if dropout and recompute is not None and not recompute.preserve_rng_state:
+        raise ValueError(
+            f"activation_checkpoint.preserve_rng_state (False) must be True with dropout ({dropout}"
+            "): recomputed blocks would drop other places than those that the loss is of"
+        )
     if not training.max_norm > 0:
         raise ValueError(
             f"training.max_norm ({training.max_norm}) must be above 0: gradients are scaled down "
