@@ -30,6 +30,7 @@ from earlyfuse.models.blocks.linear import RMSNorm
 from earlyfuse.models.blocks.mamba import GROUPS, Mamba
 from earlyfuse.models.blocks.row_part import RowPart, WholeRow
 from earlyfuse.models.initialise import initialise
+from earlyfuse.models.precision import refuse_autocast
 
 # of hidden states (T, D) and the head's weight (V, D): what an objective wants in place of logits;
 # where the weight has been cut over ranks, which part this is comes as ``shard``
@@ -209,7 +210,10 @@ class Decoder(BaseModel):
         restarting at 0 with each document, one document per row if None; ``span_BS`` is not used by
         this objective, whose attention is causal inside images too; ``row_B`` int64, which rows of
         the global batch these are: seeds the noise of routers that have it.
+
+        Raises ``ValueError`` under ``torch.autocast``.
         """
+        refuse_autocast(tokens_BS.device.type)
         if modality_BS is None:
             modality_BS = torch.zeros_like(tokens_BS, dtype=torch.uint8)
         rows, seq_len = modality_BS.shape

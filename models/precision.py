@@ -5,6 +5,7 @@ compared: rounded weights choose other experts than those of an exported model. 
 loads a model asks here.
 """
 
+import torch
 from torch import nn
 
 from earlyfuse.models.blocks.mamba import Scan
@@ -27,3 +28,18 @@ def fp32_parameters(model: nn.Module) -> dict[str, str]:
         if isinstance(module, FP32_MODULES)
         for name, _ in module.named_parameters()
     }
+
+
+def refuse_autocast(device_type: str) -> None:
+    """``ValueError`` where ``torch.autocast`` is on: it knows neither the kernels here, which it
+    would leave in fp32 or hand two types at once, nor what must stay in fp32.
+    """
+    if not torch.amp.is_autocast_available(device_type):
+        return
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        raise ValueError(
+            f"torch.autocast ({device_type}, {dtype}) must be off around a Decoder, whose layers "
+            "choose what is computed in fp32; cast the model itself (model.to(dtype), or "
+            "load_model(folder, dtype=dtype)), and train with training.mixed_precision_param"
+        )

@@ -126,6 +126,13 @@ def check_limits(config: Any) -> None:
             f"({config.training.steps}): beyond its end the schedule has no rate; raise it, or "
             "leave it out"
         )
+    recompute = config.activation_checkpoint
+    dropout = max(layer.dropout for layer in config.model_spec.model.layers)
+    if dropout and recompute is not None and not recompute.preserve_rng_state:
+        raise ValueError(
+            f"activation_checkpoint.preserve_rng_state (False) must be True with dropout ({dropout}"
+            "): recomputed blocks would drop other places than those that the loss is of"
+        )
 
 
 def _check_hyperparameters(where: str, values: dict[str, Any]) -> None:

@@ -215,17 +215,20 @@ def _saved_by_feed_forward(
     tensor_ranks: int,
 ) -> int:
     """Its input; gate, SiLU of it, up and their product, or, in the grouped product, gate and up of
-    each routed row.
+    each routed row; of routers what they compute with, in fp32.
     """
     saved, plain = 0, [config] if isinstance(config, FeedForward.Config) else config.shared
     if isinstance(config, MixtureOfExperts.Config):
         tokens = training.local_batch_size * training.seq_len
+        wide = FP32 // TORCH_DTYPE_MAP[training.mixed_precision_param].itemsize
         for pool in config.pools:
             rows = routed_rows(pool, training)
             saved += 2 * pool.hidden_dim * rows // tokens // tensor_ranks
+            if wide > 1:  # the router's copy of its input
+                saved += wide * pool.dim
             causal = isinstance(pool.router, ExpertChoice.Config) and pool.router.causal
             if causal:  # hidden width before and after SiLU, logits
-                saved += 2 * (pool.dim // 2) + 2 * pool.experts
+                saved += wide * (2 * (pool.dim // 2) + 2 * pool.experts)
     for one in plain:
         copies = 2 if one.groups > 1 else 4
         saved += copies * one.hidden_dim // tensor_ranks

@@ -30,6 +30,7 @@ from earlyfuse.parallel.agreement import check_ranks_agree
 from earlyfuse.parallel.balance import ExpertBalance
 from earlyfuse.parallel.checkpoint import Checkpoints
 from earlyfuse.parallel.data_set import DataSet, NoTokenizer
+from earlyfuse.parallel.dropout import seed_dropout
 from earlyfuse.parallel.gradients import clip
 from earlyfuse.parallel.limits import check_limits
 from earlyfuse.parallel.metrics import RunMetrics
@@ -201,8 +202,7 @@ class Trainer(titan.Trainer):
         self._record_statistics(logging)
         for name, noise in self.router_noises.items():
             noise.set_step(name, self.step)
-        # dropout depends on the step alone, so that a resumed run draws what the unbroken one would
-        torch.manual_seed((self.config.debug.seed or 0) * 1_000_003 + self.step)
+        seed_dropout(self.config.debug.seed or 0, self.step, self.parallel_dims)
 
         together = self.num_pipeline_parallel_microbatches
         microbatches = [

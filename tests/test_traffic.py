@@ -10,7 +10,7 @@ import pytest
 import torch
 import traffic_ranks
 from ranks import forked, output_of
-from tiny_runs import MAMBAS, MODELS, SHAPE, tiny_config
+from tiny_runs import MAMBAS, MODELS, SHAPE, moma, tiny_config, token_choice
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torchtitan.distributed import ParallelDims
@@ -23,7 +23,9 @@ from earlyfuse.models.blocks import layout
 from earlyfuse.models.blocks.layout import Layout
 from earlyfuse.models.flops import count_parameters
 from earlyfuse.models.objectives.chameleon import ChameleonObjective
+from earlyfuse.models.precision import fp32_modules
 from earlyfuse.models.routes import by_modality
+from earlyfuse.models.routing.causal_router import CausalRouter
 from earlyfuse.models.routing.expert_choice import expert_choice
 from earlyfuse.parallel.memory import kept_by_head, rank_memory, saved_per_token
 from earlyfuse.parallel.traffic import Traffic, step_traffic, total
@@ -276,8 +278,45 @@ def saved_bytes(block_config):
 def test_the_estimate_of_activations_is_what_autograd_keeps(run, name, order):
     block = MODELS[name]().layers[0]
     block.norm_order = order
-    training = replace(run.training, local_batch_size=2, seq_len=64)
+    sizes = {"local_batch_size": 2, "seq_len": 64, "mixed_precision_param": "float32"}
+    training = replace(run.training, **sizes)
     assert 4 * 128 * saved_per_token(block, training) == pytest.approx(saved_bytes(block), rel=0.1)
+
+
+WIDE = replace(SHAPE, dim=128, hidden_dim=192)  # what a router keeps by the token is little then
+MIXTURES = {
+    "moma": lambda: moma(WIDE, shared=decoders.Shared(everyone=1, by_modality=1)),
+    "token_choice": lambda: token_choice(WIDE),
+    "causal": lambda: decoders.with_routers(moma(WIDE), causal=CausalRouter.Config()),
+}
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_what_a_mixture_keeps_in_bf16_is_predicted(run, name):
+    config = MIXTURES[name]().layers[0]
+    block = config.build().bfloat16()
+    for module in fp32_modules(block):
+        module.float()
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    modality_BS = torch.arange(1024).view(2, 512).remainder(2).to(torch.uint8)
+    positions_BS = torch.arange(512).expand(2, -1)
+    x_TD = torch.randn(1024, WIDE.dim, dtype=torch.bfloat16, requires_grad=True)
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    whole = Layout.build(modality_BS, positions_BS, (0, 1), 0, 10_000.0)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        assert block.feed_forward(x_TD, whole).requires_grad
+    for tensor in (x_TD, *block.parameters()):
+        kept.pop(tensor.untyped_storage().data_ptr(), None)
+    training = replace(run.training, local_batch_size=2, seq_len=512)
+    others = saved_per_token(replace(config, feed_forward=None), training)
+    predicted = saved_per_token(config, training) - others - 2 * WIDE.dim  # the norm's
+    assert 2 * 1024 * predicted == pytest.approx(sum(kept.values()), rel=0.1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -228,8 +228,8 @@ def _exact(logits_TE: torch.Tensor, scores_ENL: torch.Tensor, capacity_factor: f
 def _scores_by_expert(
     logits_TE: torch.Tensor, eligible_T: torch.Tensor | None, routing_groups: int
 ) -> torch.Tensor:
-    """(T, E) → (E, N, L) without gradient; ineligible tokens score -inf."""
-    scores_TE = logits_TE.detach()
+    """(T, E) → (E, N, L) fp32 without gradient; ineligible tokens score -inf."""
+    scores_TE = logits_TE.detach().float()  # of a model in fp64 too
     if eligible_T is not None:
         scores_TE = scores_TE.masked_fill(~eligible_T.unsqueeze(1), -torch.inf)
     return scores_TE.t().reshape(logits_TE.shape[1], routing_groups, -1)

@@ -112,7 +112,7 @@ class TokenChoice(Module):
         assert eligible_T is None, "ExpertPool.Config refuses groups with token choice"
         # router in fp32: ties in bf16 would reorder the top-k
         logits_TE = F.linear(wide(x_TD), wide(self.weight))
-        scores_TE = logits_TE.detach() + self.bias_E
+        scores_TE = logits_TE.detach().float() + self.bias_E.float()  # of a model in fp64 too
         if self.config.serves:
             scores_TE = scores_TE.masked_fill(layout.group_T[:, None] != self.serves_E, -torch.inf)
         config = self.config
