@@ -122,7 +122,10 @@ def _named_shares(words: list[str]) -> dict[str, float]:
         name, _, share = word.rpartition("=")
         if not name or name in shares:
             raise ValueError(f"give each source once, as NAME=SHARE, not {word!r}")
-        shares[name] = float(share)
+        try:
+            shares[name] = float(share)
+        except ValueError as error:
+            raise ValueError(f"the share of {name} ({share}) must be a number") from error
     return shares
 
 

@@ -13,6 +13,7 @@ when one of their documents is read. No file descriptor is kept.
 """
 
 import hashlib
+import io
 import json
 import math
 import os
@@ -30,10 +31,12 @@ import numpy as np
 import torch
 
 from earlyfuse.data.atomic import sha256_file
+from earlyfuse.data.console import printable
 from earlyfuse.data.tokenised import MANIFEST, read_manifest
 from earlyfuse.models.modality import Vocabulary
 
 MOST_OPEN = 8192  # shards; what lanes are reading stays mapped besides
+_LONGEST_HEADER = 1 << 10  # of an array file
 _SUFFIXES = (".tar", ".index.npy", ".crc.npy")
 
 
@@ -187,27 +190,36 @@ class TokenSource:
         stamps = [_stamp(self._path(number, suffix)) for suffix in _SUFFIXES]
         for suffix, stamp in zip(_SUFFIXES, stamps, strict=True):
             self._check_file(number, suffix, stamp and stamp.size)
-        data = _mapped(self._tar(number)).view(self.dtype)
-        documents = self._shards[number]["documents"]
-        columns = 2 + len(self.vocabulary.modalities)
-        index = _mapped_array(self._path(number, ".index.npy"), (documents, columns), "<i8")
-        checksums = _mapped_array(self._path(number, ".crc.npy"), (documents,), "<u4")
+        tar, index, checksums = (
+            _mapped(self._path(number, suffix), stamp.size)
+            for suffix, stamp in zip(_SUFFIXES, stamps, strict=True)
+            if stamp is not None
+        )
         if self._checked.get(number) != stamps:
-            self._check_contents(number, data, index, checksums)
+            self._check_contents(number, tar, index, checksums)
             self._checked[number] = stamps
-        mapped = _Mapped(data, index.array, checksums.array)
+        documents, columns = self._shards[number]["documents"], 2 + len(self.vocabulary.modalities)
+        mapped = _Mapped(
+            tar.view(self.dtype),
+            _array(index, (documents, columns), "<i8"),
+            _array(checksums, (documents,), "<u4"),
+        )
         _OPEN.add(self, self._opened, number, mapped)
         return mapped
 
     def _check_contents(
-        self, number: int, data: np.ndarray, index: "_ArrayFile", checksums: "_ArrayFile"
+        self, number: int, tar: np.ndarray, index: np.ndarray, checksums: np.ndarray
     ) -> None:
-        shard, entries = self._shards[number], index.array
-        path = self._path(number, ".index.npy")
+        """The bytes of the three files against the manifest, all but the tokens themselves."""
+        shard, path = self._shards[number], self._path(number, ".index.npy")
+        shape = (shard["documents"], 2 + len(self.vocabulary.modalities))
+        _check_array(path, index, shape, "<i8")
+        _check_array(self._path(number, ".crc.npy"), checksums, shape[:1], "<u4")
+        entries = _array(index, shape, "<i8")
         stops = entries[:, 0] + entries[:, 1] * self._itemsize
-        if (entries[:, 0] < 0).any() or (entries[:, 1] < 0).any() or (stops > data.nbytes).any():
+        if (entries[:, 0] < 0).any() or (entries[:, 1] < 0).any() or (stops > tar.nbytes).any():
             raise ValueError(
-                f"{path} points past the {data.nbytes} bytes of its shard; copy both again or "
+                f"{path} points past the {tar.nbytes} bytes of its shard; copy both again or "
                 "prepare the source again"
             )
         if (entries[:, 0] % self._itemsize).any():
@@ -215,8 +227,8 @@ class TokenSource:
                 f"{path} points between two tokens of its shard; copy both again or prepare the "
                 "source again"
             )
-        self._check_hash(path, index.sha256(), shard["index_sha256"])
-        self._check_hash(self._path(number, ".crc.npy"), checksums.sha256(), shard["crc_sha256"])
+        self._check_hash(path, _sha256(index), shard["index_sha256"])
+        self._check_hash(self._path(number, ".crc.npy"), _sha256(checksums), shard["crc_sha256"])
         labels = [modality.label for modality in self.vocabulary.modalities]
         counted = dict(zip(labels, entries[:, 2:].sum(0).tolist(), strict=True))
         if counted != shard["tokens"]:
@@ -316,50 +328,50 @@ def check_same_vocabulary(sources: Sequence[TokenSource]) -> None:
             )
 
 
-class _ArrayFile(NamedTuple):
-    """A mapped .npy file: the array, and all bytes."""
-
-    array: np.ndarray
-    content: np.ndarray
-
-    def sha256(self) -> str:
-        """SHA-256 of the file."""
-        return hashlib.sha256(self.content.data).hexdigest()
-
-
-def _mapped_array(path: Path, shape: tuple[int, ...], dtype: str) -> _ArrayFile:
-    """The array of a .npy file, mapped. ``ValueError`` if it is another one."""
+def _check_array(path: Path, content: np.ndarray, shape: tuple[int, ...], dtype: str) -> None:
+    """``ValueError`` unless ``content``, the bytes of a .npy file, is of such an array."""
     try:
-        with open(path, "rb") as file:
-            np.lib.format.read_magic(file)
-            found, _, kind = np.lib.format.read_array_header_1_0(file)
-            header = file.tell()
+        file = io.BytesIO(content[:_LONGEST_HEADER].tobytes())
+        np.lib.format.read_magic(file)
+        found, _, kind = np.lib.format.read_array_header_1_0(file)
     except Exception as error:  # damaged headers make numpy raise nearly anything
         raise ValueError(
-            f"{path} is no array file ({error}); copy it again or prepare the source again"
+            f"{path} is no array file ({printable(str(error))}); copy it again or prepare the "
+            "source again"
         ) from error
-    size, expected = path.stat().st_size, header + math.prod(shape) * np.dtype(dtype).itemsize
-    if found != shape or kind != dtype or size != expected:
+    expected = file.tell() + math.prod(shape) * np.dtype(dtype).itemsize
+    if found != shape or kind != dtype or len(content) != expected:
         raise ValueError(
-            f"{path} holds {found} {kind} in {size} bytes, but the manifest expects {shape} "
-            f"{np.dtype(dtype).name} in {expected}; copy it again or prepare the source again"
+            f"{path} holds {found} {kind} in {len(content)} bytes, but the manifest expects "
+            f"{shape} {np.dtype(dtype).name} in {expected}; copy it again or prepare the source "
+            "again"
         )
-    content = _mapped(path)
-    return _ArrayFile(content[header:].view(dtype).reshape(shape), content)
 
 
-def _mapped(path: Path) -> np.ndarray:
+def _array(content: np.ndarray, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """The array at the end of a .npy file, whose header was checked once."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    return content[len(content) - size :].view(dtype).reshape(shape)
+
+
+def _sha256(content: np.ndarray) -> str:
+    return hashlib.sha256(content.data).hexdigest()
+
+
+def _mapped(path: Path, size: int) -> np.ndarray:
     """The bytes of a file, read-only, uint8.
 
     torch's mapping keeps no file descriptor, so thousands of shards do not meet the limit on open
     files.
     """
+    if not size:
+        return np.empty(0, np.uint8)
     try:
-        with open(path, "rb") as file:  # torch would not say why it cannot
-            size = os.fstat(file.fileno()).st_size
-    except OSError as error:
-        raise _unreadable(path, error) from error
-    view = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy()
+        view = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy()
+    except RuntimeError as error:
+        raise ValueError(
+            f"{path} cannot be read ({error}); copy it again or prepare the source again"
+        ) from error
     view.flags.writeable = False
     return view
 

@@ -13,6 +13,8 @@ from tiny_runs import tiny_config
 from toy import VOCABULARY, make_data, text_document, write_source
 
 from earlyfuse.configs import dry_run, embedded
+from earlyfuse.configs.catalogue import catalogue
+from earlyfuse.configs.command_line import help_text, override
 from earlyfuse.data.prepare.embedded import prepare_corpus
 from earlyfuse.parallel import data_set
 from earlyfuse.parallel.data_set import DataSet
@@ -50,7 +52,6 @@ def refusal(config: DataSet.Config | None = None, run=None) -> str:
 
 @pytest.mark.parametrize("name", ["moma_4t4i", "mamba_speech"])
 def test_a_folder_given_to_a_config_with_a_corpus_is_read_and_not_written(data, no_corpus, name):
-    from earlyfuse.configs.catalogue import catalogue
 
     before = contents(data)
     config = catalogue()[name]()
@@ -140,6 +141,23 @@ def test_a_dry_run_neither_makes_the_corpus_nor_a_folder(tmp_path, no_corpus, da
         dry_run.describe("dense", config, 1)
     assert not any(no_corpus.iterdir())
     assert "lanes of" in dry_run.describe("tiny", tiny_config(tmp_path, data), 1)
+
+
+def test_shares_on_the_command_line_take_the_place_of_all_that_a_config_has(capsys):
+    def shares(*words: str) -> dict[str, float]:
+        config = embedded.dense()
+        config.data.shares = {"a": 0.3, "b": 0.7}
+        return override(config, [*words, "--training.steps", "3"]).data.shares
+
+    assert shares() == {"a": 0.3, "b": 0.7}
+    assert shares("--data.shares", "text=0.5", "pairs=0.5") == {"text": 0.5, "pairs": 0.5}
+    assert shares("--data.shares", "text", "0.25", "b", "0.75") == {"text": 0.25, "b": 0.75}
+    assert shares("--data.shares") == {}
+    for words in (["x"], ["x=y"], ["x=1", "x=1"], ["=1"], ["x", "0.5", "y"]):
+        with pytest.raises(SystemExit):
+            shares("--data.shares", *words)
+        assert "--data.shares" in capsys.readouterr().err
+    assert "--data.shares" in help_text("dense", embedded.dense())
 
 
 def test_the_order_of_shares_decides_nothing(tmp_path, data):
