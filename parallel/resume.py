@@ -70,6 +70,8 @@ EFFECTS = {
     "data": Effect.DATA,
     "dataloader": Effect.DATA,
     "dataloader.prefetch": Effect.NONE,
+    "dataloader.dataset": Effect.NONE,
+    "dataloader.dataset_path": Effect.NONE,
     "validator": Effect.APPLIED,
     "validator.sources": Effect.NONE,
     "validator.data_folder": Effect.NONE,
@@ -171,7 +173,9 @@ class Settings:
             return
         saved = read_json(folder / SETTINGS, "restore the checkpoint")
         changed = []
-        for field, before, now in differences(saved.field("config", dict), self.config):
+        found = differences(saved.field("config", dict), self.config)
+        # the model last: some of it follows from other fields, as its seed does
+        for field, before, now in sorted(found, key=lambda x: x[0].startswith("model_spec")):
             effect = effect_of(field)
             if before is UNKNOWN:
                 if effect is not Effect.NONE:

@@ -10,7 +10,6 @@ from tiny_runs import MAMBAS, tiny_config
 from toy import make_data
 
 from earlyfuse.configs import catalogue
-from earlyfuse.parallel import stop
 from earlyfuse.tools import study, study_report
 
 
