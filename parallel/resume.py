@@ -102,6 +102,7 @@ _NAMED_BY_USERS = (
     "dataloader.sources",
     "optimizer.optimizer_factory_kwargs_by_name",
 )
+_DERIVED = ("model_spec", "dataloader.sources", "dataloader.global_batch_size", "validator.")
 _BEGUN = ("start.", "checkpoint.initial_load")
 UNKNOWN: Any = object()
 Difference = tuple[str, Any, Any]  # field, before, now
@@ -142,6 +143,11 @@ def differences(before: Any, now: Any, field: str = "") -> Iterator[Difference]:
         yield field, before, now
 
 
+def changes(before: dict[str, Any], now: dict[str, Any]) -> list[Difference]:
+    """``differences`` of two whole configs, what follows from other fields last."""
+    return sorted(differences(before, now), key=lambda found: found[0].startswith(_DERIVED))
+
+
 class Settings:
     """The settings of a run: ``config`` as it is now, ``changes`` that resumes have made.
 
@@ -173,9 +179,7 @@ class Settings:
             return
         saved = read_json(folder / SETTINGS, "restore the checkpoint")
         changed = []
-        found = differences(saved.field("config", dict), self.config)
-        # the model last: some of it follows from other fields, as its seed does
-        for field, before, now in sorted(found, key=lambda x: x[0].startswith("model_spec")):
+        for field, before, now in changes(saved.field("config", dict), self.config):
             effect = effect_of(field)
             if before is UNKNOWN:
                 if effect is not Effect.NONE:
