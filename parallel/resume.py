@@ -70,6 +70,8 @@ EFFECTS = {
     "data": Effect.DATA,
     "dataloader": Effect.DATA,
     "dataloader.prefetch": Effect.NONE,
+    "dataloader.dataset": Effect.NONE,
+    "dataloader.dataset_path": Effect.NONE,
     "validator": Effect.APPLIED,
     "validator.sources": Effect.NONE,
     "validator.data_folder": Effect.NONE,
@@ -100,6 +102,7 @@ _NAMED_BY_USERS = (
     "dataloader.sources",
     "optimizer.optimizer_factory_kwargs_by_name",
 )
+_DERIVED = ("model_spec", "dataloader.sources", "dataloader.global_batch_size", "validator.")
 _BEGUN = ("start.", "checkpoint.initial_load")
 UNKNOWN: Any = object()
 Difference = tuple[str, Any, Any]  # field, before, now
@@ -140,6 +143,11 @@ def differences(before: Any, now: Any, field: str = "") -> Iterator[Difference]:
         yield field, before, now
 
 
+def changes(before: dict[str, Any], now: dict[str, Any]) -> list[Difference]:
+    """``differences`` of two whole configs, what follows from other fields last."""
+    return sorted(differences(before, now), key=lambda found: found[0].startswith(_DERIVED))
+
+
 class Settings:
     """The settings of a run: ``config`` as it is now, ``changes`` that resumes have made.
 
@@ -171,7 +179,7 @@ class Settings:
             return
         saved = read_json(folder / SETTINGS, "restore the checkpoint")
         changed = []
-        for field, before, now in differences(saved.field("config", dict), self.config):
+        for field, before, now in changes(saved.field("config", dict), self.config):
             effect = effect_of(field)
             if before is UNKNOWN:
                 if effect is not Effect.NONE:

@@ -30,7 +30,7 @@ from earlyfuse.data.console import printable
 from earlyfuse.data.json_files import shown
 from earlyfuse.data.lock import FolderLock
 from earlyfuse.parallel.metrics_file import METRICS_FILE, VALIDATION, read_metrics
-from earlyfuse.parallel.resume import UNKNOWN, Effect, differences, effect_of, plain_config
+from earlyfuse.parallel.resume import UNKNOWN, Effect, changes, effect_of, plain_config
 from earlyfuse.parallel.run_folder import DESCRIPTION, read_description
 from earlyfuse.parallel.stop import PARENT_PIPE
 from earlyfuse.parallel.trainer import resolve
@@ -84,7 +84,7 @@ class Run:
                 )
             return
         description = read_description(self.folder)
-        for name, before, now in differences(description.field("config", dict), self.settings):
+        for name, before, now in changes(description.field("config", dict), self.settings):
             if before is not UNKNOWN and effect_of(name) is not Effect.NONE:
                 raise ValueError(
                     f"{where} holds a run of other settings: {printable(name)} is {shown(before)} "
