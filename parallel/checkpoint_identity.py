@@ -12,8 +12,9 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torchtitan.components.checkpointer import DATALOADER, MODEL
 
+from earlyfuse.data.json_files import read_json
 from earlyfuse.models.state_dicts.decoder_config import differences
-from earlyfuse.models.state_dicts.exported import CONFIG, read_json
+from earlyfuse.models.state_dicts.exported import CONFIG, REMEDY
 
 
 def refuse_other_run(
@@ -65,7 +66,9 @@ def refuse_other_function(here: dict[str, Any] | None, folder: Path) -> None:
         return
     wrong = [
         line
-        for line in differences(here["model"], read_json(folder / CONFIG).get("model"))
+        for line in differences(
+            here["model"], read_json(folder / CONFIG, REMEDY).values.get("model")
+        )
         if line.partition(" ")[0].endswith((".norm_order", ".rope_theta"))
     ]
     if wrong:

@@ -24,9 +24,11 @@ import torch
 
 from earlyfuse.configs import decoders, mamba_decoders
 from earlyfuse.data.atomic import sha256_file
-from earlyfuse.data.tokenizers import imports
+from earlyfuse.data.json_files import JsonObject, read_json
+from earlyfuse.data.tokenizers import Tokenizers, imports, text_file
+from earlyfuse.data.tokenizers.text import TextTokenizer
 from earlyfuse.models.initialise import initialise
-from earlyfuse.models.modality import Modality
+from earlyfuse.models.modality import Modality, Vocabulary
 from earlyfuse.models.state_dicts import (
     Opened,
     huggingface,
@@ -40,10 +42,10 @@ from earlyfuse.models.state_dicts.dcp_files import write_dcp
 from earlyfuse.models.state_dicts.exported import (
     CONFIG,
     HUGGINGFACE,
+    REMEDY,
     TOKENIZERS,
     VQ_FILE,
     describe,
-    read_json,
 )
 from earlyfuse.models.state_dicts.folders import CONSOLIDATE_PARAMS, PARAMS, RUN
 from earlyfuse.models.state_dicts.meta_files import write_shards
@@ -157,7 +159,7 @@ def _to_huggingface(opened: Opened, tensors: Tensors, max_shard_bytes: int) -> T
         return _to_huggingface_mamba(opened, tensors, max_shard_bytes)
     sizes = Sizes.of(opened.config, "Hugging Face's Chameleon")
     theirs: Tensors = Made(huggingface.export_recipes(sizes), tensors)
-    carried = opened.carried.get("huggingface")
+    carried = _carried(opened, "huggingface")
     config = huggingface.write_config(
         sizes, opened.config, opened.vocabulary, carried, common_dtype(theirs)
     )
@@ -170,7 +172,7 @@ def _to_huggingface(opened: Opened, tensors: Tensors, max_shard_bytes: int) -> T
 
 
 def _to_huggingface_mamba(opened: Opened, tensors: Tensors, max_shard_bytes: int) -> Target:
-    carried = opened.carried.get("huggingface")
+    carried = _carried(opened, "huggingface")
     theirs, config = huggingface_mamba.export(opened.config, opened.vocabulary, tensors, carried)
     return Target(_huggingface_writer(opened, theirs, config, max_shard_bytes), [])
 
@@ -191,8 +193,16 @@ def _huggingface_writer(
     return write
 
 
+def _carried(opened: Opened, name: str) -> JsonObject | None:
+    """The config of another format that the model came with, None if it did not."""
+    if name not in opened.carried:
+        return None
+    where = f"{opened.folder / CONFIG}: carried: {name}"
+    return JsonObject.of(opened.carried[name], where, REMEDY)
+
+
 def _to_mamba_ssm(opened: Opened, tensors: Tensors, max_shard_bytes: int) -> Target:
-    carried = opened.carried.get("mamba_ssm")
+    carried = _carried(opened, "mamba_ssm")
     theirs, config, same = mamba_ssm.export(opened.config, tensors, carried)
 
     def write(folder: Path) -> None:
@@ -208,8 +218,9 @@ def _to_mamba_ssm(opened: Opened, tensors: Tensors, max_shard_bytes: int) -> Tar
 
 def _to_meta(opened: Opened, tensors: Tensors, max_shard_bytes: int) -> Target:
     sizes = Sizes.of(opened.config, "Meta's Chameleon")
-    came_in = opened.carried.get("meta", {})
-    shards = meta.shards_that_hold(sizes, tensors, came_in.get("shards", 1))
+    came_in = _carried(opened, "meta")
+    preferred = 1 if came_in is None else came_in.field("shards", int, default=1, least=1)
+    shards = meta.shards_that_hold(sizes, tensors, preferred)
     theirs = Made(meta.export_recipes(sizes, shards), tensors)
     params, consolidated = meta.write_params(sizes, opened.config, opened.vocabulary, shards)
 
@@ -240,28 +251,42 @@ def _write_beside(
     if opened.files:
         (folder / HUGGINGFACE).mkdir()
         _copy(opened.files, folder / HUGGINGFACE)
+    vocabulary = opened.vocabulary
     if tokenizers is not None:
         shutil.copytree(tokenizers, folder / TOKENIZERS)
     elif opened.format in ("huggingface", "meta", "mamba_ssm"):
-        remarks += _import_tokenizers(opened, folder / TOKENIZERS)
-    content = describe(opened.config, opened.vocabulary, opened.source)
+        vocabulary, said = _import_tokenizers(opened, folder / TOKENIZERS)
+        remarks += said
+    content = describe(opened.config, vocabulary, opened.source)
     if opened.carried:
         content["carried"] = opened.carried
     _write_json(folder / CONFIG, content)
 
 
-def _import_tokenizers(opened: Opened, folder: Path) -> list[str]:
-    """Those that lie beside a public model, as ours; a remark if they could not be taken over."""
+def _import_tokenizers(opened: Opened, folder: Path) -> tuple[Vocabulary, list[str]]:
+    """Write those that lie beside a public model as ours into ``folder``, with the model's
+    vocabulary; a remark if they could not be taken over.
+
+    Returns the vocabulary with begin, end and padding of documents as the text tokenizer names
+    them: configs often leave them at their defaults.
+    """
+    ours = opened.vocabulary
     try:
         if not imports.import_text(opened.folder, folder):
-            return ["no text tokenizer lies beside the model: tokenizers/ was not written"]
-        if Modality.IMAGE in opened.vocabulary.modalities:
+            return ours, ["no text tokenizer lies beside the model: tokenizers/ was not written"]
+        if Modality.IMAGE in ours.modalities:
             imports.import_vq(opened.folder, folder)
-            imports.import_vocabulary(opened.folder, folder)
+        text = TextTokenizer.load(text_file(folder))
+        vocabulary = imports.with_sentinels_of(text, ours)
+        imports.save_vocabulary(vocabulary, folder)
+        Tokenizers.load(folder)  # do they fit?
     except ValueError as error:
         shutil.rmtree(folder, ignore_errors=True)
-        return [f"tokenizers/ was not written: {error}"]
-    return []
+        return ours, [f"tokenizers/ was not written: {error}"]
+    if vocabulary == ours:
+        return ours, []
+    ids = f"{vocabulary.bos}, {vocabulary.eos} and {vocabulary.pad}"
+    return vocabulary, [f"begin, end and padding of documents are {ids}, by the text tokenizer"]
 
 
 def _upcycled(opened: Opened, form: str) -> Opened:
@@ -327,11 +352,13 @@ def _tokenizers(opened: Opened) -> tuple[Path | None, list[str]]:
     beside = opened.folder / TOKENIZERS
     if beside.is_dir():
         return beside, []
-    run = opened.folder.parent.parent / RUN
-    wanted = opened.source.get("tokenizers")
+    run = opened.folder.absolute().parent.parent / RUN
+    source = JsonObject(opened.source, str(opened.folder / CONFIG), REMEDY)
+    wanted = source.object("tokenizers", default={}).values
     if not wanted or not run.is_file():
         return None, []
-    data = read_json(run).get("config", {}).get("data", {}).get("folder", "")
+    config = read_json(run, REMEDY).object("config", default={})
+    data = config.object("data", default={}).field("folder", str, default="")
     folder = Path(data) / TOKENIZERS
     if not data or not folder.is_dir():
         return None, [f"{folder}: the tokenizers of the data are not there and were not copied"]

@@ -11,12 +11,10 @@ file                              what it is
 ================================  =================================================================
 """
 
-import json
-import math
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
+from earlyfuse.data.json_files import JsonObject, shown
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.modality import Vocabulary
 from earlyfuse.models.state_dicts import decoder_config
@@ -28,7 +26,9 @@ CONFIG, TOKENIZERS, VQ_FILE, HUGGINGFACE = (
     "vqmodel.safetensors",
     "huggingface",
 )
-_MOST_LAYERS, _LARGEST = 10_000, 10**9  # more is damage, and would be built before it is refused
+REMEDY = "correct it, or copy it again"  # what to do about a field that is wrong
+# more is damage, and would be built before it is refused
+_MOST_LAYERS, _LARGEST, _SMALLEST = 10_000, 10**9, 1e-9
 
 
 def describe(
@@ -45,52 +45,67 @@ def describe(
 
 
 def read_description(
-    raw: dict[str, Any], where: Path
+    raw: JsonObject,
 ) -> tuple[Decoder.Config, Vocabulary, dict[str, Any]]:
     """Inverse of ``describe``; ``ValueError`` if it was written by another version."""
-    if raw.get("version") != VERSION:
+    if raw.values.get("version") != VERSION:
         raise ValueError(
-            f"{where}: version ({raw.get('version')!r}) must be {VERSION}; read it with the "
-            "earlyfuse that wrote it"
+            f"{raw.where}: version ({shown(raw.values.get('version'))}) must be {VERSION}; read it "
+            "with the earlyfuse that wrote it"
         )
-    try:
-        vocabulary = Vocabulary.from_dict(raw["vocabulary"])
-        config = decoder_config.from_dict(raw["model"])
-        source = dict(raw["source"])
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{where} is no description of a model ({error!r})") from error
+    vocabulary = read_vocabulary(raw.object("vocabulary"))
+    config = read_decoder(raw.object("model"))
     if vocabulary.size != config.vocab_size:
         raise ValueError(
-            f"{where}: vocab_size of the model ({config.vocab_size}) must equal the size of its "
-            f"vocabulary ({vocabulary.size})"
+            f"{raw.where}: vocab_size of the model ({config.vocab_size}) must equal the size of "
+            f"its vocabulary ({vocabulary.size}); {raw.remedy}"
         )
-    return config, vocabulary, source
+    return config, vocabulary, dict(raw.object("source").values)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """An object in a file; ``ValueError`` if it is none."""
+def read_vocabulary(fields: JsonObject) -> Vocabulary:
+    """The layout of ids in ``fields``; ``ValueError`` names the file."""
     try:
-        content = json.loads(path.read_text())
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{path} is no JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, not {type(content).__name__}")
-    return content
+        return Vocabulary.from_dict(fields.values)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{fields.where} is no description of a vocabulary ({error}); {fields.remedy}"
+        ) from error
 
 
-def check_numbers(
-    given: Mapping[str, Any], names: Iterable[str], where: str = "config.json"
-) -> None:
+def read_decoder(fields: JsonObject) -> Decoder.Config:
+    """The model in ``fields``; ``ValueError`` names the file and the field."""
+    where = fields.where.removesuffix(": model")  # the error names places in the model
+    try:
+        return decoder_config.from_dict(fields.values)
+    except (ValueError, TypeError, ArithmeticError) as error:
+        raise ValueError(f"{where}: {error}; {fields.remedy}") from error
+
+
+def refuse_others(given: JsonObject, wanted: Mapping[str, tuple[Any, Any]], reason: str) -> None:
+    """``ValueError`` for the first of ``wanted`` (name → value there, the only one we compute) that
+    differs.
+    """
+    for name, (value, ours) in wanted.items():
+        if value != ours:
+            raise ValueError(
+                f"{given.where}: {name} ({shown(value)}) must be {ours!r}: {reason}; such a model "
+                "cannot be converted"
+            )
+
+
+def without_nulls(raw: JsonObject, defaults: Mapping[str, Any]) -> JsonObject:
+    """``raw`` over ``defaults``; a field that is null has its default."""
+    given = {name: value for name, value in raw.values.items() if value is not None}
+    return JsonObject({**defaults, **given}, raw.where, raw.remedy)
+
+
+def check_numbers(given: JsonObject, names: Iterable[str]) -> None:
     """``ValueError`` unless all ``names`` are positive numbers of a possible size, whole but for
     ``expand`` and ``rope_theta``.
     """
     for name in names:
-        value: Any = given.get(name)
-        broken = name in ("expand", "rope_theta")
-        most = math.inf if broken else _MOST_LAYERS if "layer" in name else _LARGEST
-        number = type(value) is int or (broken and type(value) is float and math.isfinite(value))
-        if not number or not 0 < value <= most:
-            also = "" if broken else f", whole and at most {most:,}"
-            raise ValueError(
-                f"{where}: {name} ({value!r}) must be a positive number{also}; correct it"
-            )
+        if name in ("expand", "rope_theta"):
+            given.field(name, float, least=_SMALLEST, most=_LARGEST)
+        else:
+            given.field(name, int, least=1, most=_MOST_LAYERS if "layer" in name else _LARGEST)
