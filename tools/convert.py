@@ -24,6 +24,7 @@ import torch
 
 from earlyfuse.configs import decoders, mamba_decoders
 from earlyfuse.data.atomic import sha256_file
+from earlyfuse.data.console import printable
 from earlyfuse.data.json_files import JsonObject, read_json
 from earlyfuse.data.tokenizers import Tokenizers, imports, text_file
 from earlyfuse.data.tokenizers.text import TextTokenizer
@@ -78,6 +79,7 @@ from earlyfuse.parallel.checkpoint_files import (
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_SHARD_SIZE = "5GB"
+_NEWLINE = "\n"
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -273,7 +275,12 @@ def _import_tokenizers(opened: Opened, folder: Path) -> tuple[Vocabulary, list[s
     ours = opened.vocabulary
     try:
         if not imports.import_text(opened.folder, folder):
-            return ours, ["no text tokenizer lies beside the model: tokenizers/ was not written"]
+            slow = (opened.folder / "vocab.json").is_file()
+            advice = "; of vocab.json, save_pretrained of its fast tokenizer makes a tokenizer.json"
+            return ours, [
+                "no text tokenizer lies beside the model: tokenizers/ was not written"
+                + (advice if slow else "")
+            ]
         if Modality.IMAGE in ours.modalities:
             imports.import_vq(opened.folder, folder)
         text = TextTokenizer.load(text_file(folder))
@@ -282,7 +289,7 @@ def _import_tokenizers(opened: Opened, folder: Path) -> tuple[Vocabulary, list[s
         Tokenizers.load(folder)  # do they fit?
     except ValueError as error:
         shutil.rmtree(folder, ignore_errors=True)
-        return ours, [f"tokenizers/ was not written: {error}"]
+        return ours, [f"tokenizers/ was not written: {str(error).removeprefix(f'{folder}: ')}"]
     if vocabulary == ours:
         return ours, []
     ids = f"{vocabulary.bos}, {vocabulary.eos} and {vocabulary.pad}"
@@ -420,13 +427,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             verify=options.verify,
         )
     except (ValueError, OSError) as error:
-        print(f"convert: {error}", file=sys.stderr)
+        print(f"convert: {printable(str(error), keep=_NEWLINE)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("convert: stopped; nothing was written", file=sys.stderr)
         return 130
     for remark in remarks:
-        print(f"note: {remark}")
+        print(f"note: {printable(remark)}")
     size = sum(path.stat().st_size for path in options.destination.rglob("*") if path.is_file())
     seconds = time.perf_counter() - begin
     print(f"{options.destination}: {options.to}, {size / 1e6:.1f} MB in {seconds:.1f} s")

@@ -173,4 +173,4 @@ def _unknown(fields: JsonObject) -> int | None:
 
 
 def _parse(content: bytes) -> JsonObject:
-    return JsonObject.of(load_json(content, "it", _REMEDY), "it", _REMEDY)
+    return JsonObject.of(load_json(content, "its JSON", _REMEDY), "its JSON", _REMEDY)

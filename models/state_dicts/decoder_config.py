@@ -17,6 +17,7 @@ from earlyfuse.data.json_files import shown
 from earlyfuse.models.decoder import Decoder
 
 KIND = "kind"
+_LARGEST = (1 << 63) - 1  # of whole numbers
 # torchtitan's own fields of every module's config: callables and meshes, None in all our models
 _NOT_WRITTEN = ("param_init", "sharding_config")
 
@@ -133,6 +134,8 @@ def _typed(hint: Any, value: Any, place: str) -> Any:
         return {key: _typed(arguments[1], item, f"{place}.{key}") for key, item in value.items()}
     elif origin is typing.Literal and value in arguments:
         return value
+    elif type(value) is int and abs(value) > _LARGEST:
+        raise ValueError(f"{place} ({shown(value)}) must be a number of at most {_LARGEST}")
     elif hint is float and type(value) in (int, float):
         return float(value)
     elif hint in (int, str, bool) and type(value) is hint:

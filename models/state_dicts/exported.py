@@ -16,7 +16,7 @@ from typing import Any
 
 from earlyfuse.data.json_files import JsonObject, shown
 from earlyfuse.models.decoder import Decoder
-from earlyfuse.models.modality import Vocabulary
+from earlyfuse.models.modality import Modality, Vocabulary
 from earlyfuse.models.state_dicts import decoder_config
 
 FORMAT, VERSION = "earlyfuse", 1
@@ -76,6 +76,10 @@ def read_vocabulary(fields: JsonObject) -> Vocabulary:
 def read_decoder(fields: JsonObject) -> Decoder.Config:
     """The model in ``fields``; ``ValueError`` names the file and the field."""
     where = fields.where.removesuffix(": model")  # the error names places in the model
+    fields.field("rope_theta", float, default=1.0, least=_SMALLEST)
+    known = {int(modality) for modality in Modality}
+    if not set(fields.items("modalities", int) if "modalities" in fields else ()) <= known:
+        raise fields.wrong("modalities", f"must be some of {sorted(known)}")
     try:
         return decoder_config.from_dict(fields.values)
     except (ValueError, TypeError, ArithmeticError) as error:

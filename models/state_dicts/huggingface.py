@@ -226,7 +226,10 @@ def _block(given: JsonObject) -> int:
     """Codes of one image."""
     vq = without_nulls(given.object("vq_config", default={}), _VQ_DEFAULTS)
     resolution = vq.field("resolution", int, least=1, most=1 << 20)
-    return int(resolution // 2 ** (len(vq.field("channel_multiplier", list)) - 1)) ** 2
+    side = resolution >> max(0, len(vq.field("channel_multiplier", list)) - 1)
+    if side == 0:
+        raise vq.wrong("resolution", "must not be halved to nothing by channel_multiplier")
+    return int(side) ** 2
 
 
 def _vq_config(vocabulary: Vocabulary) -> dict[str, Any]:

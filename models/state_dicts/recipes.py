@@ -18,6 +18,8 @@ import torch
 from earlyfuse.data.console import printable
 
 Shape = tuple[int, ...]
+# types that models compute in; of 8 bits, values are quantised and need scales
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _LAYER = re.compile(r"(?:^|[./])layers\.(\d+)\.")
 
 
@@ -191,6 +193,6 @@ def wrong_keys(
             continue
         if entries[name].shape != shape:
             lines.append(f"mis-shaped {name}: {entries[name].shape} instead of {shape}")
-        elif not entries[name].dtype.is_floating_point:
+        elif entries[name].dtype not in _FLOATS:
             lines.append(f"mis-typed  {name}: {entries[name].dtype} instead of floating point")
     return lines

@@ -19,6 +19,7 @@ from earlyfuse.data.json_files import read_json, shown
 from earlyfuse.models.state_dicts.recipes import Entry, Tensors
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_LONGEST_NAME = 200  # of a file
 _DTYPES = {
     "U8": torch.uint8,
     "I8": torch.int8,
@@ -96,8 +97,8 @@ def open_folder(folder: Path) -> SafetensorsFiles:
             f"{folder} holds {SINGLE} and {INDEX}, which names other files: two models; remove "
             "the files of one"
         )
-    outside = [name for name in names if Path(name).name != name]
-    absent = [name for name in names if not (folder / name).is_file()]
+    outside = [name for name in names if Path(name).name != name or len(name) > _LONGEST_NAME]
+    absent = [] if outside else [name for name in names if not (folder / name).is_file()]
     if outside or absent:
         wrong = "lie outside" if outside else "are not in"
         raise ValueError(
