@@ -217,5 +217,5 @@ def test_a_spec_with_two_sources_of_tokenizers_is_refused(imported, tmp_path, ch
 def test_a_hostile_description_of_the_original_is_refused(tmp_path, content):
     folder = write_meta(tmp_path / "meta", {})
     (folder / "tokenizer" / "vqgan.yaml").write_text(content)
-    with pytest.raises(ValueError, match=r"vqgan\.yaml(: \w+ \(.*\) must \\w+| must hold)"):
+    with pytest.raises(ValueError, match=r"vqgan\.yaml(: \w+ \(.*\) must \w+| must hold)"):
         import_vq(folder, tmp_path / "new")
