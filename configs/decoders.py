@@ -190,6 +190,10 @@ def grown(parent: Decoder.Config, form: str, *, routing_rows: int = 1) -> Decode
             f"form ({form!r}) must be mot, a number of experts as 8x, those of each modality, as "
             f"{''.join(f'4{label[0]}' for label in labels)}, or mixture_of_mamba"
         )
+    found = counts or agnostic
+    numbers = found.groups() if found else ()
+    if any(not 1 <= len(number) <= 4 or int(number) == 0 for number in numbers):
+        raise ValueError(f"form ({form!r}) must have 1 to 9999 experts; give other numbers")
     if not any(layer.feed_forward for layer in parent.layers):
         raise ValueError(f"{form} unties feed-forwards, and the parent has none")
     child = deepcopy(parent)

@@ -16,6 +16,7 @@ from earlyfuse.data.console import printable
 
 MOST_BYTES = 256 << 20  # the largest tokenizer.json and shard indexes in use take about 50 MB
 MOST_NESTED = 100
+_LARGEST_WHOLE = 1 << 1000  # whole numbers beyond the range of floats are none
 
 _REQUIRED: Any = object()
 _KINDS = {
@@ -124,9 +125,10 @@ class JsonObject:
             raise self.wrong(name, _range(least, most))
         return float(value) if kind is float else value
 
-    def object(self, name: str) -> "JsonObject":
-        """The object in field ``name``."""
-        return JsonObject(self.field(name, dict), f"{self.where}: {name}", self.remedy)
+    def object(self, name: str, *, default: dict[str, Any] = _REQUIRED) -> "JsonObject":
+        """The object in field ``name``; of ``default`` if that is missing."""
+        values = self.field(name, dict, default=default)
+        return JsonObject(values, f"{self.where}: {name}", self.remedy)
 
     def objects(self, name: str) -> list["JsonObject"]:
         """The objects in the list ``name``."""
@@ -171,7 +173,8 @@ def _is_a(value: Any, kind: type) -> bool:
     if kind is int:
         return type(value) is int
     if kind is float:
-        return type(value) in (int, float) and math.isfinite(value)
+        whole = type(value) is int and abs(value) <= _LARGEST_WHOLE
+        return whole or (type(value) is float and math.isfinite(value))
     return isinstance(value, kind)
 
 

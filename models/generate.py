@@ -14,6 +14,7 @@ B documents, R rows of the model (2 B with guidance), S positions, V vocabulary.
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from math import inf
 
 import torch
 
@@ -41,10 +42,14 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name, right, rule in (
-            ("temperature", self.temperature >= 0, "must not be negative; 0 is greedy"),
+            (
+                "temperature",
+                0 <= self.temperature < inf,
+                "must not be negative or infinite; 0 is greedy",
+            ),
             ("top_p", 0 < self.top_p <= 1, "must be in (0, 1]; 1 is off"),
             ("top_k", self.top_k >= 0, "must not be negative; 0 is off"),
-            ("guidance", self.guidance >= 0, "must not be negative; 1 is off"),
+            ("guidance", 0 <= self.guidance < inf, "must not be negative or infinite; 1 is off"),
         ):
             if not right:
                 raise ValueError(f"{name} ({getattr(self, name)}) {rule}")
@@ -61,6 +66,7 @@ def generate(
     sampling: Sampling | None = None,
     seeds: Sequence[int] | None = None,
     cache: bool = True,
+    unused: Sequence[int] = (),
     agree: Callable[[torch.Tensor], torch.Tensor] = lambda tokens_B: tokens_B,
 ) -> list[list[int]]:
     """What is written behind each of ``prompts``, at most ``new_tokens`` (of each, or one for all).
@@ -69,6 +75,7 @@ def generate(
     "image" or "speech" one block with its sentinels, "interleaved" all to the end of the document.
     ``seeds``
     of the documents, 0 … B-1 if not given. ``cache`` off reads everything again for each token.
+    ``unused``: ids that no document has, such as padding rows of an embedding; never written.
     ``agree``: where several ranks write the same, makes the tokens of a step (B,) those of one of
     them.
 
@@ -94,7 +101,7 @@ def generate(
     eager = torch.compiler.set_stance("force_eager") if cache else nullcontext()
     try:
         with routing(model, "causal"), eager:
-            _write(drafts, draws, reader, sampling, guided, agree)
+            _write(drafts, draws, reader, sampling, guided, unused, agree)
     finally:
         model.train(was_training)
     return [draft.written for draft in drafts]
@@ -106,6 +113,7 @@ def _write(
     reader: "_Rereading",
     sampling: Sampling,
     guided: bool,
+    unused: Sequence[int],
     agree: Callable[[torch.Tensor], torch.Tensor],
 ) -> None:
     """Write all drafts to their end."""
@@ -120,6 +128,7 @@ def _write(
             in_block = [next_is.codes is not None for next_is in allowed]
             logits_BV = _guide(logits_BV, in_block, sampling.guidance)
         ids_BV = torch.stack([allowed_ids(reader.vocabulary, next_is) for next_is in allowed])
+        ids_BV[:, list(unused)] = False
         draw_B = torch.stack([draw[len(draft.written)] for draft, draw in going])
         tokens_B = choose(logits_BV, ids_BV.to(logits_BV.device), draw_B, sampling)
         for (draft, _), token in zip(going, agree(tokens_B).tolist(), strict=True):

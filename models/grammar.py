@@ -3,6 +3,9 @@
     document = bos (text piece | media block)* eos
     media block = begin, codes, end
 
+Begin and end of a document may be one id, as GPT-2's and GPT-NeoX's ``<|endoftext|>`` is: the
+first token begins the document, the next such token ends it.
+
 A block has exactly ``MediaCodes.block`` codes, or any number from 1 where that is 0. Nothing here
 looks at a model: whatever it prefers, what is allowed is a document, or the beginning of one that
 can be continued.
@@ -124,7 +127,7 @@ class Draft:
             if opened:
                 (self.medium,) = opened
                 self.begun = len(self.tokens) - 1
-            self.done = token == self.vocabulary.eos
+            self.done = token == self.vocabulary.eos and len(self.tokens) > 1
         elif token == self.medium.end:
             self.medium = None
             self.done = self.mode in BLOCKS

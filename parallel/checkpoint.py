@@ -38,10 +38,11 @@ from torchtitan.tools import filesystem
 from torchtitan.tools.utils import GarbageCollection
 
 from earlyfuse.data.atomic import atomic_write_json
+from earlyfuse.data.json_files import read_json
 from earlyfuse.models.state_dicts import Opened
 from earlyfuse.models.state_dicts.dcp_reader import DcpReader, load_dcp
 from earlyfuse.models.state_dicts.decoder_config import to_dict
-from earlyfuse.models.state_dicts.exported import CONFIG, read_json
+from earlyfuse.models.state_dicts.exported import CONFIG, REMEDY
 from earlyfuse.models.state_dicts.manifest import (
     EVERYTHING,
     LATEST,
@@ -439,7 +440,7 @@ class Checkpoints(CheckpointManager):
         """
         reader = DcpReader(Path(checkpoint_id))
         if (reader.folder / CONFIG).is_file():
-            described = read_json(reader.folder / CONFIG).get("model")
+            described = read_json(reader.folder / CONFIG, REMEDY).values.get("model")
             refuse_other_function(self.description, described, reader.folder)
         refuse_other_run(self.states, state_dict, reader)
         if self.settings is not None and reader.folder.parent == self.disk.root:

@@ -110,6 +110,8 @@ class Sampler(Configurable):
         """Samples of all pairs, on rank 0; nothing on others. To be called on all ranks."""
         assert isinstance(model, Decoder), "pipelines are turned off"
         bos, block = [vocabulary.bos], len(self.pairs[0].image_tokens)
+        # rank 0, which decides, has them
+        unused = () if self.tokenizers is None else self.tokenizers.unused
         images = generate(
             model,
             vocabulary,
@@ -117,6 +119,7 @@ class Sampler(Configurable):
             new_tokens=block,
             mode="image",
             sampling=self.config.sampling(),
+            unused=unused,
             agree=_first_rank_decides,
         )
         captions = generate(
@@ -126,6 +129,7 @@ class Sampler(Configurable):
             new_tokens=min(self.config.caption_tokens, seq_len - block - 1),
             mode="text",
             sampling=self.config.sampling(),
+            unused=unused,
             agree=_first_rank_decides,
         )
         if self.tokenizers is None or self.tokenizers.image is None:

@@ -18,8 +18,8 @@ TOP_LEVEL = {
 # What each folder may import of earlyfuse, besides itself. tools/ and train.py may import anything.
 MAY_IMPORT = {
     "kernels": (),
-    # readers of checkpoint folders share the bounded JSON reader, and checksums
-    "models": ("kernels", "data.json_files", "data.console", "data.atomic"),
+    # readers of checkpoint folders share the bounded readers, and checksums
+    "models": ("kernels", "data.json_files", "data.console", "data.atomic", "data.vocabulary"),
     "data": ("models.batch", "models.modality"),
     "parallel": ("data", "kernels", "models"),
     "configs": ("data", "kernels", "models", "parallel"),

@@ -200,3 +200,22 @@ def test_a_spec_with_two_sources_of_tokenizers_is_refused(imported, tmp_path, ch
             fields[name] = imported / fields[name]
     with pytest.raises(ValueError, match=message):
         PrepareSpec(tmp_path, {"pairs": tmp_path}, **fields)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "a: &a [1]\nmodel: {params: {embed_dim: *a, n_embed: 1, ddconfig: {}}}",
+        "[" * 5000,
+        "x" * 70_000,
+        "model: {params: 3}",
+        "model: {params: {embed_dim: [8], n_embed: 24, ddconfig: {}}}",
+        "model: {params: {embed_dim: 8, n_embed: 24, ddconfig: {num_res_blocks: 1000000000}}}",
+    ],
+    ids=["aliases", "deep", "large", "kind", "type", "size"],
+)
+def test_a_hostile_description_of_the_original_is_refused(tmp_path, content):
+    folder = write_meta(tmp_path / "meta", {})
+    (folder / "tokenizer" / "vqgan.yaml").write_text(content)
+    with pytest.raises(ValueError, match=r"vqgan\.yaml(: \w+ \(.*\) must \w+| must hold)"):
+        import_vq(folder, tmp_path / "new")

@@ -13,6 +13,7 @@ from tiny_runs import MAMBA_SHAPE, MAMBAS, MODELS, SHAPE
 
 from earlyfuse.configs import decoders, mamba_decoders
 from earlyfuse.configs.catalogue import catalogue
+from earlyfuse.data.json_files import JsonObject
 from earlyfuse.models.modality import Modality, Vocabulary
 from earlyfuse.models.routing.causal import routing
 from earlyfuse.models.state_dicts import decoder_config, load_model, vocabulary_map
@@ -382,9 +383,16 @@ def test_an_image_code_has_the_id_that_the_map_gives_it():
     assert vocabulary_map.token_of_code(12) == "IMGIMGBCZ"
 
 
+def vocabulary_of(named):
+    tokens, config = (
+        JsonObject(fields, "config.json", "fix it") for fields in (named, {"vocab_size": 48})
+    )
+    return vocabulary_map.to_vocabulary(tokens, config, 4)
+
+
 def test_a_vocabulary_of_ours_comes_back_from_its_map():
     named = vocabulary_map.from_vocabulary(VOCABULARY)
-    found, remark = vocabulary_map.to_vocabulary(named, {"vocab_size": 48}, 4)
+    found, remark = vocabulary_of(named)
     assert found == VOCABULARY and not remark
 
 
@@ -399,7 +407,7 @@ def test_a_vocabulary_of_ours_comes_back_from_its_map():
 def test_images_that_a_vocabulary_cannot_say_are_left_out_with_a_word(change, says):
     named = dict(list(vocabulary_map.from_vocabulary(VOCABULARY).items())[:8])
     named = {name: number for name, number in (named | change).items() if number is not None}
-    found, remark = vocabulary_map.to_vocabulary(named, {"vocab_size": 48}, 4)
+    found, remark = vocabulary_of(named)
     assert found.modalities == (Modality.TEXT,) and says in remark
 
 

@@ -224,19 +224,23 @@ CONFIGS = [
     ("hf", {"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon"),
     ("hf", {"quantization_config": {"bits": 4}}, "quantization_config"),
     ("hf", {"conv_kernel": 6}, "conv_width .6. must be 2, 3 or 4"),
-    ("hf", {"hidden_size": "32"}, "hidden_size .'32'. must be a positive number"),
+    ("hf", {"hidden_size": "32"}, "hidden_size .'32'. must be a whole number"),
     ("hf", {"state_size": 8}, "mis-shaped backbone.layers.0.mixer.A_log"),
-    ("hf", {"num_hidden_layers": 3}, "10 of its keys"),
+    (
+        "hf",
+        {"num_hidden_layers": 3},
+        "num_hidden_layers .3. is more than the 2 layers in the files",
+    ),
     ("hf", {"tie_word_embeddings": False}, "missing    lm_head.weight"),
     ("hf", {"use_conv_bias": False}, "unexpected backbone.layers.0.mixer.conv1d.bias"),
-    ("ssm", {"ssm_cfg": {"layer": "Mamba2"}}, f"ssm_cfg.layer .'Mamba2'. .*{MAMBA_2}"),
+    ("ssm", {"ssm_cfg": {"layer": "Mamba2"}}, f"ssm_cfg: layer .'Mamba2'. .*{MAMBA_2}"),
     ("ssm", {"ssm_cfg": {"layer": "Mamba3"}}, "'Mamba3'. must be 'Mamba1'"),
-    ("ssm", {"ssm_cfg": {"headdim": 64}}, "unknown fields .'headdim'."),
+    ("ssm", {"ssm_cfg": {"headdim": 64}}, "unknown field 'headdim'"),
     ("ssm", {"ssm_cfg": {"bias": True}}, "ssm_cfg.bias"),
     ("ssm", {"rms_norm": False}, "rms_norm .False. must be True: LayerNorm"),
     ("ssm", {"attn_layer_idx": [1]}, "attn_layer_idx"),
     ("ssm", {"d_intermediate": 64}, "d_intermediate .64. must be 0"),
-    ("ssm", {"n_layer": None}, "n_layer .None. must be a positive number"),
+    ("ssm", {"n_layer": None}, "config.json has no field 'n_layer'"),
 ]
 
 

@@ -89,6 +89,16 @@ QUERY = "model.layers.0.self_attn.q_norm.weight"
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
 FIRST = "model-00001-of-00001.safetensors"
 
+DEEP = "[" * 100_000 + "]" * 100_000
+
+
+def deepen(path: Path) -> None:
+    """A model of ours with 20,000 layers."""
+    fields = json.loads(path.read_text())
+    fields["model"]["layers"] *= 10_000
+    path.write_text(json.dumps(fields))
+
+
 HARM = [
     # files
     ("hf", "model.safetensors", truncate, "is truncated or no safetensors file"),
@@ -101,7 +111,7 @@ HARM = [
         "names .*00002.* are not in its folder",
     ),
     ("sharded", "model-00002-of-*.safetensors", truncate, "00002.* is truncated"),
-    ("sharded", "model.safetensors.index.json", text("{"), "index.json cannot be read"),
+    ("sharded", "model.safetensors.index.json", text("{"), "index.json is not valid JSON"),
     (
         "sharded",
         "model.safetensors.index.json",
@@ -116,6 +126,31 @@ HARM = [
     ("dcp", "__0_0.distcp", truncate, "__0_0.distcp has .* bytes instead of"),
     ("dcp", "__0_0.distcp", Path.unlink, "__0_0.distcp is missing"),
     ("dcp", "config.json", Path.unlink, "config.json is missing|without config.json"),
+    (
+        "sharded",
+        "model.safetensors.index.json",
+        lambda path: path.with_name("model.safetensors").write_bytes(b""),
+        "holds model.safetensors and .*index.json, which names other files: two models",
+    ),
+    ("sharded", "model.safetensors.index.json", text(DEEP), "index.json is nested more than"),
+    (
+        "sharded",
+        "model.safetensors.index.json",
+        change_json(weight_map={"a": "b" * 5000}),
+        "lie outside",
+    ),
+    (
+        "meta",
+        "consolidated.01.pth",
+        lambda path: shutil.copy(path, path.with_name("consolidated.99999999.pth")),
+        "consolidated.99999999.pth, and shards are numbered below 1000",
+    ),
+    (
+        "meta",
+        "consolidated.01.pth",
+        change_shard(lambda t: t.update({1: torch.ones(2)})),
+        "must hold tensors",
+    ),
     # keys
     ("hf", "model.safetensors", change_tensors(lambda t: t.pop(QUERY)), f"missing    {QUERY}"),
     (
@@ -149,7 +184,22 @@ HARM = [
         change_shard(lambda t: t.update(note="x")),
         "must hold tensors",
     ),
+    (
+        "hf",
+        "model.safetensors",
+        change_tensors(lambda t: t.update({QUERY: t[QUERY].to(torch.float8_e4m3fn)})),
+        "mis-typed .*float8",
+    ),
     # configs
+    ("hf", "config.json", text(DEEP), "config.json is nested more than 100 levels deep"),
+    ("hf", "config.json", text('{"a": ' + DEEP + "}"), "nested more than 100 levels deep"),
+    ("hf", "config.json", change_json(num_hidden_layers=20_000), "more than the 2 layers"),
+    ("hf", "config.json", change_json(eos_token_id=99, vocabulary_map={}), "eos_token_id .99."),
+    ("meta", "params.json", text(DEEP), "params.json is nested more than 100 levels deep"),
+    ("meta", "params.json", change_model(n_layers=9_999), "n_layers .9,999. is more than the 2"),
+    ("meta", "text_tokenizer.json", text(DEEP), "text_tokenizer.json is nested more than 100"),
+    ("ours", "config.json", text(DEEP), "config.json is nested more than 100 levels deep"),
+    ("ours", "config.json", deepen, "layers .20,000. is more than the 2 layers in the files"),
     ("hf", "config.json", change_json(model_type="mamba"), "missing    backbone.embeddings.weight"),
     ("hf", "config.json", change_json(model_type="llama"), "norms on queries and keys"),
     ("hf", "config.json", change_json(model_type=None), "model_type .None. must be 'chameleon'"),
@@ -170,23 +220,43 @@ HARM = [
         "rope_type .'linear'. must be 'default'",
     ),
     ("hf", "config.json", change_json(quantization_config={"bits": 4}), "quantization_config"),
-    ("hf", "config.json", change_json(num_hidden_layers=3), "15 of its keys|13 of its keys"),
-    ("hf", "config.json", change_json(hidden_size="64"), "hidden_size .'64'. must be a positive"),
-    ("hf", "config.json", change_json(num_attention_heads=0), "num_attention_heads .0. must be"),
-    ("hf", "config.json", change_json(num_hidden_layers=10**9), "num_hidden_layers .* at most"),
+    (
+        "hf",
+        "config.json",
+        change_json(num_hidden_layers=3),
+        "num_hidden_layers .3. is more than the 2 l",
+    ),
+    ("hf", "config.json", change_json(hidden_size="64"), "hidden_size .'64'. must be a whole"),
+    (
+        "hf",
+        "config.json",
+        change_json(num_attention_heads=0),
+        "num_attention_heads .0. must lie in",
+    ),
+    (
+        "hf",
+        "config.json",
+        change_json(num_hidden_layers=10**9),
+        "num_hidden_layers .* is more than the 2",
+    ),
     ("hf", "config.json", change_json(rope_parameters={"rope_theta": -1.0}), "rope_theta .-1.0."),
-    ("hf", "config.json", change_json(vq_config="x"), "config.json has a value of another kind"),
-    ("hf", "config.json", change_json(vocabulary_map={"<s>": 1.5}), "whole numbers, not .'<s>'"),
+    ("hf", "config.json", change_json(vq_config="x"), "vq_config .'x'. must be an object"),
+    (
+        "hf",
+        "config.json",
+        change_json(vocabulary_map={"<s>": 1.5}),
+        "<s> .1.5. must be a whole number",
+    ),
     ("hf", "config.json", text("[]"), "must hold a JSON object"),
-    ("hf", "config.json", text("{"), "is no JSON"),
+    ("hf", "config.json", text("{"), "config.json is not valid JSON"),
     ("meta", "params.json", change_json(model={"n_heads": 4}), "lacks .'dim', 'n_layers'."),
-    ("meta", "params.json", change_json(model="x"), "params.json has a value of another kind"),
+    ("meta", "params.json", change_json(model="x"), "model .'x'. must be an object"),
     ("meta", "params.json", change_model(n_layers=1.5), "params.json: n_layers .1.5. must be"),
     ("meta", "params.json", change_model(rope_theta=float("nan")), "rope_theta .nan. must be"),
-    ("meta", "text_tokenizer.json", text("{}"), "text_tokenizer.json has a value of another kind"),
+    ("meta", "text_tokenizer.json", text("{}"), "tokenizer.json has no field 'model'"),
     ("meta", "params.json", change_json(qk_normalization=False, model=None), "lacks|qk_norm"),
     ("ours", "config.json", change_json(version=2), "version .2. must be 1"),
-    ("ours", "config.json", change_json(vocabulary=None), "no description of a model"),
+    ("ours", "config.json", change_json(vocabulary=None), "no field 'vocabulary'"),
     ("ours", "config.json", change_json(vocabulary={"media": [{"modality": 1}]}), "no description"),
 ]
 

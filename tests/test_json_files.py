@@ -57,7 +57,7 @@ def test_the_deepest_nesting_allowed_is_read():
     [
         (str, "x", [1, None, ["x"], True]),
         (int, 3, ["3", 3.0, True, None]),
-        (float, 0.5, ["0.5", float("nan"), float("inf"), True, None]),
+        (float, 0.5, ["0.5", float("nan"), float("inf"), True, None, 10**400]),
         (bool, False, [0, "false", None]),
         (list, [1], [{}, "1", None]),
         (dict, {"a": 1}, [[], "a", None]),

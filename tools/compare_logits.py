@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from earlyfuse.data.json_files import read_json
 from earlyfuse.models.blocks.linear import NORM_EPS
 from earlyfuse.models.modality import Vocabulary
 from earlyfuse.models.routing.expert_choice import ExpertChoice
@@ -26,7 +27,7 @@ from earlyfuse.models.state_dicts import (
     open_model,
 )
 from earlyfuse.models.state_dicts.chameleon import Sizes
-from earlyfuse.models.state_dicts.exported import CONFIG, read_json
+from earlyfuse.models.state_dicts.exported import CONFIG, REMEDY
 from earlyfuse.models.state_dicts.mamba import HEAD, MambaSizes
 from earlyfuse.models.state_dicts.meta_files import MetaShards, shard_files
 from earlyfuse.models.state_dicts.safetensors_files import open_folder
@@ -97,7 +98,7 @@ def _transformers() -> Any:
 
 def _by_transformers(folder: Path, tokens_BS: torch.Tensor) -> torch.Tensor:
     transformers = _transformers()
-    if read_json(folder / CONFIG)["model_type"] == huggingface_mamba.MODEL_TYPE:
+    if read_json(folder / CONFIG, REMEDY).field("model_type", str) == huggingface_mamba.MODEL_TYPE:
         mamba = transformers.MambaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         return mamba(tokens_BS, use_cache=False).logits
     model = transformers.ChameleonForConditionalGeneration.from_pretrained(

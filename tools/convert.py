@@ -24,9 +24,12 @@ import torch
 
 from earlyfuse.configs import decoders, mamba_decoders
 from earlyfuse.data.atomic import sha256_file
-from earlyfuse.data.tokenizers import imports
+from earlyfuse.data.console import printable
+from earlyfuse.data.json_files import JsonObject, read_json
+from earlyfuse.data.tokenizers import Tokenizers, imports, text_file
+from earlyfuse.data.tokenizers.text import TextTokenizer
 from earlyfuse.models.initialise import initialise
-from earlyfuse.models.modality import Modality
+from earlyfuse.models.modality import Modality, Vocabulary
 from earlyfuse.models.state_dicts import (
     Opened,
     huggingface,
@@ -40,10 +43,10 @@ from earlyfuse.models.state_dicts.dcp_files import write_dcp
 from earlyfuse.models.state_dicts.exported import (
     CONFIG,
     HUGGINGFACE,
+    REMEDY,
     TOKENIZERS,
     VQ_FILE,
     describe,
-    read_json,
 )
 from earlyfuse.models.state_dicts.folders import CONSOLIDATE_PARAMS, PARAMS, RUN
 from earlyfuse.models.state_dicts.manifest import MANIFEST, WEIGHTS, Manifest, read_manifest
@@ -69,6 +72,7 @@ from earlyfuse.parallel.checkpoint_files import Writer, damage, write_manifest
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_SHARD_SIZE = "5GB"
+_NEWLINE = "\n"
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -150,7 +154,7 @@ def _to_huggingface(opened: Opened, tensors: Tensors, max_shard_bytes: int) -> T
         return _to_huggingface_mamba(opened, tensors, max_shard_bytes)
     sizes = Sizes.of(opened.config, "Hugging Face's Chameleon")
     theirs: Tensors = Made(huggingface.export_recipes(sizes), tensors)
-    carried = opened.carried.get("huggingface")
+    carried = _carried(opened, "huggingface")
     config = huggingface.write_config(
         sizes, opened.config, opened.vocabulary, carried, common_dtype(theirs)
     )
@@ -163,7 +167,7 @@ def _to_huggingface(opened: Opened, tensors: Tensors, max_shard_bytes: int) -> T
 
 
 def _to_huggingface_mamba(opened: Opened, tensors: Tensors, max_shard_bytes: int) -> Target:
-    carried = opened.carried.get("huggingface")
+    carried = _carried(opened, "huggingface")
     theirs, config = huggingface_mamba.export(opened.config, opened.vocabulary, tensors, carried)
     return Target(_huggingface_writer(opened, theirs, config, max_shard_bytes), [])
 
@@ -184,8 +188,16 @@ def _huggingface_writer(
     return write
 
 
+def _carried(opened: Opened, name: str) -> JsonObject | None:
+    """The config of another format that the model came with, None if it did not."""
+    if name not in opened.carried:
+        return None
+    where = f"{opened.folder / CONFIG}: carried: {name}"
+    return JsonObject.of(opened.carried[name], where, REMEDY)
+
+
 def _to_mamba_ssm(opened: Opened, tensors: Tensors, max_shard_bytes: int) -> Target:
-    carried = opened.carried.get("mamba_ssm")
+    carried = _carried(opened, "mamba_ssm")
     theirs, config, same = mamba_ssm.export(opened.config, tensors, carried)
 
     def write(folder: Path) -> None:
@@ -201,8 +213,9 @@ def _to_mamba_ssm(opened: Opened, tensors: Tensors, max_shard_bytes: int) -> Tar
 
 def _to_meta(opened: Opened, tensors: Tensors, max_shard_bytes: int) -> Target:
     sizes = Sizes.of(opened.config, "Meta's Chameleon")
-    came_in = opened.carried.get("meta", {})
-    shards = meta.shards_that_hold(sizes, tensors, came_in.get("shards", 1))
+    came_in = _carried(opened, "meta")
+    preferred = 1 if came_in is None else came_in.field("shards", int, default=1, least=1)
+    shards = meta.shards_that_hold(sizes, tensors, preferred)
     theirs = Made(meta.export_recipes(sizes, shards), tensors)
     params, consolidated = meta.write_params(sizes, opened.config, opened.vocabulary, shards)
 
@@ -233,28 +246,47 @@ def _write_beside(
     if opened.files:
         (folder / HUGGINGFACE).mkdir()
         _copy(opened.files, folder / HUGGINGFACE)
+    vocabulary = opened.vocabulary
     if tokenizers is not None:
         shutil.copytree(tokenizers, folder / TOKENIZERS)
     elif opened.format in ("huggingface", "meta", "mamba_ssm"):
-        remarks += _import_tokenizers(opened, folder / TOKENIZERS)
-    content = describe(opened.config, opened.vocabulary, opened.source)
+        vocabulary, said = _import_tokenizers(opened, folder / TOKENIZERS)
+        remarks += said
+    content = describe(opened.config, vocabulary, opened.source)
     if opened.carried:
         content["carried"] = opened.carried
     _write_json(folder / CONFIG, content)
 
 
-def _import_tokenizers(opened: Opened, folder: Path) -> list[str]:
-    """Those that lie beside a public model, as ours; a remark if they could not be taken over."""
+def _import_tokenizers(opened: Opened, folder: Path) -> tuple[Vocabulary, list[str]]:
+    """Write those that lie beside a public model as ours into ``folder``, with the model's
+    vocabulary; a remark if they could not be taken over.
+
+    Returns the vocabulary with begin, end and padding of documents as the text tokenizer names
+    them: configs often leave them at their defaults.
+    """
+    ours = opened.vocabulary
     try:
         if not imports.import_text(opened.folder, folder):
-            return ["no text tokenizer lies beside the model: tokenizers/ was not written"]
-        if Modality.IMAGE in opened.vocabulary.modalities:
+            slow = (opened.folder / "vocab.json").is_file()
+            advice = "; of vocab.json, save_pretrained of its fast tokenizer makes a tokenizer.json"
+            return ours, [
+                "no text tokenizer lies beside the model: tokenizers/ was not written"
+                + (advice if slow else "")
+            ]
+        if Modality.IMAGE in ours.modalities:
             imports.import_vq(opened.folder, folder)
-            imports.import_vocabulary(opened.folder, folder)
+        text = TextTokenizer.load(text_file(folder))
+        vocabulary = imports.with_sentinels_of(text, ours)
+        imports.save_vocabulary(vocabulary, folder)
+        Tokenizers.load(folder)  # do they fit?
     except ValueError as error:
         shutil.rmtree(folder, ignore_errors=True)
-        return [f"tokenizers/ was not written: {error}"]
-    return []
+        return ours, [f"tokenizers/ was not written: {str(error).removeprefix(f'{folder}: ')}"]
+    if vocabulary == ours:
+        return ours, []
+    ids = f"{vocabulary.bos}, {vocabulary.eos} and {vocabulary.pad}"
+    return vocabulary, [f"begin, end and padding of documents are {ids}, by the text tokenizer"]
 
 
 def _upcycled(opened: Opened, form: str) -> Opened:
@@ -320,11 +352,13 @@ def _tokenizers(opened: Opened) -> tuple[Path | None, list[str]]:
     beside = opened.folder / TOKENIZERS
     if beside.is_dir():
         return beside, []
-    run = opened.folder.parent.parent / RUN
-    wanted = opened.source.get("tokenizers")
+    run = opened.folder.absolute().parent.parent / RUN
+    source = JsonObject(opened.source, str(opened.folder / CONFIG), REMEDY)
+    wanted = source.object("tokenizers", default={}).values
     if not wanted or not run.is_file():
         return None, []
-    data = read_json(run).get("config", {}).get("data", {}).get("folder", "")
+    config = read_json(run, REMEDY).object("config", default={})
+    data = config.object("data", default={}).field("folder", str, default="")
     folder = Path(data) / TOKENIZERS
     if not data or not folder.is_dir():
         return None, [f"{folder}: the tokenizers of the data are not there and were not copied"]
@@ -386,13 +420,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             verify=options.verify,
         )
     except (ValueError, OSError) as error:
-        print(f"convert: {error}", file=sys.stderr)
+        print(f"convert: {printable(str(error), keep=_NEWLINE)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("convert: stopped; nothing was written", file=sys.stderr)
         return 130
     for remark in remarks:
-        print(f"note: {remark}")
+        print(f"note: {printable(remark)}")
     size = sum(path.stat().st_size for path in options.destination.rglob("*") if path.is_file())
     seconds = time.perf_counter() - begin
     print(f"{options.destination}: {options.to}, {size / 1e6:.1f} MB in {seconds:.1f} s")

@@ -6,9 +6,8 @@ that its model was trained with, which the checkpoint knows by their hashes.
 """
 
 import io
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
 
@@ -18,49 +17,47 @@ from PIL import Image
 
 from earlyfuse.data.atomic import atomic_write_bytes
 from earlyfuse.data.documents import BadSample
-from earlyfuse.data.json_files import JsonObject, read_json
+from earlyfuse.data.json_files import MOST_BYTES, load_json, read_json, shown
 from earlyfuse.data.tokenizers import TEXT_FILES, Tokenizers, text_file
 from earlyfuse.data.tokenizers.audio import wav_file
 from earlyfuse.data.tokenizers.speech_kmeans import RATE
 from earlyfuse.models.modality import MediaCodes, Modality, Vocabulary
+from earlyfuse.models.state_dicts.dcp_notes import METADATA
 from earlyfuse.models.state_dicts.dcp_reader import DcpReader
-from earlyfuse.models.state_dicts.manifest import latest_checkpoint
+from earlyfuse.models.state_dicts.exported import CONFIG, FORMAT, TOKENIZERS
+from earlyfuse.models.state_dicts.folders import RUN, last_checkpoint
 from earlyfuse.parallel.checkpoint_identity import data_identity
-from earlyfuse.parallel.run_folder import DESCRIPTION, read_config
 
-TOKENIZERS, CONFIG = "tokenizers", "config.json"
 MEDIA = {"image": Modality.IMAGE, "speech": Modality.SPEECH}
 Segment = dict[str, str]
-_RESTORE = "restore the file, or copy the folder again"
+_REMEDY = "copy it again"
 
 
 @dataclass(frozen=True)
 class ModelFolder:
     """What is known of the model in a run, checkpoint or exported folder, besides its parameters.
 
-    ``run``: the config of its run, None if it is unknown. ``hashes``: those of the tokenizers it
-    was trained with, {} if unknown.
+    ``seq_len``: positions of the rows that it was trained on, and ``data``, the folder of its data:
+    None if there is no run. ``hashes``: those of the tokenizers it was trained with, {} if unknown.
     """
 
     folder: Path
-    run: JsonObject | None
+    seq_len: int | None
+    data: Path | None
     hashes: dict[str, str]
 
     @classmethod
     def read(cls, folder: Path) -> "ModelFolder":
         """Look into ``folder``; a checkpoint is looked at in its run."""
-        run_folder = folder.parent.parent if (folder / ".metadata").exists() else folder
-        description = run_folder / DESCRIPTION
-        run = read_config(run_folder) if description.is_file() else None
-        checkpoint = folder
-        if run_folder == folder and run:
-            checkpoint = latest_checkpoint(folder / run.object("checkpoint").field("folder", str))
-        return cls(folder, run, _recorded_hashes(checkpoint))
-
-    @property
-    def seq_len(self) -> int | None:
-        """Positions of the rows that it was trained on."""
-        return self.run.object("training").field("seq_len", int, least=1) if self.run else None
+        is_checkpoint = (folder / METADATA).exists()
+        run_folder = folder.absolute().parent.parent if is_checkpoint else folder
+        if not (run_folder / RUN).is_file():
+            return cls(folder, None, None, _recorded_hashes(folder))
+        config = read_json(run_folder / RUN, _REMEDY).object("config")
+        checkpoint = folder if is_checkpoint else last_checkpoint(folder)
+        seq_len = config.object("training").field("seq_len", int, least=1)
+        data = Path(config.object("data").field("folder", str))
+        return cls(folder, seq_len, data, _recorded_hashes(checkpoint))
 
     def tokenizers(self, vocabulary: Vocabulary, given: Path | None) -> Tokenizers:
         """Those of the model: ``given``, else beside it, else in the data folder of its run.
@@ -68,13 +65,14 @@ class ModelFolder:
         ``ValueError`` if there are none, or they are not those that the model was trained with.
         """
         places = [given] if given is not None else [self.folder / TOKENIZERS]
-        if given is None and self.run:
-            places.append(Path(self.run.object("data").field("folder", str)) / TOKENIZERS)
+        if given is None and self.data is not None:
+            places.append(self.data / TOKENIZERS)
         found = [place for place in places if text_file(place).is_file()]
         if not found:
             raise ValueError(
                 f"no tokenizers ({' or '.join(TEXT_FILES)}) in {' or '.join(map(str, places))}; "
-                "name the folder that has those of the model's data with --tokenizers"
+                "name the folder that has those of the model's data with --tokenizers, and convert "
+                "a public model first: that brings its own along"
             )
         tokenizers = Tokenizers.load(found[0])
         for kind in sorted(self.hashes.keys() | tokenizers.hashes.keys() if self.hashes else ()):
@@ -84,31 +82,30 @@ class ModelFolder:
                     f"the {kind} tokenizer in {found[0]} ({here}) is not the one that the model "
                     f"was trained with ({trained}); name the folder that has it with --tokenizers"
                 )
-        if tokenizers.vocabulary != vocabulary:
-            raise ValueError(
-                f"the tokenizers in {found[0]} make a vocabulary of {tokenizers.vocabulary.size} "
-                f"ids, and the model's is another one, of {vocabulary.size} ids; name the folder "
-                "that has its tokenizers with --tokenizers"
-            )
+        theirs = asdict(tokenizers.vocabulary)
+        for name, value in asdict(vocabulary).items():
+            if theirs[name] != value:
+                raise ValueError(
+                    f"the vocabulary of the tokenizers in {found[0]} is not the model's: {name} is "
+                    f"{shown(theirs[name])} instead of {shown(value)}; name the folder that has "
+                    "the model's tokenizers with --tokenizers"
+                )
         return tokenizers
 
 
 def _recorded_hashes(checkpoint: Path) -> dict[str, str]:
     """Modality label → SHA-256 of the tokenizers, as a checkpoint or an exported folder says."""
     if (checkpoint / CONFIG).is_file():
-        description = read_json(checkpoint / CONFIG, _RESTORE)
-        source = JsonObject(
-            description.field("source", dict, default={}), f"{description.where}: source", _RESTORE
-        )
-        return _hashes(source)
-    if not (checkpoint / ".metadata").is_file():
+        config = read_json(checkpoint / CONFIG, _REMEDY)
+        if config.values.get("format") != FORMAT:
+            return {}
+        about = config.object("source")
+    elif (checkpoint / METADATA).is_file():
+        about = data_identity(DcpReader(checkpoint))
+    else:
         return {}
-    return _hashes(data_identity(DcpReader(checkpoint)))
-
-
-def _hashes(about: JsonObject) -> dict[str, str]:
-    tokenizers = JsonObject(about.field("tokenizers", dict, default={}), about.where, _RESTORE)
-    return {kind: tokenizers.field(kind, str) for kind in tokenizers.values}
+    recorded = about.object("tokenizers", default={})
+    return {label: recorded.field(label, str) for label in recorded.values}
 
 
 # ---------------------------------------------------------------- prompts
@@ -117,38 +114,43 @@ def _hashes(about: JsonObject) -> dict[str, str]:
 def read_prompts(path: Path) -> list[list[Segment]]:
     """One JSON list of segments a line; media by their path from the folder of the file."""
     documents = []
+    with open(path, "rb") as file:
+        encoded = file.read(MOST_BYTES + 1)
+    if len(encoded) > MOST_BYTES:
+        raise ValueError(f"{path} is larger than {MOST_BYTES:,} bytes; split it")
     try:
-        content = path.read_bytes().decode("utf-8-sig")
+        content = encoded.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} must be UTF-8, and is not: {error}") from error
+        raise ValueError(f"{path} must be UTF-8, and is not: {error}; save it as UTF-8") from error
     # lines end with \n alone: str.splitlines would also cut at U+2028, which JSON texts may hold
     for number, line in enumerate(content.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            segments = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number} is no JSON: {error}") from error
-        right = isinstance(segments, list) and all(
-            isinstance(s, dict)
-            and len(s) == 1
-            and s.keys() <= {"text", *MEDIA}
-            and all(isinstance(value, str) for value in s.values())
-            for s in segments
-        )
-        if not right:
-            raise ValueError(
-                f'{path}, line {number} must be a list of {{"text": …}}, {{"image": path}} and '
-                '{"speech": path}'
-            )
-        documents.append(
-            [
-                {kind: value if kind == "text" else str(path.parent / value)}
-                for segment in segments
-                for kind, value in segment.items()
-            ]
-        )
+        if line.strip():
+            documents.append(_segments(line, f"{path}, line {number}", path.parent))
+    if not documents:
+        raise ValueError(f"{path} holds no prompts; write one JSON list of segments a line")
     return documents
+
+
+def _segments(line: str, where: str, folder: Path) -> list[Segment]:
+    """The segments of a line of prompts; media by their path from ``folder``."""
+    segments = load_json(line, where, "correct that line")
+    right = isinstance(segments, list) and all(
+        isinstance(s, dict)
+        and len(s) == 1
+        and s.keys() <= {"text", *MEDIA}
+        and all(isinstance(value, str) for value in s.values())
+        for s in segments
+    )
+    if not right:
+        raise ValueError(
+            f'{where} must be a list of {{"text": …}}, {{"image": path}} and {{"speech": path}}, '
+            f"not {shown(segments)}; correct that line"
+        )
+    return [
+        {kind: value if kind == "text" else str(folder / value)}
+        for segment in segments
+        for kind, value in segment.items()
+    ]
 
 
 def to_tokens(segments: Sequence[Segment], tokenizers: Tokenizers) -> list[int]:
@@ -197,16 +199,18 @@ def to_segments(
     tokens: Sequence[int], tokenizers: Tokenizers, folder: Path, stem: str
 ) -> list[Segment]:
     """What was written; media go to ``folder``/``stem``-0.png, -1.wav … and are named by that."""
-    modality_T = tokenizers.vocabulary.modality_of(torch.tensor(tokens)).tolist()
+    vocabulary = tokenizers.vocabulary
+    tokens = [token for token in tokens if token not in (vocabulary.bos, vocabulary.eos)]
+    modality_T = vocabulary.modality_of(torch.tensor(tokens, dtype=torch.int64)).tolist()
     segments: list[Segment] = []
     media = 0
     for modality, run in groupby(zip(modality_T, tokens, strict=True), key=lambda pair: pair[0]):
         ids = [token for _, token in run]
         if modality == Modality.TEXT:
-            text = tokenizers.text.decode(ids)  # sentinels give nothing
+            text = tokenizers.text.decode(ids)  # sentinels of media give nothing
             segments += [{"text": text}] if text else []
             continue
-        codes = np.array(ids) - tokenizers.vocabulary.medium(Modality(modality)).start
+        codes = np.array(ids) - vocabulary.medium(Modality(modality)).start
         if modality == Modality.IMAGE:
             assert tokenizers.image is not None, "there are codes"
             name = f"{stem}-{media}.png"

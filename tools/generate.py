@@ -7,6 +7,7 @@ results.
 
 import argparse
 import json
+import os
 import sys
 import zlib
 from collections.abc import Sequence
@@ -14,6 +15,8 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+from earlyfuse.data.console import printable
 
 _EXAMPLES = """examples:
   an image:       … FOLDER --mode image --prompt "glyph: greek small letter alpha" --out samples
@@ -24,7 +27,9 @@ _EXAMPLES = """examples:
   many prompts:   … FOLDER --mode image --prompts captions.jsonl --samples 4 --out samples
 """
 LONGEST = 256  # tokens to write where nothing else says
+MOST = 1 << 20  # tokens, samples, documents at once: more is a slip, and would be reserved
 RESULTS = "results.jsonl"
+_NEWLINE = "\n"
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         write(options)
     except (ValueError, OSError) as error:
-        print(f"generate: {error}", file=sys.stderr)
+        print(f"generate: {printable(str(error), keep=_NEWLINE)}", file=sys.stderr)
         return 2
     return 0
 
@@ -64,15 +69,11 @@ def write(options: argparse.Namespace) -> None:
     sampling = Sampling(options.temperature, options.top_p, options.top_k, options.guidance)
     _check(options)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    _check_device(device)
     model, vocabulary = load_model(options.folder, device=device)
     about = ModelFolder.read(options.folder)
     tokenizers = about.tokenizers(vocabulary, options.tokenizers)
-    draws = options.mode in ("image", "interleaved")
-    if draws and tokenizers.image is not None and not tokenizers.image.decodes:
-        raise ValueError(
-            f"--mode {options.mode} writes images, and the image tokenizer has no decoder: import "
-            "one that has (vqgan.ckpt, docs/data.md), or write --mode text"
-        )
+    _check_mode(options.mode, tokenizers)
     works = _works(options, tokenizers, about.seq_len)
     options.out.mkdir(parents=True, exist_ok=True)
     with atomic_write(options.out / RESULTS) as file:
@@ -86,20 +87,33 @@ def write(options: argparse.Namespace) -> None:
                 mode=options.mode,
                 sampling=sampling,
                 seeds=[work.seed for work in batch],
+                unused=tokenizers.unused,
             )
             for work, tokens in zip(batch, written, strict=True):
                 segments = to_segments(tokens, tokenizers, options.out, work.stem)
                 whole = tokens[-1:] == [vocabulary.eos] or options.mode in BLOCKS
                 file.write(_line(options, work, segments, len(tokens), whole))
-                print(f"{work.stem}: {_shown(segments)}{'' if whole else ' …'}", flush=True)
-    print(f"{len(works)} documents in {options.out / RESULTS}")
+                _tell(f"{work.stem}: {_shown(segments)}{'' if whole else ' …'}")
+    _tell(f"{len(works)} documents in {options.out / RESULTS}")
+
+
+def _tell(line: str) -> None:
+    """Print ``line``, as far as the console can show it; a closed console costs no results."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    text = printable(line, keep="\n\t").encode(encoding, "backslashreplace").decode(encoding)
+    try:
+        print(text, flush=True)
+    except OSError:  # what follows goes nowhere, and neither does what Python flushes at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _check(options: argparse.Namespace) -> None:
     """Raises ``ValueError`` for what is wrong before anything is loaded."""
-    for name in ("batch_size", "samples"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+    for name in ("batch_size", "samples", "new_tokens"):
+        value = getattr(options, name)
+        if value is not None and not 1 <= value <= MOST:
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{option} ({value}) must lie in [1, {MOST}]; give another number")
     if options.segments and options.prompts:
         raise ValueError(
             "--prompts and --prompt, --image or --speech were given; give one or the other"
@@ -117,6 +131,34 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(f"{options.folder} is no folder; give a run, a checkpoint or an export")
 
 
+def _check_device(name: str) -> None:
+    """Raises ``ValueError`` for a device that this machine does not have."""
+    import torch
+
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition(_NEWLINE)[0]
+        raise ValueError(f"--device ({name}) cannot be used: {reason}; give another") from error
+
+
+def _check_mode(mode: str, tokenizers: Any) -> None:
+    """Raises ``ValueError`` where what is written could not be turned into files."""
+    media = {medium.modality.label for medium in tokenizers.vocabulary.media}
+    for label in media & ({"image", "speech"} if mode == "interleaved" else {mode}):
+        tokenizer = getattr(tokenizers, label)
+        if tokenizer is None:
+            raise ValueError(
+                f"--mode {mode} writes {label} codes, and there is no {label} tokenizer to turn "
+                "them into files; write --mode text"
+            )
+        if label == "image" and not tokenizer.decodes:
+            raise ValueError(
+                f"--mode {mode} writes images, and the image tokenizer has no decoder: import "
+                "one that has (vqgan.ckpt, docs/data.md), or write --mode text"
+            )
+
+
 def _works(options: argparse.Namespace, tokenizers: Any, seq_len: int | None) -> list[Work]:
     """All documents to write; raises ``ValueError`` for prompts that cannot be read or continued.
 
@@ -127,7 +169,10 @@ def _works(options: argparse.Namespace, tokenizers: Any, seq_len: int | None) ->
     documents = read_prompts(options.prompts) if options.prompts else [options.segments or []]
     works = []
     for number, segments in enumerate(documents):
-        tokens = to_tokens(segments, tokenizers)
+        try:
+            tokens = to_tokens(segments, tokenizers)
+        except ValueError as error:
+            raise ValueError(f"prompt {number}: {error}") from error
         room = _room(options, tokenizers.vocabulary, number, len(tokens), seq_len)
         for sample in range(options.samples):
             seed = zlib.crc32(f"{options.seed}:{number}:{sample}".encode())
@@ -175,7 +220,8 @@ def _line(
         "tokens": tokens,
         "ended": whole,
     }
-    return json.dumps(fields, ensure_ascii=False).encode() + b"\n"
+    # names of files may hold bytes that are no UTF-8
+    return json.dumps(fields, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
 
 
 def _shown(segments: list[dict[str, str]]) -> str:

@@ -14,6 +14,8 @@ documents.
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from earlyfuse.data.tokenizers.image import ImageTokenizer, load_image_tokenizer
 from earlyfuse.data.tokenizers.speech_kmeans import SpeechTokenizer
 from earlyfuse.data.tokenizers.text import TextTokenizer
@@ -23,6 +25,7 @@ from earlyfuse.models.modality import MediaCodes, Modality, Vocabulary
 TEXT_FILES = ("text.model", "text.json")
 IMAGE_FILE, SPEECH_FILE = "image.safetensors", "speech.safetensors"
 VOCABULARY_FILE = "vocabulary.json"
+_COPY = "copy it again from where the tokenizers were made"
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,21 @@ class Tokenizers:
         if self.speech is not None:
             hashes[Modality.SPEECH.label] = self.speech.sha256
         return hashes
+
+    @property
+    def unused(self) -> list[int]:
+        """Text ids that no document has: padding rows of a model's embedding, image codes of the
+        text tokenizer where the vocabulary has no images.
+        """
+        ids = torch.arange(self.vocabulary.size)
+        sentinels = {self.vocabulary.bos, self.vocabulary.eos, self.vocabulary.pad}
+        sentinels |= {s for medium in self.vocabulary.media for s in (medium.begin, medium.end)}
+        return [
+            token
+            for token in ids[self.vocabulary.modality_of(ids) == Modality.TEXT].tolist()
+            if (token >= self.text.pieces or token in self.text.image_codes)
+            and token not in sentinels
+        ]
 
 
 def text_file(folder: Path) -> Path:
@@ -126,6 +144,13 @@ def _check_fit(
             f"the text tokenizer has {text.pieces} ids, the vocabulary {vocabulary.size}; they "
             "must come from one checkpoint"
         )
+    for name, token in (("bos", vocabulary.bos), ("eos", vocabulary.eos)):
+        if token < text.pieces and token not in text.reserved:
+            raise ValueError(
+                f"{name} ({token}) of the vocabulary is a piece of text for the text tokenizer, so "
+                "that any text could begin or end a document; name another in vocabulary.json, or "
+                f"{name}_token in the tokenizer_config.json that the tokenizer came with"
+            )
     media = {medium.modality: medium for medium in vocabulary.media}
     if image is not None:
         medium = media.get(Modality.IMAGE)

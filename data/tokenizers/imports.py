@@ -1,29 +1,31 @@
 """Tokenizers of Chameleon and other public checkpoints → a tokenizers folder of ours.
 
 ``import_text`` and ``import_vq`` write the tokenizers, ``import_vocabulary`` the layout of ids that
-the checkpoint's embedding rows have. Each says whether the source had any, raises ``ValueError``
+the checkpoint's embedding rows have; ``with_sentinels_of`` agrees a model's vocabulary with its
+text tokenizer. Each import says whether the source had any, raises ``ValueError``
 with the reason where it cannot be taken over exactly, and writes a whole file or nothing. Their
 readers are vq_files.py, text_json.py and vocabulary_map.py.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from earlyfuse.data.atomic import atomic_write_json
+from earlyfuse.data.json_files import JsonObject, read_json
 from earlyfuse.data.tokenizers import IMAGE_FILE, VOCABULARY_FILE
-from earlyfuse.data.tokenizers.image import save_image_tokenizer
+from earlyfuse.data.tokenizers.image import LARGEST_CODEBOOK, save_image_tokenizer
 from earlyfuse.data.tokenizers.image_chameleon import ChameleonTokenizer, shape_of
 from earlyfuse.data.tokenizers.text import TextTokenizer
-from earlyfuse.data.tokenizers.text_json import token_ids
+from earlyfuse.data.tokenizers.text_json import LARGEST_ID, token_ids
 from earlyfuse.data.tokenizers.vocabulary_map import code_range, image_code_ids
 from earlyfuse.data.tokenizers.vq_files import (
+    REMEDY,
     VQFiles,
     find_vq,
     read_config,
-    read_json,
     tokenizer_folders,
     vq_config,
 )
@@ -37,7 +39,9 @@ _SENTINELS = {"bos": "<s>", "pad": "<pad>", "eos": "</s>"}
 _BEGIN, _END = "<racm3:break>", "<eoss>"
 _LANCZOS = 1
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_SIDES = ("height", "width")
 _SHOWN = 5
+_MOST_LEVELS, _MOST_BLOCKS = 12, 64  # of a VQ-GAN; the released one has 5 levels of 2 blocks
 
 
 def import_text(source: Path, destination: Path) -> bool:
@@ -75,13 +79,65 @@ def import_vq(source: Path, destination: Path) -> bool:
 
 
 def import_vocabulary(source: Path, destination: Path) -> bool:
-    """Write ``vocabulary.json`` from the source's map; false if it names no image codes.
+    """Write ``vocabulary.json`` from the source's map of image codes, or for a model of text alone
+    from its text tokenizer and the ``vocab_size`` of its config; false where there is neither.
 
     All ids of the checkpoint count, also rows of its embedding that no token uses.
     """
     tokens = vocabulary_map(source)
-    if tokens is None or not image_code_ids(tokens):
+    if tokens is not None and image_code_ids(tokens):
+        vocabulary = _mixed_vocabulary(source, tokens)
+    elif (rows := _rows(read_config(source))) and (path := _text_path(source)) is not None:
+        vocabulary = with_sentinels_of(TextTokenizer.load(path), Vocabulary(rows, 0, 0, 0))
+    else:
         return False
+    save_vocabulary(vocabulary, destination)
+    return True
+
+
+def save_vocabulary(vocabulary: Vocabulary, destination: Path) -> None:
+    """Write ``vocabulary.json`` into the folder ``destination``."""
+    destination.mkdir(parents=True, exist_ok=True)
+    atomic_write_json(destination / VOCABULARY_FILE, vocabulary.to_dict())
+
+
+def with_sentinels_of(text: TextTokenizer, vocabulary: Vocabulary) -> Vocabulary:
+    """``vocabulary`` with begin, end and padding of documents as the tokenizer ``text`` names them.
+
+    What it does not name stays, unless ``text`` uses that id for text: then the end of a document
+    also begins and pads it. Raises ``ValueError`` where nothing names the end.
+    """
+    named = {
+        name: token
+        for name, token in (("bos", text.bos), ("eos", text.eos), ("pad", text.pad))
+        if token < text.pieces  # else an id of ours behind the pieces, which has no trained row
+    }
+    for name in ("eos", "bos", "pad"):
+        if name not in named:
+            stays = getattr(vocabulary, name)
+            spelled = stays < text.pieces and stays not in text.reserved
+            if spelled and name == "eos":
+                raise ValueError(
+                    "the text tokenizer names no end of a document, and that of the model's "
+                    f"config, eos_token_id ({stays}), is a piece of text; add eos_token to the "
+                    "tokenizer_config.json beside it"
+                )
+            named[name] = named["eos"] if spelled else stays
+    return replace(vocabulary, **named)
+
+
+def _rows(config: JsonObject) -> int:
+    """Rows of the embedding as config.json says, ``mamba_ssm``'s padding included; 0 if it does
+    not.
+    """
+    size = config.field("vocab_size", int, default=0, least=0, most=LARGEST_ID)
+    padded = 8 if "d_model" in config and "model_type" not in config else 1
+    multiple = config.field("pad_vocab_size_multiple", int, default=padded, least=1)
+    return -(-size // multiple) * multiple
+
+
+def _mixed_vocabulary(source: Path, tokens: dict[str, int]) -> Vocabulary:
+    """That of a vocabulary map with image codes."""
     missing = [name for name in (*_SENTINELS.values(), _BEGIN, _END) if name not in tokens]
     if missing:
         raise ValueError(
@@ -93,26 +149,21 @@ def import_vocabulary(source: Path, destination: Path) -> bool:
     start, _ = code_range(tokens, codes)
     block = (settings["image_size"] // shape_of(settings).factor) ** 2
     medium = MediaCodes(Modality.IMAGE, start, codes, tokens[_BEGIN], tokens[_END], block)
-    size = read_config(source).get("vocab_size", max(tokens.values()) + 1)
+    size = _rows(read_config(source)) or max(tokens.values()) + 1
     sentinels = {field: tokens[name] for field, name in _SENTINELS.items()}
-    vocabulary = Vocabulary(size=size, media=(medium,), **sentinels)
-    destination.mkdir(parents=True, exist_ok=True)
-    atomic_write_json(destination / VOCABULARY_FILE, vocabulary.to_dict())
-    return True
+    return Vocabulary(size=size, media=(medium,), **sentinels)
 
 
 def vocabulary_map(source: Path) -> dict[str, int] | None:
     """Token → id: ``vocabulary_map`` of config.json, else what the text tokenizer's JSON holds."""
-    told = read_config(source).get("vocabulary_map")
-    if told:
-        return told
+    config = read_config(source)
+    if config.field("vocabulary_map", dict, default={}):
+        told = config.object("vocabulary_map")
+        return {name: told.field(name, int, least=0, most=LARGEST_ID) for name in told.values}
     path = _text_path(source)
     if path is None or path.suffix != ".json":
         return None
-    try:
-        return token_ids(read_json(path))
-    except ValueError as error:
-        raise ValueError(f"{path} is no Hugging Face tokenizer.json: {error}") from error
+    return token_ids(read_json(path, REMEDY))
 
 
 def _text_path(source: Path) -> Path | None:
@@ -120,66 +171,87 @@ def _text_path(source: Path) -> Path | None:
     return next((path for path in places if path.exists()), None)
 
 
-def _settings(source: Path, config: dict[str, Any], decoder: bool) -> dict[str, Any]:
+def _settings(source: Path, config: JsonObject, decoder: bool) -> dict[str, Any]:
     """Settings of ``ChameleonTokenizer``. ``ValueError`` on what Chameleon's VQ-GAN cannot be."""
-    if config["double_latent"] or config["in_channels"] != 3:
-        raise ValueError(
-            f"vq_config of {source}: double_latent ({config['double_latent']}) must be false and "
-            f"in_channels ({config['in_channels']}) 3; this is another kind of autoencoder"
-        )
-    attends = config["attn_type"] == "vanilla"
-    levels = range(len(config["channel_multiplier"]))
+
+    def size(name: str, most: int = 1 << 14) -> int:
+        return config.field(name, int, least=1, most=most)
+
+    config.field("double_latent", bool, choices=(False,))
+    config.field("in_channels", int, choices=(3,))
+    multipliers = config.items("channel_multiplier", int)
+    if not 1 <= len(multipliers) <= _MOST_LEVELS or not all(0 < m < 1 << 10 for m in multipliers):
+        raise config.wrong("channel_multiplier", f"must be 1 to {_MOST_LEVELS} small numbers")
+    attends = config.field("attn_type", str) == "vanilla"
+    resolution = size("resolution")
+    listed = config.items("attn_resolutions", int) if config.values["attn_resolutions"] else []
     attention = [
-        level
-        for level in levels
-        if attends and config["resolution"] // 2**level in (config["attn_resolutions"] or ())
+        level for level in range(len(multipliers)) if attends and resolution // 2**level in listed
     ]
     return {
-        "codes": config["num_embeddings"],
-        "embed": config["embed_dim"],
-        "latent": config["latent_channels"],
-        "width": config["base_channels"],
-        "multipliers": list(config["channel_multiplier"]),
-        "blocks": config["num_res_blocks"],
+        "codes": size("num_embeddings", LARGEST_CODEBOOK),
+        "embed": size("embed_dim"),
+        "latent": size("latent_channels"),
+        "width": size("base_channels"),
+        "multipliers": multipliers,
+        "blocks": size("num_res_blocks", most=_MOST_BLOCKS),
         "attention": attention,
         "middle_attention": attends,
         "decoder": decoder,
-        **_pixel_settings(source, config["resolution"]),
+        **_pixel_settings(source, resolution),
     }
 
 
 def _pixel_settings(source: Path, resolution: int) -> dict[str, Any]:
     """How images become the network's input: as preprocessor_config.json says, else as Meta's."""
-    path, fields = source / "preprocessor_config.json", None
-    if path.exists():
-        fields = read_json(path)
+    fields: JsonObject | None = None
+    if (source / "preprocessor_config.json").exists():
+        fields = read_json(source / "preprocessor_config.json", REMEDY)
     elif (source / "processor_config.json").exists():
-        path = source / "processor_config.json"
-        fields = read_json(path).get("image_processor")
+        whole = read_json(source / "processor_config.json", REMEDY)
+        fields = whole.object("image_processor") if whole.values.get("image_processor") else None
     if fields is None:
         scaled = {"scale": 2 / 255, "mean": 1.0, "std": 1.0}
         return {"image_size": resolution, **scaled, "long_side": "round"}
-    crop, size = fields.get("crop_size", 512), fields.get("size", 512)
-    sides = set(crop.values()) if isinstance(crop, dict) else {crop}
-    short = size.get("shortest_edge") if isinstance(size, dict) else size
-    mean, std = (np.unique(fields.get(f"image_{name}", 1.0)) for name in ("mean", "std"))
+    short, crop = _sides(fields, "size", ("shortest_edge",)), _sides(fields, "crop_size", _SIDES)
     steps = [f"do_{step}" for step in ("resize", "center_crop", "rescale", "normalize")]
-    usual = all(fields.get(step, True) for step in steps)
-    if sides != {short} or not usual or fields.get("resample", _LANCZOS) != _LANCZOS:
+    usual = all(fields.field(step, bool, default=True) for step in steps)
+    resample = fields.field("resample", int, default=_LANCZOS)
+    if len(short) != 1 or crop != short or not usual or resample != _LANCZOS:
         raise ValueError(
-            f"{path} must resize the shorter side by Lanczos (resample {_LANCZOS}) to what it "
-            f"crops to, and scale; it has size {size}, crop_size {crop}, resample "
-            f"{fields.get('resample')}. Other preparations are not offered"
+            f"{fields.where} must resize the shorter side by Lanczos (resample {_LANCZOS}) to what "
+            f"it crops to, and scale; it has size {sorted(short)}, crop_size {sorted(crop)}, "
+            f"resample {resample}. Other preparations are not offered"
         )
-    if len(mean) != 1 or len(std) != 1:
-        raise ValueError(f"{path}: image_mean and image_std must be equal in all channels")
+    std = _of_all_channels(fields, "image_std")
+    if std == 0:
+        raise fields.wrong("image_std", "must not be 0")
     return {
-        "image_size": short,
-        "scale": fields.get("rescale_factor", 0.0078),  # the default there, as is 512 above
-        "mean": float(mean[0]),
-        "std": float(std[0]),
+        "image_size": short.pop(),
+        # the default there, as is 512 above
+        "scale": fields.field("rescale_factor", float, default=0.0078),
+        "mean": _of_all_channels(fields, "image_mean"),
+        "std": std,
         "long_side": "floor",
     }
+
+
+def _sides(fields: JsonObject, name: str, keys: tuple[str, ...]) -> set[int]:
+    """The different sides that ``name`` states: a number, or an object with ``keys``."""
+    if not isinstance(fields.values.get(name), dict):
+        return {fields.field(name, int, default=512, least=1, most=1 << 14)}
+    sides = fields.object(name)
+    sides.check_names(keys)
+    return {sides.field(side, int, least=1, most=1 << 14) for side in keys}
+
+
+def _of_all_channels(fields: JsonObject, name: str) -> float:
+    if isinstance(fields.values.get(name), list):
+        values = set(fields.items(name, float))
+        if len(values) == 1:
+            return float(values.pop())
+        raise fields.wrong(name, "must be equal in all channels")
+    return fields.field(name, float, default=1.0)
 
 
 def _checked(found: VQFiles, net: VQGAN) -> dict[str, torch.Tensor]:

@@ -90,7 +90,8 @@ class TextTokenizer:
         path = Path(path)
         model = path.read_bytes()
         try:
-            return cls(with_sentinels(model, path.parent) if is_json(model) else model, speech)
+            as_json = is_json(model) or path.suffix == ".json"
+            return cls(with_sentinels(model, path.parent) if as_json else model, speech)
         except (RuntimeError, ValueError) as error:
             raise ValueError(
                 f"text tokenizer ({path}) must be a sentencepiece .model file or a Hugging Face "

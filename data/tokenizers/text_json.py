@@ -14,14 +14,18 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from earlyfuse.data.json_files import JsonObject, load_json, read_json
 from earlyfuse.data.tokenizers.vocabulary_map import image_code_ids
 
 KEY = "earlyfuse"
-# names that tell sentinels where no tokenizer_config.json does; those of images only as a pair
+LARGEST_ID = 1 << 24  # of a token; a vocabulary has a row for each
+_REMEDY = "it is damaged or cut; copy it again"
+# names that tell sentinels where no tokenizer_config.json does; those of images only as a pair.
+# GPT-2 and GPT-NeoX begin and end documents with one token
 _NAMES = {
-    "bos": ("<s>", "<|begin_of_text|>", "<bos>"),
-    "eos": ("</s>", "<|end_of_text|>", "<eos>"),
-    "pad": ("<pad>",),
+    "bos": ("<s>", "<|begin_of_text|>", "<bos>", "<|endoftext|>"),
+    "eos": ("</s>", "<|end_of_text|>", "<eos>", "<|endoftext|>"),
+    "pad": ("<pad>", "<|padding|>"),
 }
 _IMAGE_NAMES = (("<racm3:break>", "<eoss>"), ("<image>", "</image>"))
 _CONFIG_NAMES = {
@@ -43,25 +47,22 @@ class JsonPieces:
 
     def __init__(self, content: bytes) -> None:
         fields = _parse(content)
-        marked = fields.pop(KEY, None)
-        try:
-            tokens = token_ids(fields)
-            self.image_codes = frozenset(image_code_ids(tokens).values())
-            names = marked or sentinel_names(tokens, {})
-            self.sentinels = {key: tokens[name] for key, name in names.items() if name in tokens}
-            out_of_text = self.image_codes | set(self.sentinels.values())
-            for added in fields.get("added_tokens") or []:
-                added["special"] = added.get("special", False) or added["id"] in out_of_text
-            special = {a["id"] for a in fields.get("added_tokens") or [] if a["special"]}
-            fields["truncation"] = fields["padding"] = None  # of whoever saved it, not of ours
-            self._tokenizer = Tokenizer.from_str(json.dumps(fields))
-        except Exception as error:  # bare Exception is what the package raises
-            raise ValueError(f"it is no Hugging Face tokenizer.json: {error!r}") from error
+        tokens = token_ids(fields)
+        names = _marked(fields) if KEY in fields else sentinel_names(tokens, {})
+        self.image_codes = frozenset(image_code_ids(tokens).values())
+        self.sentinels = {key: tokens[name] for key, name in names.items() if name in tokens}
+        self._silent = frozenset(self.sentinels.values())
+        out_of_text = self.image_codes | self._silent
+        added = [token.values for token in _added(fields)]
+        for token in added:
+            token["special"] = token.get("special", False) or token["id"] in out_of_text
+        special = {token["id"] for token in added if token["special"]}
+        theirs = {name: value for name, value in fields.values.items() if name != KEY}
+        # cutting and filling were for whoever saved it
+        self._tokenizer = _built({**theirs, "truncation": None, "padding": None})
         self._tokenizer.encode_special_tokens = True  # that is: as the text that they are
         self.size = max(tokens.values()) + 1
-        self._silent = frozenset(self.sentinels.values())
-        self.reserved = frozenset(special) | self.image_codes | self._silent
-        self.reserved -= {_unknown(fields["model"])}
+        self.reserved = (special | self.image_codes) - {_unknown(fields)} | self._silent
 
     def encode(self, text: str) -> list[int]:
         """Ids of ``text``. ``ValueError`` where it holds a reserved token as a whole word."""
@@ -95,9 +96,9 @@ def with_sentinels(content: bytes, folder: Path) -> bytes:
     config: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).exists():
-            config |= _parse((folder / name).read_bytes())
-    fields[KEY] = sentinel_names(token_ids(fields), config)
-    return json.dumps(fields, ensure_ascii=False).encode() + b"\n"
+            config |= read_json(folder / name, _REMEDY).values
+    named = {KEY: sentinel_names(token_ids(fields), config)}
+    return json.dumps({**fields.values, **named}, ensure_ascii=False).encode() + b"\n"
 
 
 def sentinel_names(tokens: dict[str, int], config: dict[str, Any]) -> dict[str, str]:
@@ -121,33 +122,55 @@ def sentinel_names(tokens: dict[str, int], config: dict[str, Any]) -> dict[str, 
     return names
 
 
-def token_ids(fields: dict[str, Any]) -> dict[str, int]:
-    """Name → id of all tokens of a parsed ``tokenizer.json``, added ones included.
+def token_ids(fields: JsonObject) -> dict[str, int]:
+    """Name → id of all tokens of a ``tokenizer.json``, added ones included.
 
-    Raises ``ValueError`` where it lists none.
+    Raises ``ValueError`` where it lists none, or one whose id can be none.
     """
+    model = fields.object("model")
+    if isinstance(model.values.get("vocab"), list):  # Unigram: (piece, score) by id
+        pieces = model.items("vocab", list)
+        if not all(piece and isinstance(piece[0], str) for piece in pieces):
+            raise model.wrong("vocab", "must list pairs of a piece and its score")
+        tokens = {piece[0]: number for number, piece in enumerate(pieces)}
+    else:
+        listed = model.object("vocab")
+        tokens = {name: _id(listed, name) for name in listed.values}
+    tokens |= {added.field("content", str): _id(added, "id") for added in _added(fields)}
+    if not tokens:
+        raise model.wrong("vocab", "must list tokens, and is empty")
+    return tokens
+
+
+def _id(fields: JsonObject, name: str) -> int:
+    return fields.field(name, int, least=0, most=LARGEST_ID)
+
+
+def _added(fields: JsonObject) -> list[JsonObject]:
+    return fields.objects("added_tokens") if fields.values.get("added_tokens") else []
+
+
+def _marked(fields: JsonObject) -> dict[str, str]:
+    names = fields.object(KEY)
+    return {name: names.field(name, str) for name in names.values}
+
+
+def _built(fields: dict[str, Any]) -> Tokenizer:
     try:
-        vocabulary = fields["model"]["vocab"]
-        if isinstance(vocabulary, list):  # Unigram: (piece, score) by id
-            vocabulary = {piece: number for number, (piece, _) in enumerate(vocabulary)}
-        added = {added["content"]: added["id"] for added in fields.get("added_tokens") or []}
-        return {**vocabulary, **added}
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"it must list its tokens in model.vocab: {error!r}") from error
+        return Tokenizer.from_str(json.dumps(fields))
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # Exception is what the package raises, or its Rust panics
+        raise ValueError(f"it is no Hugging Face tokenizer.json: {error}; {_REMEDY}") from error
 
 
-def _unknown(model: dict[str, Any]) -> int | None:
+def _unknown(fields: JsonObject) -> int | None:
     """The id for characters that the model does not know; text may hold those."""
+    model = fields.values["model"]
     if "unk_id" in model:
         return model["unk_id"]
     return model["vocab"].get(model.get("unk_token")) if isinstance(model["vocab"], dict) else None
 
 
-def _parse(content: bytes) -> dict[str, Any]:
-    try:
-        fields = json.loads(content)
-        if not isinstance(fields, dict):
-            raise TypeError(type(fields).__name__)
-        return fields
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"it must hold one JSON object; it is damaged or cut: {error}") from error
+def _parse(content: bytes) -> JsonObject:
+    return JsonObject.of(load_json(content, "its JSON", _REMEDY), "its JSON", _REMEDY)

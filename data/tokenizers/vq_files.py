@@ -6,8 +6,6 @@
   ``vq_config`` in config.json; or a folder of the VQ-GAN alone, as ``ChameleonVQVAE`` saves it.
 """
 
-import json
-import pickle
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +15,11 @@ import torch
 import yaml
 from safetensors import SafetensorError, safe_open
 
+from earlyfuse.data.json_files import JsonObject, read_json, shown
+
 CHECKPOINT = "vqgan.ckpt"
+REMEDY = "correct it, or copy it again"
+_LONGEST_YAML = 1 << 16  # bytes; that of the released models has about 700
 _ALONE = "chameleon_vqgan"
 _PREFIXES = ("model.vqmodel.", "vqmodel.")
 # of training: losses with their discriminator, moving averages, counters
@@ -51,7 +53,7 @@ class VQFiles:
 
     origin: Path
     tensors: dict[str, torch.Tensor]
-    config: dict[str, Any]
+    config: JsonObject
 
 
 def find_vq(source: Path) -> VQFiles | None:
@@ -60,18 +62,25 @@ def find_vq(source: Path) -> VQFiles | None:
     checkpoint = _checkpoint(source)
     if checkpoint is not None:
         return VQFiles(checkpoint, _checkpoint_tensors(checkpoint), config)
-    tensors = _safetensors(source, alone=read_config(source).get("model_type") == _ALONE)
+    tensors = _safetensors(source, alone=_is_alone(read_config(source)))
     return VQFiles(source, tensors, config) if tensors else None
 
 
-def vq_config(source: Path) -> dict[str, Any]:
+def vq_config(source: Path) -> JsonObject:
     """Sizes under Hugging Face's names, from vqgan.yaml or config.json; else the released ones."""
     checkpoint = _checkpoint(source)
     if checkpoint is not None and checkpoint.with_suffix(".yaml").exists():
-        return {**_RELEASED, **_read_yaml(checkpoint.with_suffix(".yaml"))}
+        path = checkpoint.with_suffix(".yaml")
+        return JsonObject(_RELEASED | _read_yaml(path), str(path), REMEDY)
     config = read_config(source)
-    told = config if config.get("model_type") == _ALONE else config.get("vq_config") or {}
-    return {**_RELEASED, **told}
+    told = config if _is_alone(config) else config.object("vq_config", default={})
+    given = {name: value for name, value in told.values.items() if value is not None}
+    return JsonObject(_RELEASED | given, told.where, REMEDY)
+
+
+def _is_alone(config: JsonObject) -> bool:
+    """Whether the folder is of a VQ-GAN by itself."""
+    return config.values.get("model_type") == _ALONE
 
 
 def tokenizer_folders(source: Path) -> list[Path]:
@@ -95,7 +104,7 @@ def _checkpoint_tensors(path: Path) -> dict[str, torch.Tensor]:
         # old files are no archives, and cannot be mapped
         mapped = zipfile.is_zipfile(path)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError) as error:
+    except Exception as error:  # damage makes the unpickler raise anything
         reason = str(error).partition("\n")[0]
         raise ValueError(
             f"{path} cannot be read as a checkpoint of tensors alone ({reason}): it is damaged, "
@@ -103,7 +112,9 @@ def _checkpoint_tensors(path: Path) -> dict[str, torch.Tensor]:
             "origin, save its state_dict alone with torch.save({'state_dict': …}) and use that file"
         ) from error
     tensors = content.get("state_dict", content) if isinstance(content, dict) else None
-    if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and torch.is_tensor(tensor) for name, tensor in tensors.items()
+    ):
         raise ValueError(f"{path} must hold a state_dict of tensors; it is another kind of file")
     return {name: tensor for name, tensor in tensors.items() if not name.startswith(_OF_TRAINING)}
 
@@ -112,9 +123,13 @@ def _safetensors(source: Path, alone: bool) -> dict[str, torch.Tensor]:
     """Tensors below the VQ-GAN's prefix; only the files that hold some are opened."""
     index, single = source / "model.safetensors.index.json", source / "model.safetensors"
     if index.exists():
-        files = read_json(index).get("weight_map")
-        if not isinstance(files, dict):
-            raise ValueError(f"{index} must hold a weight_map; it is damaged")
+        places = read_json(index, REMEDY).object("weight_map")
+        files = {name: places.field(name, str) for name in places.values}
+        if single.exists() and set(files.values()) != {single.name}:
+            raise ValueError(
+                f"{source} holds {single.name} and {index.name}, which names other files; remove "
+                "the one that is not the model"
+            )
     elif single.exists():
         files = dict.fromkeys(_open(single).keys(), single.name)
     else:
@@ -134,7 +149,10 @@ def _safetensors(source: Path, alone: bool) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
     for file in sorted({files[name] for name in inside}):
         if Path(file).name != file or not (source / file).exists():
-            raise ValueError(f"{index} names the file {file!r}, which is not in {source}")
+            raise ValueError(
+                f"{index}: weight_map names the file {shown(file)}, which is not in its folder; "
+                "copy it there"
+            )
         reader = _open(source / file)
         for name in reader.keys():  # noqa: SIM118
             if name in inside:
@@ -152,29 +170,36 @@ def _open(path: Path) -> Any:
         ) from error
 
 
+class _PlainYaml(yaml.SafeLoader):
+    """Plain values without aliases, of which a small file could make large values."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it has aliases")
+        return super().compose_node(parent, index)
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        content = file.read(_LONGEST_YAML + 1)
     try:
-        params = yaml.safe_load(path.read_bytes())["model"]["params"]
+        if len(content) > _LONGEST_YAML:
+            raise ValueError(f"it is larger than {_LONGEST_YAML:,} bytes")
+        params = yaml.load(content, _PlainYaml)["model"]["params"]
         fields = {key: params[key] for key in ("embed_dim", "n_embed")} | params["ddconfig"]
-    except (yaml.YAMLError, KeyError, TypeError) as error:
+        return {_YAML_NAMES.get(name, name): value for name, value in fields.items()}
+    except (yaml.YAMLError, ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = shown(" ".join(str(error).split()))
         raise ValueError(
-            f"{path} must hold model.params with embed_dim, n_embed and ddconfig: {error!r}"
+            f"{path} must hold model.params with embed_dim, n_embed and ddconfig "
+            f"({type(error).__name__}: {reason}); {REMEDY}"
         ) from error
-    return {_YAML_NAMES.get(name, name): value for name, value in fields.items()}
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """An object. ``ValueError`` names a file that holds none."""
-    try:
-        fields = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON: {error}; it is damaged or cut short") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path} must hold a JSON object, not {type(fields).__name__}")
-    return fields
-
-
-def read_config(source: Path) -> dict[str, Any]:
-    """config.json of ``source``; empty where there is none."""
+def read_config(source: Path) -> JsonObject:
+    """config.json of ``source``, without fields that are null; empty where there is none."""
     path = source / "config.json"
-    return read_json(path) if path.exists() else {}
+    fields = read_json(path, REMEDY).values if path.exists() else {}
+    return JsonObject(
+        {name: value for name, value in fields.items() if value is not None}, str(path), REMEDY
+    )

@@ -34,7 +34,9 @@ class Sizes:
     def decoder(self) -> Decoder.Config:
         """Our config of it; ``ValueError`` if the sizes do not go together."""
         if self.dim % self.heads:
-            raise ValueError(f"dim ({self.dim}) must be a multiple of heads ({self.heads})")
+            raise ValueError(
+                f"dim ({self.dim}) must be a multiple of heads ({self.heads}); correct the config"
+            )
         layers = [
             Block.Config(
                 attention=Attention.Config(

@@ -13,9 +13,11 @@ from typing import Any
 
 from torchtitan.config import Configurable
 
+from earlyfuse.data.json_files import shown
 from earlyfuse.models.decoder import Decoder
 
 KIND = "kind"
+_LARGEST = (1 << 63) - 1  # of whole numbers
 # torchtitan's own fields of every module's config: callables and meshes, None in all our models
 _NOT_WRITTEN = ("param_init", "sharding_config")
 
@@ -77,12 +79,12 @@ def _plain(value: Any, name: str) -> Any:
 
 def _config(classes: tuple[type, ...], fields: Any, place: str) -> Any:
     if not isinstance(fields, dict) or KIND not in fields:
-        raise ValueError(f"{place} must be an object with a {KIND!r}, not {fields!r}")
+        raise ValueError(f"{place} must be an object with a {KIND!r}, not {shown(fields)}")
     by_kind = {_kind(cls): cls for cls in classes}
     if fields[KIND] not in by_kind:
         raise ValueError(
-            f"{place}.{KIND} ({fields[KIND]!r}) must be one of {sorted(by_kind)}; it was written "
-            "by another version of earlyfuse, or for another model"
+            f"{place}.{KIND} ({shown(fields[KIND])}) must be one of {sorted(by_kind)}; it was "
+            "written by another version of earlyfuse, or for another model"
         )
     cls = by_kind[fields[KIND]]
     hints = typing.get_type_hints(cls)
@@ -97,8 +99,8 @@ def _config(classes: tuple[type, ...], fields: Any, place: str) -> Any:
     missing = sorted(required - set(fields))
     if unknown or missing:
         raise ValueError(
-            f"{place} ({fields[KIND]}) has unknown fields {unknown} and lacks {missing}; it was "
-            "written by another version of earlyfuse: read it with that one"
+            f"{place} ({fields[KIND]}) has unknown fields {shown(unknown)} and lacks {missing}; it "
+            "was written by another version of earlyfuse: read it with that one"
         )
     return cls(
         **{
@@ -132,11 +134,14 @@ def _typed(hint: Any, value: Any, place: str) -> Any:
         return {key: _typed(arguments[1], item, f"{place}.{key}") for key, item in value.items()}
     elif origin is typing.Literal and value in arguments:
         return value
+    elif type(value) is int and abs(value) > _LARGEST:
+        raise ValueError(f"{place} ({shown(value)}) must be a number of at most {_LARGEST}")
     elif hint is float and type(value) in (int, float):
         return float(value)
     elif hint in (int, str, bool) and type(value) is hint:
         return value
-    raise ValueError(f"{place} ({value!r}) must be {hint}")
+    wanted = getattr(hint, "__name__", hint)
+    raise ValueError(f"{place} ({shown(value)}) must be {wanted}")
 
 
 def _is_config(hint: Any) -> bool:

@@ -11,14 +11,13 @@ file                              what it is
 ================================  =================================================================
 """
 
-import math
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
-from earlyfuse.data import json_files
+from earlyfuse.data.json_files import JsonObject, shown
+from earlyfuse.data.vocabulary import read_vocabulary
 from earlyfuse.models.decoder import Decoder
-from earlyfuse.models.modality import Vocabulary
+from earlyfuse.models.modality import Modality, Vocabulary
 from earlyfuse.models.state_dicts import decoder_config
 
 FORMAT, VERSION = "earlyfuse", 1
@@ -28,7 +27,9 @@ CONFIG, TOKENIZERS, VQ_FILE, HUGGINGFACE = (
     "vqmodel.safetensors",
     "huggingface",
 )
-_MOST_LAYERS, _LARGEST = 10_000, 10**9  # more is damage, and would be built before it is refused
+REMEDY = "correct it, or copy it again"  # what to do about a field that is wrong
+# more is damage, and would be built before it is refused
+_MOST_LAYERS, _LARGEST, _SMALLEST = 10_000, 10**9, 1e-9
 
 
 def describe(
@@ -45,46 +46,61 @@ def describe(
 
 
 def read_description(
-    raw: dict[str, Any], where: Path
+    raw: JsonObject,
 ) -> tuple[Decoder.Config, Vocabulary, dict[str, Any]]:
     """Inverse of ``describe``; ``ValueError`` if it was written by another version."""
-    if raw.get("version") != VERSION:
+    if raw.values.get("version") != VERSION:
         raise ValueError(
-            f"{where}: version ({raw.get('version')!r}) must be {VERSION}; read it with the "
-            "earlyfuse that wrote it"
+            f"{raw.where}: version ({shown(raw.values.get('version'))}) must be {VERSION}; read it "
+            "with the earlyfuse that wrote it"
         )
-    try:
-        vocabulary = Vocabulary.from_dict(raw["vocabulary"])
-        config = decoder_config.from_dict(raw["model"])
-        source = dict(raw["source"])
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{where} is no description of a model ({error!r})") from error
+    vocabulary = read_vocabulary(raw.object("vocabulary"))
+    config = read_decoder(raw.object("model"))
     if vocabulary.size != config.vocab_size:
         raise ValueError(
-            f"{where}: vocab_size of the model ({config.vocab_size}) must equal the size of its "
-            f"vocabulary ({vocabulary.size})"
+            f"{raw.where}: vocab_size of the model ({config.vocab_size}) must equal the size of "
+            f"its vocabulary ({vocabulary.size}); {raw.remedy}"
         )
-    return config, vocabulary, source
+    return config, vocabulary, dict(raw.object("source").values)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file; ``ValueError`` naming it if there is none."""
-    return json_files.read_json(path, "correct it, or copy it again").values
+def read_decoder(fields: JsonObject) -> Decoder.Config:
+    """The model in ``fields``; ``ValueError`` names the file and the field."""
+    where = fields.where.removesuffix(": model")  # the error names places in the model
+    fields.field("rope_theta", float, default=1.0, least=_SMALLEST)
+    known = {int(modality) for modality in Modality}
+    if not set(fields.items("modalities", int) if "modalities" in fields else ()) <= known:
+        raise fields.wrong("modalities", f"must be some of {sorted(known)}")
+    try:
+        return decoder_config.from_dict(fields.values)
+    except (ValueError, TypeError, ArithmeticError) as error:
+        raise ValueError(f"{where}: {error}; {fields.remedy}") from error
 
 
-def check_numbers(
-    given: Mapping[str, Any], names: Iterable[str], where: str = "config.json"
-) -> None:
+def refuse_others(given: JsonObject, wanted: Mapping[str, tuple[Any, Any]], reason: str) -> None:
+    """``ValueError`` for the first of ``wanted`` (name → value there, the only one we compute) that
+    differs.
+    """
+    for name, (value, ours) in wanted.items():
+        if value != ours:
+            raise ValueError(
+                f"{given.where}: {name} ({shown(value)}) must be {ours!r}: {reason}; such a model "
+                "cannot be converted"
+            )
+
+
+def without_nulls(raw: JsonObject, defaults: Mapping[str, Any]) -> JsonObject:
+    """``raw`` over ``defaults``; a field that is null has its default."""
+    given = {name: value for name, value in raw.values.items() if value is not None}
+    return JsonObject({**defaults, **given}, raw.where, raw.remedy)
+
+
+def check_numbers(given: JsonObject, names: Iterable[str]) -> None:
     """``ValueError`` unless all ``names`` are positive numbers of a possible size, whole but for
     ``expand`` and ``rope_theta``.
     """
     for name in names:
-        value: Any = given.get(name)
-        broken = name in ("expand", "rope_theta")
-        most = math.inf if broken else _MOST_LAYERS if "layer" in name else _LARGEST
-        number = type(value) is int or (broken and type(value) is float and math.isfinite(value))
-        if not number or not 0 < value <= most:
-            also = "" if broken else f", whole and at most {most:,}"
-            raise ValueError(
-                f"{where}: {name} ({value!r}) must be a positive number{also}; correct it"
-            )
+        if name in ("expand", "rope_theta"):
+            given.field(name, float, least=_SMALLEST, most=_LARGEST)
+        else:
+            given.field(name, int, least=1, most=_MOST_LAYERS if "layer" in name else _LARGEST)

@@ -22,14 +22,13 @@ import torch
 from torch import nn
 from torchtitan.protocols.module import Module
 
-from earlyfuse.data import json_files
+from earlyfuse.data.json_files import JsonObject, read_json, shown
 from earlyfuse.models.blocks.wide import wide_type
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.modality import Vocabulary
 from earlyfuse.models.precision import fp32_parameters
 from earlyfuse.models.routing.expert_choice import ExpertChoice
 from earlyfuse.models.state_dicts import (
-    decoder_config,
     huggingface,
     huggingface_mamba,
     mamba,
@@ -44,17 +43,27 @@ from earlyfuse.models.state_dicts.exported import (
     CONFIG,
     FORMAT,
     HUGGINGFACE,
+    REMEDY,
     VQ_FILE,
+    read_decoder,
     read_description,
-    read_json,
+    read_vocabulary,
 )
 from earlyfuse.models.state_dicts.manifest import MANIFEST, latest_checkpoint, read_manifest
 from earlyfuse.models.state_dicts.meta_files import MetaShards, shard_files
-from earlyfuse.models.state_dicts.recipes import Made, Recipes, Tensors, check, renamed
+from earlyfuse.models.state_dicts.recipes import (
+    Made,
+    Recipes,
+    Tensors,
+    check,
+    check_layers,
+    renamed,
+)
 from earlyfuse.models.state_dicts.safetensors_files import SafetensorsFiles, open_folder
 from earlyfuse.models.state_dicts.torch_files import TorchFiles
 
 RUN, PARAMS, CONSOLIDATE_PARAMS = "run.json", "params.json", "consolidate_params.json"
+_LONGEST_NAME = 256  # bytes, of a checkpoint
 _TEXT_TOKENIZER = "text_tokenizer.json"  # Meta's: in the model's folder, or tokenizer/ beside it
 HUGGINGFACE_FILES = (
     "generation_config.json",
@@ -98,16 +107,16 @@ def open_model(folder: str | Path) -> Opened:
     """
     folder = Path(folder)
     if (folder / RUN).is_file():
-        folder = _last_checkpoint(folder)
+        folder = last_checkpoint(folder)
     if (folder / METADATA).is_file():
         return _checkpoint(folder)
     if (folder / CONFIG).is_file():
-        raw = read_json(folder / CONFIG)
-        if raw.get("format") == FORMAT:
+        raw = read_json(folder / CONFIG, REMEDY)
+        if raw.values.get("format") == FORMAT:
             return _exported(folder, raw)
         if mamba_ssm.is_config(raw):
             return _mamba_ssm(folder, raw)
-        if raw.get("model_type") == huggingface_mamba.MODEL_TYPE:
+        if raw.values.get("model_type") == huggingface_mamba.MODEL_TYPE:
             return _huggingface_mamba(folder, raw)
         return _huggingface(folder, raw)
     if (folder / PARAMS).is_file():
@@ -122,9 +131,13 @@ def open_model(folder: str | Path) -> Opened:
 
 @contextmanager
 def _values_of(path: Path) -> Iterator[None]:
-    """Says of which file a value is that is of no kind that a model's could be."""
+    """Says of which file a value is that no model could have."""
     try:
         yield
+    except ValueError as error:
+        if path.name in str(error):
+            raise
+        raise ValueError(f"{path}: {error}") from error
     except (
         TypeError,
         AttributeError,
@@ -133,16 +146,18 @@ def _values_of(path: Path) -> Iterator[None]:
         ArithmeticError,
         RuntimeError,
     ) as error:
+        reason = shown(str(error))
         raise ValueError(
-            f"{path} has a value of another kind than its format ({error!r}); correct it, or copy "
-            "it again"
+            f"{path} has sizes of which no model can be made ({type(error).__name__}: {reason}); "
+            f"{REMEDY}"
         ) from error
 
 
-def _last_checkpoint(run: Path) -> Path:
-    described = json_files.read_json(run / RUN, "restore it, or give a checkpoint of the run")
-    root = run / described.object("config").object("checkpoint").field("folder", str)
-    return latest_checkpoint(root)
+def last_checkpoint(run: Path) -> Path:
+    """The checkpoint of a run that was completed last; ``ValueError`` if there is none."""
+    config = read_json(run / RUN, REMEDY).object("config", default={})
+    settings = config.object("checkpoint", default={})
+    return latest_checkpoint(run / settings.field("folder", str, default="checkpoint"))
 
 
 def _checkpoint(folder: Path) -> Opened:
@@ -151,19 +166,21 @@ def _checkpoint(folder: Path) -> Opened:
             f"{folder} is a checkpoint without {CONFIG}, which says what model it is of; copy it "
             "from another checkpoint of the same run"
         )
-    opened = _described(folder, read_json(folder / CONFIG), DcpFolder(folder))
+    opened = _described(folder, read_json(folder / CONFIG, REMEDY), DcpFolder(folder))
     if (folder / MANIFEST).is_file() and opened.source.get("format") == "checkpoint":
         opened.source["step"] = read_manifest(folder).step
     return replace(opened, format="checkpoint")
 
 
-def _exported(folder: Path, raw: dict[str, Any]) -> Opened:
+def _exported(folder: Path, raw: JsonObject) -> Opened:
     return _described(folder, raw, open_folder(folder))
 
 
-def _described(folder: Path, raw: dict[str, Any], tensors: Tensors) -> Opened:
-    config, vocabulary, source = read_description(raw, folder / CONFIG)
+def _described(folder: Path, raw: JsonObject, tensors: Tensors) -> Opened:
+    layers = raw.object("model").field("layers", list)
+    check_layers(len(layers), f"{raw.where}: layers", tensors.entries)
     with _values_of(folder / CONFIG):
+        config, vocabulary, source = read_description(raw)
         same = {name: renamed(name, shape) for name, shape in tensor_shapes(config).items()}
     check(same, tensors.entries, str(folder))
     beside = folder / HUGGINGFACE
@@ -174,22 +191,24 @@ def _described(folder: Path, raw: dict[str, Any], tensors: Tensors) -> Opened:
         vocabulary=vocabulary,
         tensors=Made(same, tensors),
         source=source,
-        carried=raw.get("carried", {}),
+        carried=dict(raw.object("carried", default={}).values),
         vq=SafetensorsFiles([folder / VQ_FILE]) if (folder / VQ_FILE).is_file() else None,
         files=sorted(beside.iterdir()) if beside.is_dir() else [],
     )
 
 
-def _huggingface(folder: Path, raw: dict[str, Any]) -> Opened:
+def _huggingface(folder: Path, raw: JsonObject) -> Opened:
+    huggingface.refuse_unknown(raw)
+    found = open_folder(folder)
+    _check_layers(raw, "num_hidden_layers", found)
     with _values_of(folder / CONFIG):
         config, vocabulary, remark = huggingface.read_config(raw)
-    found = open_folder(folder)
-    recipes = huggingface.import_recipes(config, raw, found.entries)
+        recipes = huggingface.import_recipes(config, raw, found.entries)
     of_vq = [name for name in found.entries if name.startswith(huggingface.VQ_PREFIX)]
     unused = [name for name in found.entries if name.endswith(huggingface.ROPE)]
     check(recipes, found.entries, str(folder), ignored=of_vq + unused)
     vq = {name: renamed(name, found.entries[name].shape) for name in of_vq}
-    carried = {} if huggingface.OURS in raw else {"huggingface": raw}
+    carried = {} if huggingface.OURS in raw else {"huggingface": raw.values}
     return Opened(
         format="huggingface",
         folder=folder,
@@ -204,10 +223,11 @@ def _huggingface(folder: Path, raw: dict[str, Any]) -> Opened:
     )
 
 
-def _huggingface_mamba(folder: Path, raw: dict[str, Any]) -> Opened:
+def _huggingface_mamba(folder: Path, raw: JsonObject) -> Opened:
+    found = open_folder(folder)
+    _check_layers(raw, "num_hidden_layers", found)
     with _values_of(folder / CONFIG):
         config, vocabulary = huggingface_mamba.read_config(raw)
-    found = open_folder(folder)
     names = (huggingface_mamba.EMBEDDINGS, huggingface_mamba.OLD_EMBEDDINGS)
     old = mamba.name_of(mamba.EMBEDDING, names[1]) in found.entries
     return _mamba(
@@ -224,14 +244,15 @@ def _huggingface_mamba(folder: Path, raw: dict[str, Any]) -> Opened:
     )
 
 
-def _mamba_ssm(folder: Path, raw: dict[str, Any]) -> Opened:
-    with _values_of(folder / CONFIG):
-        config, vocabulary, remark = mamba_ssm.read_config(raw)
+def _mamba_ssm(folder: Path, raw: JsonObject) -> Opened:
     path = folder / mamba_ssm.WEIGHTS
     found: Tensors = TorchFiles({"": path}) if path.is_file() else open_folder(folder)
+    _check_layers(raw, "n_layer", found)
+    with _values_of(folder / CONFIG):
+        config, vocabulary, remark = mamba_ssm.read_config(raw)
     beside = folder / mamba_ssm.OURS
     if beside.is_file():
-        written, vocabulary, _ = read_description(read_json(beside), beside)
+        written, vocabulary, _ = read_description(read_json(beside, REMEDY))
         config, remark = mamba.agreed(written, config, str(folder / CONFIG)), ""
     opened = _mamba(
         "mamba_ssm",
@@ -241,7 +262,7 @@ def _mamba_ssm(folder: Path, raw: dict[str, Any]) -> Opened:
         config,
         vocabulary,
         embedding=mamba_ssm.EMBEDDING,
-        tied=raw.get("tie_embeddings", True),
+        tied=mamba_ssm.is_tied(raw),
         conv_bias=mamba_ssm.has_conv_bias(raw),
         ours=beside.is_file(),
     )
@@ -251,7 +272,7 @@ def _mamba_ssm(folder: Path, raw: dict[str, Any]) -> Opened:
 def _mamba(
     kind: str,
     folder: Path,
-    raw: dict[str, Any],
+    raw: JsonObject,
     found: Tensors,
     config: Decoder.Config,
     vocabulary: Vocabulary,
@@ -273,7 +294,7 @@ def _mamba(
         vocabulary=vocabulary,
         tensors=Made(recipes, found),
         source={"format": kind},
-        carried={} if ours else {kind: raw},
+        carried={} if ours else {kind: raw.values},
         files=[folder / name for name in HUGGINGFACE_FILES if (folder / name).is_file()],
     )
 
@@ -282,30 +303,29 @@ def _meta(folder: Path) -> Opened:
     files = shard_files(folder)
     if not files:
         raise ValueError(f"{folder} has {PARAMS}, but no consolidated.*.pth")
-    params = read_json(folder / PARAMS)
+    params = read_json(folder / PARAMS, REMEDY)
     if (folder / CONSOLIDATE_PARAMS).is_file():
-        consolidated = read_json(folder / CONSOLIDATE_PARAMS)
-        told = consolidated.get("model_parallel_size", len(files))
+        consolidated = read_json(folder / CONSOLIDATE_PARAMS, REMEDY)
+        told = consolidated.values.get("model_parallel_size", len(files))
         if told != len(files):
             raise ValueError(
-                f"{folder}: {CONSOLIDATE_PARAMS} says model_parallel_size ({told!r}), which must "
-                f"be the number of consolidated files ({len(files)}); copy the missing ones"
+                f"{folder}: {CONSOLIDATE_PARAMS} says model_parallel_size ({shown(told)}), which "
+                f"must be the number of consolidated files ({len(files)}); copy the missing ones"
             )
-        params |= consolidated
+        params.values.update(consolidated.values)
     found = MetaShards(files)
     with _values_of(folder / PARAMS):
         sizes = meta.read_sizes(params, found.entries, len(files))
         config = sizes.decoder()
-    recipes: Recipes = meta.import_recipes(sizes, len(files))
+        recipes: Recipes = meta.import_recipes(sizes, len(files))
     check(recipes, found.entries, str(folder))
     vocabulary, remark = _meta_vocabulary(folder, params, sizes.vocab_size)
     if meta.OURS in params:
-        with _values_of(folder / PARAMS):
-            written = decoder_config.from_dict(params[meta.OURS]["model"])
+        written = read_decoder(params.object(meta.OURS).object("model"))
         if wrong := function_differences(written, config):
             raise ValueError(f"{folder / PARAMS} contradicts its part {meta.OURS!r}: {wrong[0]}")
         config = written
-    carried = {"shards": len(files), "params": params}
+    carried = {"shards": len(files), "params": params.values}
     return Opened(
         format="meta",
         folder=folder,
@@ -318,22 +338,26 @@ def _meta(folder: Path) -> Opened:
     )
 
 
-def _meta_vocabulary(folder: Path, params: dict[str, Any], size: int) -> tuple[Vocabulary, str]:
+def _meta_vocabulary(folder: Path, params: JsonObject, size: int) -> tuple[Vocabulary, str]:
     if meta.OURS in params:
-        with _values_of(folder / PARAMS):
-            return Vocabulary.from_dict(params[meta.OURS]["vocabulary"]), ""
+        return read_vocabulary(params.object(meta.OURS).object("vocabulary")), ""
+    rows = JsonObject({"vocab_size": size}, str(folder / PARAMS), REMEDY)
     places = (folder, folder / "tokenizer", folder.parent / "tokenizer")
     for place in (*places, folder.parent.parent / "tokenizer"):
         if (place / _TEXT_TOKENIZER).is_file():
-            held = read_json(place / _TEXT_TOKENIZER)
-            block = vocabulary_map.RELEASED_BLOCK
-            with _values_of(place / _TEXT_TOKENIZER):
-                named = held["model"]["vocab"]
-                return vocabulary_map.to_vocabulary(named, {"vocab_size": size}, block)
+            tokens = read_json(place / _TEXT_TOKENIZER, REMEDY).object("model").object("vocab")
+            return vocabulary_map.to_vocabulary(tokens, rows, vocabulary_map.RELEASED_BLOCK)
     if size == vocabulary_map.RELEASED_SIZE:
         return vocabulary_map.released(), "ids are those of the released models"
-    text_only = vocabulary_map.to_vocabulary(vocabulary_map.TEXT_ONLY, {"vocab_size": size}, 1)[0]
-    return text_only, f"no {_TEXT_TOKENIZER} was found"
+    text_only = JsonObject(dict(vocabulary_map.TEXT_ONLY), "the released vocabulary", REMEDY)
+    found, _ = vocabulary_map.to_vocabulary(text_only, rows, 1)
+    return found, f"no {_TEXT_TOKENIZER} was found"
+
+
+def _check_layers(raw: JsonObject, field: str, found: Tensors) -> None:
+    count = raw.values.get(field)
+    if type(count) is int:  # anything else is refused with the other fields
+        check_layers(count, f"{raw.where}: {field}", found.entries)
 
 
 def load_model(

@@ -9,12 +9,19 @@ of the image tokenizer (``model.vqmodel.*``) are not the decoder's and go anothe
 from collections.abc import Mapping
 from typing import Any
 
+from earlyfuse.data.json_files import JsonObject, shown
 from earlyfuse.models.blocks.linear import NORM_EPS
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.modality import Modality, Vocabulary
 from earlyfuse.models.state_dicts import decoder_config, huggingface_mamba
 from earlyfuse.models.state_dicts.chameleon import Sizes, function_differences, tensor_shapes
-from earlyfuse.models.state_dicts.exported import check_numbers
+from earlyfuse.models.state_dicts.exported import (
+    check_numbers,
+    read_decoder,
+    read_vocabulary,
+    refuse_others,
+    without_nulls,
+)
 from earlyfuse.models.state_dicts.recipes import Entry, Recipe, renamed
 from earlyfuse.models.state_dicts.vocabulary_map import from_vocabulary, to_vocabulary
 
@@ -42,7 +49,7 @@ _DEFAULTS: dict[str, Any] = {
 }
 _NUMBERS = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
-    *("num_attention_heads", "num_key_value_heads", "rope_theta"),
+    *("num_attention_heads", "num_key_value_heads"),
 )
 _VQ_DEFAULTS: dict[str, Any] = {"resolution": 512, "channel_multiplier": [1, 1, 2, 2, 4]}
 
@@ -77,14 +84,14 @@ def name_of(ours: str) -> str:
 
 
 def import_recipes(
-    config: Decoder.Config, raw: dict[str, Any], entries: Mapping[str, Entry]
+    config: Decoder.Config, raw: JsonObject, entries: Mapping[str, Entry]
 ) -> dict[str, Recipe]:
     """Ours from theirs, which are ``entries``. A tied head is a copy of the embedding, unless it is
     in the files: transformers takes it from there, too.
     """
     shapes = tensor_shapes(config)
     recipes = {name: renamed(name_of(name), shape) for name, shape in shapes.items()}
-    if raw.get("tie_word_embeddings") and name_of("lm_head.weight") not in entries:
+    if raw.values.get("tie_word_embeddings") and name_of("lm_head.weight") not in entries:
         recipes["lm_head.weight"] = recipes["tok_embeddings.weight"]
     return recipes
 
@@ -95,75 +102,83 @@ def export_recipes(sizes: Sizes) -> dict[str, Recipe]:
     return {name_of(name): renamed(name, shape) for name, shape in shapes.items()}
 
 
-def read_config(raw: dict[str, Any]) -> tuple[Decoder.Config, Vocabulary, str]:
+def read_config(raw: JsonObject) -> tuple[Decoder.Config, Vocabulary, str]:
     """The decoder, its vocabulary, and a remark on the vocabulary ("" if there is none).
 
-    ``ValueError`` names what the config has that we do not compute.
+    ``raw``: ``config.json``. ``ValueError`` names what it has that we do not compute.
     """
     refuse_unknown(raw)
-    given = _DEFAULTS | {name: value for name, value in raw.items() if value is not None}
-    if raw.get("num_key_value_heads", 0) is None:
-        given["num_key_value_heads"] = given["num_attention_heads"]
-    rope = given.get("rope_parameters") or given.get("rope_scaling") or {}
-    given["rope_theta"] = rope.get("rope_theta", given.get("rope_theta", 10_000.0))
+    given = without_nulls(raw, _DEFAULTS)
+    if raw.values.get("num_key_value_heads", 0) is None:
+        given.values["num_key_value_heads"] = given.values["num_attention_heads"]
+    rope = _rope(given)
+    if "rope_theta" not in rope:
+        rope.values["rope_theta"] = given.values.get("rope_theta", 10_000.0)
     check_numbers(given, _NUMBERS)
+    check_numbers(rope, ("rope_theta",))
     sizes = Sizes(
-        dim=given["hidden_size"],
-        layers=given["num_hidden_layers"],
-        heads=given["num_attention_heads"],
-        kv_heads=given["num_key_value_heads"],
-        hidden_dim=given["intermediate_size"],
-        vocab_size=given["vocab_size"],
-        norm_order="swin" if given["swin_norm"] else "pre",
-        rope_theta=float(given["rope_theta"]),
-        init_std=float(given["initializer_range"]),
+        dim=given.field("hidden_size", int),
+        layers=given.field("num_hidden_layers", int),
+        heads=given.field("num_attention_heads", int),
+        kv_heads=given.field("num_key_value_heads", int),
+        hidden_dim=given.field("intermediate_size", int),
+        vocab_size=given.field("vocab_size", int),
+        norm_order="swin" if given.field("swin_norm", bool) else "pre",
+        rope_theta=rope.field("rope_theta", float),
+        init_std=given.field("initializer_range", float, least=0),
     )
     config = sizes.decoder()
     if OURS in raw:
-        written = decoder_config.from_dict(raw[OURS]["model"])
+        ours = raw.object(OURS)
+        written = read_decoder(ours.object("model"))
         if wrong := function_differences(written, config):
             raise ValueError(
-                f"config.json contradicts its own part {OURS!r}: {'; '.join(wrong[:3])}. Remove "
+                f"{raw.where} contradicts its own part {OURS!r}: {'; '.join(wrong[:3])}. Remove "
                 "that part if the model was changed since it was exported"
             )
-        return written, Vocabulary.from_dict(raw[OURS]["vocabulary"]), ""
-    vocabulary, remark = to_vocabulary(given["vocabulary_map"], given, _block(raw))
+        return written, read_vocabulary(ours.object("vocabulary")), ""
+    tokens = given.object("vocabulary_map")
+    vocabulary, remark = to_vocabulary(tokens, given, _block(given))
     return config, vocabulary, remark
 
 
-def refuse_unknown(raw: dict[str, Any]) -> None:
+def _rope(given: JsonObject) -> JsonObject:
+    """Settings of the rotary positions, under their names since version 5 or before."""
+    name = "rope_parameters" if given.values.get("rope_parameters") else "rope_scaling"
+    rope = given.object(name, default={})
+    return JsonObject(dict(rope.values), rope.where, rope.remedy)
+
+
+def refuse_unknown(raw: JsonObject) -> None:
     """``ValueError`` if the config is of another architecture, or has what ours lacks."""
-    found = raw.get("model_type")
+    given = without_nulls(raw, _DEFAULTS)
+    found = given.values.get("model_type")
     if found != MODEL_TYPE:
         raise ValueError(
-            f"config.json: model_type ({found!r}) must be {MODEL_TYPE!r} or "
+            f"{given.where}: model_type ({shown(found)}) must be {MODEL_TYPE!r} or "
             f"{huggingface_mamba.MODEL_TYPE!r}; other architectures are not converted: "
             + huggingface_mamba.RELATIVES.get(
                 str(found), "they lack Chameleon's norms on queries and keys, or its attention"
             )
         )
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    rope, values = _rope(given).values, given.values
     wanted = {
-        "hidden_act": (raw.get("hidden_act", "silu"), "silu"),
-        "attention_bias": (bool(raw.get("attention_bias")), False),
-        "mlp_bias": (bool(raw.get("mlp_bias")), False),
-        "rms_norm_eps": (raw.get("rms_norm_eps", NORM_EPS), NORM_EPS),
+        "hidden_act": (values.get("hidden_act"), "silu"),
+        "attention_bias": (values.get("attention_bias", False), False),
+        "mlp_bias": (values.get("mlp_bias", False), False),
+        "rms_norm_eps": (values.get("rms_norm_eps"), NORM_EPS),
         "rope_type": (rope.get("rope_type", rope.get("type", "default")), "default"),
         "partial_rotary_factor": (rope.get("partial_rotary_factor", 1.0), 1.0),
-        "quantization_config": (raw.get("quantization_config"), None),
+        "quantization_config": (values.get("quantization_config"), None),
     }
-    for name, (value, ours) in wanted.items():
-        if value != ours:
-            raise ValueError(
-                f"config.json: {name} ({value!r}) must be {ours!r}: the decoder has nothing else"
-            )
+    refuse_others(given, wanted, "the decoder has nothing else")
 
 
 def write_config(
     sizes: Sizes,
     config: Decoder.Config,
     vocabulary: Vocabulary,
-    carried: dict[str, Any] | None,
+    carried: JsonObject | None,
     dtype: str | None,
 ) -> dict[str, Any]:
     """``config.json`` of a model of these sizes; ``dtype`` such as "bfloat16", None if mixed.
@@ -172,7 +187,7 @@ def write_config(
     the model.
     """
     if carried is not None and not function_differences(config, read_config(carried)[0]):
-        fields = dict(carried)
+        fields = dict(carried.values)
         if fields.get("tie_word_embeddings"):
             fields["tie_word_embeddings"] = False
         name = "torch_dtype" if "torch_dtype" in fields else "dtype"
@@ -207,10 +222,14 @@ def write_config(
     return fields
 
 
-def _block(raw: dict[str, Any]) -> int:
+def _block(given: JsonObject) -> int:
     """Codes of one image."""
-    vq = _VQ_DEFAULTS | (raw.get("vq_config") or {})
-    return int(vq["resolution"] // 2 ** (len(vq["channel_multiplier"]) - 1)) ** 2
+    vq = without_nulls(given.object("vq_config", default={}), _VQ_DEFAULTS)
+    resolution = vq.field("resolution", int, least=1, most=1 << 20)
+    side = resolution >> max(0, len(vq.field("channel_multiplier", list)) - 1)
+    if side == 0:
+        raise vq.wrong("resolution", "must not be halved to nothing by channel_multiplier")
+    return int(side) ** 2
 
 
 def _vq_config(vocabulary: Vocabulary) -> dict[str, Any]:

@@ -6,12 +6,19 @@ Vocabularies are those of the embedding: the ``vocab_size`` there counts rows of
 from math import ceil
 from typing import Any
 
+from earlyfuse.data.json_files import JsonObject
 from earlyfuse.models.blocks.linear import NORM_EPS
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.modality import Vocabulary
 from earlyfuse.models.state_dicts import decoder_config, mamba
 from earlyfuse.models.state_dicts.chameleon import function_differences
-from earlyfuse.models.state_dicts.exported import check_numbers
+from earlyfuse.models.state_dicts.exported import (
+    check_numbers,
+    read_decoder,
+    read_vocabulary,
+    refuse_others,
+    without_nulls,
+)
 from earlyfuse.models.state_dicts.mamba import MAMBA_2, MambaSizes, agreed
 from earlyfuse.models.state_dicts.recipes import Made, Tensors, common_dtype
 from earlyfuse.models.state_dicts.vocabulary_map import to_vocabulary
@@ -46,72 +53,65 @@ _NUMBERS = (
 )
 
 
-def read_config(raw: dict[str, Any]) -> tuple[Decoder.Config, Vocabulary]:
+def read_config(raw: JsonObject) -> tuple[Decoder.Config, Vocabulary]:
     """The decoder and its vocabulary: all text, if earlyfuse did not write the config.
 
-    ``ValueError`` names what the config has that we do not compute.
+    ``raw``: ``config.json``. ``ValueError`` names what it has that we do not compute.
     """
-    _refuse_unknown(raw)
-    given = _given(raw)
+    given = without_nulls(raw, _DEFAULTS)
+    _refuse_unknown(given)
     check_numbers(given, ("hidden_size", "expand"))
-    width = given["hidden_size"]
-    if given["time_step_rank"] == "auto":
-        given["time_step_rank"] = ceil(width / 16)
-    given.setdefault("intermediate_size", int(given["expand"] * width))
+    width = given.field("hidden_size", int)
+    if given.values["time_step_rank"] == "auto":
+        given.values["time_step_rank"] = ceil(width / 16)
+    given.values.setdefault("intermediate_size", int(given.field("expand", float) * width))
     check_numbers(given, _NUMBERS)
     config = MambaSizes(
         dim=width,
-        layers=given["num_hidden_layers"],
-        inner_dim=given["intermediate_size"],
-        dt_rank=given["time_step_rank"],
-        vocab_size=given["vocab_size"],
-        states=given["state_size"],
-        conv_width=given["conv_kernel"],
-        init_std=float(given["initializer_range"]),
+        layers=given.field("num_hidden_layers", int),
+        inner_dim=given.field("intermediate_size", int),
+        dt_rank=given.field("time_step_rank", int),
+        vocab_size=given.field("vocab_size", int),
+        states=given.field("state_size", int),
+        conv_width=given.field("conv_kernel", int),
+        init_std=given.field("initializer_range", float, least=0),
     ).decoder()
     if OURS in raw:
-        written = decoder_config.from_dict(raw[OURS]["model"])
-        vocabulary = Vocabulary.from_dict(raw[OURS]["vocabulary"])
-        return agreed(written, config, "config.json"), vocabulary
-    return config, to_vocabulary({}, given, 1)[0]
+        ours = raw.object(OURS)
+        written, vocabulary = read_decoder(ours.object("model")), ours.object("vocabulary")
+        return agreed(written, config, raw.where), read_vocabulary(vocabulary)
+    return config, to_vocabulary(JsonObject({}, "", ""), given, 1)[0]
 
 
-def is_tied(raw: dict[str, Any]) -> bool:
+def is_tied(raw: JsonObject) -> bool:
     """Whether the head may be absent from the files."""
-    return bool(_given(raw)["tie_word_embeddings"])
+    return bool(without_nulls(raw, _DEFAULTS).field("tie_word_embeddings", bool))
 
 
-def has_conv_bias(raw: dict[str, Any]) -> bool:
+def has_conv_bias(raw: JsonObject) -> bool:
     """Whether convolutions have a bias."""
-    return bool(_given(raw)["use_conv_bias"])
+    return bool(without_nulls(raw, _DEFAULTS).field("use_conv_bias", bool))
 
 
-def _given(raw: dict[str, Any]) -> dict[str, Any]:
-    return _DEFAULTS | {name: value for name, value in raw.items() if value is not None}
-
-
-def _refuse_unknown(raw: dict[str, Any]) -> None:
-    act = raw.get("hidden_act", "silu")
+def _refuse_unknown(given: JsonObject) -> None:
+    values = given.values
+    act = values.get("hidden_act", "silu")
     wanted = {
-        "model_type": (raw.get("model_type"), MODEL_TYPE),
+        "model_type": (values.get("model_type"), MODEL_TYPE),
         "hidden_act": ("silu" if act == "swish" else act, "silu"),
-        "use_bias": (bool(raw.get("use_bias")), False),
-        "layer_norm_epsilon": (raw.get("layer_norm_epsilon", NORM_EPS), NORM_EPS),
-        "rms_norm": (bool(raw.get("rms_norm", True)), True),
-        "quantization_config": (raw.get("quantization_config"), None),
+        "use_bias": (values.get("use_bias", False), False),
+        "layer_norm_epsilon": (values.get("layer_norm_epsilon", NORM_EPS), NORM_EPS),
+        "rms_norm": (values.get("rms_norm", True), True),
+        "quantization_config": (values.get("quantization_config"), None),
     }
-    for name, (value, ours) in wanted.items():
-        if value != ours:
-            raise ValueError(
-                f"config.json: {name} ({value!r}) must be {ours!r}: our mixer has nothing else"
-            )
+    refuse_others(given, wanted, "our mixer has nothing else")
 
 
 def export(
     config: Decoder.Config,
     vocabulary: Vocabulary,
     tensors: Tensors,
-    carried: dict[str, Any] | None,
+    carried: JsonObject | None,
 ) -> tuple[Tensors, dict[str, Any]]:
     """Their tensors and ``config.json`` of our model ``config`` with ``tensors``.
 
@@ -134,7 +134,7 @@ def _write_config(
     sizes: MambaSizes,
     config: Decoder.Config,
     vocabulary: Vocabulary,
-    carried: dict[str, Any] | None,
+    carried: JsonObject | None,
     *,
     dtype: str | None,
     tied: bool,
@@ -142,7 +142,7 @@ def _write_config(
 ) -> dict[str, Any]:
     # the config it came with goes back as it was if it still describes the model
     if carried is not None and not function_differences(config, read_config(carried)[0]):
-        fields = dict(carried)
+        fields = dict(carried.values)
         if is_tied(carried) != tied:
             fields["tie_word_embeddings"] = tied
         if has_conv_bias(carried) != conv_bias:

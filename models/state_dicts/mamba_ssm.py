@@ -8,12 +8,13 @@ Its readers refuse fields that they do not know, so that our own description of 
 from math import ceil, inf, nextafter
 from typing import Any
 
+from earlyfuse.data.json_files import JsonObject, shown
 from earlyfuse.models.blocks.linear import NORM_EPS
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.modality import Vocabulary
 from earlyfuse.models.state_dicts import mamba
 from earlyfuse.models.state_dicts.chameleon import function_differences
-from earlyfuse.models.state_dicts.exported import check_numbers
+from earlyfuse.models.state_dicts.exported import check_numbers, refuse_others, without_nulls
 from earlyfuse.models.state_dicts.mamba import MAMBA_2, MambaSizes
 from earlyfuse.models.state_dicts.recipes import Made, Tensors
 
@@ -34,74 +35,73 @@ _NOT_COMPUTED = {
 }
 
 
-def is_config(raw: dict[str, Any]) -> bool:
+def is_config(raw: JsonObject) -> bool:
     """Whether a ``config.json`` is of ``mamba_ssm``."""
     return "model_type" not in raw and "d_model" in raw and "n_layer" in raw
 
 
-def read_config(raw: dict[str, Any]) -> tuple[Decoder.Config, Vocabulary, str]:
+def read_config(raw: JsonObject) -> tuple[Decoder.Config, Vocabulary, str]:
     """The decoder, a vocabulary of text alone, and a remark on its padding ("" if there is none).
 
-    ``ValueError`` names what the config has that we do not compute.
+    ``raw``: ``config.json``. ``ValueError`` names what it has that we do not compute.
     """
-    _refuse_unknown(raw)
-    given, mixer = _DEFAULTS | raw, _mixer(raw)
+    given, mixer = without_nulls(raw, _DEFAULTS), _mixer(raw)
+    _refuse_unknown(given, mixer)
     check_numbers(given, ("d_model", "n_layer", "vocab_size", "pad_vocab_size_multiple"))
-    width, multiple = given["d_model"], given["pad_vocab_size_multiple"]
-    if mixer["dt_rank"] == "auto":
-        mixer["dt_rank"] = ceil(width / 16)
+    width, multiple = given.field("d_model", int), given.field("pad_vocab_size_multiple", int)
+    if mixer.values["dt_rank"] == "auto":
+        mixer.values["dt_rank"] = ceil(width / 16)
     check_numbers(mixer, ("d_state", "d_conv", "expand", "dt_rank"))
-    rows = -(-given["vocab_size"] // multiple) * multiple
+    size = given.field("vocab_size", int)
+    rows = -(-size // multiple) * multiple
     config = MambaSizes(
         dim=width,
-        layers=given["n_layer"],
-        inner_dim=int(mixer["expand"] * width),
-        dt_rank=mixer["dt_rank"],
+        layers=given.field("n_layer", int),
+        inner_dim=int(mixer.field("expand", float) * width),
+        dt_rank=mixer.field("dt_rank", int),
         vocab_size=rows,
-        states=mixer["d_state"],
-        conv_width=mixer["d_conv"],
+        states=mixer.field("d_state", int),
+        conv_width=mixer.field("d_conv", int),
     ).decoder()
-    padding = rows - given["vocab_size"]
-    remark = f"the last {padding} of {rows} token ids are padding" if padding else ""
+    remark = f"the last {rows - size} of {rows} token ids are padding" if rows > size else ""
     return config, Vocabulary(rows, 0, 0, 0), remark
 
 
-def has_conv_bias(raw: dict[str, Any]) -> bool:
+def is_tied(raw: JsonObject) -> bool:
+    """Whether the head may be absent from the files."""
+    return bool(without_nulls(raw, _DEFAULTS).field("tie_embeddings", bool, default=True))
+
+
+def has_conv_bias(raw: JsonObject) -> bool:
     """Whether convolutions have a bias."""
-    return bool(_mixer(raw)["conv_bias"])
+    return bool(_mixer(raw).field("conv_bias", bool))
 
 
-def _mixer(raw: dict[str, Any]) -> dict[str, Any]:
-    return _MIXER_DEFAULTS | (raw.get("ssm_cfg") or {})
+def _mixer(raw: JsonObject) -> JsonObject:
+    given = without_nulls(raw, {}).object("ssm_cfg", default={})
+    return JsonObject(_MIXER_DEFAULTS | given.values, given.where, given.remedy)
 
 
-def _refuse_unknown(raw: dict[str, Any]) -> None:
-    mixer = raw.get("ssm_cfg") or {}
-    kind = mixer.get("layer", "Mamba1")
+def _refuse_unknown(given: JsonObject, mixer: JsonObject) -> None:
+    kind = mixer.values.get("layer", "Mamba1")
     if kind != "Mamba1":
         reason = MAMBA_2 if kind == "Mamba2" else "its recurrence is another"
-        raise ValueError(f"config.json: ssm_cfg.layer ({kind!r}) must be 'Mamba1'. {reason}")
-    wanted = {
-        "rms_norm": (bool(raw.get("rms_norm", True)), True, "LayerNorm is none of our norms"),
-        "attn_layer_idx": (raw.get("attn_layer_idx") or [], [], "attention there is not ours"),
-        "d_intermediate": (raw.get("d_intermediate") or 0, 0, "its MLPs are none of ours"),
-        "norm_epsilon": (raw.get("norm_epsilon", NORM_EPS), NORM_EPS, "ours is fixed"),
-        "bidirectional": (bool(raw.get("bidirectional")), False, "our scan goes forward"),
-        "ssm_cfg.bias": (bool(mixer.get("bias")), False, "our projections have none"),
-    }
-    for name, (value, ours, reason) in wanted.items():
-        if value != ours:
-            raise ValueError(f"config.json: {name} ({value!r}) must be {ours!r}: {reason}")
-    unknown = sorted(set(mixer) - set(_MIXER_DEFAULTS) - _NOT_COMPUTED - {"layer", "bias"})
-    if unknown:
-        raise ValueError(
-            f"config.json: ssm_cfg has unknown fields {unknown}; a mixer of Mamba-1 has only "
-            f"{sorted(_MIXER_DEFAULTS)}"
-        )
+        raise ValueError(f"{mixer.where}: layer ({shown(kind)}) must be 'Mamba1'. {reason}")
+    values = given.values
+    for name, value, ours, reason in (
+        ("rms_norm", values.get("rms_norm", True), True, "LayerNorm is none of our norms"),
+        ("attn_layer_idx", values.get("attn_layer_idx") or [], [], "attention there is not ours"),
+        ("d_intermediate", values.get("d_intermediate", 0), 0, "its MLPs are none of ours"),
+        ("norm_epsilon", values.get("norm_epsilon", NORM_EPS), NORM_EPS, "ours is fixed"),
+        ("bidirectional", values.get("bidirectional", False), False, "our scan goes forward"),
+        ("ssm_cfg.bias", mixer.values.get("bias") or False, False, "our projections have none"),
+    ):
+        refuse_others(given, {name: (value, ours)}, reason)
+    mixer.check_names({*_MIXER_DEFAULTS, *_NOT_COMPUTED, "layer", "bias"})
 
 
 def export(
-    config: Decoder.Config, tensors: Tensors, carried: dict[str, Any] | None
+    config: Decoder.Config, tensors: Tensors, carried: JsonObject | None
 ) -> tuple[Tensors, dict[str, Any], dict[str, str]]:
     """Their tensors and ``config.json`` of our model ``config`` with ``tensors``, and second names.
 
@@ -122,18 +122,18 @@ def export(
 def _write_config(
     sizes: MambaSizes,
     config: Decoder.Config,
-    carried: dict[str, Any] | None,
+    carried: JsonObject | None,
     *,
     tied: bool,
     conv_bias: bool,
 ) -> dict[str, Any]:
     # the config it came with goes back as it was if it still describes the model
     if carried is not None and not function_differences(config, read_config(carried)[0]):
-        fields = dict(carried)
-        if carried.get("tie_embeddings", True) != tied:
+        fields = dict(carried.values)
+        if is_tied(carried) != tied:
             fields["tie_embeddings"] = tied
         if has_conv_bias(carried) != conv_bias:
-            fields["ssm_cfg"] = (carried.get("ssm_cfg") or {}) | {"conv_bias": conv_bias}
+            fields["ssm_cfg"] = (fields.get("ssm_cfg") or {}) | {"conv_bias": conv_bias}
         return fields
     expand = sizes.inner_dim / sizes.dim
     if int(expand * sizes.dim) < sizes.inner_dim:  # its reader rounds down

@@ -25,13 +25,14 @@ from typing import Any
 
 import torch
 
+from earlyfuse.data.json_files import JsonObject, shown
 from earlyfuse.models.blocks.linear import NORM_EPS
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.modality import Vocabulary
 from earlyfuse.models.state_dicts import decoder_config
 from earlyfuse.models.state_dicts.chameleon import Sizes, tensor_shapes
-from earlyfuse.models.state_dicts.exported import check_numbers
-from earlyfuse.models.state_dicts.recipes import Entry, Recipe, Shape, Tensors
+from earlyfuse.models.state_dicts.exported import check_numbers, refuse_others
+from earlyfuse.models.state_dicts.recipes import Entry, Recipe, Shape, Tensors, check_layers
 
 OURS = "earlyfuse"  # our part of a params.json that we write; Meta's code reads what it knows
 ROPE = "rope.freqs"  # in some files; follows from the config
@@ -172,42 +173,47 @@ def _rows_equal(rows_SNH: torch.Tensor) -> bool:
     return torch.equal(rows_SNH, rows_SNH[:, :1].expand_as(rows_SNH))
 
 
-def read_sizes(params: dict[str, Any], entries: dict[str, Entry], shards: int) -> Sizes:
+def read_sizes(params: JsonObject, entries: dict[str, Entry], shards: int) -> Sizes:
     """Sizes by ``params.json`` (with those of ``consolidate_params.json``) and the first shard.
 
     ``ValueError`` names what is missing, or what we do not compute.
     """
-    given = {"rope_theta": 10_000.0} | params | params.get("model", {})
+    inner = params.object("model", default={})
+    values = {"rope_theta": 10_000.0, **params.values, **inner.values}
+    given = JsonObject(values, params.where, params.remedy)
     missing = [name for name in ("dim", "n_layers", "n_heads") if name not in given]
     hidden = entries.get(shard_name(0, "layers.0.feed_forward.w1.weight"))
     output = entries.get(shard_name(0, "output.weight"))
-    if missing or hidden is None or output is None:
+    if missing or not (hidden and hidden.shape and output and output.shape):
         raise ValueError(
-            f"params.json lacks {missing} or the shards hold no Chameleon (output.weight, "
+            f"{given.where} lacks {missing} or the shards hold no Chameleon (output.weight, "
             "layers.0.feed_forward.w1.weight): these are not Meta's Chameleon files"
         )
-    if not given.get("qk_normalization", True):
-        raise ValueError("params.json: qk_normalization must be true; Chameleon's always is")
-    if given.get("norm_eps", NORM_EPS) != NORM_EPS:
-        raise ValueError(f"params.json: norm_eps ({given['norm_eps']}) must be {NORM_EPS}")
-    given["n_kv_heads"] = given.get("n_kv_heads") or given["n_heads"]
-    check_numbers(given, ("dim", "n_layers", "n_heads", "n_kv_heads", "rope_theta"), "params.json")
+    wanted = {
+        "qk_normalization": (values.get("qk_normalization", True), True),
+        "norm_eps": (values.get("norm_eps", NORM_EPS), NORM_EPS),
+    }
+    refuse_others(given, wanted, "Chameleon's always is")
+    values["n_kv_heads"] = values.get("n_kv_heads") or values["n_heads"]
+    check_numbers(given, ("dim", "n_layers", "n_heads", "n_kv_heads", "rope_theta"))
     sizes = Sizes(
-        dim=given["dim"],
-        layers=given["n_layers"],
-        heads=given["n_heads"],
-        kv_heads=given["n_kv_heads"],
+        dim=given.field("dim", int),
+        layers=given.field("n_layers", int),
+        heads=given.field("n_heads", int),
+        kv_heads=given.field("n_kv_heads", int),
         hidden_dim=hidden.shape[0] * shards,
         vocab_size=output.shape[0] * shards,
-        norm_order="swin" if given.get("swin_norm") else "pre",
-        rope_theta=float(given["rope_theta"]),
+        norm_order="swin" if given.field("swin_norm", bool, default=False) else "pre",
+        rope_theta=given.field("rope_theta", float),
     )
+    check_layers(sizes.layers, f"{given.where}: n_layers", entries)
     split = {"dim": sizes.dim, "n_heads": sizes.heads, "n_kv_heads": sizes.kv_heads}
     for name, size in split.items():
         if size % shards:
             raise ValueError(
-                f"params.json: {name} ({size}) cannot be split over {shards} shards; "
-                f"model_parallel_size is {given.get('model_parallel_size')}: is a file missing?"
+                f"{given.where}: {name} ({size}) cannot be split over {shards} shards; "
+                f"model_parallel_size is {shown(values.get('model_parallel_size'))}: is a file "
+                "missing?"
             )
     return sizes
 

@@ -8,6 +8,8 @@ from earlyfuse.models.state_dicts.meta import ROPE, shard_name
 from earlyfuse.models.state_dicts.recipes import Made, Tensors, renamed
 from earlyfuse.models.state_dicts.torch_files import TorchFiles, write_torch_file
 
+_MOST_SHARDS = 1000  # the largest released model has 4
+
 
 def shard_files(folder: Path) -> list[Path]:
     """The shards in order; ``ValueError`` if one is missing. [] if there are none."""
@@ -18,6 +20,11 @@ def shard_files(folder: Path) -> list[Path]:
         for path in folder.glob("consolidated.*.pth")
         if (match := re.fullmatch(r"consolidated\.(\d+)\.pth", path.name))
     }
+    if max(found, default=0) >= _MOST_SHARDS:
+        raise ValueError(
+            f"{folder} holds {found[max(found)].name}, and shards are numbered below "
+            f"{_MOST_SHARDS}; rename or remove it"
+        )
     missing = [f"consolidated.{n:02d}.pth" for n in range(max(found, default=-1)) if n not in found]
     if missing:
         raise ValueError(f"{folder} lacks {missing} of its {max(found) + 1} shards; copy them")

@@ -8,13 +8,19 @@ are read. Conversions chain, since what a mapping makes can be the source of the
     file → (names of another project → ours) → (parent → upcycled child) → (ours → theirs) → file
 """
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
+from earlyfuse.data.console import printable
+
 Shape = tuple[int, ...]
+# types that models compute in; of 8 bits, values are quantised and need scales
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_LAYER = re.compile(r"(?:^|[./])layers\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -129,12 +135,25 @@ class Together:
         return (self.first if name in self.first.entries else self.second).read(name)
 
 
+def check_layers(count: int, field: str, entries: Mapping[str, Entry]) -> None:
+    """``ValueError`` if a config's ``field`` states more layers than ``entries`` hold: they would
+    all be built before the first missing key is found.
+    """
+    matches = map(_LAYER.search, entries)
+    found = len({match[1] for match in matches if match})
+    if count > found:
+        raise ValueError(
+            f"{field} ({count:,}) is more than the {found:,} layers in the files; correct it, or "
+            "complete the files"
+        )
+
+
 def check(
     recipes: Recipes, entries: Mapping[str, Entry], where: str, ignored: Iterable[str] = ()
 ) -> None:
     """``ValueError`` with all ``wrong_keys`` if there are any. ``where`` names the source."""
     if lines := wrong_keys(recipes, entries, ignored):
-        listing = "\n  ".join(lines)
+        listing = "\n  ".join(map(printable, lines))
         raise ValueError(
             f"{where} is not the model that its config describes; {len(lines)} of its keys are "
             f"wrong:\n  {listing}\nCorrect the config or complete the files"
@@ -174,6 +193,6 @@ def wrong_keys(
             continue
         if entries[name].shape != shape:
             lines.append(f"mis-shaped {name}: {entries[name].shape} instead of {shape}")
-        elif not entries[name].dtype.is_floating_point:
+        elif entries[name].dtype not in _FLOATS:
             lines.append(f"mis-typed  {name}: {entries[name].dtype} instead of floating point")
     return lines

@@ -15,9 +15,11 @@ from typing import BinaryIO
 import torch
 from safetensors import SafetensorError, safe_open
 
+from earlyfuse.data.json_files import read_json, shown
 from earlyfuse.models.state_dicts.recipes import Entry, Tensors
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_LONGEST_NAME = 200  # of a file
 _DTYPES = {
     "U8": torch.uint8,
     "I8": torch.int8,
@@ -77,34 +79,38 @@ def open_folder(folder: Path) -> SafetensorsFiles:
     ``ValueError`` says what is wrong: no such files, files or tensors that the index names and that
     are not there, tensors that it does not name.
     """
-    index = folder / INDEX
+    index, single = folder / INDEX, folder / SINGLE
     if not index.is_file():
-        if (folder / SINGLE).is_file():
-            return SafetensorsFiles([folder / SINGLE])
+        if single.is_file():
+            return SafetensorsFiles([single])
         pickled = [path.name for path in sorted(folder.glob("*.bin"))]
         found = f"only {pickled[0]}, a pickle that may run code when it is read" if pickled else ""
         raise ValueError(
             f"{folder} must hold {SINGLE} or {INDEX}, but has {found or 'neither'}"
             + ("; save it as safetensors" if pickled else "")
         )
-    try:
-        places = json.loads(index.read_text())["weight_map"]
-        names = sorted(set(places.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} cannot be read ({error!r}); copy it again") from error
-    outside = [name for name in names if Path(name).name != name]
-    absent = [name for name in names if not (folder / name).is_file()]
+    weight_map = read_json(index, "copy it again").object("weight_map")
+    places = {name: weight_map.field(name, str) for name in weight_map.values}
+    names = sorted(set(places.values()))
+    if single.is_file() and names != [SINGLE]:  # transformers reads it, others the index
+        raise ValueError(
+            f"{folder} holds {SINGLE} and {INDEX}, which names other files: two models; remove "
+            "the files of one"
+        )
+    outside = [name for name in names if Path(name).name != name or len(name) > _LONGEST_NAME]
+    absent = [] if outside else [name for name in names if not (folder / name).is_file()]
     if outside or absent:
         wrong = "lie outside" if outside else "are not in"
         raise ValueError(
-            f"{index} names {(outside or absent)[:8]}, which {wrong} its folder; copy them again"
+            f"{index} names {shown((outside or absent)[:4])}, which {wrong} its folder; copy them "
+            "again"
         )
     files = SafetensorsFiles([folder / name for name in names])
     misplaced = [name for name, file in places.items() if files.places.get(name) != folder / file]
     misplaced += sorted(set(files.entries) - set(places))
     if misplaced:
         raise ValueError(
-            f"{index} and its files disagree on {len(misplaced)} tensors: {misplaced[:8]}; "
+            f"{index} and its files disagree on {len(misplaced)} tensors: {shown(misplaced)}; "
             "copy them again"
         )
     return files

@@ -68,7 +68,9 @@ def _mapped(path: Path) -> dict[str, torch.Tensor]:
             f"{path} is truncated or was not written by torch.save as a zip archive "
             f"({_first_line(error)}); copy it again"
         ) from error
-    if not isinstance(loaded, dict) or not all(map(torch.is_tensor, loaded.values())):
+    if not isinstance(loaded, dict) or not all(
+        isinstance(name, str) and torch.is_tensor(tensor) for name, tensor in loaded.items()
+    ):
         raise ValueError(f"{path} must hold tensors by name, and nothing else; it holds others")
     return loaded
 

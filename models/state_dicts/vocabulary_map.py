@@ -5,8 +5,8 @@ is ``IMGIMGBCZ``. The map, not the order of the ids, says which id a code has.
 """
 
 from collections.abc import Mapping
-from typing import Any
 
+from earlyfuse.data.json_files import JsonObject, shown
 from earlyfuse.models.modality import MediaCodes, Modality, Vocabulary
 
 BOS, PAD, EOS = "<s>", "<pad>", "</s>"
@@ -37,43 +37,40 @@ def ids_of_codes(vocabulary_map: Mapping[str, int]) -> list[int]:
             letters = token.removeprefix(_PREFIX).removesuffix(_SUFFIX)
             digits = "".join(str(ord(letter) - ord("A")) for letter in letters)
             if not digits.isdecimal() or token != token_of_code(int(digits)):
-                raise ValueError(f"vocabulary_map: {token} is no name of an image code")
+                raise ValueError(
+                    f"vocabulary_map: {shown(token)} is no name of an image code; correct it"
+                )
             by_code[int(digits)] = number
     if sorted(by_code) != list(range(len(by_code))) or len(set(by_code.values())) != len(by_code):
         raise ValueError(
             f"vocabulary_map names {len(by_code)} image codes; they must be 0 … {len(by_code) - 1} "
-            "and each have an id of its own"
+            "and each have an id of its own; correct it"
         )
     return [by_code[code] for code in range(len(by_code))]
 
 
-def to_vocabulary(
-    vocabulary_map: Mapping[str, int], config: Mapping[str, Any], block: int
-) -> tuple[Vocabulary, str]:
+def to_vocabulary(tokens: JsonObject, config: JsonObject, block: int) -> tuple[Vocabulary, str]:
     """The vocabulary, and a remark if image codes had to be left out of it ("" if not).
 
-    ``config`` gives the ``vocab_size`` and, where the map has no name for it, the
-    ``bos_token_id`` …; ``block``: codes of one image. Images are left out where the map does not
-    say how one begins and ends, or their ids are no range.
+    ``tokens``: the map. ``config`` gives the ``vocab_size`` and, where the map has no name for it,
+    the ``bos_token_id`` …; ``block``: codes of one image. Images are left out where the map does
+    not say how one begins and ends, or their ids are no range.
     """
-    strange = {name: id_ for name, id_ in vocabulary_map.items() if type(id_) is not int}
-    if strange:
-        shown = dict(list(strange.items())[:4])
-        raise ValueError(f"the ids of tokens must be whole numbers, not {shown}; correct the map")
-    size = config["vocab_size"]
-    eos = vocabulary_map.get(EOS, _first(config.get("eos_token_id"), 0))
-    bos = vocabulary_map.get(BOS, _first(config.get("bos_token_id"), eos))
-    pad = vocabulary_map.get(PAD, _first(config.get("pad_token_id"), eos))
+    size = config.field("vocab_size", int, least=1)
+    named = {name: tokens.field(name, int, least=0, most=size - 1) for name in tokens.values}
+    eos = named.get(EOS, _first(config, "eos_token_id", 0, size))
+    bos = named.get(BOS, _first(config, "bos_token_id", eos, size))
+    pad = named.get(PAD, _first(config, "pad_token_id", eos, size))
     text_only = Vocabulary(size, bos, eos, pad)
-    ids = ids_of_codes(vocabulary_map)
+    ids = ids_of_codes(named)
     if not ids:
         return text_only, ""
-    unnamed = [token for token in (BEGIN_IMAGE, END_IMAGE) if token not in vocabulary_map]
+    unnamed = [token for token in (BEGIN_IMAGE, END_IMAGE) if token not in named]
     if unnamed:
         return text_only, f"images are left out: the vocabulary_map has no {' and '.join(unnamed)}"
     if max(ids) - min(ids) + 1 != len(ids):
         return text_only, f"images are left out: the ids of the {len(ids)} codes are no range"
-    begin, end = vocabulary_map[BEGIN_IMAGE], vocabulary_map[END_IMAGE]
+    begin, end = named[BEGIN_IMAGE], named[END_IMAGE]
     codes = MediaCodes(Modality.IMAGE, min(ids), len(ids), begin, end, block)
     try:
         return Vocabulary(size, bos, eos, pad, (codes,)), ""
@@ -102,7 +99,12 @@ def from_vocabulary(vocabulary: Vocabulary) -> dict[str, int]:
     return named
 
 
-def _first(value: int | list[int] | None, default: int) -> int:
+def _first(config: JsonObject, name: str, default: int, size: int) -> int:
+    """The id that ``config`` states, the first of several."""
+    value = config.values.get(name)
     if isinstance(value, list):
         value = value[0] if value else None
-    return default if value is None else value
+    if value is None:
+        return default
+    first = JsonObject({name: value}, config.where, config.remedy)
+    return int(first.field(name, int, least=0, most=size - 1))
