@@ -173,15 +173,14 @@ class ShardRecord:
             values = read_json(folder / f"{shard_name(number)}.json", "make it again")
             if values.values.keys() | _OF_SPEECH | _IF_ANY != {c.name for c in fields(cls)}:
                 return None
-            record = cls(
-                **{
-                    name: values.mapping(name, _MAPPINGS[name])
-                    if name in _MAPPINGS
-                    else values.field(name, type(value), least=0 if type(value) is int else -inf)
-                    for name, value in asdict(cls("", "", "", 0, "")).items()
-                    if name in values
-                }
-            )
+            found: dict[str, Any] = {
+                name: values.mapping(name, _MAPPINGS[name])
+                if name in _MAPPINGS
+                else values.field(name, type(value), least=0 if type(value) is int else -inf)
+                for name, value in asdict(cls("", "", "", 0, "")).items()
+                if name in values
+            }
+            record = cls(**found)
         except ValueError:
             return None
         return record if record.name == f"{shard_name(number)}.tar" else None
