@@ -79,7 +79,7 @@ class TokenSource:
         # first document of each shard, and the number of all documents at the end
         self._first = [0, *accumulate(shard["documents"] for shard in self._shards)]
         self._opened: _Opened = {}
-        self._checked: dict[int, list[_Stamp]] = {}  # files whose hashes were right
+        self._checked: dict[int, list[_Stamp | None]] = {}  # files whose hashes were right
         self.identity = _digest(
             [manifest["format"], manifest["vocabulary"], manifest["tokenizers"], manifest["dtype"]]
             + [[shard["name"], shard["documents"], shard["sha256"]] for shard in self._shards]

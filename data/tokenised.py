@@ -165,18 +165,16 @@ class ShardRecord:
             values = read_json(folder / f"{shard_name(number)}.json", "make it again")
             if values.values.keys() | _OF_SPEECH != {column.name for column in fields(cls)}:
                 return None
-            record = cls(
-                **{
-                    name: values.mapping(name, int, least=0)
-                    if name in ("tokens", "drops")
-                    else values.field(name, type(value), least=0 if type(value) is int else -inf)
-                    for name, value in asdict(cls("", "", "", 0, "")).items()
-                    if name in values
-                }
-            )
+            found: dict[str, Any] = {
+                name: values.mapping(name, int, least=0)
+                if name in ("tokens", "drops")
+                else values.field(name, type(value), least=0 if type(value) is int else -inf)
+                for name, value in asdict(cls("", "", "", 0, "")).items()
+                if name in values
+            }
         except ValueError:
             return None
-        return record if record.name == f"{shard_name(number)}.tar" else None
+        return cls(**found) if found["name"] == f"{shard_name(number)}.tar" else None
 
     @classmethod
     def load(cls, folder: Path, number: int) -> "ShardRecord | None":
