@@ -174,16 +174,15 @@ class ShardRecord:
             if values.values.keys() | _OF_SPEECH | _IF_ANY != {c.name for c in fields(cls)}:
                 return None
             found: dict[str, Any] = {
-                name: values.mapping(name, _MAPPINGS[name])
+                name: values.mapping(name, _MAPPINGS[name], least=0)
                 if name in _MAPPINGS
                 else values.field(name, type(value), least=0 if type(value) is int else -inf)
                 for name, value in asdict(cls("", "", "", 0, "")).items()
                 if name in values
             }
-            record = cls(**found)
         except ValueError:
             return None
-        return record if record.name == f"{shard_name(number)}.tar" else None
+        return cls(**found) if found["name"] == f"{shard_name(number)}.tar" else None
 
     @classmethod
     def load(cls, folder: Path, number: int) -> "ShardRecord | None":
