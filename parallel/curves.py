@@ -13,8 +13,8 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from earlyfuse.parallel.metrics import METRICS_FILE
+from earlyfuse.parallel.run_folder import CURVES
 
-PICTURE = "loss_curves.png"
 COLOURS = {"text": "#1b6ca8", "image": "#c8553d", "speech": "#5b8c5a"}
 
 
@@ -38,8 +38,8 @@ def plot_curves(folder: Path) -> Path:
     for axis in axes[0]:
         axis.xaxis.set_major_locator(MaxNLocator(5))
         axis.xaxis.set_major_formatter(EngFormatter())
-    _save(figure, folder / PICTURE)
-    return folder / PICTURE
+    _save(figure, folder / CURVES)
+    return folder / CURVES
 
 
 def plot_study(
@@ -132,6 +132,8 @@ def _draw_tasks(
             for x in validation
             if task in x and x["step"] in tokens_at
         ]
+        if not points:  # their lines were lost on a full disk
+            continue
         name = task.removeprefix("task/")
         (line,) = axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
         chance = validation[-1].get(f"chance/{name}")

@@ -10,7 +10,10 @@ With several ranks a logged step also says what the slowest of them saw (``rank_
 import json
 import os
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -21,6 +24,8 @@ from torch.utils.tensorboard import SummaryWriter
 from torchtitan.components.metrics import BaseLogger, MetricsProcessor
 from tqdm import tqdm
 
+from earlyfuse.data.console import printable
+from earlyfuse.parallel.optional_files import LineFile, tolerate
 from earlyfuse.parallel.rank_times import RankTimes
 
 METRICS_FILE = "metrics.jsonl"
@@ -92,9 +97,8 @@ class RunMetrics(MetricsProcessor):
 
     def log_samples(self, step: int, pixels: np.ndarray, captions: str) -> None:
         """Show a picture (H, W, 3) uint8 and Markdown text in TensorBoard; rank 0 only."""
-        if isinstance(self.logger, RunLogger) and self.logger.writer:
-            self.logger.writer.add_image("samples", pixels, step, dataformats="HWC")
-            self.logger.writer.add_text("samples", captions, step)
+        if isinstance(self.logger, RunLogger):
+            self.logger.log_samples(step, pixels, captions)
 
     def restart_clock(self) -> None:
         """Throughput counts from now on."""
@@ -112,41 +116,77 @@ class RunMetrics(MetricsProcessor):
 
 
 class RunLogger(BaseLogger):
-    """``metrics.jsonl`` and TensorBoard events of one run folder."""
+    """``metrics.jsonl`` and TensorBoard events of one run folder; a full disk costs lines."""
 
     def __init__(self, folder: Path, tensorboard: str | None):
         self.path = folder / METRICS_FILE
+        self.lines = LineFile(self.path)
         self.tensorboard_folder = folder / tensorboard if tensorboard else None
-        self.file: TextIO | None = None
         self.writer: SummaryWriter | None = None
 
     def start(self, step: int) -> None:
         """Open for appending after ``step``; later lines of an interrupted run are dropped."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.path.exists():
-            lines = self.path.read_text().splitlines() if step else []
-            kept = [line for line in lines if _step_of(line) <= step]
-            replacement = self.path.with_suffix(".tmp")
-            replacement.write_text("".join(line + "\n" for line in kept))
-            os.replace(replacement, self.path)
-        self.file = self.path.open("a", buffering=1)
+        with tolerate(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.path.exists():
+                lines = self.path.read_text().splitlines() if step else []
+                kept = [line for line in lines if _step_of(line) <= step]
+                replacement = self.path.with_suffix(".tmp")
+                replacement.write_text("".join(line + "\n" for line in kept))
+                os.replace(replacement, self.path)
         if self.tensorboard_folder:
-            self.writer = SummaryWriter(str(self.tensorboard_folder), purge_step=step + 1)
+            _expect_full_disks()
+            with tolerate(self.tensorboard_folder):
+                self.writer = SummaryWriter(str(self.tensorboard_folder), purge_step=step + 1)
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
         """One line, and a scalar named ``kind``/name for each number."""
-        assert self.file is not None, "log before start"
-        self.file.write(json.dumps({"step": step, **metrics}) + "\n")
-        if self.writer:
-            for name, value in metrics.items():
+        with tolerate(self.path):
+            self.lines.append(json.dumps({"step": step, **metrics}))
+        with self._events() as writer:
+            for name, value in metrics.items() if writer else ():
                 if not isinstance(value, str):
-                    self.writer.add_scalar(f"{metrics['kind']}/{name}", value, step)
+                    writer.add_scalar(f"{metrics['kind']}/{name}", value, step)
+
+    def log_samples(self, step: int, pixels: np.ndarray, captions: str) -> None:
+        """A picture (H, W, 3) uint8 and Markdown text, in TensorBoard."""
+        with self._events() as writer:
+            if writer:
+                writer.add_image("samples", pixels, step, dataformats="HWC")
+                writer.add_text("samples", captions, step)
 
     def close(self) -> None:
         """Close both files."""
-        for stream in (self.file, self.writer):
-            if stream:
-                stream.close()
+        with tolerate(self.path):
+            self.lines.close()
+        with self._events() as writer:
+            if writer:
+                writer.close()
+
+    @contextmanager
+    def _events(self) -> Iterator[Any]:
+        """The writer, None if there is none; one that has failed cannot write any more."""
+        if self.writer is None or self.tensorboard_folder is None:
+            yield None
+            return
+        with tolerate(self.tensorboard_folder):
+            try:
+                yield self.writer
+            except OSError:
+                self.writer = None
+                raise
+
+
+def _expect_full_disks() -> None:
+    """Let TensorBoard's thread end without a traceback: its error comes back at the next write."""
+    usual = threading.excepthook
+
+    def hook(arguments: threading.ExceptHookArgs) -> None:
+        thread = type(arguments.thread).__name__
+        if not (thread == "_AsyncWriterThread" and isinstance(arguments.exc_value, OSError)):
+            usual(arguments)
+
+    threading.excepthook = hook
 
 
 class Console:
@@ -198,6 +238,7 @@ class Console:
             self.bar.close()
 
     def _print(self, line: str) -> None:
+        line = printable(line)  # names of tasks come from the data
         if self.bar is not None:
             self.bar.write(line, file=self.stream)
         else:

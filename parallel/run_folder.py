@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-DESCRIPTION = "run.json"
+DESCRIPTION, CURVES, SAMPLES = "run.json", "loss_curves.png", "samples.png"
 PEAKS_KNOWN = ("A100", "H100", "H200", "B200", "A6000", "MI250", "MI300", "MI325", "MI355", "L40S")
 
 
