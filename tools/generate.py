@@ -15,6 +15,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from earlyfuse.data.console import printable
+from earlyfuse.tools.command import run_command
+
 _EXAMPLES = """examples:
   an image:       … FOLDER --mode image --prompt "glyph: greek small letter alpha" --out samples
   a caption:      … FOLDER --mode text --image alpha.png --out captions
@@ -41,13 +44,11 @@ class Work:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; 0 when it succeeded, 2 with one line on what to change when it could not."""
-    options = _parser().parse_args(arguments)
-    try:
-        write(options)
-    except (ValueError, OSError) as error:
-        print(f"generate: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command(
+        "generate",
+        lambda: write(_parser().parse_args(arguments)),
+        interrupted="stopped; no results were kept",
+    )
 
 
 def write(options: argparse.Namespace) -> None:
@@ -91,8 +92,9 @@ def write(options: argparse.Namespace) -> None:
                 segments = to_segments(tokens, tokenizers, options.out, work.stem)
                 whole = tokens[-1:] == [vocabulary.eos] or options.mode in BLOCKS
                 file.write(_line(options, work, segments, len(tokens), whole))
-                print(f"{work.stem}: {_shown(segments)}{'' if whole else ' …'}", flush=True)
-    print(f"{len(works)} documents in {options.out / RESULTS}")
+                shown = f"{work.stem}: {_shown(segments)}{'' if whole else ' …'}"
+                print(printable(shown), flush=True)
+    print(printable(f"{len(works)} documents in {options.out / RESULTS}"))
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -26,10 +26,12 @@ import numpy as np
 from earlyfuse.configs.catalogue import catalogue
 from earlyfuse.configs.command_line import override
 from earlyfuse.data.atomic import atomic_write_bytes, atomic_write_json
+from earlyfuse.data.console import printable
 from earlyfuse.models.modality import Modality
 from earlyfuse.parallel.curves import plot_study
 from earlyfuse.parallel.data_set import DataSet
 from earlyfuse.parallel.metrics import METRICS_FILE
+from earlyfuse.tools.command import run_command
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 
@@ -67,20 +69,18 @@ class Run:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    kept = "stopped; the same command goes on from here"
+    return run_command("error", lambda: _study(given), interrupted=kept, also=(RuntimeError,))
+
+
+def _study(given: list[str]) -> None:
     split = given.index("--") if "--" in given else len(given)
     options = _parser().parse_args(given[:split])
     logging.getLogger().setLevel(logging.ERROR)  # torchtitan warns of its own defaults
-    try:
-        runs = plan(options.out, options.configs, options.seeds, tuple(given[split + 1 :]))
-        train(runs, options.jobs)
-        found = {
-            config: curves([r for r in runs if r.config == config]) for config in options.configs
-        }
-        report(options.out, found)
-    except (ValueError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    runs = plan(options.out, options.configs, options.seeds, tuple(given[split + 1 :]))
+    train(runs, options.jobs)
+    found = {config: curves([r for r in runs if r.config == config]) for config in options.configs}
+    report(options.out, found)
 
 
 def plan(
@@ -124,7 +124,8 @@ def train(runs: Sequence[Run], jobs: int) -> None:
             raise RuntimeError(
                 f"{run.folder.name} ended with status {status.returncode}; see {log}"
             )
-        print(f"{run.folder.name}: {perf_counter() - began:.0f} s", flush=True)
+        done = f"{run.folder.name}: {perf_counter() - began:.0f} s"
+        print(printable(done), flush=True)
 
     with ThreadPoolExecutor(jobs) as pool:
         results = [pool.submit(one, run) for run in runs]
@@ -196,7 +197,7 @@ def report(out: Path, found: dict[str, dict[str, np.ndarray]]) -> None:
     values = {config: {k: v.tolist() for k, v in curve.items()} for config, curve in found.items()}
     atomic_write_json(out / "study.json", values)
     plot_study(found, labels, out / "study.png")
-    print(f"{text}\n{out / 'study.png'}")
+    print(f"{text}\n{printable(str(out / 'study.png'))}")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -7,6 +7,8 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+from earlyfuse.data.console import printable
+
 _PLAIN_LINES = 10
 
 
@@ -18,7 +20,7 @@ class Progress:
 
     def tell(self, line: str) -> None:
         """One line; a bar that is shown stays below it."""
-        tqdm.write(line, file=self.file)
+        tqdm.write(printable(line), file=self.file)
 
     @contextmanager
     def steps(self, name: str, total: int) -> Iterator[Callable[[int, float], None]]:
@@ -31,11 +33,11 @@ class Progress:
         """Gives ``advance(by, note)``: a bar in a terminal, about ten lines elsewhere."""
         if self.file.isatty():
             with tqdm(
-                total=total, desc=name, unit=unit, file=self.file, dynamic_ncols=True
+                total=total, desc=printable(name), unit=unit, file=self.file, dynamic_ncols=True
             ) as shown:
 
                 def advance(by: int, note: str) -> None:
-                    shown.set_postfix_str(note, refresh=False)
+                    shown.set_postfix_str(printable(note), refresh=False)
                     shown.update(by)
 
                 yield advance

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from earlyfuse.data.console import printable
 from earlyfuse.data.prepare.spec import SPLITS
 from earlyfuse.data.tokenised import MANIFEST, read_manifest
 from earlyfuse.data.tokenizers import Tokenizers
@@ -36,7 +37,7 @@ def describe(out: Path) -> str:
     ]
     for folder, manifest in done:
         lines += _drop_lines(f"{folder.parent.name}/{folder.name}", manifest)
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def _tokenizer_lines(tokenizers: Tokenizers) -> list[str]:
