@@ -7,7 +7,6 @@ import sys
 from earlyfuse.data.console import protect_console
 from earlyfuse.parallel import stop
 
-CLOSING = 30  # seconds for what a failed run still has to write
 SHORT_HELP, LONG_HELP, LIST = ("-h", "--help"), "--help-all", "--list"
 
 
@@ -23,7 +22,6 @@ def main(arguments: list[str]) -> int:
     from earlyfuse.configs.command_line import help_text, list_text, override, take_dry_run, unknown
     from earlyfuse.configs.dry_run import describe
     from earlyfuse.parallel import last_words
-    from earlyfuse.parallel.process_group import within
 
     logging.getLogger().setLevel(logging.ERROR)  # torchtitan warns of every device it does not know
     configs = catalogue()
@@ -49,10 +47,7 @@ def main(arguments: list[str]) -> int:
         trainer.train()
         trainer.close()
     except (Exception, KeyboardInterrupt) as error:
-        status = last_words.say(error)
-        if trainer is not None:
-            within(CLOSING, trainer.close)
-        return status
+        return last_words.say(error, close=trainer and trainer.close)
     return 0
 
 

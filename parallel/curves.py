@@ -12,6 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
+from earlyfuse.data.atomic import atomic_write
 from earlyfuse.parallel.metrics import METRICS_FILE
 from earlyfuse.parallel.run_folder import CURVES
 
@@ -76,10 +77,11 @@ def plot_study(
 
 def _save(figure: Any, picture: Path) -> None:
     figure.tight_layout()
-    temporary = picture.with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=110)
-    plt.close(figure)
-    temporary.replace(picture)
+    try:
+        with atomic_write(picture) as file:
+            figure.savefig(file, format="png", dpi=110)
+    finally:
+        plt.close(figure)
 
 
 def _tokens(line: dict[str, Any]) -> float:

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +27,7 @@ REFUSED = 2
 """Exit status: config, data or files must change; the same command would end the same way."""
 
 FAILED, INTERRUPTED = 1, 130
+CLOSING = 30.0  # seconds
 _KEY = "cause"
 # of a path that the user named; other errors of files come and go with the disk
 _WRONG_PATH = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
@@ -39,8 +41,11 @@ class Cause(NamedTuple):
     text: str
 
 
-def say(error: BaseException) -> int:
-    """Report ``error``, which ends this rank; returns the exit status of the job."""
+def say(error: BaseException, close: Callable[[], None] | None = None) -> int:
+    """Report ``error``, which ends this rank; returns the exit status of the job.
+
+    ``close`` then writes what there still is to write, for a while: it may wait for other ranks.
+    """
     mine = _cause(error)
     first = _first(mine)
     explained = isinstance(error, (ValueError, OSError, KeyboardInterrupt))
@@ -54,6 +59,8 @@ def say(error: BaseException) -> int:
         rank_log.show(mine.text)
     else:
         rank_log.tell(trace.rstrip() or mine.text)
+    if close is not None:
+        within(CLOSING, close)
     return first.status
 
 

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -157,7 +157,7 @@ class RunLogger(BaseLogger):
 
     def close(self) -> None:
         """Close both files."""
-        with tolerate(self.path):
+        with suppress(OSError):
             self.lines.close()
         with self._events() as writer:
             if writer:

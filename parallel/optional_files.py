@@ -28,7 +28,8 @@ def tolerate(path: Path) -> Iterator[None]:
         _in_all[path] += 1
         if _in_a_row[path] == 1:
             rank_log.tell(
-                f"warning: {path} is not written: {error_text(error)}. The run goes on without"
+                f"warning: {path} is not written: {error.strerror or error_text(error)}. "
+                "The run goes on without"
             )
     else:
         if lost := _in_a_row.pop(path, 0):

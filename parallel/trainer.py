@@ -416,7 +416,7 @@ class Trainer(titan.Trainer):
         if not stopped and self.checkpointer.gave_up == self.step:
             raise OSError(
                 f"the last checkpoint, of step {self.step}, could not be written; the newest good "
-                f"one is {self._last_checkpoint()}. Make room, and the same command goes on there"
+                f"one: {self._last_checkpoint()}. Make room, and the same command goes on there"
             )
 
     def _say_end(self, stopped: bool, saved: bool) -> None:
@@ -430,6 +430,8 @@ class Trainer(titan.Trainer):
         if stopped:
             found = "saved" if saved else f"not saved, last checkpoint {self._last_checkpoint()}"
             words = f"stopped at step {self.step}, {found}; the same command resumes"
+        elif self.checkpointer.gave_up == self.step:
+            words = f"trained to step {self.step}, not saved"
         else:
             words = f"done: {self.step} steps in {folder}"
         print(printable(f"{words}. {lost_writes(folder)}{shown}"), flush=True)
