@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 
+from earlyfuse.data.console import protect_console
 from earlyfuse.parallel import stop
 
 SHORT_HELP, LONG_HELP, LIST = ("-h", "--help"), "--help-all", "--list"
@@ -11,6 +12,7 @@ SHORT_HELP, LONG_HELP, LIST = ("-h", "--help"), "--help-all", "--list"
 
 def main(arguments: list[str]) -> int:
     """Run the command line; returns the exit status."""
+    protect_console()
     stop.end_with_parent()
     if "RANK" in os.environ:  # a request to stop must not kill a rank that is still importing
         stop.listen()
@@ -20,6 +22,7 @@ def main(arguments: list[str]) -> int:
     from earlyfuse.configs.catalogue import DEFAULT, catalogue
     from earlyfuse.configs.command_line import help_text, list_text, override, take_dry_run, unknown
     from earlyfuse.configs.dry_run import describe
+    from earlyfuse.parallel import last_words
 
     logging.getLogger().setLevel(logging.ERROR)  # torchtitan warns of every device it does not know
     configs = catalogue()
@@ -27,30 +30,30 @@ def main(arguments: list[str]) -> int:
     if LIST in arguments:
         print(list_text())
         return 0
-    if name not in configs:
-        print(unknown(name), file=sys.stderr)
-        return 2
-    config = configs[name]()
-    if any(flag in arguments for flag in SHORT_HELP):
-        print(help_text(name, config))
-        return 0
-    dry_run = take_dry_run(arguments)
-    config = override(config, ["--help" if a == LONG_HELP else a for a in arguments])
     trainer = None
     try:
+        if name not in configs:
+            raise ValueError(unknown(name))
+        config = configs[name]()
+        if any(flag in arguments for flag in SHORT_HELP):
+            print(help_text(name, config))
+            return 0
+        dry_run = take_dry_run(arguments)
+        config = override(config, ["--help" if a == LONG_HELP else a for a in arguments])
         if dry_run is not None:
             print(describe(name, config, dry_run))
             return 0
         trainer = config.build()
+        stop.listen()  # to the end: what is under way then is saved and drawn
         trainer.train()
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    finally:
-        if trainer is not None:
-            trainer.close()
+        trainer.close()
+    except (Exception, KeyboardInterrupt) as error:
+        return last_words.say(error, close=trainer and trainer.close)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    from earlyfuse.parallel.process_group import exit_with
+
+    exit_with(status)

@@ -1,7 +1,8 @@
 """The command line of ``train.py``: a short help with defaults, and overrides of any field."""
 
+import io
 import os
-import sys
+from contextlib import redirect_stderr
 from difflib import get_close_matches
 from itertools import zip_longest
 from typing import Any
@@ -83,7 +84,7 @@ def help_text(name: str, config: Trainer.Config) -> str:
 def take_dry_run(arguments: list[str]) -> int | None:
     """Remove ``--dry-run [RANKS]`` from ``arguments``: the ranks, the launcher's if not given.
 
-    None without it; exits with a message if there is no positive number of ranks.
+    None without it; ``ValueError`` if there is no positive number of ranks.
     """
     if DRY_RUN not in arguments:
         return None
@@ -92,7 +93,7 @@ def take_dry_run(arguments: list[str]) -> int | None:
     given = arguments.pop(at) if at < len(arguments) and arguments[at][0] != "-" else None
     ranks = given or os.environ.get("WORLD_SIZE", "1")
     if not ranks.isdecimal() or not int(ranks):
-        sys.exit(f"{DRY_RUN} ({ranks}) must be followed by a number of ranks, or by nothing")
+        raise ValueError(f"{DRY_RUN} ({ranks}) must be followed by a number of ranks, or nothing")
     return int(ranks)
 
 
@@ -130,11 +131,22 @@ def _named_shares(words: list[str]) -> dict[str, float]:
 
 
 def override(config: Trainer.Config, arguments: list[str]) -> Trainer.Config:
-    """``config`` with ``--section.field value`` applied; exits with a message on a wrong one."""
+    """``config`` with ``--section.field value`` applied; exits with a message on a wrong one.
+
+    Under a launcher the message is a ``ValueError``, so that one rank can speak for all.
+    """
     ConfigManager()  # registers torchtitan's rules for its own field types
-    return tyro.cli(
-        type(config), args=arguments, default=config, registry=custom_registry, prog="train.py"
-    )
+    options: dict[str, Any] = {"registry": custom_registry, "prog": "train.py"}
+    if "RANK" not in os.environ:
+        return tyro.cli(type(config), args=arguments, default=config, **options)
+    message = io.StringIO()
+    try:
+        with redirect_stderr(message):
+            return tyro.cli(type(config), args=arguments, default=config, **options)
+    except SystemExit as end:
+        if end.code:
+            raise ValueError(message.getvalue().strip()) from None
+        raise
 
 
 def _value(config: Any, path: str) -> Any:

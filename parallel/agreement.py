@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from earlyfuse.parallel import rank_log, run_folder
+from earlyfuse.parallel import process_group, rank_log, run_folder
 
 CLOCK_TOLERANCE = 1.0  # seconds; logs, certificates and file times of several hosts are compared
 CLOCK_ROUNDS = 3
@@ -37,6 +37,7 @@ def check_ranks_agree(config: Mapping[str, Any]) -> None:
     """
     if dist.get_world_size() == 1:
         return
+    process_group.leave_at_exit()
     clocks = []
     for _ in range(CLOCK_ROUNDS):
         dist.barrier()

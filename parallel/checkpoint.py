@@ -68,8 +68,9 @@ class Checkpoints(CheckpointManager):
     """Writes <run folder>/checkpoint/step-N and loads the one completed last.
 
     ``newest`` is the step of the last checkpoint that is known to be whole, None before there is
-    one; ``saved`` and ``failed`` count saves; ``stall_seconds`` is how long saving has kept the
-    training loop waiting. All ranks agree on the first three. ``description``, if set, becomes the
+    one; ``gave_up`` that of the last one that could not be written; ``saved`` and ``failed`` count
+    saves; ``stall_seconds`` is how long saving has kept the training loop waiting. All ranks agree
+    on all but the last. ``description``, if set, becomes the
     ``config.json`` of every checkpoint: what model it is of, for those who find the folder alone.
     ``steps``, if set: how long the run is; a checkpoint from beyond is refused. ``settings``, if
     set, are noted in every checkpoint; one of which a resume would change what is fixed is refused.
@@ -125,6 +126,7 @@ class Checkpoints(CheckpointManager):
                 "CUDA device: there is no memory to pin for"
             )
         self.newest: int | None = None
+        self.gave_up: int | None = None
         self.description: dict[str, Any] | None = None
         self.steps: int | None = None
         self.settings: Settings | None = None
@@ -281,6 +283,7 @@ class Checkpoints(CheckpointManager):
 
     def _give_up(self, step: int, errors: dict[int, OSError]) -> None:
         self.failed += 1
+        self.gave_up = step
         causes = "; ".join(f"rank {rank}: {error}" for rank, error in errors.items())
         good = "there is none yet" if self.newest is None else self.disk.complete(self.newest)
         self._warn(

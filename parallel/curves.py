@@ -11,6 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
+from earlyfuse.data.atomic import atomic_write
 from earlyfuse.parallel.metrics_file import METRICS_FILE, TRAIN, VALIDATION, read_metrics
 from earlyfuse.parallel.run_folder import CURVES
 
@@ -79,10 +80,11 @@ def plot_study(
 
 def _save(figure: Any, picture: Path) -> None:
     figure.tight_layout()
-    temporary = picture.with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=110)
-    plt.close(figure)
-    temporary.replace(picture)
+    try:
+        with atomic_write(picture) as file:
+            figure.savefig(file, format="png", dpi=110)
+    finally:
+        plt.close(figure)
 
 
 def _tokens(line: dict[str, Any]) -> float:
@@ -135,6 +137,8 @@ def _draw_tasks(
             for x in validation
             if task in x and x["step"] in tokens_at
         ]
+        if not points:  # their lines were lost on a full disk
+            continue
         name = task.removeprefix("task/")
         (line,) = axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
         chance = validation[-1].get(f"chance/{name}")

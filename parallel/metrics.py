@@ -9,7 +9,10 @@ With several ranks a logged step also says what the slowest of them saw (``rank_
 """
 
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -20,7 +23,9 @@ from torch.utils.tensorboard import SummaryWriter
 from torchtitan.components.metrics import BaseLogger, MetricsProcessor
 from tqdm import tqdm
 
+from earlyfuse.data.console import printable
 from earlyfuse.parallel.metrics_file import METRICS_FILE, TRAIN, VALIDATION, as_line, drop_after
+from earlyfuse.parallel.optional_files import LineFile, tolerate
 from earlyfuse.parallel.rank_times import RankTimes
 
 CLEARLY_SLOWER = 1.1
@@ -91,9 +96,8 @@ class RunMetrics(MetricsProcessor):
 
     def log_samples(self, step: int, pixels: np.ndarray, captions: str) -> None:
         """Show a picture (H, W, 3) uint8 and Markdown text in TensorBoard; rank 0 only."""
-        if isinstance(self.logger, RunLogger) and self.logger.writer:
-            self.logger.writer.add_image("samples", pixels, step, dataformats="HWC")
-            self.logger.writer.add_text("samples", captions, step)
+        if isinstance(self.logger, RunLogger):
+            self.logger.log_samples(step, pixels, captions)
 
     def restart_clock(self) -> None:
         """Throughput counts from now on."""
@@ -111,12 +115,12 @@ class RunMetrics(MetricsProcessor):
 
 
 class RunLogger(BaseLogger):
-    """``metrics.jsonl`` and TensorBoard events of one run folder."""
+    """``metrics.jsonl`` and TensorBoard events of one run folder; a full disk costs lines."""
 
     def __init__(self, folder: Path, tensorboard: str | None):
         self.path = folder / METRICS_FILE
+        self.lines = LineFile(self.path)
         self.tensorboard_folder = folder / tensorboard if tensorboard else None
-        self.file: TextIO | None = None
         self.writer: SummaryWriter | None = None
 
     def start(self, step: int) -> None:
@@ -124,29 +128,65 @@ class RunLogger(BaseLogger):
 
         ``ValueError`` if the file is damaged.
         """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if step and self.path.exists():
-            drop_after(self.path, step)
-        elif self.path.exists():
-            self.path.write_bytes(b"")
-        self.file = self.path.open("a", buffering=1)
+        with tolerate(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if step and self.path.exists():
+                drop_after(self.path, step)
+            elif self.path.exists():
+                self.path.write_bytes(b"")
         if self.tensorboard_folder:
-            self.writer = SummaryWriter(str(self.tensorboard_folder), purge_step=step + 1)
+            _expect_full_disks()
+            with tolerate(self.tensorboard_folder):
+                self.writer = SummaryWriter(str(self.tensorboard_folder), purge_step=step + 1)
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
         """One line, and a scalar named ``kind``/name for each number."""
-        assert self.file is not None, "log before start"
-        self.file.write(as_line(metrics, step))
-        if self.writer:
-            for name, value in metrics.items():
+        with tolerate(self.path):
+            self.lines.append(as_line(metrics, step))
+        with self._events() as writer:
+            for name, value in metrics.items() if writer else ():
                 if not isinstance(value, str):
-                    self.writer.add_scalar(f"{metrics['kind']}/{name}", value, step)
+                    writer.add_scalar(f"{metrics['kind']}/{name}", value, step)
+
+    def log_samples(self, step: int, pixels: np.ndarray, captions: str) -> None:
+        """A picture (H, W, 3) uint8 and Markdown text, in TensorBoard."""
+        with self._events() as writer:
+            if writer:
+                writer.add_image("samples", pixels, step, dataformats="HWC")
+                writer.add_text("samples", captions, step)
 
     def close(self) -> None:
         """Close both files."""
-        for stream in (self.file, self.writer):
-            if stream:
-                stream.close()
+        with suppress(OSError):
+            self.lines.close()
+        with self._events() as writer:
+            if writer:
+                writer.close()
+
+    @contextmanager
+    def _events(self) -> Iterator[Any]:
+        """The writer, None if there is none; one that has failed cannot write any more."""
+        if self.writer is None or self.tensorboard_folder is None:
+            yield None
+            return
+        with tolerate(self.tensorboard_folder):
+            try:
+                yield self.writer
+            except OSError:
+                self.writer = None
+                raise
+
+
+def _expect_full_disks() -> None:
+    """Let TensorBoard's thread end without a traceback: its error comes back at the next write."""
+    usual = threading.excepthook
+
+    def hook(arguments: threading.ExceptHookArgs) -> None:
+        thread = type(arguments.thread).__name__
+        if not (thread == "_AsyncWriterThread" and isinstance(arguments.exc_value, OSError)):
+            usual(arguments)
+
+    threading.excepthook = hook
 
 
 class Console:
@@ -198,6 +238,7 @@ class Console:
             self.bar.close()
 
     def _print(self, line: str) -> None:
+        line = printable(line)  # names of tasks come from the data
         if self.bar is not None:
             self.bar.write(line, file=self.stream)
         else:

@@ -25,12 +25,12 @@ _REMEDY = "correct or remove that line, or move the file away to log anew"
 
 
 def as_line(metrics: Mapping[str, Any], step: int) -> str:
-    """One line of strict JSON; ``metrics`` has its ``kind``."""
+    """One line of strict JSON, without its end; ``metrics`` has its ``kind``."""
     finite = {
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in metrics.items()
     }
-    return json.dumps({"step": step, **finite}, allow_nan=False) + "\n"
+    return json.dumps({"step": step, **finite}, allow_nan=False)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -48,7 +48,7 @@ def drop_after(path: Path, step: int) -> None:
         with replacement.open("wb") as file:
             for values in _lines(path):
                 if values["step"] <= step:
-                    file.write(as_line(values, values["step"]).encode())
+                    file.write(f"{as_line(values, values['step'])}\n".encode())
         os.replace(replacement, path)
     except BaseException:
         replacement.unlink(missing_ok=True)

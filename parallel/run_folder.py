@@ -17,7 +17,7 @@ from earlyfuse.data.json_files import JsonObject, read_json
 from earlyfuse.data.lock import FolderLock
 from earlyfuse.parallel import rank_log
 
-DESCRIPTION, CURVES = "run.json", "loss_curves.png"
+DESCRIPTION, CURVES, SAMPLES = "run.json", "loss_curves.png", "samples.png"
 # how long the processes of a run that was killed may need to be gone: of another one, or, for ranks
 # that a launcher has started again, of the attempt before, which may be on a host that went away
 ENDING_SECONDS, RESTART_SECONDS = 10.0, 120.0

@@ -13,7 +13,6 @@ from PIL import Image
 from earlyfuse.data.atomic import atomic_write
 from earlyfuse.parallel.sampler import Sample
 
-PICTURE = "samples.png"
 COLUMNS = 4
 _LINE, _LINES = 26, 2  # characters of a line, lines of a caption
 
@@ -53,12 +52,10 @@ def draw_samples(samples: Sequence[Sample], step: int) -> np.ndarray:
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-def write_picture(pixels: np.ndarray, folder: Path) -> Path:
-    """Put ``pixels`` at ``folder``/samples.png; returns its path."""
-    path = folder / PICTURE
+def write_picture(pixels: np.ndarray, path: Path) -> None:
+    """Put ``pixels`` at ``path``, as PNG."""
     with atomic_write(path) as file:
         Image.fromarray(pixels).save(file, "PNG")
-    return path
 
 
 def as_table(samples: Sequence[Sample]) -> str:

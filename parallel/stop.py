@@ -64,6 +64,12 @@ def end_with_parent() -> None:
     threading.Thread(target=wait, name="parent", daemon=True).start()
 
 
+def ignore() -> None:
+    """Ignore the signals for the rest of this process: it ends, and its exit status stands."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def requested() -> bool:
     """Whether this process, or the launcher of its host, has been asked to stop."""
     path = os.environ.get(STOP_FILE)

@@ -8,6 +8,7 @@ graceful stops, skipped steps, a watchdog.
 B rows, S positions, M modality ids.
 """
 
+import atexit
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 from torchtitan.distributed import ParallelDims
 
+from earlyfuse.data.console import printable
 from earlyfuse.data.loader import LaneLoader
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.modality import Modality
@@ -24,7 +26,15 @@ from earlyfuse.models.objectives.chameleon import ChameleonObjective, label_memb
 from earlyfuse.models.routing.causal import normalise_over
 from earlyfuse.models.routing.noise import router_noises
 from earlyfuse.models.state_dicts.exported import describe
-from earlyfuse.parallel import compat, lost_hosts, rank_log, run_folder, stop
+from earlyfuse.parallel import (
+    compat,
+    last_words,
+    lost_hosts,
+    process_group,
+    rank_log,
+    run_folder,
+    stop,
+)
 from earlyfuse.parallel import torchtitan_run as titan
 from earlyfuse.parallel.agreement import check_ranks_agree
 from earlyfuse.parallel.balance import ExpertBalance
@@ -34,6 +44,7 @@ from earlyfuse.parallel.dropout import seed_dropout
 from earlyfuse.parallel.gradients import clip
 from earlyfuse.parallel.limits import check_limits
 from earlyfuse.parallel.metrics import RunMetrics
+from earlyfuse.parallel.optional_files import lost_writes, tolerate
 from earlyfuse.parallel.pipeline import Pipeline
 from earlyfuse.parallel.plan import check_parallelism
 from earlyfuse.parallel.resume import (
@@ -42,6 +53,7 @@ from earlyfuse.parallel.resume import (
     hyperparameters,
     plain_config,
 )
+from earlyfuse.parallel.run_folder import CURVES, SAMPLES
 from earlyfuse.parallel.sampler import Sampler
 from earlyfuse.parallel.schedule import LearningRate
 from earlyfuse.parallel.sequence_parallel import positions_here
@@ -111,6 +123,7 @@ class Trainer(titan.Trainer):
     @record
     def __init__(self, config: Config):
         compat.apply()
+        process_group.leave_at_exit()
         self._alone = compat.join_process_group_alone()
         assert config.model_spec is not None, "configs always set model_spec"
         self.data = resolve(config)
@@ -131,6 +144,7 @@ class Trainer(titan.Trainer):
     def _build(self, config: Config) -> None:
         model = config.model_spec.model
         rank_log.start(Path(config.dump_folder))
+        last_words.say_uncaught()
         # saved in every checkpoint: totals of the whole run
         self.tokens_M = torch.zeros(MODALITIES, dtype=torch.int64)
         self.skip = config.skip.build()
@@ -176,6 +190,7 @@ class Trainer(titan.Trainer):
         lost_hosts.watch()
         parallel_dims = super().init_distributed()
         self.watchdog = config.watchdog.build(folder=Path(config.dump_folder))
+        atexit.register(self.watchdog.close)  # its thread is in the store, as gloo's in the group
         check_ranks_agree(config.to_dict())
         return parallel_dims
 
@@ -335,7 +350,8 @@ class Trainer(titan.Trainer):
         SIGTERM or SIGUSR1 to any rank lets all of them finish their step, save, and end.
         """
         try:
-            self._train()
+            with stop.listening():
+                self._train()
         except BaseException:
             self.reservation.release()
             raise
@@ -350,7 +366,9 @@ class Trainer(titan.Trainer):
         metrics.start(self.step, config.training.steps)
         # only now: whatever was refused has left the folder's own description in place
         description = plain_config(config)
-        run_folder.write_description(Path(config.dump_folder), description, settings.changes)
+        folder = Path(config.dump_folder)
+        with tolerate(folder / run_folder.DESCRIPTION):
+            run_folder.write_description(folder, description, settings.changes)
         if self.step:
             begun = f"resumed at step {self.step}"
             begun += f", from here with {settings.changed_now}" if settings.changed_now else ""
@@ -360,7 +378,7 @@ class Trainer(titan.Trainer):
             self._validate()  # what the other run's model is worth in this one
         first_step, saved = self.step, False
         profiling = config.profiler.build(global_step=self.step, base_folder=config.dump_folder)
-        with stop.listening(), profiling as profiler:
+        with profiling as profiler:
             data_iterator = self.batch_generator(self.dataloader)
             while self.should_continue_training() and not self.stopping:
                 self.step += 1
@@ -414,30 +432,45 @@ class Trainer(titan.Trainer):
         self.watchdog.enter(self.step, Phase.VALIDATION)
         seq_len = self.config.training.seq_len
         samples = self.sampler.write(self.model, self.vocabulary, seq_len)
+        folder = Path(self.config.dump_folder)
         if samples:
-            from earlyfuse.parallel import sample_grid  # matplotlib: for one rank
+            with tolerate(folder / SAMPLES):
+                from earlyfuse.parallel import sample_grid  # matplotlib: for one rank
 
-            pixels = sample_grid.draw_samples(samples, self.step)
-            sample_grid.write_picture(pixels, Path(self.config.dump_folder))
-            captions = sample_grid.as_table(samples)
-            self.metrics_processor.log_samples(self.step, pixels, captions)
+                pixels = sample_grid.draw_samples(samples, self.step)
+                captions = sample_grid.as_table(samples)
+                self.metrics_processor.log_samples(self.step, pixels, captions)
+                sample_grid.write_picture(pixels, folder / SAMPLES)
 
     def _finish(self, saved: bool) -> None:
+        self.checkpointer.maybe_wait_for_saving()
+        saved = saved and self.checkpointer.newest == self.step
         self.metrics_processor.close()
-        if torch.distributed.get_rank() != 0:
-            return
-        from earlyfuse.parallel.curves import plot_curves  # matplotlib: for one rank, once
-        from earlyfuse.parallel.sample_grid import PICTURE as SAMPLES
+        stopped = self.should_continue_training()
+        if torch.distributed.get_rank() == 0:
+            self._say_end(stopped, saved)
+        if not stopped and self.checkpointer.gave_up == self.step:
+            raise OSError(
+                f"the last checkpoint, of step {self.step}, could not be written; the newest good "
+                f"one: {self._last_checkpoint()}. Make room, and the same command goes on there"
+            )
 
-        picture = plot_curves(Path(self.config.dump_folder))
-        if self.should_continue_training():
+    def _say_end(self, stopped: bool, saved: bool) -> None:
+        folder = Path(self.config.dump_folder)
+        shown = ""
+        with tolerate(folder / CURVES):
+            from earlyfuse.parallel.curves import plot_curves  # matplotlib: for one rank, once
+
+            shown = f"Curves: {plot_curves(folder)}"
+            shown += f", samples: {folder / SAMPLES}" if self.sampler.pairs else ""
+        if stopped:
             found = "saved" if saved else f"not saved, last checkpoint {self._last_checkpoint()}"
             words = f"stopped at step {self.step}, {found}; the same command resumes"
+        elif self.checkpointer.gave_up == self.step:
+            words = f"trained to step {self.step}, not saved"
         else:
-            words = f"done: {self.step} steps in {self.config.dump_folder}"
-        samples = picture.with_name(SAMPLES)
-        shown = f"Curves: {picture}" + (f", samples: {samples}" if self.sampler.pairs else "")
-        print(f"{words}. {shown}", flush=True)
+            words = f"done: {self.step} steps in {folder}"
+        print(printable(f"{words}. {lost_writes(folder)}{shown}"), flush=True)
 
     def close(self) -> None:
         """Release everything; the other ranks no longer wait for this one."""

@@ -4,7 +4,8 @@ Each rank tells, from a thread of its own, where its training stands: step, phas
 a beat that only counts. The reports go to the job's store. A rank that has itself not moved for as
 long as it may reads those of all: the culprits are ranks without a beat (stopped, or their host is
 gone), else those furthest behind. It then writes the finding and every thread's stack into the run
-folder, kills culprits of its own host, and ends, and so the launcher ends or restarts the job.
+folder, kills culprits of its own host, and ends, and so the launcher ends or restarts the job. A
+rank that stands in wait for one that has said why it ends (``last_words``) ends at once.
 
 A job that is only slow goes on: a rank waits for one that is behind as long as *that* one may take,
 and start, first step, validation and checkpoint may take longer than the phases of other steps.
@@ -27,11 +28,12 @@ from typing import NamedTuple, TypeVar
 import torch.distributed as dist
 from torchtitan.config import Configurable
 
-from earlyfuse.parallel import rank_log
+from earlyfuse.parallel import last_words, process_group, rank_log
 
 T = TypeVar("T")
 
 EXIT_STATUS = 70
+FOLLOWING = 1.0  # seconds for a rank to meet by itself what has ended another
 DONE = -1  # the beat of a rank that has ended its training
 FOLDER = "stalls"
 
@@ -108,6 +110,8 @@ class Watchdog(Configurable):
             self._interval = min(config.timeout_seconds / 10, 1.0)
             self._job_store = dist.distributed_c10d._get_default_store()
             self._store: dist.Store | None = None
+            self._notes: dist.Store | None = None
+            self._cause: last_words.Cause | None = None
             self._stuck: threading.Thread | None = None
             # the store is the launcher's, or rank 0's: then it falls silent with that rank
             self._rank_0_keeps = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
@@ -137,6 +141,8 @@ class Watchdog(Configurable):
         while not self._closed.wait(self._interval):
             mine = self._own_report()
             self._tell(mine)
+            if self._cause is not None and not self._closed.wait(FOLLOWING):
+                self._follow(self._cause)
             if os.getppid() != self._launcher:
                 self._end("the launcher of this host is gone", [])
             now = time.monotonic()
@@ -163,6 +169,7 @@ class Watchdog(Configurable):
     def _tell(self, mine: Report) -> None:
         def tell(store: dist.Store) -> Report | None:
             store.set(str(self.rank), json.dumps(mine))
+            self._cause = last_words.entered(self._notes)
             if not self._rank_0_keeps or self.rank == 0:
                 return None
             # waits for rank 0's first report: without any it could not be named when it is silent
@@ -196,6 +203,7 @@ class Watchdog(Configurable):
                 if self._store is None:
                     own = self._job_store.clone()  # type: ignore[attr-defined]
                     self._store = dist.PrefixStore("watchdog", own)
+                    self._notes = process_group.notes(own)
                 found.append(action(self._store))
             except RuntimeError:  # every error of a store is one: closed, unreachable, too slow
                 self._store = None
@@ -207,6 +215,12 @@ class Watchdog(Configurable):
         thread.join(max(self.config.timeout_seconds / 20, 2.0))
         self._stuck = thread if thread.is_alive() else None
         return found[0] if found else None
+
+    def _follow(self, cause: last_words.Cause) -> None:
+        """End as the job does: what this rank waits for will not come."""
+        last_words.follow(cause)
+        self._on_store(lambda _: process_group.count_as_left(self._notes))
+        os._exit(cause.status)
 
     def _end(self, finding: str, stopped: list[Report]) -> None:
         """Write ``finding`` and all stacks, kill what was stopped on this host, and end."""
@@ -224,8 +238,10 @@ class Watchdog(Configurable):
         if self._on_store(lambda store: store.add("found", 1)) in (1, None):  # one speaks for all
             with suppress(OSError):  # the console may be gone with the launcher
                 rank_log.tell(f"the job stands still: {finding}; stacks are in {self.folder}")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / f"rank-{self.rank}.txt").open("w") as file:
+        with suppress(OSError):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"rank-{self.rank}.txt"
+        with suppress(OSError), path.open("w") as file:  # the disk may be full
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {finding}\n\n")
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)

@@ -262,5 +262,13 @@ def test_every_direct_dependency_is_pinned_exactly():
     assert "+" not in "".join(pins.values())  # +cpu exists on some machines only
 
 
+def test_pages_activate_the_environment_before_their_first_command():
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        lines = [line.strip() for line in page.read_text().splitlines()]
+        commands = [n for n, line in enumerate(lines) if line.startswith("python ")]
+        if commands:
+            assert "source .venv/bin/activate" in "\n".join(lines[: commands[0]]), page.name
+
+
 def test_the_entry_stays_an_entry():
     assert len((ROOT / "train.py").read_text().splitlines()) <= 60

@@ -103,6 +103,7 @@ def test_the_signal_before_the_time_limit_saves_and_queues_the_job_again(slurm, 
         ('mkdir "$SAVED/step-20"; exit 3', 0, True),  # it got further: try again
         ('mkdir "$SAVED/step-10.partial"; exit 3', 3, False),
         ('mkdir "$SAVED/step-20"; exit 0', 0, False),
+        ('mkdir "$SAVED/step-20"; exit 2', 2, False),  # refused: it would be again
     ],
 )
 def test_a_failed_job_is_queued_again_if_it_got_further(slurm, tmp_path, body, status, requeued):

@@ -192,6 +192,15 @@ def test_the_tool_writes_images_captions_and_both(learned, data, tmp_path, capsy
     assert SHADES[2] in capsys.readouterr().out
 
 
+def test_what_a_model_wrote_cannot_move_the_cursor(learned, tmp_path, capsys, monkeypatch):
+    written = [{"text": "\x1b[2J\rcaf\u00e9"}]
+    monkeypatch.setattr("earlyfuse.tools.documents.to_segments", lambda *_: written)
+    assert main([str(learned), "--mode", "text", "--out", str(tmp_path / "out")]) == 0
+    assert "000000-0: \\x1b[2J\\rcaf\u00e9" in capsys.readouterr().out
+    (line,) = results(tmp_path / "out")
+    assert line["written"] == written, "the file has it as it is"
+
+
 def test_samples_of_the_tool_depend_on_their_seed_alone(learned, tmp_path):
     def written(name, *options):
         arguments = [str(learned), "--prompt", "shade", "--out", str(tmp_path / name)]

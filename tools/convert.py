@@ -69,6 +69,7 @@ from earlyfuse.models.state_dicts.torch_files import write_torch_file
 from earlyfuse.models.upcycle import upcycle as upcycle_origins
 from earlyfuse.parallel import checkpoint_files
 from earlyfuse.parallel.checkpoint_files import Writer, damage, write_manifest
+from earlyfuse.tools.command import run_command
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_SHARD_SIZE = "5GB"
@@ -407,30 +408,29 @@ def _unwritten(destination: Path, error: OSError) -> OSError:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; 0 when it succeeded, 2 with what to change when it could not."""
+    return run_command(
+        "convert", lambda: _convert(arguments), interrupted="stopped; nothing was written"
+    )
+
+
+def _convert(arguments: Sequence[str] | None) -> None:
     options = _parser().parse_args(arguments)
     begin = time.perf_counter()
-    try:
-        remarks = convert(
-            options.source,
-            options.destination,
-            options.to,
-            dtype=DTYPES.get(options.dtype),
-            upcycle=options.upcycle,
-            max_shard_bytes=shard_bytes(options.max_shard_size),
-            verify=options.verify,
-        )
-    except (ValueError, OSError) as error:
-        print(f"convert: {printable(str(error), keep=_NEWLINE)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("convert: stopped; nothing was written", file=sys.stderr)
-        return 130
+    remarks = convert(
+        options.source,
+        options.destination,
+        options.to,
+        dtype=DTYPES.get(options.dtype),
+        upcycle=options.upcycle,
+        max_shard_bytes=shard_bytes(options.max_shard_size),
+        verify=options.verify,
+    )
     for remark in remarks:
         print(f"note: {printable(remark)}")
     size = sum(path.stat().st_size for path in options.destination.rglob("*") if path.is_file())
     seconds = time.perf_counter() - begin
-    print(f"{options.destination}: {options.to}, {size / 1e6:.1f} MB in {seconds:.1f} s")
-    return 0
+    done = f"{options.destination}: {options.to}, {size / 1e6:.1f} MB in {seconds:.1f} s"
+    print(printable(done))
 
 
 def shard_bytes(text: str) -> int:

@@ -23,6 +23,7 @@ from earlyfuse.models.flops import count_parameters, mean_training_flops, traini
 from earlyfuse.parallel.traffic import Traffic, received, step_traffic, total
 from earlyfuse.parallel.trainer import Trainer
 from earlyfuse.parallel.units import accumulation
+from earlyfuse.tools.command import run_command
 
 RECOMPUTATION = {"none": None, "selective": SelectiveAC.Config(), "full": FullAC.Config()}
 GIGA, TERA = 1e9, 1e12
@@ -90,15 +91,13 @@ def _seconds(one: Traffic, dims: ParallelDims, cluster: Cluster) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0 when it succeeded, 2 with one line on what to change when it could not."""
-    options = vars(_parser().parse_args(arguments))
-    logging.getLogger().setLevel(logging.ERROR)  # torchtitan warns of its own defaults
-    command = options.pop("command")
-    try:
-        print(command(**options))
-    except ValueError as error:
-        print(f"doctor: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    def command() -> None:
+        options = vars(_parser().parse_args(arguments))
+        logging.getLogger().setLevel(logging.ERROR)  # torchtitan warns of its own defaults
+        print(options.pop("command")(**options))
+
+    return run_command("doctor", command, interrupted="stopped")
 
 
 def traffic(config: str, gpus: list[int], **options: Any) -> str:

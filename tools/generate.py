@@ -7,7 +7,6 @@ results.
 
 import argparse
 import json
-import os
 import sys
 import zlib
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from earlyfuse.data.console import printable
+from earlyfuse.tools.command import run_command
 
 _EXAMPLES = """examples:
   an image:       … FOLDER --mode image --prompt "glyph: greek small letter alpha" --out samples
@@ -46,13 +46,11 @@ class Work:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; 0 when it succeeded, 2 with one line on what to change when it could not."""
-    options = _parser().parse_args(arguments)
-    try:
-        write(options)
-    except (ValueError, OSError) as error:
-        print(f"generate: {printable(str(error), keep=_NEWLINE)}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command(
+        "generate",
+        lambda: write(_parser().parse_args(arguments)),
+        interrupted="stopped; no results were kept",
+    )
 
 
 def write(options: argparse.Namespace) -> None:
@@ -93,18 +91,9 @@ def write(options: argparse.Namespace) -> None:
                 segments = to_segments(tokens, tokenizers, options.out, work.stem)
                 whole = tokens[-1:] == [vocabulary.eos] or options.mode in BLOCKS
                 file.write(_line(options, work, segments, len(tokens), whole))
-                _tell(f"{work.stem}: {_shown(segments)}{'' if whole else ' …'}")
-    _tell(f"{len(works)} documents in {options.out / RESULTS}")
-
-
-def _tell(line: str) -> None:
-    """Print ``line``, as far as the console can show it; a closed console costs no results."""
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    text = printable(line, keep="\n\t").encode(encoding, "backslashreplace").decode(encoding)
-    try:
-        print(text, flush=True)
-    except OSError:  # what follows goes nowhere, and neither does what Python flushes at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                shown = f"{work.stem}: {_shown(segments)}{'' if whole else ' …'}"
+                print(printable(shown), flush=True)
+    print(printable(f"{len(works)} documents in {options.out / RESULTS}"))
 
 
 def _check(options: argparse.Namespace) -> None:

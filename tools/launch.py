@@ -7,25 +7,34 @@ end; it then exits 0, and the same command resumes. ``torchrun`` itself would pa
 (Ctrl-C) stays what it is there: an end without a checkpoint.
 
 The request outlives restarts: ranks that are started while it stands do one step, save and end.
+
+A job whose config is refused (status 2 of any rank) is not restarted, and the launcher ends with 2:
+the same command would end the same way. What a rank said of its end is not repeated; of ranks that
+could say nothing, the launcher says the signal. It takes the place of torch's agent for that.
 """
 
+import logging
 import os
 import signal
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
-from earlyfuse.parallel import lost_hosts
+from earlyfuse.data.console import protect_console
+from earlyfuse.parallel import lost_hosts, stop
 from earlyfuse.parallel.stop import SIGNALS, STOP_FILE
 
 # what torchrun itself still answers; the signals of a graceful stop are not among them
 ABRUPT = "SIGINT,SIGHUP,SIGQUIT"
+REFUSED, FAILED, INTERRUPTED = 2, 1, 130  # exit statuses, as ``train.py`` has them
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run ``torchrun`` with ``arguments``; exits as it does."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``torchrun`` with ``arguments``; returns the exit status."""
+    protect_console()
     with tempfile.TemporaryDirectory(prefix="earlyfuse-") as folder:
         request = Path(folder) / "stop"
         os.environ[STOP_FILE] = str(request)
@@ -34,17 +43,66 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
 
         def ask(number: int, frame: FrameType | None) -> None:
-            request.touch()
+            with suppress(OSError):  # the folder is gone when the job has ended
+                request.touch()
 
         for number in SIGNALS:
             signal.signal(number, ask)
         lost_hosts.watch()
-        # imported late: it takes seconds, in which a signal must not end this process
-        from torch.distributed import run
+        try:
+            return _run(list(sys.argv[1:] if arguments is None else arguments))
+        except KeyboardInterrupt:
+            return INTERRUPTED
 
-        given = sys.argv[1:] if arguments is None else arguments
-        run.main([f"--signals-to-handle={ABRUPT}", *given])
+
+def _run(arguments: list[str]) -> int:
+    # imported late: it takes seconds, in which a signal must not end this process
+    from torch.distributed import run
+    from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher import api
+
+    class Agent(LocalElasticAgent):
+        """Restarts ranks that failed, but none that were refused."""
+
+        def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+            result = super()._monitor_workers(worker_group)
+            if any(failure.exitcode == REFUSED for failure in result.failures.values()):
+                self._remaining_restarts = 0
+            return result
+
+    api.LocalElasticAgent = Agent  # type: ignore[misc]
+    # the ranks have said why they end; torch's words would follow theirs
+    for name in ("api", "errors.error_handler"):
+        logger = logging.getLogger(f"torch.distributed.elastic.multiprocessing.{name}")
+        logger.setLevel(logging.CRITICAL)
+    try:
+        run.main([f"--signals-to-handle={ABRUPT}", *arguments])
+    except ChildFailedError as error:
+        statuses = {rank: failure.exitcode for rank, failure in sorted(error.failures.items())}
+        if REFUSED in statuses.values():
+            return REFUSED
+        _say_signals(statuses)
+        return FAILED
+    except SignalException as error:
+        print(f"launch: stopped by {error.sigval.name}, without a checkpoint", file=sys.stderr)
+        return 128 + error.sigval
+    return 0
+
+
+def _say_signals(statuses: dict[int, int]) -> None:
+    """Name the ranks that a signal has ended, unless others failed first and said why."""
+    killed = {rank: -status for rank, status in statuses.items() if status < 0}
+    unasked = {rank: number for rank, number in killed.items() if number != signal.SIGTERM}
+    for rank, number in (unasked or killed).items():
+        if unasked or len(killed) == len(statuses):
+            name = signal.Signals(number).name
+            print(f"launch: rank {rank} was ended by {name}", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    main()
+    status = main()
+    stop.ignore()
+    sys.exit(status)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from earlyfuse.data.console import printable
+from earlyfuse.tools.command import run_command
 
 _EXAMPLE = """example:
   python -m earlyfuse.tools.prepare build --out prepared \\
@@ -21,16 +21,13 @@ _EXAMPLE = """example:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0 when it succeeded, 2 with one line on what to change when it could not."""
-    options = vars(_parser().parse_args(arguments))
-    command = options.pop("command")
-    try:
-        return int(command(**options))
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"prepare: {printable(str(error))}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("prepare: stopped; the same command goes on from here", file=sys.stderr)
-        return 130
+
+    def command() -> int:
+        options = vars(_parser().parse_args(arguments))
+        return int(options.pop("command")(**options))
+
+    kept = "stopped; the same command goes on from here"
+    return run_command("prepare", command, interrupted=kept, also=(RuntimeError,))
 
 
 # the heavy imports stand in the commands, so that --help and worker processes do not pay for them

@@ -34,6 +34,7 @@ from earlyfuse.parallel.resume import UNKNOWN, Effect, changes, effect_of, plain
 from earlyfuse.parallel.run_folder import DESCRIPTION, read_description
 from earlyfuse.parallel.stop import PARENT_PIPE
 from earlyfuse.parallel.trainer import resolve
+from earlyfuse.tools.command import run_command
 from earlyfuse.tools.study_report import curves, report
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
@@ -100,24 +101,24 @@ class Run:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    kept = "stopped; the same command goes on from here"
+    return run_command("error", lambda: _study(given), interrupted=kept, also=(RuntimeError,))
+
+
+def _study(given: list[str]) -> None:
     split = given.index("--") if "--" in given else len(given)
     options = _parser().parse_args(given[:split])
     logging.getLogger().setLevel(logging.ERROR)  # torchtitan warns of its own defaults
-    try:
-        runs = plan(options.out, options.configs, options.seeds, tuple(given[split + 1 :]))
-        for run in runs:
-            run.check_settings()
-        with _only_one(options.out):
-            train(runs, options.jobs)
-            found = {
-                config: curves([run.lines() for run in runs if run.config == config])
-                for config in options.configs
-            }
-            report(options.out, found)
-    except (ValueError, RuntimeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    runs = plan(options.out, options.configs, options.seeds, tuple(given[split + 1 :]))
+    for run in runs:
+        run.check_settings()
+    with _only_one(options.out):
+        train(runs, options.jobs)
+        found = {
+            config: curves([run.lines() for run in runs if run.config == config])
+            for config in options.configs
+        }
+        report(options.out, found)
 
 
 def plan(
@@ -183,7 +184,8 @@ def train(runs: Sequence[Run], jobs: int) -> None:
             raise RuntimeError(
                 f"{run.folder.name} ended with status {status}; see {printable(str(log))}"
             )
-        print(f"{run.folder.name}: {perf_counter() - began:.0f} s", flush=True)
+        done = f"{run.folder.name}: {perf_counter() - began:.0f} s"
+        print(printable(done), flush=True)
 
     before = signal.signal(signal.SIGTERM, stop)
     try:

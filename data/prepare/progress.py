@@ -33,11 +33,11 @@ class Progress:
         """Gives ``advance(by, note)``: a bar in a terminal, about ten lines elsewhere."""
         if self.file.isatty():
             with tqdm(
-                total=total, desc=name, unit=unit, file=self.file, dynamic_ncols=True
+                total=total, desc=printable(name), unit=unit, file=self.file, dynamic_ncols=True
             ) as shown:
 
                 def advance(by: int, note: str) -> None:
-                    shown.set_postfix_str(note, refresh=False)
+                    shown.set_postfix_str(printable(note), refresh=False)
                     shown.update(by)
 
                 yield advance

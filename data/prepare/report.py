@@ -45,7 +45,7 @@ def describe(out: Path) -> str:
     ]
     for folder, manifest in done:
         lines += _drop_lines(f"{folder.parent.name}/{folder.name}", manifest)
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def _tokenizer_lines(tokenizers: Tokenizers) -> list[str]:

@@ -10,7 +10,8 @@
 #   NODES     hosts of the job                           [1]
 #   RANKS     ranks on this host                         [its GPUs; 1 without any]
 #   PORT JOB  where and under which name launchers meet  [29400 earlyfuse]
-#   RESTARTS  of the ranks after one has failed          [3]
+#   RESTARTS  of the ranks after one has failed; none    [3]
+#             after a config was refused (status 2)
 #   NETWORK   interface that joins the hosts, as ib0     [that of the host's name]
 #   LAUNCHER  PROGRAM                                    [python -m earlyfuse.tools.launch; train.py]
 set -euo pipefail
@@ -24,6 +25,10 @@ program=${PROGRAM:-train.py}
 if [[ ! -f $program ]]; then
   echo "$program is not in $PWD; start in the root of the source tree, or set PROGRAM" >&2
   exit 2
+fi
+# where no environment is active, as in a shell by ssh: that of make setup
+if [[ -z ${VIRTUAL_ENV:-}${CONDA_PREFIX:-} && -x .venv/bin/python ]]; then
+  PATH=$PWD/.venv/bin:$PATH
 fi
 gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l) || true
 ranks=${RANKS:-$((gpus > 0 ? gpus : 1))}

@@ -1,0 +1,30 @@
+"""How every tool ends: one line for what the user can change, and the exit status that says so."""
+
+import sys
+from collections.abc import Callable
+
+from earlyfuse.data.console import error_text, protect_console
+
+REFUSED, INTERRUPTED = 2, 130
+
+
+def run_command(
+    name: str,
+    command: Callable[[], int | None],
+    interrupted: str,
+    also: tuple[type[Exception], ...] = (),
+) -> int:
+    """The exit status of ``command``; 2 with one line for what was refused, 130 after Ctrl-C.
+
+    ``interrupted``: what a Ctrl-C leaves behind. ``also``: errors that mean a refusal as
+    ``ValueError`` and ``OSError`` do.
+    """
+    protect_console()
+    try:
+        return command() or 0
+    except (ValueError, OSError, *also) as error:
+        print(f"{name}: {error_text(error)}", file=sys.stderr)
+        return REFUSED
+    except KeyboardInterrupt:
+        print(f"{name}: {interrupted}", file=sys.stderr)
+        return INTERRUPTED
