@@ -31,7 +31,6 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse
-from torch.distributed.tensor import DTensor
 from torchtitan.components.checkpointer import MODEL, OPTIMIZER, CheckpointManager
 from torchtitan.components.checkpointer.dcp import AsyncMode
 from torchtitan.tools import filesystem
@@ -62,6 +61,7 @@ from earlyfuse.parallel.checkpoint_identity import (
 )
 from earlyfuse.parallel.lost_checkpoints import lost_checkpoints
 from earlyfuse.parallel.resume import Settings
+from earlyfuse.parallel.skip import not_finite
 
 
 class Checkpoints(CheckpointManager):
@@ -453,20 +453,6 @@ class Checkpoints(CheckpointManager):
             warnings.filterwarnings("ignore", "To get the last learning rate")
             load_dcp(state_dict, reader)
             self.states[MODEL].load_state_dict(state_dict)
-
-
-def not_finite(states: dict[str, Any]) -> list[str]:
-    """Names of the tensors whose part on this rank has a value that is not finite."""
-    held = {
-        name: value.to_local() if isinstance(value, DTensor) else value
-        for name, value in states.items()
-        if isinstance(value, torch.Tensor) and value.is_floating_point()
-    }
-    if not held:
-        return []
-    device = next(iter(held.values())).device
-    finite = torch.stack([value.isfinite().all().to(device) for value in held.values()])
-    return [name for name, good in zip(held, finite.tolist(), strict=True) if not good]
 
 
 def damage_seen_by_all(folder: Path, group: dist.ProcessGroup | None = None) -> str:

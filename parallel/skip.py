@@ -170,3 +170,17 @@ def ranks_not_finite(
     return [r for r, bad in enumerate(losses_R) if bad], [
         r for r, bad in enumerate(parameters_R) if bad
     ]
+
+
+def not_finite(states: dict[str, Any]) -> list[str]:
+    """Names of the tensors whose part on this rank has a value that is not finite."""
+    held = {
+        name: value.to_local() if isinstance(value, DTensor) else value
+        for name, value in states.items()
+        if isinstance(value, torch.Tensor) and value.is_floating_point()
+    }
+    if not held:
+        return []
+    device = next(iter(held.values())).device
+    finite = torch.stack([value.isfinite().all().to(device) for value in held.values()])
+    return [name for name, good in zip(held, finite.tolist(), strict=True) if not good]

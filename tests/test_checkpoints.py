@@ -22,8 +22,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from earlyfuse.models.state_dicts.manifest import latest_checkpoint, read_manifest
-from earlyfuse.parallel.checkpoint import Checkpoints, not_finite
+from earlyfuse.parallel.checkpoint import Checkpoints
 from earlyfuse.parallel.checkpoint_files import Writer
+from earlyfuse.parallel.skip import not_finite
 
 SYNC_AND_ASYNC = pytest.mark.parametrize("mode", ["disabled", "async"])
 
