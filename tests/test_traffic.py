@@ -11,15 +11,12 @@ import torch
 import traffic_ranks
 from ranks import forked, output_of
 from tiny_runs import MAMBAS, MODELS, SHAPE, moma, tiny_config, token_choice
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torchtitan.distributed import ParallelDims
 from toy import make_data
 from traffic_ranks import LAYOUTS
 
 from earlyfuse.configs import decoders, dry_run
 from earlyfuse.configs.catalogue import catalogue
-from earlyfuse.models.blocks import layout
 from earlyfuse.models.blocks.layout import Layout
 from earlyfuse.models.flops import count_parameters
 from earlyfuse.models.objectives.chameleon import ChameleonObjective
@@ -106,32 +103,6 @@ def test_static_routing_reads_no_value_on_the_host():
     routes.weight_R.sum().backward()
     with pytest.raises(NotImplementedError):  # as the exact rule does
         expert_choice(logits_TE, eligible_T, 2, budget=None, capacity_factor=1.0)
-
-
-class OneDevice(TorchDispatchMode):
-    """Fails where tensors of two devices meet, as in a copy; numbers of the host may."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        tensors = (t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor))
-        devices = {tensor.device.type for tensor in tensors if tensor.ndim}
-        assert len(devices) <= 1, f"{function} of {devices}"
-        return out
-
-
-@pytest.mark.parametrize("name", MODELS | MAMBAS)
-def test_a_step_copies_nothing_between_host_and_device(name, monkeypatch):
-    # the mask of a GPU is a kernel's; that of a CPU asks whether it is needed at all
-    monkeypatch.setattr(layout, "attention_mask", lambda *_: None)
-    with torch.device("meta"):
-        model = (MODELS | MAMBAS)[name]().build().train()
-        tokens_BS = torch.zeros(2, 64, dtype=torch.int64)
-        labels_T = torch.zeros(128, dtype=torch.int64)
-        inputs = tokens_BS, tokens_BS.to(torch.uint8), tokens_BS, None
-    loss = ChameleonObjective.Config().build().loss_of(labels_T, labels_T.to(torch.uint8))
-    with OneDevice():
-        model(*inputs, loss).total.backward()
-    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 def traffic_of(config, model, ranks, **degrees):
