@@ -6,7 +6,7 @@ Folder: ``train/<source>/``, ``validation/<source>/``, ``tokenizers/``.
 import math
 import os
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +155,10 @@ class DataSet(Configurable):
     def _check_tokenizers(self, source: TokenSource) -> None:
         """``ValueError`` where the tokenizers beside the data are not those of its tokens."""
         folder, manifest = self.folder / "tokenizers", source.folder / MANIFEST
-        check_same(folder / VOCABULARY_FILE, self.vocabulary, source.vocabulary, manifest)
+        # ids may be left free behind the last: a model of padded size, which connect compares
+        size = max(self.vocabulary.size, source.vocabulary.size)
+        data = replace(source.vocabulary, size=size)
+        check_same(folder / VOCABULARY_FILE, self.vocabulary, data, manifest)
         files = {"text": TEXT_FILES, "image": (IMAGE_FILE,), "speech": (SPEECH_FILE,)}
         for kind, names in files.items():
             for path in (folder / name for name in names):
