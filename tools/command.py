@@ -20,9 +20,10 @@ def run_command(
     ``ValueError`` and ``OSError`` do.
     """
     protect_console()
+    refusals: tuple[type[Exception], ...] = (ValueError, OSError, *also)
     try:
         return command() or 0
-    except (ValueError, OSError, *also) as error:
+    except refusals as error:
         print(f"{name}: {error_text(error)}", file=sys.stderr)
         return REFUSED
     except KeyboardInterrupt:
