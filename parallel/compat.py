@@ -1,6 +1,7 @@
 """All that torchtitan 0.3.0 needs to run on torch 2.13 and on machines without a GPU.
 
-Each entry says which event removes it. Nothing else in the project patches anything.
+Each entry says which event removes it. Nothing else in the project patches anything, but for the
+launcher's agent (``tools/launch.py``).
 
 ==============================  ===================================================================
 entry                           goes away when

@@ -70,8 +70,9 @@ def job_store() -> dist.Store | None:
 
 
 def notes(store: dist.Store) -> dist.Store:
-    """The part of the job's ``store`` that is about how the job ends."""
-    return dist.PrefixStore("notes", store)
+    """The part of the job's ``store`` that is about how this attempt ends; some outlive it."""
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"notes of attempt {attempt}", store)
 
 
 def count_as_left(store: dist.Store) -> int:

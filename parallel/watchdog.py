@@ -219,7 +219,8 @@ class Watchdog(Configurable):
     def _follow(self, cause: last_words.Cause) -> None:
         """End as the job does: what this rank waits for will not come."""
         last_words.follow(cause)
-        self._on_store(lambda _: self._notes and process_group.count_as_left(self._notes))
+        if (notes := self._notes) is not None:
+            self._on_store(lambda _: process_group.count_as_left(notes))
         os._exit(cause.status)
 
     def _end(self, finding: str, stopped: list[Report]) -> None:
