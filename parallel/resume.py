@@ -1,8 +1,8 @@
 """What a resume may change: each setting is applied from the next step on, or refused by name.
 
-Every checkpoint carries the config that its run was computed with, and what was changed at earlier
-resumes (``settings.json``). A resume compares them with its own config by the table below; so what
-``run.json`` says is what is computed.
+Every checkpoint notes what of its config decides the computation, and what was changed at earlier
+resumes (``settings.json``; equal runs have equal ones, wherever they are). A resume compares them
+with its own config by the table below; so what ``run.json`` says is what is computed.
 """
 
 import json
@@ -123,6 +123,25 @@ def plain_config(config: Any) -> dict[str, Any]:
     return _finite(json.loads(json.dumps(config.to_dict(), default=repr)))
 
 
+def compared(config: dict[str, Any]) -> dict[str, Any]:
+    """What of a plain config is fixed or applied: neither paths, nor what the loader compares."""
+
+    def matters(field: str) -> bool:
+        path = re.sub(r"\[\d+\]", "", field)
+        inner = [effect for name, effect in EFFECTS.items() if name.startswith(f"{path}.")]
+        return bool({effect_of(field), *inner} & {Effect.FIXED, Effect.APPLIED})
+
+    def part(value: Any, field: str) -> Any:
+        if isinstance(value, dict) and field not in _NAMED_BY_USERS:
+            names = {name: f"{field}.{name}" if field else name for name in value}
+            return {n: part(value[n], inner) for n, inner in names.items() if matters(inner)}
+        if isinstance(value, list):
+            return [part(inner, f"{field}[{place}]") for place, inner in enumerate(value)]
+        return value
+
+    return part(config, "")
+
+
 def differences(before: Any, now: Any, field: str = "") -> Iterator[Difference]:
     """Fields in which two results of ``plain_config`` differ.
 
@@ -149,16 +168,17 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[Difference]:
 
 
 class Settings:
-    """The settings of a run: ``config`` as it is now, ``changes`` that resumes have made.
+    """The settings of a run: ``config`` as it is now (``compared``), ``changes`` by resumes.
 
     A change is ``{"step", "field", "before", "now"}``: steps after ``step`` are computed with
     ``now``.
     """
 
     def __init__(self, config: Any):
-        self.config = plain_config(config)
+        plain = plain_config(config)
         # with the kinds of its parts, which tell apart what has the same fields
-        self.config["model_spec"]["model"] = decoder_config.to_dict(config.model_spec.model)
+        plain["model_spec"]["model"] = decoder_config.to_dict(config.model_spec.model)
+        self.config = compared(plain)
         self.changes: list[dict[str, Any]] = []
         self.changed_now = ""
 
@@ -182,8 +202,7 @@ class Settings:
         for field, before, now in changes(saved.field("config", dict), self.config):
             effect = effect_of(field)
             if before is UNKNOWN:
-                if effect is not Effect.NONE:
-                    _warn(f"checkpoint {folder} does not note {field}, which is {shown(now)} now")
+                _warn(f"checkpoint {folder} does not note {field}, which is {shown(now)} now")
             elif effect is Effect.FIXED and not _same_seed(field, before, now):
                 raise ValueError(_refusal(field, before, now, folder))
             elif effect is Effect.APPLIED:

@@ -19,6 +19,7 @@ from earlyfuse.parallel.resume import (
     SETTINGS,
     Effect,
     Settings,
+    compared,
     differences,
     effect_of,
     plain_config,
@@ -178,10 +179,15 @@ def test_every_field_of_a_config_is_applied_or_refused_or_without_effect(stopped
                 changed.resume(tmp_path, 3)
         else:
             changed.resume(tmp_path, 3)
-            applied = [change["field"] for change in changed.changes]
-            assert applied == ([field] if effect is Effect.APPLIED else []), field
+            assert [change["field"] for change in changed.changes] == [field]
+    plain = plain_config(config)
+    for field in leaves(plain):
+        effect = effect_of(field)
+        if effect in (Effect.NONE, Effect.DATA):
+            seen.add(effect)
+            assert compared(with_another(plain, field)) == compared(plain), field
     assert seen == set(Effect)
-    here = {re.sub(r"\[\d+\]", "", field) for field in leaves(settings.config)}
+    here = {re.sub(r"\[\d+\]", "", f) for f in leaves(plain) + leaves(settings.config)}
     unknown = [f for f in EFFECTS if not any(h == f or h.startswith(f"{f}.") for h in here)]
     # a kind of router that this model has not
     assert unknown == ["model_spec.model.layers.feed_forward.pools.router.bias_rate"]
