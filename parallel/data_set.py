@@ -119,8 +119,8 @@ class DataSet(Configurable):
         if model.vocab_size != self.vocabulary.size:
             raise ValueError(
                 f"model vocab_size ({model.vocab_size}) must equal the vocabulary of the data "
-                f"({self.vocabulary.size} ids in {self.folder}); change the model's or prepare "
-                "with other sizes"
+                f"({self.vocabulary.size} ids in {self.folder}); change the model's, or prepare "
+                "with other sizes or with --tokenizers of the model that was converted"
             )
         missing = [m.label for m in self.vocabulary.modalities if m not in model.modalities]
         if missing:

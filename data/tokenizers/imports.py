@@ -123,7 +123,7 @@ def with_sentinels_of(text: TextTokenizer, vocabulary: Vocabulary) -> Vocabulary
                     "tokenizer_config.json beside it"
                 )
             named[name] = named["eos"] if spelled else stays
-    return replace(vocabulary, **named)
+    return replace(vocabulary, bos=named["bos"], eos=named["eos"], pad=named["pad"])
 
 
 def _rows(config: JsonObject) -> int:
