@@ -176,7 +176,7 @@ class DataSet(Configurable):
                 f"model vocab_size ({model.vocab_size}) must equal the vocabulary of the data "
                 f"({self.vocabulary.size} ids in {self.folder}); set vocab_size="
                 f"{self.vocabulary.size} in a config of your own, or prepare with other "
-                "--text-vocab and --codes"
+                "--text-vocab and --codes, or with --tokenizers of the model that was converted"
             )
         missing = [m.label for m in self.vocabulary.modalities if m not in model.modalities]
         if missing:

@@ -283,5 +283,6 @@ def test_results_are_whole_whatever_becomes_of_the_console(converted, tmp_path, 
     options = ["--prompt", "red", "--samples", "5", "--new-tokens", "9", "--mode", "text"]
     assert write([str(converted), *options, "--out", str(tmp_path)]) == 0
     monkeypatch.undo()
+    console.null.close()
     assert len(results(tmp_path)) == 5
     assert all(32 <= byte < 127 or byte in b"\n\t" for byte in console.shown.getvalue())
