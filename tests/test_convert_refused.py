@@ -178,7 +178,7 @@ HARM = [
     ("hf", "config.json", change_json(vq_config="x"), "config.json has a value of another kind"),
     ("hf", "config.json", change_json(vocabulary_map={"<s>": 1.5}), "whole numbers, not .'<s>'"),
     ("hf", "config.json", text("[]"), "must hold a JSON object"),
-    ("hf", "config.json", text("{"), "is no JSON"),
+    ("hf", "config.json", text("{"), "is not valid JSON"),
     ("meta", "params.json", change_json(model={"n_heads": 4}), "lacks .'dim', 'n_layers'."),
     ("meta", "params.json", change_json(model="x"), "params.json has a value of another kind"),
     ("meta", "params.json", change_model(n_layers=1.5), "params.json: n_layers .1.5. must be"),
@@ -351,6 +351,9 @@ def test_folders_that_hold_no_model_are_refused(tmp_path):
         with pytest.raises(ValueError, match="must hold a model"):
             load_model(folder)
     (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"run\.json has no field 'config'"):
+        load_model(tmp_path)
+    (tmp_path / "run.json").write_text('{"config": {"checkpoint": {"folder": "checkpoint"}}}')
     with pytest.raises(ValueError, match="has no complete checkpoint"):
         load_model(tmp_path)
 
