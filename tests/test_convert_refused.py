@@ -257,7 +257,7 @@ HARM = [
     ("meta", "params.json", change_json(qk_normalization=False, model=None), "lacks|qk_norm"),
     ("ours", "config.json", change_json(version=2), "version .2. must be 1"),
     ("ours", "config.json", change_json(vocabulary=None), "no field 'vocabulary'"),
-    ("ours", "config.json", change_json(vocabulary={"media": [{"modality": 1}]}), "no description"),
+    ("ours", "config.json", change_json(vocabulary={"media": [{"modality": 1}]}), "no field 'size'"),
 ]
 
 
@@ -421,6 +421,9 @@ def test_folders_that_hold_no_model_are_refused(tmp_path):
         with pytest.raises(ValueError, match="must hold a model"):
             load_model(folder)
     (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"run\.json has no field 'config'"):
+        load_model(tmp_path)
+    (tmp_path / "run.json").write_text('{"config": {"checkpoint": {"folder": "checkpoint"}}}')
     with pytest.raises(ValueError, match="has no complete checkpoint"):
         load_model(tmp_path)
 
