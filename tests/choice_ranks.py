@@ -2,8 +2,8 @@
 
     ranks.py 2 choice_ranks FOLDER
 
-``FOLDER`` holds toy data in ``data``; rank N writes ``FOLDER/choices-N.pt``: by layout what ``dropped`` returns, by model what
-``chosen`` does.
+``FOLDER`` holds toy data in ``data``; rank N writes ``FOLDER/choices-N.pt``: by layout what
+``dropped`` returns, by model what ``chosen`` does.
 """
 
 from functools import partial
