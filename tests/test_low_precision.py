@@ -4,6 +4,8 @@ from copy import deepcopy
 
 import pytest
 import torch
+from exported_models import export
+from tiny_runs import MAMBAS, MODELS
 
 from earlyfuse.models.blocks.feed_forward import FeedForward
 from earlyfuse.models.blocks.indexed import masked_sums, sums_by_group
@@ -11,11 +13,13 @@ from earlyfuse.models.blocks.layout import Layout
 from earlyfuse.models.blocks.linear import HeadNorm, Linear, RMSNorm
 from earlyfuse.models.blocks.mamba import Mamba
 from earlyfuse.models.decoder import Embedding
+from earlyfuse.models.state_dicts.folders import load_model
 
 ROWS, S, D = 4, 2048, 16
 T = ROWS * S
 # rounding once to bf16 errs by 0.2 %
 BOUND = 0.01
+FAMILIES = MODELS | MAMBAS
 
 
 def layout_of(groups: int = 2, present: int | None = None) -> Layout:
@@ -113,3 +117,47 @@ def test_untied_norms_compile_into_one_graph_and_read_nothing_on_the_host():
     norm = norms[0].to("meta")
     norm(torch.randn(T, D, device="meta"), meta).sum().backward()
     assert norm.weight.grad.shape == norm.weight.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_computes_in_the_type_that_it_is_cast_to(name, dtype):
+    model = FAMILIES[name]().build()
+    model.init_states()
+    tokens = torch.randint(0, 48, (2, 32), generator=torch.Generator().manual_seed(0))
+    inputs = tokens, (tokens >= 32).to(torch.uint8), torch.arange(32).expand(2, -1)
+    expected = model.eval()(*inputs)
+    assert model.to(dtype)(*inputs).dtype == dtype
+    # of the median token: where rounding changes a choice of experts, a token is another
+    error = (model(*inputs) - expected).abs().flatten(0, 1).amax(-1) / expected.abs().max()
+    assert error.median() <= (1e-5 if dtype == torch.float64 else 0.05)
+    model.train()(*inputs).square().mean().backward()
+    for key, parameter in model.named_parameters():
+        assert parameter.grad.dtype == dtype and parameter.grad.isfinite().all(), key
+
+
+@pytest.mark.parametrize("name", ["dense", "moma", "mot", "mixture_of_mamba"])
+def test_autocast_is_refused_by_name(name):
+    model, tokens = FAMILIES[name]().build(), torch.zeros(2, 32, dtype=torch.int64)
+    model.init_states()
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(ValueError, match=r"torch.autocast \(cpu, torch.bfloat16\) must be off"):
+            model(tokens)
+        with torch.autocast("cpu", enabled=False):
+            assert model(tokens).dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["moma_causal", "token_choice", "mixture_of_mamba"])
+def test_a_model_loaded_in_bf16_keeps_scans_and_routers_in_fp32(tmp_path, name):
+    exported = export(FAMILIES[name](), tmp_path / "model")
+    loaded, _ = load_model(tmp_path / "model", dtype=torch.bfloat16)
+    kept = (".scan.", ".router.")
+    for key, value in exported.named_parameters():
+        wanted = value if any(part in key for part in kept) else value.bfloat16()
+        found = loaded.get_parameter(key)
+        assert found.dtype == wanted.dtype and torch.equal(found, wanted), key
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32, torch.bfloat16}
+    tokens = torch.randint(0, 48, (1, 16), generator=torch.Generator().manual_seed(0))
+    assert loaded(tokens).dtype == torch.bfloat16
+    loaded, _ = load_model(tmp_path / "model", dtype=torch.float64)
+    assert {p.dtype for p in loaded.parameters()} == {torch.float64}

@@ -17,6 +17,11 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_runs import MAMBAS, MODELS, SHAPE, moma, tiny_config
+from torchtitan.distributed.activation_checkpoint import (
+    ActivationCheckpointing,
+    FullAC,
+    SelectiveAC,
+)
 from toy import VOCABULARY, make_data
 
 from earlyfuse.configs import decoders, embedded
@@ -85,6 +90,31 @@ def test_a_resumed_run_equals_the_unbroken_one_bit_for_bit(tmp_path, data, name,
     assert expected.keys() == found.keys() and any(key.startswith("optimizer") for key in found)
     assert [key for key in expected if not torch.equal(expected[key], found[key])] == []
     assert metrics(tmp_path / "broken") == metrics(tmp_path / "unbroken")
+
+
+@pytest.mark.parametrize("name", ["moma", "mixture_of_mamba"])
+def test_recomputation_in_bf16_on_one_process_changes_nothing(tmp_path, data, name):
+    """With dropout, whose places recomputed blocks must drop again."""
+
+    def config(folder: str, policy: ActivationCheckpointing.Config | None) -> Trainer.Config:
+        model = (MODELS | MAMBAS)[name]()
+        for layer in model.layers:
+            layer.dropout = 0.2
+        config = tiny_config(tmp_path / folder, data, model, steps=2)
+        config.training.mixed_precision_param = "bfloat16"
+        config.checkpoint.enable = config.validator.enable = False
+        config.activation_checkpoint = policy
+        return config
+
+    def learned(folder: str, policy: ActivationCheckpointing.Config | None) -> list:
+        run(config(folder, policy))
+        return [[line[key] for key in ("loss", "grad_norm")] for line in metrics(tmp_path / folder)]
+
+    plain = learned("plain", None)
+    assert learned("full", FullAC.Config()) == learned("selective", SelectiveAC.Config()) == plain
+    forgetful = config("forgetful", FullAC.Config(preserve_rng_state=False))
+    with pytest.raises(ValueError, match=r"preserve_rng_state \(False\) must be True with dropout"):
+        forgetful.build()
 
 
 def test_a_scan_has_fp32_parameters_where_all_else_computes_in_bf16(tmp_path, data):
