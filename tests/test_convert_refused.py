@@ -257,7 +257,12 @@ HARM = [
     ("meta", "params.json", change_json(qk_normalization=False, model=None), "lacks|qk_norm"),
     ("ours", "config.json", change_json(version=2), "version .2. must be 1"),
     ("ours", "config.json", change_json(vocabulary=None), "no field 'vocabulary'"),
-    ("ours", "config.json", change_json(vocabulary={"media": [{"modality": 1}]}), "no field 'size'"),
+    (
+        "ours",
+        "config.json",
+        change_json(vocabulary={"media": [{"modality": 1}]}),
+        "no field 'size'",
+    ),
 ]
 
 
