@@ -6,7 +6,8 @@ exchange; ``parallel/collective_counter.py`` counts the same in a step that runs
 =====================  ==============  ============================================================
 purpose                kind            bytes of the whole tensor, per micro-batch
 =====================  ==============  ============================================================
-parameters forward     all_gather      every FSDP unit, in the parameter dtype
+parameters forward     all_gather      every FSDP unit, in the parameter dtype; scans
+                                       and routers in fp32
 parameters backward    all_gather      the same again, where a unit is freed in between
 gradients              reduce_scatter  every FSDP unit, in the reduce dtype
 gradient replicas      all_reduce      HSDP: a rank's shard of every unit, in the reduce dtype
