@@ -93,8 +93,13 @@ CASES: dict[int, dict[str, Case]] = {
     1: {model: Case(model) for model in (BY_NAME if can_pipeline() else MODELS | MAMBAS)}
     | {f"{model}-apart": Case(model, apart=True) for model in (*BY_MODALITY, "mixture_of_mamba")}
     | {"upcycled": Case("upcycled"), "upcycled-stage2": Case("upcycled", stage2=True)},
-    2: {f"{model}-fsdp": Case(model, FSDP) for model in MODELS | MAMBAS}
-    | {f"{model}-tp": Case(model, TP) for model in MODELS}
+    # of the others, "apart" is the harder case, and "accumulated" or "full" of tensor parallelism
+    2: {f"{model}-fsdp": Case(model, FSDP) for model in MODELS | MAMBAS if model not in BY_MODALITY}
+    | {
+        f"{model}-tp": Case(model, TP)
+        for model in MODELS
+        if model not in ("moma", "mot", "token_choice")
+    }
     | {
         f"{model}-ep": Case(model, EP)
         for model in ("moe_8x", "moma", "moma_causal", "shared", "token_choice")

@@ -171,7 +171,7 @@ def test_codes_that_are_not_one_range_of_ids_are_refused(source, tmp_path):
         (lambda v: v["media"][0].update(begin=70), r"id 70 to image.* uses it for text"),
         (lambda v: v.update(size=100), r"has 322 ids, the vocabulary 100"),
         (lambda v: v.update(media=[]), r"0 image codes in blocks of 0"),
-        (lambda v: v.pop("bos"), r"vocabulary\.json\) cannot be read"),
+        (lambda v: v.pop("bos"), r"vocabulary\.json has no field 'bos'"),
     ],
 )
 def test_tokenizers_and_vocabulary_that_do_not_belong_together_are_refused(

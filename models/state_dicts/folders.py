@@ -155,9 +155,8 @@ def _values_of(path: Path) -> Iterator[None]:
 
 def last_checkpoint(run: Path) -> Path:
     """The checkpoint of a run that was completed last; ``ValueError`` if there is none."""
-    config = read_json(run / RUN, REMEDY).object("config", default={})
-    settings = config.object("checkpoint", default={})
-    return latest_checkpoint(run / settings.field("folder", str, default="checkpoint"))
+    settings = read_json(run / RUN, REMEDY).object("config").object("checkpoint")
+    return latest_checkpoint(run / settings.field("folder", str))
 
 
 def _checkpoint(folder: Path) -> Opened:
