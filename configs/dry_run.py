@@ -151,12 +151,13 @@ def _data(config: Trainer.Config, dims: ParallelDims) -> Iterator[str]:
         yield "none yet: prepare some (docs/data.md), and give their folder with --data.folder"
         return
     if not (folder / "tokenizers" / "vocabulary.json").exists():
-        if config.data.folder:
-            sources = ", ".join(config.data.shares) or "any source"
-            yield f"{folder} does not have {sources} yet: prepare them first"
-        else:
+        if not config.data.folder:
             yield f"{folder} does not have the embedded corpus yet: it is made at the first start"
-        return
+            return
+        if not config.data.embedded:
+            names = ", ".join(config.data.shares) or "any source"
+            yield f"{folder} does not have {names} yet: prepare them first"
+            return
     # what the start would refuse is refused here; only making the embedded corpus is left out
     data = DataSet(replace(config.data, folder=str(folder)))
     data.connect(config)
