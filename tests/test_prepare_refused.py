@@ -188,6 +188,8 @@ def test_splits_are_kept_apart_by_every_later_command(raw, prepared, tmp_path):
             prepare(spec_of(raw, out, **changes), quiet())
         (refused,) = ({*changes["train"], *changes["validation"]} - {"new"}) or {"back"}
         assert not list(out.glob(f"*/{refused}/manifest.json"))
+        if "the bytes" in said:  # seen before anything is written
+            assert not list(out.glob(f"*/{refused}"))
     # what was refused is no data set, and in nobody's way
     prepare(spec_of(raw, out), quiet())
 

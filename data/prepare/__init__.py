@@ -135,7 +135,11 @@ def _check_present(
             elif made:
                 hashes[label] = raw_hashes(source.shards)
                 check_replaced(spec, source, made, hashes[label])
-    return hashes, SplitGuard(others)
+    guard = SplitGuard(others)
+    for source in sources if others else ():
+        hashes[source.label] = hashes[source.label] or raw_hashes(source.shards)
+        guard.check_raw(source, hashes[source.label])
+    return hashes, guard
 
 
 def _jobs(spec: PrepareSpec, source: Source, tokenizers: Tokenizers) -> list[ShardJob]:
@@ -195,9 +199,12 @@ def _usable_record(job: ShardJob, raw_sha256: str | None) -> ShardRecord | None:
 def _keep_apart(guard: SplitGuard, source: Source, record: ShardRecord, folder: Path) -> None:
     try:
         guard.check(source, record.raw, record.raw_sha256, record.sha256)
-    except ValueError:
+    except ValueError as error:
         (folder / record.name).with_suffix(".json").unlink()  # another may take its place
-        raise
+        raise ValueError(
+            f"{error}. The source is unfinished, and no run takes the folder so: repeat the command "
+            f"with other shards, or remove {printable(str(folder))}"
+        ) from error
 
 
 class _BadRate:

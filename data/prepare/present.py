@@ -95,17 +95,25 @@ class SplitGuard:
             for shard in shards:
                 self._note(label, shard.raw, shard.raw_sha256, shard.sha256)
 
+    def check_raw(self, source: Source, hashes: Mapping[Path, str]) -> None:
+        """The raw shards of ``source``, before any is tokenised; ``hashes``: SHA-256 of each."""
+        for raw, shard in zip(source.raw_names, source.shards, strict=True):
+            self._refuse(source, raw, hashes[shard], "bytes")
+
     def check(self, source: Source, raw: str, raw_sha256: str, sha256: str) -> None:
-        """A shard of ``source``; one of no documents need not be shown."""
-        (other,) = (split for split in SPLITS if split != source.split)
-        for sha, what in ((raw_sha256, "bytes"), (sha256, "documents")):
-            if sha in self._seen[other]:
-                raise ValueError(
-                    f"shard {printable(raw)} of {source.label} has the {what} of "
-                    f"{'training' if other == 'train' else 'validation'} shard "
-                    f"{self._seen[other][sha]}; validate on data that training does not see"
-                )
+        """A tokenised shard of ``source``; one of no documents need not be shown."""
+        self._refuse(source, raw, raw_sha256, "bytes")
+        self._refuse(source, raw, sha256, "documents")
         self._note(source.label, raw, raw_sha256, sha256)
+
+    def _refuse(self, source: Source, raw: str, sha: str, what: str) -> None:
+        (other,) = (split for split in SPLITS if split != source.split)
+        if sha in self._seen[other]:
+            raise ValueError(
+                f"shard {printable(raw)} of {source.label} has the {what} of "
+                f"{'training' if other == 'train' else 'validation'} shard "
+                f"{self._seen[other][sha]}; validate on data that training does not see"
+            )
 
     def _note(self, label: str, raw: str, raw_sha256: str, sha256: str) -> None:
         where = f"{printable(raw)} of {label}"
