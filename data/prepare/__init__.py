@@ -202,8 +202,8 @@ def _keep_apart(guard: SplitGuard, source: Source, record: ShardRecord, folder: 
     except ValueError as error:
         (folder / record.name).with_suffix(".json").unlink()  # another may take its place
         raise ValueError(
-            f"{error}. The source is unfinished, and runs refuse its folder: repeat the command with "
-            f"other shards, or remove {printable(str(folder))}"
+            f"{error}. The source is unfinished, and runs refuse its folder: repeat the command "
+            f"with other shards, or remove {printable(str(folder))}"
         ) from error
 
 
