@@ -1,5 +1,5 @@
 # make train   set up if needed, then pretrain the default model:  make train ARGS="--help"
-# make test    set up if needed, lint, type-check, run all tests
+# make test    set up if needed, lint, type-check, run the tests;  make test SLOW=1: the slow ones too
 # make lint    ruff and mypy only
 # make bench   run one benchmark:  make bench NAME=moma_layer
 # make setup   only what make train needs
@@ -13,6 +13,7 @@ BIN := $(VENV)/bin
 PYTHON ?=
 ARGS ?=
 WORKERS ?= 2
+SLOW ?=
 FOLDERS := configs data kernels models parallel tools
 TYPES := $(VENV)/types
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -qq -c constraints.txt
@@ -29,7 +30,8 @@ train: setup
 setup: $(VENV)/installed
 
 test: lint
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
+	  $(if $(SLOW),,-m "not slow") $(ARGS)
 
 lint: $(VENV)/installed-test
 	@$(BIN)/ruff check .

@@ -14,18 +14,27 @@ if not torch.cuda.is_available():
 from raw_shards import prepared, raw  # noqa: F401  fixtures
 
 # minutes each: they go first, so that no worker is left alone with one of them
+SLOW_FIXTURES = {"compiled"}
 LONGEST = (
     "test_faults.py",
     "test_ranks.py",
     "test_kernels_compiled.py",
+    "test_hosts.py",
     "test_elastic_resume.py",
     "test_traffic.py",
     "test_rank_logs.py",
+    "test_sequence_parallel.py",
+    "test_study.py",
 )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """In the order of their files, the longest first."""
+    """Tests in the order of their files, the longest first; those of a fixture that takes minutes
+    are slow.
+    """
+    for item in items:
+        if SLOW_FIXTURES.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
 

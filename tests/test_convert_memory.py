@@ -64,6 +64,7 @@ def exported_model(folder: Path, sizes: Sizes) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 def test_peak_memory_stays_below_the_largest_shard_whatever_the_model(tmp_path):
     small = Sizes(**{**vars(SIZES), "dim": 64, "hidden_dim": 96, "vocab_size": 128})

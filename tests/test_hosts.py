@@ -156,6 +156,7 @@ def hosts() -> Iterator[Hosts]:
         hosts.close()
 
 
+@pytest.mark.slow
 def test_a_cut_cable_ends_the_job_on_both_hosts_and_the_same_command_resumes(hosts, tmp_path):
     job, data, logs = tmp_path / "job.py", make_data(tmp_path / "data"), tmp_path / "host-{}.txt"
     job.write_text(JOB)

@@ -56,8 +56,9 @@ def make_seed(folder: Path, data: Path) -> None:
 
 def cases() -> list:
     no_pipeline = pytest.mark.skip("torchtitan 0.3's pipeline schedules need torch 2.14")
+    slow = [pytest.mark.slow]
     return [
-        pytest.param(ranks, name, marks=() if case.runs else no_pipeline)
+        pytest.param(ranks, name, marks=slow * (ranks > 2) + ([] if case.runs else [no_pipeline]))
         for ranks in (2, 4)
         for name, case in CASES[ranks].items()
     ]
