@@ -5,7 +5,7 @@ import os
 import sys
 
 from earlyfuse.data.console import protect_console
-from earlyfuse.parallel import stop
+from earlyfuse.parallel.reliability import preemption
 
 SHORT_HELP, LONG_HELP, LIST = ("-h", "--help"), "--help-all", "--list"
 
@@ -13,16 +13,16 @@ SHORT_HELP, LONG_HELP, LIST = ("-h", "--help"), "--help-all", "--list"
 def main(arguments: list[str]) -> int:
     """Run the command line; returns the exit status."""
     protect_console()
-    stop.end_with_parent()
+    preemption.end_with_parent()
     if "RANK" in os.environ:  # a request to stop must not kill a rank that is still importing
-        stop.listen()
+        preemption.listen()
     # large tensors on huge pages: 2 to 3 % of a step on CPUs; read at torch's first allocation
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     # imported here: the processes that prepare data import this file again, and need none of it
-    from earlyfuse.configs.catalogue import DEFAULT, catalogue
     from earlyfuse.configs.command_line import help_text, list_text, override, take_dry_run, unknown
-    from earlyfuse.configs.dry_run import describe
-    from earlyfuse.parallel import last_words
+    from earlyfuse.configs.registry import DEFAULT, catalogue
+    from earlyfuse.parallel.estimates.dry_run import describe
+    from earlyfuse.parallel.reliability import failure_report
 
     logging.getLogger().setLevel(logging.ERROR)  # torchtitan warns of every device it does not know
     configs = catalogue()
@@ -44,16 +44,16 @@ def main(arguments: list[str]) -> int:
             print(describe(name, config, dry_run))
             return 0
         trainer = config.build()
-        stop.listen()  # to the end: what is under way then is saved and drawn
+        preemption.listen()  # to the end: what is under way then is saved and drawn
         trainer.train()
         trainer.close()
     except (Exception, KeyboardInterrupt) as error:
-        return last_words.say(error, close=trainer and trainer.close)
+        return failure_report.say(error, close=trainer and trainer.close)
     return 0
 
 
 if __name__ == "__main__":
     status = main(sys.argv[1:])
-    from earlyfuse.parallel.process_group import exit_with
+    from earlyfuse.parallel.reliability.process_group import exit_with
 
     exit_with(status)

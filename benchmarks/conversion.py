@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 
-from earlyfuse.models.modality import Vocabulary
 from earlyfuse.models.state_dicts import huggingface
 from earlyfuse.models.state_dicts.chameleon import Sizes, tensor_shapes
-from earlyfuse.models.state_dicts.recipes import Entry
-from earlyfuse.models.state_dicts.safetensors_files import SINGLE, write_file
+from earlyfuse.models.state_dicts.tensor_map import Entry
+from earlyfuse.models.vocabulary import Vocabulary
+from earlyfuse.parallel.checkpoint.files.safetensors import SINGLE, write_file
 from harness import RESULTS, environment
 
 ROUNDS = 3

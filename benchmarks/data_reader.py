@@ -29,12 +29,12 @@ import numpy as np
 import torch
 import webdataset
 
-from earlyfuse.data.lanes import Blend, Shuffle
-from earlyfuse.data.shards import TokenSource
-from earlyfuse.data.stream import LaneStream
-from earlyfuse.data.tokenised import ShardRecord, shard_name, write_manifest, write_shard
+from earlyfuse.data.shards.source import TokenSource
+from earlyfuse.data.shards.writer import ShardRecord, shard_name, write_manifest, write_shard
+from earlyfuse.data.stream.batches import LaneStream
+from earlyfuse.data.stream.lanes import Blend, Shuffle
 from earlyfuse.data.tokenizers.text import TextTokenizer
-from earlyfuse.models.modality import Vocabulary
+from earlyfuse.models.vocabulary import Vocabulary
 from harness import Report, Rival, Timing, compare
 
 LONG_TOKENS = 8 << 20  # 16 MB of uint16

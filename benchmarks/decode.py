@@ -15,8 +15,8 @@ import torch
 
 from earlyfuse.configs import decoders
 from earlyfuse.models.decoder import Decoder
-from earlyfuse.models.generate import Sampling, generate
-from earlyfuse.models.modality import MediaCodes, Modality, Vocabulary
+from earlyfuse.models.generate.session import Sampling, generate
+from earlyfuse.models.vocabulary import MediaCodes, Modality, Vocabulary
 from harness import Report, Rival, compare
 
 SHAPE = decoders.Shape(

@@ -41,14 +41,14 @@ from torchtitan.models.llama3 import Llama3Model, model_registry
 from torchtitan.models.llama3.parallelize import parallelize_llama
 
 from earlyfuse.configs import decoders, embedded
-from earlyfuse.data.tokenised import ShardRecord, shard_name, write_manifest, write_shard
+from earlyfuse.data.shards.writer import ShardRecord, shard_name, write_manifest, write_shard
 from earlyfuse.models.blocks.feed_forward import FeedForward
 from earlyfuse.models.decoder import Decoder
-from earlyfuse.models.modality import MediaCodes, Modality, Vocabulary
-from earlyfuse.models.objectives.chameleon import ChameleonObjective
+from earlyfuse.models.objectives.next_token import ChameleonObjective
+from earlyfuse.models.vocabulary import MediaCodes, Modality, Vocabulary
 from earlyfuse.parallel import compat
-from earlyfuse.parallel.data_set import NoTokenizer
 from earlyfuse.parallel.trainer import Trainer
+from earlyfuse.parallel.training.data_config import NoTokenizer
 from harness import Report, Rival, Timing, compare
 
 ROWS, SEQ_LEN, SEGMENT = 4, 512, 64

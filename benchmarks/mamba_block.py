@@ -25,8 +25,8 @@ from earlyfuse.configs.mamba_decoders import PROJECTIONS, MambaShape, mixer
 from earlyfuse.kernels.causal_conv1d import causal_conv1d
 from earlyfuse.kernels.selective_scan import selective_scan
 from earlyfuse.kernels.selective_scan.chunks import count_chunks
-from earlyfuse.models.blocks.layout import Layout
 from earlyfuse.models.blocks.mamba import Mamba
+from earlyfuse.models.context import Layout
 from harness import Report, Rival, Timing, compare, verify
 from selective_scan import OURS as SCAN
 from selective_scan import Setting as ScanSetting

@@ -29,7 +29,7 @@ from torchtitan.models.common.token_dispatcher import LocalTokenDispatcher
 from earlyfuse.kernels.grouped_gemm import grouped_swiglu
 from earlyfuse.models.blocks.experts import ExpertPool, MixtureOfExperts
 from earlyfuse.models.blocks.feed_forward import FeedForward
-from earlyfuse.models.blocks.layout import Layout
+from earlyfuse.models.context import Layout
 from earlyfuse.models.routing.expert_choice import ExpertChoice
 from harness import Report, Rival, Timing, compare, verify
 

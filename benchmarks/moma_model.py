@@ -29,7 +29,7 @@ from torchtitan.models.qwen3 import Qwen3Model, _build_qwen3_moe_layers, _qwen3_
 
 from earlyfuse.configs import decoders
 from earlyfuse.models.decoder import Decoder
-from earlyfuse.models.modality import Modality
+from earlyfuse.models.vocabulary import Modality
 from harness import Report, Rival, Timing, compare, updating
 from moma_layer import Fp32Experts
 

@@ -31,7 +31,7 @@ import torch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from earlyfuse.data.prepare.embedded import prepare_corpus
-from earlyfuse.models.state_dicts.dcp_reader import DcpReader, load_dcp
+from earlyfuse.parallel.checkpoint.files.dcp_reader import DcpReader, load_dcp
 from harness import RESULTS, environment
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -4,9 +4,10 @@
 
 Every layout runs in a network of its own, where nothing else passes the loopback interface (in the
 host's, where that is not allowed: then the least of the repeats counts). Its counters before and
-after a step give the bytes that all ranks received; what ``parallel/traffic.py`` predicts for gloo
-is set beside them, and what the same step takes where reduce_scatter is one. Calls are counted by
-``parallel/collective_counter.py`` in another step.
+after a step give the bytes that all ranks received; what
+``parallel/estimates/communication.py`` predicts for gloo is set beside them, and what the same
+step takes where reduce_scatter is one. Calls are counted by
+``parallel/estimates/collective_counter.py`` in another step.
 
 Steps are those of the trainer: batches, counts, loss, backward, clipping, AdamW. Nothing is logged,
 saved or validated.
@@ -32,11 +33,11 @@ from torchtitan.config import ParallelismConfig
 from torchtitan.distributed.activation_checkpoint import FullAC
 
 from earlyfuse.configs import decoders, embedded
-from earlyfuse.data.tokenised import ShardRecord, shard_name, write_manifest, write_shard
+from earlyfuse.data.shards.writer import ShardRecord, shard_name, write_manifest, write_shard
 from earlyfuse.models.decoder import Decoder
-from earlyfuse.models.modality import MediaCodes, Modality, Vocabulary
-from earlyfuse.parallel.collective_counter import CollectiveCounter
-from earlyfuse.parallel.traffic import step_traffic, total
+from earlyfuse.models.vocabulary import MediaCodes, Modality, Vocabulary
+from earlyfuse.parallel.estimates.collective_counter import CollectiveCounter
+from earlyfuse.parallel.estimates.communication import step_traffic, total
 from earlyfuse.parallel.trainer import Trainer
 from harness import RESULTS, environment
 

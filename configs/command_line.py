@@ -10,7 +10,7 @@ from typing import Any
 import tyro
 from torchtitan.config.manager import ConfigManager, custom_registry
 
-from earlyfuse.configs.catalogue import DEFAULT, catalogue, sections
+from earlyfuse.configs.registry import DEFAULT, catalogue, sections
 from earlyfuse.parallel.trainer import Trainer
 
 DRY_RUN = "--dry-run"

@@ -17,9 +17,9 @@ from earlyfuse.models.blocks.attention import Attention
 from earlyfuse.models.blocks.experts import ExpertPool, MixtureOfExperts
 from earlyfuse.models.blocks.feed_forward import FeedForward
 from earlyfuse.models.decoder import Block, Decoder
-from earlyfuse.models.modality import Modality
 from earlyfuse.models.routing.expert_choice import ExpertChoice
 from earlyfuse.models.routing.token_choice import TokenChoice
+from earlyfuse.models.vocabulary import Modality
 
 
 @dataclass(frozen=True)

@@ -13,16 +13,16 @@ from torchtitan.protocols.model_spec import ModelSpec
 
 from earlyfuse.configs import decoders, mamba_decoders, stages
 from earlyfuse.models.decoder import Decoder
-from earlyfuse.models.modality import Modality
 from earlyfuse.models.routing.causal_router import CausalRouter
-from earlyfuse.parallel.checkpoint import Checkpoints
-from earlyfuse.parallel.data_set import DataSet
-from earlyfuse.parallel.metrics import RunMetrics
-from earlyfuse.parallel.pipeline import pipeline
+from earlyfuse.models.vocabulary import Modality
+from earlyfuse.parallel.checkpoint.manager import Checkpoints
+from earlyfuse.parallel.evaluation.validation import Validation
 from earlyfuse.parallel.plan import parallelize
-from earlyfuse.parallel.schedule import LearningRate
+from earlyfuse.parallel.reporting.metrics import RunMetrics
+from earlyfuse.parallel.strategies.pipeline import pipeline
 from earlyfuse.parallel.trainer import Trainer
-from earlyfuse.parallel.validate import Validation
+from earlyfuse.parallel.training.data_config import DataSet
+from earlyfuse.parallel.training.lr_schedule import LearningRate
 
 IMAGE_SHARE = 0.5
 SHARES = {Modality.TEXT: 1 - IMAGE_SHARE, Modality.IMAGE: IMAGE_SHARE}

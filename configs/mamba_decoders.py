@@ -11,7 +11,7 @@ from typing import Literal
 
 from earlyfuse.models.blocks.mamba import Mamba
 from earlyfuse.models.decoder import Block, Decoder
-from earlyfuse.models.modality import Modality
+from earlyfuse.models.vocabulary import Modality
 
 FORM = "mixture_of_mamba"  # what ``grown`` is called where models are upcycled by name
 PROJECTIONS = ("in_proj", "x_proj", "dt_proj", "out_proj")

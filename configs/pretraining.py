@@ -14,12 +14,12 @@ from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 
 from earlyfuse.configs.embedded import adamw, model_spec
 from earlyfuse.models.decoder import Decoder
-from earlyfuse.models.objectives.chameleon import ChameleonObjective
-from earlyfuse.parallel.checkpoint import Checkpoints
-from earlyfuse.parallel.metrics import RunMetrics
-from earlyfuse.parallel.schedule import LearningRate
+from earlyfuse.models.objectives.next_token import ChameleonObjective
+from earlyfuse.parallel.checkpoint.manager import Checkpoints
+from earlyfuse.parallel.evaluation.validation import Validation
+from earlyfuse.parallel.reporting.metrics import RunMetrics
 from earlyfuse.parallel.trainer import Trainer
-from earlyfuse.parallel.validate import Validation
+from earlyfuse.parallel.training.lr_schedule import LearningRate
 
 SEQ_LEN = 4096
 VOCABULARY = 65_536

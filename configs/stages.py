@@ -13,10 +13,10 @@ from torchtitan.components.optimizer import OptimizersContainer, ParamGroupConfi
 from earlyfuse.configs import decoders
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.routing.causal_router import CausalRouter
-from earlyfuse.models.routing.noise import RouterNoise
-from earlyfuse.parallel.schedule import LearningRate
-from earlyfuse.parallel.start import Start
+from earlyfuse.models.routing.gumbel_noise import RouterNoise
 from earlyfuse.parallel.trainer import Trainer
+from earlyfuse.parallel.training.lr_schedule import LearningRate
+from earlyfuse.parallel.training.warm_start import Start
 
 
 def causal_routers_only(

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from earlyfuse.data.console import printable
-from earlyfuse.models.modality import Modality
+from earlyfuse.models.vocabulary import Modality
 
 _LONGEST_MESSAGE = 1000  # characters; a damaged file can put anything into an error
 

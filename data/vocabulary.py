@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from earlyfuse.data.json_files import JsonObject, read_json, shown
-from earlyfuse.models.modality import MediaCodes, Modality, Vocabulary
+from earlyfuse.models.vocabulary import MediaCodes, Modality, Vocabulary
 
 MOST_IDS = 1 << 24  # tables of this length are made; the largest vocabularies in use have 2**18
 REMEDY = "copy it again, or remove it and repeat the prepare command"

@@ -18,7 +18,7 @@ class MixedBatch:
     ================  =============  ==============================================================
     field             shape, dtype   meaning
     ================  =============  ==============================================================
-    ``tokens_BS``     (B, S) int64   ids in one vocabulary (``models/modality.py``)
+    ``tokens_BS``     (B, S) int64   ids in one vocabulary (``models/vocabulary.py``)
     ``labels_BS``     (B, S) int64   the next token of the same document; -100: no loss
     ``modality_BS``   (B, S) uint8   modality of the *input* token; picks the parameters
     ``positions_BS``  (B, S) int64   restart at 0 with each document in the row: masks, RoPE and

@@ -3,7 +3,7 @@
 This is Chameleon's transformer (arXiv 2405.09818): RMSNorm, SwiGLU, RoPE, qk-norm, untied head. Its
 relatives differ only in what their blocks are composed of: ``Attention`` or ``Mamba``,
 ``FeedForward`` or ``MixtureOfExperts``, shared or modality-untied. Parameters are initialised in
-``models/initialise.py``.
+``models/init_weights.py``.
 
 B rows, S positions, T = B·S tokens, D width, V vocabulary.
 """
@@ -20,16 +20,16 @@ from torchtitan.protocols.model import BaseModel
 from torchtitan.protocols.module import Module, ModuleDict
 
 from earlyfuse.models.blocks.attention import Attention
-from earlyfuse.models.blocks.decoding import Decoding
+from earlyfuse.models.blocks.cache import Decoding
 from earlyfuse.models.blocks.experts import MixtureOfExperts
 from earlyfuse.models.blocks.feed_forward import FeedForward
-from earlyfuse.models.blocks.held import held
-from earlyfuse.models.blocks.indexed import embedding
-from earlyfuse.models.blocks.layout import Layout
+from earlyfuse.models.blocks.indexed_parameters import embedding
 from earlyfuse.models.blocks.linear import RMSNorm
+from earlyfuse.models.blocks.local_shard import held
 from earlyfuse.models.blocks.mamba import GROUPS, Mamba
-from earlyfuse.models.blocks.row_part import RowPart, WholeRow
-from earlyfuse.models.initialise import initialise
+from earlyfuse.models.blocks.sequence_shard import RowPart, WholeRow
+from earlyfuse.models.context import Layout
+from earlyfuse.models.init_weights import initialise
 from earlyfuse.models.precision import refuse_autocast
 
 # of hidden states (T, D) and the head's weight (V, D): what an objective wants in place of logits;
@@ -105,7 +105,7 @@ class Decoder(BaseModel):
 
     @dataclass(kw_only=True, slots=True)
     class Config(BaseModel.Config):
-        """``modalities``: ids (``models/modality.py``) in the order of the modality groups that
+        """``modalities``: ids (``models/vocabulary.py``) in the order of the modality groups that
         untied parameters and expert pools refer to. ``seed``: of the initial parameters."""
 
         dim: int
@@ -257,7 +257,7 @@ class Decoder(BaseModel):
         return total / max(tokens, 1)
 
     def init_states(self, *, buffer_device: torch.device | None = None) -> None:
-        """Initial values of all parameters (``models/initialise.py``); statistics at zero."""
+        """Initial values of all parameters (``models/init_weights.py``); statistics at zero."""
         config = self.config
         initialise(self, std=config.init_std, branches=config.branch_count, seed=config.seed)
         for module in self.modules():

@@ -1,7 +1,7 @@
 """The parallel plan: one function that applies everything, in order.
 
-0. pipeline parallelism — before all this, ``parallel/pipeline.py`` cuts the model into stages; each
-   goes through the plan by itself;
+0. pipeline parallelism — before all this, ``strategies/pipeline.py`` cuts the model into stages;
+   each goes through the plan by itself;
 1. tensor parallelism and expert parallelism — cut the parameters themselves, so everything after
    works on what a rank holds; sequence parallelism — the model is told which part of each row it
    gets, its parameters stay whole, and FSDP shards them over these ranks too;
@@ -48,11 +48,11 @@ from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.precision import fp32_modules
 from earlyfuse.models.routing.token_choice import TokenChoice, experts_served
 from earlyfuse.parallel.compat import reduce_with_plain_sums
-from earlyfuse.parallel.expert_parallel import spread_experts
-from earlyfuse.parallel.pipeline import pipeline_problems
-from earlyfuse.parallel.recompute import checkpoint_activations
-from earlyfuse.parallel.sequence_parallel import PartOverRanks, context_problems
-from earlyfuse.parallel.tensor_parallel import cut_tensors
+from earlyfuse.parallel.strategies.activation_checkpointing import checkpoint_activations
+from earlyfuse.parallel.strategies.context import PartOverRanks, context_problems
+from earlyfuse.parallel.strategies.expert import spread_experts
+from earlyfuse.parallel.strategies.pipeline import pipeline_problems
+from earlyfuse.parallel.strategies.tensor import cut_tensors
 
 
 def parallelize(

@@ -19,56 +19,50 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torchtitan.distributed import ParallelDims
 
 from earlyfuse.data.console import printable
-from earlyfuse.data.loader import LaneLoader
+from earlyfuse.data.stream.loader import LaneLoader
 from earlyfuse.models.decoder import Decoder
-from earlyfuse.models.modality import Modality
-from earlyfuse.models.objectives.chameleon import ChameleonObjective, label_members
+from earlyfuse.models.objectives.next_token import ChameleonObjective, label_members
 from earlyfuse.models.routing.causal import normalise_over
-from earlyfuse.models.routing.noise import router_noises
-from earlyfuse.models.state_dicts.exported import describe
-from earlyfuse.parallel import (
-    compat,
-    last_words,
-    lost_hosts,
-    process_group,
-    rank_log,
-    run_folder,
-    stop,
-)
+from earlyfuse.models.routing.gumbel_noise import router_noises
+from earlyfuse.models.state_dicts.config_json import describe
+from earlyfuse.models.vocabulary import Modality
+from earlyfuse.parallel import compat
 from earlyfuse.parallel import torchtitan_run as titan
-from earlyfuse.parallel.agreement import check_ranks_agree
-from earlyfuse.parallel.balance import ExpertBalance
-from earlyfuse.parallel.checkpoint import Checkpoints
-from earlyfuse.parallel.data_set import DataSet, NoTokenizer
-from earlyfuse.parallel.dropout import seed_dropout
-from earlyfuse.parallel.gradients import clip
-from earlyfuse.parallel.limits import check_limits
-from earlyfuse.parallel.metrics import RunMetrics
-from earlyfuse.parallel.optional_files import lost_writes, tolerate
-from earlyfuse.parallel.pipeline import Pipeline
+from earlyfuse.parallel.checkpoint.manager import Checkpoints
+from earlyfuse.parallel.evaluation.sample_generation import Sampler
+from earlyfuse.parallel.evaluation.validation import Validation
 from earlyfuse.parallel.plan import check_parallelism
-from earlyfuse.parallel.resume import (
+from earlyfuse.parallel.reliability import failure_report, preemption, process_group, tcp_timeouts
+from earlyfuse.parallel.reliability.rank_consistency import check_ranks_agree
+from earlyfuse.parallel.reliability.watchdog import Phase, Watchdog
+from earlyfuse.parallel.reporting import rank_log, run_folder
+from earlyfuse.parallel.reporting.metrics import RunMetrics
+from earlyfuse.parallel.reporting.optional_files import lost_writes, tolerate
+from earlyfuse.parallel.reporting.run_folder import CURVES, SAMPLES
+from earlyfuse.parallel.strategies.context import positions_here
+from earlyfuse.parallel.strategies.gradient_clipping import clip
+from earlyfuse.parallel.strategies.pipeline import Pipeline
+from earlyfuse.parallel.training.config_checks import check_limits
+from earlyfuse.parallel.training.data_config import DataSet, NoTokenizer
+from earlyfuse.parallel.training.dropout_seed import seed_dropout
+from earlyfuse.parallel.training.expert_bias import ExpertBalance
+from earlyfuse.parallel.training.freezing import apart, causal_routers_alone, check_optimizer
+from earlyfuse.parallel.training.lr_schedule import LearningRate
+from earlyfuse.parallel.training.resume_settings import (
     Settings,
     apply_hyperparameters,
     hyperparameters,
     plain_config,
 )
-from earlyfuse.parallel.run_folder import CURVES, SAMPLES
-from earlyfuse.parallel.sampler import Sampler
-from earlyfuse.parallel.schedule import LearningRate
-from earlyfuse.parallel.sequence_parallel import positions_here
-from earlyfuse.parallel.skip import SkipRule
-from earlyfuse.parallel.start import Start
-from earlyfuse.parallel.totals import (
+from earlyfuse.parallel.training.skip_step import SkipRule
+from earlyfuse.parallel.training.step_metrics import (
     StepTotals,
     causal_statistics,
     router_load,
     router_statistics,
     work_done,
 )
-from earlyfuse.parallel.trainable import apart, causal_routers_alone, check_optimizer
-from earlyfuse.parallel.validate import Validation
-from earlyfuse.parallel.watchdog import Phase, Watchdog
+from earlyfuse.parallel.training.warm_start import Start
 
 MODALITIES = len(Modality)
 
@@ -144,7 +138,7 @@ class Trainer(titan.Trainer):
     def _build(self, config: Config) -> None:
         model = config.model_spec.model
         rank_log.start(Path(config.dump_folder))
-        last_words.say_uncaught()
+        failure_report.say_uncaught()
         # saved in every checkpoint: totals of the whole run
         self.tokens_M = torch.zeros(MODALITIES, dtype=torch.int64)
         self.skip = config.skip.build()
@@ -187,7 +181,7 @@ class Trainer(titan.Trainer):
         # the watchdog can name who is stalled; the collectives' own timeout must come after it
         longest = int(config.watchdog.slow_timeout_seconds) + 60
         config.comm.init_timeout_seconds = max(config.comm.init_timeout_seconds, longest)
-        lost_hosts.watch()
+        tcp_timeouts.watch()
         parallel_dims = super().init_distributed()
         self.watchdog = config.watchdog.build(folder=Path(config.dump_folder))
         atexit.register(self.watchdog.close)  # its thread is in the store, as gloo's in the group
@@ -302,7 +296,7 @@ class Trainer(titan.Trainer):
             counts_2M[0] += torch.bincount(inputs["modality_BS"].reshape(-1), minlength=MODALITIES)
             counts_2M[1] += label_members(labels_T, self.vocabulary.modality_of(labels_T)).sum(1)
         counts_2M *= self._counts_rows
-        counts[-1] = stop.requested()
+        counts[-1] = preemption.requested()
         return self._sum_over_ranks(counts.to(self.device))
 
     def _sum_over_ranks(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -350,7 +344,7 @@ class Trainer(titan.Trainer):
         SIGTERM or SIGUSR1 to any rank lets all of them finish their step, save, and end.
         """
         try:
-            with stop.listening():
+            with preemption.listening():
                 self._train()
         except BaseException:
             self.reservation.release()
@@ -435,7 +429,7 @@ class Trainer(titan.Trainer):
         folder = Path(self.config.dump_folder)
         if samples:
             with tolerate(folder / SAMPLES):
-                from earlyfuse.parallel import sample_grid  # matplotlib: for one rank
+                from earlyfuse.parallel.reporting import sample_grid  # matplotlib: for one rank
 
                 pixels = sample_grid.draw_samples(samples, self.step)
                 captions = sample_grid.as_table(samples)
@@ -459,7 +453,9 @@ class Trainer(titan.Trainer):
         folder = Path(self.config.dump_folder)
         shown = ""
         with tolerate(folder / CURVES):
-            from earlyfuse.parallel.curves import plot_curves  # matplotlib: for one rank, once
+            from earlyfuse.parallel.reporting.plots import (
+                plot_curves,  # matplotlib: for one rank, once
+            )
 
             shown = f"Curves: {plot_curves(folder)}"
             shown += f", samples: {folder / SAMPLES}" if self.sampler.pairs else ""

@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "kernels": (),
     # readers of checkpoint folders share the bounded readers, and checksums
     "models": ("kernels", "data.json_files", "data.console", "data.atomic", "data.vocabulary"),
-    "data": ("models.batch", "models.modality"),
+    "data": ("models.batch", "models.vocabulary"),
     "parallel": ("data", "kernels", "models"),
     "configs": ("data", "kernels", "models", "parallel"),
     "tools": FOLDERS,
@@ -31,7 +31,7 @@ MAY_IMPORT = {
 TORCHTITAN = {
     "parallel/": ("torchtitan",),
     "configs/": ("torchtitan",),
-    "data/loader.py": ("torchtitan",),
+    "data/stream/loader.py": ("torchtitan",),
     "tools/doctor.py": ("torchtitan.distributed",),
     "models/state_dicts/": ("torchtitan",),
     "models/": ("torchtitan.protocols", "torchtitan.config"),
@@ -154,15 +154,18 @@ def test_triton_is_imported_only_by_triton_implementations():
 
 # What unpickles, by the last part of its name, and the files that may call it, each in a safe way.
 UNPICKLES = {
-    "load": ("models/state_dicts/torch_files.py", "data/tokenizers/vq_files.py"),  # torch.load
+    "load": (
+        "parallel/checkpoint/files/torch_save.py",
+        "data/tokenizers/vq_files.py",
+    ),  # torch.load
     "loads": (),
     "Unpickler": (),
     "_load_state_dict": (),
     "_load_state_dict_from_keys": (),
     "dcp_to_torch_save": (),
     "FsspecReader": (),
-    "FileSystemReader": ("models/state_dicts/dcp_reader.py",),  # the base of the safe one
-    "DefaultLoadPlanner": ("models/state_dicts/dcp_reader.py",),
+    "FileSystemReader": ("parallel/checkpoint/files/dcp_reader.py",),  # the base of the safe one
+    "DefaultLoadPlanner": ("parallel/checkpoint/files/dcp_reader.py",),
     "read_pickle": (),
     "allow_pickle": (),
 }

@@ -16,22 +16,16 @@ import torch.nn.functional as F
 
 from earlyfuse.data.json_files import read_json
 from earlyfuse.models.blocks.linear import NORM_EPS
-from earlyfuse.models.modality import Vocabulary
 from earlyfuse.models.routing.expert_choice import ExpertChoice
-from earlyfuse.models.state_dicts import (
-    Opened,
-    huggingface_mamba,
-    load_model,
-    mamba_ssm,
-    meta,
-    open_model,
-)
+from earlyfuse.models.state_dicts import huggingface_mamba, mamba_ssm, meta
 from earlyfuse.models.state_dicts.chameleon import Sizes
-from earlyfuse.models.state_dicts.exported import CONFIG, REMEDY
+from earlyfuse.models.state_dicts.config_json import CONFIG, REMEDY
 from earlyfuse.models.state_dicts.mamba import HEAD, MambaSizes
-from earlyfuse.models.state_dicts.meta_files import MetaShards, shard_files
-from earlyfuse.models.state_dicts.safetensors_files import open_folder
-from earlyfuse.models.state_dicts.torch_files import TorchFiles
+from earlyfuse.models.vocabulary import Vocabulary
+from earlyfuse.parallel.checkpoint.files.meta_shards import MetaShards, shard_files
+from earlyfuse.parallel.checkpoint.files.safetensors import open_folder
+from earlyfuse.parallel.checkpoint.files.torch_save import TorchFiles
+from earlyfuse.parallel.checkpoint.open_checkpoint import Opened, load_model, open_model
 
 SEQ_LEN = 64
 LARGEST_KL = 1e-6  # nats a token, where no type was changed; fp32 in another order gives 1e-9

@@ -28,19 +28,10 @@ from earlyfuse.data.console import printable
 from earlyfuse.data.json_files import JsonObject, read_json
 from earlyfuse.data.tokenizers import Tokenizers, imports, text_file
 from earlyfuse.data.tokenizers.text import TextTokenizer
-from earlyfuse.models.initialise import initialise
-from earlyfuse.models.modality import Modality, Vocabulary
-from earlyfuse.models.state_dicts import (
-    Opened,
-    huggingface,
-    huggingface_mamba,
-    mamba_ssm,
-    meta,
-    open_model,
-)
+from earlyfuse.models.init_weights import initialise
+from earlyfuse.models.state_dicts import huggingface, huggingface_mamba, mamba_ssm, meta
 from earlyfuse.models.state_dicts.chameleon import Sizes
-from earlyfuse.models.state_dicts.dcp_files import write_dcp
-from earlyfuse.models.state_dicts.exported import (
+from earlyfuse.models.state_dicts.config_json import (
     CONFIG,
     HUGGINGFACE,
     REMEDY,
@@ -48,10 +39,7 @@ from earlyfuse.models.state_dicts.exported import (
     VQ_FILE,
     describe,
 )
-from earlyfuse.models.state_dicts.folders import CONSOLIDATE_PARAMS, PARAMS, RUN
-from earlyfuse.models.state_dicts.manifest import MANIFEST, WEIGHTS, Manifest, read_manifest
-from earlyfuse.models.state_dicts.meta_files import write_shards
-from earlyfuse.models.state_dicts.recipes import (
+from earlyfuse.models.state_dicts.tensor_map import (
     Cast,
     Made,
     Recipe,
@@ -59,16 +47,27 @@ from earlyfuse.models.state_dicts.recipes import (
     Together,
     common_dtype,
 )
-from earlyfuse.models.state_dicts.safetensors_files import (
+from earlyfuse.models.upcycle import upcycle as upcycle_origins
+from earlyfuse.models.vocabulary import Modality, Vocabulary
+from earlyfuse.parallel.checkpoint import folder as checkpoint_folder
+from earlyfuse.parallel.checkpoint.files.dcp import write_dcp
+from earlyfuse.parallel.checkpoint.files.meta_shards import write_shards
+from earlyfuse.parallel.checkpoint.files.safetensors import (
     SINGLE,
     assign_files,
     write_file,
     write_folder,
 )
-from earlyfuse.models.state_dicts.torch_files import write_torch_file
-from earlyfuse.models.upcycle import upcycle as upcycle_origins
-from earlyfuse.parallel import checkpoint_files
-from earlyfuse.parallel.checkpoint_files import Writer, damage, write_manifest
+from earlyfuse.parallel.checkpoint.files.torch_save import write_torch_file
+from earlyfuse.parallel.checkpoint.folder import Writer, damage, write_manifest
+from earlyfuse.parallel.checkpoint.manifest import MANIFEST, WEIGHTS, Manifest, read_manifest
+from earlyfuse.parallel.checkpoint.open_checkpoint import (
+    CONSOLIDATE_PARAMS,
+    PARAMS,
+    RUN,
+    Opened,
+    open_model,
+)
 from earlyfuse.tools.command import run_command
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -145,7 +144,7 @@ def _to_dcp(opened: Opened, tensors: Tensors, max_shard_bytes: int) -> Target:
         write_dcp(Writer(folder, single_file_per_rank=False), tensors)
         _write_beside(folder, opened, tokenizers, remarks)
         step = opened.source.get("step") or 0
-        write_manifest(folder, Manifest(step, WEIGHTS, 1, checkpoint_files.describe(folder, 0)))
+        write_manifest(folder, Manifest(step, WEIGHTS, 1, checkpoint_folder.describe(folder, 0)))
 
     return Target(write, remarks)
 

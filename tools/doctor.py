@@ -17,12 +17,12 @@ from typing import Any
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 
-from earlyfuse.configs.catalogue import catalogue
-from earlyfuse.configs.dry_run import check, quantity
+from earlyfuse.configs.registry import catalogue
 from earlyfuse.models.flops import count_parameters, mean_training_flops, training_flops
-from earlyfuse.parallel.traffic import Traffic, received, step_traffic, total
+from earlyfuse.parallel.estimates.communication import Traffic, received, step_traffic, total
+from earlyfuse.parallel.estimates.dry_run import check, quantity
+from earlyfuse.parallel.estimates.fsdp_units import accumulation
 from earlyfuse.parallel.trainer import Trainer
-from earlyfuse.parallel.units import accumulation
 from earlyfuse.tools.command import run_command
 
 RECOMPUTATION = {"none": None, "selective": SelectiveAC.Config(), "full": FullAC.Config()}

@@ -21,12 +21,12 @@ from earlyfuse.data.json_files import MOST_BYTES, load_json, read_json, shown
 from earlyfuse.data.tokenizers import TEXT_FILES, Tokenizers, text_file
 from earlyfuse.data.tokenizers.audio import wav_file
 from earlyfuse.data.tokenizers.speech_kmeans import RATE
-from earlyfuse.models.modality import MediaCodes, Modality, Vocabulary
-from earlyfuse.models.state_dicts.dcp_notes import METADATA
-from earlyfuse.models.state_dicts.dcp_reader import DcpReader
-from earlyfuse.models.state_dicts.exported import CONFIG, FORMAT, TOKENIZERS
-from earlyfuse.models.state_dicts.folders import RUN, last_checkpoint
-from earlyfuse.parallel.checkpoint_identity import data_identity
+from earlyfuse.models.state_dicts.config_json import CONFIG, FORMAT, TOKENIZERS
+from earlyfuse.models.vocabulary import MediaCodes, Modality, Vocabulary
+from earlyfuse.parallel.checkpoint.files.dcp_metadata import METADATA
+from earlyfuse.parallel.checkpoint.files.dcp_reader import DcpReader
+from earlyfuse.parallel.checkpoint.identity import data_identity
+from earlyfuse.parallel.checkpoint.open_checkpoint import RUN, last_checkpoint
 
 MEDIA = {"image": Modality.IMAGE, "speech": Modality.SPEECH}
 Segment = dict[str, str]

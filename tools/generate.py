@@ -59,9 +59,9 @@ def write(options: argparse.Namespace) -> None:
     import torch
 
     from earlyfuse.data.atomic import atomic_write
-    from earlyfuse.models.generate import Sampling, generate
-    from earlyfuse.models.grammar import BLOCKS
-    from earlyfuse.models.state_dicts import load_model
+    from earlyfuse.models.generate.constrained import BLOCKS
+    from earlyfuse.models.generate.session import Sampling, generate
+    from earlyfuse.parallel.checkpoint.open_checkpoint import load_model
     from earlyfuse.tools.documents import ModelFolder, to_segments
 
     sampling = Sampling(options.temperature, options.top_p, options.top_k, options.guidance)
@@ -174,7 +174,7 @@ def _room(
 ) -> int:
     """Tokens that may be written behind prompt ``number`` of ``length`` tokens."""
     left = LONGEST if seq_len is None else seq_len - length
-    from earlyfuse.models.modality import Modality
+    from earlyfuse.models.vocabulary import Modality
 
     if options.mode == "image" and Modality.IMAGE in vocabulary.modalities:
         wanted = vocabulary.medium(Modality.IMAGE).block + 2

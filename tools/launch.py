@@ -24,8 +24,8 @@ from pathlib import Path
 from types import FrameType
 
 from earlyfuse.data.console import protect_console
-from earlyfuse.parallel import lost_hosts, stop
-from earlyfuse.parallel.stop import SIGNALS, STOP_FILE
+from earlyfuse.parallel.reliability import preemption, tcp_timeouts
+from earlyfuse.parallel.reliability.preemption import SIGNALS, STOP_FILE
 
 # what torchrun itself still answers; the signals of a graceful stop are not among them
 ABRUPT = "SIGINT,SIGHUP,SIGQUIT"
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         for number in SIGNALS:
             signal.signal(number, ask)
-        lost_hosts.watch()
+        tcp_timeouts.watch()
         try:
             return _run(list(sys.argv[1:] if arguments is None else arguments))
         except KeyboardInterrupt:
@@ -104,5 +104,5 @@ def _say_signals(statuses: dict[int, int]) -> None:
 
 if __name__ == "__main__":
     status = main()
-    stop.ignore()
+    preemption.ignore()
     sys.exit(status)

@@ -4,7 +4,8 @@
 
     <out>/tokenizers/        text.model or text.json, image.safetensors, speech.safetensors,
                              vocabulary.json
-    <out>/<split>/<source>/  manifest.json and shards (data/tokenised.py); split: train, validation
+    <out>/<split>/<source>/  manifest.json and shards (data/shards/writer.py);
+                             split: train, validation
 
 Every file appears whole or not at all, and says what it was made from; so the process may be killed
 at any moment, and the same call goes on where it ended, with the same bytes as without the
@@ -27,15 +28,20 @@ from typing import Any
 from earlyfuse.data.atomic import TEMPORARY_SUFFIX, remove_temporaries, sha256_file
 from earlyfuse.data.console import printable
 from earlyfuse.data.documents import Tally
-from earlyfuse.data.lock import FolderLock
+from earlyfuse.data.folder_lock import FolderLock
 from earlyfuse.data.prepare.bad_samples import lost, skipped
-from earlyfuse.data.prepare.pool import ProcessPool
-from earlyfuse.data.prepare.present import SplitGuard, check_replaced, made_shards, raw_hashes
+from earlyfuse.data.prepare.existing_shards import (
+    SplitGuard,
+    check_replaced,
+    made_shards,
+    raw_hashes,
+)
 from earlyfuse.data.prepare.progress import Progress
 from earlyfuse.data.prepare.spec import SPLITS, PrepareSpec, Source
 from earlyfuse.data.prepare.tokenise import ShardJob, recipe_of, tokenise_shard
 from earlyfuse.data.prepare.tokenizers import check_existing, make_tokenizers
-from earlyfuse.data.tokenised import (
+from earlyfuse.data.prepare.worker_pool import ProcessPool
+from earlyfuse.data.shards.writer import (
     MANIFEST,
     SHARD_SUFFIXES,
     ShardRecord,

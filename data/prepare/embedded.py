@@ -5,7 +5,7 @@ from typing import Any
 
 from earlyfuse.data.atomic import atomic_write_bytes
 from earlyfuse.data.console import printable
-from earlyfuse.data.corpus import CORPUS_FILE, CorpusPaths, build_corpus, sources_of
+from earlyfuse.data.embedded import CORPUS_FILE, CorpusPaths, build_corpus, sources_of
 from earlyfuse.data.prepare import prepare
 from earlyfuse.data.prepare.progress import Progress
 from earlyfuse.data.prepare.spec import SPLITS, PrepareSpec

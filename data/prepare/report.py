@@ -9,13 +9,13 @@ from earlyfuse.data.console import printable
 from earlyfuse.data.documents import LOST_CAUSES, Tally
 from earlyfuse.data.prepare.bad_samples import lost
 from earlyfuse.data.prepare.spec import SPLITS
-from earlyfuse.data.shards import TokenSource
-from earlyfuse.data.tokenised import MANIFEST, read_manifest
+from earlyfuse.data.shards.source import TokenSource
+from earlyfuse.data.shards.writer import MANIFEST, read_manifest
 from earlyfuse.data.tokenizers import VOCABULARY_FILE, Tokenizers
 from earlyfuse.data.tokenizers.image import code_usage, psnr
 from earlyfuse.data.tokenizers.speech_kmeans import log_mel_error
 from earlyfuse.data.vocabulary import check_same
-from earlyfuse.models.modality import Modality, Vocabulary
+from earlyfuse.models.vocabulary import Modality, Vocabulary
 
 _WORST_SHARDS = 10
 

@@ -17,10 +17,10 @@ from earlyfuse.data.console import printable
 from earlyfuse.data.documents import BadSample, Document, Segment, decoding
 from earlyfuse.data.prepare.bad_samples import count_bad, without_path
 from earlyfuse.data.raw import read_documents
-from earlyfuse.data.tokenised import FORMAT, ShardRecord, shard_name, write_shard
+from earlyfuse.data.shards.writer import FORMAT, ShardRecord, shard_name, write_shard
 from earlyfuse.data.tokenizers import Tokenizers
 from earlyfuse.data.tokenizers.speech_kmeans import SpeechTokenizer
-from earlyfuse.models.modality import Modality
+from earlyfuse.models.vocabulary import Modality
 
 # images encoded at a time, and the documents of a shard that may wait for them
 _IMAGE_BATCH = 256

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from earlyfuse.data.atomic import atomic_write_bytes, atomic_write_json, remove_temporaries
-from earlyfuse.data.prepare.learn import Sample, learn_image, learn_speech, learn_text
-from earlyfuse.data.prepare.pool import ProcessPool
 from earlyfuse.data.prepare.progress import Progress
 from earlyfuse.data.prepare.spec import IMAGE_KINDS, SPEECH_KINDS, PrepareSpec, Source
-from earlyfuse.data.tokenised import MANIFEST, read_manifest
+from earlyfuse.data.prepare.train_tokenizers import Sample, learn_image, learn_speech, learn_text
+from earlyfuse.data.prepare.worker_pool import ProcessPool
+from earlyfuse.data.shards.writer import MANIFEST, read_manifest
 from earlyfuse.data.tokenizers import (
     IMAGE_FILE,
     SPEECH_FILE,
@@ -26,7 +26,7 @@ from earlyfuse.data.tokenizers.image import (
 from earlyfuse.data.tokenizers.speech_kmeans import SpeechTokenizer
 from earlyfuse.data.tokenizers.text import TextTokenizer
 from earlyfuse.data.vocabulary import check_same, load_vocabulary
-from earlyfuse.models.modality import Vocabulary
+from earlyfuse.models.vocabulary import Vocabulary
 
 
 def check_existing(spec: PrepareSpec) -> None:

@@ -40,7 +40,7 @@ from earlyfuse.data.raw.members import (
     listed,
     unused_members,
 )
-from earlyfuse.models.modality import Modality
+from earlyfuse.models.vocabulary import Modality
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 AUDIO_SUFFIXES = ("wav", "flac")

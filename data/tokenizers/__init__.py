@@ -20,7 +20,7 @@ from earlyfuse.data.tokenizers.image import ImageTokenizer, load_image_tokenizer
 from earlyfuse.data.tokenizers.speech_kmeans import SpeechTokenizer
 from earlyfuse.data.tokenizers.text import TextTokenizer
 from earlyfuse.data.vocabulary import REMEDY, load_vocabulary
-from earlyfuse.models.modality import MediaCodes, Modality, Vocabulary
+from earlyfuse.models.vocabulary import MediaCodes, Modality, Vocabulary
 
 TEXT_FILES = ("text.model", "text.json")
 IMAGE_FILE, SPEECH_FILE = "image.safetensors", "speech.safetensors"

@@ -30,7 +30,7 @@ from earlyfuse.data.tokenizers.vq_files import (
     vq_config,
 )
 from earlyfuse.data.tokenizers.vqgan import VQGAN
-from earlyfuse.models.modality import MediaCodes, Modality, Vocabulary
+from earlyfuse.models.vocabulary import MediaCodes, Modality, Vocabulary
 
 # a fast tokenizer.json is what Hugging Face itself prefers over the sentencepiece file beside it
 _TEXT_FILES = ("tokenizer.json", "text_tokenizer.json", "tokenizer.model")

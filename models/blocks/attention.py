@@ -17,9 +17,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torchtitan.protocols.module import Module
 
-from earlyfuse.models.blocks.decoding import KeyValues
-from earlyfuse.models.blocks.layout import Layout
+from earlyfuse.models.blocks.cache import KeyValues
 from earlyfuse.models.blocks.linear import HeadNorm, Linear
+from earlyfuse.models.context import Layout
 
 
 class Attention(Module):

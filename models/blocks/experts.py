@@ -17,8 +17,8 @@ from torchtitan.protocols.module import Module, ModuleList
 
 from earlyfuse.kernels.grouped_gemm import grouped_swiglu
 from earlyfuse.models.blocks.feed_forward import FeedForward
-from earlyfuse.models.blocks.held import held
-from earlyfuse.models.blocks.layout import Layout
+from earlyfuse.models.blocks.local_shard import held
+from earlyfuse.models.context import Layout
 from earlyfuse.models.routes import Routes
 from earlyfuse.models.routing.expert_choice import ExpertChoice
 from earlyfuse.models.routing.token_choice import TokenChoice

@@ -11,8 +11,8 @@ from torch import nn
 from torchtitan.protocols.module import Module
 
 from earlyfuse.kernels.grouped_gemm import grouped_swiglu
-from earlyfuse.models.blocks.held import held
-from earlyfuse.models.blocks.layout import Layout
+from earlyfuse.models.blocks.local_shard import held
+from earlyfuse.models.context import Layout
 
 
 class FeedForward(Module):

@@ -16,9 +16,9 @@ from torch.autograd.function import once_differentiable
 from torchtitan.protocols.module import Module
 
 from earlyfuse.kernels.grouped_gemm import grouped_linear
-from earlyfuse.models.blocks.held import held
-from earlyfuse.models.blocks.indexed import scaled_by_group
-from earlyfuse.models.blocks.layout import Layout
+from earlyfuse.models.blocks.indexed_parameters import scaled_by_group
+from earlyfuse.models.blocks.local_shard import held
+from earlyfuse.models.context import Layout
 
 NORM_EPS = 1e-5
 

@@ -17,10 +17,10 @@ from torchtitan.protocols.module import Module
 
 from earlyfuse.kernels.causal_conv1d import causal_conv1d
 from earlyfuse.kernels.selective_scan import selective_scan
-from earlyfuse.models.blocks.decoding import Decoding
-from earlyfuse.models.blocks.layout import Layout
+from earlyfuse.models.blocks.cache import Decoding
 from earlyfuse.models.blocks.linear import Linear
 from earlyfuse.models.blocks.wide import wide
+from earlyfuse.models.context import Layout
 
 WIDTHS = (2, 3, 4)  # that the kernels of the convolution have
 

@@ -22,7 +22,7 @@ from torchtitan.protocols.module import Module
 
 from earlyfuse.models.blocks.wide import wide
 from earlyfuse.models.routes import Routes, group_of_rows
-from earlyfuse.models.routing.statistics import CausalStats
+from earlyfuse.models.routing.router_stats import CausalStats
 
 
 class CausalRouter(Module):

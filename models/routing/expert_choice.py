@@ -18,12 +18,12 @@ from torch import nn
 from torchtitan.protocols.module import Module
 
 from earlyfuse.kernels.permute import select_top_k
-from earlyfuse.models.blocks.layout import Layout
 from earlyfuse.models.blocks.wide import wide
+from earlyfuse.models.context import Layout
 from earlyfuse.models.routes import Routes, group_of_rows
 from earlyfuse.models.routing.causal_router import CausalRouter
-from earlyfuse.models.routing.noise import RouterNoise
-from earlyfuse.models.routing.statistics import RouterStats
+from earlyfuse.models.routing.gumbel_noise import RouterNoise
+from earlyfuse.models.routing.router_stats import RouterStats
 
 
 class ExpertChoice(Module):
@@ -37,7 +37,7 @@ class ExpertChoice(Module):
         """``capacity_factor``: experts that a token gets on average. ``routing_rows``: rows of the
         batch among which one choice is made. ``budget``: see ``expert_choice``. ``weights``:
         "sigmoid" scores as in MoMa eq. 1, or "normalised" to a sum of 1 over a token's experts.
-        ``init``: of the weight, see ``models/initialise.py``. ``causal``: a router for inference,
+        ``init``: of the weight, see ``models/init_weights.py``. ``causal``: a router for inference,
         trained along. ``noise``: in the choice, while training."""
 
         capacity_factor: float = 1.0

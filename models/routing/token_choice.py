@@ -22,10 +22,10 @@ from torch import nn
 from torchtitan.protocols.module import Module, ModuleList
 
 from earlyfuse.kernels.permute import select_top_k
-from earlyfuse.models.blocks.layout import Layout
 from earlyfuse.models.blocks.wide import wide
+from earlyfuse.models.context import Layout
 from earlyfuse.models.routes import Routes
-from earlyfuse.models.routing.statistics import RouterStats
+from earlyfuse.models.routing.router_stats import RouterStats
 
 
 class TokenChoice(Module):
@@ -33,7 +33,7 @@ class TokenChoice(Module):
 
     Parameter: ``weight`` (E, D). ``bias_E`` fp32: added to the logits in selection, saved in
     checkpoints. ``load_E`` int64: rows of each expert in the training forwards since
-    ``balance`` (``parallel/balance.py`` sums it over ranks and calls it).
+    ``balance`` (``parallel/training/expert_bias.py`` sums it over ranks and calls it).
     """
 
     @dataclass(kw_only=True, slots=True)

@@ -9,7 +9,7 @@ from earlyfuse.models.blocks.attention import Attention
 from earlyfuse.models.blocks.feed_forward import FeedForward
 from earlyfuse.models.decoder import Block, Decoder
 from earlyfuse.models.state_dicts.decoder_config import differences, to_dict
-from earlyfuse.models.state_dicts.recipes import Shape
+from earlyfuse.models.state_dicts.tensor_map import Shape
 
 
 @dataclass(frozen=True)

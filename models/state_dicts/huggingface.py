@@ -12,18 +12,18 @@ from typing import Any
 from earlyfuse.data.json_files import JsonObject, shown
 from earlyfuse.models.blocks.linear import NORM_EPS
 from earlyfuse.models.decoder import Decoder
-from earlyfuse.models.modality import Modality, Vocabulary
 from earlyfuse.models.state_dicts import decoder_config, huggingface_mamba
 from earlyfuse.models.state_dicts.chameleon import Sizes, function_differences, tensor_shapes
-from earlyfuse.models.state_dicts.exported import (
+from earlyfuse.models.state_dicts.config_json import (
     check_numbers,
     read_decoder,
     read_vocabulary,
     refuse_others,
     without_nulls,
 )
-from earlyfuse.models.state_dicts.recipes import Entry, Recipe, renamed
+from earlyfuse.models.state_dicts.tensor_map import Entry, Recipe, renamed
 from earlyfuse.models.state_dicts.vocabulary_map import from_vocabulary, to_vocabulary
+from earlyfuse.models.vocabulary import Modality, Vocabulary
 
 MODEL_TYPE, ARCHITECTURE = "chameleon", "ChameleonForConditionalGeneration"
 VQ_PREFIX = "model.vqmodel."

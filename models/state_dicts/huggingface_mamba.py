@@ -9,10 +9,9 @@ from typing import Any
 from earlyfuse.data.json_files import JsonObject
 from earlyfuse.models.blocks.linear import NORM_EPS
 from earlyfuse.models.decoder import Decoder
-from earlyfuse.models.modality import Vocabulary
 from earlyfuse.models.state_dicts import decoder_config, mamba
 from earlyfuse.models.state_dicts.chameleon import function_differences
-from earlyfuse.models.state_dicts.exported import (
+from earlyfuse.models.state_dicts.config_json import (
     check_numbers,
     read_decoder,
     read_vocabulary,
@@ -20,8 +19,9 @@ from earlyfuse.models.state_dicts.exported import (
     without_nulls,
 )
 from earlyfuse.models.state_dicts.mamba import MAMBA_2, MambaSizes, agreed
-from earlyfuse.models.state_dicts.recipes import Made, Tensors, common_dtype
+from earlyfuse.models.state_dicts.tensor_map import Made, Tensors, common_dtype
 from earlyfuse.models.state_dicts.vocabulary_map import to_vocabulary
+from earlyfuse.models.vocabulary import Vocabulary
 
 MODEL_TYPE, ARCHITECTURE = "mamba", "MambaForCausalLM"
 EMBEDDINGS, OLD_EMBEDDINGS = "embeddings", "embedding"  # transformers reads both

@@ -17,7 +17,7 @@ import torch
 from earlyfuse.models.blocks.mamba import Mamba
 from earlyfuse.models.decoder import Block, Decoder
 from earlyfuse.models.state_dicts.chameleon import function_differences, tensor_shapes
-from earlyfuse.models.state_dicts.recipes import Entry, Recipe, Shape, Tensors, renamed
+from earlyfuse.models.state_dicts.tensor_map import Entry, Recipe, Shape, Tensors, renamed
 
 EMBEDDING, HEAD = "tok_embeddings.weight", "lm_head.weight"
 # of a mixer's parameter, in all public Mamba code

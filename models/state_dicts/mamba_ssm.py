@@ -11,12 +11,12 @@ from typing import Any
 from earlyfuse.data.json_files import JsonObject, shown
 from earlyfuse.models.blocks.linear import NORM_EPS
 from earlyfuse.models.decoder import Decoder
-from earlyfuse.models.modality import Vocabulary
 from earlyfuse.models.state_dicts import mamba
 from earlyfuse.models.state_dicts.chameleon import function_differences
-from earlyfuse.models.state_dicts.exported import check_numbers, refuse_others, without_nulls
+from earlyfuse.models.state_dicts.config_json import check_numbers, refuse_others, without_nulls
 from earlyfuse.models.state_dicts.mamba import MAMBA_2, MambaSizes
-from earlyfuse.models.state_dicts.recipes import Made, Tensors
+from earlyfuse.models.state_dicts.tensor_map import Made, Tensors
+from earlyfuse.models.vocabulary import Vocabulary
 
 EMBEDDING, WEIGHTS, OURS = "embedding", "pytorch_model.bin", "earlyfuse.json"
 

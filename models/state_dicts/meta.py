@@ -28,11 +28,11 @@ import torch
 from earlyfuse.data.json_files import JsonObject, shown
 from earlyfuse.models.blocks.linear import NORM_EPS
 from earlyfuse.models.decoder import Decoder
-from earlyfuse.models.modality import Vocabulary
 from earlyfuse.models.state_dicts import decoder_config
 from earlyfuse.models.state_dicts.chameleon import Sizes, tensor_shapes
-from earlyfuse.models.state_dicts.exported import check_numbers, refuse_others
-from earlyfuse.models.state_dicts.recipes import Entry, Recipe, Shape, Tensors, check_layers
+from earlyfuse.models.state_dicts.config_json import check_numbers, refuse_others
+from earlyfuse.models.state_dicts.tensor_map import Entry, Recipe, Shape, Tensors, check_layers
+from earlyfuse.models.vocabulary import Vocabulary
 
 OURS = "earlyfuse"  # our part of a params.json that we write; Meta's code reads what it knows
 ROPE = "rope.freqs"  # in some files; follows from the config

@@ -42,7 +42,7 @@ from earlyfuse.models.state_dicts.mamba import (
     import_recipe,
     refuse_mamba_2,
 )
-from earlyfuse.models.state_dicts.recipes import (
+from earlyfuse.models.state_dicts.tensor_map import (
     Entry,
     Made,
     Recipe,

@@ -7,7 +7,7 @@ is ``IMGIMGBCZ``. The map, not the order of the ids, says which id a code has.
 from collections.abc import Mapping
 
 from earlyfuse.data.json_files import JsonObject, shown
-from earlyfuse.models.modality import MediaCodes, Modality, Vocabulary
+from earlyfuse.models.vocabulary import MediaCodes, Modality, Vocabulary
 
 BOS, PAD, EOS = "<s>", "<pad>", "</s>"
 BEGIN_IMAGE, END_IMAGE = "<racm3:break>", "<eoss>"

@@ -1,0 +1,66 @@
+"""Mixture-of-Mamba and dense Mamba (arXiv 2501.16295), on data of your own
+
+The Chameleon setting (text and discrete image tokens) and the one with speech, five sizes each. Two
+Mamba blocks stand for a transformer layer of ``mixture_of_transformers``, whose sizes' names these
+have; batches, steps and rates are taken from there too, since the paper's are not established.
+
+``transfusion`` has the decoders of the third setting, text and continuous image patches; the
+objective that trains them is not here yet.
+"""
+
+from functools import partial
+
+from earlyfuse.configs.mamba_decoders import MambaShape, mamba, mixture_of_mamba
+from earlyfuse.configs.presets.mixture_of_transformers import RECIPES as TRANSFORMER_RECIPES
+from earlyfuse.configs.pretraining import VOCABULARY, Recipe, preset
+from earlyfuse.models.decoder import Decoder
+from earlyfuse.models.vocabulary import Modality
+
+TEXT_IMAGE = (Modality.TEXT, Modality.IMAGE)
+TEXT_IMAGE_SPEECH = (*TEXT_IMAGE, Modality.SPEECH)
+
+# dim, pairs of blocks
+SIZES = {
+    "37m": (256, 4),
+    "94m": (512, 8),
+    "443m": (1024, 24),
+    "880m": (1536, 24),
+    "1_5b": (2048, 24),
+}
+TRANSFUSION_SIZES = {"163m": (768, 16), "760m": (1536, 24), "1_4b": (2048, 24)}
+TRANSFUSION_VOCABULARY = 32_000
+RECIPES = {name: TRANSFORMER_RECIPES[name] for name in ("37m", "94m", "443m", "1_5b")} | {
+    "880m": Recipe(steps=120_000, rows=512, rows_at_once=4, decay="linear", recompute="selective")
+}
+
+
+def shape(size: str, modalities: tuple[Modality, ...]) -> MambaShape:
+    """The decoder of a size, for these modalities."""
+    dim, layers = SIZES[size]
+    return MambaShape(dim=dim, layers=layers, vocab_size=VOCABULARY, modalities=modalities)
+
+
+def transfusion(size: str, *, mixture: bool) -> Decoder.Config:
+    """The decoder of one of ``TRANSFUSION_SIZES``, Mixture-of-Mamba or dense."""
+    dim, layers = TRANSFUSION_SIZES[size]
+    wanted = MambaShape(dim=dim, layers=layers, vocab_size=TRANSFUSION_VOCABULARY)
+    return mixture_of_mamba(wanted) if mixture else mamba(wanted)
+
+
+CONFIGS = {
+    f"mom_{size}_{setting}{variant}": preset(
+        f"mom_{size}_{setting}{variant}",
+        f"{layers} pairs of blocks of {dim}, {title}",
+        partial(make, shape(size, modalities)),
+        RECIPES[size],
+    )
+    for setting, modalities, with_speech in (
+        ("", TEXT_IMAGE, ""),
+        ("speech_", TEXT_IMAGE_SPEECH, ", with speech"),
+    )
+    for size, (dim, layers) in SIZES.items()
+    for variant, title, make in (
+        ("dense", f"dense Mamba{with_speech}", mamba),
+        ("mom", f"all projections by modality{with_speech}", mixture_of_mamba),
+    )
+}

@@ -1,0 +1,282 @@
+"""Which documents the embedded corpus has, and how its folder comes to be: whole, or not at all."""
+
+import json
+import platform
+import random
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import soundfile
+from tqdm import tqdm
+
+from earlyfuse.data.atomic import atomic_write_bytes
+from earlyfuse.data.embedded import compose, digits, glyphs, prose, speech
+from earlyfuse.data.embedded.compose import Parts
+from earlyfuse.data.embedded.prompts import prompts
+from earlyfuse.data.embedded.shards import write_shards
+from earlyfuse.data.embedded.tasks import spoken_task, tasks
+from earlyfuse.data.json_files import read_json, shown
+
+FORMAT = "earlyfuse-corpus/1"
+CORPUS_FILE = "corpus.json"  # by it a folder is known to be a corpus
+SOURCES = ("text", "glyphs", "digits", "interleaved")
+SPEECH = "speech"
+SPLITS = ("train", "validation")
+
+_SAMPLES_PER_SHARD = 2500
+_DIGIT_PASSES = 3
+_INTERLEAVED = {"train": 3000, "validation": 300}
+_SPOKEN = {"train": 4000, "validation": 300}
+_SPOKEN_TASK = 15  # of each digit
+_GLYPHS_PER_WORD = {"train": 40, "validation": 25}  # of one script word in one face
+_HELD_OUT_TEXT = 0.05
+_SPELLED_WORDS = 400
+
+_README = """# The embedded corpus
+
+Made by earlyfuse from packages that are installed; images are small and black on white.
+`corpus.json` has the versions and counts.
+
+| part | source | licence |
+|---|---|---|
+| text | Python's language reference (`pydoc_data`) and its library's docstrings | PSF License |
+| digits | E. Alpaydin, C. Kaynak: Handwritten Digits (UCI), from scikit-learn | CC BY 4.0 |
+| glyphs | DejaVu and STIX typefaces, from matplotlib | Bitstream Vera, DejaVu, STIX Font License |
+| glyph names | Unicode Character Database, from Python's `unicodedata` | Unicode License |
+| interleaved | composed of the above | as above |
+"""
+_SPEECH_README = (
+    "| speech | digits and glyph names spoken by espeak-ng, composed with the above "
+    "| the program is GPL-3.0-or-later |\n"
+)
+
+
+def sources_of(with_speech: bool) -> tuple[str, ...]:
+    """Names of the sources that the corpus has."""
+    return (*SOURCES, SPEECH) if with_speech else SOURCES
+
+
+@dataclass(frozen=True)
+class CorpusPaths:
+    """Where things are in a finished corpus."""
+
+    folder: Path
+
+    def shards(self, split: str, source: str) -> list[Path]:
+        """Tars of ``train`` or ``validation``, of one of ``sources_of``, in order."""
+        return sorted((self.folder / split / source).glob("*.tar"))
+
+    @property
+    def tasks(self) -> Path:
+        return self.folder / "validation" / "tasks.json"
+
+    @property
+    def prompts(self) -> Path:
+        return self.folder / "validation" / "prompts.json"
+
+
+def build_corpus(
+    folder: Path,
+    *,
+    seed: int = 0,
+    scale: float = 1.0,
+    image_size: int = 16,
+    with_speech: bool = False,
+    progress: bool = False,
+) -> CorpusPaths:
+    """Build the corpus in ``folder``, or find it there; ``progress`` shows a bar.
+
+    ``scale`` in (0, 1] is the share of documents to make, ``image_size`` a multiple of 8 pixels.
+    ``with_speech`` adds the source ``speech``, the others are the same with it and without.
+    Everything is made in a folder beside and renamed at the end: what is there is complete.
+    Raises ``ValueError`` for values out of range, when ``folder`` holds something else, and when
+    speech is to be made and espeak-ng is not installed.
+    """
+    if not 0 < scale <= 1:
+        raise ValueError(f"scale ({scale}) is a share of the corpus; it must lie in (0, 1]")
+    if image_size < 8 or image_size % 8:
+        raise ValueError(
+            f"image_size ({image_size}) must be a multiple of 8, the size of a digit scan"
+        )
+    folder = Path(folder)
+    spec: dict[str, Any] = {"seed": seed, "scale": scale, "image_size": image_size}
+    if with_speech:
+        spec[SPEECH] = True
+    if _is_built(folder, spec):
+        return _with_prompts(CorpusPaths(folder), spec)
+    synthesiser = speech.espeak_version() if with_speech else None
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as beside:
+        made = Path(beside) / "corpus"
+        _write(made, spec, synthesiser, progress)
+        try:
+            made.rename(folder)  # takes the place of an empty folder, of no other
+        except OSError:  # another process was first
+            if not _is_built(folder, spec):
+                raise
+    return CorpusPaths(folder)
+
+
+def _with_prompts(paths: CorpusPaths, spec: dict[str, Any]) -> CorpusPaths:
+    """A corpus of before there were prompts gets the same that a new one has."""
+    if not paths.prompts.exists():
+        seed, scale, size = spec["seed"], spec["scale"], spec["image_size"]
+        glyphs_held_out = _glyphs(seed, scale, size)["validation"]
+        _, digits_held_out = digits.load(size, seed, scale)
+        content = prompts(digits_held_out, glyphs_held_out, seed)
+        atomic_write_bytes(paths.prompts, _json(content))
+    return paths
+
+
+def _is_built(folder: Path, spec: dict[str, Any]) -> bool:
+    """Whether ``folder`` is this corpus. ``ValueError`` when it is something else and not empty."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return False
+    if not (folder / CORPUS_FILE).exists():
+        raise ValueError(f"corpus folder {folder} holds something else; give a new or empty folder")
+    found = read_json(folder / CORPUS_FILE, "copy it again, or give a new or empty folder")
+    found.field("format", str, choices=(FORMAT,))
+    if found.field("spec", dict) != spec:
+        raise ValueError(
+            f"corpus folder {folder} was built with {shown(found.values['spec'])}, asked for is "
+            f"{spec}; give another folder, or remove this one"
+        )
+    return True
+
+
+def _write(folder: Path, spec: dict[str, Any], synthesiser: str | None, progress: bool) -> None:
+    """All files of the corpus; ``corpus.json`` is the last. ``synthesiser``: its version if there
+    is to be speech.
+    """
+    seed, scale, size = spec["seed"], spec["scale"], spec["image_size"]
+    sources = sources_of(synthesiser is not None)
+    total = 1 + len(SPLITS) * len(sources)
+    with tqdm(total=total, desc="embedded corpus", unit="step", disable=not progress) as bar:
+        text = _text(seed, scale)
+        letters = prose.frequent_words([str(parts[0]) for parts in text["train"]], _SPELLED_WORDS)
+        bar.update()
+        drawn = _glyphs(seed, scale, size)
+        scans = dict(zip(SPLITS, digits.load(size, seed, scale), strict=True))
+        faces = {"train": glyphs.TRAIN_FACES, "validation": glyphs.HELD_OUT_FACES}
+        counts: dict[str, dict[str, int]] = {}
+        for split in SPLITS:
+            rng = random.Random(f"{seed}/{split}")
+            passes = _DIGIT_PASSES if split == "train" else 1
+            documents: dict[str, list[Parts]] = {
+                "text": text[split],
+                "glyphs": [compose.glyph_document(png, c, rng) for c, png in drawn[split]],
+                "digits": compose.digit_documents(scans[split], passes, rng),
+                "interleaved": compose.interleaved_documents(
+                    max(1, round(_INTERLEAVED[split] * scale)),
+                    scans[split],
+                    faces[split],
+                    letters,
+                    size,
+                    rng,
+                ),
+            }
+            for source in SOURCES:
+                rng.shuffle(documents[source])
+            if synthesiser is not None:
+                documents[SPEECH] = _speech(split, seed, scale, scans[split], drawn[split])
+            counts[split] = {source: len(documents[source]) for source in sources}
+            for source in sources:
+                write_shards(folder / split / source, documents[source], _SAMPLES_PER_SHARD)
+                bar.update()
+        checks = tasks(scans["validation"], drawn["validation"], seed)
+        if synthesiser is not None:
+            checks["tasks"].append(_spoken_task(seed, scale))
+        _write_json(folder / "validation" / "tasks.json", checks)
+        _write_json(
+            folder / "validation" / "prompts.json",
+            prompts(scans["validation"], drawn["validation"], seed),
+        )
+        readme = _README if synthesiser is None else _README + _SPEECH_README
+        (folder / "README.md").write_text(readme, encoding="utf-8")
+        about = _description(spec, counts, drawn["train"])
+        if synthesiser is not None:
+            about["versions"] |= {
+                speech.PROGRAM: synthesiser,
+                "libsndfile": soundfile.__libsndfile_version__,
+            }
+            about["held_out_timbres"] = list(speech.HELD_OUT_TIMBRES)
+        _write_json(folder / CORPUS_FILE, about)
+
+
+def _text(seed: int, scale: float) -> dict[str, list[Parts]]:
+    """Documents by split; all of one work (a topic, a docstring) go to the same."""
+    documents = prose.documents(scale)
+    works = sorted({name for name, _ in documents})
+    held_out = set(
+        random.Random(f"{seed}/text").sample(works, max(1, round(_HELD_OUT_TEXT * len(works))))
+    )
+    split: dict[str, list[Parts]] = {name: [] for name in SPLITS}
+    for work, text in documents:
+        split["validation" if work in held_out else "train"].append([text])
+    return split
+
+
+def _glyphs(seed: int, scale: float, size: int) -> dict[str, list[tuple[str, bytes]]]:
+    """(character, PNG) by split, no image twice: slanted faces draw many signs upright."""
+    characters = glyphs.characters()
+    seen: set[bytes] = set()
+    drawn: dict[str, list[tuple[str, bytes]]] = {name: [] for name in SPLITS}
+    for split, faces in (("train", glyphs.TRAIN_FACES), ("validation", glyphs.HELD_OUT_FACES)):
+        for face in faces:
+            rng = random.Random(f"{seed}/glyphs/{face}")
+            chosen = glyphs.choose(face, characters, _GLYPHS_PER_WORD[split], rng)
+            for character in rng.sample(chosen, max(1, round(len(chosen) * scale))):
+                pixels = glyphs.glyph_pixels(face, character, size)
+                if pixels.tobytes() not in seen:
+                    seen.add(pixels.tobytes())
+                    drawn[split].append((character, glyphs.encode_png(pixels)))
+    return drawn
+
+
+def _speech(
+    split: str,
+    seed: int,
+    scale: float,
+    scans: Sequence[digits.Digit],
+    drawn: Sequence[tuple[str, bytes]],
+) -> list[Parts]:
+    timbres = speech.TIMBRES if split == "train" else speech.HELD_OUT_TIMBRES
+    count = max(1, round(_SPOKEN[split] * scale))
+    rng = random.Random(f"{seed}/speech/{split}")
+    return speech.speech_documents(count, scans, drawn, timbres, rng)
+
+
+def _spoken_task(seed: int, scale: float) -> dict[str, Any]:
+    rng = random.Random(f"{seed}/speech/task")
+    each = max(1, round(_SPOKEN_TASK * scale))
+    return spoken_task(speech.spoken_digits(each, speech.HELD_OUT_TIMBRES, rng))
+
+
+def _description(
+    spec: dict[str, Any], counts: dict[str, dict[str, int]], drawn: Sequence[tuple[str, bytes]]
+) -> dict[str, Any]:
+    words = Counter(glyphs.script_word(character) for character, _ in drawn)
+    return {
+        "format": FORMAT,
+        "spec": spec,
+        "documents": counts,
+        "script_words": dict(sorted(words.items(), key=lambda item: (-item[1], item[0]))),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("matplotlib", "pillow", "scikit-learn")},
+        },
+        "held_out_faces": list(glyphs.HELD_OUT_FACES),
+    }
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_bytes(_json(value))
+
+
+def _json(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,105 @@
+"""Documents composed of digit and glyph images and words, in relations that are true.
+
+A document is a list of parts: text as ``str``, an image as its PNG ``bytes``, an ``Utterance``.
+What has to be predicted follows the media as early as the sentence allows, after words that are
+always the same.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from earlyfuse.data.embedded.digits import NUMBER_WORDS, Digit
+from earlyfuse.data.embedded.glyphs import covered, glyph_name, glyph_png
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """Speech as the bytes of a FLAC file."""
+
+    flac: bytes
+
+
+Parts = list[str | bytes | Utterance]
+
+IMAGE_FIRST = 0.7  # share of documents in which the images come before their words
+DIGIT_PREFIX = "handwritten digit "
+GLYPH_PREFIX = "glyph: "
+
+
+def glyph_document(png: bytes, character: str, rng: random.Random) -> Parts:
+    """``[image] glyph: greek small letter alpha``."""
+    return _ordered([png], GLYPH_PREFIX + glyph_name(character), rng)
+
+
+def digit_documents(digits: Sequence[Digit], passes: int, rng: random.Random) -> list[Parts]:
+    """Each digit once by itself, then ``passes - 1`` times beside another one."""
+    documents = [_ordered([digit.png], DIGIT_PREFIX + digit.word, rng) for digit in digits]
+    for _ in range(passes - 1):
+        shuffled = rng.sample(digits, len(digits))
+        for pair in zip(shuffled[::2], shuffled[1::2], strict=False):
+            first, second = (
+                _ordered([digit.png], DIGIT_PREFIX + digit.word, rng) for digit in pair
+            )
+            documents.append(first + second)
+    return documents
+
+
+def interleaved_documents(
+    count: int,
+    digits: Sequence[Digit],
+    faces: Sequence[str],
+    words: Sequence[str],
+    size: int,
+    rng: random.Random,
+) -> list[Parts]:
+    """``count`` sums, readings, comparisons and spellings, in a fixed proportion."""
+    makers: list[Callable[[], Parts]] = [
+        lambda: _sum(digits, rng),
+        lambda: _reading(digits, rng),
+        lambda: _comparison(digits, rng),
+        lambda: _spelling(faces, words, size, rng),
+    ]
+    return [maker() for maker in rng.choices(makers, weights=(35, 25, 15, 25), k=count)]
+
+
+def _sum(digits: Sequence[Digit], rng: random.Random) -> Parts:
+    """``[3] plus [4] makes seven``, and in half of the sums below ten an image of the answer."""
+    first, second = rng.choice(digits), rng.choice(digits)
+    total = first.value + second.value
+    parts: Parts = [first.png, "plus", second.png, f"makes {NUMBER_WORDS[total]}"]
+    if total < 10 and rng.random() < 0.5:
+        parts.append(rng.choice([digit for digit in digits if digit.value == total]).png)
+    return parts
+
+
+def _reading(digits: Sequence[Digit], rng: random.Random) -> Parts:
+    """``[7] [2] [9] reads seven two nine``."""
+    chosen = [rng.choice(digits) for _ in range(rng.randint(2, 4))]
+    return _ordered(
+        [digit.png for digit in chosen], "reads " + " ".join(d.word for d in chosen), rng
+    )
+
+
+def _comparison(digits: Sequence[Digit], rng: random.Random) -> Parts:
+    """``[7] is greater than [2]``."""
+    first, second = rng.choice(digits), rng.choice(digits)
+    relation = (
+        "is greater than"
+        if first.value > second.value
+        else "is less than"
+        if first.value < second.value
+        else "is equal to"
+    )
+    return [first.png, relation, second.png]
+
+
+def _spelling(faces: Sequence[str], words: Sequence[str], size: int, rng: random.Random) -> Parts:
+    """``[t] [u] [p] [l] [e] spells tuple``, all letters from one face."""
+    face, word = rng.choice(faces), rng.choice(words)
+    assert len(covered(face, word)) == len(word), f"{face} cannot spell {word!r}"
+    return _ordered([glyph_png(face, letter, size) for letter in word], f"spells {word}", rng)
+
+
+def _ordered(images: Sequence[bytes], text: str, rng: random.Random) -> Parts:
+    return [*images, text] if rng.random() < IMAGE_FIRST else [text, *images]

@@ -1,0 +1,259 @@
+"""The stream as a torchtitan data loader: what the trainer builds, checkpoints and iterates.
+
+The state is one int64 tensor, a line for each lane of the global batch, sharded over the
+data-parallel ranks like the batch itself: the checkpoint re-shards it, so a run resumes exactly on
+any number of ranks that divides the global batch. Beside it stands the identity of the data: what
+must not change on resume.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+from torchtitan.components.dataloader import BaseDataLoader
+
+from earlyfuse.data.json_files import JsonObject, load_json, shown
+from earlyfuse.data.shards.source import TokenSource
+from earlyfuse.data.stream.batches import Drawn, LaneStream, Prefetcher
+from earlyfuse.data.stream.lanes import Blend, check_seq_len
+from earlyfuse.models.vocabulary import Vocabulary
+
+Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
+
+_REMEDY = {
+    "seed": "use the seed of the run, or start a new run",
+    "global_batch_size": "change ranks, local batch or accumulation instead, or start a new run",
+    "tokenizers": "the model would read other ids; use the data this checkpoint was trained on",
+}
+
+
+def _saved(identity: str) -> JsonObject:
+    where, remedy = "identity of the data in the checkpoint", "restore another checkpoint"
+    return JsonObject.of(load_json(identity, where, remedy), where, remedy)
+
+
+class LaneLoader(BaseDataLoader):
+    """Rank ``dp_rank``'s lanes: rows [r·G/R, (r+1)·G/R) of every global batch of G rows.
+
+    Yields micro-batches of ``local_batch_size`` rows, as ``MixedBatch`` fields under the names the
+    trainer wants: ``({"input": tokens_BS, "modality_BS", "positions_BS", "span_BS", "row_B"},
+    labels_BS)``; ``row_B`` int64 (B,) are the rows' numbers in the global batch.
+    G/R/local_batch_size of them are one step. Every iterator continues the one stream;
+    ``state_dict`` is the state after the last batch handed out, whatever is prefetched.
+
+    ``mesh``: the data-parallel mesh (1-D, of ``dp_world_size``), needed by ``state_dict`` with more
+    than one rank; may be set later as an attribute.
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(BaseDataLoader.Config):
+        sources: dict[str, float] = field(default_factory=dict)
+        """Prepared folder → share of the tokens; shares sum to 1."""
+
+        order: list[str] = field(default_factory=list)
+        """Names of the sources as a new run takes them: of those that lag alike, the first is due.
+        None given: as they stand in sources. A resumed run keeps the order of its checkpoint."""
+
+        global_batch_size: int = 0
+        """Rows of a global batch, as training.global_batch_size: the number of lanes."""
+
+        seed: int = 0
+        """Decides the order of the documents, with the epoch and the name of the source."""
+
+        media_share: float | None = None
+        """Codes of all media together among the tokens of each lane; None: whatever the sources
+        give. How much of it is image and how much speech follows from the sources' shares."""
+
+        prefetch: int = 2
+        """Micro-batches drawn ahead in the background; 0: drawn when asked for."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        dp_world_size: int,
+        dp_rank: int,
+        seq_len: int,
+        local_batch_size: int,
+        mesh: DeviceMesh | None = None,
+        **unused: Any,  # tokenizer, snapshot_every_n_steps: the trainer offers them to every loader
+    ) -> None:
+        total = config.global_batch_size
+        if total < 1 or total % dp_world_size:
+            raise ValueError(
+                f"global_batch_size ({total}) must be a positive multiple of the data-parallel "
+                f"ranks ({dp_world_size}); change one of them"
+            )
+        lanes = total // dp_world_size
+        if local_batch_size < 1 or lanes % local_batch_size:
+            raise ValueError(
+                f"local_batch_size ({local_batch_size}) must divide the {lanes} rows that each of "
+                f"{dp_world_size} ranks has of the global batch ({total}); change one of them"
+            )
+        if config.prefetch < 0:
+            raise ValueError(
+                f"prefetch ({config.prefetch}) must be 0 (off) or the batches to draw ahead"
+            )
+        self.config, self.mesh = config, mesh
+        self.world_size, self.seq_len, self.rows = dp_world_size, seq_len, local_batch_size
+        given = tuple(TokenSource(folder) for folder in config.sources)
+        self._given = tuple(source.name for source in given)
+        self.blend = Blend(given, tuple(config.sources.values()), config.media_share)
+        self.blend = self.blend.in_order(config.order or self._given)
+        check_seq_len(seq_len, self.blend)
+        self._lanes = range(dp_rank * lanes, (dp_rank + 1) * lanes)
+        self._state_LK = np.zeros((lanes, self.blend.state_size()), np.int64)
+        self._drawn: LaneStream | Prefetcher[Drawn] | None = None
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The layout of the ids; the model's must be the same."""
+        return self.blend.vocabulary
+
+    @property
+    def lanes(self) -> torch.Tensor:
+        """int64 (L, K): state of this rank's lanes after the last batch handed out. A copy."""
+        return torch.from_numpy(self._state_LK.copy())
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            drawn = self._next()
+            fields = drawn.batch.tensors()
+            fields["row_B"] = torch.arange(self._lanes.start, self._lanes.stop)[drawn.lanes]
+            labels_BS = fields.pop("labels_BS")
+            yield {"input": fields.pop("tokens_BS"), **fields}, labels_BS
+
+    def _next(self) -> Drawn:
+        if self._drawn is None:
+            stream = LaneStream(
+                self.blend,
+                self.config.seed,
+                self._lanes,
+                self.config.global_batch_size,
+                self.seq_len,
+                self.rows,
+                self._state_LK,
+            )
+            self._drawn = (
+                Prefetcher(stream, self.config.prefetch) if self.config.prefetch else stream
+            )
+        try:
+            drawn = next(self._drawn)
+        except BaseException:
+            self.close()  # lanes may stand within a batch: begin anew after the last whole one
+            raise
+        self._state_LK[drawn.lanes] = drawn.state_BK
+        return drawn
+
+    def close(self) -> None:
+        """Stop drawing ahead; the loader continues after the last batch handed out."""
+        if isinstance(self._drawn, Prefetcher):
+            self._drawn.close()
+        self._drawn = None
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must agree with: seed, global batch, tokenizers, data and mix.
+        ``tokens``: those of each source, from which follows what the quota draws from it.
+        """
+        return {
+            "global_batch_size": self.config.global_batch_size,
+            "seed": self.config.seed,
+            "tokenizers": self.blend.sources[0].tokenizers,
+            "data": {source.name: source.identity for source in self.blend.sources},
+            "tokens": {source.name: source.tokens for source in self.blend.sources},
+            "shares": {
+                s.name: x for s, x in zip(self.blend.sources, self.blend.shares, strict=True)
+            },
+            "media_share": self.blend.media_share,
+        }
+
+    def check_identity(self, saved: str) -> None:
+        """``ValueError`` naming the first field in which ``saved`` (``state_dict()["identity"]``)
+        differs. The order of the sources is not one: that of the checkpoint is taken over.
+
+        A checkpoint may be asked before its tensors are loaded, whose shapes differ when lanes or
+        sources do: ``state = {"dataloader": {"identity": ""}}; dcp.load(state,
+        checkpoint_id=folder)``.
+        """
+        fields = _saved(saved)
+        for name, here in json.loads(json.dumps(self.identity())).items():
+            if name == "tokens" and name not in fields:
+                continue  # saved before they were
+            if fields.values.get(name) != here:
+                raise ValueError(
+                    f"{name} of the data ({here}) must be that of the checkpoint "
+                    f"({shown(fields.values.get(name))}); "
+                    f"{_REMEDY.get(name, 'restore it, or load the weights only into a new run')}"
+                )
+
+    def state_dict(self) -> dict[str, Any]:
+        """``lanes``: int64 (L, K), or a DTensor (G, K) over the mesh; ``identity``: JSON text."""
+        lanes: torch.Tensor = self.lanes
+        if self.world_size > 1:
+            if self.mesh is None or self.mesh.size() != self.world_size:
+                raise ValueError(
+                    f"the loader of {self.world_size} data-parallel ranks must know their mesh to "
+                    f"save its state, but has {self.mesh}; set loader.mesh to their mesh"
+                )
+            lanes = DTensor.from_local(lanes, self.mesh, [Shard(0)])
+        order = [source.name for source in self.blend.sources]
+        identity = json.dumps(self.identity() | {"order": order}, sort_keys=True)
+        return {"lanes": lanes, "identity": identity}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a state: the lanes of this rank, or those of all ranks, of which it takes
+        its own.
+
+        Iterators that exist already continue from there as well. Raises ``ValueError`` when the
+        state is of other data, seed or global batch, or was taken between the micro-batches of a
+        step.
+        """
+        self.check_identity(state_dict["identity"])
+        lanes = state_dict["lanes"]
+        lanes = lanes.to_local() if isinstance(lanes, DTensor) else lanes
+        if len(lanes) == self.config.global_batch_size:
+            lanes = lanes[self._lanes.start : self._lanes.stop]
+        if lanes.shape != self._state_LK.shape:
+            raise ValueError(
+                f"the loader's state has {tuple(lanes.shape)} integers, this rank needs "
+                f"{self._state_LK.shape} (lanes, state); load the state of the same global batch "
+                "and sources"
+            )
+        rows = lanes[:, -1].tolist()
+        if len(set(rows)) > 1:
+            raise ValueError(
+                f"lanes of the state have drawn {min(rows)} to {max(rows)} rows: it was taken "
+                "between the micro-batches of a step; save after a whole step"
+            )
+        self.close()
+        # what the columns of the state are; saved before it was, they are as the config has them
+        saved = _saved(state_dict["identity"])
+        self.blend = self.blend.in_order(
+            saved.items("order", str) if "order" in saved else self._given
+        )
+        self._state_LK = lanes.cpu().numpy().astype(np.int64, copy=True)
+
+    def progress(self) -> dict[str, Any]:
+        """What this rank has drawn so far, for the log.
+
+        ``tokens``: modality → count; ``source_tokens`` and ``epoch`` (fractional, of all lanes): by
+        source; ``padding``: share of the positions.
+        """
+        sources = self.blend.sources
+        total_K = self._state_LK.sum(axis=0)
+        taken, _, drawn = total_K[: 3 * len(sources)].reshape(3, -1).tolist()
+        *codes, padding, rows = total_K[3 * len(sources) :].tolist()
+        labels = [modality.label for modality in self.vocabulary.modalities]
+        per_lane = self.config.global_batch_size / len(self._state_LK)
+        return {
+            "tokens": dict(zip(labels, [sum(drawn) - sum(codes), *codes], strict=True)),
+            "source_tokens": {s.name: n for s, n in zip(sources, drawn, strict=True)},
+            "epoch": {s.name: n * per_lane / len(s) for s, n in zip(sources, taken, strict=True)},
+            "padding": padding / max(padding + sum(drawn), 1),
+            "rows": rows,
+        }

@@ -1,0 +1,54 @@
+"""The part of each row whose positions are here, and what layers need of the others.
+
+A layer that looks along a row asks its ``RowPart`` for what lies elsewhere: attention for keys and
+values, a convolution for the inputs before, a scan for the state before. Rows are cut in order into
+parts of equal length; positions in the documents, and so resets and masks, are known without
+asking. ``WholeRow``: nothing lies elsewhere. ``parallel/strategies/context.py`` has the other kind.
+
+B rows, S positions here, K key/value heads, H width of a head, I channels, V inputs before.
+"""
+
+from typing import Protocol
+
+import torch
+
+from earlyfuse.kernels.selective_scan import selective_scan
+
+
+class RowPart(Protocol):
+    """``index``: which of the ``parts`` of a row is here, from 0."""
+
+    index: int
+    parts: int
+
+    def keys_and_values(
+        self, k_BSKH: torch.Tensor, v_BSKH: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Those from the start of the row to the last position here, (B, (index + 1) S, K, H)."""
+
+    def inputs_before(self, x_BSI: torch.Tensor, count: int) -> torch.Tensor | None:
+        """The last ``count`` inputs before the first position here, (B, V, I), zeros where the row
+        has not begun; None where that is at the start of the row.
+        """
+
+    def scan(self, *inputs: torch.Tensor | None) -> torch.Tensor:
+        """The outputs here of a scan over the row. ``inputs``: all arguments of
+        ``selective_scan``, in its order, but the state.
+        """
+
+
+class WholeRow:
+    """All positions are here."""
+
+    index, parts = 0, 1
+
+    def keys_and_values(
+        self, k_BSKH: torch.Tensor, v_BSKH: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return k_BSKH, v_BSKH
+
+    def inputs_before(self, x_BSI: torch.Tensor, count: int) -> torch.Tensor | None:
+        return None
+
+    def scan(self, *inputs: torch.Tensor | None) -> torch.Tensor:
+        return selective_scan(*inputs)[0]  # type: ignore[arg-type]

@@ -1,0 +1,184 @@
+"""The grammar of a vocabulary: what may follow in a document that is being written.
+
+    document = bos (text piece | media block)* eos
+    media block = begin, codes, end
+
+Begin and end of a document may be one id, as GPT-2's and GPT-NeoX's ``<|endoftext|>`` is: the
+first token begins the document, the next such token ends it.
+
+A block has exactly ``MediaCodes.block`` codes, or any number from 1 where that is 0. Nothing here
+looks at a model: whatever it prefers, what is allowed is a document, or the beginning of one that
+can be continued.
+
+V vocabulary.
+"""
+
+import sys
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Literal, NamedTuple, get_args
+
+import torch
+
+from earlyfuse.models.vocabulary import MediaCodes, Modality, Vocabulary
+
+Mode = Literal["text", "image", "interleaved", "speech"]
+MODES: tuple[Mode, ...] = get_args(Mode)
+# modes that write one block, and of which medium
+BLOCKS: dict[str, Modality] = {"image": Modality.IMAGE, "speech": Modality.SPEECH}
+
+
+class Allowed(NamedTuple):
+    """What the next token may be.
+
+    ``text``: a text piece or the end of the document; ``begin``: the beginning of one of these
+    media; ``codes``: one of this medium's codes; ``end``: the end of its block.
+    """
+
+    text: bool = False
+    begin: tuple[MediaCodes, ...] = ()
+    codes: MediaCodes | None = None
+    end: MediaCodes | None = None
+
+
+@lru_cache(maxsize=64)
+def allowed_ids(vocabulary: Vocabulary, allowed: Allowed) -> torch.Tensor:
+    """(V,) bool; not to be written to."""
+    allowed_V = torch.zeros(vocabulary.size, dtype=torch.bool)
+    if allowed.text:
+        allowed_V |= vocabulary.modality_of(torch.arange(vocabulary.size)) == Modality.TEXT
+        sentinels = [s for medium in vocabulary.media for s in (medium.begin, medium.end)]
+        allowed_V[[vocabulary.bos, vocabulary.pad, *sentinels]] = False
+        allowed_V[vocabulary.eos] = True
+    allowed_V[[medium.begin for medium in allowed.begin]] = True
+    if allowed.codes is not None:
+        allowed_V[allowed.codes.start : allowed.codes.start + allowed.codes.count] = True
+    if allowed.end is not None:
+        allowed_V[allowed.end.end] = True
+    return allowed_V
+
+
+class Draft:
+    """A document that is being written: its tokens, where in the grammar it stands, whether it is
+    ``done``.
+
+    ``mode``: "text" writes text to the end of the document; "image" and "speech" one image or
+    utterance, to the end of its block; "interleaved" anything to the end of the document. ``room``:
+    tokens that may be added; no block is begun that would not fit.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, prompt: Sequence[int], mode: Mode, room: int):
+        self.vocabulary = vocabulary
+        self.tokens: list[int] = []
+        self.medium: MediaCodes | None = None
+        self.begun = 0  # where the open block begins
+        self.done = False
+        _check_request(vocabulary, prompt, mode, room)
+        # a prompt may hold anything, whatever is to be written behind it
+        self.mode: Mode = "interleaved"
+        self.room = sys.maxsize
+        for token in prompt:
+            if not self._fits(token):
+                raise ValueError(
+                    f"token {len(self.tokens)} of the prompt ({token}) cannot stand there: "
+                    f"{self._expected()}"
+                )
+            self.write(token)
+        if self.done:
+            raise ValueError("nothing can be written behind a prompt that has ended with eos")
+        self.prompt, self.mode, self.room = len(prompt), mode, room
+        self.done = room == 0
+        if self.medium is not None:
+            # those of a block that varies in length: it may end after the code it has, or the first
+            missing = self.medium.block - self._codes() if self.medium.block else not self._codes()
+            _check_room(room, missing + 1)
+        elif mode in BLOCKS:
+            medium = vocabulary.medium(BLOCKS[mode])
+            _check_room(room, max(medium.block, 1) + 2)
+            self.write(medium.begin)
+
+    @property
+    def written(self) -> list[int]:
+        """The tokens behind the prompt."""
+        return self.tokens[self.prompt :]
+
+    @property
+    def unconditional(self) -> list[int]:
+        """The same document as if nothing stood before the open block: bos and the block so far."""
+        return [self.tokens[0], *(self.tokens[self.begun :] if self.medium is not None else ())]
+
+    def allowed(self) -> Allowed:
+        """What may be written next."""
+        medium = self.medium
+        if medium is None:
+            return Allowed(text=True, begin=self._openable())
+        if medium.block:
+            complete = self._codes() == medium.block
+            return Allowed(end=medium) if complete else Allowed(codes=medium)
+        codes, end = self.room > 1, self._codes() > 0
+        return Allowed(codes=medium if codes else None, end=medium if end else None)
+
+    def write(self, token: int) -> None:
+        """Add a token that is allowed."""
+        self.tokens.append(token)
+        self.room -= 1
+        if self.medium is None:
+            opened = [medium for medium in self.vocabulary.media if medium.begin == token]
+            if opened:
+                (self.medium,) = opened
+                self.begun = len(self.tokens) - 1
+            self.done = token == self.vocabulary.eos and len(self.tokens) > 1
+        elif token == self.medium.end:
+            self.medium = None
+            self.done = self.mode in BLOCKS
+        self.done = self.done or self.room <= 0
+
+    def _codes(self) -> int:
+        return len(self.tokens) - self.begun - 1
+
+    def _openable(self) -> tuple[MediaCodes, ...]:
+        if self.mode != "interleaved":
+            return ()
+        # begin, codes (one at least) and end
+        return tuple(m for m in self.vocabulary.media if self.room >= max(m.block, 1) + 2)
+
+    def _fits(self, token: int) -> bool:
+        """Whether the prompt may go on so."""
+        if not self.tokens:
+            return True  # bos, as checked
+        if self.done or not 0 <= token < self.vocabulary.size:
+            return False
+        return bool(allowed_ids(self.vocabulary, self.allowed())[token])
+
+    def _expected(self) -> str:
+        if self.done:
+            return "the document has ended"
+        if self.medium is None:
+            return "text or the beginning of a block is expected"
+        label, codes = self.medium.modality.label, self._codes()
+        whole = f" of {self.medium.block}" if self.medium.block else ""
+        return f"it is in a block of {label} with {codes} codes{whole} so far"
+
+
+def _check_request(vocabulary: Vocabulary, prompt: Sequence[int], mode: str, room: int) -> None:
+    if mode not in MODES:
+        raise ValueError(f"mode ({mode!r}) must be one of {', '.join(MODES)}")
+    if room < 0:
+        raise ValueError(f"new_tokens ({room}) must not be negative")
+    if not prompt or prompt[0] != vocabulary.bos:
+        raise ValueError(
+            f"a prompt must begin with begin-of-document ({vocabulary.bos}), not with "
+            f"{prompt[0] if prompt else 'nothing'}"
+        )
+    if mode in BLOCKS and BLOCKS[mode] not in vocabulary.modalities:
+        raise ValueError(
+            f"mode ({mode!r}) needs a vocabulary with {mode} codes; this one has "
+            f"{[m.label for m in vocabulary.modalities]} only"
+        )
+
+
+def _check_room(room: int, needed: int) -> None:
+    if room < needed:
+        raise ValueError(
+            f"new_tokens ({room}) must be at least {needed}, to write the block to its end"
+        )

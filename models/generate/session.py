@@ -1,0 +1,239 @@
+"""Writing documents: text, images, speech, mixed, from the next-token logits of a ``Decoder``.
+
+Each step reads the tokens just written, masks what the grammar of the vocabulary
+(``models/generate/constrained.py``) does not allow, and draws. What has been read stays in the
+blocks' states (``models/blocks/cache.py``). Experts are chosen by the causal rule: routing by
+batch would look at what is not written yet.
+
+Every document draws from a seed of its own and is routed token by token, so what is written does
+not depend on what else is in the batch; documents that have ended leave it.
+
+B documents, R rows of the model (2 B with guidance), S positions, V vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from math import inf
+
+import torch
+
+from earlyfuse.models.blocks.cache import Decoding
+from earlyfuse.models.decoder import Decoder
+from earlyfuse.models.generate.constrained import Draft, Mode, allowed_ids
+from earlyfuse.models.routing.causal import routing
+from earlyfuse.models.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn.
+
+    ``temperature``: 0 takes the most likely. ``top_p``: from the fewest tokens that have this much
+    of the probability (arXiv 1904.09751); 1: all. ``top_k``: from so many at most; 0: all.
+    ``guidance``: the logits of codes are u + guidance · (c - u), with u those after nothing but
+    begin-of-document and the image so far (classifier-free guidance, arXiv 2207.12598); 1: off.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    guidance: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, right, rule in (
+            (
+                "temperature",
+                0 <= self.temperature < inf,
+                "must not be negative or infinite; 0 is greedy",
+            ),
+            ("top_p", 0 < self.top_p <= 1, "must be in (0, 1]; 1 is off"),
+            ("top_k", self.top_k >= 0, "must not be negative; 0 is off"),
+            ("guidance", 0 <= self.guidance < inf, "must not be negative or infinite; 1 is off"),
+        ):
+            if not right:
+                raise ValueError(f"{name} ({getattr(self, name)}) {rule}")
+
+
+@torch.no_grad()
+def generate(
+    model: Decoder,
+    vocabulary: Vocabulary,
+    prompts: Sequence[Sequence[int]],
+    *,
+    new_tokens: int | Sequence[int],
+    mode: Mode = "interleaved",
+    sampling: Sampling | None = None,
+    seeds: Sequence[int] | None = None,
+    cache: bool = True,
+    unused: Sequence[int] = (),
+    agree: Callable[[torch.Tensor], torch.Tensor] = lambda tokens_B: tokens_B,
+) -> list[list[int]]:
+    """What is written behind each of ``prompts``, at most ``new_tokens`` (of each, or one for all).
+
+    ``prompts``: token ids from begin-of-document on. ``mode``: "text" to the end of the document,
+    "image" or "speech" one block with its sentinels, "interleaved" all to the end of the document.
+    ``seeds``
+    of the documents, 0 … B-1 if not given. ``cache`` off reads everything again for each token.
+    ``unused``: ids that no document has, such as padding rows of an embedding; never written.
+    ``agree``: where several ranks write the same, makes the tokens of a step (B,) those of one of
+    them.
+
+    Raises ``ValueError`` for prompts that are no beginning of a document, blocks that do not fit
+    into ``new_tokens``, and models whose experts have no causal rule.
+    """
+    sampling = sampling or Sampling()
+    seeds = range(len(prompts)) if seeds is None else seeds
+    rooms = [new_tokens] * len(prompts) if isinstance(new_tokens, int) else new_tokens
+    for name, values in (("seeds", seeds), ("new_tokens", rooms)):
+        if len(values) != len(prompts):
+            raise ValueError(f"{name} ({len(values)}) must be as many as prompts ({len(prompts)})")
+    drafts = [
+        Draft(vocabulary, prompt, mode, room) for prompt, room in zip(prompts, rooms, strict=True)
+    ]
+    draws = [_draws(seed, room) for seed, room in zip(seeds, rooms, strict=True)]
+    guided = sampling.guidance != 1 and mode != "text" and bool(vocabulary.media)
+    longest = max((len(draft.tokens) + draft.room for draft in drafts), default=0)
+    reader = _Cached(model, vocabulary, longest) if cache else _Rereading(model, vocabulary)
+    was_training = model.training
+    model.eval()
+    # each token makes another shape: compiled blocks would be compiled again and again
+    eager = torch.compiler.set_stance("force_eager") if cache else nullcontext()
+    try:
+        with routing(model, "causal"), eager:
+            _write(drafts, draws, reader, sampling, guided, unused, agree)
+    finally:
+        model.train(was_training)
+    return [draft.written for draft in drafts]
+
+
+def _write(
+    drafts: Sequence[Draft],
+    draws: Sequence[torch.Tensor],
+    reader: "_Rereading",
+    sampling: Sampling,
+    guided: bool,
+    unused: Sequence[int],
+    agree: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    """Write all drafts to their end."""
+    going = [(draft, draw) for draft, draw in zip(drafts, draws, strict=True) if not draft.done]
+    while going:
+        rows = [draft.tokens for draft, _ in going]
+        if guided:
+            rows += [draft.unconditional for draft, _ in going]
+        logits_BV = reader.read(rows)
+        allowed = [draft.allowed() for draft, _ in going]
+        if guided:
+            in_block = [next_is.codes is not None for next_is in allowed]
+            logits_BV = _guide(logits_BV, in_block, sampling.guidance)
+        ids_BV = torch.stack([allowed_ids(reader.vocabulary, next_is) for next_is in allowed])
+        ids_BV[:, list(unused)] = False
+        draw_B = torch.stack([draw[len(draft.written)] for draft, draw in going])
+        tokens_B = choose(logits_BV, ids_BV.to(logits_BV.device), draw_B, sampling)
+        for (draft, _), token in zip(going, agree(tokens_B).tolist(), strict=True):
+            draft.write(token)
+        kept = [row for row, (draft, _) in enumerate(going) if not draft.done]
+        if len(kept) < len(going):
+            reader.select(kept + [len(going) + row for row in kept if guided])
+            going = [going[row] for row in kept]
+
+
+def choose(
+    logits_BV: torch.Tensor, allowed_BV: torch.Tensor, draw_B: torch.Tensor, sampling: Sampling
+) -> torch.Tensor:
+    """One allowed token for each row, (B,) int64.
+
+    ``logits_BV`` any float, finite or not; ``allowed_BV`` bool, some in each row; ``draw_B``
+    float64 in [0, 1): where in the distribution of its row each token is taken.
+    """
+    # in float64: sums over a large vocabulary decide between tokens
+    scores_BV = logits_BV.float().nan_to_num(nan=torch.finfo(torch.float32).min).double()
+    scores_BV = scores_BV.masked_fill(~allowed_BV, -torch.inf)
+    if sampling.temperature == 0:
+        return scores_BV.argmax(-1)
+    scores_BV = (scores_BV - scores_BV.amax(-1, keepdim=True)) / sampling.temperature
+    share_BV = scores_BV.softmax(-1)
+    order_BV = None
+    if sampling.top_p < 1 or sampling.top_k:
+        share_BV, order_BV = share_BV.sort(dim=-1, descending=True, stable=True)
+        before_BV = share_BV.cumsum(-1) - share_BV
+        kept_BV = before_BV < sampling.top_p
+        if sampling.top_k:
+            kept_BV[:, sampling.top_k :] = False
+        share_BV = share_BV * kept_BV
+    up_to_BV = share_BV.cumsum(-1)
+    total_B1 = up_to_BV[:, -1:]
+    # rounded up to the total, a draw would take a token behind all that have a share
+    below_B1 = torch.nextafter(total_B1, torch.zeros_like(total_B1))
+    target_B1 = torch.minimum(draw_B.to(total_B1.device).unsqueeze(1) * total_B1, below_B1)
+    place_B1 = torch.searchsorted(up_to_BV, target_B1, right=True)
+    chosen_B1 = place_B1 if order_BV is None else order_BV.gather(1, place_B1)
+    return chosen_B1.squeeze(1)
+
+
+def _draws(seed: int, count: int) -> torch.Tensor:
+    """Numbers in [0, 1), float64 on the host; the first ones are the same for any ``count``."""
+    return torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def _guide(logits_RV: torch.Tensor, in_block: Sequence[bool], guidance: float) -> torch.Tensor:
+    """Rows with their prompts, then without → (B, V): guided where a code is next."""
+    with_prompt_BV, without_BV = logits_RV.float().chunk(2)
+    guided_BV = without_BV + guidance * (with_prompt_BV - without_BV)
+    in_block_B1 = torch.tensor(in_block, device=guided_BV.device).unsqueeze(1)
+    return torch.where(in_block_B1, guided_BV, with_prompt_BV)
+
+
+class _Rereading:
+    """Logits after rows of tokens by a whole forward over them."""
+
+    def __init__(self, model: Decoder, vocabulary: Vocabulary):
+        self.model, self.vocabulary = model, vocabulary
+        self.device = next(model.parameters()).device
+
+    def read(self, rows: list[list[int]]) -> torch.Tensor:
+        """Logits (R, V) of what comes after each row."""
+        tokens_RS, real_R = self._padded(rows)
+        logits_RSV = self.model(tokens_RS, self.vocabulary.modality_of(tokens_RS))
+        return logits_RSV[torch.arange(len(rows), device=self.device), real_R - 1]
+
+    def select(self, kept: list[int]) -> None:
+        """Nothing is kept of any row."""
+
+    def _padded(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(R, S), filled from the left, and the length of each row, (R,)."""
+        longest = max(map(len, rows))
+        padded = [row + [self.vocabulary.pad] * (longest - len(row)) for row in rows]
+        lengths = [len(row) for row in rows]
+        return torch.tensor(padded, device=self.device), torch.tensor(lengths, device=self.device)
+
+
+class _Cached(_Rereading):
+    """The same; of rows that were read before, only the last token is new.
+
+    A row may also begin anew, with its first token.
+    """
+
+    def __init__(self, model: Decoder, vocabulary: Vocabulary, slots: int):
+        super().__init__(model, vocabulary)
+        self.slots = slots
+        self.decoding: Decoding | None = None
+
+    def read(self, rows: list[list[int]]) -> torch.Tensor:
+        """Logits (R, V) of what comes after each row."""
+        if self.decoding is None:
+            self.decoding = Decoding(len(rows), self.slots)
+            tokens_RS, real_R = self._padded(rows)
+            positions_RS = torch.arange(tokens_RS.shape[1], device=self.device).expand_as(tokens_RS)
+        else:
+            tokens_RS, real_R = self._padded([row[-1:] for row in rows])
+            positions_RS = torch.tensor([[len(row) - 1] for row in rows], device=self.device)
+        self.decoding.expect(real_R, max(map(len, rows)))
+        modality_RS = self.vocabulary.modality_of(tokens_RS)
+        return self.model(tokens_RS, modality_RS, positions_RS, decoding=self.decoding).squeeze(1)
+
+    def select(self, kept: list[int]) -> None:
+        """Forget the other rows."""
+        if self.decoding is not None and kept:
+            self.decoding.select(torch.tensor(kept, device=self.device))

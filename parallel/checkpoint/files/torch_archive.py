@@ -1,0 +1,139 @@
+"""Archives of ``torch.save``, read as data: what is in them is looked at before it is believed.
+
+``torch.load`` with ``weights_only`` runs no code, but makes objects of any size that a file asks
+for, unpacks what is compressed, and trusts lengths. An archive is a zip file with ``data.pkl`` (the
+values, see ``plain_pickle``) and one file for the bytes of each tensor.
+"""
+
+import math
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import IO, Any
+
+import torch
+
+from earlyfuse.parallel.checkpoint.files.plain_pickle import Made, Named, Stored, parse, plain
+
+_MOST_NOTES = 64 << 20  # bytes of data.pkl
+_PIECE = 1 << 20
+_TENSOR = Named("torch._utils", "_rebuild_tensor_v2")
+_STORAGES = {
+    Named("torch", f"{name}Storage"): dtype
+    for name, dtype in {
+        "Double": torch.float64,
+        "Float": torch.float32,
+        "Half": torch.float16,
+        "BFloat16": torch.bfloat16,
+        "Long": torch.int64,
+        "Int": torch.int32,
+        "Short": torch.int16,
+        "Char": torch.int8,
+        "Byte": torch.uint8,
+        "Bool": torch.bool,
+    }.items()
+}
+_OF_TENSORS = {
+    *(_TENSOR, *_STORAGES),
+    *(Named("torch._utils", f"_rebuild_{name}") for name in ("tensor_v3", "parameter")),
+    *(Named("torch", name) for name in ("Size", "device")),
+    Named("torch.storage", "UntypedStorage"),
+    Named("collections", "OrderedDict"),
+}
+
+
+def read_value(file: IO[bytes]) -> Any:
+    """The plain value (numbers, text, lists, tables) in an archive; ``ValueError`` if there is
+    another.
+    """
+    with _opened(file, lambda named: False) as archive:
+        return plain(archive.notes)
+
+
+def read_tensor(file: IO[bytes]) -> torch.Tensor:
+    """The one tensor in an archive, on the host; ``ValueError`` if there is another value."""
+    with _opened(file, _is_of_tensors) as archive:
+        notes = archive.notes
+        if not isinstance(notes, Made) or notes.of != _TENSOR or len(notes.arguments) < 4:
+            raise ValueError("it is no tensor")
+        stored, offset, size, stride = notes.arguments[:4]
+        key = stored.key if isinstance(stored, Stored) else None
+        if not isinstance(key, tuple) or len(key) != 5 or not isinstance(key[1], Named):
+            raise ValueError("it is a tensor without values")
+        _, storage, name, _, length = key
+        if storage not in _STORAGES:
+            raise ValueError(f"its values are of {storage.module}.{storage.name}")
+        _check_region(offset, size, stride, length)
+        dtype = _STORAGES[storage]
+        content = archive.content(f"data/{name}", length * dtype.itemsize)
+        if not length:
+            return torch.empty(size, dtype=dtype)
+        return torch.frombuffer(content, dtype=dtype).as_strided(size, stride, offset)
+
+
+def check_tensors_only(file: IO[bytes]) -> None:
+    """``ForeignName`` if an archive names anything that is no part of tensors; ``ValueError`` if it
+    is none.
+    """
+    with _opened(file, _is_of_tensors):
+        pass
+
+
+class _Archive:
+    """``notes``: its pickle as data."""
+
+    def __init__(self, archive: zipfile.ZipFile, known: Callable[[Named], bool]):
+        self.zip = archive
+        members = archive.infolist()
+        self.members = {member.filename.partition("/")[2]: member for member in members}
+        if len(self.members) != len(members):
+            raise ValueError("it has a file twice")
+        if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+            raise ValueError("it is compressed, which torch.save never does")
+        self.notes = parse(bytes(self.content("data.pkl", _MOST_NOTES, exactly=False)), known)
+
+    def content(self, name: str, size: int, exactly: bool = True) -> bytearray:
+        """A file of the archive, whose checksum it has."""
+        member = self.members.get(name)
+        if member is None:
+            raise ValueError(f"it has no {name}")
+        if member.file_size > size or (exactly and member.file_size != size):
+            raise ValueError(f"its {name} has {member.file_size} bytes instead of {size}")
+        content = bytearray(member.file_size)
+        view = memoryview(content)
+        with self.zip.open(member) as file:
+            for begin in range(0, len(content), _PIECE):
+                piece = file.read(min(_PIECE, len(content) - begin))
+                view[begin : begin + _PIECE] = piece
+            if file.read(1):  # at the end, the checksum is compared
+                raise ValueError(f"its {name} is longer than it says")
+        return content
+
+
+@contextmanager
+def _opened(file: IO[bytes], known: Callable[[Named], bool]) -> Iterator[_Archive]:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            yield _Archive(archive, known)
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, RuntimeError) as error:
+        raise ValueError(f"it is no archive of torch.save, or damaged ({error})") from error
+
+
+def _check_region(offset: Any, size: Any, stride: Any, length: Any) -> None:
+    """``ValueError`` unless a region lies within ``length`` values."""
+    numbers = [offset, length]
+    for values in (size, stride):
+        if not isinstance(values, tuple) or len(values) > 16:
+            raise ValueError("its shape is none")
+        numbers += values
+    if len(size) != len(stride) or not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers):
+        raise ValueError("its shape is none")
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+    if math.prod(size) and last >= length:
+        raise ValueError("its values are not all there")
+
+
+def _is_of_tensors(named: Named) -> bool:
+    if named in _OF_TENSORS:
+        return True
+    return named.module == "torch" and isinstance(vars(torch).get(named.name), torch.dtype)

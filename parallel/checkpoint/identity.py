@@ -1,0 +1,123 @@
+"""Whether a checkpoint is of this model and this data, asked before anything is overwritten.
+
+DCP itself would fail late, or load what happens to fit.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torchtitan.components.checkpointer import DATALOADER, MODEL, TRAIN_STATE
+
+from earlyfuse.data.console import printable
+from earlyfuse.data.json_files import JsonObject, load_json, shown
+from earlyfuse.data.stream.loader import LaneLoader
+from earlyfuse.models.state_dicts.decoder_config import differences
+from earlyfuse.parallel.checkpoint.files.dcp_reader import DcpReader
+from earlyfuse.parallel.checkpoint.manifest import step_of
+
+
+def refuse_other_run(states: dict[str, Any], state_dict: dict[str, Any], reader: DcpReader) -> None:
+    """``ValueError`` naming what of model, data or step differs from the checkpoint's.
+
+    ``states``: the manager's; ``state_dict``: what is to be loaded. Called on all ranks.
+    """
+    stored = {
+        key: tuple(entry.size) if isinstance(entry, TensorStorageMetadata) else None
+        for key, entry in reader.read_metadata().state_dict_metadata.items()
+    }
+    refuse_other_model(states[MODEL].state_dict(), state_dict, stored, reader.folder)
+    step = step_of(reader.folder.name)
+    if TRAIN_STATE in state_dict and step is not None:
+        saved = reader.value(f"{TRAIN_STATE}.step")
+        if saved != step:
+            raise ValueError(
+                f"checkpoint {reader.folder} holds step {shown(saved)}, not the one that it is "
+                "named after; give it its own name again, or copy the checkpoint again"
+            )
+    loader = states[DATALOADER]
+    if DATALOADER in state_dict and hasattr(loader, "check_identity"):
+        refuse_other_data(loader, reader)
+
+
+def refuse_other_model(
+    model: Mapping[str, torch.Tensor],
+    wanted: Mapping[str, Any],
+    stored: Mapping[str, tuple[int, ...] | None],
+    folder: Path,
+) -> None:
+    """``ValueError`` naming the parameters in which ``model`` differs from those in ``folder``.
+
+    ``wanted``: what is to be loaded. ``stored``: shapes by name, None for what is no tensor. Called
+    on all ranks.
+    """
+    wrong = [_difference(key, wanted[key].shape, stored.get(key)) for key in model if key in wanted]
+    # the stages of a pipeline know only what they hold
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, (list(model), [line for line in wrong if line]))
+    known = {key for keys, _ in everywhere for key in keys}
+    wrong = list(dict.fromkeys(line for _, lines in everywhere for line in lines))
+    unexpected = {key for key in stored if is_parameter(key) and key not in known}
+    wrong += [f"{printable(key)}: only in the checkpoint" for key in sorted(unexpected)]
+    if wrong:
+        first = "; ".join(wrong[:4]) + (f"; and {len(wrong) - 4} more" if len(wrong) > 4 else "")
+        raise ValueError(
+            f"checkpoint {folder} is of another model: {first}. "
+            "Use the config it was trained with, or another --dump_folder for a new run"
+        )
+
+
+def refuse_other_data(loader: LaneLoader, reader: DcpReader) -> None:
+    """``ValueError`` naming what of the data differs from the checkpoint's."""
+    identity = data_identity(reader)
+    missing = [name for name in loader.identity() if name not in identity]
+    if missing:
+        raise ValueError(f"{identity.where} does not say {missing[0]}; {identity.remedy}")
+    loader.check_identity(json.dumps(identity.values))
+
+
+def data_identity(reader: DcpReader) -> JsonObject:
+    """What a checkpoint says of the data that it was trained on."""
+    name = f"{DATALOADER}.identity"
+    where, remedy = f"{reader.folder}: {name}", "copy the checkpoint again, or take another one"
+    saved = reader.value(name)
+    if not isinstance(saved, str):
+        raise ValueError(f"{where} ({shown(saved)}) must be a text; {remedy}")
+    return JsonObject.of(load_json(saved, where, remedy), where, remedy)
+
+
+def is_parameter(key: str) -> bool:
+    """Whether a key of a checkpoint is a parameter of the model."""
+    return key.partition(".")[0] in ("layers", "tok_embeddings", "lm_head", "norm")
+
+
+def refuse_other_function(here: dict[str, Any] | None, there: Any, folder: Path) -> None:
+    """``ValueError`` if the model in ``folder`` computes another function of the same parameters.
+
+    ``here``: the run's own description, None if it has none; ``there``: the model's in the other
+    one's ``config.json``.
+    """
+    if here is None:
+        return
+    wrong = [
+        line
+        for line in differences(here["model"], there)
+        if line.partition(" ")[0].endswith((".norm_order", ".rope_theta"))
+    ]
+    if wrong:
+        raise ValueError(
+            f"checkpoint {folder} is of another model: here, {printable(wrong[0])}. Use the config "
+            "it was trained with, or one that agrees"
+        )
+
+
+def _difference(key: str, shape: torch.Size, stored: tuple[int, ...] | None) -> str:
+    if stored is None:
+        return f"{key}: not in the checkpoint"
+    if stored != tuple(shape):
+        return f"{key}: {tuple(shape)} here, {stored} in the checkpoint"
+    return ""

@@ -1,0 +1,282 @@
+"""Collectives and bytes of one training step in closed form, for any config and number of ranks.
+
+Pure functions: no process group, no memory. They say what ``parallel/plan.py`` makes the ranks
+exchange; ``parallel/estimates/collective_counter.py`` counts the same in a step that runs.
+
+=====================  ==============  ============================================================
+purpose                kind            bytes of the whole tensor, per micro-batch
+=====================  ==============  ============================================================
+parameters forward     all_gather      every FSDP unit, in the parameter dtype; scans
+                                       and routers in fp32
+parameters backward    all_gather      the same again, where a unit is freed in between
+gradients              reduce_scatter  every FSDP unit, in the reduce dtype
+gradient replicas      all_reduce      HSDP: a rank's shard of every unit, in the reduce dtype
+split activations      all_reduce      tensor parallel: (T, D) for each region, forward and
+                                       backward; (R,) weights of routes, backward
+embedding columns      all_gather      tensor parallel: (T, D)
+split losses           all_gather      tensor parallel: three fp32 numbers per token of each rank
+expert rows            all_to_all      expert parallel: (R, D) of every pool, to the experts and
+                                       back, forward and backward
+expert counts          all_gather      expert parallel, token choice or exact budgets: rows of each
+                                       expert on each rank, int64
+keys and values        all_gather,     sequence parallel: (B, S, 2K, H) of the row, forward; their
+                       reduce_scatter  gradients, backward
+conv halo              all_gather,     sequence parallel: (B, V, I) of each rank, forward; their
+                       reduce_scatter  gradients, backward
+scan states            all_gather      sequence parallel: two fp32 (B, I, N) of each rank forward,
+                                       one backward, whatever the length of rows
+stage activations      receive         pipeline: (T, D) from the stage before, forward
+stage gradients        receive         pipeline: (T, D) from the stage after, backward
+=====================  ==============  ============================================================
+
+Routing is not in the table: it sends nothing. Nor are counts, losses and the gradient norm, a
+handful of numbers per step whatever the model, nor, with token choice, the loads of the experts,
+8 bytes each once a step. With token choice a rank sends its R rows to wherever their experts are,
+but its experts get, and send back, as many as chose them: R on average over the ranks.
+
+Activation checkpointing repeats what a block sends in forward, except the rows of experts where it
+is selective. Uneven shards are padded to the largest, and padding travels. A pipeline cuts the
+micro-batch once more: T are the tokens of such a part, and all but the parameters and their
+gradients travels once for each. Its ranks differ.
+
+The head exchanges a chunk of tokens at a time, as large as on a GPU; on a CPU, the same bytes in
+smaller chunks.
+
+T tokens of a micro-batch on one rank, R routed rows of a pool, D width; B rows, S positions of a
+row, K key/value heads of width H, I inner width, N states, V inputs before of a Mamba block.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from torchtitan.config import TORCH_DTYPE_MAP, ParallelismConfig, TrainingConfig
+from torchtitan.distributed import ParallelDims
+from torchtitan.distributed.activation_checkpoint import (
+    ActivationCheckpointing,
+    FullAC,
+    SelectiveAC,
+)
+
+from earlyfuse.kernels.linear_cross_entropy.chunked import chunk_tokens
+from earlyfuse.models.blocks.attention import Attention
+from earlyfuse.models.blocks.experts import ExpertPool, MixtureOfExperts
+from earlyfuse.models.blocks.mamba import Mamba
+from earlyfuse.models.decoder import Block, Decoder
+from earlyfuse.models.routing.expert_choice import static_budget
+from earlyfuse.models.routing.token_choice import TokenChoice
+from earlyfuse.parallel.estimates.fsdp_units import accumulation, axis_ranks, fsdp_units
+from earlyfuse.parallel.strategies.pipeline import microbatch, rank_stages, stage_blocks
+
+Kind = Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all", "receive"]
+FP32, INT64 = 4, 8
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """``calls`` collectives of one kind and purpose among the ``ranks`` along one mesh axis.
+
+    ``size``: bytes of the whole tensor (as gathered, before reduction, or as sent), of all calls.
+    """
+
+    purpose: str
+    kind: Kind
+    axis: str
+    ranks: int
+    calls: int
+    size: int
+
+    @property
+    def received(self) -> float:
+        """Bytes that one rank receives by rings, which send least; NCCL's count."""
+        return received(self.kind, self.ranks, self.size)
+
+    @property
+    def received_on_gloo(self) -> float:
+        """The same on gloo, whose reduce_scatter is an all_reduce that drops most of its result."""
+        return received(
+            "all_reduce" if self.kind == "reduce_scatter" else self.kind, self.ranks, self.size
+        )
+
+
+def received(kind: Kind, ranks: int, size: int) -> float:
+    """Bytes that each of ``ranks`` receives in a collective over a tensor of ``size`` bytes."""
+    if kind == "receive":
+        return size
+    return (2 if kind == "all_reduce" else 1) * size * (ranks - 1) / ranks
+
+
+def step_traffic(
+    model: Decoder.Config,
+    dims: ParallelDims,
+    training: TrainingConfig,
+    parallelism: ParallelismConfig,
+    ac_config: ActivationCheckpointing.Config | None,
+) -> list[Traffic]:
+    """All that one optimizer step sends, the most bytes first; axes of one rank are left out. Of a
+    pipeline, on the rank that receives most.
+
+    The arguments are those of ``plan.parallelize``; ``dims`` is only read.
+    """
+    microbatches = accumulation(training, dims)
+
+    def on_rank(pipeline_rank: int) -> list[Traffic]:
+        calls: Counter[tuple[str, Kind, str]] = Counter()
+        sizes: Counter[tuple[str, Kind, str]] = Counter()
+        for purpose, kind, axis, size in microbatch_calls(
+            model, dims, training, parallelism, ac_config, pipeline_rank
+        ):
+            calls[purpose, kind, axis] += microbatches
+            sizes[purpose, kind, axis] += microbatches * size
+        found = [
+            Traffic(*key, ranks=axis_ranks(dims, key[2]), calls=calls[key], size=size)
+            for key, size in sizes.items()
+        ]
+        return sorted((one for one in found if one.ranks > 1), key=lambda one: -one.received)
+
+    return max(map(on_rank, range(dims.pp)), key=total)
+
+
+def total(traffic: Iterable[Traffic], *, on_gloo: bool = False) -> float:
+    """Bytes that a rank receives in a step."""
+    return sum(one.received_on_gloo if on_gloo else one.received for one in traffic)
+
+
+class Call(NamedTuple):
+    """One collective along a mesh axis; ``size``: bytes of the whole tensor."""
+
+    purpose: str
+    kind: Kind
+    axis: str
+    size: int
+
+
+def microbatch_calls(
+    model: Decoder.Config,
+    dims: ParallelDims,
+    training: TrainingConfig,
+    parallelism: ParallelismConfig,
+    ac_config: ActivationCheckpointing.Config | None,
+    pipeline_rank: int = 0,
+) -> Iterator[Call]:
+    """Every collective of one micro-batch, those among one rank included, on the
+    ``pipeline_rank``-th rank of a pipeline.
+    """
+    param = TORCH_DTYPE_MAP[training.mixed_precision_param].itemsize
+    reduce = TORCH_DTYPE_MAP[training.mixed_precision_reduce].itemsize
+    for unit in fsdp_units(model, dims, parallelism, pipeline_rank):
+        yield Call("parameters forward", "all_gather", unit.axis, unit.gathered_bytes(param))
+        if not unit.kept:
+            yield Call("parameters backward", "all_gather", unit.axis, unit.gathered_bytes(param))
+        yield Call("gradients", "reduce_scatter", unit.axis, unit.gathered * reduce)
+        yield Call("gradient replicas", "all_reduce", "dp_replicate", unit.shard * reduce)
+    stages = stage_blocks(parallelism, len(model.layers))
+    part = microbatch(parallelism, training)
+    for index in rank_stages(parallelism, pipeline_rank):
+        calls = list(_stage(model, stages[index], part, dims, ac_config))
+        yield from calls * (training.local_batch_size // part.local_batch_size)
+
+
+def _stage(
+    model: Decoder.Config,
+    blocks: range,
+    training: TrainingConfig,
+    dims: ParallelDims,
+    ac_config: ActivationCheckpointing.Config | None,
+) -> Iterator[Call]:
+    """What ``blocks``, with embedding and head where these are theirs, send of a local batch."""
+    # full recomputation sends rows again, selective keeps them; both repeat the sums of regions
+    row_forwards = 2 if isinstance(ac_config, FullAC.Config) else 1
+    sum_forwards = 2 if isinstance(ac_config, (FullAC.Config, SelectiveAC.Config)) else 1
+    tokens = training.local_batch_size * training.seq_len
+    dtype = TORCH_DTYPE_MAP[training.mixed_precision_param]
+    activations = tokens * model.dim * dtype.itemsize
+    if blocks.start == 0:
+        yield Call("embedding columns", "all_gather", "tp", activations)
+    else:
+        yield Call("stage activations", "receive", "pp", activations)
+    if blocks.stop == len(model.layers):
+        yield Call("split activations", "all_reduce", "tp", activations)  # backward
+        chunk = chunk_tokens(tokens, model.vocab_size // dims.tp, dtype, "cuda")
+        for first in range(0, tokens, chunk):
+            numbers = 3 * min(chunk, tokens - first) * dims.tp
+            yield Call("split losses", "all_gather", "tp", numbers * FP32)
+    else:
+        yield Call("stage gradients", "receive", "pp", activations)
+    for layer in (model.layers[block] for block in blocks):
+        yield from _split_regions(layer, training, activations, sum_forwards)
+        if layer.attention is not None:
+            yield from _row_of_attention(layer.attention, training, dims, sum_forwards)
+        if layer.mamba is not None:
+            yield from _row_of_mamba(layer.mamba, training, dims, sum_forwards)
+        if isinstance(layer.feed_forward, MixtureOfExperts.Config):
+            for pool in layer.feed_forward.pools:
+                rows = routed_rows(pool, training)
+                if not _is_static(pool):
+                    counts = dims.ep * pool.experts * INT64
+                    for _ in range(sum_forwards):
+                        yield Call("expert counts", "all_gather", "ep", counts)
+                for _ in range(2 * row_forwards + 2):
+                    yield Call("expert rows", "all_to_all", "ep", rows * model.dim * dtype.itemsize)
+
+
+def _split_regions(
+    layer: Block.Config, training: TrainingConfig, activations: int, forwards: int
+) -> Iterator[Call]:
+    """Attention, and a feed-forward or each pool of experts and each shared expert."""
+    feed_forward = layer.feed_forward
+    pools: list[ExpertPool.Config] = []
+    regions = len(layer.branches)
+    if isinstance(feed_forward, MixtureOfExperts.Config):
+        pools = feed_forward.pools
+        regions += len(feed_forward.pools) + len(feed_forward.shared) - 1
+    for _ in range(regions * (forwards + 1)):
+        yield Call("split activations", "all_reduce", "tp", activations)
+    for pool in pools:
+        yield Call("split activations", "all_reduce", "tp", routed_rows(pool, training) * FP32)
+
+
+def _row_of_attention(
+    attention: Attention.Config, training: TrainingConfig, dims: ParallelDims, forwards: int
+) -> Iterator[Call]:
+    """What it needs of the other parts of its rows; ``training`` is of one part."""
+    tokens = dims.cp * training.local_batch_size * training.seq_len
+    dtype = TORCH_DTYPE_MAP[training.mixed_precision_param]
+    size = tokens * 2 * attention.kv_heads * attention.head_dim * dtype.itemsize
+    for _ in range(forwards):
+        yield Call("keys and values", "all_gather", "cp", size)
+    yield Call("keys and values", "reduce_scatter", "cp", size)
+
+
+def _row_of_mamba(
+    mamba: Mamba.Config, training: TrainingConfig, dims: ParallelDims, forwards: int
+) -> Iterator[Call]:
+    """Likewise."""
+    channels = dims.cp * training.local_batch_size * mamba.inner_dim
+    dtype = TORCH_DTYPE_MAP[training.mixed_precision_param]
+    halo = channels * min(mamba.conv_width - 1, training.seq_len) * dtype.itemsize
+    states = channels * mamba.states * FP32
+    for _ in range(forwards):
+        yield Call("conv halo", "all_gather", "cp", halo)
+        yield Call("scan states", "all_gather", "cp", 2 * states)
+    yield Call("scan states", "all_gather", "cp", states)
+    yield Call("conv halo", "reduce_scatter", "cp", halo)
+
+
+def _is_static(pool: ExpertPool.Config) -> bool:
+    """Whether all ranks route the same number of rows to every expert."""
+    return not isinstance(pool.router, TokenChoice.Config) and pool.router.budget == "static"
+
+
+def routed_rows(pool: ExpertPool.Config, training: TrainingConfig) -> int:
+    """Rows that the experts of a pool take of one micro-batch, on one rank.
+
+    By the static rule; with exact budgets, what that is on average. With token choice exact too.
+    """
+    router = pool.router
+    if isinstance(router, TokenChoice.Config):
+        return router.top_k * training.local_batch_size * training.seq_len
+    group_tokens = router.routing_rows * training.seq_len
+    budget = static_budget(pool.share, router.capacity_factor, group_tokens, pool.experts)
+    return pool.experts * budget * (training.local_batch_size // router.routing_rows)

@@ -1,0 +1,157 @@
+"""What FSDP gathers at once and what a rank holds of it, worked out without building a model.
+
+Parameters are built on the meta device, where they have shapes and no memory, and cut as
+``parallel/plan.py`` cuts them.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import ceil, prod
+
+import torch
+from torchtitan.config import ParallelismConfig, TrainingConfig
+from torchtitan.distributed import ParallelDims
+
+from earlyfuse.models.blocks.experts import Experts
+from earlyfuse.models.decoder import Decoder
+from earlyfuse.models.precision import fp32_parameters
+from earlyfuse.parallel.plan import shard_dimension
+from earlyfuse.parallel.strategies.pipeline import rank_stages, stage_blocks
+from earlyfuse.parallel.strategies.tensor import CUTS
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Parameters that one gather brings.
+
+    ``shard``: elements that each of ``ranks`` ranks holds, padding included. ``kept``: stays
+    gathered from forward to backward. ``fp32``: gathered in fp32 whatever the parameter dtype.
+    """
+
+    name: str
+    axis: str
+    ranks: int
+    shard: int
+    kept: bool
+    fp32: bool
+
+    @property
+    def gathered(self) -> int:
+        """Elements that the gather brings together, padding included."""
+        return self.shard * self.ranks
+
+    def gathered_bytes(self, param: int) -> int:
+        """The same in bytes, with parameters of ``param`` bytes."""
+        return self.gathered * (torch.float32.itemsize if self.fp32 else param)
+
+
+def accumulation(training: TrainingConfig, dims: ParallelDims) -> int:
+    """Micro-batches of a step; ``ValueError`` if they do not make up the global batch."""
+    rows = training.local_batch_size * dims.dp_replicate * dims.dp_shard
+    total = training.global_batch_size if training.global_batch_size > 0 else rows
+    if total % rows:
+        raise ValueError(
+            f"training.global_batch_size ({total}) must be a multiple of local_batch_size times "
+            f"the data-parallel ranks ({rows}); change one of them"
+        )
+    return total // rows
+
+
+def axis_ranks(dims: ParallelDims, axis: str) -> int:
+    """Ranks in one group along a mesh axis."""
+    sharded = dims.dp_shard * dims.cp
+    if axis == "efsdp":
+        return sharded * dims.tp // dims.ep
+    return sharded if axis == "fsdp" else int(getattr(dims, axis))
+
+
+def fsdp_units(
+    model: Decoder.Config,
+    dims: ParallelDims,
+    parallelism: ParallelismConfig,
+    pipeline_rank: int = 0,
+) -> list[Unit]:
+    """The units that ``plan.parallelize`` makes, in the order of the forward pass, on the
+    ``pipeline_rank``-th rank of a pipeline.
+    """
+    reshard = parallelism.fsdp_reshard_after_forward
+    held = _held(model, parallelism, pipeline_rank)
+    with torch.device("meta"):
+        built = model.build()
+    in_fp32 = fp32_parameters(built)
+    shards: dict[tuple[str, str], int] = defaultdict(int)
+    for name, shape, cut in _parameters(built, dims):
+        unit, axis = (in_fp32[name], "fsdp") if name in in_fp32 else _unit_of(name, dims)
+        if _part_of(name) in held:
+            shards[unit, axis] += _shard_numel(shape, cut, axis_ranks(dims, axis))
+    return [
+        Unit(
+            name=unit,
+            axis=axis,
+            ranks=axis_ranks(dims, axis),
+            shard=shard,
+            kept=reshard == "never" or dims.pp > 1 or (unit == "head" and reshard != "always"),
+            fp32=unit in in_fp32.values(),
+        )
+        for (unit, axis), shard in shards.items()
+    ]
+
+
+def _held(model: Decoder.Config, parallelism: ParallelismConfig, pipeline_rank: int) -> set[str]:
+    """Names of the parts of a model on one rank of a pipeline."""
+    names: set[str] = set()
+    stages = stage_blocks(parallelism, len(model.layers))
+    for blocks in (stages[index] for index in rank_stages(parallelism, pipeline_rank)):
+        names |= {f"layers.{block}" for block in blocks}
+        if blocks.start == 0:
+            names.add("embedding")
+        if blocks.stop == len(model.layers):
+            names.add("head")
+    return names
+
+
+def _parameters(built: Decoder, dims: ParallelDims) -> Iterator[tuple[str, list[int], int | None]]:
+    """Name and shape of what a rank holds after tensor and expert parallelism, and the dimension
+    that they cut.
+    """
+    for prefix, module in built.named_modules():
+        for leaf, parameter in module.named_parameters(recurse=False):
+            name, shape, cut = f"{prefix}.{leaf}", list(parameter.shape), None
+            if isinstance(module, Experts) and dims.ep > 1:
+                cut, ways = 0, dims.ep
+            elif dims.tp > 1:
+                cut, ways = _tensor_cut(built, name, parameter.ndim), dims.tp
+            if cut is not None:
+                shape[cut] //= ways
+            yield name, shape, cut
+
+
+def _tensor_cut(model: Decoder, name: str, ndim: int) -> int | None:
+    """Dimension of a parameter that tensor parallelism cuts."""
+    parts = name.split(".")
+    for depth in range(len(parts)):
+        owner = type(model.get_submodule(".".join(parts[:depth])))
+        if owner in CUTS:
+            dim = CUTS[owner].get(".".join(parts[depth:]))
+            return None if dim is None else ndim + dim
+    return None
+
+
+def _unit_of(name: str, dims: ParallelDims) -> tuple[str, str]:
+    # the experts of all pools of a block travel together, over the ranks that hold the same ones
+    return _part_of(name), "efsdp" if ".experts." in name and dims.ep > 1 else "fsdp"
+
+
+def _part_of(name: str) -> str:
+    """Embedding, head or block that a parameter is of."""
+    first, second, *_ = name.split(".")
+    if first == "layers":
+        return f"{first}.{second}"
+    return "embedding" if first == "tok_embeddings" else "head"
+
+
+def _shard_numel(shape: list[int], cut: int | None, ranks: int) -> int:
+    """Elements of one rank's shard, those of the largest where they differ."""
+    dim = shard_dimension(shape, () if cut is None else (cut,), ranks)
+    return ceil(shape[dim] / ranks) * prod(shape) // shape[dim]

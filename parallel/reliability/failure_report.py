@@ -1,0 +1,131 @@
+"""Says why a job failed: once, last on the console, and by the rank that met the cause.
+
+A rank that fails takes the others along: their connections break, and each of them could report
+that. So whoever fails first enters its cause where all ranks look before its connections close: in
+the job's store or, as long as the ranks are not connected, beside the error files that the launcher
+has made for the ranks of this host. Whoever fails later finds a cause there, writes its own error
+into its log alone, and ends with the exit status of the cause.
+"""
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple
+
+import torch.distributed as dist
+
+from earlyfuse.data.console import error_text
+from earlyfuse.parallel.reliability.process_group import PATIENCE, job_store, within
+from earlyfuse.parallel.reporting import rank_log
+
+REFUSED = 2
+"""Exit status: config, data or files must change; the same command would end the same way."""
+
+FAILED, INTERRUPTED = 1, 130
+CLOSING = 30.0  # seconds
+_KEY = "cause"
+# of a path that the user named; other errors of files come and go with the disk
+_WRONG_PATH = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+
+
+class Cause(NamedTuple):
+    """Why a rank ended, in a line for the console."""
+
+    rank: int
+    status: int
+    text: str
+
+
+def say(error: BaseException, close: Callable[[], None] | None = None) -> int:
+    """Report ``error``, which ends this rank; returns the exit status of the job.
+
+    ``close`` then writes what there still is to write, for a while: it may wait for other ranks.
+    """
+    mine = _cause(error)
+    first = _first(mine)
+    explained = isinstance(error, (ValueError, OSError, KeyboardInterrupt))
+    trace = "" if explained else "".join(traceback.format_exception(error))
+    if first != mine:
+        rank_log.note(trace.rstrip() or mine.text)
+        follow(first)
+    elif trace and rank_log.is_open():
+        rank_log.note(trace.rstrip())
+        rank_log.show(f"traceback: {rank_log.path()}")
+        rank_log.show(mine.text)
+    else:
+        rank_log.tell(trace.rstrip() or mine.text)
+    if close is not None:
+        within(CLOSING, close)
+    return first.status
+
+
+def entered(store: dist.Store | None) -> Cause | None:
+    """The cause in ``store``, the notes of the job, if a rank has entered one."""
+    if store is None or not store.check([_KEY]):
+        return None
+    return Cause(*json.loads(store.get(_KEY)))
+
+
+def follow(cause: Cause) -> None:
+    """Say, in this rank's file, which other rank has ended the job."""
+    rank_log.note(f"rank {cause.rank} had ended before, with: {cause.text}")
+
+
+def say_uncaught() -> None:
+    """Under a launcher, report exceptions that nobody catches as ``say`` does."""
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        say(error)
+
+    if rank_log.is_open():
+        sys.excepthook = hook
+
+
+def _cause(error: BaseException) -> Cause:
+    rank = int(os.environ.get("RANK", "0"))
+    if isinstance(error, KeyboardInterrupt):
+        text = "stopped without a checkpoint; the same command resumes from the last one"
+        return Cause(rank, INTERRUPTED, text)
+    if isinstance(error, ValueError):
+        return Cause(rank, REFUSED, f"error: {error_text(error)}")
+    if isinstance(error, OSError):
+        status = REFUSED if isinstance(error, _WRONG_PATH) else FAILED
+        return Cause(rank, status, f"error: {error_text(error)}")
+    # torch's messages go on with a stack of C++
+    first, *_ = error_text(error).splitlines() or [""]
+    return Cause(rank, FAILED, f"{type(error).__name__}: {first}")
+
+
+def _first(mine: Cause) -> Cause:
+    """The cause that was entered first, which may be ``mine``; ``mine`` where nobody answers."""
+    if (store := job_store()) is not None:
+        entry = json.dumps(mine)
+        found = within(PATIENCE, lambda: store.compare_set(_KEY, "", entry))
+        return Cause(*json.loads(found)) if found else mine
+    if (path := _file_of_this_host()) is not None:
+        with suppress(OSError, ValueError):
+            return _enter(path, mine)
+    return mine
+
+
+def _file_of_this_host() -> Path | None:
+    """A name in the launcher's folder of this attempt, where each rank has a folder of its own."""
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    return Path(error_file).parent.parent / f"{_KEY}.json" if error_file else None
+
+
+def _enter(path: Path, mine: Cause) -> Cause:
+    own = path.with_name(f"{path.name}.{os.getpid()}")
+    own.write_text(json.dumps(mine))
+    try:
+        os.link(own, path)  # whole, or not at all if another rank was faster
+    except FileExistsError:
+        pass
+    finally:
+        own.unlink()
+    return Cause(*json.loads(path.read_text()))

@@ -1,0 +1,128 @@
+"""What all ranks of a job must have in common, looked at once, before anything is built.
+
+Another config on one rank would end in a hang or, worse, in a wrong result: it is an error. Other
+versions and a clock that is off are reported, since what follows from them is hard to trace back.
+"""
+
+import json
+import platform
+import re
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from earlyfuse.parallel.reliability import process_group
+from earlyfuse.parallel.reporting import rank_log, run_folder
+
+CLOCK_TOLERANCE = 1.0  # seconds; logs, certificates and file times of several hosts are compared
+CLOCK_ROUNDS = 3
+
+
+class Facts(NamedTuple):
+    """What one rank is made of. ``clocks``: its wall clock right after each of some barriers."""
+
+    host: str
+    versions: dict[str, str]
+    clocks: list[float]
+
+
+def check_ranks_agree(config: Mapping[str, Any]) -> None:
+    """Compare all ranks, on all of them; prints what differs, on rank 0.
+
+    Raises ``ValueError`` naming the fields if the ``config`` is not the same everywhere.
+    """
+    if dist.get_world_size() == 1:
+        return
+    process_group.leave_at_exit()
+    clocks = []
+    for _ in range(CLOCK_ROUNDS):
+        dist.barrier()
+        clocks.append(time.time())
+    facts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(facts, Facts(socket.gethostname(), _versions(), clocks))
+    if dist.get_rank() == 0:
+        for line in differences(facts):
+            rank_log.tell(f"warning: {line}")
+    _require_same_config(config)
+
+
+def differences(facts: Sequence[Facts]) -> list[str]:
+    """A line for each version that is not the same everywhere, and for the clocks of each host."""
+    first = facts[0]
+    lines = []
+    for name, usual in first.versions.items():
+        found: dict[str, list[int]] = {}
+        for rank, other in enumerate(facts):
+            found.setdefault(other.versions[name], []).append(rank)
+        if len(found) > 1:
+            others = ", ".join(
+                f"{value} on {_ranks(ranks)} ({facts[ranks[0]].host})"
+                for value, ranks in found.items()
+                if value != usual
+            )
+            lines.append(
+                f"{name} is {usual} on rank 0 ({first.host}), but {others}; install the same "
+                "everywhere"
+            )
+    for host in dict.fromkeys(other.host for other in facts):
+        rank = next(r for r, other in enumerate(facts) if other.host == host)
+        # a barrier lets ranks go at slightly different times: the nearest pair counts
+        pairs = zip(facts[rank].clocks, first.clocks, strict=True)
+        skew = min((here - there for here, there in pairs), key=abs)
+        if abs(skew) > CLOCK_TOLERANCE:
+            lines.append(
+                f"the clock of {host} (rank {rank}) is {abs(skew):.1f} s "
+                f"{'ahead of' if skew > 0 else 'behind'} that of rank 0 ({first.host}); "
+                "synchronise the hosts (NTP)"
+            )
+    return lines
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchtitan": version("torchtitan"),
+        "CUDA": str(torch.version.cuda),
+        "earlyfuse": run_folder.revision(),
+    }
+
+
+def _require_same_config(config: Mapping[str, Any]) -> None:
+    """Every rank compares itself with rank 0, then all raise, or none."""
+    mine = flattened(config)
+    theirs: list[Any] = [mine]
+    dist.broadcast_object_list(theirs, src=0)
+    fields = sorted(mine.keys() | theirs[0].keys())
+    wrong = [
+        f"{name} is {mine.get(name, 'missing')} instead of {theirs[0].get(name, 'missing')}"
+        for name in fields
+        if mine.get(name) != theirs[0].get(name)
+    ]
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, wrong[:3])
+    for rank, lines in enumerate(everywhere):
+        if lines:
+            raise ValueError(
+                f"the config of rank {rank} is not that of rank 0: {'; '.join(lines)}; start all "
+                "ranks with the same command"
+            )
+
+
+def flattened(config: Any, prefix: str = "") -> dict[str, str]:
+    """Dotted field → value as text; what has no plain form, by its name and without its address."""
+    if isinstance(config, Mapping):
+        parts = [flattened(value, f"{prefix}{name}.") for name, value in config.items()]
+        return {name: value for part in parts for name, value in part.items()}
+    return {prefix.rstrip("."): re.sub(r" at 0x\w+", "", json.dumps(config, default=repr))}
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    shown = ", ".join(map(str, ranks[:8]))
+    more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
+    return f"rank {shown}{more}"

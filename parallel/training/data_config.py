@@ -1,0 +1,255 @@
+"""The data of a run: a prepared folder (docs/data.md), its mix, and what must agree with the model.
+
+Folder: ``train/<source>/``, ``validation/<source>/``, ``tokenizers/``.
+"""
+
+import math
+import os
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torchtitan.config import Configurable
+
+from earlyfuse.data.atomic import sha256_file
+from earlyfuse.data.shards.source import TokenSource
+from earlyfuse.data.shards.writer import MANIFEST
+from earlyfuse.data.tokenizers import IMAGE_FILE, SPEECH_FILE, TEXT_FILES, VOCABULARY_FILE
+from earlyfuse.data.vocabulary import check_same, load_vocabulary
+from earlyfuse.models.blocks.experts import ExpertPool
+from earlyfuse.models.routing.expert_choice import ExpertChoice, static_budget
+from earlyfuse.models.vocabulary import Modality
+
+# where the embedded corpus is made, and the mix of its sources unless shares are given
+CORPUS, SPEECH_CORPUS = Path("runs", "data"), Path("runs", "data_speech")
+_MIX = {"text": 0.2, "glyphs": 0.4, "digits": 0.2, "interleaved": 0.2}
+_SPEECH_MIX = {"text": 0.15, "glyphs": 0.25, "digits": 0.15, "interleaved": 0.15, "speech": 0.3}
+_SPLITS = ("train", "validation")
+
+
+class DataSet(Configurable):
+    """Finds the sources of a prepared folder and fits a run's config to them."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Configurable.Config):
+        folder: str = ""
+        """Folder written by the prepare tool, read and never written to. None given: the embedded
+        corpus, where the config has one."""
+
+        shares: dict[str, float] = field(default_factory=dict)
+        """Source → share of the training tokens, summing to 1, in any order. None given: every
+        source of the folder, by the tokens that it has; of the embedded corpus a mix of its own."""
+
+        embedded: bool = False
+        """Where no folder is given, train on the embedded corpus: made in runs/data at the first
+        start, and nowhere else."""
+
+        speech: bool = False
+        """The embedded corpus is the one with speech, which needs the program espeak-ng to be
+        made. It goes into another folder than the one without, runs/data_speech."""
+
+    def __init__(self, config: Config):
+        if config.speech and not config.embedded:
+            raise ValueError(
+                "data.speech (True) says which embedded corpus is made, and data.embedded is off; "
+                "set that too, or leave speech out: prepared data have the speech they have"
+            )
+        folder = data_folder(config)
+        if folder is None:
+            raise ValueError(
+                "data.folder is not set, and this config brings no data: give a folder of prepared "
+                "data with --data.folder FOLDER. `python -m earlyfuse.tools.prepare build --out "
+                "FOLDER …` makes one of your shards (docs/data.md)"
+            )
+        self.folder = folder
+        self._opened: dict[Path, TokenSource] = {}
+        if config.folder:
+            self._check_given(config)
+        else:
+            _prepare_once(folder, config.speech)
+        self.vocabulary = load_vocabulary(folder / "tokenizers" / VOCABULARY_FILE)
+        self.shares = config.shares or self._own_shares(config.embedded)
+
+    def _check_given(self, config: Config) -> None:
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"data.folder ({config.folder!r}) must be a folder; it is a file")
+        if (self.folder / "tokenizers" / VOCABULARY_FILE).exists():
+            return
+        lacks = "has no tokenizers/vocabulary.json" if self.folder.exists() else "does not exist"
+        or_corpus = "; without --data.folder the run takes the embedded corpus"
+        raise ValueError(
+            f"data.folder ({config.folder!r}) must be a folder written by "
+            f"`python -m earlyfuse.tools.prepare`: it {lacks}{or_corpus if config.embedded else ''}"
+        )
+
+    def _own_shares(self, embedded: bool) -> dict[str, float]:
+        sources = self.sources("train")
+        for mix in (_MIX, _SPEECH_MIX):
+            if embedded and sources.keys() == mix.keys():
+                return dict(mix)
+        tokens = {
+            name: sum(self._source(folder).tokens.values()) for name, folder in sources.items()
+        }
+        return {name: count / sum(tokens.values()) for name, count in tokens.items()}
+
+    def sources(self, split: str) -> dict[str, Path]:
+        """Name → folder of every source of ``split`` ("train" or "validation"), finished or not."""
+        return {
+            path.name: path
+            for path in sorted((self.folder / split).glob("*/"))
+            if not path.name.startswith(".")
+        }
+
+    def connect(self, config: Any) -> None:
+        """Fill loader and validator of a ``Trainer.Config`` and check it against data and model.
+
+        Raises ``ValueError`` naming the field, before anything is built.
+        """
+        train = self.sources("train")
+        unknown = sorted(set(self.shares) - set(train))
+        if unknown or not self.shares:
+            raise ValueError(
+                f"data.shares names {unknown or 'no source'}; the sources of {self.folder} are "
+                f"{sorted(train)}"
+            )
+        held_out = self.sources("validation") if config.validator.enable else {}
+        for folder in (*(train[name] for name in self.shares), *held_out.values()):
+            self._check_tokenizers(self._source(folder))
+        training = config.training
+        # ranks of one tensor- or sequence-parallel group, and of one pipeline, share their rows
+        ranks = int(os.environ.get("WORLD_SIZE", "1")) // config.parallelism.tensor_parallel_degree
+        ranks //= config.parallelism.context_parallel_degree
+        ranks //= config.parallelism.pipeline_parallel_degree
+        rows = training.local_batch_size * ranks
+        if training.global_batch_size < 0:
+            training.global_batch_size = rows
+        if config.validator.batch_rows < 0:
+            config.validator.batch_rows = rows
+        if training.global_batch_size % rows:
+            raise ValueError(
+                f"training.global_batch_size ({training.global_batch_size}) must be a multiple of "
+                f"local_batch_size times the data ranks ({rows}); change one of them"
+            )
+        config.dataloader.sources = {str(train[name]): share for name, share in self.shares.items()}
+        config.dataloader.global_batch_size = training.global_batch_size
+        config.dataloader.order = sorted(self.shares, key=_place)
+        config.validator.sources = [str(folder) for folder in held_out.values()]
+        config.data.folder = str(self.folder)
+        config.validator.data_folder = config.sampler.data_folder = str(self.folder)
+        model = config.model_spec.model
+        self._check_model(model, training, config.validator.batch_rows)
+        _share_validation(config.validator, model, ranks)
+
+    def _source(self, folder: Path) -> TokenSource:
+        """The source in ``folder``; ``ValueError`` if it is none, or unfinished."""
+        if not (folder / MANIFEST).is_file():
+            raise ValueError(
+                f"source {folder} has no {MANIFEST}: prepare did not finish there; run the same "
+                "prepare command again, or remove the folder"
+            )
+        if folder not in self._opened:
+            self._opened[folder] = TokenSource(folder)
+        return self._opened[folder]
+
+    def _check_tokenizers(self, source: TokenSource) -> None:
+        """``ValueError`` where the tokenizers beside the data are not those of its tokens."""
+        folder, manifest = self.folder / "tokenizers", source.folder / MANIFEST
+        # ids may be left free behind the last: a model of padded size, which connect compares
+        size = max(self.vocabulary.size, source.vocabulary.size)
+        data = replace(source.vocabulary, size=size)
+        check_same(folder / VOCABULARY_FILE, self.vocabulary, data, manifest)
+        files = {"text": TEXT_FILES, "image": (IMAGE_FILE,), "speech": (SPEECH_FILE,)}
+        for kind, names in files.items():
+            for path in (folder / name for name in names):
+                expected = source.tokenizers.get(kind)
+                if path.exists() and (found := sha256_file(path)) != expected:
+                    raise ValueError(
+                        f"{path}: SHA-256 {found} must be that of the data ({expected}, by "
+                        f"{manifest}); "
+                        "copy the tokenizer again, or prepare the data again in another folder"
+                    )
+
+    def _check_model(self, model: Any, training: Any, validation_rows: int) -> None:
+        if model.vocab_size != self.vocabulary.size:
+            raise ValueError(
+                f"model vocab_size ({model.vocab_size}) must equal the vocabulary of the data "
+                f"({self.vocabulary.size} ids in {self.folder}); set vocab_size="
+                f"{self.vocabulary.size} in a config of your own, or prepare with other "
+                "--text-vocab and --codes, or with --tokenizers of the model that was converted"
+            )
+        missing = [m.label for m in self.vocabulary.modalities if m not in model.modalities]
+        if missing:
+            raise ValueError(
+                f"model modalities {[Modality(m).label for m in model.modalities]} lack {missing}, "
+                f"which the data in {self.folder} have; add them to the model's config"
+            )
+        whole_groups = {
+            "training.local_batch_size": training.local_batch_size,
+            "validator.batch_rows": validation_rows,
+        }
+        for name, pool, _, _ in model.traverse(ExpertPool.Config):
+            for field_name, rows in whole_groups.items():
+                if rows % pool.router.routing_rows:
+                    raise ValueError(
+                        f"{field_name} ({rows}) must be a multiple of routing_rows "
+                        f"({pool.router.routing_rows}) of {name}; change one of them"
+                    )
+            if isinstance(pool.router, ExpertChoice.Config) and pool.router.budget == "static":
+                static_budget(
+                    pool.share,
+                    pool.router.capacity_factor,
+                    pool.router.routing_rows * training.seq_len,
+                    pool.experts,
+                )
+
+
+def _share_validation(validator: Any, model: Any, ranks: int) -> None:
+    """Make validation batches as wide as ``ranks`` need to have whole routing groups each, and
+    their number as much smaller: the rows stay those of one rank, but for rounding up.
+    """
+    pools = (pool for _, pool, _, _ in model.traverse(ExpertPool.Config))
+    each = math.lcm(ranks, *(ranks * pool.router.routing_rows for pool in pools))
+    rows = validator.batch_rows * validator.max_batches
+    validator.batch_rows = each * -(-validator.batch_rows // each)
+    validator.max_batches = -(-rows // validator.batch_rows)
+
+
+def data_folder(config: DataSet.Config) -> Path | None:
+    """The folder that is given, else that of the embedded corpus, if the config has one."""
+    if config.folder:
+        return Path(config.folder)
+    if config.embedded:
+        return SPEECH_CORPUS if config.speech else CORPUS
+    return None
+
+
+def _place(name: str) -> tuple[int, str]:
+    """Sorts sources by name, those of the embedded corpus as they were in the first runs."""
+    corpus = list(_SPEECH_MIX)
+    return (corpus.index(name) if name in corpus else len(corpus), name)
+
+
+def _prepare_once(folder: Path, speech: bool) -> None:
+    """Rank 0 of each host makes the embedded corpus; the others wait for it."""
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        from earlyfuse.data.prepare.embedded import prepare_corpus  # tokenizers, fonts: when needed
+
+        prepare_corpus(folder, speech=speech)
+        return
+    names = _SPEECH_MIX if speech else _MIX
+    parts = [folder / split / name / MANIFEST for split in _SPLITS for name in names]
+    parts.append(folder / "validation" / "prompts.json")  # the last
+    while not all(path.exists() for path in parts):
+        time.sleep(1)
+
+
+class NoTokenizer(Configurable):
+    """torchtitan builds a tokenizer for every run; token streams need none."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Configurable.Config):
+        pass
+
+    def __init__(self, config: Config, **_: Any):
+        pass

@@ -1,0 +1,270 @@
+"""What a resume may change: each setting is applied from the next step on, or refused by name.
+
+Every checkpoint notes what of its config decides the computation, and what was changed at earlier
+resumes (``settings.json``; equal runs have equal ones, wherever they are). A resume compares them
+with its own config by the table below; so what ``run.json`` says is what is computed.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from earlyfuse.data.atomic import atomic_write_json
+from earlyfuse.data.json_files import read_json, shown
+from earlyfuse.models.state_dicts import decoder_config
+from earlyfuse.parallel.reporting import rank_log
+
+SETTINGS = "settings.json"
+_PARAMETERS = ("params", "param_names")
+
+
+class Effect(Enum):
+    """What a changed setting does at a resume."""
+
+    NONE = "changes where, how fast or on which ranks a run is computed, or what is logged"
+    APPLIED = "applied from the next step on, and noted in run.json"
+    DATA = "refused by the loader, which compares the data themselves"
+    FIXED = "refused"
+
+
+# by the longest prefix; places in lists are left out
+EFFECTS = {
+    "model_spec": Effect.FIXED,
+    "model_spec.name": Effect.NONE,
+    "model_spec.flavor": Effect.NONE,
+    "model_spec.model.layers.dropout": Effect.APPLIED,
+    "model_spec.model.layers.feed_forward.pools.router.noise": Effect.APPLIED,
+    "model_spec.model.layers.feed_forward.pools.router.bias_rate": Effect.APPLIED,
+    "train_only": Effect.FIXED,
+    "start": Effect.FIXED,
+    "override": Effect.FIXED,
+    "debug": Effect.NONE,
+    "debug.seed": Effect.FIXED,
+    "debug.moe_force_load_balance": Effect.FIXED,
+    "loss": Effect.APPLIED,
+    "optimizer": Effect.FIXED,
+    "optimizer.param_groups.optimizer_kwargs.lr": Effect.APPLIED,
+    "optimizer.param_groups.optimizer_kwargs.betas": Effect.APPLIED,
+    "optimizer.param_groups.optimizer_kwargs.eps": Effect.APPLIED,
+    "optimizer.param_groups.optimizer_kwargs.weight_decay": Effect.APPLIED,
+    "lr_scheduler": Effect.APPLIED,
+    "training": Effect.FIXED,
+    "training.steps": Effect.APPLIED,
+    "training.max_norm": Effect.APPLIED,
+    "training.mixed_precision_param": Effect.APPLIED,
+    "training.mixed_precision_reduce": Effect.APPLIED,
+    "training.local_batch_size": Effect.NONE,
+    "training.global_batch_size": Effect.DATA,
+    "training.enable_cpu_offload": Effect.NONE,
+    "training.disable_cuda_graphs": Effect.NONE,
+    "training.gc_freq": Effect.NONE,
+    "training.gc_debug": Effect.NONE,
+    "data": Effect.DATA,
+    "dataloader": Effect.DATA,
+    "dataloader.prefetch": Effect.NONE,
+    "dataloader.dataset": Effect.NONE,
+    "dataloader.dataset_path": Effect.NONE,
+    "validator": Effect.APPLIED,
+    "validator.sources": Effect.NONE,
+    "validator.data_folder": Effect.NONE,
+    "sampler": Effect.APPLIED,
+    "sampler.data_folder": Effect.NONE,
+    "skip": Effect.APPLIED,
+    "checkpoint": Effect.NONE,
+    "checkpoint.exclude_from_loading": Effect.APPLIED,
+    "checkpoint.initial_load_path": Effect.FIXED,
+    "checkpoint.initial_load_model_only": Effect.FIXED,
+    "checkpoint.initial_load_in_hf": Effect.FIXED,
+    "checkpoint.initial_load_in_hf_quantized": Effect.FIXED,
+    "parallelism": Effect.NONE,
+    "activation_checkpoint": Effect.NONE,
+    "compile": Effect.NONE,
+    "comm": Effect.NONE,
+    "watchdog": Effect.NONE,
+    "metrics": Effect.NONE,
+    "profiler": Effect.NONE,
+    "tokenizer": Effect.NONE,
+    "hf_assets_path": Effect.NONE,
+    "dump_folder": Effect.NONE,
+}
+
+# objects whose names are values, not fields
+_NAMED_BY_USERS = (
+    "data.shares",
+    "dataloader.sources",
+    "optimizer.optimizer_factory_kwargs_by_name",
+)
+_DERIVED = ("model_spec", "dataloader.sources", "dataloader.global_batch_size", "validator.")
+_BEGUN = ("start.", "checkpoint.initial_load")
+UNKNOWN: Any = object()
+Difference = tuple[str, Any, Any]  # field, before, now
+
+
+def effect_of(field: str) -> Effect:
+    """What a resume does with a change of ``field``, as in ``model_spec.model.layers[0].dropout``;
+    what the table does not know is refused.
+    """
+    path = re.sub(r"\[\d+\]", "", field)
+    while path and path not in EFFECTS:
+        path = path.rpartition(".")[0]
+    return EFFECTS.get(path, Effect.FIXED)
+
+
+def plain_config(config: Any) -> dict[str, Any]:
+    """A ``Trainer.Config`` as strict JSON has it: infinity and NaN are words."""
+    return _finite(json.loads(json.dumps(config.to_dict(), default=repr)))
+
+
+def compared(config: dict[str, Any]) -> dict[str, Any]:
+    """What of a plain config is fixed or applied: neither paths, nor what the loader compares."""
+
+    def matters(field: str) -> bool:
+        path = re.sub(r"\[\d+\]", "", field)
+        inner = [effect for name, effect in EFFECTS.items() if name.startswith(f"{path}.")]
+        return bool({effect_of(field), *inner} & {Effect.FIXED, Effect.APPLIED})
+
+    def part(value: Any, field: str) -> Any:
+        if isinstance(value, dict) and field not in _NAMED_BY_USERS:
+            names = {name: f"{field}.{name}" if field else name for name in value}
+            return {n: part(value[n], inner) for n, inner in names.items() if matters(inner)}
+        if isinstance(value, list):
+            return [part(inner, f"{field}[{place}]") for place, inner in enumerate(value)]
+        return value
+
+    return part(config, "")
+
+
+def differences(before: Any, now: Any, field: str = "") -> Iterator[Difference]:
+    """Fields in which two results of ``plain_config`` differ.
+
+    A field that only ``now`` has is one that the earlier version did not know: ``before`` is then
+    ``UNKNOWN``.
+    """
+    if isinstance(before, dict) and isinstance(now, dict) and field not in _NAMED_BY_USERS:
+        gone = sorted(before.keys() - now.keys())
+        # where fields come and go at once, it is another kind of part
+        missing = None if gone else UNKNOWN
+        for name in [*now, *gone]:
+            inner = f"{field}.{name}" if field else name
+            yield from differences(before.get(name, missing), now.get(name), inner)
+    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        for place, (old, new) in enumerate(zip(before, now, strict=True)):
+            yield from differences(old, new, f"{field}[{place}]")
+    elif before != now:
+        yield field, before, now
+
+
+def changes(before: dict[str, Any], now: dict[str, Any]) -> list[Difference]:
+    """``differences`` of two whole configs, what follows from other fields last."""
+    return sorted(differences(before, now), key=lambda found: found[0].startswith(_DERIVED))
+
+
+class Settings:
+    """The settings of a run: ``config`` as it is now (``compared``), ``changes`` by resumes.
+
+    A change is ``{"step", "field", "before", "now"}``: steps after ``step`` are computed with
+    ``now``.
+    """
+
+    def __init__(self, config: Any):
+        plain = plain_config(config)
+        # with the kinds of its parts, which tell apart what has the same fields
+        plain["model_spec"]["model"] = decoder_config.to_dict(config.model_spec.model)
+        self.config = compared(plain)
+        self.changes: list[dict[str, Any]] = []
+        self.changed_now = ""
+
+    def write(self, folder: Path) -> None:
+        """Put them into a checkpoint's folder."""
+        atomic_write_json(folder / SETTINGS, {"config": self.config, "changes": self.changes})
+
+    def resume(self, folder: Path, step: int) -> None:
+        """Take over what the checkpoint in ``folder`` says of the steps up to ``step``.
+
+        ``ValueError`` for a change that is not applied, naming field, both values and remedy.
+        """
+        if not (folder / SETTINGS).is_file():
+            _warn(
+                f"checkpoint {folder} was written by a version that did not note its settings: "
+                "only model and data are compared"
+            )
+            return
+        saved = read_json(folder / SETTINGS, "restore the checkpoint")
+        changed = []
+        for field, before, now in changes(saved.field("config", dict), self.config):
+            effect = effect_of(field)
+            if before is UNKNOWN:
+                _warn(f"checkpoint {folder} does not note {field}, which is {shown(now)} now")
+            elif effect is Effect.FIXED and not _same_seed(field, before, now):
+                raise ValueError(_refusal(field, before, now, folder))
+            elif effect is Effect.APPLIED:
+                changed.append({"step": step, "field": field, "before": before, "now": now})
+        self.changes = saved.field("changes", list) + changed
+        listed = [f"{c['field']} {shown(c['before'])} → {shown(c['now'])}" for c in changed]
+        more = f" and {len(listed) - 4} more in run.json" if len(listed) > 4 else ""
+        self.changed_now = ", ".join(listed[:4]) + more
+
+
+def _same_seed(field: str, before: Any, now: Any) -> bool:
+    """Whether both values of ``debug.seed`` draw the same; that of the model has its own field."""
+    return field == "debug.seed" and (before or 0) == (now or 0)
+
+
+def _refusal(field: str, before: Any, now: Any, folder: Path) -> str:
+    remedy = (
+        "use the value of the run, or start a new run with another --dump_folder, which can begin "
+        "with this one's parameters by --start.run"
+    )
+    if field.startswith(_BEGUN):
+        remedy = (
+            "it says what a run begins with, and this one has begun: use the value of the run, or "
+            "start a new run with another --dump_folder"
+        )
+    return (
+        f"{field} ({shown(now)}) must stay {shown(before)}, as it is in checkpoint {folder}: a "
+        f"resume cannot change it; {remedy}"
+    )
+
+
+def _warn(line: str) -> None:
+    if dist.get_rank() == 0:
+        rank_log.tell(f"warning: {line}")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def hyperparameters(optimizers: Iterable[Optimizer]) -> list[list[dict[str, Any]]]:
+    """What the config says of each parameter group; loading a state overwrites it in place."""
+    return [
+        [
+            {name: value for name, value in group.items() if name not in _PARAMETERS}
+            for group in optimizer.param_groups
+        ]
+        for optimizer in optimizers
+    ]
+
+
+def apply_hyperparameters(
+    optimizers: Iterable[Optimizer],
+    schedulers: Iterable[LRScheduler],
+    configured: list[list[dict[str, Any]]],
+) -> None:
+    """Undo what loading did to ``hyperparameters``; the rate is the schedule's at this step."""
+    for optimizer, scheduler, groups in zip(optimizers, schedulers, configured, strict=True):
+        rates = scheduler.get_last_lr()
+        for group, values, rate in zip(optimizer.param_groups, groups, rates, strict=True):
+            group.update(values | {"lr": rate})

@@ -1,0 +1,212 @@
+"""A run that begins where another one stopped, with another model: upcycled, or a second stage.
+
+Taken from the other run's checkpoint: the parameters, by the map of ``models/upcycle.py``, and the
+place of every lane in the data, so that no document comes twice. Begun anew: optimizer, schedule,
+step, skip rule, and the counters of tokens and FLOPs, which count this run alone: what the other
+one took is in its own folder.
+
+Every rank reads the regions that it holds, on any layout, whatever layout wrote them.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torchtitan.components.checkpointer import DATALOADER
+from torchtitan.config import Configurable
+
+from earlyfuse.data.stream.loader import LaneLoader
+from earlyfuse.models.decoder import Decoder
+from earlyfuse.models.upcycle import Inherited, Shape, inherit
+from earlyfuse.parallel.checkpoint.files.dcp_reader import DcpReader, SafeLoadPlanner, load_dcp
+from earlyfuse.parallel.checkpoint.folder import CheckpointFolder
+from earlyfuse.parallel.checkpoint.identity import is_parameter, refuse_other_data
+from earlyfuse.parallel.checkpoint.initial_load import held_region
+from earlyfuse.parallel.checkpoint.manager import damage_seen_by_all
+from earlyfuse.parallel.checkpoint.manifest import EVERYTHING, latest_checkpoint, read_manifest
+from earlyfuse.parallel.reporting.run_folder import DESCRIPTION, read_config
+
+
+class Start(Configurable):
+    """Takes over what another run has learned; nothing if ``run`` is empty."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Configurable.Config):
+        run: str = ""
+        """Folder of the run to begin with; its model may be a parent of this one (docs/moma.md)."""
+
+        step: int = -1
+        """Step of its checkpoint; -1: the one completed last."""
+
+        data: bool = True
+        """Go on in the data where it stopped; else from the beginning."""
+
+    def __init__(self, config: Config):
+        self.config = config
+
+    def find(self, child: Decoder.Config) -> "Seed | None":
+        """The checkpoint to begin with; ``ValueError`` if there is none or it cannot become
+        ``child``. Reads no tensor. All ranks call it.
+        """
+        if not self.config.run:
+            return None
+        run = Path(self.config.run)
+        if not (run / DESCRIPTION).is_file():
+            raise ValueError(
+                f"start.run ({run}) must be the folder of a run, with its {DESCRIPTION}: that says "
+                "what model its checkpoints hold"
+            )
+        described = read_config(run)
+        folder = CheckpointFolder(run / described.object("checkpoint").field("folder", str))
+        step = self.config.step
+        if step != -1 and step not in folder.steps():
+            raise ValueError(
+                f"start.step ({step}) must be a step with a checkpoint in {folder.root}: "
+                f"{folder.steps() or 'there is none'}"
+            )
+        latest = step == -1
+        folder_of_step = latest_checkpoint(folder.root) if latest else folder.complete(step)
+        seed = Seed(folder_of_step, described.object("model_spec").field("model", dict))
+        if found := damage_seen_by_all(seed.folder):
+            raise ValueError(
+                f"checkpoint {seed.folder} is damaged: {found}. Restore the files, or begin with "
+                "another one by --start.step"
+            )
+        if self.config.data and read_manifest(seed.folder).holds != EVERYTHING:
+            raise ValueError(
+                f"checkpoint {seed.folder} holds only weights (checkpoint.last_save_model_only), "
+                "not where its data stood; begin with an earlier one by --start.step, or from the "
+                "beginning of the data with --start.no-data"
+            )
+        try:
+            inherit(seed.shapes(), seed.model, child)
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise ValueError(
+                f"{run / DESCRIPTION}: config.model_spec.model describes no model ({error!r}); "
+                "restore the file, or take another run"
+            ) from error
+        return seed
+
+    def take_over(
+        self, seed: "Seed", child: Decoder.Config, parts: list[Any], loader: LaneLoader
+    ) -> str:
+        """Fill the parameters of ``parts`` in place and set the loader; returns what was done.
+
+        ``ValueError`` if the data are not those of the other run. All ranks call it.
+        """
+        if self.config.data:
+            reader = DcpReader(seed.folder)
+            try:
+                refuse_other_data(loader, reader)
+            except ValueError as error:
+                raise ValueError(
+                    f"{error}; or begin anew in the data with --start.no-data"
+                ) from error
+            load_dcp({DATALOADER: loader}, reader)
+        origins = inherit(seed.shapes(), seed.model, child)
+        for part in parts:
+            load_inherited(part, origins, seed.folder)
+        fresh = sum(origin is None for origin in origins.values())
+        return (
+            f"begun with {seed.folder}: {len(origins) - fresh} tensors of it, {fresh} new; data "
+            f"{'go on' if self.config.data else 'begin anew'}"
+        )
+
+
+@dataclass(frozen=True)
+class Seed:
+    """A checkpoint of another run, and ``Decoder.Config.to_dict`` of its model."""
+
+    folder: Path
+    model: dict[str, Any]
+
+    def shapes(self) -> dict[str, Shape]:
+        """Of all parameters in the checkpoint, by name."""
+        metadata = DcpReader(self.folder).read_metadata().state_dict_metadata
+        return {
+            name: tuple(stored.size)
+            for name, stored in metadata.items()
+            if is_parameter(name) and isinstance(stored, TensorStorageMetadata)
+        }
+
+
+@torch.no_grad()
+def load_inherited(model: nn.Module, origins: dict[str, Inherited | None], folder: Path) -> None:
+    """Fill the parameters of ``model``, whole or sharded, from a checkpoint. No communication."""
+    regions = _Regions()
+    copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for name, parameter in model.state_dict().items():
+        origin = origins.get(name)  # what routers balance with begins anew
+        if origin is None:
+            continue
+        local, offset = held_region(parameter)
+        if not local.numel():
+            continue
+        if origin.parts is None:
+            regions.want(origin.name, offset, local)
+            continue
+        for place, target in enumerate(local):
+            part = origin.parts[offset[0] + place]
+            start = offset[1:] if part is None else (part, *offset[1:])
+            copies.append((target, regions.read(origin.name, start, target)))
+    load_dcp(dict.fromkeys(regions.chunks), DcpReader(folder), planner=regions, alone=True)
+    for target, source in copies:
+        target.copy_(source.view_as(target))
+
+
+class _Regions(SafeLoadPlanner):
+    """Reads regions of stored tensors into given ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.chunks: dict[str, list[tuple[ChunkStorageMetadata, torch.Tensor]]] = defaultdict(list)
+
+    def want(self, name: str, offset: tuple[int, ...], target: torch.Tensor) -> None:
+        """Fill ``target`` with the region of its shape that begins at ``offset`` of ``name``."""
+        chunk = ChunkStorageMetadata(torch.Size(offset), target.shape)
+        self.chunks[name].append((chunk, target))
+
+    def read(self, name: str, offset: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+        """A new tensor, on the host, for the region of the size of ``like``; one for all that want
+        the same.
+        """
+        size = torch.Size((1,) * (len(offset) - like.ndim) + tuple(like.shape))
+        wanted = ChunkStorageMetadata(torch.Size(offset), size)
+        for chunk, target in self.chunks[name]:
+            if chunk == wanted:
+                return target
+        self.want(name, offset, torch.empty(size, dtype=like.dtype))
+        return self.chunks[name][-1][1]
+
+    def set_up_planner(
+        self, state_dict: Any, metadata: Metadata | None = None, is_coordinator: bool = False
+    ) -> None:
+        """Nothing of the state dict: what is wanted is known."""
+        self.metadata = metadata
+
+    def create_local_plan(self) -> LoadPlan:
+        """Where each region lies in the files."""
+        assert self.metadata is not None
+        items = []
+        for name, wanted in self.chunks.items():
+            stored = self.metadata.state_dict_metadata[name]
+            assert isinstance(stored, TensorStorageMetadata)
+            chunks = [chunk for chunk, _ in wanted]
+            items += create_read_items_for_chunk_list(name, stored, chunks)
+        return LoadPlan(items)
+
+    def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
+        """The tensor that a region is read into."""
+        assert index.index is not None
+        return self.chunks[index.fqn][index.index][1].detach()

@@ -1,0 +1,402 @@
+"""The embedded corpus: the same bytes each time, true sentences, nothing held out in training."""
+
+import base64
+import hashlib
+import io
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import unicodedata
+from collections import Counter
+from string import ascii_lowercase
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from earlyfuse.data.documents import Document
+from earlyfuse.data.embedded import (
+    SOURCES,
+    CorpusPaths,
+    build_corpus,
+    builder,
+    compose,
+    digits,
+    glyphs,
+    speech,
+)
+from earlyfuse.data.embedded.tasks import tasks as tasks_of
+from earlyfuse.data.prepare.embedded import prepare_corpus
+from earlyfuse.data.prepare.progress import Progress
+from earlyfuse.data.raw import read_documents
+from earlyfuse.data.tokenizers import Tokenizers
+from earlyfuse.data.tokenizers.audio import waveform
+from earlyfuse.models.vocabulary import Modality
+from earlyfuse.parallel.evaluation.eval_tasks import load_tasks
+from earlyfuse.tools import prepare as command
+
+SCALE = 0.03
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return build_corpus(tmp_path_factory.mktemp("corpus") / "embedded", scale=SCALE)
+
+
+def documents(corpus, split, source):
+    shards = corpus.shards(split, source)
+    assert shards, f"{split}/{source} has no shard"
+    return [document for shard in shards for document in read_documents(shard)]
+
+
+def parts(document):
+    """(images, texts) of a document, each in order."""
+    payloads = [segment.payload for segment in document.segments]
+    return [p for p in payloads if isinstance(p, bytes)], [
+        p for p in payloads if isinstance(p, str)
+    ]
+
+
+@pytest.fixture(scope="module")
+def images(corpus):
+    """All distinct images by split."""
+    found = {"train": set(), "validation": set()}
+    for split, pngs in found.items():
+        for source in SOURCES:
+            pngs.update(png for d in documents(corpus, split, source) for png in parts(d)[0])
+    return found
+
+
+@pytest.fixture(scope="module")
+def tasks(corpus):
+    return {task["name"]: task for task in json.loads(corpus.tasks.read_text())["tasks"]}
+
+
+@pytest.fixture(scope="module")
+def meaning(corpus):
+    """PNG → digit or letter, by split, from the sources themselves."""
+    found = {}
+    scans = zip(("train", "validation"), digits.load(16, seed=0), strict=True)
+    for split, scanned in scans:
+        faces = glyphs.TRAIN_FACES if split == "train" else glyphs.HELD_OUT_FACES
+        letters = {glyphs.glyph_png(face, c, 16): c for face in faces for c in ascii_lowercase}
+        found[split] = letters | {digit.png: digit.value for digit in scanned}
+    return found
+
+
+def hashes(folder):
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+
+
+def test_another_process_with_other_hashes_and_locale_writes_the_same_bytes(corpus, tmp_path):
+    again = tmp_path / "again"
+    program = (
+        "import pathlib, sys; from earlyfuse.data.embedded import build_corpus; "
+        f"build_corpus(pathlib.Path(sys.argv[1]), scale={SCALE})"
+    )
+    odd = {"PYTHONHASHSEED": "77", "LC_ALL": "C", "TZ": "Asia/Tokyo", "PYTHONUTF8": "0"}
+    subprocess.run([sys.executable, "-c", program, again], env=os.environ | odd, check=True)
+    assert len(hashes(again)) == 12
+    assert hashes(again) == hashes(corpus.folder)
+
+
+def test_another_seed_holds_out_other_images(corpus, tmp_path):
+    other = build_corpus(tmp_path / "other", seed=1, scale=SCALE)
+    assert hashes(other.folder / "validation") != hashes(corpus.folder / "validation")
+
+
+def test_every_sample_is_read_and_every_image_is_small_rgb(corpus, images):
+    for split in ("train", "validation"):
+        for source in SOURCES:
+            found = documents(corpus, split, source)
+            assert all(isinstance(document, Document) for document in found)
+            media = {segment.modality for document in found for segment in document.segments}
+            both = {Modality.TEXT, Modality.IMAGE}
+            assert media == ({Modality.TEXT} if source == "text" else both)
+        for png in images[split]:
+            image = Image.open(io.BytesIO(png))
+            assert (image.format, image.size, image.mode) == ("PNG", (16, 16), "RGB")
+
+
+def test_nothing_held_out_is_in_training(corpus, images, tasks):
+    assert set(glyphs.TRAIN_FACES).isdisjoint(glyphs.HELD_OUT_FACES)
+    assert images["train"].isdisjoint(images["validation"])
+    for task in tasks.values():
+        assert {base64.b64decode(item["image"]) for item in task["items"]} <= images["validation"]
+    train, held_out = (
+        {parts(d)[1][0] for d in documents(corpus, split, "text")}
+        for split in ("train", "validation")
+    )
+    assert held_out and train.isdisjoint(held_out)
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_every_name_and_label_is_true(corpus, meaning, split):
+    faces = glyphs.TRAIN_FACES if split == "train" else glyphs.HELD_OUT_FACES
+    for document in documents(corpus, split, "glyphs"):
+        (png,), (text,) = parts(document)
+        character = unicodedata.lookup(text.removeprefix("glyph: "))
+        able = [face for face in faces if glyphs.covered(face, character)]
+        assert png in [glyphs.glyph_png(face, character, 16) for face in able], text
+    for document in documents(corpus, split, "digits"):
+        pngs, texts = parts(document)
+        shown = [digits.NUMBER_WORDS[meaning[split][png]] for png in pngs]
+        assert texts == [f"handwritten digit {word}" for word in shown]
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_every_composed_sentence_is_true(corpus, meaning, split):
+    scans = [digits.Digit(png, v) for png, v in meaning[split].items() if isinstance(v, int)]
+    faces = glyphs.TRAIN_FACES if split == "train" else glyphs.HELD_OUT_FACES
+    more = compose.interleaved_documents(
+        600, scans, faces, ["spam", "eggs"], 16, random.Random(0)
+    )  # so that rare cases occur, a tie of two digits among them
+    split_parts = [parts(document) for document in documents(corpus, split, "interleaved")]
+    split_parts += [
+        ([p for p in made if isinstance(p, bytes)], [p for p in made if isinstance(p, str)])
+        for made in more
+    ]
+    kinds = Counter()
+    for pngs, texts in split_parts:
+        shown = [meaning[split][png] for png in pngs]
+        kind, _, rest = texts[0].partition(" ")
+        kinds[kind] += 1
+        if kind == "plus":
+            total = shown[0] + shown[1]
+            assert texts[1] == f"makes {digits.NUMBER_WORDS[total]}"
+            assert shown[2:] in ([], [total])
+        elif kind == "reads":
+            assert rest.split() == [digits.NUMBER_WORDS[value] for value in shown]
+        elif kind == "spells":
+            assert rest == "".join(shown)
+        else:
+            first, second = shown
+            relation = (first > second) - (first < second)
+            assert texts[0] == ("is equal to", "is greater than", "is less than")[relation]
+    assert kinds.keys() == {"plus", "reads", "spells", "is"}
+
+
+def test_images_come_before_their_words_in_the_stated_share(corpus):
+    glyph_documents = documents(corpus, "train", "glyphs")
+    first = sum(d.segments[0].modality == Modality.IMAGE for d in glyph_documents)
+    assert 0.55 < first / len(glyph_documents) < 0.85
+
+
+def test_glyphs_are_drawn_legibly_and_each_has_a_shape_of_its_own():
+    characters = glyphs.characters()
+    drawn = [glyphs.glyph_pixels(glyphs.REFERENCE_FACE, c, 16) for c in characters]
+    assert len({image.tobytes() for image in drawn}) == len(characters) > 2000
+    for image in drawn:
+        assert image.min() < 160, "no ink"
+    for face in (*glyphs.TRAIN_FACES, *glyphs.HELD_OUT_FACES):
+        box = glyphs.glyph_pixels(face, "H", 16) < 128
+        rows, columns = np.flatnonzero(box.any(1)), np.flatnonzero(box.any(0))
+        assert 10 <= rows[-1] - rows[0] + 1 <= 14  # capitals fill the square
+        assert abs(rows[0] + rows[-1] - 15) <= 1 and abs(columns[0] + columns[-1] - 15) <= 2
+
+
+def test_a_face_draws_only_what_it_has():
+    box = chr(0x2FFFE)  # no character, so drawn as the box of .notdef
+    assert glyphs.covered("STIXGeneral", box + "A") == ["A"]
+    canadian = chr(0x1401)  # in DejaVu Sans, not in STIX
+    assert glyphs.covered("DejaVuSans", canadian) and not glyphs.covered("STIXGeneral", canadian)
+
+
+def test_no_script_word_rules(tmp_path):
+    drawn = builder._glyphs(seed=0, scale=0.2, size=16)["train"]
+    words = Counter(glyphs.script_word(character) for character, _ in drawn)
+    assert max(words.values()) < 0.12 * len(drawn)
+
+
+def test_tasks_ask_for_a_word_that_chance_seldom_gives(tasks):
+    assert tasks.keys() == {"digit label", "glyph script"}
+    labels = tasks["digit label"]
+    assert sorted(labels["candidates"]) == sorted(digits.NUMBER_WORDS[:10])
+    for task in tasks.values():
+        answers = Counter(item["answer"] for item in task["items"])
+        assert answers.keys() == set(task["candidates"])
+        assert task["prefix"].endswith(" ")
+        assert max(answers.values()) <= 0.25 * len(task["items"])
+
+
+def test_a_task_is_even_over_its_answers():
+    labelled = [
+        digits.Digit(bytes([value, n % 256]), value) for value in range(3) for n in range(90)
+    ]
+    drawn = [(c, c.encode()) for c in "abcdefghijklmnopqrstuvwxyz" * 40 + "αβγδεζηθικλμνξο" * 9]
+    for task in tasks_of(labelled, drawn, seed=0)["tasks"]:
+        counts = Counter(item["answer"] for item in task["items"])
+        assert max(counts.values()) - min(counts.values()) <= 2
+        assert 180 <= len(task["items"]) <= 220
+
+
+def test_validation_says_what_the_tasks_ask(corpus, tasks):
+    """An item's image stands in a validation document whose words are prefix and answer."""
+    said = {}
+    for source in ("glyphs", "digits"):
+        for document in documents(corpus, "validation", source):
+            (png,), (text,) = parts(document)
+            said[png] = text
+    for task in tasks.values():
+        for item in task["items"]:
+            text = said[base64.b64decode(item["image"])]
+            assert text.removeprefix(task["prefix"]).split()[0] == item["answer"]
+
+
+def test_a_finished_corpus_is_not_built_again(corpus, monkeypatch):
+    before = hashes(corpus.folder)
+    monkeypatch.setattr(builder, "_write", None)  # would fail if called
+    assert build_corpus(corpus.folder, scale=SCALE) == corpus
+    assert hashes(corpus.folder) == before
+
+
+def test_prompts_are_held_out_captions_and_their_images(corpus, images):
+    prompts = json.loads(corpus.prompts.read_text())["prompts"]
+    assert len(prompts) == 30 and len({prompt["caption"] for prompt in prompts[:12]}) == 12
+    held_out = {
+        (text, png)
+        for source in ("glyphs", "digits")
+        for document in documents(corpus, "validation", source)
+        for png, text in zip(*parts(document), strict=True)
+    }
+    for number, prompt in enumerate(prompts):
+        png = base64.b64decode(prompt["image"])
+        assert (prompt["caption"], png) in held_out and png not in images["train"]
+        kind = compose.DIGIT_PREFIX if number % 3 == 2 else compose.GLYPH_PREFIX
+        assert prompt["caption"].startswith(kind)
+
+
+def test_a_corpus_of_before_there_were_prompts_gets_the_same(tmp_path):
+    new = build_corpus(tmp_path / "corpus", scale=0.01)
+    before = hashes(new.folder)
+    new.prompts.unlink()
+    build_corpus(new.folder, scale=0.01)
+    assert hashes(new.folder) == before
+
+
+def test_a_build_that_breaks_leaves_nothing(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(builder, "tasks", full)
+    with pytest.raises(OSError, match="disk full"):
+        build_corpus(tmp_path / "corpus", scale=0.01)
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_builders_at_once_end_with_one_corpus(tmp_path, monkeypatch):
+    folder, write = tmp_path / "corpus", builder._write
+    folder.mkdir()  # an empty folder is as good as none
+
+    def overtaken(made, *arguments):
+        write(made, *arguments)
+        monkeypatch.setattr(builder, "_write", write)
+        build_corpus(folder, scale=0.01)
+
+    monkeypatch.setattr(builder, "_write", overtaken)
+    assert build_corpus(folder, scale=0.01).tasks.is_file()
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_without_espeak_the_corpus_with_speech_is_refused_before_anything_is_written(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match=r"espeak-ng.*apt-get install espeak-ng"):
+        build_corpus(out / "raw", scale=0.01, with_speech=True)
+    assert command.main(["corpus", str(out), "--speech", "--scale", "0.01"]) == 2
+    assert "apt-get install espeak-ng" in capsys.readouterr().err and not out.exists()
+
+
+@pytest.fixture(scope="module")
+def spoken(tmp_path_factory):
+    if shutil.which(speech.PROGRAM) is None:
+        pytest.skip(f"{speech.PROGRAM} is not installed")
+    out = tmp_path_factory.mktemp("spoken") / "out"
+    options = {"text_vocab": 400, "codes": 24, "speech_codes": 32, "workers": 1}
+    prepare_corpus(out, scale=SCALE, speech=True, progress=Progress(io.StringIO()), **options)
+    return out
+
+
+def test_the_corpus_with_speech_is_the_other_one_and_a_source_more(corpus, spoken):
+    plain, with_speech = hashes(corpus.folder), hashes(spoken / "raw")
+    own = {name for name in with_speech if "/speech/" in name}
+    about = {"corpus.json", "README.md", "validation/tasks.json"}
+    assert own and with_speech.keys() - own == plain.keys()
+    assert {name for name in plain if plain[name] != with_speech[name]} == about
+    described = json.loads((spoken / "raw" / "corpus.json").read_text())
+    assert "eSpeak NG" in described["versions"]["espeak-ng"]
+    assert described["documents"]["train"]["speech"] == 120
+
+
+def test_every_spoken_document_is_words_and_their_sound(corpus, spoken, meaning):
+    raw = CorpusPaths(spoken / "raw")
+    orders, utterances = set(), {"train": set(), "validation": set()}
+    for split, flacs in utterances.items():
+        for document in documents(raw, split, "speech"):
+            kinds = tuple(segment.modality for segment in document.segments)
+            orders.add(kinds)
+            by_kind = {s.modality: s.payload for s in document.segments}
+            flac, text = by_kind[Modality.SPEECH], by_kind[Modality.TEXT]
+            flacs.add(flac)
+            seconds = len(waveform(flac, 16_000)) / 16_000
+            assert 0.15 < seconds < 9
+            if Modality.IMAGE not in by_kind:
+                assert text.startswith("spoken: ")
+            elif text.startswith("handwritten digit "):
+                shown = meaning[split][by_kind[Modality.IMAGE]]
+                assert text == f"handwritten digit {digits.NUMBER_WORDS[shown]}"
+            else:
+                unicodedata.lookup(text.removeprefix("glyph: "))
+    assert len(orders) == 6  # speech and text either way; with an image, it and speech either way
+    assert utterances["train"].isdisjoint(utterances["validation"])
+    assert set(speech.TIMBRES).isdisjoint(speech.HELD_OUT_TIMBRES)
+
+
+def test_an_utterance_is_the_same_each_time_and_every_voice_is_another(spoken, monkeypatch):
+    timbres = (*speech.TIMBRES, *speech.HELD_OUT_TIMBRES)
+    names = [f"{accent}+{timbre}" for accent in speech.ACCENTS for timbre in timbres]
+    said = [speech.speak("--seven", speech.Voice(name, 150, 50)) for name in [*names, names[0]]]
+    assert len(set(said)) == len(names) and said[0] == said[-1]
+    monkeypatch.setattr(speech, "TIMBRES", ("m1", "m99"))  # it would speak, with another voice
+    with pytest.raises(ValueError, match="has no voices !v/m99"):
+        speech.espeak_version()
+
+
+def test_spoken_digits_are_a_task_of_validation(spoken):
+    tasks = {task.name: task for task in load_tasks(spoken)}
+    assert tasks.keys() == {"digit label", "glyph script", "spoken digit"}
+    task, tokenizers = tasks["spoken digit"], Tokenizers.load(spoken / "tokenizers")
+    medium = tokenizers.vocabulary.medium(Modality.SPEECH)
+    for prompt in task.prompts:
+        assert prompt[1] == medium.begin and medium.end in prompt
+    words = [tokenizers.text.encode("spoken: " + word) for word in sorted(digits.NUMBER_WORDS[:10])]
+    assert [[*task.prompts[0][task.prompts[0].index(medium.end) + 1 :], *c] for c in
+            task.candidates] == words  # fmt: skip
+
+
+def test_a_finished_corpus_with_speech_needs_no_espeak(spoken, monkeypatch):
+    before = hashes(spoken / "raw")
+    monkeypatch.setenv("PATH", "")
+    build_corpus(spoken / "raw", scale=SCALE, with_speech=True)
+    assert hashes(spoken / "raw") == before
+    with pytest.raises(ValueError, match="asked for is"):
+        build_corpus(spoken / "raw", scale=SCALE)
+
+
+def test_wrong_requests_are_refused(corpus, tmp_path):
+    with pytest.raises(ValueError, match=r"scale \(0\)"):
+        build_corpus(tmp_path / "corpus", scale=0)
+    with pytest.raises(ValueError, match=r"image_size \(12\) must be a multiple of 8"):
+        build_corpus(tmp_path / "corpus", image_size=12)
+    with pytest.raises(ValueError, match="asked for is"):
+        build_corpus(corpus.folder, scale=SCALE, seed=5)
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(ValueError, match="holds something else"):
+        build_corpus(tmp_path)
+    assert (tmp_path / "thesis.tex").read_text() == "mine"

@@ -1,0 +1,119 @@
+"""JSON beside prepared data, damaged in every field: refused by file, field and remedy."""
+
+import base64
+import json
+import shutil
+
+import pytest
+from tiny_pairs import SHADES, make_pairs, png
+
+from earlyfuse.data.prepare.report import describe
+from earlyfuse.data.tokenizers import Tokenizers
+from earlyfuse.parallel.evaluation.eval_tasks import load_tasks
+from earlyfuse.parallel.evaluation.sample_generation import load_pairs
+from earlyfuse.tools import prepare as command
+
+GONE = object()
+DAMAGES = [GONE, None, True, -1, 7, 10**30, 0.5, float("nan"), "x\x1b[2J\ud800", "", [], {}, [[]]]
+WHOLE_FILES = [b"", b"[]", b"null", b"{", b"{}", b"\xff\xfe", b"[" * 100_000, b'{"tasks": {}}']
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    folder = make_pairs(tmp_path_factory.mktemp("damaged") / "data")
+    items = [
+        {"image": base64.b64encode(png(shade)).decode(), "answer": name.split()[1]}
+        for shade, name in enumerate(SHADES[:3])
+    ]
+    words = [item["answer"] for item in items]
+    task = {"name": "shade", "prefix": "shade ", "candidates": words, "items": items}
+    (folder / "validation" / "tasks.json").write_text(json.dumps({"tasks": [task]}))
+    return folder
+
+
+@pytest.fixture
+def data(pairs, tmp_path):
+    shutil.copytree(pairs, tmp_path / "data")
+    return tmp_path / "data"
+
+
+def places(value, path=()):
+    items = value.items() if isinstance(value, dict) else enumerate(value[:1])
+    for key, inner in items:
+        yield (*path, key)
+        if isinstance(inner, dict | list):
+            yield from places(inner, (*path, key))
+
+
+def damaged(content: bytes):
+    """Contents of a JSON file, each with another fault; the first of a list stands for all."""
+    yield from WHOLE_FILES
+    for place in places(json.loads(content)):
+        for damage in DAMAGES:
+            value = json.loads(content)
+            *before, last = place
+            inner = value
+            for key in before:
+                inner = inner[key]
+            if damage is GONE:
+                del inner[last]
+            else:
+                inner[last] = damage
+            if json.dumps(value) != json.dumps(json.loads(content)):
+                yield json.dumps(value).encode()
+
+
+def refused_or_read(path, read, allowed: int) -> None:
+    """``read`` meets every damage of ``path`` with a ValueError that names it and what to do, but
+    for ``allowed`` that are as good as the whole file.
+    """
+    whole, taken = path.read_bytes(), []
+    for content in damaged(whole):
+        path.write_bytes(content)
+        try:
+            read()
+            taken.append(content[:200])
+        except ValueError as error:
+            said = str(error)
+            assert path.name in said and str(path.parent) in said, (content[:200], said)
+            assert "\x1b" not in said and "\ud800" not in said and len(said) < 1000, said
+            assert "again" in said or "remove" in said or "another" in said, said
+    path.write_bytes(whole)
+    read()
+    assert len(taken) <= allowed, taken
+
+
+def test_tasks(data):
+    # "name", "prefix" and a first candidate that is no answer may be any other words; an empty list
+    # of tasks, or one item less, is a file of its own
+    refused_or_read(data / "validation" / "tasks.json", lambda: load_tasks(data), allowed=5)
+
+
+def test_prompts(data):
+    tokenizers = Tokenizers.load(data / "tokenizers")
+    path = data / "validation" / "prompts.json"
+    refused_or_read(path, lambda: load_pairs(path, tokenizers), allowed=3)
+
+
+def test_inspect_and_its_manifest(data):
+    path = data / "train" / "pairs" / "manifest.json"
+    # without the hash of all, a manifest of before there was one
+    refused_or_read(path, lambda: describe(data), allowed=1)
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".index.npy", ".crc.npy"])
+def test_inspect_on_damaged_shards_is_one_line(data, suffix, capsys):
+    path = data / "train" / "pairs" / f"shard-000000{suffix}"
+    for content in (b"", path.read_bytes()[:-3], b"x" * path.stat().st_size, None):
+        path.unlink() if content is None else path.write_bytes(content)
+        status = command.main(["inspect", str(data)])
+        if suffix == ".tar" and content and content[:2] == b"xx":
+            continue  # documents are compared with their checksums when they are trained on
+        assert status == 2
+        said = capsys.readouterr().err
+        assert len(said.splitlines()) == 1 and path.name in said and "again" in said
+
+
+def test_inspect_names_what_of_the_vocabulary_is_wrong(data):
+    path = data / "tokenizers" / "vocabulary.json"
+    refused_or_read(path, lambda: describe(data), allowed=0)

@@ -1,0 +1,352 @@
+"""Upcycling: the child computes what its parent did, and the run goes on where that stopped."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_runs import MAMBA_SHAPE, MAMBAS, SHAPE, SHARES, moma, tiny_config
+from toy import make_data
+
+from earlyfuse.configs import decoders, mamba_decoders, stages
+from earlyfuse.models.routing.gumbel_noise import RouterNoise, router_noises
+from earlyfuse.models.upcycle import shapes, upcycle
+from earlyfuse.models.vocabulary import Modality
+from earlyfuse.parallel.training.warm_start import Seed, Start, load_inherited
+
+DENSE, UNTIED = decoders.dense(SHAPE), decoders.moe_1t1i(SHAPE)
+MAMBA = mamba_decoders.mamba(MAMBA_SHAPE)
+MOT, MIXED = decoders.mixture_of_transformers(SHAPE), decoders.moe(SHAPE, 4, routing_rows=2)
+
+
+ABLATIONS = [["in_proj"], ["x_proj", "dt_proj"], ["out_proj"], mamba_decoders.PROJECTIONS]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("toy") / "data")
+
+
+@pytest.fixture(scope="module")
+def seed(tmp_path_factory, data):
+    """The folder of a run of moe_1t1i."""
+    folder = tmp_path_factory.mktemp("seed") / "run"
+    run(tiny_config(folder, data, UNTIED, steps=3))
+    return folder
+
+
+def run(config):
+    trainer = config.build()
+    trainer.train()
+    trainer.close()
+    return trainer
+
+
+def filled(config, seed: int = 0):
+    model = config.build()
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2, generator=generator)
+    for buffer in model.buffers():
+        buffer.zero_()
+    return model
+
+
+def child_of(parent, config):
+    model = filled(config, seed=1)
+    tensors = parent.state_dict()
+    for name, origin in upcycle(parent.config, config).items():
+        if origin is not None:
+            with torch.no_grad():
+                model.get_parameter(name).copy_(origin.make(tensors[origin.name]))
+    return model
+
+
+def outputs(model) -> torch.Tensor:
+    tokens_BS = torch.randint(48, (2, 16), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        return model(tokens_BS, (tokens_BS >= 32).to(torch.uint8))
+
+
+def all_tokens(config):
+    """Every expert takes every token that it may, weights normalised."""
+    experts = max(p.experts for _, p, _, _ in config.traverse(decoders.ExpertPool.Config))
+    return decoders.with_routers(
+        config, capacity_factor=float(experts), budget="exact", weights="normalised"
+    )
+
+
+@pytest.mark.parametrize(
+    ("parent", "child"),
+    [
+        (DENSE, all_tokens(moma())),
+        (DENSE, all_tokens(MIXED)),
+        (UNTIED, all_tokens(moma())),
+        (DENSE, UNTIED),
+        (DENSE, MOT),
+        (UNTIED, MOT),
+        (
+            all_tokens(moma()),
+            all_tokens(
+                decoders.moma(SHAPE, {Modality.TEXT: 4, Modality.IMAGE: 4}, SHARES, routing_rows=2)
+            ),
+        ),
+    ],
+    ids=["dense-moma", "dense-moe", "1t1i-moma", "dense-1t1i", "dense-mot", "1t1i-mot", "2-4"],
+)
+def test_a_child_that_routes_every_token_everywhere_is_its_parent(parent, child):
+    model = filled(parent)
+    if any(".experts." in name for name in shapes(parent)):
+        # experts that differ, all of them at work: equal weights make both sums means
+        for name, parameter in model.named_parameters():
+            if ".router." in name:
+                torch.nn.init.zeros_(parameter)
+    grown = child_of(model, child)
+    if any(".experts." in name for name in shapes(parent)):
+        for name, parameter in grown.named_parameters():
+            if ".router." in name:
+                torch.nn.init.zeros_(parameter)
+    expected = outputs(model)
+    torch.testing.assert_close(
+        outputs(grown), expected, rtol=1e-6, atol=1e-6 * expected.abs().max()
+    )
+
+
+@pytest.mark.parametrize("untied", ABLATIONS, ids="+".join)
+@pytest.mark.parametrize("modalities", [MAMBA_SHAPE.modalities, tuple(Modality)], ids=len)
+def test_a_mixture_of_mamba_begins_as_the_dense_mamba_it_grew_out_of(modalities, untied):
+    """Each modality alone bit for bit; mixed but for the order of sums in a kernel."""
+    shape = replace(MAMBA_SHAPE, modalities=modalities)
+    parent = filled(mamba_decoders.mamba(shape))
+    config = mamba_decoders.grown(parent.config, untied)
+    assert config == mamba_decoders.mixture_of_mamba(shape, untied)
+    child = child_of(parent, config)
+    assert all(upcycle(parent.config, config).values()), "nothing is new"
+    tokens_BS = torch.randint(48, (2, 16), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        for modality in modalities:
+            alone_BS = torch.full_like(tokens_BS, modality, dtype=torch.uint8)
+            assert torch.equal(child(tokens_BS, alone_BS), parent(tokens_BS, alone_BS))
+        mixed_BS = (tokens_BS % len(modalities)).to(torch.uint8)
+        expected = parent(tokens_BS, mixed_BS)
+        scale = float(expected.abs().max())
+        torch.testing.assert_close(child(tokens_BS, mixed_BS), expected, rtol=0, atol=1e-6 * scale)
+
+
+def test_a_hybrid_unties_its_mamba_and_then_the_rest():
+    """What is untied in the parent stays with its modality."""
+    dense = decoders.dense(replace(SHAPE, layers=3))
+    parent = filled(mamba_decoders.hybrid(dense, "ams", untied=["in_proj"]))
+    grown = mamba_decoders.grown(parent.config)
+    child = child_of(parent, grown)
+    expected = outputs(parent)
+    scale = float(expected.abs().max())
+    torch.testing.assert_close(outputs(child), expected, rtol=0, atol=1e-6 * scale)
+    again = child_of(child, decoders.grown(grown, "1t1i"))
+    assert again.layers["0"].feed_forward.w1.ndim == 3
+    torch.testing.assert_close(outputs(again), expected, rtol=0, atol=1e-6 * scale)
+
+
+def test_a_seed_grows_into_any_number_of_experts_of_each_modality():
+    parent = filled(UNTIED)
+    experts = {Modality.TEXT: 3, Modality.IMAGE: 1}
+    child = child_of(parent, decoders.moma(SHAPE, experts, SHARES))
+    for index, count in enumerate(experts.values()):
+        grown = child.layers["1"].feed_forward.pools[index].experts
+        for leaf in ("w1", "w2", "w3"):
+            seed_GFD = parent.layers["1"].feed_forward.get_parameter(leaf)
+            for expert in range(count):
+                assert grown.get_parameter(leaf)[expert].equal(seed_GFD[index])
+    fresh = {name for name, origin in upcycle(UNTIED, child.config).items() if origin is None}
+    assert fresh == {name for name in shapes(child.config) if ".router." in name}
+
+
+@pytest.mark.parametrize(
+    ("parent", "child", "says"),
+    [
+        (UNTIED, MIXED, "all experts.*serve 2 modalities.*begin with a dense parent"),
+        (MOT, moma(), r"attention_norm.weight is \(32,\), in the parent \(2, 32\)"),
+        (moma(), DENSE, r"feed_forward.w1 is not in the parent"),
+        (MIXED, moma(), "the pools of .* serve the groups"),
+        (
+            DENSE,
+            decoders.moma(replace(SHAPE, hidden_dim=64), dict.fromkeys(SHARES, 2), SHARES),
+            r"an expert of .*w1 is \(64, 32\), .* of the parent \(48, 32\)",
+        ),
+        (DENSE, decoders.dense(replace(SHAPE, heads=4)), r"attention.heads \(4\) must be .* \(2\)"),
+        (DENSE, decoders.dense(replace(SHAPE, norm_order="pre")), "norm_order"),
+        (DENSE, decoders.dense(replace(SHAPE, layers=3)), r"layers \(3\)"),
+        (
+            DENSE,
+            MAMBAS["hybrid"](),
+            r"layers \(3\)",
+        ),
+        (
+            decoders.dense(replace(SHAPE, layers=3)),
+            MAMBAS["hybrid"](),
+            r"layers\[1\] is made of mamba and feed_forward, in the parent of attention and feed",
+        ),
+        (
+            MAMBA,
+            DENSE,
+            r"layers\[0\] is made of attention and feed_forward, in the parent of mamba",
+        ),
+        (
+            MAMBA,
+            mamba_decoders.mamba(replace(MAMBA_SHAPE, states=8)),
+            r"layers\[0\].mamba.states \(8\) must be that of the parent \(16\)",
+        ),
+        (
+            MAMBAS["mixture_of_mamba"](),
+            MAMBA,
+            r"in_proj.weight is \(128, 32\), in the parent \(2, 128, 32\)",
+        ),
+        (
+            MAMBAS["mixture_of_mamba"](),
+            replace(MAMBAS["mixture_of_mamba"](), modalities=(0, 2)),
+            r"modalities \(\[0, 2\]\) must be that of the parent \(\[0, 1\]\)",
+        ),
+        (
+            decoders.moma(SHAPE, dict.fromkeys(SHARES, 3), SHARES, routing_rows=2),
+            decoders.moma(SHAPE, dict.fromkeys(SHARES, 4), SHARES, routing_rows=2),
+            r"w1 is \(4, 48, 32\), in the parent \(3, 48, 32\)",
+        ),
+    ],
+)
+def test_what_cannot_grow_is_refused_by_name(parent, child, says):
+    with pytest.raises(ValueError, match=says):
+        upcycle(parent, child)
+
+
+# ---------------------------------------------------------------- a run that begins with another
+
+
+def test_a_checkpoint_read_in_regions_gives_what_the_map_says(seed):
+    config = stages.upcycled(tiny_config(seed, seed), str(seed)).model_spec.model
+    found = Start.Config(run=str(seed)).build().find(config)
+    parent = UNTIED.build()
+    torch.distributed.checkpoint.load(parent.state_dict(), checkpoint_id=found.folder)
+    model = filled(config, seed=1)
+    routers = {n: p.clone() for n, p in model.named_parameters() if ".router." in n}
+    load_inherited(model, upcycle(UNTIED, config), found.folder)
+    expected = child_of(parent, config).state_dict() | routers
+    for name, value in model.state_dict().items():
+        assert value.equal(expected[name]), name
+
+
+def test_an_upcycled_run_goes_on_in_the_data_and_begins_all_else_anew(tmp_path, data, seed):
+    config = stages.upcycled(tiny_config(tmp_path, data, moma()), str(seed), noise_steps=4)
+    trainer = run(config)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    validation = [line for line in lines if line["kind"] == "validation"]
+    train = [line for line in lines if line["kind"] == "train"]
+    assert [line["step"] for line in validation] == [0, 1, 3, 6]
+    assert [line["lr"] for line in train][:2] == pytest.approx([2e-3, 4e-3])
+    assert trainer.dataloader.lanes[:, -1].tolist() == [3 + 6] * 4
+    assert int(trainer.tokens_M.sum()) == 6 * 4 * 32
+    # the same folder goes on with its own checkpoint, not with the seed's
+    config.training.steps = 7
+    assert run(config).dataloader.lanes[:, -1].tolist() == [3 + 7] * 4
+
+
+def test_without_its_data_a_run_begins_at_their_beginning(tmp_path, data, seed):
+    config = stages.upcycled(tiny_config(tmp_path, data, moma(), steps=1), str(seed))
+    config.start.data = False
+    config.dataloader.seed = 7
+    assert run(config).dataloader.lanes[:, -1].tolist() == [1] * 4
+
+
+def test_what_cannot_be_begun_with_is_refused_before_anything_is_written(tmp_path, data, seed):
+    def refused(match: str, **fields) -> None:
+        config = tiny_config(tmp_path / "out", data, moma())
+        config.start = Start.Config(**{"run": str(seed)} | fields)
+        if "dataloader seed" in match:
+            config.dataloader.seed = 7
+        with pytest.raises(ValueError, match=match.removeprefix("dataloader ")):
+            run(config)
+        assert not (tmp_path / "out" / "run.json").exists()
+
+    refused(r"start.run \(.*nowhere\) must be the folder of a run", run=str(tmp_path / "nowhere"))
+    refused(r"start.step \(5\) must be a step with a checkpoint in .*: \[3\]", step=5)
+    refused(r"dataloader seed of the data \(7\).*begin anew in the data with --start.no-data")
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    (damaged / "run.json").write_text((seed / "run.json").read_text())
+    (damaged / "checkpoint").mkdir()
+    for folder in (seed / "checkpoint").glob("step-*"):
+        copy = damaged / "checkpoint" / folder.name
+        copy.mkdir()
+        for file in folder.iterdir():
+            (copy / file.name).write_bytes(file.read_bytes()[: None if "man" in file.name else -1])
+    refused("is damaged: .* bytes instead of", run=str(damaged))
+
+
+def test_a_run_of_mamba_goes_on_as_a_mixture(tmp_path, data):
+    first = run(tiny_config(tmp_path / "dense", data, MAMBA, steps=2))
+    config = tiny_config(tmp_path / "mixture", data, mamba_decoders.grown(MAMBA), steps=1)
+    config.start = Start.Config(run=str(tmp_path / "dense"))
+    second = config.build()
+    seed = config.start.build().find(config.model_spec.model)
+    load_inherited(second.model, upcycle(MAMBA, config.model_spec.model), seed.folder)
+    for name, tensor in second.model.named_parameters():
+        theirs = first.model.get_parameter(name)
+        assert torch.equal(tensor, theirs.expand_as(tensor)), name
+    second.close()
+    third = run(config)
+    assert third.dataloader.lanes[:, -1].tolist() == [2 + 1] * 4
+
+
+def test_a_seed_tells_its_parameters_without_reading_them(seed):
+    found = Start.Config(run=str(seed)).build().find(UNTIED)
+    assert isinstance(found, Seed) and found.shapes() == shapes(UNTIED)
+
+
+# ---------------------------------------------------------------- noise
+
+
+def noise(step: int, name: str = "router", place_T: torch.Tensor | None = None) -> torch.Tensor:
+    module = RouterNoise.Config(end_step=10, temperature=2.0).build()
+    module.set_step(name, step)
+    place_T = torch.arange(20_000) if place_T is None else place_T
+    return module(torch.zeros(len(place_T), 2), place_T)
+
+
+def test_noise_is_logistic_and_falls_to_nothing():
+    for step, scale in ((1, 2.0), (6, 1.0)):
+        sample = noise(step)
+        assert sample.mean().abs() < 0.06 * scale
+        assert sample.var() == pytest.approx(scale**2 * math.pi**2 / 3, rel=0.03)
+        share = (sample < scale * math.log(3)).float().mean()  # three quarters, by its definition
+        assert share == pytest.approx(0.75, abs=0.01)
+    assert noise(11).abs().max() == 0 == noise(1000).abs().max()
+
+
+def test_noise_follows_the_place_of_a_token_and_nothing_else():
+    place_T = torch.randperm(20_000)[:100]
+    assert noise(3, place_T=place_T).equal(noise(3)[place_T])
+    whole = noise(3)
+    for other in (noise(4) * whole.std() / noise(4).std(), noise(3, "another")):
+        both = torch.stack([whole.flatten(), other.flatten()])
+        assert torch.corrcoef(both)[0, 1].abs() < 0.03
+    assert torch.corrcoef(whole.t())[0, 1].abs() < 0.03, "experts have noise of their own"
+
+
+def test_noise_moves_the_choice_in_training_alone():
+    config = decoders.with_routers(moma(), noise=RouterNoise.Config(end_step=10))
+    model, plain = filled(config), filled(moma())
+    for name, module in router_noises([model]).items():
+        module.set_step(name, 1)
+    assert not torch.allclose(outputs(model), outputs(plain), atol=1e-3)
+    torch.testing.assert_close(outputs(model.eval()), outputs(plain))
+
+
+def test_a_step_with_noise_is_the_same_however_the_batch_is_cut(tmp_path, data, seed):
+    parameters = []
+    for rows in (2, 4):
+        config = tiny_config(tmp_path / str(rows), data, moma(), steps=2)
+        config = stages.upcycled(config, str(seed), noise_steps=10, temperature=4.0)
+        config.training.local_batch_size = rows
+        parameters.append(run(config).model.state_dict())
+    for name, value in parameters[0].items():
+        torch.testing.assert_close(value, parameters[1][name], rtol=1e-4, atol=1e-5)

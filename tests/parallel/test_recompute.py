@@ -1,0 +1,38 @@
+"""Activation checkpointing: what is computed again in backward, and what is not."""
+
+import pytest
+import torch
+from op_counts import forward_and_backward
+from tiny_runs import moma
+from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
+
+from earlyfuse.parallel.strategies.activation_checkpointing import checkpoint_activations
+
+TOPK = torch.ops.earlyfuse.select_top_k.default
+
+
+def model(policy):
+    built = moma().build()
+    built.init_states()
+    if policy:
+        checkpoint_activations(built, policy, "")
+    return built
+
+
+@pytest.mark.parametrize("policy", [FullAC.Config(), SelectiveAC.Config()])
+def test_blocks_are_recomputed_but_nothing_is_chosen_again(policy):
+    forward, backward = forward_and_backward(model(policy))
+    _, plain = forward_and_backward(model(None))
+    assert forward[TOPK] == 2 * len(moma().layers)  # a choice per pool
+    assert backward[TOPK] == 0
+    assert backward.total() > plain.total() + 20 * len(moma().layers)
+
+
+def test_gradients_are_those_without():
+    whole, recomputed = model(None), model(FullAC.Config())
+    for built in (whole, recomputed):
+        forward_and_backward(built)
+    for (name, a), (_, b) in zip(
+        whole.named_parameters(), recomputed.named_parameters(), strict=True
+    ):
+        torch.testing.assert_close(b.grad, a.grad, rtol=1e-6, atol=1e-7, msg=name)

@@ -1,0 +1,106 @@
+"""Rows cut over ranks are whole rows: outputs, gradients, what travels.
+
+The ranks are in ``sequence_ranks.py``. Whole runs are among the layouts of ``test_ranks.py``.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import sequence_ranks
+import torch
+from places import SUPPORT
+from sequence_ranks import LENGTHS, NAMES, RANKS
+from tiny_runs import MAMBA_SHAPE, MAMBAS, loud
+
+from earlyfuse.models.blocks.cache import Decoding
+from earlyfuse.models.context import Layout, attention_mask
+
+TOLERANCE = 1e-11  # in fp64, in the whole model, with a scan made to matter; measured: 3e-14
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What ``sequence_ranks.py`` wrote, launched once."""
+    folder = tmp_path_factory.mktemp("sequence")
+    paths = [str(SUPPORT), os.environ.get("PYTHONPATH", "")]
+    subprocess.run(
+        [sys.executable, sequence_ranks.__file__, str(folder)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
+        check=True,
+        timeout=600,
+    )
+    return torch.load(folder / "compared.pt"), torch.load(folder / "sent.pt")
+
+
+@pytest.mark.parametrize("parts", [2, RANKS])
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("name", NAMES)
+def test_parts_of_a_row_compute_what_the_whole_row_does(ranks, name, length, parts):
+    compared, _ = ranks
+    assert compared[f"{name}, {length}, {parts}"] < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["mamba", "mixture_of_mamba"])
+def test_what_a_scan_and_its_convolution_send_does_not_grow_with_the_row(ranks, name):
+    _, sent = ranks
+    short, long = sent[name][24], sent[name][96]
+    assert short == long
+    inner, blocks = 2 * MAMBA_SHAPE.dim, 2
+    halo, state = (RANKS * inner * n * 4 for n in (MAMBA_SHAPE.conv_width - 1, MAMBA_SHAPE.states))
+    forward, backward = halo + 2 * state, halo + state
+    assert sum(size for _, _, size in long) == blocks * (forward + backward)
+
+
+def test_attention_sends_keys_and_values_of_its_row_once_each_way(ranks):
+    _, sent = ranks
+    for length, calls in sent["dense"].items():
+        keys_and_values = length * 2 * 32 * 4
+        assert [size for _, _, size in calls] == [keys_and_values] * 4  # two layers
+        assert [kind for kind, _, _ in calls] == ["all_gather"] * 2 + ["reduce_scatter"] * 2
+
+
+class Elsewhere:
+    """The second half of a row, whose first half cannot be reached."""
+
+    index, parts = 1, 2
+
+
+def test_documents_are_written_whole_on_every_rank():
+    model = MAMBAS["hybrid"]().build()
+    model.init_states()
+    loud(model)
+    tokens, positions = torch.arange(12).view(2, 6), torch.arange(6).expand(2, -1)
+    expected = model(tokens)[:, -1:]
+    model.row_part = Elsewhere()
+    decoding = Decoding(2, slots=6)
+    decoding.expect(torch.tensor([6, 6]), 6)
+    found = model(tokens, None, positions, decoding=decoding)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_a_token_keeps_its_place_in_the_global_batch():
+    positions, rows = torch.arange(8).expand(2, -1), torch.tensor([5, 3])
+
+    def places(part: slice, **options) -> torch.Tensor:
+        here = positions[:, part]
+        layout = Layout.build(torch.zeros_like(here), here, (0, 1), 0, 1e4, rows, **options)
+        return layout.place_T.view(2, -1)
+
+    assert places(slice(4, 8), row_part=Elsewhere()).equal(places(slice(0, 8))[:, 4:])
+
+
+def test_the_mask_of_a_part_is_its_rows_of_the_whole_mask():
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0], [0, 0, 1, 2, 3, 4, 5, 6]])
+    whole = attention_mask(positions)
+    for first in (0, 2, 4, 6):
+        part = attention_mask(positions[:, first : first + 2], first)
+        assert part.equal(whole[:, :, first : first + 2, : first + 2])
+        assert not whole[:, :, first : first + 2, first + 2 :].any()
+
+
+def test_a_later_part_of_a_row_of_one_document_has_a_mask():
+    positions = torch.arange(8).expand(2, -1)
+    assert attention_mask(positions) is None, "plain causal attention says the same"
+    assert attention_mask(positions[:, 4:], 4).sum() == 2 * (5 + 6 + 7 + 8)

@@ -1,0 +1,137 @@
+"""Task checks: what is scored, and that the answer is never shown."""
+
+import base64
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from toy import VOCABULARY
+
+from earlyfuse.data.atomic import atomic_write_json
+from earlyfuse.data.tokenizers.image import save_image_tokenizer
+from earlyfuse.data.tokenizers.image_kmeans import KMeansTokenizer
+from earlyfuse.data.tokenizers.text import TextTokenizer
+from earlyfuse.models.batch import MixedBatch
+from earlyfuse.models.vocabulary import MediaCodes, Modality, Vocabulary
+from earlyfuse.parallel.evaluation.eval_tasks import Ranks, Task, load_tasks
+
+WORDS = [(10,), (11, 12), (11, 13, 14)]  # two of them begin alike
+
+
+def prompts(number: int) -> list[list[int]]:
+    return [[0, 3, *(32 + (i + j) % 16 for j in range(4)), 4, 20 + i] for i in range(number)]
+
+
+def batches(rows: int = 2, seq_len: int = 40) -> list[MixedBatch]:
+    tokens = torch.randint(5, 32, (rows, seq_len), generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(seq_len).expand(rows, seq_len) % 15
+    zeros = torch.zeros(rows, seq_len, dtype=torch.int32)
+    return [MixedBatch(tokens, tokens, VOCABULARY.modality_of(tokens), positions, zeros)] * 2
+
+
+class Oracle(torch.nn.Module):
+    """Knows the right word of every prompt, from the document around the position alone."""
+
+    def __init__(self, words: list[tuple[int, ...]]):
+        super().__init__()
+        self.words, self.weight = words, torch.nn.Parameter(torch.zeros(1))
+        self.seen: list[MixedBatch] = []
+
+    def forward(self, tokens_BS, modality_BS, positions_BS):
+        self.seen.append(MixedBatch(tokens_BS, tokens_BS, modality_BS, positions_BS, tokens_BS))
+        logits = torch.zeros(*tokens_BS.shape, VOCABULARY.size)
+        for row, tokens in enumerate(tokens_BS.tolist()):
+            for place in range(len(tokens)):
+                start = place - int(positions_BS[row, place])
+                document = tokens[start : place + 1]
+                for number, prompt in enumerate(prompts(len(self.words))):
+                    rest = tuple(document[len(prompt) :])
+                    word = self.words[number]
+                    if document[: len(prompt)] == prompt and word[: len(rest)] == rest != word:
+                        logits[row, place, word[len(rest)]] = 1
+        return logits
+
+
+def task(answers: list[int]) -> Task:
+    return Task("toy", prompts(len(answers)), WORDS, answers, VOCABULARY)
+
+
+def test_a_model_that_knows_scores_one_and_one_that_errs_scores_its_share():
+    answers = [0, 1, 2, 2, 1, 0, 2]
+    assert task(answers).accuracy(Oracle([WORDS[a] for a in answers]), batches(), Ranks()) == 1
+    wrong = [WORDS[a] for a in answers]
+    wrong[1], wrong[3] = WORDS[2], WORDS[0]
+    assert task(answers).accuracy(Oracle(wrong), batches(), Ranks()) == pytest.approx(5 / 7)
+    assert task(answers).chance == pytest.approx(3 / 7)
+
+
+def test_the_answer_is_never_in_the_input():
+    answers = [0, 0, 0, 0]
+    model = Oracle([WORDS[0]] * 4)
+    task(answers).accuracy(model, batches(), Ranks())
+    for batch in model.seen:
+        for row, tokens in enumerate(batch.tokens_BS.tolist()):
+            for place in range(1, len(tokens)):
+                after_a_prompt = tokens[place - 1] >= 20 and tokens[place - 2] == 4
+                assert not (after_a_prompt and batch.positions_BS[row, place] > 0), (
+                    "a document goes on"
+                )
+
+
+def test_prompts_lie_among_untouched_held_out_data():
+    model = Oracle([WORDS[0]] * 4)
+    task([0, 0, 0, 0]).accuracy(model, batches(), Ranks())
+    seen, original = model.seen[0], batches()[0]
+    assert torch.equal(seen.tokens_BS[:, 8:], original.tokens_BS[:, 8:])
+    assert seen.positions_BS[0, 8:15].tolist() == list(range(7)), (
+        "the rest of a document begins anew"
+    )
+    assert torch.equal(seen.positions_BS[:, 15:], original.positions_BS[:, 15:])
+    assert torch.equal(seen.modality_BS, VOCABULARY.modality_of(seen.tokens_BS))
+
+
+def png(shade: int) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(np.full((8, 8, 3), shade, np.uint8)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def test_tasks_of_a_folder_are_tokenised_as_training_data_is(tmp_path):
+    text = TextTokenizer.train(
+        [f"a shade of dark, {i} times lighter than {chr(97 + i)}" for i in range(26)], 325
+    )
+    images = KMeansTokenizer.train(
+        np.stack([np.full((8, 8, 3), s, np.uint8) for s in range(0, 256, 8)]),
+        patch=4,
+        codes=8,
+        seed=0,
+    )
+    media = MediaCodes(Modality.IMAGE, text.size, 8, text.begin_image, text.end_image, images.block)
+    vocabulary = Vocabulary(text.size + 8, text.bos, text.eos, text.pad, (media,))
+    (tmp_path / "tokenizers").mkdir()
+    (tmp_path / "validation").mkdir()
+    text.save(tmp_path / "tokenizers" / "text.model")
+    save_image_tokenizer(images, tmp_path / "tokenizers" / "image.safetensors")
+    atomic_write_json(tmp_path / "tokenizers" / "vocabulary.json", vocabulary.to_dict())
+    assert load_tasks(tmp_path) == []
+    items = [
+        {"image": base64.b64encode(png(shade)).decode(), "answer": answer}
+        for shade, answer in ((0, "dark"), (255, "light"))
+    ]
+    fields = {"name": "shade", "prefix": "shade ", "candidates": ["light", "dark"], "items": items}
+    (tmp_path / "validation" / "tasks.json").write_text(json.dumps({"tasks": [fields]}))
+    (loaded,) = load_tasks(tmp_path)
+    assert loaded.answers == [1, 0] and loaded.chance == 0.5
+    for prompt, shade in zip(loaded.prompts, (0, 255), strict=True):
+        codes = images.encode(np.full((1, 8, 8, 3), shade, np.uint8))[0] + text.size
+        assert prompt[:2] == [text.bos, text.begin_image]
+        assert prompt[2 : 2 + images.block] == codes.tolist()
+        for candidate, word in zip(loaded.candidates, ("light", "dark"), strict=True):
+            assert prompt[3 + images.block :] + list(candidate) == text.encode("shade " + word)
+    fields["candidates"] = ["light", "light and dark"]
+    (tmp_path / "validation" / "tasks.json").write_text(json.dumps({"tasks": [fields]}))
+    with pytest.raises(ValueError, match="beginning of another"):
+        load_tasks(tmp_path)

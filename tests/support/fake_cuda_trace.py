@@ -1,0 +1,210 @@
+"""Traces forward, loss and backward of every model family on fake CUDA tensors.
+
+``python tests/fake_cuda_trace.py LIBRARY CASE …`` prints a JSON object: case → list of problems. A
+problem is an op that mixes devices, copies between host and device, or makes the host wait for the
+device. ``LIBRARY`` is ``fake_cuda.cpp``, compiled.
+
+Real CUDA kernels are stood in for by the fakes of our ops and by SDPA for FlexAttention, which
+torch compiles.
+"""
+
+import ctypes
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+if __name__ == "__main__":
+    ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)  # before torch
+
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from earlyfuse.configs import decoders, mamba_decoders
+from earlyfuse.models.blocks import attention
+from earlyfuse.models.decoder import Decoder
+from earlyfuse.models.objectives.next_token import ChameleonObjective
+from earlyfuse.models.routing.causal import routing
+from earlyfuse.models.routing.causal_router import CausalRouter
+from earlyfuse.models.routing.gumbel_noise import RouterNoise
+from earlyfuse.models.routing.token_choice import TokenChoice
+from earlyfuse.models.vocabulary import Modality
+from earlyfuse.parallel.evaluation.validation import evaluating
+
+ROWS, SEQ_LEN, VOCABULARY = 2, 256, 256
+TEXT_IMAGE = (Modality.TEXT, Modality.IMAGE)
+SHAPE = decoders.Shape(dim=64, layers=2, heads=4, hidden_dim=128, vocab_size=VOCABULARY)
+MAMBA = mamba_decoders.MambaShape(dim=64, layers=1, vocab_size=VOCABULARY)
+
+
+def moma(modalities: tuple[Modality, ...] = TEXT_IMAGE, **routers: Any) -> Decoder.Config:
+    shape = replace(SHAPE, modalities=modalities)
+    shares = {modality: 1 / len(modalities) for modality in modalities}
+    model = decoders.moma(shape, dict.fromkeys(modalities, 2), shares)
+    return decoders.with_routers(model, **routers) if routers else model
+
+
+FAMILIES: dict[str, Callable[[], Decoder.Config]] = {
+    "dense": partial(decoders.dense, SHAPE),
+    "dense_dropout": partial(decoders.dense, replace(SHAPE, dropout=0.1)),
+    "moe_1t1i": partial(decoders.moe_1t1i, SHAPE),
+    "mixture_of_transformers": partial(decoders.mixture_of_transformers, SHAPE),
+    "moe_8x": partial(decoders.moe, SHAPE),
+    "moma": moma,
+    "moma_speech": partial(moma, tuple(Modality)),
+    "moma_causal": partial(moma, causal=CausalRouter.Config()),
+    "moma_noise_normalised": partial(
+        moma, noise=RouterNoise.Config(end_step=10), weights="normalised", init="centred"
+    ),
+    "moma_shared": lambda: decoders.moma(
+        replace(SHAPE, hidden_dim=192),
+        dict.fromkeys(TEXT_IMAGE, 2),
+        dict.fromkeys(TEXT_IMAGE, 0.5),
+        shared=decoders.Shared(1, 1),
+    ),
+    "moma_exact": partial(moma, budget="exact"),
+    "token_choice": partial(decoders.token_choice, SHAPE, 4),
+    "token_choice_by_modality": lambda: decoders.token_choice(
+        SHAPE, dict.fromkeys(TEXT_IMAGE, 2), router=TokenChoice.Config(top_k=2, normalise=True)
+    ),
+    "mamba": partial(mamba_decoders.mamba, MAMBA),
+    "mixture_of_mamba": partial(mamba_decoders.mixture_of_mamba, MAMBA),
+    "mixture_of_mamba_speech": lambda: mamba_decoders.mixture_of_mamba(
+        replace(MAMBA, modalities=tuple(Modality))
+    ),
+    "hybrid_mot": lambda: mamba_decoders.hybrid(decoders.mixture_of_transformers(SHAPE), "am"),
+    "hybrid_moma": lambda: mamba_decoders.hybrid(moma(), "ams"),
+}
+
+
+class _Watch(TorchDispatchMode):
+    """Notes ops whose tensors lie on different devices; a number on the host may meet any device,
+    as CUDA kernels take it as an argument.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.problems: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        tensors = [
+            leaf
+            for leaf in tree_leaves((args, kwargs, out))
+            if isinstance(leaf, torch.Tensor) and not (leaf.ndim == 0 and leaf.device.type == "cpu")
+        ]
+        if len({tensor.device.type for tensor in tensors}) > 1:
+            self.problems.append(f"{func} meets host and device at {_place()}")
+        return out
+
+
+class _WatchFactories(TorchFunctionMode):
+    """Notes tensors made on the device from Python values: a blocking copy from the host."""
+
+    def __init__(self, watch: _Watch) -> None:
+        super().__init__()
+        self.watch = watch
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func in (torch.tensor, torch.as_tensor, torch.from_numpy) and out.device.type == "cuda":
+            self.watch.problems.append(f"{func.__name__} copies to the device at {_place()}")
+        return out
+
+
+def _place() -> str:
+    """The innermost line of the package that is running."""
+    ours = [
+        frame
+        for frame in traceback.extract_stack()
+        if "/models/" in frame.filename or "/kernels/" in frame.filename
+    ]
+    ours = [frame for frame in ours if "site-packages" not in frame.filename]
+    return f"{ours[-1].filename.rpartition('/')[2]}:{ours[-1].lineno}" if ours else "the test"
+
+
+def _flex_attention(q: Any, k: Any, v: Any, block_mask: Any, enable_gqa: bool) -> torch.Tensor:
+    tables = [block_mask.kv_num_blocks, block_mask.kv_indices]
+    assert {t.device.type for t in (q, k, v, *tables)} == {"cuda"}
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=enable_gqa)
+
+
+def trace(case: str) -> list[str]:
+    """Problems of one case: ``family``, ``family:bfloat16``, ``family:validation`` or
+    ``family:causal``.
+    """
+    family, _, form = case.partition(":")
+    config = FAMILIES[family]()
+    dtype = torch.bfloat16 if form == "bfloat16" else torch.float32
+    watch = _Watch()
+    with FakeTensorMode(), torch.device("cuda"):
+        model = config.build()
+        for module in model.modules():  # fake parameters cannot be cast in place
+            for name, parameter in module.named_parameters(recurse=False):
+                setattr(module, name, torch.nn.Parameter(parameter.to(dtype)))
+        tokens_BS = torch.randint(0, VOCABULARY, (ROWS, SEQ_LEN))
+        modality_BS = (tokens_BS % len(config.modalities)).to(torch.uint8)
+        positions_BS = torch.arange(SEQ_LEN).expand(ROWS, SEQ_LEN)
+        row_B = torch.arange(ROWS)
+    for module in model.modules():
+        if hasattr(module, "recording"):
+            module.recording = True
+        if isinstance(module, CausalRouter):
+            module.step_tokens = float(ROWS * SEQ_LEN)
+        if isinstance(module, RouterNoise):
+            module.set_step("layer", 1)
+    objective = ChameleonObjective(ChameleonObjective.Config())
+
+    def forward() -> torch.Tensor:
+        loss = objective.loss_of(tokens_BS, modality_BS)
+        sums = model(tokens_BS, modality_BS, positions_BS, None, loss, row_B)
+        return sums.total / (ROWS * SEQ_LEN)
+
+    try:
+        with tokens_BS.fake_mode, watch, _WatchFactories(watch):
+            if form == "validation":
+                with torch.no_grad(), evaluating(model):
+                    forward()
+            elif form == "causal":
+                with torch.no_grad(), evaluating(model), routing(model, "causal"):
+                    forward()
+            else:
+                forward().backward()
+                without = [n for n, p in model.named_parameters() if p.grad is None]
+                watch.problems += [f"{name} has no gradient" for name in without]
+    except (DataDependentOutputException, DynamicOutputShapeException) as wait:
+        line = next(
+            frame
+            for frame in reversed(traceback.extract_tb(wait.__traceback__))
+            if "site-packages" not in frame.filename and frame.filename != __file__
+        )
+        place = f"{line.filename.rpartition('/')[2]}:{line.name}"
+        watch.problems.append(f"the host waits for {wait} in {place}")
+    except RuntimeError as error:
+        watch.problems.append(f"{type(error).__name__}: {error}"[:500])
+    return list(dict.fromkeys(watch.problems))
+
+
+def main(cases: list[str]) -> None:
+    torch.cuda.get_device_capability = lambda device=None: (9, 0)  # Triton's ops, by their fakes
+    attention._compiled_flex_attention = lambda: _flex_attention
+    print(json.dumps({case: trace(case) for case in cases}), flush=True)
+    os._exit(0)  # autograd's device threads cannot end without a device
+
+
+if __name__ == "__main__":
+    main(sys.argv[2:])

@@ -1,0 +1,6 @@
+"""Where the tree is, and the programs that tests start."""
+
+from pathlib import Path
+
+SUPPORT = Path(__file__).parent
+ROOT = SUPPORT.parent.parent

@@ -1,0 +1,121 @@
+"""Models on whole rows beside the same on rows cut over ranks; run by test_sequence_parallel.py.
+
+    python tests/sequence_ranks.py FOLDER
+
+Starts its four ranks by fork, so that they import once. Rank 0 writes ``FOLDER/compared.pt``: for
+each case "model, length, parts" how far outputs and gradients are from those of whole rows,
+relative to their largest; and ``FOLDER/sent.pt``: what one forward and backward sends, by length.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tiny_runs import MAMBAS, MODELS, loud
+from torch import multiprocessing
+from torch.distributed.device_mesh import init_device_mesh
+
+from earlyfuse.models.blocks.sequence_shard import WholeRow
+from earlyfuse.models.decoder import Decoder
+from earlyfuse.parallel.estimates.collective_counter import CollectiveCounter
+from earlyfuse.parallel.strategies.context import PartOverRanks
+
+WORDS = 48
+RANKS = 4
+NAMES = ("dense", "mot", "token_choice", *MAMBAS)
+LENGTHS = (4, 8, 24)  # parts of 1 to 12 positions, some below the convolution's reach of 3
+
+# where documents begin in rows of 24 positions, which 4 parts cut at 6, 12 and 18
+STARTS = (
+    (0,),  # one over all parts
+    (0, 6, 12, 18),  # every cut is a start
+    (0, 5, 7, 11, 13, 17, 19),  # right before and right behind each cut
+    (0, 2, 20),  # over parts 0 to 3, the middle ones without any start
+    (0, 1, 2, 3, 4, 5, 8, 9, 10, 23),
+)
+
+
+def batch(length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tokens, modalities, positions, labels of rows of ``length``: images here, text there; in the
+    last row each half is of one modality.
+    """
+    generator = torch.Generator().manual_seed(length)
+    rows = len(STARTS)
+    tokens, labels = torch.randint(0, WORDS, (2, rows, length), generator=generator)
+    modality = torch.randint(0, 2, (rows, length), generator=generator).to(torch.uint8)
+    modality[-1] = torch.arange(length) >= length // 2
+    positions = torch.arange(length).repeat(rows, 1)
+    for row, starts in enumerate(STARTS):
+        for start in {start * length // 24 for start in starts}:
+            positions[row, start:] = torch.arange(length - start)
+    return tokens, modality, positions, labels
+
+
+def outputs_and_gradients(
+    model: Decoder, arguments: tuple[torch.Tensor, ...], labels: torch.Tensor
+) -> list[torch.Tensor]:
+    """Logits, and the gradients of a loss that gives every position another weight."""
+    model.zero_grad()
+    logits = model(*arguments)
+    chosen = logits.log_softmax(-1).gather(2, labels[..., None])
+    (chosen.sum() + 0.1 * logits.square().sum()).backward()
+    return [logits.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+def difference(model: Decoder, length: int, mesh) -> float:
+    """The largest error, relative to the largest number of its tensor; of this mesh's ranks."""
+    *arguments, labels = batch(length)
+    model.row_part = WholeRow()
+    expected, *expected_gradients = outputs_and_gradients(model, tuple(arguments), labels)
+    expected_gradients = [gradient.clone() for gradient in expected_gradients]
+    model.row_part = part = PartOverRanks(mesh)
+    size = length // part.parts
+    here = slice(part.index * size, (part.index + 1) * size)
+    arguments = [tensor[:, here] for tensor in arguments]
+    found, *gradients = outputs_and_gradients(model, tuple(arguments), labels[:, here])
+    pairs = [(found, expected[:, here])]
+    for gradient, wanted in zip(gradients, expected_gradients, strict=True):
+        dist.all_reduce(gradient, group=mesh.get_group())
+        pairs.append((gradient, wanted))
+    return max(float((a - b).abs().max() / b.abs().max().clamp_min(1e-9)) for a, b in pairs)
+
+
+def bytes_sent(model: Decoder, length: int, mesh) -> list[tuple[str, int, int]]:
+    """What one forward and backward of one row sends."""
+    *arguments, labels = (tensor[:1] for tensor in batch(length))
+    model.row_part = part = PartOverRanks(mesh)
+    here = slice(part.index * length // part.parts, (part.index + 1) * length // part.parts)
+    with CollectiveCounter() as counter:
+        arguments = tuple(tensor[:, here] for tensor in arguments)
+        outputs_and_gradients(model, arguments, labels[:, here])
+    return sorted(tuple(call) for call in counter.seen)
+
+
+def main(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(folder / "store"), RANKS)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
+    pairs = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "cp"))
+    meshes = {2: pairs["cp"], 4: init_device_mesh("cpu", (4,))}
+    compared, sent = {}, {}
+    for name in NAMES:
+        model = (MODELS | MAMBAS)[name]().build()
+        model.init_states()
+        loud(model)
+        model.double()  # only what is computed differs, not how it is rounded
+        for length in LENGTHS:
+            for parts, mesh in meshes.items():
+                error = torch.tensor(difference(model, length, mesh))
+                dist.all_reduce(error, op=dist.ReduceOp.MAX)
+                compared[f"{name}, {length}, {parts}"] = float(error)
+        model.float()
+        sent[name] = {length: bytes_sent(model, length, meshes[4]) for length in (24, 96)}
+    if dist.get_rank() == 0:
+        torch.save(compared, folder / "compared.pt")
+        torch.save(sent, folder / "sent.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    multiprocessing.start_processes(main, (Path(sys.argv[1]),), nprocs=RANKS, start_method="fork")

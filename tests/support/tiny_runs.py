@@ -1,0 +1,127 @@
+"""Tiny training runs on the toy data, for tests."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from earlyfuse.configs import decoders, embedded, mamba_decoders
+from earlyfuse.models.decoder import Decoder
+from earlyfuse.models.routing.causal_router import CausalRouter
+from earlyfuse.models.routing.gumbel_noise import RouterNoise
+from earlyfuse.models.routing.token_choice import TokenChoice
+from earlyfuse.models.vocabulary import Modality
+from earlyfuse.parallel.trainer import Trainer
+
+SHAPE = decoders.Shape(dim=32, layers=2, heads=2, hidden_dim=48, vocab_size=48)
+SHARES = {Modality.TEXT: 0.7, Modality.IMAGE: 0.3}
+
+
+def moma(shape: decoders.Shape = SHAPE, **options) -> Decoder.Config:
+    return decoders.moma(
+        shape, {Modality.TEXT: 2, Modality.IMAGE: 2}, SHARES, routing_rows=2, **options
+    )
+
+
+def token_choice(shape: decoders.Shape = SHAPE, **router) -> Decoder.Config:
+    options = {"top_k": 2, "normalise": True, "scale": 1.5, "bias_rate": 0.05} | router
+    return decoders.token_choice(
+        shape,
+        {Modality.TEXT: 4, Modality.IMAGE: 2},
+        shared=decoders.Shared(everyone=3 - options["top_k"]),
+        router=TokenChoice.Config(**options),
+    )
+
+
+MODELS = {
+    "dense": lambda: decoders.dense(SHAPE),
+    "moe_8x": lambda: decoders.moe(SHAPE, experts=4, routing_rows=2),
+    "moma": moma,
+    "shared": lambda: moma(shared=decoders.Shared(everyone=1, by_modality=1)),
+    "token_choice": token_choice,
+    "mot": lambda: decoders.mixture_of_transformers(SHAPE),
+    "moma_causal": lambda: decoders.with_routers(
+        moma(),
+        causal=CausalRouter.Config(at_least_one=True),
+        noise=RouterNoise.Config(end_step=20),
+        weights="normalised",
+        init="centred",
+        init_gain=20.0,
+    ),
+}
+
+MAMBA_SHAPE = mamba_decoders.MambaShape(dim=32, layers=1, vocab_size=48)
+MAMBAS = {
+    "mamba": lambda: mamba_decoders.mamba(MAMBA_SHAPE),
+    "mixture_of_mamba": lambda: mamba_decoders.mixture_of_mamba(MAMBA_SHAPE),
+    "hybrid": lambda: mamba_decoders.hybrid(
+        decoders.mixture_of_transformers(replace(SHAPE, layers=3)), "ams"
+    ),
+}
+
+
+def tiny_config(
+    folder: Path, data: Path, model: Decoder.Config | None = None, steps: int = 6
+) -> Trainer.Config:
+    config = embedded.moma_4t4i()
+    config.model_spec = replace(config.model_spec, model=model or moma())
+    config.dump_folder = str(folder)
+    config.data = replace(
+        config.data, folder=str(data), embedded=False, shares={"text": 0.5, "pairs": 0.5}
+    )
+    config.dataloader.media_share = 0.3
+    config.training.steps = steps
+    config.training.seq_len = 32
+    config.training.local_batch_size = 2
+    config.training.global_batch_size = 4
+    config.lr_scheduler.warmup_steps = 2
+    config.checkpoint.interval = 3
+    config.metrics.log_freq = 1
+    config.validator.freq = 3
+    config.validator.batch_rows = 2
+    return config
+
+
+TIMES = {"tokens_per_second", "data_wait", "memory_gib", "mfu"}
+
+
+TIMES |= {"rank_seconds/max", "rank_seconds/min", "slowest_rank", "slowest_host"}
+
+
+def run(config, stop_after: int | None = None) -> Trainer:
+    trainer = config.build()
+    if stop_after:
+        trainer.should_continue_training = lambda: trainer.step < stop_after
+    trainer.train()
+    trainer.close()
+    return trainer
+
+
+def metrics(folder: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+
+
+def state(trainer: Trainer) -> dict[str, torch.Tensor]:
+    flat = {f"model.{k}": v for k, v in trainer.model.state_dict().items()}
+    flat |= {
+        f"optimizer.{k}": v
+        for k, v in trainer.optimizers.state_dict().items()
+        if torch.is_tensor(v)
+    }
+    flat["lanes"], flat["tokens"] = trainer.dataloader.lanes, trainer.tokens_M
+    return flat
+
+
+@torch.no_grad()
+def loud(model: nn.Module) -> None:
+    """Scale up what makes the scan matter: input, rates of decay and steps."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("A_log"):
+            parameter -= 1.5  # slower decay: what was read long ago is still there
+        elif name.endswith("dt_bias"):
+            parameter += 3.0
+        elif "_proj" in name:
+            parameter *= 3.0

@@ -1,0 +1,60 @@
+"""Tiny prepared sources for tests: 66 ids, images of 4 codes, written by prepare's own writer."""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from earlyfuse.data.shards.writer import ShardRecord, shard_name, write_manifest, write_shard
+from earlyfuse.models.vocabulary import MediaCodes, Modality, Vocabulary
+
+PAD, BOS, EOS, BEGIN, END = 0, 1, 2, 3, 4
+BLOCK, CODES = 4, range(50, 66)
+VOCABULARY = Vocabulary(
+    size=66,
+    bos=BOS,
+    eos=EOS,
+    pad=PAD,
+    media=(MediaCodes(Modality.IMAGE, start=50, count=16, begin=BEGIN, end=END, block=BLOCK),),
+)
+HASHES = {"text": "aa", "image": "bb"}
+
+
+# Sources use tokens of their own, so that a piece tells which source it came from.
+def image(code: int = 0, first: int = 50) -> list[int]:
+    return [BEGIN, *(first + (code + i) % 8 for i in range(BLOCK)), END]
+
+
+def text(rng: np.random.Generator, longest: int, first: int) -> list[int]:
+    return rng.integers(first, first + 20, rng.integers(1, longest)).tolist()
+
+
+def text_document(rng: np.random.Generator) -> list[int]:
+    return [BOS, *text(rng, 40, 5), EOS]
+
+
+def mixed_document(rng: np.random.Generator) -> list[int]:
+    def part():
+        return text(rng, 6, 25) if rng.random() < 0.4 else image(int(rng.integers(8)), 58)
+
+    return [BOS, *itertools.chain(*(part() for _ in range(6))), EOS]
+
+
+def image_document(rng: np.random.Generator) -> list[int]:
+    return [BOS, *image(int(rng.integers(8))), EOS]
+
+
+def write_source(folder: Path, documents, shards=2, hashes=HASHES, vocabulary=VOCABULARY) -> Path:
+    folder.mkdir(parents=True)
+    records = []
+    for number in range(shards):
+        part = [np.array(d, np.int64) for d in documents[number::shards]]
+        kinds = vocabulary.modalities
+        modality = [vocabulary.modality_of(torch.from_numpy(d)) for d in part]
+        counts = [[int((m == kind).sum()) for kind in kinds] for m in modality]
+        record = ShardRecord(f"{shard_name(number)}.tar", "", f"raw-{number}", 0, "")
+        write_shard(folder, record, zip(part, counts, strict=True), vocabulary)
+        records.append(record)
+    write_manifest(folder, vocabulary, hashes, records)
+    return folder

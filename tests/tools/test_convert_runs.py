@@ -1,0 +1,218 @@
+"""Trained models leave a run by the converter, and converted ones start runs."""
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from public_chameleons import chameleon
+from tiny_runs import MODELS, SHAPE, tiny_config
+from toy import VOCABULARY, make_data
+
+from earlyfuse.configs import decoders
+from earlyfuse.data.atomic import sha256_file
+from earlyfuse.parallel.checkpoint import initial_load
+from earlyfuse.parallel.checkpoint.open_checkpoint import load_model
+from earlyfuse.parallel.trainer import Trainer
+from earlyfuse.parallel.training.warm_start import Start
+from earlyfuse.tools.convert import convert
+from earlyfuse.tools.documents import ModelFolder
+
+TOKENS = torch.randint(0, 48, (4, 32), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Toy data whose tokenizers are files of the hashes that it names."""
+    folder = tmp_path_factory.mktemp("toy") / "data"
+    (folder / "tokenizers").mkdir(parents=True)
+    (folder / "tokenizers" / "text.model").write_bytes(b"pieces")
+    return make_data(folder, tokenizer=sha256_file(folder / "tokenizers" / "text.model"))
+
+
+def run(config: Trainer.Config) -> Trainer:
+    config.metrics.enable_tensorboard = False
+    trainer = config.build()
+    trainer._finish = lambda saved: None
+    trainer.train()
+    trainer.close()
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, data) -> tuple[Path, Trainer]:
+    folder = tmp_path_factory.mktemp("run")
+    return folder, run(tiny_config(folder, data, steps=4))
+
+
+@pytest.mark.parametrize("which", ["", "checkpoint/step-3", "checkpoint/step-4"])
+def test_a_run_or_a_checkpoint_of_it_loads_in_one_call(trained, which, tmp_path):
+    folder, trainer = trained
+    model, vocabulary = load_model(folder / which)
+    assert vocabulary == VOCABULARY and not model.training
+    differs = [
+        name
+        for name, tensor in trainer.model.state_dict().items()
+        if not torch.equal(tensor, model.state_dict()[name])
+    ]
+    assert bool(differs) == (which == "checkpoint/step-3")
+    shutil.copytree(folder / "checkpoint" / "step-4", tmp_path / "alone")
+    load_model(tmp_path / "alone")
+
+
+def test_loading_needs_no_launcher_and_makes_no_process_group(trained):
+    code = (
+        "import sys, torch\n"
+        "from earlyfuse.parallel.checkpoint.open_checkpoint import load_model\n"
+        "model, vocabulary = load_model(sys.argv[1])\n"
+        "tokens = torch.arange(32).view(2, 16)\n"
+        "logits = model(tokens, modality_BS=vocabulary.modality_of(tokens))\n"
+        "assert logits.shape == (2, 16, 48) and logits.isfinite().all()\n"
+        "assert not torch.distributed.is_initialized()\n"
+        "assert not any(name.startswith('earlyfuse.parallel') for name in sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(trained[0])], check=True)
+
+
+def test_an_export_of_a_run_says_where_it_is_from_and_has_its_tokenizers(trained, data, tmp_path):
+    convert(trained[0], tmp_path / "ours", verify=True)
+    source = json.loads((tmp_path / "ours" / "config.json").read_text())["source"]
+    assert source["step"] == 4 and source["revision"] and source["format"] == "checkpoint"
+    assert set(source["data"]) == {"text", "pairs"} and "text" in source["tokenizers"]
+    assert not (tmp_path / "ours" / "tokenizers").exists(), "the image tokenizer is not the run's"
+
+
+def test_tokenizers_that_are_those_of_the_run_are_copied(trained, data, tmp_path):
+    folder, _ = trained
+    path = folder / "checkpoint" / "step-4" / "config.json"
+    # as if the toy data had an image tokenizer
+    image = data / "tokenizers" / "image.safetensors"
+    described = path.read_text()
+    try:
+        image.write_bytes(b"codes")
+        fields = json.loads(described)
+        fields["source"]["tokenizers"]["image"] = sha256_file(image)
+        (folder / "checkpoint" / "step-4" / "manifest.json").rename(tmp_path / "manifest.json")
+        path.write_text(json.dumps(fields))
+        assert convert(folder, tmp_path / "ours") == []
+        copied = {p.name: p.read_bytes() for p in (tmp_path / "ours" / "tokenizers").iterdir()}
+        assert copied == {p.name: p.read_bytes() for p in (data / "tokenizers").iterdir()}
+    finally:
+        path.write_text(described)
+        shutil.move(tmp_path / "manifest.json", path.with_name("manifest.json"))
+        image.unlink()
+
+
+@pytest.mark.parametrize("kind", ["dense", "mot"])
+def test_a_run_starts_from_a_converted_model_whatever_its_format(tmp_path, data, kind):
+    config = MODELS[kind]()
+    first = run(tiny_config(tmp_path / "run", data, config, steps=2))
+    convert(tmp_path / "run", tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "dcp", "dcp")
+    folders = ["run", "run/checkpoint/step-2", "ours", "dcp"]
+    if kind == "dense":
+        convert(tmp_path / "run", tmp_path / "hf", "hf")
+        folders.append("hf")
+    for folder in folders:
+        second = begun_with(tmp_path / folder, tmp_path / "second", data, MODELS[kind]())
+        assert second.checkpointer.load() and second.step == 0
+        for name, tensor in first.model.state_dict().items():
+            assert torch.equal(second.model.state_dict()[name], tensor), (folder, name)
+        second.close()
+
+
+def begun_with(path: Path, folder: Path, data: Path, model, **settings) -> Trainer:
+    config = tiny_config(folder, data, model, steps=2)
+    config.checkpoint = replace(config.checkpoint, initial_load_path=str(path), **settings)
+    return config.build()
+
+
+def test_what_no_run_can_begin_with_is_refused_by_name(trained, data, tmp_path, monkeypatch):
+    folder, _ = trained
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("text")
+    convert(folder, tmp_path / "ours")
+    shutil.copytree(folder, tmp_path / "lost")
+    shutil.rmtree(tmp_path / "lost" / "checkpoint" / "step-4")
+    dense = MODELS["dense"]()
+    monkeypatch.chdir(tmp_path)
+    for path, model, settings, says in [
+        ("absent", None, {}, r"initial_load_path \(.*/absent\) must be the folder .* is not there"),
+        ("file", None, {}, r"initial_load_path \(.*/file\) must be the folder .* is a file"),
+        ("empty", None, {}, "initial_load_path: .*empty .* must hold a model"),
+        ("lost", None, {}, r"names step-4, which is not there \(there: step-3\)"),
+        ("ours", dense, {}, r"ours is of another model: .*layers.0.feed_forward"),
+        ("ours", None, {"initial_load_model_only": False}, "holds only weights"),
+    ]:
+        trainer = begun_with(path, tmp_path / "second", data, model, **settings)
+        with pytest.raises(ValueError, match=says):
+            trainer.checkpointer.load()
+        trainer.close()
+    for setting in ("initial_load_in_hf", "last_save_in_hf"):
+        model_only = {"last_save_model_only": True}
+        with pytest.raises(ValueError, match=rf"checkpoint.{setting} must be off: .*onver"):
+            begun_with(path, tmp_path / "second", data, None, **{setting: True}, **model_only)
+
+
+DAMAGED = [b"", b"{", b"[]", b"{}", b"[" * 9999, b'{"config": 1}', b"\xff"]
+
+
+@pytest.mark.parametrize("content", DAMAGED, ids=range(7))
+def test_a_damaged_description_of_a_run_is_refused_by_file(trained, data, tmp_path, content):
+    shutil.copytree(trained[0], tmp_path / "run")
+    (tmp_path / "run" / "run.json").write_bytes(content)
+    start = Start.Config(run=str(tmp_path / "run"))
+    for read in (
+        load_model,
+        ModelFolder.read,
+        initial_load.find,
+        lambda folder: convert(folder, tmp_path / "new"),
+        lambda folder: start.build().find(MODELS["moma"]()),
+    ):
+        with pytest.raises(ValueError, match=r"run\.json"):
+            read(tmp_path / "run")
+
+
+def test_a_run_does_not_start_from_a_model_of_another_norm_order_or_rotation(tmp_path, data):
+    shape = replace(SHAPE, norm_order="swin")
+    run(tiny_config(tmp_path / "first", data, decoders.dense(shape), steps=2))
+    others = {
+        "norm_order": decoders.dense(replace(shape, norm_order="pre")),
+        "rope_theta": replace(decoders.dense(shape), rope_theta=5e5),
+    }
+    for name, other in others.items():
+        settings = tiny_config(tmp_path / name, data, other, steps=2)
+        settings.checkpoint.initial_load_path = str(tmp_path / "first" / "checkpoint" / "step-2")
+        trainer = settings.build()
+        with pytest.raises(ValueError, match=rf"another model: here, model.*{name} is"):
+            trainer.checkpointer.load()
+        trainer.close()
+
+
+def test_hugging_faces_model_is_trained_here_and_goes_back(tmp_path):
+    """To DCP, into a run, out of it, into transformers."""
+    transformers = pytest.importorskip("transformers")
+    theirs = chameleon(True, 2)
+    theirs.save_pretrained(tmp_path / "hf")
+    convert(tmp_path / "hf", tmp_path / "dcp", "dcp")
+    start, _ = load_model(tmp_path / "dcp")
+    start.config.modalities = (0, 1)
+    make_data(tmp_path / "data")
+    described = tmp_path / "data" / "tokenizers" / "vocabulary.json"
+    described.write_text(json.dumps(VOCABULARY.to_dict() | {"size": 96}))
+    settings = tiny_config(tmp_path / "run", tmp_path / "data", start.config, steps=2)
+    settings.checkpoint.initial_load_path = str(tmp_path / "dcp")
+    settings.validator.enable = False
+    run(settings)
+    convert(tmp_path / "run", tmp_path / "back", "hf")
+    back = transformers.ChameleonForConditionalGeneration.from_pretrained(tmp_path / "back").eval()
+    ours, _ = load_model(tmp_path / "run")
+    with torch.no_grad():
+        expected = ours(TOKENS)
+        found = back.lm_head(back.model(input_ids=TOKENS).last_hidden_state)
+        assert not torch.allclose(start(TOKENS), expected, atol=1e-2), "nothing was learned"
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
