@@ -1,4 +1,4 @@
-"""Decoding: tokens per second with the cache and without, beside transformers' generate.
+"""DecodeCache: tokens per second with the cache and without, beside transformers' generate.
 
     python benchmarks/decode.py [ROUNDS]
 
@@ -144,7 +144,7 @@ def main(rounds: int) -> None:
     torch.set_num_threads(1)
     model = ours()
     other = theirs(model)
-    report = Report("decode", "Decoding: with a cache, without, and transformers' generate")
+    report = Report("decode", "DecodeCache: with a cache, without, and transformers' generate")
     for documents, length, new in SETTINGS:
         generator = torch.Generator().manual_seed(1)
         words = torch.randint(1024, 2560, (documents, length - 1), generator=generator)

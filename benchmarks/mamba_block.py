@@ -26,7 +26,7 @@ from earlyfuse.kernels.causal_conv1d import causal_conv1d
 from earlyfuse.kernels.selective_scan import selective_scan
 from earlyfuse.kernels.selective_scan.chunks import count_chunks
 from earlyfuse.models.blocks.mamba import Mamba
-from earlyfuse.models.context import Layout
+from earlyfuse.models.context import ForwardContext
 from harness import Report, Rival, Timing, compare, verify
 from selective_scan import OURS as SCAN
 from selective_scan import Setting as ScanSetting
@@ -83,7 +83,7 @@ class Problem:
         else:
             image_BS = torch.randint(0, 2, (setting.rows, setting.seq_len), generator=generator)
         positions_BS = torch.arange(setting.seq_len).expand(setting.rows, -1)
-        self.layout = Layout.build(image_BS.to(torch.uint8), positions_BS, (0, 1), 0, 1e4)
+        self.layout = ForwardContext.build(image_BS.to(torch.uint8), positions_BS, (0, 1), 0, 1e4)
         self.image_T = image_BS.flatten().bool()
         self.mixture = self.build(PROJECTIONS, generator)
         self.dense = self.build((), generator)

@@ -29,7 +29,7 @@ from torchtitan.models.common.token_dispatcher import LocalTokenDispatcher
 from earlyfuse.kernels.grouped_gemm import grouped_swiglu
 from earlyfuse.models.blocks.experts import ExpertPool, MixtureOfExperts
 from earlyfuse.models.blocks.feed_forward import FeedForward
-from earlyfuse.models.context import Layout
+from earlyfuse.models.context import ForwardContext
 from earlyfuse.models.routing.expert_choice import ExpertChoice
 from harness import Report, Rival, Timing, compare, verify
 
@@ -90,7 +90,7 @@ class Problem:
         image_T = torch.randperm(tokens, generator=generator) >= setting.text_share * tokens
         self.image_T = image_T
         positions_BS = torch.arange(tokens // ROWS).expand(ROWS, -1)
-        self.layout = Layout.build(
+        self.layout = ForwardContext.build(
             image_T.to(torch.uint8).view(ROWS, -1), positions_BS, (0, 1), 2, 1e4
         )
         self.router_ED = normal(EXPERTS, dim, std=dim**-0.5).requires_grad_()

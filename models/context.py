@@ -1,4 +1,4 @@
-"""Layout: what every layer needs to know of a batch, worked out once and handed down.
+"""ForwardContext: what every layer needs to know of a batch, worked out once and handed down.
 
 B rows, S positions, L positions of a row up to the last one here, T = B·S tokens, H width of a
 head.
@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from earlyfuse.models.blocks.cache import Decoding
-from earlyfuse.models.blocks.sequence_shard import RowPart, WholeRow
+from earlyfuse.models.blocks.cache import DecodeCache
+from earlyfuse.models.blocks.sequence_shard import FullSequence, SequenceShard
 from earlyfuse.models.routes import Routes, by_modality
 
 
 @dataclass
-class Layout:
+class ForwardContext:
     """Where each token of a batch sits: row, document, position, modality.
 
     ``group_T``     (T,) int64: modality group of each token; indexes untied parameters
@@ -25,8 +25,8 @@ class Layout:
     ``mask``        who attends whom: see ``attention_mask``; None too where no layer attends
     ``positions_BS``  (B, S) int64: places in the documents; 0 resets convolutions and scans
     ``place_T``     (T,) int64: row of the global batch · its length + position in the row
-    ``decoding``    what blocks keep of the tokens read before, where a document is being written
-    ``row_part``    which part of each row the S positions are, and how to reach the others
+    ``cache``    what blocks keep of the tokens read before, where a document is being written
+    ``sequence_shard``    which part of each row the S positions are, and how to reach the others
     """
 
     rows: int
@@ -38,8 +38,8 @@ class Layout:
     mask: "torch.Tensor | BlockMask | None"
     positions_BS: torch.Tensor
     place_T: torch.Tensor
-    decoding: Decoding | None = None
-    row_part: RowPart = field(default_factory=WholeRow)
+    cache: DecodeCache | None = None
+    sequence_shard: SequenceShard = field(default_factory=FullSequence)
 
     @classmethod
     def build(
@@ -50,30 +50,30 @@ class Layout:
         head_dim: int,
         rope_theta: float,
         row_B: torch.Tensor | None = None,
-        decoding: Decoding | None = None,
-        row_part: RowPart | None = None,
-    ) -> "Layout":
-        """Work out the layout of one batch, or of a part of its rows, from its modalities and
-        positions alone; with ``decoding``, that of the next tokens of the session's documents,
+        cache: DecodeCache | None = None,
+        sequence_shard: SequenceShard | None = None,
+    ) -> "ForwardContext":
+        """Work out the context of one batch, or of a part of its rows, from its modalities and
+        positions alone; with ``cache``, that of the next tokens of the session's documents,
         which are whole wherever they are written.
 
         ``head_dim`` 0: no layer attends. ``row_B`` int64: which rows of the global batch these
         are; the first ones if None.
         """
         rows, seq_len = positions_BS.shape
-        if row_part is None or decoding is not None:
-            row_part = WholeRow()
+        if sequence_shard is None or cache is not None:
+            sequence_shard = FullSequence()
         if row_B is None:
             row_B = torch.arange(rows, device=positions_BS.device)
-        part_B = row_B * row_part.parts + row_part.index
+        part_B = row_B * sequence_shard.parts + sequence_shard.index
         place_BS = part_B[:, None] * seq_len + torch.arange(seq_len, device=row_B.device)
         group_T = group_of_modality(modality_BS.reshape(-1), modalities)
         cos_BS1H, sin_BS1H = rotary_angles(positions_BS, head_dim, rope_theta)
         mask: torch.Tensor | BlockMask | None = None
-        if decoding is not None:
-            mask = decoding.begin(positions_BS)
+        if cache is not None:
+            mask = cache.begin(positions_BS)
         elif head_dim:
-            mask = attention_mask(positions_BS, row_part.index * seq_len)
+            mask = attention_mask(positions_BS, sequence_shard.index * seq_len)
         return cls(
             rows,
             seq_len,
@@ -84,8 +84,8 @@ class Layout:
             mask,
             positions_BS,
             place_BS.flatten(),
-            decoding,
-            row_part,
+            cache,
+            sequence_shard,
         )
 
 

@@ -20,16 +20,16 @@ from torchtitan.protocols.model import BaseModel
 from torchtitan.protocols.module import Module, ModuleDict
 
 from earlyfuse.models.blocks.attention import Attention
-from earlyfuse.models.blocks.cache import Decoding
+from earlyfuse.models.blocks.cache import DecodeCache
 from earlyfuse.models.blocks.experts import MixtureOfExperts
 from earlyfuse.models.blocks.feed_forward import FeedForward
 from earlyfuse.models.blocks.indexed_parameters import embedding
 from earlyfuse.models.blocks.linear import RMSNorm
-from earlyfuse.models.blocks.local_shard import held
+from earlyfuse.models.blocks.local_shard import to_local
 from earlyfuse.models.blocks.mamba import GROUPS, Mamba
-from earlyfuse.models.blocks.sequence_shard import RowPart, WholeRow
-from earlyfuse.models.context import Layout
-from earlyfuse.models.init_weights import initialise
+from earlyfuse.models.blocks.sequence_shard import FullSequence, SequenceShard
+from earlyfuse.models.context import ForwardContext
+from earlyfuse.models.init_weights import init_weights
 from earlyfuse.models.precision import refuse_autocast
 
 # of hidden states (T, D) and the head's weight (V, D): what an objective wants in place of logits;
@@ -88,14 +88,14 @@ class Block(Module):
             self.add_module(f"{name}_norm", norm.build())
             self.add_module(name, branch.build())
 
-    def forward(self, x_TD: torch.Tensor, layout: Layout) -> torch.Tensor:
+    def forward(self, x_TD: torch.Tensor, context: ForwardContext) -> torch.Tensor:
         """(T, D) → (T, D)."""
         for name in self.branches:
             norm, branch = getattr(self, f"{name}_norm"), getattr(self, name)
             if self.norm_order == "pre":
-                out_TD = branch(norm(x_TD, layout), layout)
+                out_TD = branch(norm(x_TD, context), context)
             else:
-                out_TD = norm(branch(x_TD, layout), layout)
+                out_TD = norm(branch(x_TD, context), context)
             x_TD = x_TD + F.dropout(out_TD, self.dropout, self.training and self.dropout > 0)
         return x_TD
 
@@ -168,7 +168,7 @@ class Decoder(BaseModel):
         super().__init__()
         self.config = config
         self.recording = False  # statistics of the last block's outputs
-        self.row_part: RowPart = WholeRow()
+        self.sequence_shard: SequenceShard = FullSequence()
         sizes = {"dim": config.dim, "vocab_size": config.vocab_size}
         self.tok_embeddings: Embedding | None = Embedding.Config(**sizes).build()
         # by index, so that a block keeps its name wherever it is held
@@ -200,9 +200,9 @@ class Decoder(BaseModel):
         span_BS: torch.Tensor | None = None,
         loss: Loss | None = None,
         row_B: torch.Tensor | None = None,
-        decoding: Decoding | None = None,
+        cache: DecodeCache | None = None,
     ) -> Any:
-        """Logits (B, S, V) of the next token; (B, 1, V), after each row's last, with ``decoding``,
+        """Logits (B, S, V) of the next token; (B, 1, V), after each row's last, with ``cache``,
         to which tokens are then added. With ``loss``, what that makes of hidden states and head,
         and no logits.
 
@@ -220,34 +220,34 @@ class Decoder(BaseModel):
         if positions_BS is None:
             positions_BS = torch.arange(seq_len, device=tokens_BS.device).expand(rows, seq_len)
         config = self.config
-        layout = Layout.build(
+        context = ForwardContext.build(
             modality_BS,
             positions_BS,
             config.modalities,
             config.head_dim,
             config.rope_theta,
             row_B,
-            decoding,
-            self.row_part,
+            cache,
+            self.sequence_shard,
         )
         x_TD = tokens_BS
         if self.tok_embeddings is not None:
             x_TD = self.tok_embeddings(tokens_BS.reshape(-1))
         for layer in self.layers.values():
-            x_TD = layer(x_TD, layout)
+            x_TD = layer(x_TD, context)
         if self.norm is None or self.lm_head is None:
             return x_TD
         if self.recording:
             self._record_output_norm(x_TD)
-        x_BSD = self.norm(x_TD, layout).unflatten(0, (rows, seq_len))
-        return self.lm_head(x_BSD if decoding is None else decoding.last(x_BSD), loss)
+        x_BSD = self.norm(x_TD, context).unflatten(0, (rows, seq_len))
+        return self.lm_head(x_BSD if cache is None else cache.last(x_BSD), loss)
 
     @torch.no_grad()
     def _record_output_norm(self, x_TD: torch.Tensor) -> None:
         norms_T = torch.linalg.vector_norm(x_TD.float(), dim=-1)
         self.output_norm_2 += torch.stack([norms_T.sum(), norms_T.new_full((), norms_T.numel())])
 
-    def take_output_norm(self) -> float:
+    def pop_output_norm(self) -> float:
         """Mean norm of the last block's outputs since the last call.
 
         It grows before Chameleon diverges (arXiv 2405.09818, 2.3).
@@ -259,7 +259,7 @@ class Decoder(BaseModel):
     def init_states(self, *, buffer_device: torch.device | None = None) -> None:
         """Initial values of all parameters (``models/init_weights.py``); statistics at zero."""
         config = self.config
-        initialise(self, std=config.init_std, branches=config.branch_count, seed=config.seed)
+        init_weights(self, std=config.init_std, branches=config.branch_count, seed=config.seed)
         for module in self.modules():
             if isinstance(module, Module):
                 module._init_self_buffers(buffer_device=buffer_device)
@@ -282,7 +282,7 @@ class Embedding(Module):
 
     def forward(self, tokens_T: torch.Tensor) -> torch.Tensor:
         """(T,) ids → (T, D)."""
-        return embedding(tokens_T, held(self.weight))
+        return embedding(tokens_T, to_local(self.weight))
 
 
 class Head(Module):
@@ -303,5 +303,5 @@ class Head(Module):
         The loss is computed in here because here all of the weight is at hand, however it is spread
         over ranks elsewhere.
         """
-        weight_VD = held(self.weight)
+        weight_VD = to_local(self.weight)
         return F.linear(x_BSD, weight_VD) if loss is None else loss(x_BSD.flatten(0, 1), weight_VD)

@@ -52,7 +52,7 @@ Draw = Callable[[tuple[int, int], torch.Generator], torch.Tensor]
 
 
 @torch.no_grad()
-def initialise(
+def init_weights(
     model: nn.Module, *, std: float, branches: int, seed: int, only: Container[str] | None = None
 ) -> None:
     """Fill all parameters of ``model``, or ``only`` those of these names, in place, whole or

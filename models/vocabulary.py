@@ -43,7 +43,7 @@ class MediaCodes:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Layout of all ids ``0 … size-1``: text pieces wherever no medium's codes lie.
+    """ForwardContext of all ids ``0 … size-1``: text pieces wherever no medium's codes lie.
 
     Raises ``ValueError`` when code ranges leave the vocabulary or overlap, or a sentinel lies among
     codes.

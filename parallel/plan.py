@@ -49,10 +49,10 @@ from earlyfuse.models.precision import fp32_modules
 from earlyfuse.models.routing.token_choice import TokenChoice, experts_served
 from earlyfuse.parallel.compat import reduce_with_plain_sums
 from earlyfuse.parallel.strategies.activation_checkpointing import checkpoint_activations
-from earlyfuse.parallel.strategies.context import PartOverRanks, context_problems
-from earlyfuse.parallel.strategies.expert import spread_experts
+from earlyfuse.parallel.strategies.context import ContextParallelShard, context_problems
+from earlyfuse.parallel.strategies.expert import apply_expert_parallel
 from earlyfuse.parallel.strategies.pipeline import pipeline_problems
-from earlyfuse.parallel.strategies.tensor import cut_tensors
+from earlyfuse.parallel.strategies.tensor import apply_tensor_parallel
 
 
 def parallelize(
@@ -67,11 +67,11 @@ def parallelize(
 ) -> Decoder:
     """Spread ``model`` (on the meta device) over the ranks of ``parallel_dims``, in place."""
     if parallel_dims.tp_enabled:
-        cut_tensors(model, parallel_dims.get_mesh("tp"))
+        apply_tensor_parallel(model, parallel_dims.get_mesh("tp"))
     if parallel_dims.ep_enabled:
-        spread_experts(model, parallel_dims.get_mesh("ep"))
+        apply_expert_parallel(model, parallel_dims.get_mesh("ep"))
     if parallel_dims.cp_enabled:
-        model.row_part = PartOverRanks(parallel_dims.get_mesh("cp"))
+        model.sequence_shard = ContextParallelShard(parallel_dims.get_mesh("cp"))
     if ac_config is not None:
         checkpoint_activations(model, ac_config, dump_folder)
     if compile_config.enable and "model" in compile_config.components:

@@ -328,7 +328,7 @@ class Trainer(titan.Trainer):
         self._sum_statistics()
         metrics = totals.losses(self.loss_fn.z_loss)
         metrics |= {"grad_norm": totals.grad_norm, "lr": learning_rate}
-        output_norm = self.model_parts[-1].take_output_norm()
+        output_norm = self.model_parts[-1].pop_output_norm()
         metrics |= {"skipped_steps": self.skip.total, "output_norm": output_norm}
         metrics |= work_done(self.model.config, self.config.training.seq_len, self.tokens_M)
         metrics |= router_load("router", self.statistics)

@@ -28,7 +28,7 @@ from earlyfuse.data.console import printable
 from earlyfuse.data.json_files import JsonObject, read_json
 from earlyfuse.data.tokenizers import Tokenizers, imports, text_file
 from earlyfuse.data.tokenizers.text import TextTokenizer
-from earlyfuse.models.init_weights import initialise
+from earlyfuse.models.init_weights import init_weights
 from earlyfuse.models.state_dicts import huggingface, huggingface_mamba, mamba_ssm, meta
 from earlyfuse.models.state_dicts.chameleon import Sizes
 from earlyfuse.models.state_dicts.config_json import (
@@ -310,7 +310,9 @@ def _upcycled(opened: Opened, form: str) -> Opened:
         module = fresh.get_submodule(owner)
         empty = torch.empty_like(getattr(module, leaf), device="cpu")
         module.register_parameter(leaf, torch.nn.Parameter(empty, requires_grad=False))
-    initialise(fresh, std=child.init_std, branches=child.branch_count, seed=child.seed, only=named)
+    init_weights(
+        fresh, std=child.init_std, branches=child.branch_count, seed=child.seed, only=named
+    )
     recipes = {
         name: Recipe(tuple(fresh.get_parameter(name).shape), (), partial(fresh.get_parameter, name))
         if origin is None

@@ -17,9 +17,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torchtitan.protocols.module import Module
 
-from earlyfuse.models.blocks.cache import KeyValues
+from earlyfuse.models.blocks.cache import KVCache
 from earlyfuse.models.blocks.linear import HeadNorm, Linear
-from earlyfuse.models.context import Layout
+from earlyfuse.models.context import ForwardContext
 
 
 class Attention(Module):
@@ -65,29 +65,29 @@ class Attention(Module):
             norm.heads = config.kv_heads
             self.k_norm = norm.build()
 
-    def forward(self, x_TD: torch.Tensor, layout: Layout) -> torch.Tensor:
+    def forward(self, x_TD: torch.Tensor, context: ForwardContext) -> torch.Tensor:
         """(T, D) → (T, D)."""
         head_dim = self.config.head_dim
-        q_TNH = self.wq(x_TD, layout).unflatten(-1, (-1, head_dim))
-        k_TKH = self.wk(x_TD, layout).unflatten(-1, (-1, head_dim))
-        v_TKH = self.wv(x_TD, layout).unflatten(-1, (-1, head_dim))
+        q_TNH = self.wq(x_TD, context).unflatten(-1, (-1, head_dim))
+        k_TKH = self.wk(x_TD, context).unflatten(-1, (-1, head_dim))
+        v_TKH = self.wv(x_TD, context).unflatten(-1, (-1, head_dim))
         if self.config.qk_norm:
-            q_TNH, k_TKH = self.q_norm(q_TNH, layout), self.k_norm(k_TKH, layout)
+            q_TNH, k_TKH = self.q_norm(q_TNH, context), self.k_norm(k_TKH, context)
         q_BSNH, k_BSKH, v_BSKH = (
-            t.unflatten(0, (layout.rows, layout.seq_len)) for t in (q_TNH, k_TKH, v_TKH)
+            t.unflatten(0, (context.rows, context.seq_len)) for t in (q_TNH, k_TKH, v_TKH)
         )
-        q_BSNH, k_BSKH = rotate(q_BSNH, layout), rotate(k_BSKH, layout)
-        if layout.decoding is None:
-            k_BLKH, v_BLKH = layout.row_part.keys_and_values(k_BSKH, v_BSKH)
+        q_BSNH, k_BSKH = rotate(q_BSNH, context), rotate(k_BSKH, context)
+        if context.cache is None:
+            k_BLKH, v_BLKH = context.sequence_shard.keys_and_values(k_BSKH, v_BSKH)
         else:
-            k_BLKH, v_BLKH = layout.decoding.state(self, KeyValues).extend(k_BSKH, v_BSKH)
-        out_BSNH = attend(q_BSNH, k_BLKH, v_BLKH, layout.mask)
-        return self.wo(out_BSNH.flatten(0, 1).flatten(1), layout)
+            k_BLKH, v_BLKH = context.cache.state(self, KVCache).extend(k_BSKH, v_BSKH)
+        out_BSNH = attend(q_BSNH, k_BLKH, v_BLKH, context.mask)
+        return self.wo(out_BSNH.flatten(0, 1).flatten(1), context)
 
 
-def rotate(x_BSNH: torch.Tensor, layout: Layout) -> torch.Tensor:
+def rotate(x_BSNH: torch.Tensor, context: ForwardContext) -> torch.Tensor:
     """Rotary embedding on the two halves of each head (the pairing of Hugging Face checkpoints)."""
-    return _Rotate.apply(x_BSNH, layout.cos_BS1H, layout.sin_BS1H)
+    return _Rotate.apply(x_BSNH, context.cos_BS1H, context.sin_BS1H)
 
 
 class _Rotate(torch.autograd.Function):

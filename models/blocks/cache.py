@@ -1,8 +1,8 @@
 """What a decoding session has read, kept by each block so that no token is read twice.
 
-``Decoding`` travels in the ``Layout``. A block looks up its own state there,
-``layout.decoding.state(self, Kind)``, made when it first asks. A kind of state is a class like
-``KeyValues`` below: built from the session, it is filled by its block, and ``select`` drops rows
+``DecodeCache`` travels in the ``ForwardContext``. A block looks up its own state there,
+``layout.cache.state(self, Kind)``, made when it first asks. A kind of state is a class like
+``KVCache`` below: built from the session, it is filled by its block, and ``select`` drops rows
 of documents that have ended. Forward signatures stay as they are.
 
 Token i of a document has position i, and a row holds one document. Rows are filled from the left,
@@ -30,7 +30,7 @@ class State(Protocol):
 S = TypeVar("S", bound=State)
 
 
-class Decoding:
+class DecodeCache:
     """The state of ``rows`` documents of at most ``slots`` tokens, over all blocks of a model."""
 
     def __init__(self, rows: int, slots: int):
@@ -56,7 +56,7 @@ class Decoding:
         slot_L = torch.arange(self.seen, device=positions_BS.device)
         return slot_L <= positions_BS[:, None, :, None]
 
-    def state(self, block: nn.Module, kind: Callable[["Decoding"], S]) -> S:
+    def state(self, block: nn.Module, kind: Callable[["DecodeCache"], S]) -> S:
         """What ``block`` keeps, ``kind(self)`` at first."""
         if block not in self._states:
             self._states[block] = kind(self)
@@ -77,11 +77,11 @@ class Decoding:
             state.select(row_R)
 
 
-class KeyValues:
+class KVCache:
     """Keys and values of an attention layer; the slot of a token is its position."""
 
-    def __init__(self, decoding: Decoding):
-        self.decoding = decoding
+    def __init__(self, cache: DecodeCache):
+        self.cache = cache
         self.keys_BKLH: torch.Tensor | None = None
         self.values_BKLH: torch.Tensor | None = None
 
@@ -92,9 +92,9 @@ class KeyValues:
         if self.keys_BKLH is None or self.values_BKLH is None:
             # zeros: a slot that nobody may see still meets a weight of 0, and 0 · NaN is NaN
             rows, _, heads, width = k_BSKH.shape
-            self.keys_BKLH = k_BSKH.new_zeros(rows, heads, self.decoding.slots, width)
+            self.keys_BKLH = k_BSKH.new_zeros(rows, heads, self.cache.slots, width)
             self.values_BKLH = torch.zeros_like(self.keys_BKLH)
-        at_BS, seen = self.decoding.positions_BS, self.decoding.seen
+        at_BS, seen = self.cache.positions_BS, self.cache.seen
         row_B1 = torch.arange(len(at_BS), device=at_BS.device).unsqueeze(1)
         self.keys_BKLH[row_B1, :, at_BS] = k_BSKH
         self.values_BKLH[row_B1, :, at_BS] = v_BSKH

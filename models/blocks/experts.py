@@ -17,8 +17,8 @@ from torchtitan.protocols.module import Module, ModuleList
 
 from earlyfuse.kernels.grouped_gemm import grouped_swiglu
 from earlyfuse.models.blocks.feed_forward import FeedForward
-from earlyfuse.models.blocks.local_shard import held
-from earlyfuse.models.context import Layout
+from earlyfuse.models.blocks.local_shard import to_local
+from earlyfuse.models.context import ForwardContext
 from earlyfuse.models.routes import Routes
 from earlyfuse.models.routing.expert_choice import ExpertChoice
 from earlyfuse.models.routing.token_choice import TokenChoice
@@ -71,16 +71,16 @@ class ExpertPool(Module):
             dim=config.dim, experts=config.experts, share=config.share
         )
         self.experts = Experts(config.experts, config.hidden_dim, config.dim)
-        self.exchange: Exchange = NoExchange()
+        self.dispatcher: TokenDispatcher = LocalDispatcher()
 
-    def route(self, x_TD: torch.Tensor, layout: Layout) -> Routes:
+    def route(self, x_TD: torch.Tensor, context: ForwardContext) -> Routes:
         """Which of the tokens (T, D) each expert takes, and their weights."""
-        return self.router(x_TD, self._eligible(layout), layout)
+        return self.router(x_TD, self._eligible(context), context)
 
-    def _eligible(self, layout: Layout) -> torch.Tensor | None:
+    def _eligible(self, context: ForwardContext) -> torch.Tensor | None:
         if not self.config.groups:
             return None
-        served = [layout.group_T == group for group in self.config.groups]
+        served = [context.group_T == group for group in self.config.groups]
         return served[0] if len(served) == 1 else torch.stack(served).any(0)
 
 
@@ -95,10 +95,12 @@ class Experts(Module):
 
     def forward(self, x_TD: torch.Tensor, routes: Routes) -> torch.Tensor:
         """(T, D) → (T, D): for each token the weighted sum over the experts it is routed to."""
-        return grouped_swiglu(x_TD, held(self.w1), held(self.w3), held(self.w2), *routes)
+        return grouped_swiglu(
+            x_TD, to_local(self.w1), to_local(self.w3), to_local(self.w2), *routes
+        )
 
 
-class Exchange(Protocol):
+class TokenDispatcher(Protocol):
     """How tokens reach the ranks of their experts, and results come back; may work in the
     background between its calls.
     """
@@ -116,7 +118,7 @@ class Exchange(Protocol):
         """Results of this rank's own tokens, weighted and added up, (T, D)."""
 
 
-class NoExchange:
+class LocalDispatcher:
     """All experts are here."""
 
     def send(self, x_TD: torch.Tensor, routes: Routes, static: bool) -> Any:
@@ -176,22 +178,22 @@ class MixtureOfExperts(Module):
         self.pools = ModuleList([pool.build() for pool in config.pools])
         self.shared = ModuleList([shared.build() for shared in config.shared])
 
-    def forward(self, x_TD: torch.Tensor, layout: Layout) -> torch.Tensor:
+    def forward(self, x_TD: torch.Tensor, context: ForwardContext) -> torch.Tensor:
         """(T, D) → (T, D).
 
         In turns over the pools: while the rows of one travel, another one computes, first of all
         the shared experts, whose tokens stay.
         """
         sent = [
-            pool.exchange.send(x_TD, pool.route(x_TD, layout), pool.router.static)
+            pool.dispatcher.send(x_TD, pool.route(x_TD, context), pool.router.static)
             for pool in self.pools
         ]
-        outputs = [shared(x_TD, layout) for shared in self.shared]
+        outputs = [shared(x_TD, context) for shared in self.shared]
         returned = [
-            pool.exchange.send_back(pool.experts(*pool.exchange.receive(rows)), rows)
+            pool.dispatcher.send_back(pool.experts(*pool.dispatcher.receive(rows)), rows)
             for pool, rows in zip(self.pools, sent, strict=True)
         ]
         outputs += [
-            pool.exchange.combine(rows) for pool, rows in zip(self.pools, returned, strict=True)
+            pool.dispatcher.combine(rows) for pool, rows in zip(self.pools, returned, strict=True)
         ]
         return sum(outputs[1:], start=outputs[0])

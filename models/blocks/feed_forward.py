@@ -11,8 +11,8 @@ from torch import nn
 from torchtitan.protocols.module import Module
 
 from earlyfuse.kernels.grouped_gemm import grouped_swiglu
-from earlyfuse.models.blocks.local_shard import held
-from earlyfuse.models.context import Layout
+from earlyfuse.models.blocks.local_shard import to_local
+from earlyfuse.models.context import ForwardContext
 
 
 class FeedForward(Module):
@@ -32,9 +32,9 @@ class FeedForward(Module):
         self.w3 = nn.Parameter(torch.empty(*lead, config.hidden_dim, config.dim))
         self.w2 = nn.Parameter(torch.empty(*lead, config.dim, config.hidden_dim))
 
-    def forward(self, x_TD: torch.Tensor, layout: Layout) -> torch.Tensor:
+    def forward(self, x_TD: torch.Tensor, context: ForwardContext) -> torch.Tensor:
         """(T, D) → (T, D)."""
-        w1, w3, w2 = held(self.w1), held(self.w3), held(self.w2)
+        w1, w3, w2 = to_local(self.w1), to_local(self.w3), to_local(self.w2)
         if self.untied:
-            return grouped_swiglu(x_TD, w1, w3, w2, *layout.by_group, once=True)
+            return grouped_swiglu(x_TD, w1, w3, w2, *context.by_group, once=True)
         return F.linear(F.silu(F.linear(x_TD, w1)) * F.linear(x_TD, w3), w2)

@@ -1,6 +1,6 @@
 """Projections and norms in two forms: shared by all tokens, or untied by modality.
 
-Both forms are called alike, ``module(x_TD, layout)``, so that a block is written once and its
+Both forms are called alike, ``module(x_TD, context)``, so that a block is written once and its
 parameters are shared or untied by ``groups`` in its config: 1 is shared, M holds one set per
 modality group (arXiv 2411.04996, section 2). T tokens, D width in, F width out, G groups, N heads,
 H head width.
@@ -17,8 +17,8 @@ from torchtitan.protocols.module import Module
 
 from earlyfuse.kernels.grouped_gemm import grouped_linear
 from earlyfuse.models.blocks.indexed_parameters import scaled_by_group
-from earlyfuse.models.blocks.local_shard import held
-from earlyfuse.models.context import Layout
+from earlyfuse.models.blocks.local_shard import to_local
+from earlyfuse.models.context import ForwardContext
 
 NORM_EPS = 1e-5
 
@@ -40,11 +40,11 @@ class Linear(Module):
             torch.empty(config.groups, *shape) if self.untied else torch.empty(shape)
         )
 
-    def forward(self, x_TD: torch.Tensor, layout: Layout) -> torch.Tensor:
+    def forward(self, x_TD: torch.Tensor, context: ForwardContext) -> torch.Tensor:
         """(T, D) → (T, F)."""
         if self.untied:
-            return grouped_linear(x_TD, held(self.weight), *layout.by_group, once=True)
-        return F.linear(x_TD, held(self.weight))
+            return grouped_linear(x_TD, to_local(self.weight), *context.by_group, once=True)
+        return F.linear(x_TD, to_local(self.weight))
 
 
 class RMSNorm(Module):
@@ -62,10 +62,10 @@ class RMSNorm(Module):
             torch.empty(config.groups, config.dim) if self.untied else torch.empty(config.dim)
         )
 
-    def forward(self, x_TD: torch.Tensor, layout: Layout) -> torch.Tensor:
+    def forward(self, x_TD: torch.Tensor, context: ForwardContext) -> torch.Tensor:
         """(T, D) → (T, D)."""
         if self.untied:
-            return scaled_by_group(_divided_by_rms(x_TD), self.weight, None, layout.group_T)
+            return scaled_by_group(_divided_by_rms(x_TD), self.weight, None, context.group_T)
         if x_TD.device.type == "cpu":
             return _divided_by_rms(x_TD) * self.weight
         return F.rms_norm(x_TD, self.weight.shape, self.weight, NORM_EPS)
@@ -121,10 +121,10 @@ class HeadNorm(Module):
         self.weight = nn.Parameter(torch.empty(shape))
         self.bias = nn.Parameter(torch.empty(shape))
 
-    def forward(self, x_TNH: torch.Tensor, layout: Layout) -> torch.Tensor:
+    def forward(self, x_TNH: torch.Tensor, context: ForwardContext) -> torch.Tensor:
         """(T, N, H) → (T, N, H)."""
-        weight, bias = held(self.weight), held(self.bias)
+        weight, bias = to_local(self.weight), to_local(self.bias)
         normed_TNH = F.layer_norm(x_TNH, x_TNH.shape[-1:], eps=NORM_EPS)
         if self.untied:
-            return scaled_by_group(normed_TNH, weight, bias, layout.group_T)
+            return scaled_by_group(normed_TNH, weight, bias, context.group_T)
         return torch.addcmul(bias, normed_TNH, weight)

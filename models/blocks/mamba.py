@@ -17,10 +17,10 @@ from torchtitan.protocols.module import Module
 
 from earlyfuse.kernels.causal_conv1d import causal_conv1d
 from earlyfuse.kernels.selective_scan import selective_scan
-from earlyfuse.models.blocks.cache import Decoding
+from earlyfuse.models.blocks.cache import DecodeCache
 from earlyfuse.models.blocks.linear import Linear
 from earlyfuse.models.blocks.wide import wide
-from earlyfuse.models.context import Layout
+from earlyfuse.models.context import ForwardContext
 
 WIDTHS = (2, 3, 4)  # that the kernels of the convolution have
 
@@ -65,19 +65,19 @@ class Mamba(Module):
         self.scan = Scan(inner, states, config.dt_proj_groups)
         self.out_proj = _linear(inner, config.dim, config.out_proj_groups)
 
-    def forward(self, x_TD: torch.Tensor, layout: Layout) -> torch.Tensor:
+    def forward(self, x_TD: torch.Tensor, context: ForwardContext) -> torch.Tensor:
         """(T, D) → (T, D)."""
         rank, states = self.config.dt_rank, self.config.states
-        sequence = (layout.rows, layout.seq_len)
-        kept = None if layout.decoding is None else layout.decoding.state(self, Recurrence)
-        x_BSI, z_BSI = self.in_proj(x_TD, layout).unflatten(0, sequence).chunk(2, -1)
-        u_BSI = self.conv(x_BSI, layout, kept)
-        selected_TP = self.x_proj(u_BSI.flatten(0, 1), layout)
+        sequence = (context.rows, context.seq_len)
+        kept = None if context.cache is None else context.cache.state(self, MambaCache)
+        x_BSI, z_BSI = self.in_proj(x_TD, context).unflatten(0, sequence).chunk(2, -1)
+        u_BSI = self.conv(x_BSI, context, kept)
+        selected_TP = self.x_proj(u_BSI.flatten(0, 1), context)
         dt_TR, B_TN, C_TN = selected_TP.split([rank, states, states], -1)
-        delta_BSI = self.dt_proj(dt_TR, layout).unflatten(0, sequence)
+        delta_BSI = self.dt_proj(dt_TR, context).unflatten(0, sequence)
         B_BSN, C_BSN = (t.unflatten(0, sequence) for t in (B_TN, C_TN))
-        y_BSI = self.scan(u_BSI, delta_BSI, B_BSN, C_BSN, z_BSI, layout, kept)
-        return self.out_proj(y_BSI.flatten(0, 1), layout)
+        y_BSI = self.scan(u_BSI, delta_BSI, B_BSN, C_BSN, z_BSI, context, kept)
+        return self.out_proj(y_BSI.flatten(0, 1), context)
 
 
 GROUPS = ("in_proj_groups", "x_proj_groups", "dt_proj_groups", "out_proj_groups")
@@ -99,16 +99,16 @@ class Conv(Module):
         self.bias = nn.Parameter(torch.empty(inner))
 
     def forward(
-        self, x_BSI: torch.Tensor, layout: Layout, kept: "Recurrence | None"
+        self, x_BSI: torch.Tensor, context: ForwardContext, kept: "MambaCache | None"
     ) -> torch.Tensor:
         """(B, S, I) → (B, S, I)."""
-        inputs_before = layout.row_part.inputs_before if kept is None else kept.inputs
+        inputs_before = context.sequence_shard.inputs_before if kept is None else kept.inputs
         before_BVI = inputs_before(x_BSI, self.weight.shape[1] - 1)
         u_BSI, _ = causal_conv1d(
             x_BSI,
             self.weight,
             self.bias,
-            positions_BL=layout.positions_BS,
+            positions_BL=context.positions_BS,
             initial_state_BVD=before_BVI,
         )
         return u_BSI
@@ -137,8 +137,8 @@ class Scan(Module):
         B_BSN: torch.Tensor,
         C_BSN: torch.Tensor,
         z_BSI: torch.Tensor,
-        layout: Layout,
-        kept: "Recurrence | None",
+        context: ForwardContext,
+        kept: "MambaCache | None",
     ) -> torch.Tensor:
         """(B, S, I) → (B, S, I)."""
         if kept is not None:
@@ -147,23 +147,23 @@ class Scan(Module):
         inputs = (  # of ``selective_scan``, in its order
             *(u_BSI, delta_BSI, -torch.exp(wide(self.A_log)), B_BSN, C_BSN, wide(self.D), z_BSI),
             bias if self.untied else bias.unsqueeze(0),
-            layout.group_T.view(layout.rows, layout.seq_len) if self.untied else None,
-            layout.positions_BS == 0,
+            context.group_T.view(context.rows, context.seq_len) if self.untied else None,
+            context.positions_BS == 0,
         )
         if kept is None:
-            return layout.row_part.scan(*inputs)
+            return context.sequence_shard.scan(*inputs)
         y_BSI, kept.state_BIN = selective_scan(*inputs, kept.state_BIN)
         return y_BSI
 
 
-class Recurrence:
+class MambaCache:
     """What a mixer keeps of the tokens read: the convolution's last inputs and the scan's state.
 
     Both hold what the last *real* token of each row left behind.
     """
 
-    def __init__(self, decoding: Decoding):
-        self.decoding = decoding
+    def __init__(self, cache: DecodeCache):
+        self.cache = cache
         self.inputs_BVI: torch.Tensor | None = None
         self.state_BIN: torch.Tensor | None = None
 
@@ -171,7 +171,7 @@ class Recurrence:
         """The convolution's ``taps`` inputs before this call, (B, V, I); takes in ``x_BSI``."""
         if self.inputs_BVI is None:
             self.inputs_BVI = x_BSI.new_zeros(x_BSI.shape[0], taps, x_BSI.shape[2])
-        before_BVI, real_B = self.inputs_BVI, self.decoding.real_B
+        before_BVI, real_B = self.inputs_BVI, self.cache.real_B
         assert real_B is not None, "expect comes before a forward"
         row_B1 = torch.arange(len(real_B), device=real_B.device).unsqueeze(1)
         last_BV = real_B.unsqueeze(1) + torch.arange(taps, device=real_B.device)
@@ -180,13 +180,13 @@ class Recurrence:
 
     def steps(self, delta_BSI: torch.Tensor) -> torch.Tensor:
         """Step sizes that are 0 behind the real tokens, where the state must stay as it is."""
-        seq_len, real_B = delta_BSI.shape[1], self.decoding.real_B
+        seq_len, real_B = delta_BSI.shape[1], self.cache.real_B
         if seq_len == 1 or real_B is None:
             return delta_BSI
         behind_BS = torch.arange(seq_len, device=real_B.device) >= real_B.unsqueeze(1)
         return delta_BSI.masked_fill(behind_BS.unsqueeze(-1), -torch.inf)
 
     def select(self, row_R: torch.Tensor) -> None:
-        """See ``decoding.State``."""
+        """See ``cache.State``."""
         if self.inputs_BVI is not None and self.state_BIN is not None:
             self.inputs_BVI, self.state_BIN = self.inputs_BVI[row_R], self.state_BIN[row_R]

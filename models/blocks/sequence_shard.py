@@ -1,9 +1,9 @@
-"""The part of each row whose positions are here, and what layers need of the others.
+"""Context parallelism as a layer sees it: this rank's slice of each row, and how to reach the rest.
 
-A layer that looks along a row asks its ``RowPart`` for what lies elsewhere: attention for keys and
-values, a convolution for the inputs before, a scan for the state before. Rows are cut in order into
-parts of equal length; positions in the documents, and so resets and masks, are known without
-asking. ``WholeRow``: nothing lies elsewhere. ``parallel/strategies/context.py`` has the other kind.
+A layer that looks along a row asks its ``SequenceShard`` for what other ranks have: attention for
+keys and values, a convolution for the inputs before, a scan for the state before. Rows are split in
+order into slices of equal length; masks and resets need no communication. ``FullSequence``: the
+whole row is here. ``parallel/strategies/context.py`` has ``ContextParallelShard``.
 
 B rows, S positions here, K key/value heads, H width of a head, I channels, V inputs before.
 """
@@ -15,7 +15,7 @@ import torch
 from earlyfuse.kernels.selective_scan import selective_scan
 
 
-class RowPart(Protocol):
+class SequenceShard(Protocol):
     """``index``: which of the ``parts`` of a row is here, from 0."""
 
     index: int
@@ -37,7 +37,7 @@ class RowPart(Protocol):
         """
 
 
-class WholeRow:
+class FullSequence:
     """All positions are here."""
 
     index, parts = 0, 1

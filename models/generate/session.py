@@ -18,7 +18,7 @@ from math import inf
 
 import torch
 
-from earlyfuse.models.blocks.cache import Decoding
+from earlyfuse.models.blocks.cache import DecodeCache
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.generate.constrained import Draft, Mode, allowed_ids
 from earlyfuse.models.routing.causal import routing
@@ -218,22 +218,22 @@ class _Cached(_Rereading):
     def __init__(self, model: Decoder, vocabulary: Vocabulary, slots: int):
         super().__init__(model, vocabulary)
         self.slots = slots
-        self.decoding: Decoding | None = None
+        self.cache: DecodeCache | None = None
 
     def read(self, rows: list[list[int]]) -> torch.Tensor:
         """Logits (R, V) of what comes after each row."""
-        if self.decoding is None:
-            self.decoding = Decoding(len(rows), self.slots)
+        if self.cache is None:
+            self.cache = DecodeCache(len(rows), self.slots)
             tokens_RS, real_R = self._padded(rows)
             positions_RS = torch.arange(tokens_RS.shape[1], device=self.device).expand_as(tokens_RS)
         else:
             tokens_RS, real_R = self._padded([row[-1:] for row in rows])
             positions_RS = torch.tensor([[len(row) - 1] for row in rows], device=self.device)
-        self.decoding.expect(real_R, max(map(len, rows)))
+        self.cache.expect(real_R, max(map(len, rows)))
         modality_RS = self.vocabulary.modality_of(tokens_RS)
-        return self.model(tokens_RS, modality_RS, positions_RS, decoding=self.decoding).squeeze(1)
+        return self.model(tokens_RS, modality_RS, positions_RS, cache=self.cache).squeeze(1)
 
     def select(self, kept: list[int]) -> None:
         """Forget the other rows."""
-        if self.decoding is not None and kept:
-            self.decoding.select(torch.tensor(kept, device=self.device))
+        if self.cache is not None and kept:
+            self.cache.select(torch.tensor(kept, device=self.device))

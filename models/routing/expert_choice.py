@@ -19,7 +19,7 @@ from torchtitan.protocols.module import Module
 
 from earlyfuse.kernels.permute import select_top_k
 from earlyfuse.models.blocks.wide import wide
-from earlyfuse.models.context import Layout
+from earlyfuse.models.context import ForwardContext
 from earlyfuse.models.routes import Routes, group_of_rows
 from earlyfuse.models.routing.causal_router import CausalRouter
 from earlyfuse.models.routing.gumbel_noise import RouterNoise
@@ -81,7 +81,7 @@ class ExpertChoice(Module):
         return self.budget == "static" and self.rule == "batch"
 
     def forward(
-        self, x_TD: torch.Tensor, eligible_T: torch.Tensor | None, layout: Layout
+        self, x_TD: torch.Tensor, eligible_T: torch.Tensor | None, context: ForwardContext
     ) -> Routes:
         """Which of the tokens (T, D) each expert takes, and their weights."""
         # router in fp32: ties in bf16 would reorder the top-k
@@ -90,7 +90,7 @@ class ExpertChoice(Module):
         if self.rule == "causal":
             assert self.causal is not None, "routing() has made sure of it"
             return self._weighed(self.causal.choose(x_TD, logits_TE, eligible_T), len(x_TD))
-        routes = self._weighed(self._choose(logits_TE, eligible_T, layout), len(x_TD))
+        routes = self._weighed(self._choose(logits_TE, eligible_T, context), len(x_TD))
         if self.stats.recording:
             self.stats.record(logits_TE, eligible_T, routes)
         if self.causal is not None:
@@ -101,26 +101,26 @@ class ExpertChoice(Module):
         return routes if self.config.weights == "sigmoid" else normalised(routes, tokens)
 
     def _choose(
-        self, logits_TE: torch.Tensor, eligible_T: torch.Tensor | None, layout: Layout
+        self, logits_TE: torch.Tensor, eligible_T: torch.Tensor | None, context: ForwardContext
     ) -> Routes:
         config = self.config
-        if layout.rows % config.routing_rows:
+        if context.rows % config.routing_rows:
             raise ValueError(
-                f"batch of {layout.rows} rows cannot be cut into routing groups of routing_rows "
+                f"batch of {context.rows} rows cannot be cut into routing groups of routing_rows "
                 f"({config.routing_rows}); make the local batch size a multiple of it"
             )
         budget = None
         if self.static:
-            tokens = config.routing_rows * layout.seq_len
+            tokens = config.routing_rows * context.seq_len
             experts = logits_TE.shape[1]
             budget = static_budget(self.share, config.capacity_factor, tokens, experts)
         selected_by_TE = logits_TE
         if self.noise is not None and self.training:
-            selected_by_TE = self.noise(logits_TE, layout.place_T)
+            selected_by_TE = self.noise(logits_TE, context.place_T)
         return expert_choice(
             logits_TE,
             eligible_T,
-            layout.rows // config.routing_rows,
+            context.rows // config.routing_rows,
             budget=budget,
             capacity_factor=config.capacity_factor,
             selected_by_TE=selected_by_TE,

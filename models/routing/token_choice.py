@@ -23,7 +23,7 @@ from torchtitan.protocols.module import Module, ModuleList
 
 from earlyfuse.kernels.permute import select_top_k
 from earlyfuse.models.blocks.wide import wide
-from earlyfuse.models.context import Layout
+from earlyfuse.models.context import ForwardContext
 from earlyfuse.models.routes import Routes
 from earlyfuse.models.routing.router_stats import RouterStats
 
@@ -106,7 +106,7 @@ class TokenChoice(Module):
         self.serves_E.copy_(torch.tensor(self.config.serves))
 
     def forward(
-        self, x_TD: torch.Tensor, eligible_T: torch.Tensor | None, layout: Layout
+        self, x_TD: torch.Tensor, eligible_T: torch.Tensor | None, context: ForwardContext
     ) -> Routes:
         """The experts that each of the tokens (T, D) takes, and their weights."""
         assert eligible_T is None, "ExpertPool.Config refuses groups with token choice"
@@ -114,15 +114,15 @@ class TokenChoice(Module):
         logits_TE = F.linear(wide(x_TD), wide(self.weight))
         scores_TE = logits_TE.detach().float() + self.bias_E.float()  # of a model in fp64 too
         if self.config.serves:
-            scores_TE = scores_TE.masked_fill(layout.group_T[:, None] != self.serves_E, -torch.inf)
+            scores_TE = scores_TE.masked_fill(context.group_T[:, None] != self.serves_E, -torch.inf)
         config = self.config
         routes = token_choice(logits_TE, scores_TE, config.top_k, config.normalise, config.scale)
         if self.training and config.bias_rate:
             self.load_E += routes.offset_G1.diff()
-        self._record(logits_TE, layout, routes)
+        self._record(logits_TE, context, routes)
         return routes
 
-    def _record(self, logits_TE: torch.Tensor, layout: Layout, routes: Routes) -> None:
+    def _record(self, logits_TE: torch.Tensor, context: ForwardContext, routes: Routes) -> None:
         if not self.stats[0].recording:
             return
         if not self.config.serves:
@@ -132,7 +132,7 @@ class TokenChoice(Module):
         for group, own_E, stats in zip(
             sorted(set(self.config.serves)), by_group_E, self.stats, strict=True
         ):
-            stats.record(logits_TE, layout.group_T == group, routes, own_E)
+            stats.record(logits_TE, context.group_T == group, routes, own_E)
 
     @torch.no_grad()
     def balance(self, load_E: torch.Tensor) -> None:

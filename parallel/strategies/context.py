@@ -38,8 +38,8 @@ def positions_here(parallel_dims: ParallelDims, seq_len: int) -> slice:
     return slice(mesh.get_local_rank() * size, (mesh.get_local_rank() + 1) * size)
 
 
-class PartOverRanks:
-    """A ``RowPart`` whose others are on the ranks of ``mesh``, in their order."""
+class ContextParallelShard:
+    """A ``SequenceShard`` whose others are on the ranks of ``mesh``, in their order."""
 
     def __init__(self, mesh: DeviceMesh):
         self.mesh, self.index, self.parts = mesh, mesh.get_local_rank(), mesh.size()

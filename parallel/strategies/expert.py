@@ -30,7 +30,7 @@ from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.routes import Routes
 
 
-def spread_experts(model: Decoder, mesh: DeviceMesh) -> None:
+def apply_expert_parallel(model: Decoder, mesh: DeviceMesh) -> None:
     """Give each rank of ``mesh`` an equal part of every pool, in place, and connect them."""
     for pool in model.modules():
         if isinstance(pool, ExpertPool):
@@ -38,7 +38,7 @@ def spread_experts(model: Decoder, mesh: DeviceMesh) -> None:
             for name, weight in list(experts.named_parameters(recurse=False)):
                 spread = distribute_tensor(weight, mesh, [Shard(0)], src_data_rank=None)
                 experts.register_parameter(name, torch.nn.Parameter(spread))
-            pool.exchange = AllToAll(mesh, pool.config.experts // mesh.size())
+            pool.dispatcher = AllToAllDispatcher(mesh, pool.config.experts // mesh.size())
 
 
 class Sent(NamedTuple):
@@ -57,8 +57,8 @@ class Sent(NamedTuple):
     routes: Routes
 
 
-class AllToAll:
-    """Exchange over the ranks of ``mesh``, each of which holds ``experts_here`` of a pool."""
+class AllToAllDispatcher:
+    """All-to-all over the ranks of ``mesh``, each of which has ``experts_here`` experts of a pool."""
 
     def __init__(self, mesh: DeviceMesh, experts_here: int):
         self.mesh, self.experts_here = mesh, experts_here

@@ -49,7 +49,7 @@ CUTS: dict[type, dict[str, int]] = {
 }
 
 
-def cut_tensors(model: Decoder, mesh: DeviceMesh) -> None:
+def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh) -> None:
     """Cut the parameters of ``model`` by ``CUTS``, in place, and join the cut regions."""
     for module in list(model.modules()):
         if type(module) not in CUTS:

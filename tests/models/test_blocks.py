@@ -6,15 +6,15 @@ import torch.nn.functional as F
 
 from earlyfuse.models.blocks.attention import rotate
 from earlyfuse.models.blocks.linear import NORM_EPS, RMSNorm
-from earlyfuse.models.context import Layout
+from earlyfuse.models.context import ForwardContext
 
 B, S, N, H, D = 2, 7, 3, 8, 12
 
 
-def layout_of(positions: torch.Tensor) -> Layout:
+def layout_of(positions: torch.Tensor) -> ForwardContext:
     generator = torch.Generator().manual_seed(3)
     modality = torch.randint(0, 2, positions.shape, generator=generator).to(torch.uint8)
-    return Layout.build(modality, positions, (0, 1), H, 100.0)
+    return ForwardContext.build(modality, positions, (0, 1), H, 100.0)
 
 
 def positions_of(start: int = 0) -> torch.Tensor:

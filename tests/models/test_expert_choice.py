@@ -9,7 +9,7 @@ from tiny_runs import SHAPE, SHARES
 
 from earlyfuse.configs import decoders
 from earlyfuse.models.blocks.experts import ExpertPool
-from earlyfuse.models.context import Layout
+from earlyfuse.models.context import ForwardContext
 from earlyfuse.models.routing.expert_choice import expert_choice, static_budget
 from earlyfuse.models.vocabulary import Modality
 
@@ -102,8 +102,8 @@ def layer(budget: str = "static"):
     return module
 
 
-def layout(modality_BS: torch.Tensor) -> Layout:
-    return Layout.build(modality_BS, torch.arange(T // N).expand(N, -1), (0, 1), 8, 1e4)
+def layout(modality_BS: torch.Tensor) -> ForwardContext:
+    return ForwardContext.build(modality_BS, torch.arange(T // N).expand(N, -1), (0, 1), 8, 1e4)
 
 
 def masked_dense(module, x_TD, modality_T):
@@ -164,7 +164,7 @@ def test_routing_does_not_depend_on_which_rows_share_a_micro_batch():
     apart = [
         module(
             x[n * T // N : (n + 1) * T // N],
-            Layout.build(modality[n : n + 1], torch.arange(T // N)[None], (0, 1), 8, 1e4),
+            ForwardContext.build(modality[n : n + 1], torch.arange(T // N)[None], (0, 1), 8, 1e4),
         )
         for n in range(N)
     ]

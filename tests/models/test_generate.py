@@ -14,7 +14,7 @@ from torch import nn
 from toy import VOCABULARY
 
 from earlyfuse.configs import decoders
-from earlyfuse.models.blocks.cache import Decoding
+from earlyfuse.models.blocks.cache import DecodeCache
 from earlyfuse.models.generate.constrained import Draft
 from earlyfuse.models.generate.session import Sampling, choose, generate
 from earlyfuse.models.routing.causal import routing
@@ -73,7 +73,7 @@ def mot() -> nn.Module:
 def test_logits_with_the_cache_equal_those_of_a_full_forward(name):
     model = built(name)
     rows, steps = [list(prompt) for prompt in PROMPTS], 6
-    decoding = Decoding(len(rows), max(map(len, rows)) + steps)
+    decoding = DecodeCache(len(rows), max(map(len, rows)) + steps)
     follow = torch.randint(5, 48, (steps, len(rows)), generator=torch.Generator().manual_seed(1))
     longest = max(map(len, rows))
     tokens = torch.tensor([row + [PAD] * (longest - len(row)) for row in rows])
@@ -83,7 +83,7 @@ def test_logits_with_the_cache_equal_those_of_a_full_forward(name):
         for step in range(steps):
             decoding.expect(lengths, max(map(len, rows)))
             kind = VOCABULARY.modality_of(tokens)
-            cached = model(tokens, kind, positions, decoding=decoding)
+            cached = model(tokens, kind, positions, cache=decoding)
             assert cached.shape == (len(rows), 1, VOCABULARY.size)
             for row, found in zip(rows, cached, strict=True):
                 whole = torch.tensor([row])
@@ -109,7 +109,7 @@ def test_cached_decoding_writes_what_reading_anew_writes(name):
 
 def test_a_document_too_long_for_its_session_is_refused():
     with pytest.raises(ValueError, match="9 tokens does not fit into the 8 slots"):
-        Decoding(1, 8).expect(torch.ones(1), 9)
+        DecodeCache(1, 8).expect(torch.ones(1), 9)
 
 
 # ---------------------------------------------------------------- transformers
@@ -153,9 +153,9 @@ class Adversary(nn.Module):
         self.generator = torch.Generator().manual_seed(seed)
         self.rows: list[int] = []
 
-    def forward(self, tokens_BS, modality_BS, positions_BS=None, decoding=None):
+    def forward(self, tokens_BS, modality_BS, positions_BS=None, cache=None):
         self.rows.append(len(tokens_BS))
-        length = tokens_BS.shape[1] if decoding is None else 1
+        length = tokens_BS.shape[1] if cache is None else 1
         logits = torch.randn(len(tokens_BS), length, self.size, generator=self.generator) * 30
         wild = torch.randint(0, 40, logits.shape, generator=self.generator)
         for place, value in enumerate((torch.nan, torch.inf, -torch.inf)):

@@ -11,7 +11,7 @@ from earlyfuse.models.blocks.feed_forward import FeedForward
 from earlyfuse.models.blocks.indexed_parameters import masked_sums, sums_by_group
 from earlyfuse.models.blocks.linear import HeadNorm, Linear, RMSNorm
 from earlyfuse.models.blocks.mamba import Mamba
-from earlyfuse.models.context import Layout
+from earlyfuse.models.context import ForwardContext
 from earlyfuse.models.decoder import Embedding
 from earlyfuse.parallel.checkpoint.open_checkpoint import load_model
 
@@ -22,12 +22,12 @@ BOUND = 0.01
 FAMILIES = MODELS | MAMBAS
 
 
-def layout_of(groups: int = 2, present: int | None = None) -> Layout:
+def layout_of(groups: int = 2, present: int | None = None) -> ForwardContext:
     """Random groups for T tokens; the first ``present`` alone."""
     generator = torch.Generator().manual_seed(1)
     modality = torch.randint(0, present or groups, (ROWS, S), generator=generator)
     positions = torch.arange(S).expand(ROWS, S)
-    return Layout.build(modality.to(torch.uint8), positions, tuple(range(groups)), 0, 1e4)
+    return ForwardContext.build(modality.to(torch.uint8), positions, tuple(range(groups)), 0, 1e4)
 
 
 LAYERS = {

@@ -14,7 +14,7 @@ from torch import nn
 
 from earlyfuse.configs import embedded, mamba_decoders
 from earlyfuse.configs.mamba_decoders import PROJECTIONS
-from earlyfuse.models.context import Layout
+from earlyfuse.models.context import ForwardContext
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.vocabulary import Modality
 
@@ -210,7 +210,7 @@ def test_blocks_take_vectors_as_well_as_tokens():
     config = mamba_decoders.mixture_of_mamba(MAMBA_SHAPE)
     model = build(config)
     _, modality, positions = batch()
-    layout = Layout.build(modality, positions, config.modalities, config.head_dim, 1e4)
+    layout = ForwardContext.build(modality, positions, config.modalities, config.head_dim, 1e4)
 
     def through(x_TD):
         for layer in model.layers.values():

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from earlyfuse.models.context import Layout
+from earlyfuse.models.context import ForwardContext
 from earlyfuse.models.state_dicts.mixture_of_mamba import (
     load_mixture_of_mamba,
     load_mixture_of_mamba_stack,
@@ -97,10 +97,10 @@ def inputs(modalities: int) -> tuple[torch.Tensor, torch.Tensor]:
     return x_BSD, torch.randint(modalities, (ROWS, LENGTH), generator=random)
 
 
-def layout_of(modality_BS: torch.Tensor, modalities: int) -> Layout:
+def layout_of(modality_BS: torch.Tensor, modalities: int) -> ForwardContext:
     positions_BS = torch.arange(LENGTH).expand(ROWS, LENGTH)
     ids = tuple(range(modalities))
-    return Layout.build(modality_BS.to(torch.uint8), positions_BS, ids, 0, 1e4, None, None)
+    return ForwardContext.build(modality_BS.to(torch.uint8), positions_BS, ids, 0, 1e4, None, None)
 
 
 @pytest.mark.parametrize("modalities", [2, 3])

@@ -13,7 +13,7 @@ from toy import make_data
 from earlyfuse.configs import decoders
 from earlyfuse.models.blocks.experts import ExpertPool, MixtureOfExperts
 from earlyfuse.models.blocks.feed_forward import FeedForward
-from earlyfuse.models.context import Layout
+from earlyfuse.models.context import ForwardContext
 from earlyfuse.models.flops import count_parameters, forward_flops
 from earlyfuse.models.routing.token_choice import TokenChoice
 from earlyfuse.models.vocabulary import Modality
@@ -28,8 +28,8 @@ def data(tmp_path_factory):
     return make_data(tmp_path_factory.mktemp("toy") / "data")
 
 
-def layout_of(modality: torch.Tensor) -> Layout:
-    return Layout.build(modality.view(B, S), torch.arange(S).expand(B, S), (0, 1), 8, 1e4)
+def layout_of(modality: torch.Tensor) -> ForwardContext:
+    return ForwardContext.build(modality.view(B, S), torch.arange(S).expand(B, S), (0, 1), 8, 1e4)
 
 
 def modality_of(mix: str = "balanced") -> torch.Tensor:

@@ -14,8 +14,8 @@ from places import SUPPORT
 from sequence_ranks import LENGTHS, NAMES, RANKS
 from tiny_runs import MAMBA_SHAPE, MAMBAS, loud
 
-from earlyfuse.models.blocks.cache import Decoding
-from earlyfuse.models.context import Layout, attention_mask
+from earlyfuse.models.blocks.cache import DecodeCache
+from earlyfuse.models.context import ForwardContext, attention_mask
 
 TOLERANCE = 1e-11  # in fp64, in the whole model, with a scan made to matter; measured: 3e-14
 
@@ -73,10 +73,10 @@ def test_documents_are_written_whole_on_every_rank():
     loud(model)
     tokens, positions = torch.arange(12).view(2, 6), torch.arange(6).expand(2, -1)
     expected = model(tokens)[:, -1:]
-    model.row_part = Elsewhere()
-    decoding = Decoding(2, slots=6)
+    model.sequence_shard = Elsewhere()
+    decoding = DecodeCache(2, slots=6)
     decoding.expect(torch.tensor([6, 6]), 6)
-    found = model(tokens, None, positions, decoding=decoding)
+    found = model(tokens, None, positions, cache=decoding)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
@@ -85,10 +85,10 @@ def test_a_token_keeps_its_place_in_the_global_batch():
 
     def places(part: slice, **options) -> torch.Tensor:
         here = positions[:, part]
-        layout = Layout.build(torch.zeros_like(here), here, (0, 1), 0, 1e4, rows, **options)
+        layout = ForwardContext.build(torch.zeros_like(here), here, (0, 1), 0, 1e4, rows, **options)
         return layout.place_T.view(2, -1)
 
-    assert places(slice(4, 8), row_part=Elsewhere()).equal(places(slice(0, 8))[:, 4:])
+    assert places(slice(4, 8), sequence_shard=Elsewhere()).equal(places(slice(0, 8))[:, 4:])
 
 
 def test_the_mask_of_a_part_is_its_rows_of_the_whole_mask():

@@ -17,7 +17,7 @@ from traffic_ranks import LAYOUTS
 
 from earlyfuse.configs import decoders
 from earlyfuse.configs.registry import catalogue
-from earlyfuse.models.context import Layout
+from earlyfuse.models.context import ForwardContext
 from earlyfuse.models.flops import count_parameters
 from earlyfuse.models.objectives.next_token import ChameleonObjective
 from earlyfuse.models.precision import fp32_modules
@@ -227,7 +227,7 @@ def saved_bytes(block_config):
     modality_BS = torch.zeros(2, 64, dtype=torch.uint8)
     modality_BS[:, 16:48] = 1
     positions_BS = torch.arange(64).expand(2, -1)
-    layout = Layout.build(modality_BS, positions_BS, (0, 1), 16, 10_000.0)
+    layout = ForwardContext.build(modality_BS, positions_BS, (0, 1), 16, 10_000.0)
     shared = {t.untyped_storage().data_ptr() for t in (layout.cos_BS1H, layout.sin_BS1H)}
     shared |= {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
     kept = {}
@@ -280,7 +280,7 @@ def test_what_a_mixture_keeps_in_bf16_is_predicted(run, name):
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    whole = Layout.build(modality_BS, positions_BS, (0, 1), 0, 10_000.0)
+    whole = ForwardContext.build(modality_BS, positions_BS, (0, 1), 0, 10_000.0)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         assert block.feed_forward(x_TD, whole).requires_grad
     for tensor in (x_TD, *block.parameters()):

@@ -16,10 +16,10 @@ from tiny_runs import MAMBAS, MODELS, loud
 from torch import multiprocessing
 from torch.distributed.device_mesh import init_device_mesh
 
-from earlyfuse.models.blocks.sequence_shard import WholeRow
+from earlyfuse.models.blocks.sequence_shard import FullSequence
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.parallel.estimates.collective_counter import CollectiveCounter
-from earlyfuse.parallel.strategies.context import PartOverRanks
+from earlyfuse.parallel.strategies.context import ContextParallelShard
 
 WORDS = 48
 RANKS = 4
@@ -66,10 +66,10 @@ def outputs_and_gradients(
 def difference(model: Decoder, length: int, mesh) -> float:
     """The largest error, relative to the largest number of its tensor; of this mesh's ranks."""
     *arguments, labels = batch(length)
-    model.row_part = WholeRow()
+    model.sequence_shard = FullSequence()
     expected, *expected_gradients = outputs_and_gradients(model, tuple(arguments), labels)
     expected_gradients = [gradient.clone() for gradient in expected_gradients]
-    model.row_part = part = PartOverRanks(mesh)
+    model.sequence_shard = part = ContextParallelShard(mesh)
     size = length // part.parts
     here = slice(part.index * size, (part.index + 1) * size)
     arguments = [tensor[:, here] for tensor in arguments]
@@ -84,7 +84,7 @@ def difference(model: Decoder, length: int, mesh) -> float:
 def bytes_sent(model: Decoder, length: int, mesh) -> list[tuple[str, int, int]]:
     """What one forward and backward of one row sends."""
     *arguments, labels = (tensor[:1] for tensor in batch(length))
-    model.row_part = part = PartOverRanks(mesh)
+    model.sequence_shard = part = ContextParallelShard(mesh)
     here = slice(part.index * length // part.parts, (part.index + 1) * length // part.parts)
     with CollectiveCounter() as counter:
         arguments = tuple(tensor[:, here] for tensor in arguments)
