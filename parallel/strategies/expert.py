@@ -58,7 +58,7 @@ class Sent(NamedTuple):
 
 
 class AllToAllDispatcher:
-    """All-to-all over the ranks of ``mesh``, each of which has ``experts_here`` experts of a pool."""
+    """All-to-all over the ranks of ``mesh``; each has ``experts_here`` experts of a pool."""
 
     def __init__(self, mesh: DeviceMesh, experts_here: int):
         self.mesh, self.experts_here = mesh, experts_here
