@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import soundfile
+from places import SUPPORT
 from scipy.signal import resample_poly
 from sounds import RATE, encoded, sound
 
@@ -232,9 +233,8 @@ def test_training_twice_in_other_processes_gives_the_same_file(tokenizer, waves)
         "features = [levels(sound(rng), 4) for _ in range(60)]\n"
         "print(SpeechTokenizer.train(features, frame_ms=40, codes=48).sha256)"
     )
-    folder = __file__.rpartition("/")[0]
     shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
-                           cwd=folder, check=True)  # fmt: skip
+                           cwd=SUPPORT, check=True)  # fmt: skip
     assert shown.stdout.strip() == tokenizer.sha256
 
 
