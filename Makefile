@@ -6,9 +6,12 @@
 # make clean   remove the environment and caches
 #
 # PYTHON=/path/to/python3 picks the interpreter; otherwise the newest suitable one is taken.
+# TORCH=2.14.1 takes that torch and its triton instead of the pinned ones, in an environment of its own.
 
 SHELL := bash
-VENV := .venv
+TORCH ?=
+VENV := .venv$(if $(TORCH),-torch$(TORCH))
+CONSTRAINTS := $(if $(TORCH),$(VENV)/)constraints.txt
 BIN := $(VENV)/bin
 PYTHON ?=
 ARGS ?=
@@ -16,7 +19,7 @@ WORKERS ?= 2
 SLOW ?=
 FOLDERS := configs data kernels models parallel tools
 TYPES := $(VENV)/types
-INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -qq -c constraints.txt
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -qq -c $(CONSTRAINTS)
 
 # large tensors on huge pages, as train.py has them
 export THP_MEM_ALLOC_ENABLE ?= 1
@@ -49,7 +52,7 @@ clean:
 
 # "installing" is there while packages change: found again, it tells of an interrupted installation, whose
 # environment is made anew.
-$(VENV)/installed: $(VENV)/made pyproject.toml constraints.txt
+$(VENV)/installed: $(VENV)/made pyproject.toml $(CONSTRAINTS)
 	@echo "Installing earlyfuse into $(VENV) (some minutes the first time)"
 	@touch $(VENV)/installing
 	@$(INSTALL) -e .
@@ -64,6 +67,10 @@ $(VENV)/installed-test: $(VENV)/installed
 	@rm -rf $(TYPES) && mkdir -p $(TYPES)/earlyfuse
 	@for folder in $(FOLDERS); do ln -s ../../../$$folder $(TYPES)/earlyfuse/$$folder; done
 	@touch $@
+
+# torch itself asks for the triton that goes with it
+$(VENV)/constraints.txt: constraints.txt $(VENV)/made
+	@sed -e 's/^torch==.*/torch==$(TORCH)/' -e '/^triton==/d' $< >$@
 
 ifneq ($(wildcard $(VENV)/installing),)
 .PHONY: $(VENV)/made

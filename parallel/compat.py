@@ -193,4 +193,4 @@ def _shim_set_timeout() -> None:
     if not hasattr(dist, "set_timeout"):
         from torch.distributed import distributed_c10d
 
-        dist.set_timeout = distributed_c10d._set_pg_timeout  # type: ignore[attr-defined]
+        vars(dist)["set_timeout"] = distributed_c10d._set_pg_timeout

@@ -23,7 +23,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -138,7 +138,7 @@ class Checkpoints(CheckpointManager):
             return
         self.fallback, self.disk = config.fallback, CheckpointFolder(Path(self.folder))
         if self.pg is None:
-            self.pg = dist.new_group(backend="gloo")
+            self.pg = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
         self.rank = dist.get_rank(self.pg)
         self._finisher = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._of_this_run: set[int] = set()

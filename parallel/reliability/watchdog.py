@@ -23,7 +23,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch.distributed as dist
 from torchtitan.config import Configurable
@@ -109,7 +109,7 @@ class Watchdog(Configurable):
         self._thread: threading.Thread | None = None
         if self.world_size > 1 and config.timeout_seconds:
             self._interval = min(config.timeout_seconds / 10, 1.0)
-            self._job_store = dist.distributed_c10d._get_default_store()
+            self._job_store: Any = dist.distributed_c10d._get_default_store()
             self._store: dist.Store | None = None
             self._notes: dist.Store | None = None
             self._cause: failure_report.Cause | None = None
@@ -202,7 +202,7 @@ class Watchdog(Configurable):
         def act() -> None:
             try:
                 if self._store is None:
-                    own = self._job_store.clone()  # type: ignore[attr-defined]
+                    own = self._job_store.clone()
                     self._store = dist.PrefixStore("watchdog", own)
                     self._notes = process_group.notes(own)
                 found.append(action(self._store))

@@ -19,7 +19,10 @@ struct FakeCudaGuard final : NoOpDeviceGuardImpl<DeviceType::CUDA> {
   bool queryEvent(void*) const override { return true; }
 };
 
-C10_REGISTER_GUARD_IMPL(CUDA, FakeCudaGuard);
+// called once torch is there: the guard of a CUDA build has taken the place by then
+extern "C" void register_guard() {
+  static DeviceGuardImplRegistrar registrar(DeviceType::CUDA, new FakeCudaGuard);
+}
 
 }  // namespace c10::impl
 
@@ -33,9 +36,11 @@ struct CUDAHooks final : CUDAHooksInterface {
   bool hasPrimaryContext(DeviceIndex) const override { return false; }
   DeviceIndex deviceCount() const override { return 1; }
   DeviceIndex getCurrentDevice() const override { return 0; }
+  long versionRuntimeCuDNN() const override { return 0; }
   void init() const override {}
 };
 
-REGISTER_CUDA_HOOKS(CUDAHooks);
+// ahead of the hooks of a CUDA build
+C10_REGISTER_CLASS_WITH_PRIORITY(CUDAHooksRegistry, CUDAHooks, REGISTRY_PREFERRED, CUDAHooks);
 
 }  // namespace at

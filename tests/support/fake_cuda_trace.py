@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any
 
 if __name__ == "__main__":
-    ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)  # before torch
+    LIBRARY = ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)  # before torch
 
 import torch
 import torch.nn.functional as F
@@ -200,6 +200,7 @@ def trace(case: str) -> list[str]:
 
 
 def main(cases: list[str]) -> None:
+    LIBRARY.register_guard()
     torch.cuda.get_device_capability = lambda device=None: (9, 0)  # Triton's ops, by their fakes
     attention._compiled_flex_attention = lambda: _flex_attention
     print(json.dumps({case: trace(case) for case in cases}), flush=True)
