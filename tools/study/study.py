@@ -92,7 +92,7 @@ class Run:
             return
         description = read_description(self.folder)
         for name, before, now in changes(description.field("config", dict), self.settings):
-            if before is not UNKNOWN and effect_of(name) is not Effect.NONE:
+            if before is not UNKNOWN and effect_of(name) not in (Effect.NONE, Effect.UNREAD):
                 raise ValueError(
                     f"{where} holds a run of other settings: {printable(name)} is {shown(before)} "
                     f"there and {shown(now)} here; {remedy}"
