@@ -19,22 +19,20 @@ def main(arguments: list[str]) -> int:
     # large tensors on huge pages: 2 to 3 % of a step on CPUs; read at torch's first allocation
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     # imported here: the processes that prepare data import this file again, and need none of it
-    from earlyfuse.configs.command_line import help_text, list_text, override, take_dry_run, unknown
-    from earlyfuse.configs.registry import DEFAULT, catalogue
+    from earlyfuse.configs.command_line import help_text, list_text, override, take_dry_run
+    from earlyfuse.configs.registry import DEFAULT, load_config
     from earlyfuse.parallel.estimates.dry_run import describe
     from earlyfuse.parallel.reliability import failure_report
 
     logging.getLogger().setLevel(logging.ERROR)  # torchtitan warns of every device it does not know
-    configs = catalogue()
     name = arguments.pop(0) if arguments and not arguments[0].startswith("-") else DEFAULT
-    if LIST in arguments:
-        print(list_text())
-        return 0
     trainer = None
     try:
-        if name not in configs:
-            raise ValueError(unknown(name))
-        config = configs[name]()
+        files = [word for word in (name, *arguments) if word.endswith(".py")]
+        if LIST in arguments or (files == [name] and not arguments):
+            print(list_text(*files[:1]))
+            return 0
+        config = load_config(name)
         if any(flag in arguments for flag in SHORT_HELP):
             print(help_text(name, config))
             return 0

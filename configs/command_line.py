@@ -3,14 +3,13 @@
 import io
 import os
 from contextlib import redirect_stderr
-from difflib import get_close_matches
 from itertools import zip_longest
 from typing import Any
 
 import tyro
 from torchtitan.config.manager import ConfigManager, custom_registry
 
-from earlyfuse.configs.registry import DEFAULT, catalogue, sections
+from earlyfuse.configs.registry import DEFAULT, sections
 from earlyfuse.parallel.trainer import Trainer
 
 DRY_RUN = "--dry-run"
@@ -37,25 +36,17 @@ COMMON_FIELDS = (
 )
 
 
-def list_text() -> str:
-    """One line per config, by module: its name and the first line of its docstring."""
-    parts = sections()
-    width = max(len(name) for configs in parts.values() for name in configs)
+def list_text(file: str = "") -> str:
+    """One line per config, by module or of a user's ``file``: name and docstring's first line."""
+    parts = sections(file)
+    width = max((len(name) for configs in parts.values() for name in configs), default=0)
     lines: list[str] = []
     for title, configs in parts.items():
         lines += ["", title]
-        lines += [
-            f"  {name:<{width}}  {(function.__doc__ or '').strip().splitlines()[0]}"
-            for name, function in configs.items()
-        ]
+        for name, function in configs.items():
+            about = (function.__doc__ or "").strip().partition("\n")[0]
+            lines.append(f"  {name:<{width}}  {about}".rstrip())
     return "\n".join(lines[1:])
-
-
-def unknown(name: str) -> str:
-    """What there is instead of the config ``name``; names like it last, where they are seen."""
-    like = get_close_matches(name, catalogue(), n=5)
-    hint = f"; did you mean {' or '.join(like)}?" if like else ""
-    return f"{list_text()}\n\nerror: unknown config {name!r}{hint}"
 
 
 def help_text(name: str, config: Trainer.Config) -> str:
@@ -65,6 +56,7 @@ def help_text(name: str, config: Trainer.Config) -> str:
         "usage: python train.py [CONFIG] [--FIELD VALUE ...]",
         "",
         f"Trains CONFIG (default {DEFAULT}) on whatever device is there; the same command resumes.",
+        "CONFIG is a name of --list, or FILE.py:NAME for a function of your own (docs/presets.md).",
         f"Fields most often changed, with their values in {name}:",
         "",
     ]
@@ -74,7 +66,7 @@ def help_text(name: str, config: Trainer.Config) -> str:
     ]
     lines += [
         "",
-        "  --list               name the configs",
+        "  --list [FILE.py]     name the configs, or those of a file of your own",
         "  --help-all           every field of the config",
         "  --dry-run [RANKS]    what the run would take on so many ranks; nothing is started",
     ]

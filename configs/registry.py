@@ -1,12 +1,19 @@
-"""All configs by name, for ``train.py``."""
+"""Finds configs: those of this project by name, a user's own as ``FILE.py:NAME``."""
 
+import importlib.util
 import inspect
+import sys
+import traceback
 from collections.abc import Callable
+from difflib import get_close_matches
+from hashlib import sha256
+from pathlib import Path
 from types import ModuleType
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from earlyfuse.configs import embedded
 from earlyfuse.configs.presets import chameleon, mixture_of_mamba, mixture_of_transformers, moma
+from earlyfuse.data.json_files import shown
 from earlyfuse.parallel.trainer import Trainer
 
 ConfigFunction: TypeAlias = Callable[[], Trainer.Config]
@@ -21,24 +28,128 @@ MODULES: tuple[ModuleType, ...] = (
 )
 
 
-def sections() -> dict[str, dict[str, ConfigFunction]]:
-    """First line of a module's docstring → its configs by name: its public functions without
-    parameters, and those in its ``CONFIGS``.
-    """
-    found: dict[str, dict[str, ConfigFunction]] = {}
-    for module in MODULES:
-        title = (module.__doc__ or "").strip().splitlines()[0]
-        written = {
-            name: function
-            for name, function in inspect.getmembers(module, inspect.isfunction)
-            if function.__module__ == module.__name__
-            and not name.startswith("_")
-            and not inspect.signature(function).parameters
-        }
-        found[title] = written | getattr(module, "CONFIGS", {})
-    return found
+def load_config(name: str) -> Trainer.Config:
+    """The config called ``name``; ``ValueError`` if there is none, or it is not a config."""
+    file, function_name = split_name(name)
+    if not file:
+        if name not in (configs := catalogue()):
+            raise ValueError(f"config ({name!r}) is unknown{_like(name, configs)}")
+        return configs[name]()
+    module = _import(Path(file))
+    function = getattr(module, "CONFIGS", {}).get(
+        function_name, getattr(module, function_name or "", None)
+    )
+    if not callable(function):
+        configs = _configs_of(module)
+        raise ValueError(
+            f"config ({name}) must name a function of {file}; {file} has "
+            f"{', '.join(f'{file}:{known}' for known in configs) or 'none'}"
+        )
+    if required := _required_parameters(function):
+        raise ValueError(
+            f"config ({name}) must be a function without required arguments, and it requires "
+            f"{', '.join(required)}; give them defaults, or write a function that passes them"
+        )
+    config = _run_user_code(file, function)
+    if not isinstance(config, Trainer.Config):
+        raise ValueError(
+            f"config ({name}) must return a Trainer.Config, and returned {shown(config)}; return "
+            "the config that it builds"
+        )
+    return config
+
+
+def sections(file: str = "") -> dict[str, dict[str, ConfigFunction]]:
+    """Title → configs by name, of each module of this project or of the Python file ``file``."""
+    if file:
+        module = _import(Path(file))
+        named = {f"{file}:{name}": function for name, function in _configs_of(module).items()}
+        return {_first_line(module) or file: named}
+    return {_first_line(module): _configs_of(module) for module in MODULES}
 
 
 def catalogue() -> dict[str, ConfigFunction]:
-    """Name → function, of all modules."""
+    """This project's configs by name."""
     return {name: function for configs in sections().values() for name, function in configs.items()}
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Python file and function of ``FILE.py:NAME``; no file for a config of this project."""
+    if name.endswith(".py"):
+        return name, ""
+    file, _, function = name.rpartition(":")
+    return (file, function) if file.endswith(".py") else ("", name)
+
+
+def _like(name: str, configs: dict[str, ConfigFunction]) -> str:
+    like = get_close_matches(name, configs, n=5)
+    hint = f"; did you mean {' or '.join(like)}?" if like else ""
+    return f"{hint or ';'} `train.py --list` names all, and FILE.py:NAME is one of your own"
+
+
+def _first_line(documented: Any) -> str:
+    return (documented.__doc__ or "").strip().partition("\n")[0]
+
+
+def _configs_of(module: ModuleType) -> dict[str, ConfigFunction]:
+    """The public functions of ``module`` that require no argument, and its ``CONFIGS``."""
+    functions = {
+        name: function
+        for name, function in inspect.getmembers(module, inspect.isfunction)
+        if function.__module__ == module.__name__
+        and not name.startswith("_")
+        and not _required_parameters(function)
+    }
+    return functions | getattr(module, "CONFIGS", {})
+
+
+def _required_parameters(function: Callable[..., Any]) -> list[str]:
+    optional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [
+        name
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.default is parameter.empty and parameter.kind not in optional
+    ]
+
+
+def _import(path: Path) -> ModuleType:
+    """Import a user's file once, with the modules beside it importable by name or relatively."""
+    if not path.is_file():
+        raise ValueError(
+            f"config file ({path}) does not exist; give its path from the current folder, as in "
+            "path/to/my_runs.py:my_config"
+        )
+    folder = path.resolve().parent
+    package = f"user_configs_{sha256(str(folder).encode()).hexdigest()[:8]}"
+    name = f"{package}.{path.stem.replace('.', '_')}"
+    if name in sys.modules:
+        return sys.modules[name]
+    if package not in sys.modules:
+        sys.modules[package] = parent = ModuleType(package)
+        parent.__path__ = [str(folder)]
+        sys.path.append(str(folder))  # last: a neighbour must not hide an installed package
+    spec = importlib.util.spec_from_file_location(name, path.resolve())
+    assert spec is not None and spec.loader is not None, "a .py file has a loader"
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    try:
+        _run_user_code(str(path), lambda: spec.loader.exec_module(module))
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _run_user_code(file: str, action: Callable[[], Any]) -> Any:
+    """Call ``action``; ``ValueError`` with file and line of what a user's code raises."""
+    try:
+        return action()
+    except (Exception, SystemExit) as error:
+        if isinstance(error, SyntaxError):
+            line = error.lineno
+        else:
+            frames = traceback.extract_tb(error.__traceback__)
+            own = [f.lineno for f in frames if Path(f.filename) == Path(file).resolve()]
+            line = own[-1] if own else None
+        raise ValueError(
+            f"{file}, line {line}, raised {type(error).__name__}: {error}; correct the file"
+        ) from error

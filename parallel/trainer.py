@@ -42,7 +42,7 @@ from earlyfuse.parallel.reporting.run_folder import CURVES, SAMPLES
 from earlyfuse.parallel.strategies.context import positions_here
 from earlyfuse.parallel.strategies.gradient_clipping import clip
 from earlyfuse.parallel.strategies.pipeline import Pipeline
-from earlyfuse.parallel.training.config_checks import check_limits
+from earlyfuse.parallel.training.config_checks import check_config
 from earlyfuse.parallel.training.data_config import DataSet, NoTokenizer
 from earlyfuse.parallel.training.dropout_seed import seed_dropout
 from earlyfuse.parallel.training.expert_bias import ExpertBalance
@@ -79,7 +79,7 @@ def resolve(config: "Trainer.Config") -> DataSet:
     assert isinstance(model, Decoder.Config)
     if config.debug.seed is not None:
         model.seed = config.debug.seed
-    check_limits(config)
+    check_config(config)
     check_parallelism(config.parallelism, config.training, model)
     data = DataSet(config.data)
     data.connect(config)

@@ -17,7 +17,7 @@ from typing import Any
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 
-from earlyfuse.configs.registry import catalogue
+from earlyfuse.configs.registry import catalogue, load_config
 from earlyfuse.models.flops import count_parameters, mean_training_flops, training_flops
 from earlyfuse.parallel.estimates.communication import Traffic, received, step_traffic, total
 from earlyfuse.parallel.estimates.dry_run import check, quantity
@@ -149,10 +149,7 @@ def _by_modality(values: Sequence[float]) -> str:
 
 def _run(name: str, options: dict[str, Any]) -> Trainer.Config:
     """The config with the command line's layout and one micro-batch a step."""
-    configs = catalogue()
-    if name not in configs:
-        raise ValueError(f"config ({name!r}) must be one of {', '.join(configs)}")
-    run = deepcopy(configs[name]())
+    run = deepcopy(load_config(name))
     run.training.global_batch_size = -1  # one micro-batch
     for field in ("local_batch_size", "seq_len", "mixed_precision_param"):
         if options[field] is not None:
@@ -203,7 +200,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     one.set_defaults(command=traffic)
-    one.add_argument("config", help="a config of train.py")
+    one.add_argument("config", help="a config of train.py, or FILE.py:NAME")
     one.add_argument("--gpus", type=int, nargs="+", default=[8, 64, 1024], help="rows of the table")
     for name, default, meaning in (
         ("shard", -1, "ranks that share one copy of the parameters; -1: all, else replicas"),

@@ -21,7 +21,7 @@ from earlyfuse.parallel.estimates.memory import rank_memory
 from earlyfuse.parallel.plan import check_parallelism
 from earlyfuse.parallel.strategies.pipeline import stage_blocks
 from earlyfuse.parallel.trainer import Trainer
-from earlyfuse.parallel.training.config_checks import check_limits
+from earlyfuse.parallel.training.config_checks import check_config
 from earlyfuse.parallel.training.data_config import DataSet, data_folder
 
 
@@ -49,7 +49,7 @@ def check(config: Trainer.Config, ranks: int) -> tuple[Decoder.Config, ParallelD
     model = config.model_spec.model
     assert isinstance(model, Decoder.Config)
     os.environ["WORLD_SIZE"] = str(ranks)
-    check_limits(config)
+    check_config(config)
     check_parallelism(config.parallelism, config.training, model)
     return model, ParallelDims.from_config(config.parallelism, ranks)
 

@@ -20,7 +20,7 @@ from typing import Any, TextIO
 import numpy as np
 import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
-from torchtitan.components.metrics import BaseLogger, MetricsProcessor
+from torchtitan.components.metrics import BaseLogger, MetricsProcessor, WandBLogger
 from tqdm import tqdm
 
 from earlyfuse.data.console import printable
@@ -48,6 +48,10 @@ class RunMetrics(MetricsProcessor):
         enable_tensorboard: bool = True
         """Write TensorBoard events to <run folder>/tb."""
 
+        enable_wandb: bool = False
+        """Log to Weights & Biases too; its environment variables choose project, run and mode
+        (WANDB_PROJECT, WANDB_RUN_ID, WANDB_RESUME, WANDB_MODE=offline …)."""
+
     def __init__(self, config: Config, *, dump_folder: str, **runtime: Any):
         self.folder = Path(dump_folder)
         self.is_main = dist.get_rank() == 0
@@ -55,10 +59,17 @@ class RunMetrics(MetricsProcessor):
         self.console: Console | None = None
         self.rank_times = RankTimes()
 
-    def _build_metric_logger(self, *, config: MetricsProcessor.Config, **_: Any) -> BaseLogger:
+    def _build_metric_logger(
+        self,
+        *,
+        config: MetricsProcessor.Config,
+        config_dict: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> BaseLogger:
         if not self.is_main:
             return BaseLogger()
-        return RunLogger(self.folder, config.save_tb_folder if config.enable_tensorboard else None)
+        tensorboard = config.save_tb_folder if config.enable_tensorboard else None
+        return RunLogger(self.folder, tensorboard, config_dict if config.enable_wandb else None)
 
     def start(self, step: int, steps: int) -> None:
         """Begin at ``step`` of ``steps``: drop logged lines beyond it and open the console."""
@@ -121,9 +132,15 @@ class RunMetrics(MetricsProcessor):
 
 
 class RunLogger(BaseLogger):
-    """``metrics.jsonl`` and TensorBoard events of one run folder; a full disk costs lines."""
+    """``metrics.jsonl`` and TensorBoard events of one run folder; a full disk costs lines.
 
-    def __init__(self, folder: Path, tensorboard: str | None):
+    With ``wandb``, the config of the run, Weights & Biases gets the same numbers.
+    """
+
+    def __init__(
+        self, folder: Path, tensorboard: str | None, wandb: dict[str, Any] | None = None
+    ) -> None:
+        self.wandb_config, self.wandb = wandb, BaseLogger()
         self.path = folder / METRICS_FILE
         self.lines = LineFile(self.path)
         self.tensorboard_folder = folder / tensorboard if tensorboard else None
@@ -144,15 +161,19 @@ class RunLogger(BaseLogger):
             _expect_full_disks()
             with tolerate(self.tensorboard_folder):
                 self.writer = SummaryWriter(str(self.tensorboard_folder), purge_step=step + 1)
+        if self.wandb_config is not None:
+            self.wandb = _wandb(self.path.parent, self.wandb_config)
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
         """One line, and a scalar named ``kind``/name for each number."""
         with tolerate(self.path):
             self.lines.append(as_line(metrics, step))
+        kind = metrics["kind"]
+        scalars = {f"{kind}/{n}": v for n, v in metrics.items() if not isinstance(v, str)}
+        self.wandb.log(scalars, step)
         with self._events() as writer:
-            for name, value in metrics.items() if writer else ():
-                if not isinstance(value, str):
-                    writer.add_scalar(f"{metrics['kind']}/{name}", value, step)
+            for name, value in scalars.items() if writer else ():
+                writer.add_scalar(name, value, step)
 
     def log_samples(self, step: int, pixels: np.ndarray, captions: str) -> None:
         """A picture (H, W, 3) uint8 and Markdown text, in TensorBoard."""
@@ -162,9 +183,10 @@ class RunLogger(BaseLogger):
                 writer.add_text("samples", captions, step)
 
     def close(self) -> None:
-        """Close both files."""
+        """Close all outputs."""
         with suppress(OSError):
             self.lines.close()
+        self.wandb.close()
         with self._events() as writer:
             if writer:
                 writer.close()
@@ -181,6 +203,19 @@ class RunLogger(BaseLogger):
             except OSError:
                 self.writer = None
                 raise
+
+
+def _wandb(folder: Path, config: dict[str, Any]) -> BaseLogger:
+    """torchtitan's logger, its local files in ``folder``/wandb."""
+    import wandb  # config_checks has found it
+
+    try:
+        return WandBLogger(str(folder), config)
+    except wandb.Error as error:
+        raise ValueError(
+            f"metrics.enable_wandb (True): {error}; run `wandb login`, set WANDB_MODE=offline, or "
+            "leave it off"
+        ) from error
 
 
 def _expect_full_disks() -> None:

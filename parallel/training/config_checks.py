@@ -1,10 +1,15 @@
-"""Ranges of a config's numbers: outside them a run would end in the middle, or learn nothing.
+"""Checks a config before anything is built: ranges of its numbers, and fields that nothing reads.
 
-Here is what the command line can reach; the parts of a model know the ranges of theirs.
+These are the fields that the command line offers; a model's parts check their own.
 """
 
 import math
+from dataclasses import MISSING
+from functools import reduce
+from importlib.util import find_spec
 from typing import Any, NamedTuple
+
+import torch
 
 from earlyfuse.data.json_files import shown
 
@@ -66,7 +71,6 @@ RANGES = {
     "watchdog.timeout_seconds": _SECONDS,
     "watchdog.slow_timeout_seconds": _SECONDS,
     "comm.init_timeout_seconds": Range(1, 10**9),
-    "comm.train_timeout_seconds": Range(1, 10**9),
     "comm.trace_buf_size": AMOUNT,
     "validator.freq": COUNT,
     "validator.batch_rows": _ROWS,
@@ -104,21 +108,66 @@ HYPERPARAMETERS = {
 }
 _BETA = Range(0, 1, below=True)
 
+# fields of torchtitan's that have no effect on this trainer, and what to do instead
+UNREAD = {
+    "hf_assets_path": "data.folder has the tokenizers, checkpoint.initial_load_path takes weights",
+    "metrics.disable_color_printing": "the console has no colours",
+    "metrics.save_for_all_ranks": (
+        "what rank 0 logs is about all ranks: sums over them, and times of the slowest"
+    ),
+    "dataloader.dataset": "set data.folder and data.shares",
+    "dataloader.dataset_path": "set data.folder",
+    "training.disable_cuda_graphs": "steps are not captured as CUDA graphs; compile.enable is",
+    "parallelism.enable_fsdp_symm_mem": "FSDP communicates as torch does by default",
+    "parallelism.enable_sequence_parallel": "tensor parallelism keeps whole activations",
+    "parallelism.module_fqns_per_model_part": (
+        "blocks are split evenly; set pipeline_parallel_first_stage_less_layers or "
+        "pipeline_parallel_last_stage_less_layers"
+    ),
+    "parallelism.pipeline_parallel_layers_per_stage": "pipeline_parallel_degree decides it",
+    "parallelism.pipeline_parallel_schedule_csv": "choose by pipeline_parallel_schedule",
+    "parallelism.context_parallel_load_balancer": (
+        "each rank takes a contiguous part of a row, as a scan needs it"
+    ),
+    "parallelism.context_parallel_ptrr_mask_key": "rows are not balanced by their masks",
+    "checkpoint.create_seed_checkpoint": (
+        "initial values are the same on any number of ranks; to share them save step 1 "
+        "(checkpoint.enable_first_step_checkpoint)"
+    ),
+    "compile.enable_async_tensor_parallel": "it is not applied to this decoder",
+    "comm.train_timeout_seconds": "the watchdog ends stalls; set watchdog.timeout_seconds",
+    "comm.mode": "use --dry-run to check a layout without its devices",
+    "validator.steps": "set validator.max_batches and validator.batch_rows",
+    "validator.dataloader": "data.folder has the validation split",
+    "debug.spmd_typechecking": "it checks another spmd_backend",
+    "debug.moe_force_load_balance": "routers have no such mode",
+    "debug.batch_invariant": "no kernel has such a mode",
+    "debug.print_config": "run.json has the config; debug.save_config_file writes another copy",
+    "debug.enable_structured_logging": "use profiler.enable_profiling for traces",
+}
+_ALLOWED = {"training.disable_cuda_graphs": True}  # where it is not torchtitan's default
 
-def check_limits(config: Any) -> None:
-    """Refuse such numbers of a ``Trainer.Config`` by ``ValueError``, before anything is made."""
+
+def check_config(config: Any) -> None:
+    """Refuse what a ``Trainer.Config`` must not be by ``ValueError``, before anything is built."""
     for field, allowed in RANGES.items():
-        value = config
-        for name in field.split("."):
-            value = getattr(value, name)
+        value = reduce(getattr, field.split("."), config)
         if value is not None:
             _check(field, value, allowed)
+    for field, reason in UNREAD.items():
+        *path, name = field.split(".")
+        section = reduce(getattr, path, config)
+        value, default = getattr(section, name), _ALLOWED.get(field, _default(section, name))
+        if value != default:
+            raise ValueError(
+                f"{field} ({shown(value)}) must be {shown(default)}, since nothing reads it: "
+                f"{reason}"
+            )
+    _check_metrics_and_profiler(config)
+    _check_compile(config.compile)
+    _check_optimizer(config.optimizer)
     for name, share in config.data.shares.items():
         _check(f"data.shares.{name}", share, SHARE)
-    for place, group in enumerate(config.optimizer.param_groups):
-        _check_hyperparameters(
-            f"optimizer.param_groups.{place}.optimizer_kwargs", group.optimizer_kwargs
-        )
     total = config.lr_scheduler.total_steps
     if total is not None and total < config.training.steps:
         raise ValueError(
@@ -132,6 +181,58 @@ def check_limits(config: Any) -> None:
         raise ValueError(
             f"activation_checkpoint.preserve_rng_state (False) must be True with dropout ({dropout}"
             "): recomputed blocks would drop other places than those that the loss is of"
+        )
+
+
+def _default(section: Any, name: str) -> Any:
+    field = section.__dataclass_fields__[name]
+    return field.default if field.default is not MISSING else field.default_factory()
+
+
+def _check_metrics_and_profiler(config: Any) -> None:
+    if config.metrics.enable_wandb and find_spec("wandb") is None:
+        raise ValueError(
+            "metrics.enable_wandb (True) needs the package wandb, which is not installed; run "
+            "`pip install -c constraints.txt wandb`, or leave it off"
+        )
+    profiler = config.profiler
+    if profiler.enable_memory_snapshot and not torch.cuda.is_available():
+        raise ValueError(
+            "profiler.enable_memory_snapshot (True) must be False without a CUDA device, whose "
+            "allocator it records"
+        )
+    least = profiler.profiler_warmup + profiler.profiler_active
+    if profiler.enable_profiling and profiler.profile_freq < least:
+        raise ValueError(
+            f"profiler.profile_freq ({profiler.profile_freq}) must be at least profiler_warmup "
+            f"({profiler.profiler_warmup}) + profiler_active ({profiler.profiler_active}); change "
+            "one of them"
+        )
+
+
+def _check_compile(compile: Any) -> None:
+    unknown = sorted(set(compile.components) - {"model", "loss"})
+    if unknown or (compile.enable and "model" not in compile.components):
+        raise ValueError(
+            f"compile.components ({shown(compile.components)}) must include model, and may include "
+            "loss, which a kernel of its own computes; nothing else is compiled"
+        )
+
+
+def _check_optimizer(optimizer: Any) -> None:
+    names = {group.optimizer_name for group in optimizer.param_groups}
+    if unused := sorted(set(optimizer.optimizer_factory_kwargs_by_name) - names):
+        raise ValueError(
+            f"optimizer.optimizer_factory_kwargs_by_name ({shown(unused)}) must name optimizers of "
+            f"param_groups ({', '.join(sorted(names))}); remove what is not among them"
+        )
+    if optimizer.implementation == "fused_opt_states_bf16" and not torch.cuda.is_available():
+        raise ValueError(
+            "optimizer.implementation (fused_opt_states_bf16) needs a CUDA device; use fused"
+        )
+    for place, group in enumerate(optimizer.param_groups):
+        _check_hyperparameters(
+            f"optimizer.param_groups.{place}.optimizer_kwargs", group.optimizer_kwargs
         )
 
 

@@ -21,6 +21,7 @@ from earlyfuse.data.atomic import atomic_write_json
 from earlyfuse.data.json_files import read_json, shown
 from earlyfuse.models.state_dicts import decoder_config
 from earlyfuse.parallel.reporting import rank_log
+from earlyfuse.parallel.training.config_checks import UNREAD
 
 SETTINGS = "settings.json"
 _PARAMETERS = ("params", "param_names")
@@ -33,68 +34,83 @@ class Effect(Enum):
     APPLIED = "applied from the next step on, and noted in run.json"
     DATA = "refused by the loader, which compares the data themselves"
     FIXED = "refused"
+    UNREAD = "refused unless it has its default, at any start (config_checks.UNREAD)"
 
 
-# by the longest prefix; places in lists are left out
-EFFECTS = {
-    "model_spec": Effect.FIXED,
-    "model_spec.name": Effect.NONE,
-    "model_spec.flavor": Effect.NONE,
-    "model_spec.model.layers.dropout": Effect.APPLIED,
-    "model_spec.model.layers.feed_forward.pools.router.noise": Effect.APPLIED,
-    "model_spec.model.layers.feed_forward.pools.router.bias_rate": Effect.APPLIED,
-    "train_only": Effect.FIXED,
-    "start": Effect.FIXED,
-    "override": Effect.FIXED,
-    "debug": Effect.NONE,
-    "debug.seed": Effect.FIXED,
-    "debug.moe_force_load_balance": Effect.FIXED,
-    "loss": Effect.APPLIED,
-    "optimizer": Effect.FIXED,
-    "optimizer.param_groups.optimizer_kwargs.lr": Effect.APPLIED,
-    "optimizer.param_groups.optimizer_kwargs.betas": Effect.APPLIED,
-    "optimizer.param_groups.optimizer_kwargs.eps": Effect.APPLIED,
-    "optimizer.param_groups.optimizer_kwargs.weight_decay": Effect.APPLIED,
-    "lr_scheduler": Effect.APPLIED,
-    "training": Effect.FIXED,
-    "training.steps": Effect.APPLIED,
-    "training.max_norm": Effect.APPLIED,
-    "training.mixed_precision_param": Effect.APPLIED,
-    "training.mixed_precision_reduce": Effect.APPLIED,
-    "training.local_batch_size": Effect.NONE,
-    "training.global_batch_size": Effect.DATA,
-    "training.enable_cpu_offload": Effect.NONE,
-    "training.disable_cuda_graphs": Effect.NONE,
-    "training.gc_freq": Effect.NONE,
-    "training.gc_debug": Effect.NONE,
-    "data": Effect.DATA,
-    "dataloader": Effect.DATA,
-    "dataloader.prefetch": Effect.NONE,
-    "dataloader.dataset": Effect.NONE,
-    "dataloader.dataset_path": Effect.NONE,
-    "validator": Effect.APPLIED,
-    "validator.sources": Effect.NONE,
-    "validator.data_folder": Effect.NONE,
-    "sampler": Effect.APPLIED,
-    "sampler.data_folder": Effect.NONE,
-    "skip": Effect.APPLIED,
-    "checkpoint": Effect.NONE,
-    "checkpoint.exclude_from_loading": Effect.APPLIED,
-    "checkpoint.initial_load_path": Effect.FIXED,
-    "checkpoint.initial_load_model_only": Effect.FIXED,
-    "checkpoint.initial_load_in_hf": Effect.FIXED,
-    "checkpoint.initial_load_in_hf_quantized": Effect.FIXED,
-    "parallelism": Effect.NONE,
-    "activation_checkpoint": Effect.NONE,
-    "compile": Effect.NONE,
-    "comm": Effect.NONE,
-    "watchdog": Effect.NONE,
-    "metrics": Effect.NONE,
-    "profiler": Effect.NONE,
-    "tokenizer": Effect.NONE,
-    "hf_assets_path": Effect.NONE,
-    "dump_folder": Effect.NONE,
+# every field of a config by its section, "" being the config itself; the fields within model_spec,
+# loss and hyperparameters belong to whatever part is chosen and take the effect of the whole
+_FIELDS: dict[Effect, dict[str, str]] = {
+    Effect.FIXED: {
+        "": "model_spec train_only",
+        "start": "run step data",
+        "override": "imports",
+        "debug": "seed",
+        "optimizer": "implementation optimizer_factory_kwargs_by_name",
+        "optimizer.param_groups": "pattern optimizer_name optimizer_kwargs",
+        "training": "seq_len dtype",
+        "checkpoint": (
+            "initial_load_path initial_load_model_only initial_load_in_hf "
+            "initial_load_in_hf_quantized"
+        ),
+    },
+    Effect.APPLIED: {
+        "model_spec.model.layers": "dropout",
+        "model_spec.model.layers.feed_forward.pools.router": "noise bias_rate",
+        "": "loss",
+        "optimizer.param_groups.optimizer_kwargs": "lr betas eps weight_decay",
+        "lr_scheduler": "warmup_steps total_steps decay_ratio decay_type min_lr_factor",
+        "training": "steps max_norm mixed_precision_param mixed_precision_reduce",
+        "validator": "freq enable batch_rows max_batches tasks",
+        "sampler": "enable number temperature top_p guidance caption_tokens",
+        "skip": "max_skipped spike_guard window deviations",
+        "checkpoint": "exclude_from_loading",
+    },
+    Effect.DATA: {
+        "data": "folder shares embedded speech",
+        "dataloader": "sources order global_batch_size seed media_share",
+        "training": "global_batch_size",
+    },
+    Effect.NONE: {
+        "": "dump_folder tokenizer activation_checkpoint",
+        "model_spec": "name flavor",
+        "debug": "deterministic deterministic_warn_only detect_anomaly save_config_file",
+        "training": "local_batch_size enable_cpu_offload gc_freq gc_debug",
+        "dataloader": "prefetch",
+        "validator": "sources data_folder",
+        "sampler": "data_folder",
+        "checkpoint": (
+            "enable folder interval last_save_model_only last_save_in_hf export_dtype "
+            "keep_latest_k load_step enable_first_step_checkpoint load_only async_mode fallback"
+        ),
+        "parallelism": (
+            "data_parallel_replicate_degree data_parallel_shard_degree fsdp_reshard_after_forward "
+            "tensor_parallel_degree spmd_backend pipeline_parallel_degree "
+            "pipeline_parallel_first_stage_less_layers pipeline_parallel_last_stage_less_layers "
+            "pipeline_parallel_schedule pipeline_parallel_microbatch_size context_parallel_degree "
+            "expert_parallel_degree"
+        ),
+        "activation_checkpoint": (
+            "preserve_rng_state determinism_check debug force_recompute_mm_shapes_by_fqns "
+            "memory_budget visualize_memory_budget_pareto"
+        ),
+        "compile": "enable components backend",
+        "comm": "init_timeout_seconds trace_buf_size save_traces_folder save_traces_file_prefix",
+        "watchdog": "timeout_seconds slow_timeout_seconds",
+        "metrics": "log_freq enable_tensorboard save_tb_folder enable_wandb",
+        "profiler": (
+            "enable_profiling save_traces_folder profile_freq profiler_repeat profiler_skip_first "
+            "profiler_skip_first_wait profiler_active profiler_warmup enable_memory_snapshot "
+            "memory_snapshot_freq save_memory_snapshot_folder memory_snapshot_max_entries "
+            "trace_post_processor"
+        ),
+    },
 }
+EFFECTS = {
+    f"{section}.{name}".lstrip("."): effect
+    for effect, sections in _FIELDS.items()
+    for section, names in sections.items()
+    for name in names.split()
+} | dict.fromkeys(UNREAD, Effect.UNREAD)
 
 # objects whose names are values, not fields
 _NAMED_BY_USERS = (
@@ -109,8 +125,8 @@ Difference = tuple[str, Any, Any]  # field, before, now
 
 
 def effect_of(field: str) -> Effect:
-    """What a resume does with a change of ``field``, as in ``model_spec.model.layers[0].dropout``;
-    what the table does not know is refused.
+    """What a resume does with a change of ``field``, as in ``model_spec.model.layers[0].dropout``:
+    the longest known prefix decides, and a field that the table does not know is refused.
     """
     path = re.sub(r"\[\d+\]", "", field)
     while path and path not in EFFECTS:

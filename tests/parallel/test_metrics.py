@@ -7,6 +7,8 @@ import math
 from pathlib import Path
 
 import pytest
+from tiny_runs import MODELS, run, tiny_config
+from toy import make_data
 
 from earlyfuse.parallel.reporting.metrics import RunLogger
 from earlyfuse.parallel.reporting.metrics_file import (
@@ -109,3 +111,52 @@ def test_the_logger_writes_strict_json_and_shows_what_is_finite_in_tensorboard(t
     logger.close()
     text = (tmp_path / METRICS_FILE).read_text()
     assert "NaN" not in text and json.loads(text)["loss"] is None
+
+
+def test_weights_and_biases_get_the_same_numbers_and_the_config(tmp_path, monkeypatch):
+    """Offline, as on a cluster without internet; torchtitan's own logger writes."""
+    import wandb
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.chdir(tmp_path)
+    config = tiny_config(tmp_path / "run", make_data(tmp_path / "data"), MODELS["dense"](), steps=3)
+    config.metrics.enable_wandb = True
+    config.sampler.enable = False
+    init, began, seen = wandb.init, {}, {}
+
+    def begin(**options):
+        began.update(options)
+        session = init(**options)  # replaces wandb.log by the session's
+        log = wandb.log
+        monkeypatch.setattr(wandb, "log", lambda values, step: note(log, values, step))
+        return session
+
+    def note(log, values, step):
+        seen.update({(step, name): value for name, value in values.items()})
+        log(values, step=step)
+
+    monkeypatch.setattr(wandb, "init", begin)
+    run(config)
+    assert began["config"]["training"]["steps"] == 3
+    (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
+    assert b"validation/loss" in file.read_bytes()
+    logged = {
+        (line["step"], f"{line['kind']}/{name}"): value
+        for line in read_metrics(tmp_path / "run" / METRICS_FILE)
+        for name, value in line.items()
+        if name not in ("kind", "step")
+    }
+    assert seen == pytest.approx(logged) and (3, "validation/loss") in seen
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "data"}, "nothing beside the run"
+
+
+def test_weights_and_biases_without_a_login_are_refused_with_the_remedy(tmp_path, monkeypatch):
+    import wandb
+
+    def init(**_):
+        raise wandb.errors.UsageError("api_key not configured (no-tty)")
+
+    monkeypatch.setattr(wandb, "init", init)
+    with pytest.raises(ValueError, match=r"enable_wandb .*not configured.*WANDB_MODE=offline"):
+        RunLogger(tmp_path, None, {}).start(0)

@@ -416,7 +416,7 @@ def test_command_line(capsys, monkeypatch, tmp_path):
     assert train["main"](["mamma"]) == 2
     message = capsys.readouterr().err
     assert isinstance(embedded.moma_4t4i_stage2().lr_scheduler, LearningRate.Config), "its fields"
-    assert "unknown config 'mamma'; did you mean mamba" in message and "moe_8x" in message
+    assert "config ('mamma') is unknown; did you mean mamba" in message and "--list" in message
     with pytest.raises(SystemExit):
         train["main"](["dense", "--training.step", "3"])
     assert "--training.steps" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from places import SUPPORT
+from places import ROOT, SUPPORT
 from tiny_runs import MAMBAS, tiny_config
 from toy import make_data
 
@@ -168,6 +168,10 @@ def test_a_folder_with_a_run_of_other_settings_is_refused_by_field(tmp_path, mon
     assert (out / "study.md").read_bytes() == before
 
 
+def test_runs_are_started_with_the_entry_of_this_tree():
+    assert study.TRAIN == ROOT / "train.py" and study.TRAIN.is_file()
+
+
 def test_two_studies_in_one_folder_are_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(study, "plan", lambda *_: [])
     lock = FolderLock(tmp_path, print)
@@ -219,9 +223,9 @@ def test_runs_end_with_the_study(tmp_path, monkeypatch, number):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--configs", "mamba", "mumba"], "configs (mumba) are unknown"),
-        (["--configs", "mamba", "mamba"], "configs (mamba mamba) must be different"),
-        (["--configs", "mamba", "--seeds", "1", "1"], "seeds (1 1) must be different"),
+        (["--configs", "mamba", "mumba"], "config ('mumba') is unknown; did you mean mamba"),
+        (["--configs", "mamba", "mamba"], "configs (mamba mamba) must differ from each other"),
+        (["--configs", "mamba", "--seeds", "1", "1"], "seeds (1 1) must differ from each other"),
         (["--configs", "mamba", "--", "--validator.no-enable"], "validator.enable"),
     ],
 )

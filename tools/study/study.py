@@ -25,7 +25,7 @@ from types import FrameType
 from typing import Any
 
 from earlyfuse.configs.command_line import override
-from earlyfuse.configs.registry import catalogue
+from earlyfuse.configs.registry import load_config, split_name
 from earlyfuse.data.console import printable
 from earlyfuse.data.folder_lock import FolderLock
 from earlyfuse.data.json_files import shown
@@ -43,7 +43,7 @@ from earlyfuse.parallel.training.resume_settings import (
 from earlyfuse.tools.command import run_command
 from earlyfuse.tools.study.report import curves, report
 
-TRAIN = Path(__file__).resolve().parents[1] / "train.py"
+TRAIN = Path(__file__).resolve().parents[2] / "train.py"
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Run:
             return
         description = read_description(self.folder)
         for name, before, now in changes(description.field("config", dict), self.settings):
-            if before is not UNKNOWN and effect_of(name) is not Effect.NONE:
+            if before is not UNKNOWN and effect_of(name) not in (Effect.NONE, Effect.UNREAD):
                 raise ValueError(
                     f"{where} holds a run of other settings: {printable(name)} is {shown(before)} "
                     f"there and {shown(now)} here; {remedy}"
@@ -121,7 +121,7 @@ def _study(given: list[str]) -> None:
     with _only_one(options.out):
         train(runs, options.jobs)
         found = {
-            config: curves([run.lines() for run in runs if run.config == config])
+            label(config): curves([run.lines() for run in runs if run.config == config])
             for config in options.configs
         }
         report(options.out, found)
@@ -133,17 +133,14 @@ def plan(
     """The runs, seed by seed. ``ValueError`` for unknown configs, repeated names, configs without
     validation, and settings that cannot be right.
     """
-    known = catalogue()
-    for name, values in (("configs", configs), ("seeds", seeds)):
+    for name, values in (("configs", [label(c) for c in configs]), ("seeds", list(seeds))):
         if len(set(values)) < len(values):
-            raise ValueError(f"{name} ({' '.join(map(str, values))}) must be different ones")
-    if unknown := [name for name in configs if name not in known]:
-        raise ValueError(f"configs ({' '.join(unknown)}) are unknown; see train.py --list")
+            raise ValueError(f"{name} ({' '.join(map(str, values))}) must differ from each other")
     planned = []
     for seed in seeds:
         for name in configs:
-            run = Run(name, seed, out / f"{name}-seed{seed}", 0, overrides)
-            config = override(known[name](), run.arguments)
+            run = Run(name, seed, out / f"{label(name)}-seed{seed}", 0, overrides)
+            config = override(load_config(name), run.arguments)
             if not config.validator.enable:
                 raise ValueError(f"validator.enable of {name} is off: there is nothing to compare")
             planned.append((run, config))
@@ -155,6 +152,11 @@ def plan(
             Run(run.config, run.seed, run.folder, config.training.steps, overrides, settings)
         )
     return runs
+
+
+def label(config: str) -> str:
+    """A config's name in folders and tables: of FILE.py:NAME the function's."""
+    return split_name(config)[1]
 
 
 def train(runs: Sequence[Run], jobs: int) -> None:
@@ -230,7 +232,12 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Behind -- follow overrides for train.py, as in: -- --training.steps 300",
     )
     parser.add_argument("out", type=Path, help="folder of the runs and of the comparison")
-    parser.add_argument("--configs", nargs="+", required=True, help="the first is the baseline")
+    parser.add_argument(
+        "--configs",
+        nargs="+",
+        required=True,
+        help="names, or FILE.py:NAME; the first is the baseline",
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default: 0 1 2")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
     return parser
