@@ -1,8 +1,8 @@
 """Speed and peak memory of conversion on a synthetic checkpoint of 1 GB in one file.
 
 Each conversion runs in a process of its own, whose peak is the kernel's account of it, libraries
-included (``imports`` says how much they are). Beside it a plain copy of the same file, synced: what
-the disk allows. Wall times depend on the disk and on what else uses it; read the CPU time.
+included (``imports`` says how much they are). A plain, synced copy of the same file shows what the
+disk allows. Wall times depend on what else uses it; read the CPU time.
 """
 
 import argparse
@@ -15,37 +15,29 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from earlyfuse.configs import decoders
 from earlyfuse.models.state_dicts import huggingface
-from earlyfuse.models.state_dicts.chameleon import Sizes, tensor_shapes
+from earlyfuse.models.state_dicts.plain_decoder import tensor_shapes
 from earlyfuse.models.state_dicts.tensor_map import Entry
 from earlyfuse.models.vocabulary import Vocabulary
 from earlyfuse.parallel.checkpoint.files.safetensors import SINGLE, write_file
 from harness import RESULTS, environment
 
 ROUNDS = 3
-SIZES = Sizes(
-    dim=2048,
-    layers=7,
-    heads=16,
-    kv_heads=8,
-    hidden_dim=5632,
-    vocab_size=32768,
-    norm_order="swin",
-    rope_theta=10_000.0,
+CONFIG = decoders.dense(
+    decoders.Shape(dim=2048, layers=7, heads=16, kv_heads=8, hidden_dim=5632, vocab_size=32768)
 )
-# from → to: folder, what is converted, options
-STEPS = [
-    ("hf", "earlyfuse", {}),
-    ("earlyfuse", "hf", {}),
-    ("earlyfuse", "dcp", {}),
-    ("dcp", "earlyfuse", {}),
-    ("hf", "meta", {}),
-    ("meta", "earlyfuse", {}),
-    ("hf", "earlyfuse", {"dtype": "float32"}),
+STEPS = [  # source, target format, type
+    ("hf", "earlyfuse", ""),
+    ("earlyfuse", "hf", ""),
+    ("earlyfuse", "dcp", ""),
+    ("dcp", "earlyfuse", ""),
+    ("hf", "meta", ""),
+    ("meta", "earlyfuse", ""),
+    ("hf", "earlyfuse", "float32"),
 ]
 CONVERT = """
 import json, re, sys, time
@@ -68,30 +60,28 @@ print(json.dumps({"wall": wall, "cpu": cpu, "peak": memory("VmHWM"), "imports": 
 
 
 class Random:
-    """Tensors of a Hugging Face checkpoint, made when they are read; qk-norms are plain."""
+    """Tensors of a Hugging Face checkpoint, created when they are read: bf16, ones for norms."""
 
-    def __init__(self, sizes: Sizes) -> None:
-        shapes = tensor_shapes(sizes.decoder())
+    def __init__(self) -> None:
+        shapes = tensor_shapes(CONFIG)
         self.entries = {
             huggingface.name_of(name): Entry(shape, torch.bfloat16)
             for name, shape in shapes.items()
         }
 
     def read(self, name: str) -> torch.Tensor:
-        """Random bf16 values, ones for norms."""
-        shape = self.entries[name].shape
+        """One tensor."""
         fill = torch.ones if "norm" in name else torch.rand
-        return fill(shape).bfloat16()
+        return fill(self.entries[name].shape).bfloat16()
 
 
 def make(folder: Path) -> int:
     """Write the synthetic checkpoint; returns the bytes of its file."""
     folder.mkdir()
-    source = Random(SIZES)
-    write_file(folder / SINGLE, source, list(source.entries))
-    vocabulary = Vocabulary(SIZES.vocab_size, 0, 2, 1)
-    config = huggingface.write_config(SIZES, SIZES.decoder(), vocabulary, None, "bfloat16")
-    (folder / "config.json").write_text(json.dumps(config))
+    write_file(folder / SINGLE, source := Random(), list(source.entries))
+    vocabulary = Vocabulary(CONFIG.vocab_size, 0, 2, 1)
+    fields = huggingface.config_fields(CONFIG, vocabulary, "bfloat16")
+    (folder / "config.json").write_text(json.dumps(fields))
     return (folder / SINGLE).stat().st_size
 
 
@@ -99,8 +89,9 @@ def convert(source: Path, destination: Path, to: str, dtype: str) -> dict[str, f
     """One conversion in a new process; its destination replaces an older one."""
     shutil.rmtree(destination, ignore_errors=True)
     command = [sys.executable, "-c", CONVERT, str(source), str(destination), to, dtype]
-    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return json.loads(printed)
+    done = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    files = [path for folder in (source, destination) for path in folder.iterdir()]
+    return done | {"largest": max(path.stat().st_size for path in files)}
 
 
 def copy(source: Path, destination: Path) -> dict[str, float]:
@@ -109,58 +100,41 @@ def copy(source: Path, destination: Path) -> dict[str, float]:
     shutil.copyfile(source, destination)
     with open(destination, "rb+") as file:
         os.fsync(file.fileno())
-    done = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
-    destination.unlink()
-    return done
+    return {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
 
 
-def largest_file(*folders: Path) -> int:
-    """Bytes of the largest file of tensors in the folders."""
-    return max(path.stat().st_size for folder in folders for path in folder.iterdir())
-
-
-def measure(root: Path) -> list[dict[str, Any]]:
-    """Rows of the table: medians over rounds, the largest peak."""
+def measure(root: Path) -> tuple[int, dict[str, dict[str, float]]]:
+    """Bytes of the source, and conversion → medians over rounds; of memory, the largest."""
     size = make(root / "hf")
     rounds: dict[str, list[dict[str, float]]] = {}
-    largest: dict[str, int] = {"plain copy": size}
-    for turn in range(ROUNDS):
+    for _ in range(ROUNDS):
         rounds.setdefault("plain copy", []).append(copy(root / "hf" / SINGLE, root / "copy"))
-        for source, to, options in STEPS:
-            dtype = options.get("dtype", "")
+        for source, to, dtype in STEPS:
             name = f"{source} to {to}" + (f", {dtype}" if dtype else "")
             target = root / (f"{to} {dtype}".strip() if to != "hf" else "hf again")
             rounds.setdefault(name, []).append(convert(root / source, target, to, dtype))
-            largest[name] = largest_file(root / source, target)
-            print(f"round {turn + 1}: {name} {rounds[name][-1]}", flush=True)
             if dtype or to == "hf":
                 shutil.rmtree(target)
-    rows = []
-    for name, results in rounds.items():
-        row: dict[str, Any] = {"conversion": name, "source bytes": size}
-        row |= {key: statistics.median(r[key] for r in results) for key in ("wall", "cpu")}
-        row["largest file"] = largest[name]
-        if "peak" in results[0]:
-            row["imports"] = statistics.median(r["imports"] for r in results)
-            row["peak"] = max(r["peak"] for r in results)
-        rows.append(row)
-    return rows
+    of = {"wall": statistics.median, "cpu": statistics.median}
+    return size, {
+        name: {key: of.get(key, max)(r[key] for r in results) for key in results[0]}
+        for name, results in rounds.items()
+    }
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(size: int, rows: dict[str, dict[str, float]]) -> str:
     """The rows as Markdown."""
     lines = [
         "| conversion | wall s | MB/s | CPU s | peak MB | imports MB | largest file MB | ratio |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    for row in rows:
-        speed = row["source bytes"] / row["wall"] / 1e6
-        line = f"| {row['conversion']} | {row['wall']:.2f} | {speed:.0f} | {row['cpu']:.2f} "
+    for name, row in rows.items():
+        line = f"| {name} | {row['wall']:.2f} | {size / row['wall'] / 1e6:.0f} | {row['cpu']:.2f} |"
         if "peak" in row:
-            peak, imports, file = (row[k] / 1e6 for k in ("peak", "imports", "largest file"))
-            line += f"| {peak:.0f} | {imports:.0f} | {file:.0f} | {peak / file:.2f} |"
+            peak, imports, file = (row[k] / 1e6 for k in ("peak", "imports", "largest"))
+            line += f" {peak:.0f} | {imports:.0f} | {file:.0f} | {peak / file:.2f} |"
         else:
-            line += "| | | | |"
+            line += " | | | |"
         lines.append(line)
     return "\n".join(lines)
 
@@ -168,19 +142,22 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Measure and write ``results/conversion.{md,jsonl}``."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", help="where to make 5 GB of files (the system's temporary one)")
+    parser.add_argument("--folder", help="where to create 5 GB of files (the system's temporary)")
     torch.manual_seed(0)
     torch.set_num_threads(1)
     where = environment()
     with tempfile.TemporaryDirectory(dir=parser.parse_args().folder) as folder:
-        rows = measure(Path(folder))
+        size, rows = measure(Path(folder))
     RESULTS.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(row | {"environment": where}) for row in rows]
+    lines = [
+        json.dumps({"conversion": name, "source bytes": size, **row, "environment": where})
+        for name, row in rows.items()
+    ]
     (RESULTS / "conversion.jsonl").write_text("\n".join(lines) + "\n")
     header = ", ".join(f"{key}: {value}" for key, value in where.items())
-    title = f"Conversion of a checkpoint of {rows[0]['source bytes'] / 1e9:.2f} GB (bf16, one file)"
+    title = f"Conversion of a checkpoint of {size / 1e9:.2f} GB (bf16, one file)"
     note = f"Medians of {ROUNDS} rounds, the largest peak. Ratio: peak over largest file."
-    page = f"# {title}\n\n{header}\n\n{note}\n\n{table(rows)}\n"
+    page = f"# {title}\n\n{header}\n\n{note}\n\n{table(size, rows)}\n"
     (RESULTS / "conversion.md").write_text(page)
     print(page)
 

@@ -16,16 +16,16 @@ import torch.nn.functional as F
 
 from earlyfuse.data.json_files import read_json
 from earlyfuse.models.blocks.linear import NORM_EPS
+from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.routing.expert_choice import ExpertChoice
-from earlyfuse.models.state_dicts import huggingface_mamba, mamba_ssm, meta
-from earlyfuse.models.state_dicts.chameleon import Sizes
+from earlyfuse.models.state_dicts import huggingface_mamba, meta
 from earlyfuse.models.state_dicts.config_json import CONFIG, REMEDY
-from earlyfuse.models.state_dicts.mamba import HEAD, MambaSizes
+from earlyfuse.models.state_dicts.mamba import HEAD
+from earlyfuse.models.state_dicts.plain_decoder import mamba_mixer
 from earlyfuse.models.vocabulary import Vocabulary
-from earlyfuse.parallel.checkpoint.files.meta_shards import MetaShards, shard_files
 from earlyfuse.parallel.checkpoint.files.safetensors import open_folder
-from earlyfuse.parallel.checkpoint.files.torch_save import TorchFiles
-from earlyfuse.parallel.checkpoint.open_checkpoint import Opened, load_model, open_model
+from earlyfuse.parallel.checkpoint.files.torch_save import PYTORCH_MODEL, MetaShards, TorchFiles
+from earlyfuse.parallel.checkpoint.open_checkpoint import OpenModel, load_model, open_model
 
 SEQ_LEN = 64
 LARGEST_KL = 1e-6  # nats a token, where no type was changed; fp32 in another order gives 1e-9
@@ -70,8 +70,7 @@ def logits_of(folder: Path, tokens_BS: torch.Tensor, vocabulary: Vocabulary) -> 
     if opened.format == "mamba_ssm":
         return _by_transformers_from_mamba_ssm(opened, tokens_BS)
     if opened.format == "meta":
-        shards = MetaShards(shard_files(folder))
-        return _by_pairs(Sizes.of(opened.config, "Meta's"), shards, tokens_BS)
+        return _by_pairs(opened.config, MetaShards(folder), tokens_BS)
     model, _ = load_model(folder, dtype=torch.float32)
     return model(tokens_BS, modality_BS=vocabulary.modality_of(tokens_BS))
 
@@ -102,48 +101,49 @@ def _by_transformers(folder: Path, tokens_BS: torch.Tensor) -> torch.Tensor:
     return model.lm_head(model.model(input_ids=tokens_BS).last_hidden_state)
 
 
-def _by_transformers_from_mamba_ssm(opened: Opened, tokens_BS: torch.Tensor) -> torch.Tensor:
+def _by_transformers_from_mamba_ssm(opened: OpenModel, tokens_BS: torch.Tensor) -> torch.Tensor:
     """Both compute the same, and transformers reads the other's names."""
     transformers = _transformers()
-    sizes = MambaSizes.of(opened.config, "mamba_ssm")
-    weights = opened.folder / mamba_ssm.WEIGHTS
+    config = opened.config
+    mixer = mamba_mixer(config, "mamba_ssm")
+    weights = opened.folder / PYTORCH_MODEL
     found = TorchFiles({"": weights}) if weights.is_file() else open_folder(opened.folder)
     tensors = {name: found.read(name).float() for name in found.entries}
     biased = any(name.endswith("conv1d.bias") for name in tensors)
-    config = transformers.MambaConfig(
-        vocab_size=sizes.vocab_size,
-        hidden_size=sizes.dim,
-        intermediate_size=sizes.inner_dim,
-        num_hidden_layers=sizes.layers,
-        state_size=sizes.states,
-        conv_kernel=sizes.conv_width,
-        time_step_rank=sizes.dt_rank,
+    theirs = transformers.MambaConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.dim,
+        intermediate_size=mixer.inner_dim,
+        num_hidden_layers=len(config.layers),
+        state_size=mixer.states,
+        conv_kernel=mixer.conv_width,
+        time_step_rank=mixer.dt_rank,
         use_conv_bias=biased,
         tie_word_embeddings=HEAD not in tensors,
     )
-    model = transformers.MambaForCausalLM(config).eval()
+    model = transformers.MambaForCausalLM(theirs).eval()
     model.load_state_dict(tensors, strict=HEAD in tensors)
     return model(tokens_BS, use_cache=False).logits
 
 
-def _by_pairs(sizes: Sizes, shards: MetaShards, tokens_BS: torch.Tensor) -> torch.Tensor:
-    """Meta's layout computed as it is: shard by shard, pairs of neighbours turned."""
-    count = len(shards.files)
+def _by_pairs(config: Decoder.Config, shards: MetaShards, tokens_BS: torch.Tensor) -> torch.Tensor:
+    """Logits straight from Meta's layout: shard by shard, neighbouring pairs rotated."""
+    count, head_dim = shards.count, config.head_dim
 
     def read(shard: int, name: str) -> torch.Tensor:
         return shards.read(meta.shard_name(shard, name)).float()
 
     def rms_norm(x_BSD: torch.Tensor, name: str) -> torch.Tensor:
         weight_D = torch.stack([read(s, f"{name}.weight") for s in range(count)]).mean(0)
-        return F.rms_norm(x_BSD, (sizes.dim,), weight_D, NORM_EPS)
+        return F.rms_norm(x_BSD, (config.dim,), weight_D, NORM_EPS)
 
-    frequency_P = sizes.rope_theta ** (-torch.arange(0, sizes.head_dim, 2) / sizes.head_dim)
+    frequency_P = config.rope_theta ** (-torch.arange(0, head_dim, 2) / head_dim)
     angle_SP = torch.arange(tokens_BS.shape[1])[:, None] * frequency_P
     turn_S1P = torch.polar(torch.ones_like(angle_SP), angle_SP)[:, None]
 
     def heads(x_BSD: torch.Tensor, shard: int, layer: str, which: str) -> torch.Tensor:
         x_BSNH = (x_BSD @ read(shard, f"{layer}.attention.w{which}.weight").T).unflatten(
-            -1, (-1, sizes.head_dim)
+            -1, (-1, head_dim)
         )
         if which == "v":
             return x_BSNH.transpose(1, 2)
@@ -151,7 +151,7 @@ def _by_pairs(sizes: Sizes, shards: MetaShards, tokens_BS: torch.Tensor) -> torc
             read(shard, f"{layer}.attention.{which}_normalization.{leaf}")
             for leaf in ("weight", "bias")
         )
-        normed = F.layer_norm(x_BSNH, (sizes.head_dim,), weight_H, bias_H, NORM_EPS)
+        normed = F.layer_norm(x_BSNH, (head_dim,), weight_H, bias_H, NORM_EPS)
         turned = torch.view_as_complex(normed.unflatten(-1, (-1, 2)).contiguous()) * turn_S1P
         return torch.view_as_real(turned).flatten(-2).transpose(1, 2)
 
@@ -172,10 +172,10 @@ def _by_pairs(sizes: Sizes, shards: MetaShards, tokens_BS: torch.Tensor) -> torc
         return out_BSD
 
     x_BSD = torch.cat([read(s, "tok_embeddings.weight")[tokens_BS] for s in range(count)], -1)
-    for number in range(sizes.layers):
+    for number in range(len(config.layers)):
         layer = f"layers.{number}"
         for branch, norm in ((attention, "attention_norm"), (feed_forward, "ffn_norm")):
-            if sizes.norm_order == "pre":
+            if config.layers[0].norm_order == "pre":
                 x_BSD = x_BSD + branch(rms_norm(x_BSD, f"{layer}.{norm}"), layer)
             else:
                 x_BSD = x_BSD + rms_norm(branch(x_BSD, layer), f"{layer}.{norm}")

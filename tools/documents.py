@@ -26,7 +26,13 @@ from earlyfuse.models.vocabulary import MediaCodes, Modality, Vocabulary
 from earlyfuse.parallel.checkpoint.files.dcp_metadata import METADATA
 from earlyfuse.parallel.checkpoint.files.dcp_reader import DcpReader
 from earlyfuse.parallel.checkpoint.identity import data_identity
-from earlyfuse.parallel.checkpoint.open_checkpoint import RUN, last_checkpoint
+from earlyfuse.parallel.checkpoint.layout import (
+    checkpoints_of,
+    is_run,
+    latest_checkpoint,
+    run_of,
+)
+from earlyfuse.parallel.reporting.run_folder import read_config
 
 MEDIA = {"image": Modality.IMAGE, "speech": Modality.SPEECH}
 Segment = dict[str, str]
@@ -50,11 +56,11 @@ class ModelFolder:
     def read(cls, folder: Path) -> "ModelFolder":
         """Look into ``folder``; a checkpoint is looked at in its run."""
         is_checkpoint = (folder / METADATA).exists()
-        run_folder = folder.absolute().parent.parent if is_checkpoint else folder
-        if not (run_folder / RUN).is_file():
+        run_folder = run_of(folder) if is_checkpoint else folder
+        if not is_run(run_folder):
             return cls(folder, None, None, _recorded_hashes(folder))
-        config = read_json(run_folder / RUN, _REMEDY).object("config")
-        checkpoint = folder if is_checkpoint else last_checkpoint(folder)
+        config = read_config(run_folder)
+        checkpoint = folder if is_checkpoint else latest_checkpoint(checkpoints_of(folder))
         seq_len = config.object("training").field("seq_len", int, least=1)
         data = Path(config.object("data").field("folder", str))
         return cls(folder, seq_len, data, _recorded_hashes(checkpoint))

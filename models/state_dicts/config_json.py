@@ -1,17 +1,5 @@
-"""The folder that we export, and the ``config.json`` in it and in our checkpoints.
+"""``config.json`` of a folder that we export, and of every checkpoint of a run."""
 
-================================  =================================================================
-file                              what it is
-================================  =================================================================
-``config.json``                   ``describe``: format, version, model, vocabulary, where it is from
-``model-0000k-of-0000N…``         safetensors, with ``model.safetensors.index.json``
-``tokenizers/``                   the tokenizers of the data, where they are known
-``vqmodel.safetensors``           image tokenizer of a Hugging Face folder, as it came
-``huggingface/``                  other files of a Hugging Face folder, as they came
-================================  =================================================================
-"""
-
-from collections.abc import Iterable, Mapping
 from typing import Any
 
 from earlyfuse.data.json_files import JsonObject, shown
@@ -21,21 +9,15 @@ from earlyfuse.models.state_dicts import decoder_config
 from earlyfuse.models.vocabulary import Modality, Vocabulary
 
 FORMAT, VERSION = "earlyfuse", 1
-CONFIG, TOKENIZERS, VQ_FILE, HUGGINGFACE = (
-    "config.json",
-    "tokenizers",
-    "vqmodel.safetensors",
-    "huggingface",
-)
-REMEDY = "correct it, or copy it again"  # what to do about a field that is wrong
-# more is damage, and would be built before it is refused
-_MOST_LAYERS, _LARGEST, _SMALLEST = 10_000, 10**9, 1e-9
+CONFIG, TOKENIZERS = "config.json", "tokenizers"
+REMEDY = "correct it, or copy it again"  # what to do about a wrong field
+SMALLEST = 1e-9  # of a positive number; anything less is damage
 
 
 def describe(
     config: Decoder.Config, vocabulary: Vocabulary, source: dict[str, Any]
 ) -> dict[str, Any]:
-    """What ``config.json`` says. ``source``: plain values on where the parameters are from."""
+    """The content of ``config.json``. ``source``: plain values on where the weights come from."""
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -67,7 +49,7 @@ def read_description(
 def read_decoder(fields: JsonObject) -> Decoder.Config:
     """The model in ``fields``; ``ValueError`` names the file and the field."""
     where = fields.where.removesuffix(": model")  # the error names places in the model
-    fields.field("rope_theta", float, default=1.0, least=_SMALLEST)
+    fields.field("rope_theta", float, default=1.0, least=SMALLEST)
     known = {int(modality) for modality in Modality}
     if not set(fields.items("modalities", int) if "modalities" in fields else ()) <= known:
         raise fields.wrong("modalities", f"must be some of {sorted(known)}")
@@ -75,32 +57,3 @@ def read_decoder(fields: JsonObject) -> Decoder.Config:
         return decoder_config.from_dict(fields.values)
     except (ValueError, TypeError, ArithmeticError) as error:
         raise ValueError(f"{where}: {error}; {fields.remedy}") from error
-
-
-def refuse_others(given: JsonObject, wanted: Mapping[str, tuple[Any, Any]], reason: str) -> None:
-    """``ValueError`` for the first of ``wanted`` (name → value there, the only one we compute) that
-    differs.
-    """
-    for name, (value, ours) in wanted.items():
-        if value != ours:
-            raise ValueError(
-                f"{given.where}: {name} ({shown(value)}) must be {ours!r}: {reason}; such a model "
-                "cannot be converted"
-            )
-
-
-def without_nulls(raw: JsonObject, defaults: Mapping[str, Any]) -> JsonObject:
-    """``raw`` over ``defaults``; a field that is null has its default."""
-    given = {name: value for name, value in raw.values.items() if value is not None}
-    return JsonObject({**defaults, **given}, raw.where, raw.remedy)
-
-
-def check_numbers(given: JsonObject, names: Iterable[str]) -> None:
-    """``ValueError`` unless all ``names`` are positive numbers of a possible size, whole but for
-    ``expand`` and ``rope_theta``.
-    """
-    for name in names:
-        if name in ("expand", "rope_theta"):
-            given.field(name, float, least=_SMALLEST, most=_LARGEST)
-        else:
-            given.field(name, int, least=1, most=_MOST_LAYERS if "layer" in name else _LARGEST)

@@ -1,9 +1,8 @@
 """Hugging Face's Chameleon: ``config.json`` and names, both ways.
 
-Shapes and pairing of rotary dimensions are ours, so tensors only change their names: the per-head
-rows of the qk-norms, too. Read as transformers writes it since version 5 (``rope_parameters``) and
-before (``rope_theta``, ``rope_scaling``), defaults left out or not; written for version 5. Tensors
-of the image tokenizer (``model.vqmodel.*``) are not the decoder's and go another way.
+Shapes, per-head rows of the qk-norms and pairing of rotary dimensions are ours, so tensors only
+change their names. Reads what transformers writes since version 5 (``rope_parameters``) and wrote
+before (``rope_theta``, ``rope_scaling``), with or without defaults; writes for version 5.
 """
 
 from collections.abc import Mapping
@@ -12,23 +11,33 @@ from typing import Any
 from earlyfuse.data.json_files import JsonObject, shown
 from earlyfuse.models.blocks.linear import NORM_EPS
 from earlyfuse.models.decoder import Decoder
-from earlyfuse.models.state_dicts import decoder_config, huggingface_mamba
-from earlyfuse.models.state_dicts.chameleon import Sizes, function_differences, tensor_shapes
-from earlyfuse.models.state_dicts.config_json import (
+from earlyfuse.models.state_dicts import huggingface_mamba
+from earlyfuse.models.state_dicts.config_json import CONFIG
+from earlyfuse.models.state_dicts.plain_decoder import (
+    chameleon_block,
+    chameleon_parts,
+    function_differences,
+    plain_decoder,
+    tensor_shapes,
+)
+from earlyfuse.models.state_dicts.public_config import (
+    OURS,
+    Exported,
+    Imported,
     check_numbers,
-    read_decoder,
-    read_vocabulary,
+    own_description,
+    read_own_description,
     refuse_others,
+    with_dtype,
     without_nulls,
 )
-from earlyfuse.models.state_dicts.tensor_map import Entry, Recipe, renamed
+from earlyfuse.models.state_dicts.tensor_map import Entry, Mapped, Tensors, common_dtype, renamed
 from earlyfuse.models.state_dicts.vocabulary_map import from_vocabulary, to_vocabulary
 from earlyfuse.models.vocabulary import Modality, Vocabulary
 
 MODEL_TYPE, ARCHITECTURE = "chameleon", "ChameleonForConditionalGeneration"
-VQ_PREFIX = "model.vqmodel."
-ROPE = "rotary_emb.inv_freq"  # ends buffers that old files have; they follow from the config
-OURS = "earlyfuse"  # our part of a config that we write; transformers keeps and ignores it
+_VQ_PREFIX = "model.vqmodel."  # of the image tokenizer
+_ROPE = "rotary_emb.inv_freq"  # ends buffers in old files; they follow from the config
 
 # transformers leaves out fields that have their default
 _DEFAULTS: dict[str, Any] = {
@@ -83,30 +92,33 @@ def name_of(ours: str) -> str:
     return f"model.layers.{number}.{_BLOCK_NAMES[name]}"
 
 
-def import_recipes(
-    config: Decoder.Config, raw: JsonObject, entries: Mapping[str, Entry]
-) -> dict[str, Recipe]:
-    """Ours from theirs, which are ``entries``. A tied head is a copy of the embedding, unless it is
-    in the files: transformers takes it from there, too.
+def import_model(raw: JsonObject, entries: Mapping[str, Entry]) -> Imported:
+    """The model that ``raw`` (``config.json``) describes, ``entries`` being its tensors.
+
+    ``ValueError`` names what it has that we do not compute.
     """
-    shapes = tensor_shapes(config)
-    recipes = {name: renamed(name_of(name), shape) for name, shape in shapes.items()}
+    config, vocabulary, remark = _read_config(raw)
+    maps = {name: renamed(name_of(name), shape) for name, shape in tensor_shapes(config).items()}
+    # a tied head that is in the files is read, as transformers does
     if raw.values.get("tie_word_embeddings") and name_of("lm_head.weight") not in entries:
-        recipes["lm_head.weight"] = recipes["tok_embeddings.weight"]
-    return recipes
+        maps["lm_head.weight"] = maps["tok_embeddings.weight"]
+    return Imported(
+        config,
+        vocabulary,
+        maps,
+        image_tokenizer={
+            name: renamed(name, entry.shape)
+            for name, entry in entries.items()
+            if name.startswith(_VQ_PREFIX)
+        },
+        unused=tuple(name for name in entries if name.endswith(_ROPE)),
+        carried={} if OURS in raw else raw.values,
+        remark=remark,
+    )
 
 
-def export_recipes(sizes: Sizes) -> dict[str, Recipe]:
-    """Theirs from ours."""
-    shapes = tensor_shapes(sizes.decoder())
-    return {name_of(name): renamed(name, shape) for name, shape in shapes.items()}
-
-
-def read_config(raw: JsonObject) -> tuple[Decoder.Config, Vocabulary, str]:
-    """The decoder, its vocabulary, and a remark on the vocabulary ("" if there is none).
-
-    ``raw``: ``config.json``. ``ValueError`` names what it has that we do not compute.
-    """
+def _read_config(raw: JsonObject) -> tuple[Decoder.Config, Vocabulary, str]:
+    """The decoder, its vocabulary, and a remark on the vocabulary, or ""."""
     refuse_unknown(raw)
     given = without_nulls(raw, _DEFAULTS)
     if raw.values.get("num_key_value_heads", 0) is None:
@@ -116,41 +128,35 @@ def read_config(raw: JsonObject) -> tuple[Decoder.Config, Vocabulary, str]:
         rope.values["rope_theta"] = given.values.get("rope_theta", 10_000.0)
     check_numbers(given, _NUMBERS)
     check_numbers(rope, ("rope_theta",))
-    sizes = Sizes(
+    block = chameleon_block(
         dim=given.field("hidden_size", int),
-        layers=given.field("num_hidden_layers", int),
         heads=given.field("num_attention_heads", int),
         kv_heads=given.field("num_key_value_heads", int),
         hidden_dim=given.field("intermediate_size", int),
-        vocab_size=given.field("vocab_size", int),
         norm_order="swin" if given.field("swin_norm", bool) else "pre",
+    )
+    config = plain_decoder(
+        block,
+        layers=given.field("num_hidden_layers", int),
+        vocab_size=given.field("vocab_size", int),
         rope_theta=rope.field("rope_theta", float),
         init_std=given.field("initializer_range", float, least=0),
     )
-    config = sizes.decoder()
     if OURS in raw:
-        ours = raw.object(OURS)
-        written = read_decoder(ours.object("model"))
-        if wrong := function_differences(written, config):
-            raise ValueError(
-                f"{raw.where} contradicts its own part {OURS!r}: {'; '.join(wrong[:3])}. Remove "
-                "that part if the model was changed since it was exported"
-            )
-        return written, read_vocabulary(ours.object("vocabulary")), ""
+        return *read_own_description(raw, config), ""
     tokens = given.object("vocabulary_map")
-    vocabulary, remark = to_vocabulary(tokens, given, _block(given))
-    return config, vocabulary, remark
+    return config, *to_vocabulary(tokens, given, _codes_per_image(given))
 
 
 def _rope(given: JsonObject) -> JsonObject:
-    """Settings of the rotary positions, under their names since version 5 or before."""
+    """Settings of the rotary positions, by their names since version 5 or before."""
     name = "rope_parameters" if given.values.get("rope_parameters") else "rope_scaling"
     rope = given.object(name, default={})
     return JsonObject(dict(rope.values), rope.where, rope.remedy)
 
 
 def refuse_unknown(raw: JsonObject) -> None:
-    """``ValueError`` if the config is of another architecture, or has what ours lacks."""
+    """``ValueError`` if the config is of another architecture, or has what we do not compute."""
     given = without_nulls(raw, _DEFAULTS)
     found = given.values.get("model_type")
     if found != MODEL_TYPE:
@@ -171,59 +177,64 @@ def refuse_unknown(raw: JsonObject) -> None:
         "partial_rotary_factor": (rope.get("partial_rotary_factor", 1.0), 1.0),
         "quantization_config": (values.get("quantization_config"), None),
     }
-    refuse_others(given, wanted, "the decoder has nothing else")
+    refuse_others(given, wanted, "the decoder supports nothing else")
 
 
-def write_config(
-    sizes: Sizes,
-    config: Decoder.Config,
-    vocabulary: Vocabulary,
-    carried: JsonObject | None,
-    dtype: str | None,
-) -> dict[str, Any]:
-    """``config.json`` of a model of these sizes; ``dtype`` such as "bfloat16", None if mixed.
+def export_model(
+    config: Decoder.Config, vocabulary: Vocabulary, tensors: Tensors, carried: JsonObject | None
+) -> Exported:
+    """Their tensors and config of our model.
 
-    ``carried``: the config that the model came with. It goes back as it was if it still describes
-    the model.
+    ``carried``: the config that the model came with; it goes back as it was if it still describes
+    the model. ``ValueError`` says why the format cannot express the model.
     """
-    if carried is not None and not function_differences(config, read_config(carried)[0]):
-        fields = dict(carried.values)
+    chameleon_parts(config, "Hugging Face's Chameleon")
+    shapes = tensor_shapes(config)
+    maps = {name_of(name): renamed(name, shape) for name, shape in shapes.items()}
+    theirs = Mapped(maps, tensors)
+    dtype = common_dtype(theirs)
+    if carried is not None and not function_differences(config, _read_config(carried)[0]):
+        fields = with_dtype(carried.values, dtype)
         if fields.get("tie_word_embeddings"):
             fields["tie_word_embeddings"] = False
-        name = "torch_dtype" if "torch_dtype" in fields else "dtype"
-        return fields | ({name: dtype} if dtype is not None and name in fields else {})
-    fields = {
+    else:
+        fields = config_fields(config, vocabulary, dtype or "float32")
+    return Exported(theirs, {CONFIG: fields})
+
+
+def config_fields(config: Decoder.Config, vocabulary: Vocabulary, dtype: str) -> dict[str, Any]:
+    """``config.json`` of a Chameleon of ours; ``dtype`` such as "bfloat16"."""
+    attention, feed_forward = chameleon_parts(config, "Hugging Face's Chameleon")
+    return {
         "model_type": MODEL_TYPE,
         "architectures": [ARCHITECTURE],
-        "dtype": dtype or "float32",
-        "vocab_size": sizes.vocab_size,
-        "hidden_size": sizes.dim,
-        "intermediate_size": sizes.hidden_dim,
-        "num_hidden_layers": sizes.layers,
-        "num_attention_heads": sizes.heads,
-        "num_key_value_heads": sizes.kv_heads,
+        "dtype": dtype,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.dim,
+        "intermediate_size": feed_forward.hidden_dim,
+        "num_hidden_layers": len(config.layers),
+        "num_attention_heads": attention.heads,
+        "num_key_value_heads": attention.kv_heads,
         "hidden_act": "silu",
         "max_position_embeddings": _DEFAULTS["max_position_embeddings"],
-        "initializer_range": sizes.init_std,
+        "initializer_range": config.init_std,
         "rms_norm_eps": NORM_EPS,
-        "rope_parameters": {"rope_type": "default", "rope_theta": sizes.rope_theta},
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
         "attention_bias": False,
         "attention_dropout": 0.0,
         "mlp_bias": False,
         "model_parallel_size": 1,
-        "swin_norm": sizes.norm_order == "swin",
+        "swin_norm": config.layers[0].norm_order == "swin",
         "tie_word_embeddings": False,
         "bos_token_id": vocabulary.bos,
         "eos_token_id": vocabulary.eos,
         "vocabulary_map": from_vocabulary(vocabulary),
         "vq_config": _vq_config(vocabulary),
-        OURS: {"model": decoder_config.to_dict(config), "vocabulary": vocabulary.to_dict()},
+        OURS: own_description(config, vocabulary),
     }
-    return fields
 
 
-def _block(given: JsonObject) -> int:
-    """Codes of one image."""
+def _codes_per_image(given: JsonObject) -> int:
     vq = without_nulls(given.object("vq_config", default={}), _VQ_DEFAULTS)
     resolution = vq.field("resolution", int, least=1, most=1 << 20)
     side = resolution >> max(0, len(vq.field("channel_multiplier", list)) - 1)
@@ -233,7 +244,7 @@ def _block(given: JsonObject) -> int:
 
 
 def _vq_config(vocabulary: Vocabulary) -> dict[str, Any]:
-    """A small image encoder: transformers makes one, with random weights, as none is exported."""
+    """A small image encoder: transformers makes one of random weights, as none is exported."""
     images = Modality.IMAGE in vocabulary.modalities
     return {
         "num_embeddings": vocabulary.medium(Modality.IMAGE).count if images else 1,

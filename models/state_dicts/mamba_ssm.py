@@ -1,25 +1,38 @@
-"""Checkpoints of ``mamba_ssm``: ``config.json`` and ``pytorch_model.bin``. Names are in ``mamba``.
+"""Checkpoints of ``mamba_ssm``: ``config.json``, both ways. Names are in ``mamba``.
 
-Its readers refuse fields that they do not know, so that our own description of a model lies in
-``earlyfuse.json`` beside. Rows of the embedding are the ``vocab_size`` rounded up to
-``pad_vocab_size_multiple``; ours are all of them.
+Its readers refuse fields that they do not know, so our own description of a model goes into
+``earlyfuse.json`` beside it. Rows of the embedding are ``vocab_size`` rounded up to
+``pad_vocab_size_multiple``; all of them are token ids here.
 """
 
+from collections.abc import Mapping
 from math import ceil, inf, nextafter
 from typing import Any
 
 from earlyfuse.data.json_files import JsonObject, shown
 from earlyfuse.models.blocks.linear import NORM_EPS
-from earlyfuse.models.decoder import Decoder
+from earlyfuse.models.blocks.mamba import Mamba
+from earlyfuse.models.decoder import Block, Decoder
 from earlyfuse.models.state_dicts import mamba
-from earlyfuse.models.state_dicts.chameleon import function_differences
-from earlyfuse.models.state_dicts.config_json import check_numbers, refuse_others, without_nulls
-from earlyfuse.models.state_dicts.mamba import MAMBA_2, MambaSizes
-from earlyfuse.models.state_dicts.tensor_map import Made, Tensors
+from earlyfuse.models.state_dicts.config_json import CONFIG, describe, read_description
+from earlyfuse.models.state_dicts.plain_decoder import (
+    agreed,
+    function_differences,
+    mamba_mixer,
+    plain_decoder,
+)
+from earlyfuse.models.state_dicts.public_config import (
+    Exported,
+    Imported,
+    check_numbers,
+    refuse_others,
+    without_nulls,
+)
+from earlyfuse.models.state_dicts.tensor_map import Entry, Mapped, Tensors
 from earlyfuse.models.vocabulary import Vocabulary
 
-EMBEDDING, WEIGHTS, OURS = "embedding", "pytorch_model.bin", "earlyfuse.json"
-
+OUR_FILE = "earlyfuse.json"
+_EMBEDDING = "embedding"
 _DEFAULTS: dict[str, Any] = {"vocab_size": 50277, "pad_vocab_size_multiple": 8}
 _MIXER_DEFAULTS: dict[str, Any] = {
     "d_state": 16,
@@ -28,7 +41,7 @@ _MIXER_DEFAULTS: dict[str, Any] = {
     "dt_rank": "auto",
     "conv_bias": True,
 }
-# of the mixer, without influence on what it computes: first values, and a choice of kernels
+# fields of the mixer that do not change what it computes: initial values, and a choice of kernels
 _NOT_COMPUTED = {
     *("dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor"),
     *("use_fast_path", "device", "dtype"),
@@ -36,15 +49,34 @@ _NOT_COMPUTED = {
 
 
 def is_config(raw: JsonObject) -> bool:
-    """Whether a ``config.json`` is of ``mamba_ssm``."""
+    """Whether a ``config.json`` is ``mamba_ssm``'s."""
     return "model_type" not in raw and "d_model" in raw and "n_layer" in raw
 
 
-def read_config(raw: JsonObject) -> tuple[Decoder.Config, Vocabulary, str]:
-    """The decoder, a vocabulary of text alone, and a remark on its padding ("" if there is none).
+def import_model(
+    raw: JsonObject, entries: Mapping[str, Entry], beside: JsonObject | None
+) -> Imported:
+    """The model that ``raw`` (``config.json``) describes; ``beside``: our ``earlyfuse.json``.
 
-    ``raw``: ``config.json``. ``ValueError`` names what it has that we do not compute.
+    ``ValueError`` names what it has that we do not compute.
     """
+    config, vocabulary, remark = _read_config(raw)
+    if beside is not None:
+        written, vocabulary, _ = read_description(beside)
+        config, remark = agreed(written, config, raw.where), ""
+    maps = mamba.import_maps(
+        config,
+        entries,
+        embedding=_EMBEDDING,
+        tied=_is_tied(raw),
+        conv_bias=_has_conv_bias(raw),
+    )
+    carried = raw.values if beside is None else {}
+    return Imported(config, vocabulary, maps, carried=carried, remark=remark)
+
+
+def _read_config(raw: JsonObject) -> tuple[Decoder.Config, Vocabulary, str]:
+    """The decoder, a vocabulary of text alone, and a remark on its padding, or ""."""
     given, mixer = without_nulls(raw, _DEFAULTS), _mixer(raw)
     _refuse_unknown(given, mixer)
     check_numbers(given, ("d_model", "n_layer", "vocab_size", "pad_vocab_size_multiple"))
@@ -54,26 +86,26 @@ def read_config(raw: JsonObject) -> tuple[Decoder.Config, Vocabulary, str]:
     check_numbers(mixer, ("d_state", "d_conv", "expand", "dt_rank"))
     size = given.field("vocab_size", int)
     rows = -(-size // multiple) * multiple
-    config = MambaSizes(
-        dim=width,
-        layers=given.field("n_layer", int),
-        inner_dim=int(mixer.field("expand", float) * width),
-        dt_rank=mixer.field("dt_rank", int),
-        vocab_size=rows,
-        states=mixer.field("d_state", int),
-        conv_width=mixer.field("d_conv", int),
-    ).decoder()
+    block = Block.Config(
+        mamba=Mamba.Config(
+            dim=width,
+            inner_dim=int(mixer.field("expand", float) * width),
+            dt_rank=mixer.field("dt_rank", int),
+            states=mixer.field("d_state", int),
+            conv_width=mixer.field("d_conv", int),
+        )
+    )
+    config = plain_decoder(block, layers=given.field("n_layer", int), vocab_size=rows)
     remark = f"the last {rows - size} of {rows} token ids are padding" if rows > size else ""
     return config, Vocabulary(rows, 0, 0, 0), remark
 
 
-def is_tied(raw: JsonObject) -> bool:
+def _is_tied(raw: JsonObject) -> bool:
     """Whether the head may be absent from the files."""
-    return bool(without_nulls(raw, _DEFAULTS).field("tie_embeddings", bool, default=True))
+    return bool(without_nulls(raw, {}).field("tie_embeddings", bool, default=True))
 
 
-def has_conv_bias(raw: JsonObject) -> bool:
-    """Whether convolutions have a bias."""
+def _has_conv_bias(raw: JsonObject) -> bool:
     return bool(_mixer(raw).field("conv_bias", bool))
 
 
@@ -85,13 +117,13 @@ def _mixer(raw: JsonObject) -> JsonObject:
 def _refuse_unknown(given: JsonObject, mixer: JsonObject) -> None:
     kind = mixer.values.get("layer", "Mamba1")
     if kind != "Mamba1":
-        reason = MAMBA_2 if kind == "Mamba2" else "its recurrence is another"
+        reason = mamba.MAMBA_2 if kind == "Mamba2" else "its recurrence is another"
         raise ValueError(f"{mixer.where}: layer ({shown(kind)}) must be 'Mamba1'. {reason}")
     values = given.values
     for name, value, ours, reason in (
-        ("rms_norm", values.get("rms_norm", True), True, "LayerNorm is none of our norms"),
-        ("attn_layer_idx", values.get("attn_layer_idx") or [], [], "attention there is not ours"),
-        ("d_intermediate", values.get("d_intermediate", 0), 0, "its MLPs are none of ours"),
+        ("rms_norm", values.get("rms_norm", True), True, "LayerNorm is not supported"),
+        ("attn_layer_idx", values.get("attn_layer_idx") or [], [], "attention is not supported"),
+        ("d_intermediate", values.get("d_intermediate", 0), 0, "MLPs are not supported"),
         ("norm_epsilon", values.get("norm_epsilon", NORM_EPS), NORM_EPS, "ours is fixed"),
         ("bidirectional", values.get("bidirectional", False), False, "our scan goes forward"),
         ("ssm_cfg.bias", mixer.values.get("bias") or False, False, "our projections have none"),
@@ -100,61 +132,56 @@ def _refuse_unknown(given: JsonObject, mixer: JsonObject) -> None:
     mixer.check_names({*_MIXER_DEFAULTS, *_NOT_COMPUTED, "layer", "bias"})
 
 
-def export(
-    config: Decoder.Config, tensors: Tensors, carried: JsonObject | None
-) -> tuple[Tensors, dict[str, Any], dict[str, str]]:
-    """Their tensors and ``config.json`` of our model ``config`` with ``tensors``, and second names.
+def export_model(
+    config: Decoder.Config, vocabulary: Vocabulary, tensors: Tensors, carried: JsonObject | None
+) -> Exported:
+    """Their tensors and config of our model.
 
-    A head that equals the embedding is a second name of it, as in their own files. ``carried``: the
-    config that the model came with, or None. ``ValueError`` says why the format cannot express the
-    model.
+    A head that equals the embedding is an alias of it, as in their own files. ``carried``: the
+    config that the model came with. ``ValueError`` says why the format cannot express the model.
     """
-    sizes = MambaSizes.of(config, "mamba_ssm")
+    mixer = mamba_mixer(config, "mamba_ssm")
     tied = mamba.is_tied(tensors)
-    bare = carried is not None and not has_conv_bias(carried)
-    conv_bias = not bare or mamba.has_conv_bias(tensors)
-    recipes = mamba.export_recipes(sizes, embedding=EMBEDDING, tied=tied, conv_bias=conv_bias)
-    same = {mamba.HEAD: mamba.name_of(mamba.EMBEDDING, EMBEDDING)} if tied else {}
-    fields = _write_config(sizes, config, carried, tied=tied, conv_bias=conv_bias)
-    return Made(recipes, tensors), fields, same
-
-
-def _write_config(
-    sizes: MambaSizes,
-    config: Decoder.Config,
-    carried: JsonObject | None,
-    *,
-    tied: bool,
-    conv_bias: bool,
-) -> dict[str, Any]:
-    # the config it came with goes back as it was if it still describes the model
-    if carried is not None and not function_differences(config, read_config(carried)[0]):
+    conv_bias = carried is None or _has_conv_bias(carried) or mamba.has_conv_bias(tensors)
+    maps = mamba.export_maps(config, embedding=_EMBEDDING, tied=tied, conv_bias=conv_bias)
+    aliases = {mamba.HEAD: mamba.name_of(mamba.EMBEDDING, _EMBEDDING)} if tied else {}
+    if carried is not None and not function_differences(config, _read_config(carried)[0]):
         fields = dict(carried.values)
-        if is_tied(carried) != tied:
+        if _is_tied(carried) != tied:
             fields["tie_embeddings"] = tied
-        if has_conv_bias(carried) != conv_bias:
+        if _has_conv_bias(carried) != conv_bias:
             fields["ssm_cfg"] = (fields.get("ssm_cfg") or {}) | {"conv_bias": conv_bias}
-        return fields
-    expand = sizes.inner_dim / sizes.dim
-    if int(expand * sizes.dim) < sizes.inner_dim:  # its reader rounds down
+    else:
+        fields = _config_fields(config, mixer, tied=tied, conv_bias=conv_bias)
+    files = {CONFIG: fields}
+    if carried is None:
+        files[OUR_FILE] = describe(config, vocabulary, {})
+    return Exported(Mapped(maps, tensors), files, aliases)
+
+
+def _config_fields(
+    config: Decoder.Config, mixer: Mamba.Config, *, tied: bool, conv_bias: bool
+) -> dict[str, Any]:
+    expand = mixer.inner_dim / config.dim
+    if int(expand * config.dim) < mixer.inner_dim:  # its reader rounds down
         expand = nextafter(expand, inf)
-    mixer = {
-        "d_state": sizes.states,
-        "d_conv": sizes.conv_width,
+    sizes = {
+        "d_state": mixer.states,
+        "d_conv": mixer.conv_width,
         "expand": int(expand) if expand.is_integer() else expand,
-        "dt_rank": sizes.dt_rank,
+        "dt_rank": mixer.dt_rank,
     }
     return {
-        "d_model": sizes.dim,
+        "d_model": config.dim,
         "d_intermediate": 0,
-        "n_layer": sizes.layers,
-        "vocab_size": sizes.vocab_size,
-        "ssm_cfg": mixer if conv_bias else mixer | {"conv_bias": False},
+        "n_layer": len(config.layers),
+        "vocab_size": config.vocab_size,
+        "ssm_cfg": sizes if conv_bias else sizes | {"conv_bias": False},
         "attn_layer_idx": [],
         "attn_cfg": {},
         "rms_norm": True,
         "residual_in_fp32": True,
         "fused_add_norm": True,
-        "pad_vocab_size_multiple": 8 if sizes.vocab_size % 8 == 0 else 1,
+        "pad_vocab_size_multiple": 8 if config.vocab_size % 8 == 0 else 1,
         "tie_embeddings": tied,
     }

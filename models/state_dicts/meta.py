@@ -1,7 +1,7 @@
 """Meta's original Chameleon files: ``params.json`` and the layout of their shards, both ways.
 
-Each ``consolidated.NN.pth`` is what one of n model-parallel ranks held. How our tensors lie in them
-(arXiv 2405.09818; layout as in the public files):
+Each ``consolidated.NN.pth`` is the part of one of n model-parallel ranks (arXiv 2405.09818; layout
+as in the public files):
 
 ==========================================  ========================================================
 tensor                                      in shard i of n
@@ -12,13 +12,13 @@ attention_norm, ffn_norm, norm              all of it, in every shard; their mea
 q_normalization, k_normalization            one row of head_dim: that of all heads of this shard
 ==========================================  ========================================================
 
-Rotary positions turn pairs of neighbours there, (0, 1), (2, 3) …, and halves here, (0, h/2) …. Rows
-of wq and wk, and the values of the qk-norms, are therefore reordered within each head.
+Rotary positions rotate neighbours there, (0, 1), (2, 3) …, and halves here, (0, h/2) …, so rows of
+wq and wk and the values of the qk-norms are reordered within each head.
 
-A tensor of shard i is called ``0i/name`` here.
+Tensor ``name`` of shard i is ``0i/name`` here.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -28,22 +28,43 @@ import torch
 from earlyfuse.data.json_files import JsonObject, shown
 from earlyfuse.models.blocks.linear import NORM_EPS
 from earlyfuse.models.decoder import Decoder
-from earlyfuse.models.state_dicts import decoder_config
-from earlyfuse.models.state_dicts.chameleon import Sizes, tensor_shapes
-from earlyfuse.models.state_dicts.config_json import check_numbers, refuse_others
-from earlyfuse.models.state_dicts.tensor_map import Entry, Recipe, Shape, Tensors, check_layers
+from earlyfuse.models.state_dicts import vocabulary_map
+from earlyfuse.models.state_dicts.plain_decoder import (
+    chameleon_block,
+    chameleon_parts,
+    plain_decoder,
+    tensor_shapes,
+)
+from earlyfuse.models.state_dicts.public_config import (
+    OURS,
+    Exported,
+    Imported,
+    check_numbers,
+    own_description,
+    read_own_description,
+    refuse_others,
+)
+from earlyfuse.models.state_dicts.tensor_map import (
+    Entry,
+    Mapped,
+    Shape,
+    TensorMap,
+    Tensors,
+    check_layers,
+)
 from earlyfuse.models.vocabulary import Vocabulary
 
-OURS = "earlyfuse"  # our part of a params.json that we write; Meta's code reads what it knows
+PARAMS, CONSOLIDATE_PARAMS = "params.json", "consolidate_params.json"
+TEXT_TOKENIZER = "text_tokenizer.json"
 ROPE = "rope.freqs"  # in some files; follows from the config
 
 
 @dataclass(frozen=True)
-class Layout:
-    """How one of our tensors lies in the shards: part i of dimension ``dim``, or all of it in each.
+class ShardLayout:
+    """How one of our tensors is sharded: part i of dimension ``dim``, or replicated.
 
     ``heads``: rotary heads along dimension 0, reordered within each; 0 for none. ``row``: a shard
-    holds one row for all its heads.
+    has one row for all its heads.
     """
 
     dim: int | None = None
@@ -91,73 +112,112 @@ def to_pairs(tensor: torch.Tensor, heads: int) -> torch.Tensor:
     return tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(tensor.shape)
 
 
-def layouts(sizes: Sizes) -> dict[str, tuple[str, Layout]]:
+def layouts(config: Decoder.Config) -> dict[str, tuple[str, ShardLayout]]:
     """Our name → Meta's name and layout, for every tensor."""
+    attention, _ = chameleon_parts(config, "Meta's Chameleon")
+    heads = {"q": attention.heads, "k": attention.kv_heads}
     block = {
-        "attention_norm.weight": ("attention_norm.weight", Layout()),
-        "attention.wq.weight": ("attention.wq.weight", Layout(0, heads=sizes.heads)),
-        "attention.wk.weight": ("attention.wk.weight", Layout(0, heads=sizes.kv_heads)),
-        "attention.wv.weight": ("attention.wv.weight", Layout(0)),
-        "attention.wo.weight": ("attention.wo.weight", Layout(1)),
-        "feed_forward_norm.weight": ("ffn_norm.weight", Layout()),
-        "feed_forward.w1": ("feed_forward.w1.weight", Layout(0)),
-        "feed_forward.w3": ("feed_forward.w3.weight", Layout(0)),
-        "feed_forward.w2": ("feed_forward.w2.weight", Layout(1)),
+        "attention_norm.weight": ("attention_norm.weight", ShardLayout()),
+        "attention.wq.weight": ("attention.wq.weight", ShardLayout(0, heads["q"])),
+        "attention.wk.weight": ("attention.wk.weight", ShardLayout(0, heads["k"])),
+        "attention.wv.weight": ("attention.wv.weight", ShardLayout(0)),
+        "attention.wo.weight": ("attention.wo.weight", ShardLayout(1)),
+        "feed_forward_norm.weight": ("ffn_norm.weight", ShardLayout()),
+        "feed_forward.w1": ("feed_forward.w1.weight", ShardLayout(0)),
+        "feed_forward.w3": ("feed_forward.w3.weight", ShardLayout(0)),
+        "feed_forward.w2": ("feed_forward.w2.weight", ShardLayout(1)),
     }
-    for ours, theirs, heads in (("q", "q", sizes.heads), ("k", "k", sizes.kv_heads)):
+    for which, count in heads.items():
         for leaf in ("weight", "bias"):
-            theirs_name = f"attention.{theirs}_normalization.{leaf}"
-            block[f"attention.{ours}_norm.{leaf}"] = (theirs_name, Layout(heads=heads, row=True))
+            theirs = f"attention.{which}_normalization.{leaf}"
+            layout = ShardLayout(heads=count, row=True)
+            block[f"attention.{which}_norm.{leaf}"] = (theirs, layout)
     found = {
-        "tok_embeddings.weight": ("tok_embeddings.weight", Layout(1)),
-        "norm.weight": ("norm.weight", Layout()),
-        "lm_head.weight": ("output.weight", Layout(0)),
+        "tok_embeddings.weight": ("tok_embeddings.weight", ShardLayout(1)),
+        "norm.weight": ("norm.weight", ShardLayout()),
+        "lm_head.weight": ("output.weight", ShardLayout(0)),
     }
-    for number in range(sizes.layers):
+    for number in range(len(config.layers)):
         for ours, (theirs, layout) in block.items():
             found[f"layers.{number}.{ours}"] = (f"layers.{number}.{theirs}", layout)
     return found
 
 
 def shard_name(shard: int, name: str) -> str:
-    """What tensor ``name`` of a shard is called here."""
+    """Name of tensor ``name`` of a shard, here."""
     return f"{shard:02d}/{name}"
 
 
-def import_recipes(sizes: Sizes, shards: int) -> dict[str, Recipe]:
-    """Ours from the shards."""
-    where = layouts(sizes)
-    recipes = {}
-    for ours, shape in tensor_shapes(sizes.decoder()).items():
+def import_model(
+    params: JsonObject, entries: Mapping[str, Entry], shards: int, tokens: JsonObject | None
+) -> Imported:
+    """The model that ``params`` (``params.json`` with ``consolidate_params.json``) and the shapes
+    of the first shard describe. ``tokens``: token → id of its text tokenizer.
+
+    ``ValueError`` names what is missing, or what we do not compute.
+    """
+    config = _read_config(params, entries, shards)
+    maps, where = {}, layouts(config)
+    for ours, shape in tensor_shapes(config).items():
         theirs, layout = where[ours]
         part = layout.shard_shape(shape, shards)
         sources = tuple((shard_name(shard, theirs), part) for shard in range(shards))
-        recipes[ours] = Recipe(shape, sources, layout.join)
-    return recipes
+        maps[ours] = TensorMap(shape, sources, layout.join)
+    if OURS in params:
+        config, vocabulary = read_own_description(params, config)
+        remark = ""
+    else:
+        vocabulary, remark = _vocabulary(params, config.vocab_size, tokens)
+    carried = {"shards": shards, "params": params.values}
+    return Imported(config, vocabulary, maps, carried=carried, remark=remark)
 
 
-def export_recipes(sizes: Sizes, shards: int) -> dict[str, Recipe]:
-    """The shards from ours, shard by shard."""
-    where = layouts(sizes)
-    recipes = {}
+def _vocabulary(params: JsonObject, size: int, tokens: JsonObject | None) -> tuple[Vocabulary, str]:
+    rows = JsonObject({"vocab_size": size}, params.where, params.remedy)
+    if tokens is not None:
+        return vocabulary_map.to_vocabulary(tokens, rows, vocabulary_map.RELEASED_BLOCK)
+    if size == vocabulary_map.RELEASED_SIZE:
+        return vocabulary_map.released(), "ids are those of the released models"
+    text_only = JsonObject(vocabulary_map.TEXT_ONLY, "the released vocabulary", params.remedy)
+    vocabulary, _ = vocabulary_map.to_vocabulary(text_only, rows, 1)
+    return vocabulary, f"no {TEXT_TOKENIZER} was found"
+
+
+def export_model(
+    config: Decoder.Config, vocabulary: Vocabulary, tensors: Tensors, carried: JsonObject | None
+) -> Exported:
+    """Meta's shards and configs of our model: as many shards as it came with, else the fewest.
+
+    ``ValueError`` says why the format cannot express the model.
+    """
+    shapes, where = tensor_shapes(config), layouts(config)
+    preferred = 1 if carried is None else carried.field("shards", int, default=1, least=1)
+    shards = _possible_shards(config, tensors, preferred)
+    maps = {}
     for shard in range(shards):
-        for ours, shape in tensor_shapes(sizes.decoder()).items():
+        for ours, shape in shapes.items():
             theirs, layout = where[ours]
             make: Callable[..., torch.Tensor] = partial(layout.part, shard, shards)
             part = layout.shard_shape(shape, shards)
-            recipes[shard_name(shard, theirs)] = Recipe(part, ((ours, shape),), make)
-    return recipes
+            maps[shard_name(shard, theirs)] = TensorMap(part, ((ours, shape),), make)
+    params = {
+        "model_parallel_size": shards,
+        "model": _model_fields(config),
+        OURS: own_description(config, vocabulary),
+    }
+    files = {PARAMS: params, CONSOLIDATE_PARAMS: {"model_parallel_size": shards}}
+    return Exported(Mapped(maps, tensors), files, shards=shards)
 
 
-def shards_that_hold(sizes: Sizes, tensors: Tensors, preferred: int) -> int:
-    """The number of shards in which each one's heads share their qk-norm row.
-
-    ``preferred`` if it is one, else the smallest. ``ValueError`` if there is none: Meta's layout
-    has one row per shard.
+def _possible_shards(config: Decoder.Config, tensors: Tensors, preferred: int) -> int:
+    """A number of shards in which the heads of each have the same qk-norm row: ``preferred``, or
+    the smallest. ``ValueError`` if there is none.
     """
-    divisible = (sizes.heads, sizes.kv_heads, sizes.vocab_size, sizes.hidden_dim, sizes.dim)
-    possible = [n for n in range(1, sizes.kv_heads + 1) if not any(d % n for d in divisible)]
-    for name, (_, layout) in layouts(sizes).items():
+    attention, feed_forward = chameleon_parts(config, "Meta's Chameleon")
+    heads = (attention.heads, attention.kv_heads)
+    divisible = (*heads, config.vocab_size, feed_forward.hidden_dim, config.dim)
+    possible = [n for n in range(1, attention.kv_heads + 1) if not any(d % n for d in divisible)]
+    for name, (_, layout) in layouts(config).items():
         if layout.row and possible:
             norm_NH = tensors.read(name)
             possible = [n for n in possible if _rows_equal(norm_NH.unflatten(0, (n, -1)))]
@@ -173,11 +233,7 @@ def _rows_equal(rows_SNH: torch.Tensor) -> bool:
     return torch.equal(rows_SNH, rows_SNH[:, :1].expand_as(rows_SNH))
 
 
-def read_sizes(params: JsonObject, entries: dict[str, Entry], shards: int) -> Sizes:
-    """Sizes by ``params.json`` (with those of ``consolidate_params.json``) and the first shard.
-
-    ``ValueError`` names what is missing, or what we do not compute.
-    """
+def _read_config(params: JsonObject, entries: Mapping[str, Entry], shards: int) -> Decoder.Config:
     inner = params.object("model", default={})
     values = {"rope_theta": 10_000.0, **params.values, **inner.values}
     given = JsonObject(values, params.where, params.remedy)
@@ -196,61 +252,53 @@ def read_sizes(params: JsonObject, entries: dict[str, Entry], shards: int) -> Si
     refuse_others(given, wanted, "Chameleon's always is")
     values["n_kv_heads"] = values.get("n_kv_heads") or values["n_heads"]
     check_numbers(given, ("dim", "n_layers", "n_heads", "n_kv_heads", "rope_theta"))
-    sizes = Sizes(
+    block = chameleon_block(
         dim=given.field("dim", int),
-        layers=given.field("n_layers", int),
         heads=given.field("n_heads", int),
         kv_heads=given.field("n_kv_heads", int),
         hidden_dim=hidden.shape[0] * shards,
-        vocab_size=output.shape[0] * shards,
         norm_order="swin" if given.field("swin_norm", bool, default=False) else "pre",
-        rope_theta=given.field("rope_theta", float),
     )
-    check_layers(sizes.layers, f"{given.where}: n_layers", entries)
-    split = {"dim": sizes.dim, "n_heads": sizes.heads, "n_kv_heads": sizes.kv_heads}
-    for name, size in split.items():
-        if size % shards:
+    check_layers(values["n_layers"], f"{given.where}: n_layers", entries)
+    for name in ("dim", "n_heads", "n_kv_heads"):
+        if values[name] % shards:
             raise ValueError(
-                f"{given.where}: {name} ({size}) cannot be split over {shards} shards; "
+                f"{given.where}: {name} ({values[name]}) cannot be split over {shards} shards; "
                 f"model_parallel_size is {shown(values.get('model_parallel_size'))}: is a file "
                 "missing?"
             )
-    return sizes
+    return plain_decoder(
+        block,
+        layers=values["n_layers"],
+        vocab_size=output.shape[0] * shards,
+        rope_theta=given.field("rope_theta", float),
+    )
 
 
-def write_params(
-    sizes: Sizes, config: Decoder.Config, vocabulary: Vocabulary, shards: int
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """``params.json`` and ``consolidate_params.json``."""
-    model = {
-        "dim": sizes.dim,
-        "n_layers": sizes.layers,
-        "n_heads": sizes.heads,
-        "n_kv_heads": sizes.kv_heads,
-        "vocab_size": sizes.vocab_size,
+def _model_fields(config: Decoder.Config) -> dict[str, Any]:
+    attention, feed_forward = chameleon_parts(config, "Meta's Chameleon")
+    return {
+        "dim": config.dim,
+        "n_layers": len(config.layers),
+        "n_heads": attention.heads,
+        "n_kv_heads": attention.kv_heads,
+        "vocab_size": config.vocab_size,
         "norm_eps": NORM_EPS,
-        "rope_theta": sizes.rope_theta,
+        "rope_theta": config.rope_theta,
         "qk_normalization": True,
-        "swin_norm": sizes.norm_order == "swin",
-        **_width(sizes),
-    }
-    ours = {"model": decoder_config.to_dict(config), "vocabulary": vocabulary.to_dict()}
-    return {"model_parallel_size": shards, "model": model, OURS: ours}, {
-        "model_parallel_size": shards
+        "swin_norm": config.layers[0].norm_order == "swin",
+        **feed_forward_fields(config.dim, feed_forward.hidden_dim),
     }
 
 
-def _width(sizes: Sizes) -> dict[str, Any]:
-    """What Meta's code computes the width of the feed-forward from:
+def feed_forward_fields(dim: int, hidden_dim: int) -> dict[str, Any]:
+    """The numbers from which Meta's code computes the width of the feed-forward:
 
     multiple_of · ceil(int(ffn_dim_multiplier · int(8 dim / 3)) / multiple_of), multiplier 1 unless
     given.
     """
-    natural = int(8 * sizes.dim / 3)
-    if sizes.hidden_dim == 256 * -(-natural // 256):
+    natural = int(8 * dim / 3)
+    if hidden_dim == 256 * -(-natural // 256):
         return {"multiple_of": 256}
     # half of the width, rounded up to the next multiple of all of it
-    return {
-        "multiple_of": sizes.hidden_dim,
-        "ffn_dim_multiplier": 0.5 * sizes.hidden_dim / natural,
-    }
+    return {"multiple_of": hidden_dim, "ffn_dim_multiplier": 0.5 * hidden_dim / natural}

@@ -1,9 +1,8 @@
-"""Recipes: how each tensor of a target is made from tensors of a source.
+"""Tensor maps: how each tensor of a target is computed from tensors of a source.
 
-A conversion is a mapping from target names to recipes. A recipe names the tensors it needs, with
-the shapes they must have, and a function of them. Everything else follows from mappings: the report
-of keys (``check``), and ``Made``, the target as tensors that are computed one at a time when they
-are read. Conversions chain, since what a mapping makes can be the source of the next one:
+A conversion is a mapping from target names to ``TensorMap``: the source tensors it needs, with
+their shapes, and a function of them. From it follow the report of wrong keys (``check_keys``) and
+the target itself (``Mapped``), one tensor at a time. Conversions chain:
 
     file → (names of another project → ours) → (parent → upcycled child) → (ours → theirs) → file
 """
@@ -11,21 +10,21 @@ are read. Conversions chain, since what a mapping makes can be the source of the
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from earlyfuse.data.console import printable
 
 Shape = tuple[int, ...]
-# types that models compute in; of 8 bits, values are quantised and need scales
+# types that models compute in; 8-bit values are quantised and need scales
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _LAYER = re.compile(r"(?:^|[./])layers\.(\d+)\.")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What a file says of a tensor before it is read."""
+    """Shape and type of a stored tensor, known before it is read."""
 
     shape: Shape
     dtype: torch.dtype
@@ -43,59 +42,58 @@ class Tensors(Protocol):
     def entries(self) -> Mapping[str, Entry]: ...
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor on the CPU; perhaps a view of a mapped file: not to be written to."""
+        """The tensor on the CPU; possibly a view of a mapped file, so never written to."""
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
+def unchanged(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor as it is."""
     return tensor
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TensorMap:
     """One target tensor of ``shape``: ``make`` of the ``sources`` (name, shape), in this order.
 
-    Its dtype is that of the first source. Without sources, ``make()`` gives a new tensor, such as
+    Its type is that of the first source. Without sources, ``make()`` returns a new tensor, such as
     the router of an upcycled model.
     """
 
     shape: Shape
     sources: tuple[tuple[str, Shape], ...]
-    make: Callable[..., torch.Tensor] = whole
+    make: Callable[..., torch.Tensor] = unchanged
 
 
-Recipes = Mapping[str, Recipe]
+TensorMaps = Mapping[str, TensorMap]
 
 
-def renamed(name: str, shape: Shape) -> Recipe:
-    """The source tensor ``name`` under another name."""
-    return Recipe(shape, ((name, shape),))
+def renamed(name: str, shape: Shape) -> TensorMap:
+    """The source tensor ``name``, unchanged."""
+    return TensorMap(shape, ((name, shape),))
 
 
-class Made:
-    """The target of ``recipes`` over ``source``, tensor by tensor."""
+class Mapped:
+    """The target of ``maps`` over ``source``; each tensor is computed when it is read."""
 
-    def __init__(self, recipes: Recipes, source: Tensors):
-        self.recipes, self.source = recipes, source
+    def __init__(self, maps: TensorMaps, source: Tensors):
+        self.maps, self.source = maps, source
         first = next(iter(source.entries.values()))
         self.entries = {
             name: Entry(
-                recipe.shape,
-                source.entries[recipe.sources[0][0]].dtype if recipe.sources else first.dtype,
+                one.shape, source.entries[one.sources[0][0]].dtype if one.sources else first.dtype
             )
-            for name, recipe in recipes.items()
+            for name, one in maps.items()
         }
 
     def read(self, name: str) -> torch.Tensor:
         """Compute the target tensor ``name`` from its sources."""
-        recipe = self.recipes[name]
-        made = recipe.make(*(self.source.read(source) for source, _ in recipe.sources))
-        assert tuple(made.shape) == recipe.shape, f"{name}: made {made.shape}, not {recipe.shape}"
+        one = self.maps[name]
+        made = one.make(*(self.source.read(source) for source, _ in one.sources))
+        assert tuple(made.shape) == one.shape, f"{name}: made {made.shape}, not {one.shape}"
         return made.to(self.entries[name].dtype)
 
 
 class Cast:
-    """Tensors in another type; a null one keeps each as it is."""
+    """Tensors converted to ``dtype``; None keeps the type of each."""
 
     def __init__(self, source: Tensors, dtype: torch.dtype | None):
         self.source = source
@@ -104,9 +102,7 @@ class Cast:
         }
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor ``name`` of the source, converted; ``ValueError`` if its values are too large
-        for the type.
-        """
+        """The converted tensor; ``ValueError`` if finite values overflow."""
         there, dtype = self.source.read(name), self.entries[name].dtype
         made = there.to(dtype)
         if there.dtype != dtype and bool((made.isinf() & there.isfinite()).any()):
@@ -117,14 +113,8 @@ class Cast:
         return made
 
 
-def common_dtype(tensors: Tensors) -> str | None:
-    """The type of all ``tensors``, as "bfloat16"; None if there are several."""
-    dtypes = {entry.dtype for entry in tensors.entries.values()}
-    return str(dtypes.pop()).removeprefix("torch.") if len(dtypes) == 1 else None
-
-
-class Together:
-    """The tensors of two sources; no name is in both."""
+class Merged:
+    """The tensors of two sources that share no name."""
 
     def __init__(self, first: Tensors, second: Tensors):
         self.first, self.second = first, second
@@ -135,40 +125,54 @@ class Together:
         return (self.first if name in self.first.entries else self.second).read(name)
 
 
-def check_layers(count: int, field: str, entries: Mapping[str, Entry]) -> None:
-    """``ValueError`` if a config's ``field`` states more layers than ``entries`` hold: they would
-    all be built before the first missing key is found.
+class StateDict:
+    """A state dict as tensors by name; what is read is no copy."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]):
+        self.tensors = tensors
+        self.entries = {name: Entry(tuple(t.shape), t.dtype) for name, t in tensors.items()}
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor ``name``."""
+        return self.tensors[name].detach()
+
+
+def common_dtype(tensors: Tensors) -> str | None:
+    """The type that all ``tensors`` have, as "bfloat16"; None if they differ."""
+    dtypes = {entry.dtype for entry in tensors.entries.values()}
+    return str(dtypes.pop()).removeprefix("torch.") if len(dtypes) == 1 else None
+
+
+def check_layers(count: Any, field: str, entries: Mapping[str, Entry]) -> None:
+    """``ValueError`` if a config's ``field`` states more layers than ``entries`` hold: all of them
+    would be built before the first missing key is found.
     """
-    matches = map(_LAYER.search, entries)
-    found = len({match[1] for match in matches if match})
-    if count > found:
+    found = len({match[1] for name in entries if (match := _LAYER.search(name))})
+    if type(count) is int and count > found:  # other types are refused with the other fields
         raise ValueError(
             f"{field} ({count:,}) is more than the {found:,} layers in the files; correct it, or "
             "complete the files"
         )
 
 
-def check(
-    recipes: Recipes, entries: Mapping[str, Entry], where: str, ignored: Iterable[str] = ()
+def check_keys(
+    maps: TensorMaps, entries: Mapping[str, Entry], where: str, ignored: Iterable[str] = ()
 ) -> None:
-    """``ValueError`` with all ``wrong_keys`` if there are any. ``where`` names the source."""
-    if lines := wrong_keys(recipes, entries, ignored):
+    """``ValueError`` listing all ``wrong_keys``. ``where`` names the source."""
+    if lines := wrong_keys(maps, entries, ignored):
         listing = "\n  ".join(map(printable, lines))
         raise ValueError(
             f"{where} is not the model that its config describes; {len(lines)} of its keys are "
             f"wrong:\n  {listing}\nCorrect the config or complete the files"
-            f"{of_a_wrapper(recipes, entries)}"
+            f"{wrapper_hint(maps, entries)}"
         )
 
 
-def of_a_wrapper(recipes: Recipes, entries: Mapping[str, Entry]) -> str:
-    """What to do if the ``entries`` are the sources behind a prefix, such as DDP's "module.", else
-    "".
-    """
-    wanted = {name for recipe in recipes.values() for name, _ in recipe.sources}
+def wrapper_hint(maps: TensorMaps, entries: Mapping[str, Entry]) -> str:
+    """What to do if all sources are there behind a prefix, such as DDP's "module."; else ""."""
+    wanted = {name for one in maps.values() for name, _ in one.sources}
     some = max(wanted, key=len)
-    prefixes = {name.removesuffix(some) for name in entries if name.endswith(some)} - {""}
-    for prefix in prefixes:
+    for prefix in {name.removesuffix(some) for name in entries if name.endswith(some)} - {""}:
         if all(prefix + name in entries for name in wanted):
             return (
                 f". All names have {prefix!r} before them, which a wrapper (DDP, torch.compile …) "
@@ -178,13 +182,13 @@ def of_a_wrapper(recipes: Recipes, entries: Mapping[str, Entry]) -> str:
 
 
 def wrong_keys(
-    recipes: Recipes, entries: Mapping[str, Entry], ignored: Iterable[str] = ()
+    maps: TensorMaps, entries: Mapping[str, Entry], ignored: Iterable[str] = ()
 ) -> list[str]:
-    """A line for every key that is missing, unexpected or mis-shaped, or no floating-point number.
+    """A line for every key that is missing, unexpected, mis-shaped or no floating-point number.
 
-    ``ignored`` are keys that may be there unused.
+    ``ignored`` keys may be there unused.
     """
-    wanted = {name: shape for recipe in recipes.values() for name, shape in recipe.sources}
+    wanted = {name: shape for one in maps.values() for name, shape in one.sources}
     unexpected = set(entries) - set(wanted) - set(ignored)
     lines = [f"missing    {name} {shape}" for name, shape in wanted.items() if name not in entries]
     lines += [f"unexpected {name} {entries[name].shape}" for name in sorted(unexpected)]

@@ -17,8 +17,9 @@ from earlyfuse.data.console import printable
 from earlyfuse.data.json_files import JsonObject, load_json, shown
 from earlyfuse.data.stream.loader import LaneLoader
 from earlyfuse.models.state_dicts.decoder_config import differences
+from earlyfuse.parallel.checkpoint.files.dcp import is_parameter
 from earlyfuse.parallel.checkpoint.files.dcp_reader import DcpReader
-from earlyfuse.parallel.checkpoint.manifest import step_of
+from earlyfuse.parallel.checkpoint.layout import step_of
 
 
 def refuse_other_run(states: dict[str, Any], state_dict: dict[str, Any], reader: DcpReader) -> None:
@@ -88,11 +89,6 @@ def data_identity(reader: DcpReader) -> JsonObject:
     if not isinstance(saved, str):
         raise ValueError(f"{where} ({shown(saved)}) must be a text; {remedy}")
     return JsonObject.of(load_json(saved, where, remedy), where, remedy)
-
-
-def is_parameter(key: str) -> bool:
-    """Whether a key of a checkpoint is a parameter of the model."""
-    return key.partition(".")[0] in ("layers", "tok_embeddings", "lm_head", "norm")
 
 
 def refuse_other_function(here: dict[str, Any] | None, there: Any, folder: Path) -> None:

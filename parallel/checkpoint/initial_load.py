@@ -1,8 +1,7 @@
-"""Where ``checkpoint.initial_load_path`` leads: any folder with a model begins a new run.
+"""``checkpoint.initial_load_path``: a run begins with the weights of a model in any format.
 
-A DCP checkpoint is loaded like one of the run itself. Of every other format that ``load_model``
-knows (our export, Hugging Face's, Meta's, ``mamba_ssm``'s) each rank reads the tensors whole, one
-by one, and keeps its part of them.
+A DCP checkpoint is loaded as one of the run itself. Of every other format that ``open_model`` knows
+each rank reads the tensors whole, one by one, and copies its shard of them.
 """
 
 from collections.abc import Mapping
@@ -14,12 +13,11 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from earlyfuse.models.state_dicts.tensor_map import Tensors
 from earlyfuse.parallel.checkpoint.files.dcp_metadata import METADATA
-from earlyfuse.parallel.checkpoint.manifest import latest_checkpoint
-from earlyfuse.parallel.checkpoint.open_checkpoint import Opened, open_model
-from earlyfuse.parallel.reporting.run_folder import DESCRIPTION, read_config
+from earlyfuse.parallel.checkpoint.layout import checkpoints_of, is_run, latest_checkpoint
+from earlyfuse.parallel.checkpoint.open_checkpoint import OpenModel, open_model
 
 
-def find(path: Path) -> Path | Opened:
+def find(path: Path) -> Path | OpenModel:
     """The DCP folder to begin with, or an opened model; ``ValueError`` if there is neither."""
     if not path.is_dir():
         there = "is a file" if path.exists() else "is not there"
@@ -27,8 +25,8 @@ def find(path: Path) -> Path | Opened:
             f"checkpoint.initial_load_path ({path}) must be the folder of a model or checkpoint, "
             f"and {there}; correct it"
         )
-    if (path / DESCRIPTION).is_file():
-        path = latest_checkpoint(path / read_config(path).object("checkpoint").field("folder", str))
+    if is_run(path):
+        path = latest_checkpoint(checkpoints_of(path))
     if (path / METADATA).exists():
         return path
     try:
@@ -41,15 +39,15 @@ def find(path: Path) -> Path | Opened:
 def load_whole(parameters: Mapping[str, torch.Tensor], tensors: Tensors) -> None:
     """Fill ``parameters``, whole or sharded, from the whole ``tensors`` of the same names."""
     for name, parameter in parameters.items():
-        local, offset = held_region(parameter)
+        local, offset = local_region(parameter)
         region = tuple(
             slice(start, start + length) for start, length in zip(offset, local.shape, strict=True)
         )
         local.copy_(tensors.read(name)[region])
 
 
-def held_region(parameter: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
-    """The part of a parameter that this rank holds, and where in the whole it begins."""
+def local_region(parameter: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """This rank's shard of a parameter, and its offset in the whole."""
     if not isinstance(parameter, DTensor):
         return parameter, (0,) * parameter.ndim
     _, offset = compute_local_shape_and_global_offset(

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from earlyfuse.data.json_files import load_json
-from earlyfuse.parallel.checkpoint.folder import PARTIAL
+from earlyfuse.parallel.checkpoint.layout import PARTIAL
 from earlyfuse.parallel.reporting.metrics_file import METRICS_FILE
 from earlyfuse.parallel.reporting.run_folder import CURVES, DESCRIPTION, read_config
 

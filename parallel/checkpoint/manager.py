@@ -41,25 +41,26 @@ from earlyfuse.data.json_files import read_json
 from earlyfuse.models.state_dicts.config_json import CONFIG, REMEDY
 from earlyfuse.models.state_dicts.decoder_config import to_dict
 from earlyfuse.parallel.checkpoint import initial_load
+from earlyfuse.parallel.checkpoint.files.dcp import Writer
 from earlyfuse.parallel.checkpoint.files.dcp_reader import DcpReader, load_dcp
-from earlyfuse.parallel.checkpoint.folder import CheckpointFolder, Writer, damage, describe
+from earlyfuse.parallel.checkpoint.folder import CheckpointFolder
 from earlyfuse.parallel.checkpoint.identity import (
     refuse_other_function,
     refuse_other_model,
     refuse_other_run,
 )
+from earlyfuse.parallel.checkpoint.layout import LATEST, names_in, step_of
 from earlyfuse.parallel.checkpoint.lost_checkpoints import lost_checkpoints
 from earlyfuse.parallel.checkpoint.manifest import (
     EVERYTHING,
-    LATEST,
     MANIFEST,
     WEIGHTS,
     Manifest,
-    named,
+    damage,
+    describe,
     read_manifest,
-    steps_in,
 )
-from earlyfuse.parallel.checkpoint.open_checkpoint import Opened
+from earlyfuse.parallel.checkpoint.open_checkpoint import OpenModel
 from earlyfuse.parallel.reporting import rank_log
 from earlyfuse.parallel.training.resume_settings import Settings
 from earlyfuse.parallel.training.skip_step import not_finite
@@ -189,7 +190,8 @@ class Checkpoints(CheckpointManager):
 
         An error of the disk is reported and counted, not raised.
         """
-        step = int(checkpoint_id.rpartition("-")[2])
+        step = step_of(Path(checkpoint_id).name)
+        assert step is not None, checkpoint_id
         holds = EVERYTHING if OPTIMIZER in state_dict else WEIGHTS
         partial = self.disk.partial(step)
         _, errors = self._together(lambda: self._prepare(step) if self.rank == 0 else None)
@@ -351,7 +353,7 @@ class Checkpoints(CheckpointManager):
             )
         if chosen == -1 and self.initial_load_path:
             begun = initial_load.find(Path(self.initial_load_path))
-            if isinstance(begun, Opened):
+            if isinstance(begun, OpenModel):
                 return self._load_opened(begun)
             if (begun / MANIFEST).is_file() and (found := self._damage(begun)):
                 raise ValueError(f"checkpoint.initial_load_path ({begun}) is damaged: {found}")
@@ -362,7 +364,7 @@ class Checkpoints(CheckpointManager):
             self._of_this_run = {step for step in self.disk.steps() if step <= chosen}
         return loaded
 
-    def _load_opened(self, opened: Opened) -> bool:
+    def _load_opened(self, opened: OpenModel) -> bool:
         """Begin with the weights of a model that is no checkpoint."""
         if not self.initial_load_model_only:
             raise ValueError(
@@ -461,7 +463,7 @@ def damage_seen_by_all(folder: Path, group: dist.ProcessGroup | None = None) -> 
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     try:
         if not folder.is_dir():
-            there = named(steps_in(folder.parent))
+            there = names_in(folder.parent)
             raise ValueError(f"its folder is not there, though {LATEST} names it (there: {there})")
         files = read_manifest(folder).files
         share = sorted(files)[rank::world]

@@ -1,17 +1,19 @@
-"""The manifest of a checkpoint: which files it has, as they were written, vouched for by itself."""
+"""The manifest of a checkpoint: size and SHA-256 of every file, and of the manifest itself."""
 
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from earlyfuse.data.json_files import JsonObject, read_json, shown
+from earlyfuse.data.atomic import atomic_write, sha256_file
+from earlyfuse.data.json_files import JsonObject, read_json
+from earlyfuse.parallel.checkpoint.layout import step_of
 
-MANIFEST, LATEST = "manifest.json", "latest"
+MANIFEST = "manifest.json"
 EVERYTHING, WEIGHTS = "everything", "weights"
 _COPY = "copy the checkpoint again"
-_MOST_LATEST = 100  # bytes
 
 
 @dataclass(frozen=True)
@@ -27,23 +29,28 @@ Files = dict[str, FileRecord]  # by path in the checkpoint's folder
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a complete checkpoint is: ``holds`` is "everything" (a run continues) or "weights"."""
+    """A complete checkpoint; ``holds`` is "everything" (a run can resume) or "weights"."""
 
     step: int
     holds: str
     ranks: int
     files: Files
 
-    def written(self) -> bytes:
-        """The content of its file, with the SHA-256 of all that it says."""
+    def to_json(self) -> bytes:
+        """The content of its file, with the SHA-256 of all fields."""
         content = asdict(self)
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
         return json.dumps({"sha256": digest, **content}, indent=1).encode() + b"\n"
 
+    def write(self, folder: Path) -> None:
+        """Put it into a checkpoint's folder."""
+        with atomic_write(folder / MANIFEST) as file:
+            file.write(self.to_json())
+
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a checkpoint; ``ValueError`` if it is not as it was written, or is that of
-    another step than its folder is named after.
+    """The manifest of a checkpoint; ``ValueError`` if it was changed, or is of another step than
+    its folder is named after.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -57,8 +64,8 @@ def read_manifest(folder: Path) -> Manifest:
         fields.field("ranks", int, least=1),
         {name: _record(fields.object("files"), name) for name in fields.field("files", dict)},
     )
-    if path.read_bytes() != manifest.written():
-        raise ValueError(f"{path} is not as it was written: its SHA-256 is another; {_COPY}")
+    if path.read_bytes() != manifest.to_json():
+        raise ValueError(f"{path} was changed: its SHA-256 differs; {_COPY}")
     named = step_of(folder.name)
     if manifest.holds == EVERYTHING and named not in (None, manifest.step):
         raise ValueError(
@@ -77,63 +84,28 @@ def _record(files: JsonObject, name: str) -> FileRecord:
     return FileRecord(record.field("bytes", int, least=0), record.field("sha256", str))
 
 
-def step_of(name: str) -> int | None:
-    """The step of a checkpoint's folder, by its name; None for any other name."""
-    match = re.fullmatch(r"step-(0|[1-9]\d{0,17})", name, re.ASCII)
-    return int(match[1]) if match else None
+def describe(folder: Path, rank: int) -> Files:
+    """Size and checksum of the files that ``rank`` wrote; rank 0 adds those of no rank."""
+    files: Files = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        writer = re.match(r"__(\d+)_", path.name)
+        if rank == (int(writer[1]) if writer else 0):
+            name = path.relative_to(folder).as_posix()
+            files[name] = FileRecord(path.stat().st_size, sha256_file(path))
+    return files
 
 
-def steps_in(root: Path) -> list[int]:
-    """Steps of the checkpoints in the folder of a run's checkpoints, ascending."""
-    if not root.is_dir():
-        return []
-    try:
-        found = [step_of(path.name) for path in root.iterdir() if path.is_dir()]
-    except OSError as error:
-        raise ValueError(
-            f"{root} cannot be read ({error.strerror}); let this user read it"
-        ) from error
-    return sorted(step for step in found if step is not None)
-
-
-def read_latest(root: Path) -> int | None:
-    """The step that ``latest`` names, None without one; ``ValueError`` if it is not as it was
-    written.
-    """
-    path = root / LATEST
-    if not path.exists():
-        return None
-    remedy = (
-        f"write the name of the newest good checkpoint into it (there: {named(steps_in(root))})"
-    )
-    try:
-        with open(path, "rb") as file:
-            content = file.read(_MOST_LATEST + 1)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}); {remedy}") from error
-    step = step_of(content.decode("ascii", "replace").removesuffix("\n"))
-    if step is None:
-        raise ValueError(
-            f"{path} ({shown(content)}) must name the checkpoint completed last, step-N; {remedy}"
-        )
-    return step
-
-
-def latest_checkpoint(root: Path) -> Path:
-    """The checkpoint completed last in ``root``; ``ValueError`` if it is not there."""
-    step, steps = read_latest(root), steps_in(root)
-    if step is None and not steps:
-        raise ValueError(f"{root} has no complete checkpoint yet; give a folder that has one")
-    if step is None:
-        step = steps[-1]  # killed before ``latest`` was written for the first time
-    if step not in steps:
-        raise ValueError(
-            f"{root / LATEST} names step-{step}, which is not there (there: {named(steps)}); "
-            "restore its folder, or give another one by its name"
-        )
-    return root / f"step-{step}"
-
-
-def named(steps: list[int]) -> str:
-    """The names of checkpoints, for messages."""
-    return ", ".join(f"step-{step}" for step in steps) or "none"
+def damage(
+    folder: Path, files: Files, hashed: Callable[[str], bool] = lambda name: True
+) -> list[str]:
+    """A line for each of ``files`` that is not as written; contents are read where ``hashed``."""
+    found = []
+    for name, record in files.items():
+        path = folder / name
+        if not path.is_file():
+            found.append(f"{name} is missing")
+        elif (size := path.stat().st_size) != record.bytes:
+            found.append(f"{name} has {size} bytes instead of {record.bytes}")
+        elif hashed(name) and sha256_file(path) != record.sha256:
+            found.append(f"{name} has another SHA-256 than when it was written")
+    return found

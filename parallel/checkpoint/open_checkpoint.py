@@ -1,4 +1,4 @@
-"""What a folder holds, recognised and opened: every format as tensors under our names.
+"""Opens a model in any format: its config, vocabulary, and tensors under our names.
 
 ===============================  ==================================================================
 format                           recognised by
@@ -27,45 +27,32 @@ from earlyfuse.models.blocks.wide import wide_type
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.precision import fp32_parameters
 from earlyfuse.models.routing.expert_choice import ExpertChoice
-from earlyfuse.models.state_dicts import (
-    huggingface,
-    huggingface_mamba,
-    mamba,
-    mamba_ssm,
-    meta,
-    vocabulary_map,
-)
-from earlyfuse.models.state_dicts.chameleon import function_differences, tensor_shapes
-from earlyfuse.models.state_dicts.config_json import (
-    CONFIG,
-    FORMAT,
-    HUGGINGFACE,
-    REMEDY,
-    VQ_FILE,
-    read_decoder,
-    read_description,
-    read_vocabulary,
-)
+from earlyfuse.models.state_dicts import huggingface, huggingface_mamba, mamba, mamba_ssm, meta
+from earlyfuse.models.state_dicts.config_json import CONFIG, FORMAT, REMEDY, read_description
+from earlyfuse.models.state_dicts.plain_decoder import tensor_shapes
+from earlyfuse.models.state_dicts.public_config import Imported
 from earlyfuse.models.state_dicts.tensor_map import (
-    Made,
-    Recipes,
+    Mapped,
     Tensors,
-    check,
+    check_keys,
     check_layers,
     renamed,
 )
 from earlyfuse.models.vocabulary import Vocabulary
 from earlyfuse.parallel.checkpoint.files.dcp import DcpFolder
 from earlyfuse.parallel.checkpoint.files.dcp_metadata import METADATA
-from earlyfuse.parallel.checkpoint.files.meta_shards import MetaShards, shard_files
 from earlyfuse.parallel.checkpoint.files.safetensors import SafetensorsFiles, open_folder
-from earlyfuse.parallel.checkpoint.files.torch_save import TorchFiles
-from earlyfuse.parallel.checkpoint.manifest import MANIFEST, latest_checkpoint, read_manifest
+from earlyfuse.parallel.checkpoint.files.torch_save import PYTORCH_MODEL, MetaShards, TorchFiles
+from earlyfuse.parallel.checkpoint.layout import (
+    HUGGINGFACE,
+    VQ_FILE,
+    checkpoints_of,
+    is_run,
+    latest_checkpoint,
+)
+from earlyfuse.parallel.checkpoint.manifest import MANIFEST, read_manifest
 
-RUN, PARAMS, CONSOLIDATE_PARAMS = "run.json", "params.json", "consolidate_params.json"
-_LONGEST_NAME = 256  # bytes, of a checkpoint
-_TEXT_TOKENIZER = "text_tokenizer.json"  # Meta's: in the model's folder, or tokenizer/ beside it
-HUGGINGFACE_FILES = (
+_CARRIED_FILES = (
     "generation_config.json",
     "tokenizer.json",
     "tokenizer.model",
@@ -80,12 +67,12 @@ HUGGINGFACE_FILES = (
 
 
 @dataclass(frozen=True)
-class Opened:
-    """A model in a folder, whatever its format.
+class OpenModel:
+    """A model in a folder, whatever its format; ``tensors`` have our names.
 
-    ``tensors`` are named as the decoder's parameters. ``carried`` are descriptions of other formats
-    that the model came with; ``vq``: tensors of an image tokenizer under Hugging Face's names;
-    ``files``: Hugging Face's others. ``remark``: what a user should know of the vocabulary, or "".
+    ``carried``: configs of other formats that the model came with, by format. ``vq``: tensors of an
+    image tokenizer under Hugging Face's names; ``files``: Hugging Face's others. ``remark``: a note
+    on the vocabulary for the user, or "".
     """
 
     format: str
@@ -100,42 +87,42 @@ class Opened:
     remark: str = ""
 
 
-def open_model(folder: str | Path) -> Opened:
-    """Recognise and open ``folder``; all its keys and shapes are checked, no tensor is read.
+def open_model(folder: str | Path) -> OpenModel:
+    """Recognise and open ``folder``; all keys and shapes are checked, no tensor is read.
 
-    ``ValueError`` says what is wrong with it, key by key where keys are.
+    ``ValueError`` says what is wrong with it, listing all wrong keys.
     """
     folder = Path(folder)
-    if (folder / RUN).is_file():
-        folder = last_checkpoint(folder)
+    if is_run(folder):
+        folder = latest_checkpoint(checkpoints_of(folder))
     if (folder / METADATA).is_file():
         return _checkpoint(folder)
     if (folder / CONFIG).is_file():
         raw = read_json(folder / CONFIG, REMEDY)
         if raw.values.get("format") == FORMAT:
-            return _exported(folder, raw)
+            return _ours(folder, raw, open_folder(folder))
         if mamba_ssm.is_config(raw):
             return _mamba_ssm(folder, raw)
         if raw.values.get("model_type") == huggingface_mamba.MODEL_TYPE:
             return _huggingface_mamba(folder, raw)
         return _huggingface(folder, raw)
-    if (folder / PARAMS).is_file():
+    if (folder / meta.PARAMS).is_file():
         return _meta(folder)
     names = sorted(path.name for path in folder.iterdir())[:8] if folder.is_dir() else "no folder"
     raise ValueError(
         f"{folder} ({names}) must hold a model: config.json with safetensors (ours, or Hugging "
-        f"Face's) or {mamba_ssm.WEIGHTS} (mamba_ssm's), {PARAMS} with consolidated.*.pth (Meta's), "
-        f"a run ({RUN}) or a checkpoint of it"
+        f"Face's) or {PYTORCH_MODEL} (mamba_ssm's), {meta.PARAMS} with consolidated.*.pth (Meta's), a "
+        "run (run.json) or a checkpoint of it"
     )
 
 
 @contextmanager
 def _values_of(path: Path) -> Iterator[None]:
-    """Says of which file a value is that no model could have."""
+    """Names the file ``path`` in errors about values that no model has."""
     try:
         yield
     except ValueError as error:
-        if path.name in str(error):
+        if path.name in str(error) or f"{path.parent}/" in str(error):
             raise
         raise ValueError(f"{path}: {error}") from error
     except (
@@ -153,42 +140,35 @@ def _values_of(path: Path) -> Iterator[None]:
         ) from error
 
 
-def last_checkpoint(run: Path) -> Path:
-    """The checkpoint of a run that was completed last; ``ValueError`` if there is none."""
-    settings = read_json(run / RUN, REMEDY).object("config").object("checkpoint")
-    return latest_checkpoint(run / settings.field("folder", str))
+# ---------------------------------------------------------------- ours
 
 
-def _checkpoint(folder: Path) -> Opened:
+def _checkpoint(folder: Path) -> OpenModel:
     if not (folder / CONFIG).is_file():
         raise ValueError(
             f"{folder} is a checkpoint without {CONFIG}, which says what model it is of; copy it "
             "from another checkpoint of the same run"
         )
-    opened = _described(folder, read_json(folder / CONFIG, REMEDY), DcpFolder(folder))
+    opened = _ours(folder, read_json(folder / CONFIG, REMEDY), DcpFolder(folder))
     if (folder / MANIFEST).is_file() and opened.source.get("format") == "checkpoint":
         opened.source["step"] = read_manifest(folder).step
     return replace(opened, format="checkpoint")
 
 
-def _exported(folder: Path, raw: JsonObject) -> Opened:
-    return _described(folder, raw, open_folder(folder))
-
-
-def _described(folder: Path, raw: JsonObject, tensors: Tensors) -> Opened:
+def _ours(folder: Path, raw: JsonObject, tensors: Tensors) -> OpenModel:
     layers = raw.object("model").field("layers", list)
     check_layers(len(layers), f"{raw.where}: layers", tensors.entries)
     with _values_of(folder / CONFIG):
         config, vocabulary, source = read_description(raw)
         same = {name: renamed(name, shape) for name, shape in tensor_shapes(config).items()}
-    check(same, tensors.entries, str(folder))
+    check_keys(same, tensors.entries, str(folder))
     beside = folder / HUGGINGFACE
-    return Opened(
+    return OpenModel(
         format=FORMAT,
         folder=folder,
         config=config,
         vocabulary=vocabulary,
-        tensors=Made(same, tensors),
+        tensors=Mapped(same, tensors),
         source=source,
         carried=dict(raw.object("carried", default={}).values),
         vq=SafetensorsFiles([folder / VQ_FILE]) if (folder / VQ_FILE).is_file() else None,
@@ -196,167 +176,84 @@ def _described(folder: Path, raw: JsonObject, tensors: Tensors) -> Opened:
     )
 
 
-def _huggingface(folder: Path, raw: JsonObject) -> Opened:
+# ---------------------------------------------------------------- other projects'
+
+
+def _huggingface(folder: Path, raw: JsonObject) -> OpenModel:
     huggingface.refuse_unknown(raw)
     found = open_folder(folder)
-    _check_layers(raw, "num_hidden_layers", found)
+    check_layers(raw.values.get(name := "num_hidden_layers"), f"{raw.where}: {name}", found.entries)
     with _values_of(folder / CONFIG):
-        config, vocabulary, remark = huggingface.read_config(raw)
-        recipes = huggingface.import_recipes(config, raw, found.entries)
-    of_vq = [name for name in found.entries if name.startswith(huggingface.VQ_PREFIX)]
-    unused = [name for name in found.entries if name.endswith(huggingface.ROPE)]
-    check(recipes, found.entries, str(folder), ignored=of_vq + unused)
-    vq = {name: renamed(name, found.entries[name].shape) for name in of_vq}
-    carried = {} if huggingface.OURS in raw else {"huggingface": raw.values}
-    return Opened(
-        format="huggingface",
-        folder=folder,
-        config=config,
-        vocabulary=vocabulary,
-        tensors=Made(recipes, found),
-        source={"format": "huggingface"},
-        carried=carried,
-        vq=Made(vq, found) if vq else None,
-        files=[folder / name for name in HUGGINGFACE_FILES if (folder / name).is_file()],
-        remark=remark,
-    )
+        imported = huggingface.import_model(raw, found.entries)
+    return _public("huggingface", folder, found, imported)
 
 
-def _huggingface_mamba(folder: Path, raw: JsonObject) -> Opened:
+def _huggingface_mamba(folder: Path, raw: JsonObject) -> OpenModel:
     found = open_folder(folder)
-    _check_layers(raw, "num_hidden_layers", found)
+    check_layers(raw.values.get(name := "num_hidden_layers"), f"{raw.where}: {name}", found.entries)
     with _values_of(folder / CONFIG):
-        config, vocabulary = huggingface_mamba.read_config(raw)
-    names = (huggingface_mamba.EMBEDDINGS, huggingface_mamba.OLD_EMBEDDINGS)
-    old = mamba.name_of(mamba.EMBEDDING, names[1]) in found.entries
-    return _mamba(
-        "huggingface",
-        folder,
-        raw,
-        found,
-        config,
-        vocabulary,
-        embedding=names[old],
-        tied=huggingface_mamba.is_tied(raw),
-        conv_bias=huggingface_mamba.has_conv_bias(raw),
-        ours=huggingface_mamba.OURS in raw,
-    )
-
-
-def _mamba_ssm(folder: Path, raw: JsonObject) -> Opened:
-    path = folder / mamba_ssm.WEIGHTS
-    found: Tensors = TorchFiles({"": path}) if path.is_file() else open_folder(folder)
-    _check_layers(raw, "n_layer", found)
-    with _values_of(folder / CONFIG):
-        config, vocabulary, remark = mamba_ssm.read_config(raw)
-    beside = folder / mamba_ssm.OURS
-    if beside.is_file():
-        written, vocabulary, _ = read_description(read_json(beside, REMEDY))
-        config, remark = mamba.agreed(written, config, str(folder / CONFIG)), ""
-    opened = _mamba(
-        "mamba_ssm",
-        folder,
-        raw,
-        found,
-        config,
-        vocabulary,
-        embedding=mamba_ssm.EMBEDDING,
-        tied=mamba_ssm.is_tied(raw),
-        conv_bias=mamba_ssm.has_conv_bias(raw),
-        ours=beside.is_file(),
-    )
-    return replace(opened, remark=remark)
-
-
-def _mamba(
-    kind: str,
-    folder: Path,
-    raw: JsonObject,
-    found: Tensors,
-    config: Decoder.Config,
-    vocabulary: Vocabulary,
-    *,
-    embedding: str,
-    tied: bool,
-    conv_bias: bool,
-    ours: bool,
-) -> Opened:
+        imported = huggingface_mamba.import_model(raw, found.entries)
     mamba.refuse_mamba_2(found.entries, str(folder))
-    recipes = mamba.import_recipes(
-        config, found.entries, embedding=embedding, tied=tied, conv_bias=conv_bias
-    )
-    check(recipes, found.entries, str(folder))
-    return Opened(
-        format=kind,
-        folder=folder,
-        config=config,
-        vocabulary=vocabulary,
-        tensors=Made(recipes, found),
-        source={"format": kind},
-        carried={} if ours else {kind: raw.values},
-        files=[folder / name for name in HUGGINGFACE_FILES if (folder / name).is_file()],
-    )
+    return _public("huggingface", folder, found, imported)
 
 
-def _meta(folder: Path) -> Opened:
-    files = shard_files(folder)
-    if not files:
-        raise ValueError(f"{folder} has {PARAMS}, but no consolidated.*.pth")
-    params = read_json(folder / PARAMS, REMEDY)
-    if (folder / CONSOLIDATE_PARAMS).is_file():
-        consolidated = read_json(folder / CONSOLIDATE_PARAMS, REMEDY)
-        told = consolidated.values.get("model_parallel_size", len(files))
-        if told != len(files):
+def _mamba_ssm(folder: Path, raw: JsonObject) -> OpenModel:
+    path, beside = folder / PYTORCH_MODEL, folder / mamba_ssm.OUR_FILE
+    found: Tensors = TorchFiles({"": path}) if path.is_file() else open_folder(folder)
+    check_layers(raw.values.get("n_layer"), f"{raw.where}: n_layer", found.entries)
+    with _values_of(folder / CONFIG):
+        ours = read_json(beside, REMEDY) if beside.is_file() else None
+        imported = mamba_ssm.import_model(raw, found.entries, ours)
+    mamba.refuse_mamba_2(found.entries, str(folder))
+    return _public("mamba_ssm", folder, found, imported)
+
+
+def _meta(folder: Path) -> OpenModel:
+    params = read_json(folder / meta.PARAMS, REMEDY)
+    found = MetaShards(folder)
+    if (folder / meta.CONSOLIDATE_PARAMS).is_file():
+        consolidated = read_json(folder / meta.CONSOLIDATE_PARAMS, REMEDY)
+        stated = consolidated.values.get("model_parallel_size", found.count)
+        if stated != found.count:
             raise ValueError(
-                f"{folder}: {CONSOLIDATE_PARAMS} says model_parallel_size ({shown(told)}), which "
-                f"must be the number of consolidated files ({len(files)}); copy the missing ones"
+                f"{folder}: {meta.CONSOLIDATE_PARAMS} says model_parallel_size ({shown(stated)}), "
+                f"which must be the number of consolidated files ({found.count}); copy the missing "
+                "ones"
             )
         params.values.update(consolidated.values)
-    found = MetaShards(files)
-    with _values_of(folder / PARAMS):
-        sizes = meta.read_sizes(params, found.entries, len(files))
-        config = sizes.decoder()
-        recipes: Recipes = meta.import_recipes(sizes, len(files))
-    check(recipes, found.entries, str(folder))
-    vocabulary, remark = _meta_vocabulary(folder, params, sizes.vocab_size)
-    if meta.OURS in params:
-        written = read_decoder(params.object(meta.OURS).object("model"))
-        if wrong := function_differences(written, config):
-            raise ValueError(f"{folder / PARAMS} contradicts its part {meta.OURS!r}: {wrong[0]}")
-        config = written
-    carried = {"shards": len(files), "params": params.values}
-    return Opened(
-        format="meta",
+    with _values_of(folder / meta.PARAMS):
+        tokens = None if meta.OURS in params else _metas_tokens(folder)
+        imported = meta.import_model(params, found.entries, found.count, tokens)
+    return replace(_public("meta", folder, found, imported), files=[])
+
+
+def _metas_tokens(folder: Path) -> JsonObject | None:
+    """Token → id of Meta's text tokenizer: in the model's folder, or ``tokenizer/`` beside it."""
+    places = [folder, *(place / "tokenizer" for place in (folder, *folder.parents[:2]))]
+    for path in (place / meta.TEXT_TOKENIZER for place in places):
+        if path.is_file():
+            return read_json(path, REMEDY).object("model").object("vocab")
+    return None
+
+
+def _public(kind: str, folder: Path, found: Tensors, imported: Imported) -> OpenModel:
+    vq = imported.image_tokenizer
+    check_keys(imported.maps, found.entries, str(folder), ignored=[*vq, *imported.unused])
+    return OpenModel(
+        format=kind,
         folder=folder,
-        config=config,
-        vocabulary=vocabulary,
-        tensors=Made(recipes, found),
-        source={"format": "meta"},
-        carried={"meta": carried},
-        remark=remark,
+        config=imported.config,
+        vocabulary=imported.vocabulary,
+        tensors=Mapped(imported.maps, found),
+        source={"format": kind},
+        carried={kind: imported.carried} if imported.carried else {},
+        vq=Mapped(vq, found) if vq else None,
+        files=[folder / name for name in _CARRIED_FILES if (folder / name).is_file()],
+        remark=imported.remark,
     )
 
 
-def _meta_vocabulary(folder: Path, params: JsonObject, size: int) -> tuple[Vocabulary, str]:
-    if meta.OURS in params:
-        return read_vocabulary(params.object(meta.OURS).object("vocabulary")), ""
-    rows = JsonObject({"vocab_size": size}, str(folder / PARAMS), REMEDY)
-    places = (folder, folder / "tokenizer", folder.parent / "tokenizer")
-    for place in (*places, folder.parent.parent / "tokenizer"):
-        if (place / _TEXT_TOKENIZER).is_file():
-            tokens = read_json(place / _TEXT_TOKENIZER, REMEDY).object("model").object("vocab")
-            return vocabulary_map.to_vocabulary(tokens, rows, vocabulary_map.RELEASED_BLOCK)
-    if size == vocabulary_map.RELEASED_SIZE:
-        return vocabulary_map.released(), "ids are those of the released models"
-    text_only = JsonObject(dict(vocabulary_map.TEXT_ONLY), "the released vocabulary", REMEDY)
-    found, _ = vocabulary_map.to_vocabulary(text_only, rows, 1)
-    return found, f"no {_TEXT_TOKENIZER} was found"
-
-
-def _check_layers(raw: JsonObject, field: str, found: Tensors) -> None:
-    count = raw.values.get(field)
-    if type(count) is int:  # anything else is refused with the other fields
-        check_layers(count, f"{raw.where}: {field}", found.entries)
+# ---------------------------------------------------------------- as a module
 
 
 def load_model(
@@ -365,16 +262,15 @@ def load_model(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
 ) -> tuple[Decoder, Vocabulary]:
-    """The model of an exported folder, run, checkpoint, or folder of Hugging Face's, Meta's or
-    ``mamba_ssm``'s.
+    """Loads the model of a run, checkpoint, exported folder, or of Hugging Face, Meta or
+    ``mamba_ssm``: a module in evaluation mode, and its vocabulary.
 
-    Returns it in evaluation mode, and its vocabulary. ``model(tokens_BS, modality_BS=…,
-    positions_BS=…)`` gives logits (B, S, V); ``vocabulary.modality_of(tokens_BS)`` the modalities.
-    ``dtype`` None keeps that of the files; of a narrower one scans and routers stay in fp32, as in
-    training (``models/precision.py``). No launcher, no process group; ``ValueError`` says what
-    is wrong with the folder. Experts are chosen by the causal rule where the model has causal
-    routers; else by batch, with budgets from the actual counts, as in validation
-    (``routing(model, rule)`` changes that).
+    ``model(tokens_BS, modality_BS=…, positions_BS=…)`` returns logits (B, S, V);
+    ``vocabulary.modality_of(tokens_BS)`` the modalities. ``dtype`` None keeps the types of the
+    files; with a narrower one scans and routers stay in fp32, as in training
+    (``models/precision.py``). No launcher, no process group; ``ValueError`` says what is wrong with
+    the folder. Experts choose by the causal rule where the model has causal routers; else by batch,
+    with budgets from the actual counts, as in validation (``routing(model, rule)`` changes that).
     """
     opened = open_model(folder)
     with torch.device("meta"):
@@ -392,12 +288,12 @@ def load_model(
         values = opened.tensors.read(name)
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
-        if leaf in module._buffers:  # what a router balances with is as it was
+        if leaf in module._buffers:  # biases of token-choice routers are state, not parameters
             getattr(module, leaf).copy_(values)
             continue
-        kept = dtype or entry.dtype
+        target = dtype or entry.dtype
         if dtype is not None and name in in_fp32:
-            kept = wide_type(dtype)
-        values = values.to(device=device, dtype=kept, copy=True)
+            target = wide_type(dtype)
+        values = values.to(device=device, dtype=target, copy=True)
         module.register_parameter(leaf, nn.Parameter(values))
     return model.eval(), opened.vocabulary

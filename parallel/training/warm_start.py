@@ -29,12 +29,14 @@ from torchtitan.config import Configurable
 from earlyfuse.data.stream.loader import LaneLoader
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.upcycle import Inherited, Shape, inherit
+from earlyfuse.parallel.checkpoint.files.dcp import is_parameter
 from earlyfuse.parallel.checkpoint.files.dcp_reader import DcpReader, SafeLoadPlanner, load_dcp
 from earlyfuse.parallel.checkpoint.folder import CheckpointFolder
-from earlyfuse.parallel.checkpoint.identity import is_parameter, refuse_other_data
-from earlyfuse.parallel.checkpoint.initial_load import held_region
+from earlyfuse.parallel.checkpoint.identity import refuse_other_data
+from earlyfuse.parallel.checkpoint.initial_load import local_region
+from earlyfuse.parallel.checkpoint.layout import checkpoints_of, latest_checkpoint
 from earlyfuse.parallel.checkpoint.manager import damage_seen_by_all
-from earlyfuse.parallel.checkpoint.manifest import EVERYTHING, latest_checkpoint, read_manifest
+from earlyfuse.parallel.checkpoint.manifest import EVERYTHING, read_manifest
 from earlyfuse.parallel.reporting.run_folder import DESCRIPTION, read_config
 
 
@@ -68,7 +70,7 @@ class Start(Configurable):
                 "what model its checkpoints hold"
             )
         described = read_config(run)
-        folder = CheckpointFolder(run / described.object("checkpoint").field("folder", str))
+        folder = CheckpointFolder(checkpoints_of(run))
         step = self.config.step
         if step != -1 and step not in folder.steps():
             raise ValueError(
@@ -150,7 +152,7 @@ def load_inherited(model: nn.Module, origins: dict[str, Inherited | None], folde
         origin = origins.get(name)  # what routers balance with begins anew
         if origin is None:
             continue
-        local, offset = held_region(parameter)
+        local, offset = local_region(parameter)
         if not local.numel():
             continue
         if origin.parts is None:

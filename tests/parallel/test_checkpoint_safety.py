@@ -24,8 +24,7 @@ from toy import make_data
 
 from earlyfuse.parallel.checkpoint.files.dcp_metadata import read_notes
 from earlyfuse.parallel.checkpoint.files.plain_pickle import ForeignName, Made, Named, parse, plain
-from earlyfuse.parallel.checkpoint.folder import describe, write_manifest
-from earlyfuse.parallel.checkpoint.manifest import EVERYTHING, Manifest
+from earlyfuse.parallel.checkpoint.manifest import EVERYTHING, Manifest, describe
 from earlyfuse.parallel.checkpoint.open_checkpoint import load_model
 from earlyfuse.tools.convert import convert
 from earlyfuse.tools.documents import ModelFolder
@@ -54,7 +53,7 @@ def trained(tmp_path_factory) -> tuple[Path, Path]:
 def vouch_again(step: Path) -> None:
     """Give a changed checkpoint a manifest that fits it, as an attacker would."""
     (step / "manifest.json").unlink()
-    write_manifest(step, Manifest(3, EVERYTHING, 1, describe(step, 0)))
+    Manifest(3, EVERYTHING, 1, describe(step, 0)).write(step)
 
 
 def change_notes(step: Path, change) -> None:

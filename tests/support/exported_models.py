@@ -9,7 +9,7 @@ from safetensors.torch import load
 
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.state_dicts import config_json
-from earlyfuse.models.state_dicts.tensor_map import Entry
+from earlyfuse.models.state_dicts.tensor_map import StateDict
 from earlyfuse.models.vocabulary import MediaCodes, Modality, Vocabulary
 from earlyfuse.parallel.checkpoint.files.safetensors import assign_files, write_folder
 
@@ -35,19 +35,8 @@ def export(config: Decoder.Config, folder: Path) -> torch.nn.Module:
     return model.eval()
 
 
-class InMemory:
-    """A dict as tensors by name."""
-
-    def __init__(self, tensors):
-        self.tensors = tensors
-        self.entries = {name: Entry(tuple(t.shape), t.dtype) for name, t in tensors.items()}
-
-    def read(self, name):
-        return self.tensors[name].detach()
-
-
 def write(folder: Path, tensors: dict[str, torch.Tensor], max_bytes: int = 10**9) -> None:
-    source = InMemory(tensors)
+    source = StateDict(tensors)
     write_folder(folder, source, assign_files(source.entries, max_bytes))
 
 

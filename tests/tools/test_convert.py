@@ -8,7 +8,6 @@ import pytest
 import torch
 from exported_models import (
     VOCABULARY,
-    InMemory,
     assert_equal,
     assert_same_files,
     export,
@@ -24,8 +23,8 @@ from earlyfuse.configs import decoders, mamba_decoders
 from earlyfuse.configs.registry import catalogue
 from earlyfuse.data.json_files import JsonObject
 from earlyfuse.models.routing.causal import routing
-from earlyfuse.models.state_dicts import decoder_config, vocabulary_map
-from earlyfuse.models.state_dicts.tensor_map import Made, Recipe
+from earlyfuse.models.state_dicts import decoder_config, meta, vocabulary_map
+from earlyfuse.models.state_dicts.tensor_map import Mapped, StateDict, TensorMap
 from earlyfuse.models.vocabulary import Modality, Vocabulary
 from earlyfuse.parallel.checkpoint.files.safetensors import write_file
 from earlyfuse.parallel.checkpoint.open_checkpoint import load_model
@@ -232,13 +231,10 @@ def test_a_model_goes_back_into_as_many_shards_as_it_came_in_else_into_the_fewes
 
 
 @pytest.mark.parametrize("hidden_dim", [80, 256, 333, 7])
-def test_metas_two_numbers_give_the_width_of_the_feed_forward(tmp_path, hidden_dim):
-    from earlyfuse.models.state_dicts.meta import _width
-
-    sizes = tool.Sizes.of(decoders.dense(replace(SHAPE, hidden_dim=hidden_dim)), "Meta's")
-    given = _width(sizes)
+def test_metas_two_numbers_give_the_width_of_the_feed_forward(hidden_dim):
+    given = meta.feed_forward_fields(SHAPE.dim, hidden_dim)
     multiple, factor = given["multiple_of"], given.get("ffn_dim_multiplier", 1)
-    wanted = int(factor * int(8 * sizes.dim / 3))
+    wanted = int(factor * int(8 * SHAPE.dim / 3))
     assert multiple * ((wanted + multiple - 1) // multiple) == hidden_dim
 
 
@@ -332,18 +328,18 @@ def test_files_are_those_that_the_library_writes(tmp_path):
         "flag": torch.tensor([True, False]),
     }
     save_file(tensors, tmp_path / "theirs", {"format": "pt"})
-    write_file(tmp_path / "ours", InMemory(tensors), list(tensors))
+    write_file(tmp_path / "ours", StateDict(tensors), list(tensors))
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
 
 
 def test_another_mapping_takes_its_place_in_the_chain(tmp_path):
     """What upcycling needs: copies of a parent's tensors, and tensors that it does not have."""
-    parent = InMemory({"w": torch.randn(2, 3).bfloat16()})
+    parent = StateDict({"w": torch.randn(2, 3).bfloat16()})
     recipes = {
-        "experts": Recipe((4, 2, 3), (("w", (2, 3)),), lambda w: w.expand(4, 2, 3)),
-        "router": Recipe((4, 3), (), lambda: torch.zeros(4, 3)),
+        "experts": TensorMap((4, 2, 3), (("w", (2, 3)),), lambda w: w.expand(4, 2, 3)),
+        "router": TensorMap((4, 3), (), lambda: torch.zeros(4, 3)),
     }
-    child = Made(recipes, parent)
+    child = Mapped(recipes, parent)
     write_file(tmp_path / "child", child, list(child.entries))
     found = load_file(tmp_path / "child")
     assert found["router"].dtype == torch.bfloat16

@@ -3,26 +3,21 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from exported_models import write
 
+from earlyfuse.configs import decoders
 from earlyfuse.models.state_dicts import config_json
-from earlyfuse.models.state_dicts.chameleon import Sizes, tensor_shapes
+from earlyfuse.models.state_dicts.plain_decoder import tensor_shapes
 from earlyfuse.models.vocabulary import Vocabulary
 
 SHARD = 120 * 10**6
-SIZES = Sizes(
-    dim=1024,
-    layers=4,
-    heads=8,
-    kv_heads=4,
-    hidden_dim=2816,
-    vocab_size=8192,
-    norm_order="swin",
-    rope_theta=10_000.0,
+SHAPE = decoders.Shape(
+    dim=1024, layers=4, heads=8, kv_heads=4, hidden_dim=2816, vocab_size=8192, norm_order="swin"
 )
 # Imports and the first use of each library do not count: they do not grow with the checkpoint. The
 # peak is that of the kernel's own account; ru_maxrss would be that of the parent at the fork.
@@ -50,16 +45,17 @@ print(memory("VmHWM") - before)
 """
 
 
-def exported_model(folder: Path, sizes: Sizes) -> int:
+def exported_model(folder: Path, shape: decoders.Shape) -> int:
     """A model of ours with plain qk-norms; returns its bytes."""
+    config = decoders.dense(shape)
     tensors = {
-        name: torch.ones(shape) if "norm" in name else torch.rand(shape)
-        for name, shape in tensor_shapes(sizes.decoder()).items()
+        name: torch.ones(size) if "norm" in name else torch.rand(size)
+        for name, size in tensor_shapes(config).items()
     }
     folder.mkdir(parents=True)
     write(folder, tensors, SHARD)
-    vocabulary = Vocabulary(sizes.vocab_size, 0, 2, 1)
-    description = config_json.describe(sizes.decoder(), vocabulary, {})
+    vocabulary = Vocabulary(shape.vocab_size, 0, 2, 1)
+    description = config_json.describe(config, vocabulary, {})
     (folder / "config.json").write_text(json.dumps(description))
     return sum(tensor.nbytes for tensor in tensors.values())
 
@@ -67,9 +63,9 @@ def exported_model(folder: Path, sizes: Sizes) -> int:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 def test_peak_memory_stays_below_the_largest_shard_whatever_the_model(tmp_path):
-    small = Sizes(**{**vars(SIZES), "dim": 64, "hidden_dim": 96, "vocab_size": 128})
+    small = replace(SHAPE, dim=64, hidden_dim=96, vocab_size=128)
     exported_model(tmp_path / "small" / "ours", small)
-    total = exported_model(tmp_path / "large" / "ours", SIZES)
+    total = exported_model(tmp_path / "large" / "ours", SHAPE)
     arguments = [str(tmp_path / "large"), str(tmp_path / "small"), str(SHARD)]
     done = subprocess.run(
         [sys.executable, "-c", MEASURED, *arguments], check=True, capture_output=True, text=True

@@ -73,7 +73,7 @@ def test_loading_needs_no_launcher_and_makes_no_process_group(trained):
         "logits = model(tokens, modality_BS=vocabulary.modality_of(tokens))\n"
         "assert logits.shape == (2, 16, 48) and logits.isfinite().all()\n"
         "assert not torch.distributed.is_initialized()\n"
-        "assert 'torchtitan.trainer' not in sys.modules\n"
+        "assert not {'earlyfuse.parallel.trainer', 'earlyfuse.parallel.plan'} & {*sys.modules}\n"
     )
     subprocess.run([sys.executable, "-c", code, str(trained[0])], check=True)
 

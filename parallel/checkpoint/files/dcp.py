@@ -1,6 +1,6 @@
-"""Our training checkpoints (DCP folders) as tensors by name, without a process group.
+"""Our DCP checkpoints as tensors by name, without a process group; and their writer.
 
-Of a training checkpoint only the model is read, not the optimizer.
+Only the model is read, not the optimizer.
 """
 
 import warnings
@@ -11,64 +11,86 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    MetadataIndex,
+    StorageMeta,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
-from earlyfuse.data.atomic import sha256_file
 from earlyfuse.models.state_dicts.tensor_map import Entry, Tensors
 from earlyfuse.parallel.checkpoint.files.dcp_reader import DcpReader, SafeLoadPlanner
-from earlyfuse.parallel.checkpoint.manifest import MANIFEST, read_manifest
+from earlyfuse.parallel.checkpoint.manifest import MANIFEST, damage, read_manifest
 
 _OF_THE_MODEL = ("layers", "tok_embeddings", "norm", "lm_head")
 
 
-class DcpFolder:
-    """The model's tensors in a checkpoint folder, each put together from its parts when it is read.
+def is_parameter(key: str) -> bool:
+    """Whether a key of a checkpoint is a parameter of the model."""
+    return key.partition(".")[0] in _OF_THE_MODEL
 
-    Raises ``ValueError`` if DCP's notes or files are missing, damaged or foreign.
+
+class DcpFolder:
+    """The model's tensors in a checkpoint folder, each assembled from its chunks when it is read.
+
+    Raises ``ValueError`` if DCP's metadata or files are missing, damaged or foreign.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
-        _check_sizes(folder)
+        if (folder / MANIFEST).is_file():
+            # values have checksums of their own, which reading compares; metadata has none
+            files = read_manifest(folder).files
+            if found := damage(folder, files, lambda name: not name.endswith(".distcp")):
+                raise ValueError(f"{folder}: {found[0]}; copy the checkpoint again")
         self._reader = DcpReader(folder)
-        self._notes = self._reader.read_metadata()
+        self._metadata = self._reader.read_metadata()
         self.entries = {
             name: Entry(tuple(stored.size), stored.properties.dtype)
-            for name, stored in self._notes.state_dict_metadata.items()
-            if isinstance(stored, TensorStorageMetadata) and name.partition(".")[0] in _OF_THE_MODEL
+            for name, stored in self._metadata.state_dict_metadata.items()
+            if isinstance(stored, TensorStorageMetadata) and is_parameter(name)
         }
         if not self.entries:
-            raise ValueError(f"{folder} is a DCP checkpoint without a model of ours in it")
+            raise ValueError(f"{folder} is a DCP checkpoint without earlyfuse model weights")
 
     def read(self, name: str) -> torch.Tensor:
         """The whole tensor."""
         entry = self.entries[name]
         state = {name: torch.empty(entry.shape, dtype=entry.dtype)}
         planner = SafeLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        planner.set_up_planner(state, self._notes, True)
+        planner.set_up_planner(state, self._metadata, True)
         self._reader.read_data(planner.create_local_plan(), planner).wait()
         return state[name]
 
 
-def _check_sizes(folder: Path) -> None:
-    """``ValueError`` if a file is not there or not as long as the manifest says, or a small one is
-    another than when it was written; quick.
+class Writer(dcp.FileSystemWriter):
+    """DCP's writer; its bytes follow from state and layout alone, and its errors name the cause.
+
+    DCP would note a random id and the folder's path in ``.metadata``, and hide the disk's error
+    behind that of the serialiser it interrupted.
     """
-    if not (folder / MANIFEST).is_file():
-        return
-    for name, record in read_manifest(folder).files.items():
-        path = folder / name
-        found = path.stat().st_size if path.is_file() else None
-        if found != record.bytes:
-            has = "is missing" if found is None else f"has {found} bytes instead of {record.bytes}"
-            raise ValueError(f"{folder}: {name} {has}; copy the checkpoint again")
-        # values have checksums of their own; what says where and what they are has none
-        if path.suffix != ".distcp" and sha256_file(path) != record.sha256:
-            raise ValueError(f"{folder}: {name} has another SHA-256; copy the checkpoint again")
+
+    def storage_meta(self) -> StorageMeta | None:
+        """None: neither id nor path."""
+        return None
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write this rank's part; raises the ``OSError`` at the root of a failure, if one is."""
+        try:
+            return super().write_data(plan, planner)
+        except Exception as error:
+            root: BaseException | None = error
+            while root is not None and not isinstance(root, OSError):
+                root = root.__cause__ or root.__context__
+            if root is None or root is error:
+                raise
+            raise OSError(root.errno, root.strerror, str(self.path)) from error
 
 
 class _OneByOne(DefaultSavePlanner):
-    """Gives DCP's writer each tensor when its turn comes."""
+    """Reads each tensor when DCP's writer asks for it."""
 
     def __init__(self, tensors: Tensors):
         super().__init__(flatten_state_dict=False)
@@ -78,8 +100,10 @@ class _OneByOne(DefaultSavePlanner):
         return self.tensors.read(index.fqn).contiguous()
 
 
-def write_dcp(writer: dcp.FileSystemWriter, tensors: Tensors) -> None:
-    """Write all ``tensors`` through ``writer``, alone and one by one."""
+def write_dcp(folder: Path, tensors: Tensors) -> None:
+    """Write ``tensors`` one by one, without a process group."""
+    # DCP keeps the tensors of a file until it is complete, so each gets its own
+    writer = Writer(folder, single_file_per_rank=False)
     empty = {  # shapes and types are all that planning looks at
         name: torch.empty(entry.shape, dtype=entry.dtype, device="meta")
         for name, entry in tensors.entries.items()
@@ -89,5 +113,5 @@ def write_dcp(writer: dcp.FileSystemWriter, tensors: Tensors) -> None:
         warnings.filterwarnings("ignore", message=".*assuming the intent is to save in a single")
         try:
             dcp.save(state, storage_writer=writer, planner=_OneByOne(tensors), no_dist=True)
-        except CheckpointException as error:  # of one rank: what it met
+        except CheckpointException as error:  # of the only rank
             raise next(iter(error.failures.values()))[0] from error

@@ -1,12 +1,13 @@
-"""Tensors in files that ``torch.save`` has written: Meta's ``.pth``, ``pytorch_model.bin``.
+"""Tensors in files of ``torch.save``: Meta's ``consolidated.NN.pth``, and ``pytorch_model.bin``.
 
-Read with ``weights_only`` (no code of the file runs) and mapped, opened anew after some megabytes,
-since pages of a mapped file count as memory of the process until it is closed. Written in two
-passes: torch leaves room for the values, which then come in one by one.
+Files are read with ``weights_only`` (no code of the file runs) and mapped; they are reopened after
+some megabytes, since pages of a mapped file count as memory of the process until it is closed. They
+are written in two passes: torch leaves room for the values, which then follow one by one.
 """
 
 import os
 import pickle
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,19 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from earlyfuse.models.state_dicts.tensor_map import Entry, Tensors
+from earlyfuse.models.state_dicts.meta import PARAMS, ROPE, shard_name
+from earlyfuse.models.state_dicts.tensor_map import Entry, Mapped, Tensors, renamed
 from earlyfuse.parallel.checkpoint.files.plain_pickle import ForeignName
 from earlyfuse.parallel.checkpoint.files.safetensors import write_values
 from earlyfuse.parallel.checkpoint.files.torch_archive import check_tensors_only
 
-_MAPPED_AT_ONCE = 64 << 20  # bytes read before files are opened anew
+PYTORCH_MODEL = "pytorch_model.bin"
+_MAPPED_AT_ONCE = 64 << 20  # bytes read before files are reopened
+_MOST_SHARDS = 1000  # the largest released model has 4
 
 
 class TorchFiles:
-    """The tensors of several files: ``files`` by what stands before the names of each one's own.
+    """The tensors of several files: ``files`` by the prefix that their names get.
 
     Those named in ``ignored`` are left out. Raises ``ValueError`` for a file that is truncated, was
     not written by ``torch.save``, or holds more than tensors.
@@ -53,6 +57,37 @@ class TorchFiles:
         return tensor
 
 
+class MetaShards(TorchFiles):
+    """The tensors of Meta's ``count`` shards; tensor ``name`` of shard i is ``0i/name``."""
+
+    def __init__(self, folder: Path):
+        files = _shard_files(folder)
+        self.count = len(files)
+        super().__init__({shard_name(i, ""): path for i, path in enumerate(files)}, (ROPE,))
+
+
+def _shard_files(folder: Path) -> list[Path]:
+    """The shards in order; ``ValueError`` if one is missing."""
+    if (single := folder / "consolidated.pth").is_file():
+        return [single]
+    found = {
+        int(match[1]): path
+        for path in folder.glob("consolidated.*.pth")
+        if (match := re.fullmatch(r"consolidated\.(\d+)\.pth", path.name))
+    }
+    if not found:
+        raise ValueError(f"{folder} has {PARAMS}, but no consolidated.*.pth")
+    if max(found) >= _MOST_SHARDS:
+        raise ValueError(
+            f"{folder} holds {found[max(found)].name}, and shards are numbered below "
+            f"{_MOST_SHARDS}; rename or remove it"
+        )
+    missing = [f"consolidated.{n:02d}.pth" for n in range(max(found)) if n not in found]
+    if missing:
+        raise ValueError(f"{folder} lacks {missing} of its {max(found) + 1} shards; copy them")
+    return [found[number] for number in sorted(found)]
+
+
 def _mapped(path: Path) -> dict[str, torch.Tensor]:
     try:
         with open(path, "rb") as file:
@@ -79,14 +114,14 @@ def _first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def write_torch_file(path: Path, tensors: Tensors, same: Mapping[str, str] | None = None) -> None:
-    """Write ``tensors``, each read when its turn comes. ``same``: further names for some of them,
+def write_torch_file(path: Path, tensors: Tensors, aliases: Mapping[str, str]) -> None:
+    """Write ``tensors``, each read when its turn comes. ``aliases``: second name → name of a tensor,
     whose values are in the file once.
     """
     entries = tensors.entries
     with FakeTensorMode():
         empty = {name: torch.empty(e.shape, dtype=e.dtype) for name, e in entries.items()}
-    named = empty | {name: empty[first] for name, first in (same or {}).items()}
+    named = empty | {alias: empty[name] for alias, name in aliases.items()}
     try:
         with torch.serialization.skip_data(materialize_fake_tensors=True):
             torch.save(named, path)
@@ -102,3 +137,15 @@ def write_torch_file(path: Path, tensors: Tensors, same: Mapping[str, str] | Non
             write_values(file, tensors.read(name))
         file.flush()
         os.fsync(file.fileno())
+
+
+def write_shards(folder: Path, tensors: Tensors, shards: int) -> None:
+    """Write ``consolidated.00.pth`` …, from tensors that are named as those of ``MetaShards``."""
+    for shard in range(shards):
+        prefix = shard_name(shard, "")
+        own = {
+            name.removeprefix(prefix): renamed(name, entry.shape)
+            for name, entry in tensors.entries.items()
+            if name.startswith(prefix)
+        }
+        write_torch_file(folder / f"consolidated.{shard:02d}.pth", Mapped(own, tensors), {})
