@@ -471,6 +471,7 @@ class Trainer(titan.Trainer):
     def close(self) -> None:
         """Release everything; the other ranks no longer wait for this one."""
         super().close()
+        self.dataloader.close()
         self.watchdog.close()
         self.reservation.release()
 

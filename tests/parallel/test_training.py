@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -207,6 +208,14 @@ def test_parameters_that_are_not_finite_stop_the_run_before_they_are_saved(tmp_p
         trainer.train()
     trainer.close()
     assert not (tmp_path / "checkpoint").exists()
+
+
+def test_a_closed_trainer_draws_no_more_batches(tmp_path, data):
+    config = tiny_config(tmp_path, data, steps=1)
+    config.checkpoint.enable = config.validator.enable = False
+    trainer = run(config)
+    assert not [x for x in threading.enumerate() if x.name == "earlyfuse-prefetch"]
+    assert trainer.dataloader.lanes[:, -1].tolist() == [1] * 4, "what was drawn ahead is forgotten"
 
 
 def test_sigterm_saves_and_the_same_command_resumes(tmp_path, data):
