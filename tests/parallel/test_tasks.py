@@ -1,4 +1,4 @@
-"""Task checks: what is scored, and that the answer is never shown."""
+"""Evaluation tasks: scores are right, and the answer is never in the input."""
 
 import base64
 import io
