@@ -19,15 +19,18 @@ from toy import make_data
 # minutes each: they go first, so that no worker is left alone with one of them
 SLOW_FIXTURES = {"compiled"}
 LONGEST = (
+    "test_soak.py",
     "test_faults.py",
     "test_ranks.py",
     "test_kernels_compiled.py",
     "test_hosts.py",
     "test_elastic_resume.py",
+    "test_training.py",
     "test_traffic.py",
+    "test_exit.py",
     "test_rank_logs.py",
-    "test_sequence_parallel.py",
     "test_study.py",
+    "test_sequence_parallel.py",
 )
 
 
