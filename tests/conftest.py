@@ -1,8 +1,10 @@
-"""What all tests share: one thread, Triton's interpreter where there is no GPU, and uninitialised
-memory that shows when it is read."""
+"""Shared fixtures and settings: one thread, Triton's interpreter where there is no GPU, test order,
+uninitialised memory filled with NaN.
+"""
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,26 +14,28 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 
 from raw_shards import prepared, raw  # noqa: F401  fixtures
+from toy import make_data
 
 # minutes each: they go first, so that no worker is left alone with one of them
 SLOW_FIXTURES = {"compiled"}
 LONGEST = (
+    "test_soak.py",
     "test_faults.py",
     "test_ranks.py",
     "test_kernels_compiled.py",
     "test_hosts.py",
     "test_elastic_resume.py",
+    "test_training.py",
     "test_traffic.py",
+    "test_exit.py",
     "test_rank_logs.py",
-    "test_sequence_parallel.py",
     "test_study.py",
+    "test_sequence_parallel.py",
 )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests in the order of their files, the longest first; those of a fixture that takes minutes
-    are slow.
-    """
+    """Sort tests by file, the longest first; tests of a fixture that takes minutes are slow."""
     for item in items:
         if SLOW_FIXTURES.intersection(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
@@ -41,21 +45,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
-    """Tests run side by side; several threads in each would only wait for one another."""
+    """Tests run in parallel workers; more threads in each would only contend."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def no_process_group_is_left() -> Iterator[None]:
-    """A trainer of one process makes a group; the next file begins without."""
+    """Destroy the process group of a single-process trainer before the next file."""
     yield
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The toy data, prepared once: read, not written to."""
+    return make_data(tmp_path_factory.mktemp("toy") / "data")
+
+
 @pytest.fixture
 def nan_filled_memory() -> Iterator[None]:
-    """``torch.empty`` returns NaN, so that reading it unwritten is seen."""
+    """``torch.empty`` returns NaN, so that reading uninitialised memory shows."""
     before = torch.are_deterministic_algorithms_enabled()
     fill_before = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)

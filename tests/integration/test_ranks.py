@@ -1,10 +1,11 @@
-"""Any layout computes what one rank computes: losses, gradients, parameters, what is logged.
+"""Every layout equals one rank: losses, gradients, parameters and logged metrics.
 
-The runs themselves are in ``layouts.py``: one launch per number of ranks does all its cases.
+The runs are in ``layouts.py``; each number of ranks is launched once.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
@@ -25,6 +26,7 @@ TOLERANCE = 1e-5
 EQUAL = ("loss", "grad_norm", "z_loss", "output_norm", "unigram_entropy", "router", "task")
 EQUAL += ("tokens", "flops", "lr", "skipped_steps", "causal", "causal_loss", "causal_task")
 PROGRAM = SUPPORT / "layouts.py"
+AT_ONCE = 10  # cases of one process: gloo's groups are only given back with it
 
 
 @pytest.fixture(scope="module")
@@ -33,20 +35,21 @@ def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("layouts")
     data = make_data(folder / "data")
     make_seed(folder / "seed", data)
-    launched: set[int] = set()
 
-    def result(ranks: int, name: str) -> dict:
+    @cache
+    def launch(ranks: int) -> Path:
         out = folder / str(ranks)
-        if ranks not in launched:
-            launched.add(ranks)
-            output_of(forked(ranks, PROGRAM, str(out), str(data)))
-        return torch.load(out / f"{name}.pt")
+        names = [case.name for case in CASES[ranks] if case.runs]
+        parts = [names[first : first + AT_ONCE] for first in range(0, len(names), AT_ONCE)]
+        arguments = [word for part in parts for word in (";", str(out), str(data), *part)]
+        output_of(forked(ranks, PROGRAM, *arguments))
+        return out
 
-    return result
+    return lambda ranks, name: torch.load(launch(ranks) / f"{name}.pt")
 
 
 def make_seed(folder: Path, data: Path) -> None:
-    """A run of moe_1t1i, out of which others grow."""
+    """A run of moe_1t1i, from which others are upcycled."""
     config = tiny_config(folder, data, decoders.moe_1t1i(SHAPE), steps=3)
     config.training.global_batch_size = config.validator.batch_rows = ROWS
     config.validator.enable = config.metrics.enable_tensorboard = False
@@ -55,21 +58,19 @@ def make_seed(folder: Path, data: Path) -> None:
     trainer.close()
 
 
-def cases() -> list:
-    no_pipeline = pytest.mark.skip("torchtitan 0.3's pipeline schedules need torch 2.14")
-    slow = [pytest.mark.slow]
-    return [
-        pytest.param(ranks, name, marks=slow * (ranks > 2) + ([] if case.runs else [no_pipeline]))
-        for ranks in (2, 4)
-        for name, case in CASES[ranks].items()
-    ]
+NO_PIPELINE = pytest.mark.skip("torchtitan 0.3's pipeline schedules need torch 2.14")
 
 
-@pytest.mark.parametrize(("ranks", "name"), cases())
-def test_a_layout_computes_what_one_rank_computes(results, ranks, name):
-    case = CASES[ranks][name]
-    expected = results(1, case.model + "-apart" * case.apart + "-stage2" * case.stage2)
-    found = results(ranks, name)
+def cases() -> Iterator:
+    for ranks in (2, 4):
+        for case in CASES[ranks]:
+            marks = [pytest.mark.slow] * (ranks > 2) + [NO_PIPELINE] * (not case.runs)
+            yield pytest.param(ranks, case, marks=marks, id=f"{ranks}-{case.name}")
+
+
+@pytest.mark.parametrize(("ranks", "case"), cases())
+def test_a_layout_computes_what_one_rank_computes(results, ranks, case):
+    expected, found = results(1, case.one_rank), results(ranks, case.name)
     # key biases have what cancellation leaves, which AdamW scales up: measured by a hundredth of
     # the whole norm, and their values by a thousandth
     assert relative_errors(found, expected, "gradients", 1e-2, above=TOLERANCE) == {}
@@ -93,14 +94,14 @@ def relative_errors(
 
 
 def test_ranks_without_a_modality_are_among_the_cases(results):
-    """That the cases test what they claim: all rows are text or image, in equal parts."""
+    """The "apart" cases are what they claim: half of the rows is text, half image."""
     for line in results(1, "moma-apart")["metrics"]:
         if line["kind"] == "train":
             assert line["tokens/text"] == line["tokens/image"]
 
 
 def test_rows_of_one_modality_travel_while_the_other_computes(results):
-    """Both pools' rows are on their way before the first is waited for, there and back."""
+    """Both pools' all-to-alls are issued before the first is waited for, both ways."""
     events = results(2, "moma-ep")["events"]
     changes = [event for event, _ in groupby(events)]
     layer = ["send", *("compute", "wait", "send"), *("compute", "wait", "send"), "wait"]
@@ -147,7 +148,7 @@ def test_rows_that_cannot_be_cut_are_refused_by_name(monkeypatch):
 
 
 def pipeline_refusal(monkeypatch, model, version="2.14.1", rows=4, size=2, **fields) -> str:
-    """What is said of ``rows`` a rank in parts of ``size``, in a pipeline of two ranks."""
+    """The error for ``rows`` per rank in micro-batches of ``size``, in a pipeline of two ranks."""
     monkeypatch.setattr(torch, "__version__", TorchVersion(version))
     monkeypatch.setenv("WORLD_SIZE", "2")
     config = embedded.dense()
@@ -185,7 +186,7 @@ def test_pipelines_that_cannot_work_are_refused_by_name(monkeypatch):
 def test_what_works_is_not_refused(monkeypatch):
     for ranks, cases in CASES.items():
         monkeypatch.setenv("WORLD_SIZE", str(ranks))
-        for case in filter(attrgetter("runs"), cases.values()):
+        for case in filter(attrgetter("runs"), cases):
             config = case.config(Path("run"), Path("data"), ranks)
             check_parallelism(config.parallelism, config.training, BY_NAME[case.model]())
 

@@ -1,16 +1,11 @@
 """Causal routers: what they learn, what they leave alone, and that they never look ahead."""
 
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import pytest
 import torch
 import torch.nn.functional as F
 from op_counts import forward_and_backward
-from tiny_runs import MODELS, SHAPE, moma, tiny_config
+from tiny_runs import MODELS, SHAPE, metrics, moma, run, tiny_config
 from torchtitan.distributed.activation_checkpoint import FullAC
-from toy import make_data
 
 from earlyfuse.configs import decoders, stages
 from earlyfuse.models.routes import group_of_rows
@@ -20,11 +15,6 @@ from earlyfuse.models.routing.expert_choice import ExpertChoice, expert_choice
 from earlyfuse.parallel.strategies.activation_checkpointing import checkpoint_activations
 
 S = 16
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return make_data(tmp_path_factory.mktemp("toy") / "data")
 
 
 def causal_model(std: float = 0.3, seed: int = 0, **config) -> torch.nn.Module:
@@ -44,16 +34,8 @@ def batch(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     return tokens_BS, (tokens_BS >= 32).to(torch.uint8)
 
 
-def run(config):
-    trainer = config.build()
-    trainer.train()
-    trainer.close()
-    return trainer
-
-
 def lines(folder, kind: str) -> list[dict]:
-    logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in logged if line["kind"] == kind]
+    return [line for line in metrics(folder) if line["kind"] == kind]
 
 
 # ---------------------------------------------------------------- the rule
@@ -269,20 +251,10 @@ def test_a_second_stage_trains_causal_routers_and_nothing_else(tmp_path, data, f
 
 def test_a_resumed_second_stage_equals_the_unbroken_one(tmp_path, data, finished):
     unbroken = run(second_stage(tmp_path / "unbroken", data, finished))
-    with stopped_after(4):
-        run(second_stage(tmp_path / "broken", data, finished))
+    run(second_stage(tmp_path / "broken", data, finished), stop_after=4)
     resumed = run(second_stage(tmp_path / "broken", data, finished))
     for a, b in zip(unbroken.model.parameters(), resumed.model.parameters(), strict=True):
         assert a.equal(b)
-
-
-@contextmanager
-def stopped_after(step: int) -> Iterator[None]:
-    from earlyfuse.parallel.trainer import Trainer
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "should_continue_training", lambda self: self.step < step)
-        yield
 
 
 def test_a_second_stage_that_cannot_be_is_refused(tmp_path, data):

@@ -1,13 +1,11 @@
 """Upcycling: the child computes what its parent did, and the run goes on where that stopped."""
 
-import json
 import math
 from dataclasses import replace
 
 import pytest
 import torch
-from tiny_runs import MAMBA_SHAPE, MAMBAS, SHAPE, SHARES, moma, tiny_config
-from toy import make_data
+from tiny_runs import MAMBA_SHAPE, MAMBAS, SHAPE, SHARES, metrics, moma, run, tiny_config
 
 from earlyfuse.configs import decoders, mamba_decoders, stages
 from earlyfuse.models.routing.gumbel_noise import RouterNoise, router_noises
@@ -24,23 +22,11 @@ ABLATIONS = [["in_proj"], ["x_proj", "dt_proj"], ["out_proj"], mamba_decoders.PR
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return make_data(tmp_path_factory.mktemp("toy") / "data")
-
-
-@pytest.fixture(scope="module")
 def seed(tmp_path_factory, data):
     """The folder of a run of moe_1t1i."""
     folder = tmp_path_factory.mktemp("seed") / "run"
     run(tiny_config(folder, data, UNTIED, steps=3))
     return folder
-
-
-def run(config):
-    trainer = config.build()
-    trainer.train()
-    trainer.close()
-    return trainer
 
 
 def filled(config, seed: int = 0):
@@ -238,7 +224,7 @@ def test_a_checkpoint_read_in_regions_gives_what_the_map_says(seed):
 def test_an_upcycled_run_goes_on_in_the_data_and_begins_all_else_anew(tmp_path, data, seed):
     config = stages.upcycled(tiny_config(tmp_path, data, moma()), str(seed), noise_steps=4)
     trainer = run(config)
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    lines = metrics(tmp_path)
     validation = [line for line in lines if line["kind"] == "validation"]
     train = [line for line in lines if line["kind"] == "train"]
     assert [line["step"] for line in validation] == [0, 1, 3, 6]

@@ -1,4 +1,4 @@
-"""What ranks draw by themselves and what they choose: dropout's places, routers' experts."""
+"""Random draws and routing on several ranks: dropout masks, experts under FSDP in bf16."""
 
 from itertools import combinations
 from pathlib import Path
@@ -13,7 +13,7 @@ from toy import make_data
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """What ``choice_ranks.py`` wrote on each of two ranks, launched once."""
+    """Results of ``choice_ranks.py`` on each of two ranks, launched once."""
     folder = tmp_path_factory.mktemp("choices")
     make_data(folder / "data")
     output_of(forked(2, Path(choice_ranks.__file__), str(folder)))

@@ -1,4 +1,4 @@
-"""Host memory of a rank follows what it holds, not the model."""
+"""Building a sharded model takes host memory for the shard, not for the model."""
 
 import subprocess
 import sys

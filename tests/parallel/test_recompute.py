@@ -1,4 +1,4 @@
-"""Activation checkpointing: what is computed again in backward, and what is not."""
+"""Activation checkpointing recomputes blocks in backward, but not routing."""
 
 import pytest
 import torch

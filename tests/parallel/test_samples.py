@@ -1,4 +1,6 @@
-"""Samples of a run, and the tool: what a model has learned comes out, and nothing else changes."""
+"""Sample generation during a run and ``tools.generate``: a trained model reproduces its data, and
+sampling changes nothing else in the run.
+"""
 
 import json
 import shutil
@@ -11,7 +13,7 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_pairs import SHADES, make_pairs, pixels, png
-from tiny_runs import tiny_config
+from tiny_runs import run, tiny_config
 
 from earlyfuse.configs import decoders
 from earlyfuse.data.tokenizers import Tokenizers
@@ -39,18 +41,9 @@ def config_of(folder: Path, data: Path, steps: int = 4) -> Trainer.Config:
     return config
 
 
-def run(config: Trainer.Config, stop_after: int | None = None) -> Trainer:
-    trainer = config.build()
-    if stop_after:
-        trainer.should_continue_training = lambda: trainer.step < stop_after
-    trainer.train()
-    trainer.close()
-    return trainer
-
-
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory, data) -> Path:
-    """A run that knows the five pairs by heart."""
+    """A run that has memorised the five pairs."""
     folder = tmp_path_factory.mktemp("learned") / "run"
     config = config_of(folder, data, steps=160)
     config.training.global_batch_size = 2

@@ -1,4 +1,4 @@
-"""Rows cut over ranks are whole rows: outputs, gradients, what travels.
+"""Context parallelism equals whole rows: outputs, gradients, and the bytes it sends.
 
 The ranks are in ``sequence_ranks.py``. Whole runs are among the layouts of ``test_ranks.py``.
 """
@@ -22,7 +22,7 @@ TOLERANCE = 1e-11  # in fp64, in the whole model, with a scan made to matter; me
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """What ``sequence_ranks.py`` wrote, launched once."""
+    """Results of ``sequence_ranks.py``, launched once."""
     folder = tmp_path_factory.mktemp("sequence")
     paths = [str(SUPPORT), os.environ.get("PYTHONPATH", "")]
     subprocess.run(
@@ -42,10 +42,9 @@ def test_parts_of_a_row_compute_what_the_whole_row_does(ranks, name, length, par
     assert compared[f"{name}, {length}, {parts}"] < TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["mamba", "mixture_of_mamba"])
-def test_what_a_scan_and_its_convolution_send_does_not_grow_with_the_row(ranks, name):
+def test_what_a_scan_and_its_convolution_send_does_not_grow_with_the_row(ranks):
     _, sent = ranks
-    short, long = sent[name][24], sent[name][96]
+    short, long = sent["mixture_of_mamba"][24], sent["mixture_of_mamba"][96]
     assert short == long
     inner, blocks = 2 * MAMBA_SHAPE.dim, 2
     halo, state = (RANKS * inner * n * 4 for n in (MAMBA_SHAPE.conv_width - 1, MAMBA_SHAPE.states))
@@ -62,7 +61,7 @@ def test_attention_sends_keys_and_values_of_its_row_once_each_way(ranks):
 
 
 class Elsewhere:
-    """The second half of a row, whose first half cannot be reached."""
+    """The second half of a row; fetching from the first half fails."""
 
     index, parts = 1, 2
 

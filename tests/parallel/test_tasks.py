@@ -1,21 +1,15 @@
-"""Task checks: what is scored, and that the answer is never shown."""
+"""Evaluation tasks: scores are right, and the answer is never in the input."""
 
 import base64
-import io
 import json
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from tiny_pairs import make_pairs, pixels, png
 from toy import VOCABULARY
 
-from earlyfuse.data.atomic import atomic_write_json
-from earlyfuse.data.tokenizers.image import save_image_tokenizer
-from earlyfuse.data.tokenizers.image_kmeans import KMeansTokenizer
-from earlyfuse.data.tokenizers.text import TextTokenizer
+from earlyfuse.data.tokenizers import Tokenizers
 from earlyfuse.models.batch import MixedBatch
-from earlyfuse.models.vocabulary import MediaCodes, Modality, Vocabulary
 from earlyfuse.parallel.evaluation.eval_tasks import Ranks, Task, load_tasks
 
 WORDS = [(10,), (11, 12), (11, 13, 14)]  # two of them begin alike
@@ -93,45 +87,30 @@ def test_prompts_lie_among_untouched_held_out_data():
     assert torch.equal(seen.modality_BS, VOCABULARY.modality_of(seen.tokens_BS))
 
 
-def png(shade: int) -> bytes:
-    stream = io.BytesIO()
-    Image.fromarray(np.full((8, 8, 3), shade, np.uint8)).save(stream, "PNG")
-    return stream.getvalue()
-
-
 def test_tasks_of_a_folder_are_tokenised_as_training_data_is(tmp_path):
-    text = TextTokenizer.train(
-        [f"a shade of dark, {i} times lighter than {chr(97 + i)}" for i in range(26)], 325
-    )
-    images = KMeansTokenizer.train(
-        np.stack([np.full((8, 8, 3), s, np.uint8) for s in range(0, 256, 8)]),
-        patch=4,
-        codes=8,
-        seed=0,
-    )
-    media = MediaCodes(Modality.IMAGE, text.size, 8, text.begin_image, text.end_image, images.block)
-    vocabulary = Vocabulary(text.size + 8, text.bos, text.eos, text.pad, (media,))
-    (tmp_path / "tokenizers").mkdir()
-    (tmp_path / "validation").mkdir()
-    text.save(tmp_path / "tokenizers" / "text.model")
-    save_image_tokenizer(images, tmp_path / "tokenizers" / "image.safetensors")
-    atomic_write_json(tmp_path / "tokenizers" / "vocabulary.json", vocabulary.to_dict())
-    assert load_tasks(tmp_path) == []
+    folder = make_pairs(tmp_path / "data")
+    assert load_tasks(folder) == []
+    shades, words = (0, 3), ("silver", "coal")
     items = [
-        {"image": base64.b64encode(png(shade)).decode(), "answer": answer}
-        for shade, answer in ((0, "dark"), (255, "light"))
+        {"image": base64.b64encode(png(shade)).decode(), "answer": word}
+        for shade, word in zip(shades, reversed(words), strict=True)
     ]
-    fields = {"name": "shade", "prefix": "shade ", "candidates": ["light", "dark"], "items": items}
-    (tmp_path / "validation" / "tasks.json").write_text(json.dumps({"tasks": [fields]}))
-    (loaded,) = load_tasks(tmp_path)
+    fields = {"name": "shade", "prefix": "shade ", "candidates": list(words), "items": items}
+
+    def tasks() -> list[Task]:
+        (folder / "validation" / "tasks.json").write_text(json.dumps({"tasks": [fields]}))
+        return load_tasks(folder)
+
+    (loaded,) = tasks()
     assert loaded.answers == [1, 0] and loaded.chance == 0.5
-    for prompt, shade in zip(loaded.prompts, (0, 255), strict=True):
-        codes = images.encode(np.full((1, 8, 8, 3), shade, np.uint8))[0] + text.size
+    tokenizers = Tokenizers.load(folder / "tokenizers")
+    text, images = tokenizers.text, tokenizers.image
+    for prompt, shade in zip(loaded.prompts, shades, strict=True):
+        codes = images.encode(pixels(shade)[None])[0] + text.size
         assert prompt[:2] == [text.bos, text.begin_image]
         assert prompt[2 : 2 + images.block] == codes.tolist()
-        for candidate, word in zip(loaded.candidates, ("light", "dark"), strict=True):
+        for candidate, word in zip(loaded.candidates, words, strict=True):
             assert prompt[3 + images.block :] + list(candidate) == text.encode("shade " + word)
-    fields["candidates"] = ["light", "light and dark"]
-    (tmp_path / "validation" / "tasks.json").write_text(json.dumps({"tasks": [fields]}))
+    fields["candidates"] = ["coal", "coal and iron"]
     with pytest.raises(ValueError, match="beginning of another"):
-        load_tasks(tmp_path)
+        tasks()

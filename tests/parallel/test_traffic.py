@@ -1,4 +1,4 @@
-"""What a run asks of its ranks, in closed form: bytes, collectives, memory, time, the dry run."""
+"""Closed-form estimates against counted values: bytes, collectives, memory, step time, dry run."""
 
 import json
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Run on two ranks by ``test_choices.py``: what dropout drops, which experts are chosen.
+"""Dropout masks and routing decisions of two ranks: started by ``test_choices.py``.
 
     ranks.py 2 choice_ranks FOLDER
 
@@ -15,9 +15,9 @@ import torch.distributed as dist
 from layouts import whole
 from tiny_runs import MODELS, tiny_config
 from torch.nn import functional
-from traffic_ranks import AnotherTrainer
 
 from earlyfuse.models.blocks.experts import ExpertPool
+from earlyfuse.parallel.trainer import Trainer
 
 LAYOUTS = {
     "rows": {},
@@ -37,18 +37,17 @@ def trainer_of(folder, name, model, dtype="float32", **parallelism):
     config.metrics.enable_tensorboard = False
     config.checkpoint.enable = config.validator.enable = False
     config.validator.batch_rows = 8
-    return AnotherTrainer(config)
+    return Trainer(config)
 
 
 def step(trainer):
     trainer.step = 2  # step 1 would log
     trainer.train_step(trainer.batch_generator(trainer.dataloader))
-    trainer.watchdog.close()
     trainer.close()
 
 
 def dropped(folder, name):
-    """Which places of its outputs each branch of each block drops, over all micro-batches."""
+    """Dropout masks of each branch of each block, over all micro-batches."""
     model, places = MODELS["dense"](), []
     for layer in model.layers:
         layer.dropout = 0.5

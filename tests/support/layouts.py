@@ -1,4 +1,4 @@
-"""The same tiny run on different layouts: started by ``test_ranks.py``.
+"""Runs the same tiny training on different layouts: started by ``test_ranks.py``.
 
     ranks.py RANKS layouts OUT DATA CASE …
 
@@ -6,10 +6,11 @@ Each case ends in OUT/<case>.pt, written by rank 0: logged losses and norms of a
 full, the gradients and the parameters after the last one.
 """
 
+import gc
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -33,150 +34,105 @@ ROWS, STEPS = 8, 2
 # "deep": six blocks, for pipelines of several stages a rank. Dense, because the first tokens of all
 # documents tie exactly in routers, and over so many layers rounding comes to decide between them
 BY_NAME = MODELS | MAMBAS | {"deep": lambda: decoders.dense(replace(SHAPE, layers=6))}
-# begun with the run of moe_1t1i in DATA's neighbour "seed"
+# starts from the run of moe_1t1i in DATA's neighbour "seed"
 BY_NAME["upcycled"] = MODELS["moma_causal"]
-BY_MODALITY = [name for name in MODELS if name not in ("dense", "moe_8x")]
-RECOMPUTE = {"none": lambda: None, "full": FullAC.Config, "selective": SelectiveAC.Config}
+DEGREES = {
+    "hsdp": {"data_parallel_replicate": 2},
+    "tp": {"tensor_parallel": 2},
+    "ep": {"expert_parallel": 2},
+    "cp": {"context_parallel": 2},
+    "cp4": {"context_parallel": 4},
+    "pp": {"pipeline_parallel": 2},
+    "pp4": {"pipeline_parallel": 4},
+}
+RECOMPUTE = {"full": FullAC.Config(), "selective": SelectiveAC.Config()}
+SCHEDULES = {"gpipe": "GPipe", "interleaved": "Interleaved1F1B"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Case:
-    """``degrees``: fields of the parallelism config, without "_degree". ``micro_batches``: of each
-    rank and step. ``apart``: the first half of the rows is all image, the second all text.
-    ``stage2``: the causal routers alone learn.
+    """A model and its layout, as words: "moma-ep-apart-accumulated-full".
+
+    After the model: degrees of parallelism (FSDP takes the ranks that they leave), "apart" (the
+    first half of the rows is all image, the second all text), "accumulated" (two micro-batches),
+    "full" or "selective" (activation checkpointing), "gathered" (no resharding after forward),
+    "stage2" (only causal routers are trained), a pipeline schedule.
     """
 
-    model: str
-    degrees: dict[str, int] = field(default_factory=dict)
-    micro_batches: int = 1
-    recompute: str = "none"
-    apart: bool = False
-    stage2: bool = False
-    reshard: str = "default"
-    schedule: str = "1F1B"
+    name: str
+
+    @property
+    def model(self) -> str:
+        return self.name.partition("-")[0]
+
+    @property
+    def words(self) -> set[str]:
+        return set(self.name.split("-")[1:])
+
+    @property
+    def one_rank(self) -> str:
+        """The case on one rank that computes the same."""
+        kept = [word for word in ("apart", "stage2") if word in self.words]
+        return "-".join([self.model, *kept])
 
     @property
     def runs(self) -> bool:
-        return "pipeline_parallel" not in self.degrees or can_pipeline()
+        return can_pipeline() or not self.words & {"pp", "pp4"}
 
     def config(self, out: Path, data: Path, ranks: int) -> Trainer.Config:
         config = tiny_config(out, data, BY_NAME[self.model](), steps=STEPS)
         config.checkpoint.enable = False
         if self.model == "upcycled":
             config.start.run = str(data.with_name("seed"))
-        if self.stage2:
+        if "stage2" in self.words:
             stage2 = stages.causal_routers_only(config, str(data.with_name("seed")), lr=1e-2)
             config.train_only, config.optimizer = stage2.train_only, stage2.optimizer
         config.metrics.enable_tensorboard = False
         config.validator.batch_rows = ROWS
-        config.activation_checkpoint = RECOMPUTE[self.recompute]()
-        for name, degree in self.degrees.items():
-            setattr(config.parallelism, f"{name}_degree", degree)
-        config.parallelism.fsdp_reshard_after_forward = self.reshard
-        config.parallelism.pipeline_parallel_schedule = self.schedule
-        config.parallelism.pipeline_parallel_microbatch_size = 2
-        data_ranks = ranks // self.degrees.get("tensor_parallel", 1)
-        data_ranks //= self.degrees.get("pipeline_parallel", 1)
-        data_ranks //= self.degrees.get("context_parallel", 1)
+        data_ranks, parallelism = ranks, config.parallelism
+        parallelism.pipeline_parallel_microbatch_size = 2
+        for word in self.words:
+            for name, degree in DEGREES.get(word, {}).items():
+                setattr(parallelism, f"{name}_degree", degree)
+                if name in ("tensor_parallel", "context_parallel", "pipeline_parallel"):
+                    data_ranks //= degree
+            if word in RECOMPUTE:
+                config.activation_checkpoint = RECOMPUTE[word]
+            if word in SCHEDULES:
+                parallelism.pipeline_parallel_schedule = SCHEDULES[word]
+        if "gathered" in self.words:
+            parallelism.fsdp_reshard_after_forward = "never"
         config.training.global_batch_size = ROWS
-        config.training.local_batch_size = ROWS // data_ranks // self.micro_batches
+        micro_batches = 2 if "accumulated" in self.words else 1
+        config.training.local_batch_size = ROWS // data_ranks // micro_batches
         return config
 
 
-FSDP: dict[str, int] = {}
-HSDP = {"data_parallel_replicate": 2}
-TP, EP, PP = {"tensor_parallel": 2}, {"expert_parallel": 2}, {"pipeline_parallel": 2}
-CP = {"context_parallel": 2}
-
-# what a case must equal is its model on one rank: the first four, and "apart"
-CASES: dict[int, dict[str, Case]] = {
-    1: {model: Case(model) for model in (BY_NAME if can_pipeline() else MODELS | MAMBAS)}
-    | {f"{model}-apart": Case(model, apart=True) for model in (*BY_MODALITY, "mixture_of_mamba")}
-    | {"upcycled": Case("upcycled"), "upcycled-stage2": Case("upcycled", stage2=True)},
-    # of the others, "apart" is the harder case, and "accumulated" or "full" of tensor parallelism
-    2: {f"{model}-fsdp": Case(model, FSDP) for model in MODELS | MAMBAS if model not in BY_MODALITY}
-    | {
-        f"{model}-tp": Case(model, TP)
-        for model in MODELS
-        if model not in ("moma", "mot", "token_choice")
-    }
-    | {
-        f"{model}-ep": Case(model, EP)
-        for model in ("moe_8x", "moma", "moma_causal", "shared", "token_choice")
-    }
-    | {
-        "upcycled-ep": Case("upcycled", EP),
-        "upcycled-tp": Case("upcycled", TP),
-        "upcycled-fsdp-accumulated-full": Case("upcycled", micro_batches=2, recompute="full"),
-        "upcycled-fsdp-stage2": Case("upcycled", stage2=True),
-        "upcycled-ep-stage2-full": Case("upcycled", EP, stage2=True, recompute="full"),
-        "moma_causal-ep-apart": Case("moma_causal", EP, apart=True),
-    }
-    | {f"{model}-fsdp-apart": Case(model, FSDP, apart=True) for model in BY_MODALITY}
-    | {
-        "moma-ep-apart": Case("moma", EP, apart=True),
-        "moma-fsdp-accumulated": Case("moma", FSDP, micro_batches=2),
-        "moma-ep-accumulated-full": Case("moma", EP, micro_batches=2, recompute="full"),
-        "moma-tp-accumulated": Case("moma", TP, micro_batches=4),
-        "moma-fsdp-selective": Case("moma", FSDP, recompute="selective"),
-        "token_choice-ep-apart": Case("token_choice", EP, apart=True),
-        "token_choice-fsdp-accumulated": Case("token_choice", FSDP, micro_batches=2),
-        "token_choice-ep-accumulated-full": Case(
-            "token_choice", EP, micro_batches=2, recompute="full"
-        ),
-        "token_choice-ep-selective": Case("token_choice", EP, recompute="selective"),
-        "token_choice-tp-accumulated": Case("token_choice", TP, micro_batches=2),
-        "mot-tp-full": Case("mot", TP, recompute="full"),
-        "dense-fsdp-kept": Case("dense", FSDP, reshard="never"),
-    }
-    | {f"{model}-cp": Case(model, CP) for model in ("dense", "token_choice", "hybrid")}
-    | {
-        "mixture_of_mamba-cp-accumulated-full": Case(
-            "mixture_of_mamba", CP, micro_batches=2, recompute="full"
-        ),
-        "hybrid-cp-selective": Case("hybrid", CP, recompute="selective"),
-    }
-    | {f"{model}-pp": Case(model, PP) for model in MODELS}
-    | {
-        "moma-pp-accumulated-full": Case("moma", PP, micro_batches=2, recompute="full"),
-        "moma-pp-selective": Case("moma", PP, recompute="selective"),
-        "moma-pp-apart": Case("moma", PP, apart=True),
-        "moma-pp-gpipe": Case("moma", PP, schedule="GPipe"),
-        "deep-pp-interleaved": Case("deep", PP, schedule="Interleaved1F1B"),
-    },
-    # more ranks than a pool has experts
-    4: {f"{model}-fsdp": Case(model, FSDP) for model in ("moma", "moma_causal", "token_choice")}
-    | {"moma-hsdp": Case("moma", HSDP)}
-    | {
-        f"{model}-fsdp-ep": Case(model, EP)
-        for model in ("moe_8x", "moma", "upcycled", "token_choice")
-    }
-    | {
-        "mot-fsdp-tp": Case("mot", TP),
-        "moma-hsdp-ep-full": Case("moma", HSDP | EP, recompute="full"),
-        "moma-fsdp-ep-apart": Case("moma", EP, apart=True),
-        "moma-fsdp-tp-accumulated": Case("moma", TP, micro_batches=2),
-    }
-    | {
-        "hybrid-cp4-full": Case("hybrid", {"context_parallel": 4}, recompute="full"),
-        # each rank has half of a row of one modality
-        "mixture_of_mamba-fsdp-cp-apart": Case("mixture_of_mamba", CP, apart=True),
-        "hybrid-hsdp-cp-accumulated": Case("hybrid", HSDP | CP, micro_batches=2),
-        "token_choice-fsdp-cp": Case("token_choice", CP),
-        "mot-cp4": Case("mot", {"context_parallel": 4}),
-    }
-    | {f"{model}-pp-fsdp": Case(model, PP) for model in ("mot", "moma")}
-    | {
-        "moma-pp-hsdp": Case("moma", PP | HSDP),
-        "moma-pp-tp": Case("moma", PP | TP),
-        "moma-pp-ep": Case("moma", PP | EP),
-        "moma-pp-ep-full": Case("moma", PP | EP, recompute="full"),
-        "token_choice-pp-ep": Case("token_choice", PP | EP),
-        "token_choice-hsdp-ep": Case("token_choice", HSDP | EP),
-        "deep-pp4": Case("deep", {"pipeline_parallel": 4}),
-        "deep-pp-fsdp-interleaved": Case("deep", PP, schedule="Interleaved1F1B"),
-    },
-}
+# each model with each layout that it can have, and each layout with each of the other words
+TWO = """
+    dense-gathered dense-tp dense-cp
+    moe_8x moe_8x-tp moe_8x-ep
+    moma-apart-accumulated-selective moma-tp-accumulated moma-ep moma-ep-apart-accumulated-full
+    shared-apart-full shared-tp shared-ep-apart-selective
+    token_choice-apart-accumulated token_choice-tp-accumulated token_choice-cp
+    token_choice-ep-apart-accumulated-full token_choice-ep-selective
+    mot-apart mot-tp-full
+    moma_causal-apart
+    upcycled-accumulated-full upcycled-tp upcycled-ep upcycled-stage2 upcycled-ep-stage2-full
+    mamba-full mixture_of_mamba-apart-accumulated mixture_of_mamba-cp-accumulated-full
+    hybrid hybrid-cp-selective
+    dense-pp moe_8x-pp mot-pp token_choice-pp shared-pp-apart moma_causal-pp-selective
+    moma-pp-accumulated-full moma-pp-gpipe deep-pp-interleaved
+"""
+# more ranks than a pool has experts, and two kinds of parallelism together
+FOUR = """
+    moma_causal moe_8x-ep upcycled-ep moma-ep-apart moma-hsdp-ep-full token_choice-hsdp-ep
+    moma-tp-accumulated token_choice-cp hybrid-cp4-full hybrid-hsdp-cp-accumulated
+    mixture_of_mamba-cp-apart
+    mot-pp moma-pp-hsdp moma-pp-tp moma-pp-ep-full token_choice-pp-ep deep-pp4 deep-pp-interleaved
+"""
+CASES = {ranks: [Case(name) for name in text.split()] for ranks, text in ((2, TWO), (4, FOUR))}
+CASES[1] = sorted({Case(case.one_rank) for ranks in (2, 4) for case in CASES[ranks] if case.runs})
 
 
 # which of nine words follows an image, two of which begin alike
@@ -190,7 +146,7 @@ TASK = Task(
 
 
 class Keeping(Trainer):
-    """Keeps gradients and parameters of the last step, whole."""
+    """Keeps the full gradients and parameters of the last step."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(Trainer.Config):
@@ -247,21 +203,22 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
-def run(case: Case, name: str, out: Path, data: Path, ranks: int) -> None:
+def run(case: Case, out: Path, data: Path) -> None:
     """Train, and write ``out/<name>.pt`` from rank 0."""
-    folder = out / name
-    trainer = (Apart if case.apart else Keeping)(case.config(folder, data, ranks))
+    folder = out / case.name
+    kind = Apart if "apart" in case.words else Keeping
+    trainer = kind(case.config(folder, data, int(os.environ["WORLD_SIZE"])))
     trainer.train()
-    if case.degrees == EP and case.recompute == "none":
+    if case.words == {"ep"}:
         trainer.kept["events"] = order_of_events(trainer)
     trainer.close()
     if dist.get_rank() == 0:
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        torch.save(trainer.kept | {"metrics": lines}, out / f"{name}.pt")
+        torch.save(trainer.kept | {"metrics": lines}, out / f"{case.name}.pt")
 
 
 def order_of_events(trainer: Trainer) -> list[str]:
-    """What one forward and backward of the routed layers do, in order: send, wait, compute."""
+    """Events of one forward and backward of the routed layers, in order: send, wait, compute."""
     events: list[str] = []
 
     def noted(event: str, function: Any) -> Any:
@@ -288,9 +245,9 @@ def _plain(name: str) -> str:
 
 def main(out: str, data: str, *names: str) -> None:
     torch.set_num_threads(1)
-    ranks = int(os.environ["WORLD_SIZE"])
-    for name in names or [name for name, case in CASES[ranks].items() if case.runs]:
-        run(CASES[ranks][name], name, Path(out), Path(data), ranks)
+    for name in names:
+        run(Case(name), Path(out), Path(data))
+        gc.collect()  # a trainer is in reference cycles: nothing of it is left beside the next
         if dist.get_rank() == 0:
             print(f"case {name} done", flush=True)
     dist.destroy_process_group()

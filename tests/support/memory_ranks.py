@@ -1,6 +1,6 @@
 """Run alone: peak host memory of building a sharded model as one of many ranks, no others needed.
 
-    python tests/memory_ranks.py RANKS WIDTH...
+    python tests/support/memory_ranks.py RANKS WIDTH...
 
 Prints, for each width, bytes of the whole model, bytes of the rank's shard and bytes by which
 resident memory grew at most. The other ranks are pretended: a fake process group answers for them.

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Ops(TorchDispatchMode):
-    """Counts the operations that are run."""
+    """Counts dispatched operations."""
 
     def __init__(self):
         super().__init__()
@@ -20,7 +20,7 @@ class Ops(TorchDispatchMode):
 
 
 def forward_and_backward(built) -> tuple[Counter, Counter]:
-    """Operations of each, on rows of text and images."""
+    """Operation counts of each, on rows of text and images."""
     generator = torch.Generator().manual_seed(0)
     tokens_BS = torch.randint(SHAPE.vocab_size, (2, 16), generator=generator)
     with Ops() as forward:

@@ -1,4 +1,4 @@
-"""Where the tree is, and the programs that tests start."""
+"""Paths of the tree and of the programs that tests start."""
 
 from pathlib import Path
 

@@ -1,9 +1,9 @@
-"""Start a program on several ranks: under torchrun, as users do, or sooner.
+"""Starts a program on several ranks: under torchrun, as users do, or forked, which is faster.
 
-    ranks.py RANKS MODULE ARGUMENT …
+    ranks.py RANKS MODULE ARGUMENT … [";" ARGUMENT …]
 
 Imports MODULE once and forks into ranks under torchrun's agent, each of which calls its
-``main(*arguments)``.
+``main(*arguments)``; after ";" into fresh ones with other arguments.
 """
 
 import importlib
@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from itertools import groupby
 from pathlib import Path
 
 
@@ -27,7 +28,7 @@ def torchrun(
 
 
 def forked(ranks: int, program: Path, *arguments: str) -> subprocess.Popen:
-    """``ranks`` of ``program.main(*arguments)``: for whoever is not after how they start.
+    """``program.main(*arguments)`` on ``ranks`` forked ranks; more after each ";".
 
     Its output, and that of all ranks, comes through ``stdout``.
     """
@@ -63,16 +64,19 @@ def output_of(process: subprocess.Popen, timeout: float = 900) -> str:
 def main(ranks: int, module: str, *arguments: str) -> None:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=ranks,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-        start_method="fork",
-    )
-    elastic_launch(config, importlib.import_module(module).main)(*arguments)
+    program = importlib.import_module(module).main
+    parts = [tuple(part) for wanted, part in groupby(arguments, ";".__ne__) if wanted]
+    for part in parts:
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=ranks,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            max_restarts=0,
+            start_method="fork",
+        )
+        elastic_launch(config, program)(*part)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""Models on whole rows beside the same on rows cut over ranks; run by test_sequence_parallel.py.
+"""Compares models on whole rows with the same on rows sharded over ranks: started by
+``test_sequence_parallel.py``.
 
-    python tests/sequence_ranks.py FOLDER
+    python tests/support/sequence_ranks.py FOLDER
 
 Starts its four ranks by fork, so that they import once. Rank 0 writes ``FOLDER/compared.pt``: for
 each case "model, length, parts" how far outputs and gradients are from those of whole rows,
@@ -23,8 +24,8 @@ from earlyfuse.parallel.strategies.context import ContextParallelShard
 
 WORDS = 48
 RANKS = 4
-NAMES = ("dense", "mot", "token_choice", *MAMBAS)
-LENGTHS = (4, 8, 24)  # parts of 1 to 12 positions, some below the convolution's reach of 3
+NAMES = ("dense", "mot", "token_choice", "mixture_of_mamba", "hybrid")
+LENGTHS = (4, 24)  # parts of 1 to 12 positions, some below the convolution's reach of 3
 
 # where documents begin in rows of 24 positions, which 4 parts cut at 6, 12 and 18
 STARTS = (
@@ -64,7 +65,7 @@ def outputs_and_gradients(
 
 
 def difference(model: Decoder, length: int, mesh) -> float:
-    """The largest error, relative to the largest number of its tensor; of this mesh's ranks."""
+    """The largest error, relative to the largest value of its tensor, over this mesh's ranks."""
     *arguments, labels = batch(length)
     model.sequence_shard = FullSequence()
     expected, *expected_gradients = outputs_and_gradients(model, tuple(arguments), labels)
@@ -82,7 +83,7 @@ def difference(model: Decoder, length: int, mesh) -> float:
 
 
 def bytes_sent(model: Decoder, length: int, mesh) -> list[tuple[str, int, int]]:
-    """What one forward and backward of one row sends."""
+    """Collectives of one forward and backward of one row."""
     *arguments, labels = (tensor[:1] for tensor in batch(length))
     model.sequence_shard = part = ContextParallelShard(mesh)
     here = slice(part.index * length // part.parts, (part.index + 1) * length // part.parts)

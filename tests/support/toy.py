@@ -1,4 +1,4 @@
-"""A tiny prepared data folder, made with the real writer in a moment: for tests of the trainer.
+"""Writes a tiny prepared data folder with the real writer, for tests of the trainer.
 
 Documents are counting sequences and images whose codes follow from a label word, so losses can
 fall.

@@ -1,4 +1,5 @@
-"""Run on several ranks: one counted training step per layout, beside its closed form.
+"""Counts the collectives of a training step per layout, and their closed form: started by
+``test_traffic.py``.
 
     ranks.py RANKS traffic_ranks FOLDER LAYOUT...
 
@@ -14,7 +15,6 @@ import torch
 import torch.distributed as dist
 from layouts import BY_NAME
 from tiny_runs import tiny_config
-from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 
 from earlyfuse.parallel.compat import can_pipeline
@@ -30,10 +30,8 @@ TWO = {
     "fsdp, kept gathered": ("moma", {"fsdp_reshard_after_forward": "never"}, None, "float32"),
     "fsdp, bf16, full": ("moma", {}, FullAC.Config(), "bfloat16"),
     "replicated": ("moe_8x", {"data_parallel_replicate_degree": 2}, None, "float32"),
-    "tensor": ("dense", {"tensor_parallel_degree": 2}, None, "float32"),
     "tensor, full": ("moma", {"tensor_parallel_degree": 2}, FullAC.Config(), "float32"),
     "experts, full": ("moma", {"expert_parallel_degree": 2}, FullAC.Config(), "float32"),
-    "experts, selective": ("moma", {"expert_parallel_degree": 2}, SelectiveAC.Config(), "float32"),
     "shared, tensor": ("shared", {"tensor_parallel_degree": 2}, None, "float32"),
     "token choice": ("token_choice", {}, None, "float32"),
     "token choice, experts": ("token_choice", {"expert_parallel_degree": 2}, None, "float32"),
@@ -72,16 +70,6 @@ FOUR = {
 LAYOUTS = {2: TWO, 4: FOUR if can_pipeline() else {}}
 
 
-class AnotherTrainer(Trainer):
-    """A trainer in a process that has joined its group already."""
-
-    def init_distributed(self):
-        if not dist.is_initialized():
-            return super().init_distributed()
-        self.watchdog = self.config.watchdog.build(folder=Path(self.config.dump_folder))
-        return ParallelDims.from_config(self.config.parallelism, dist.get_world_size())
-
-
 def counted_step(folder, name):
     model, parallelism, ac_config, dtype = (TWO | FOUR)[name]
     config = tiny_config(folder / name.replace(" ", "_"), folder / "data", BY_NAME[model]())
@@ -94,7 +82,7 @@ def counted_step(folder, name):
     config.metrics.log_freq = 100
     config.checkpoint.enable = config.validator.enable = False
     config.validator.batch_rows = 8
-    trainer = AnotherTrainer(config)
+    trainer = Trainer(config)
     batches = trainer.batch_generator(trainer.dataloader)
     for trainer.step in (2, 3):  # step 1 would log
         with CollectiveCounter() as counter, noted_forwards(trainer) as in_flight_then:
@@ -111,7 +99,6 @@ def counted_step(folder, name):
     local = [p.to_local() if hasattr(p, "to_local") else p for p in trainer.model.parameters()]
     held = sum(p.numel() for p in local)
     units = fsdp_units(*arguments[:2], config.parallelism, stage)
-    trainer.watchdog.close()
     trainer.close()
     return {
         "expected": sorted(expected.items()),
@@ -126,7 +113,7 @@ def counted_step(folder, name):
 
 @contextmanager
 def noted_forwards(trainer):
-    """A list of how many forwards of this rank's stages wait for their backward, at each."""
+    """Yields a list: at each forward of this rank's stages, how many still wait for backward."""
     waiting = []
 
     def note(*_):
