@@ -1,18 +1,18 @@
 """Checkpoints: torchtitan's DCP manager, made safe against kills, full disks and damaged files.
 
-What is on disk, and why a killed save does no harm: ``checkpoint_files``. Here is who does what:
+``folder`` explains why a killed save does no harm. A save has three parts:
 
-1. rank 0 makes the partial folder;
-2. every rank writes its part through DCP, then reads it back for its checksums;
-3. rank 0 writes the manifest, renames the folder, replaces ``latest``, and deletes what is old.
+1. rank 0 creates the partial folder;
+2. every rank writes its shards through DCP, then reads them back for their checksums;
+3. rank 0 writes the manifest, renames the folder, replaces ``latest``, and deletes old checkpoints.
 
-After each part all ranks learn how it went everywhere. An error of the disk on any of them gives
-this save up: rank 0 says so, older checkpoints stay, training goes on. With ``async_mode`` parts 2
-and 3 run in the background, over a process group that nothing else uses, so that their collectives
-never meet those of training.
+After each part all ranks learn the outcome on every rank. After a disk error on any of them the
+save is abandoned: rank 0 logs it, older checkpoints stay, training continues. With ``async_mode``
+parts 2 and 3 run in the background, over a process group that nothing else uses, so that their
+collectives never meet those of training.
 
-Loading verifies the files first, each rank its share; then a checkpoint of another model, or of a
-run on other data, is refused by name before anything is overwritten.
+Loading verifies the files first (``choose``), each rank its share; then a checkpoint of another
+model, or of a run on other data, is refused by name before anything is overwritten (``identity``).
 """
 
 import os
@@ -28,7 +28,6 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse
 from torchtitan.components.checkpointer import MODEL, OPTIMIZER, CheckpointManager
@@ -41,6 +40,7 @@ from earlyfuse.data.json_files import read_json
 from earlyfuse.models.state_dicts.config_json import CONFIG, REMEDY
 from earlyfuse.models.state_dicts.decoder_config import to_dict
 from earlyfuse.parallel.checkpoint import initial_load
+from earlyfuse.parallel.checkpoint.choose import choose, damage_seen_by_all
 from earlyfuse.parallel.checkpoint.files.dcp import Writer
 from earlyfuse.parallel.checkpoint.files.dcp_reader import DcpReader, load_dcp
 from earlyfuse.parallel.checkpoint.folder import CheckpointFolder
@@ -49,33 +49,30 @@ from earlyfuse.parallel.checkpoint.identity import (
     refuse_other_model,
     refuse_other_run,
 )
-from earlyfuse.parallel.checkpoint.layout import LATEST, names_in, step_of
-from earlyfuse.parallel.checkpoint.lost_checkpoints import lost_checkpoints
+from earlyfuse.parallel.checkpoint.layout import step_of
 from earlyfuse.parallel.checkpoint.manifest import (
     EVERYTHING,
     MANIFEST,
     WEIGHTS,
     Manifest,
-    damage,
     describe,
     read_manifest,
 )
 from earlyfuse.parallel.checkpoint.open_checkpoint import OpenModel
+from earlyfuse.parallel.checkpoint.together import check_finite, run_together
 from earlyfuse.parallel.reporting import rank_log
 from earlyfuse.parallel.training.resume_settings import Settings
-from earlyfuse.parallel.training.skip_step import not_finite
 
 
 class Checkpoints(CheckpointManager):
     """Writes <run folder>/checkpoint/step-N and loads the one completed last.
 
-    ``newest`` is the step of the last checkpoint that is known to be whole, None before there is
-    one; ``gave_up`` that of the last one that could not be written; ``saved`` and ``failed`` count
-    saves; ``stall_seconds`` is how long saving has kept the training loop waiting. All ranks agree
-    on all but the last. ``description``, if set, becomes the
-    ``config.json`` of every checkpoint: what model it is of, for those who find the folder alone.
-    ``steps``, if set: how long the run is; a checkpoint from beyond is refused. ``settings``, if
-    set, are noted in every checkpoint; one of which a resume would change what is fixed is refused.
+    ``newest``: step of the last complete checkpoint, None before there is one; ``gave_up``: of the
+    last one that could not be written; ``saved`` and ``failed`` count saves; ``stall_seconds``: how
+    long saving has blocked the training loop. All ranks agree on all but the last. Optional:
+    ``description`` becomes the ``config.json`` of every checkpoint, so that its folder can be moved
+    alone; ``steps`` is the length of the run, beyond which a checkpoint is refused; ``settings``
+    are noted in every checkpoint, and a resume that changes a fixed one is refused.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -90,7 +87,7 @@ class Checkpoints(CheckpointManager):
         """Save only weights at the last step; the run can then not be continued."""
 
         initial_load_path: str | None = None
-        """Folder of a model to begin with, where the run has no checkpoint: a checkpoint, a run, an
+        """Folder of a model to begin with, if the run has no checkpoint: a checkpoint, a run, an
         export, or one of Hugging Face's, Meta's or mamba_ssm's (docs/conversion.md)."""
 
         fallback: bool = False
@@ -147,36 +144,20 @@ class Checkpoints(CheckpointManager):
     # ---------------------------------------------------------------- save
 
     def _save(self, curr_step: int, last_step: bool = False) -> bool:
-        """True if a checkpoint was written, or its background write begun.
+        """True if a checkpoint was written, or its write in the background started.
 
-        Raises ``RuntimeError`` on all ranks if any of them holds a value that is not finite.
+        Raises ``RuntimeError`` on all ranks if any of them has a value that is not finite.
         """
         if not self._should_save(curr_step, last_step):
             return False
         begin = time.perf_counter()
         self.maybe_wait_for_saving()
-        self._check_finite(curr_step)
+        states = self.states[MODEL].state_dict() | self.states[OPTIMIZER].state_dict()
+        check_finite(states, curr_step, self._good("none"), self.pg)
         failed = self.failed
         super()._save(curr_step, last_step)
         self.stall_seconds += time.perf_counter() - begin
         return self.failed == failed
-
-    def _check_finite(self, step: int) -> None:
-        """A parameter that no token of a step has used spoils no loss, and would be saved."""
-        states = self.states[MODEL].state_dict() | self.states[OPTIMIZER].state_dict()
-        found: list[Any] = [None] * dist.get_world_size(self.pg)
-        dist.all_gather_object(found, not_finite(states), group=self.pg)
-        ranks = [rank for rank, names in enumerate(found) if names]
-        if not ranks:
-            return
-        names = list(dict.fromkeys(name for names in found for name in names))
-        more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-        good = "none" if self.newest is None else self.disk.complete(self.newest)
-        raise RuntimeError(
-            f"{', '.join(names[:4])}{more} on ranks {ranks} are not finite at step {step}, so it "
-            "is not saved: no later step could be right; resume from the last good checkpoint, "
-            f"{good}"
-        )
 
     def dcp_save(
         self,
@@ -188,18 +169,23 @@ class Checkpoints(CheckpointManager):
     ) -> Future | AsyncSaveResponse | None:
         """Save as the checkpoint folder ``checkpoint_id``; torchtitan's futures in async modes.
 
-        An error of the disk is reported and counted, not raised.
+        A disk error is reported and counted, not raised.
         """
         step = step_of(Path(checkpoint_id).name)
         assert step is not None, checkpoint_id
         holds = EVERYTHING if OPTIMIZER in state_dict else WEIGHTS
         partial = self.disk.partial(step)
-        _, errors = self._together(lambda: self._prepare(step) if self.rank == 0 else None)
+        _, errors = self._on_rank_0(lambda: self._prepare(step))
         if errors:
             self._give_up(step, errors)
             return _nothing_begun(async_mode)
         if async_mode == AsyncMode.DISABLED:
-            self._finish(step, holds, lambda: self._write(state_dict, partial))
+            writer = Writer(partial)
+            self._finish(
+                step,
+                holds,
+                lambda: dcp.save(state_dict, storage_writer=writer, process_group=self.pg),
+            )
             if enable_garbage_collection:
                 GarbageCollection.collect("garbage collection after a checkpoint")
             return None
@@ -217,15 +203,12 @@ class Checkpoints(CheckpointManager):
         if self.settings is not None:
             self.settings.write(self.disk.partial(step))
 
-    def _write(self, state_dict: dict[str, Any], partial: Path) -> None:
-        dcp.save(state_dict, storage_writer=Writer(partial), process_group=self.pg)
-
     def _begin(
         self, state_dict: dict[str, Any], partial: Path, async_mode: AsyncMode
     ) -> Future | AsyncSaveResponse:
         """Copy the state to host memory and let DCP write it in the background."""
         pinned = async_mode == AsyncMode.ASYNC_WITH_PINNED_MEM
-        if self.stager is None:  # kept: its buffers serve all saves
+        if self.stager is None:  # its buffers serve all saves
             self.stager = DefaultStager(StagingOptions(pinned, pinned, pinned, pinned))
         return dcp.async_save(
             state_dict,
@@ -245,13 +228,11 @@ class Checkpoints(CheckpointManager):
             write()
             return describe(partial, self.rank)
 
-        parts, errors = self._together(write_and_describe)
+        parts, errors = run_together(write_and_describe, self.pg)
         if not errors:
             files = {name: record for part in parts for name, record in part.items()}
             manifest = Manifest(step, holds, len(parts), files)
-            replaced, errors = self._together(
-                lambda: self.disk.commit(manifest) if self.rank == 0 else None
-            )
+            replaced, errors = self._on_rank_0(lambda: self.disk.commit(manifest))
         if errors:
             if self.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -263,36 +244,20 @@ class Checkpoints(CheckpointManager):
             self._delete(replaced[0])
             self._purge()
 
-    def _together(self, action: Callable[[], Any]) -> tuple[list[Any], dict[int, OSError]]:
-        """Run ``action`` on all ranks; returns its values by rank, and the ranks' disk errors.
-
-        Any other error of one rank is raised on all of them: it would come back at every save.
-        """
-        outcome: Any
-        try:
-            outcome = action()
-        except CheckpointException as error:  # DCP has told all ranks already
-            outcome = error.failures.get(self.rank, (None, None))[0]
-        except Exception as error:
-            outcome = error
-        if isinstance(outcome, BaseException) and not isinstance(outcome, OSError):
-            outcome = RuntimeError(f"{type(outcome).__name__}: {outcome}")
-        outcomes: list[Any] = [None] * dist.get_world_size(self.pg)
-        dist.all_gather_object(outcomes, outcome, group=self.pg)
-        for rank, result in enumerate(outcomes):
-            if isinstance(result, RuntimeError):
-                raise RuntimeError(f"checkpoint: rank {rank}: {result}") from result
-        return outcomes, {r: v for r, v in enumerate(outcomes) if isinstance(v, OSError)}
+    def _on_rank_0(self, action: Callable[[], Any]) -> tuple[list[Any], dict[int, OSError]]:
+        return run_together(lambda: action() if self.rank == 0 else None, self.pg)
 
     def _give_up(self, step: int, errors: dict[int, OSError]) -> None:
         self.failed += 1
         self.gave_up = step
         causes = "; ".join(f"rank {rank}: {error}" for rank, error in errors.items())
-        good = "there is none yet" if self.newest is None else self.disk.complete(self.newest)
         self._warn(
             f"the checkpoint of step {step} could not be written: {causes}. The run goes "
-            f"on without it; the newest good one: {good}"
+            f"on without it; the newest good one: {self._good('there is none yet')}"
         )
+
+    def _good(self, none: str) -> str:
+        return none if self.newest is None else str(self.disk.complete(self.newest))
 
     def _warn(self, line: str) -> None:
         if self.rank == 0:
@@ -301,13 +266,13 @@ class Checkpoints(CheckpointManager):
     # ---------------------------------------------------------------- keep and delete
 
     def _purge_stale_checkpoints(self) -> None:
-        """Nothing at this point: ``_finish`` purges, once the new checkpoint is complete."""
+        """Does nothing: ``_finish`` purges, once the new checkpoint is complete."""
 
     def _purge(self) -> None:
-        """Delete all but the newest ``keep_latest_k`` of this run's past; an error is only said.
+        """Delete all but the newest ``keep_latest_k`` of this run's past; errors are only logged.
 
-        Steps beyond the one loaded, left by a run that was taken back to it, count as past once
-        this run has saved them anew; until then they neither count nor go.
+        Steps beyond the one loaded, which an earlier attempt left, count as past once this run has
+        saved them again; until then they are neither counted nor deleted.
         """
         past = [step for step in self.disk.steps() if step in self._of_this_run]
         for step in past[: -self.keep_latest_k] if self.keep_latest_k else []:
@@ -332,7 +297,7 @@ class Checkpoints(CheckpointManager):
         self.stall_seconds += time.perf_counter() - begin
 
     def _close(self) -> None:
-        """Wait for the save in the background, if there is one, and for deletions."""
+        """Wait for a save in the background, and for deletions."""
         if hasattr(self, "_finisher"):
             self._finisher.shutdown()
         super()._close()
@@ -344,18 +309,19 @@ class Checkpoints(CheckpointManager):
 
         Raises ``ValueError`` naming what is wrong with it, unless ``fallback`` finds another.
         """
-        chosen = self._choose(step)
+        fallback, warn = self.fallback, self._warn
+        chosen = choose(self.disk, self.run, step, fallback=fallback, warn=warn, group=self.pg)
         if self.steps is not None and chosen > self.steps:
             raise ValueError(
                 f"training.steps ({self.steps}) must be at least {chosen}, the step of the "
                 f"checkpoint in {self.folder}; raise it, load an earlier one with "
-                "--checkpoint.load_step, or start anew with another --dump_folder"
+                "--checkpoint.load_step, or start a new run with another --dump_folder"
             )
         if chosen == -1 and self.initial_load_path:
             begun = initial_load.find(Path(self.initial_load_path))
             if isinstance(begun, OpenModel):
                 return self._load_opened(begun)
-            if (begun / MANIFEST).is_file() and (found := self._damage(begun)):
+            if (begun / MANIFEST).is_file() and (found := damage_seen_by_all(begun, self.pg)):
                 raise ValueError(f"checkpoint.initial_load_path ({begun}) is damaged: {found}")
             self.initial_load_path = str(begun)
         loaded = super()._load(chosen)
@@ -365,7 +331,7 @@ class Checkpoints(CheckpointManager):
         return loaded
 
     def _load_opened(self, opened: OpenModel) -> bool:
-        """Begin with the weights of a model that is no checkpoint."""
+        """Begin with the weights of a model that is not a checkpoint."""
         if not self.initial_load_model_only:
             raise ValueError(
                 f"checkpoint.initial_load_path ({opened.folder}) holds only weights, and "
@@ -379,71 +345,11 @@ class Checkpoints(CheckpointManager):
         return True
 
     def _find_load_step(self, folder: str = "") -> int:
-        """torchtitan asks where ``_load`` has found no checkpoint of this run."""
+        """-1: torchtitan asks only after ``_load`` has found no checkpoint of this run."""
         return -1
-
-    def _choose(self, wanted: int) -> int:
-        """The step to load, -1 if there is no checkpoint; the same on all ranks."""
-        candidates = self._candidates(wanted)
-        for step in candidates:
-            folder = self.disk.complete(step)
-            found = self._damage(folder)
-            if not found:
-                self._check_holds_everything(step)
-                return step
-            if not self.fallback:
-                raise ValueError(
-                    f"checkpoint {folder} is damaged: {found}. Restore the files, or load the "
-                    "newest intact one before it with --checkpoint.fallback"
-                )
-            self._warn(f"skipped checkpoint {folder}: {found}")
-        if candidates:
-            raise ValueError(
-                f"no checkpoint in {self.folder} is intact (tried steps {candidates}); restore "
-                "one, or start anew with another --dump_folder"
-            )
-        return -1
-
-    def _candidates(self, wanted: int) -> list[int]:
-        """Steps that may be loaded, the first choice first: what rank 0 sees decides."""
-        box: list[Any] = [self._seen(wanted) if self.rank == 0 else None]
-        dist.broadcast_object_list(box, src=0, group=self.pg)
-        if isinstance(box[0], str):
-            raise ValueError(box[0])
-        return box[0]
-
-    def _seen(self, wanted: int) -> list[int] | str:
-        """The candidates, or why there are none; rank 0 only."""
-        try:
-            self.disk.restore_replaced()
-            steps = self.disk.steps()
-            if wanted == -1:
-                return self.disk.to_load() or lost_checkpoints(self.run, self.disk.root) or []
-        except (ValueError, OSError) as error:
-            return str(error)
-        if wanted not in steps:
-            return (
-                f"checkpoint.load_step ({wanted}) must be a step with a checkpoint in "
-                f"{self.folder}: {steps or 'there is none'}"
-            )
-        return [step for step in reversed(steps) if step <= wanted]
-
-    def _damage(self, folder: Path) -> str:
-        return damage_seen_by_all(folder, self.pg)
-
-    def _check_holds_everything(self, step: int) -> None:
-        folder = self.disk.complete(step)
-        if step and read_manifest(folder).holds != EVERYTHING:
-            raise ValueError(
-                f"checkpoint {folder} holds only weights (checkpoint.last_save_model_only): a run "
-                "cannot go on from it. Load an earlier one with --checkpoint.load_step, or start "
-                "a new run from it with --checkpoint.initial_load_path and another --dump_folder"
-            )
 
     def dcp_load(self, state_dict: dict[str, Any], checkpoint_id: str, **options: Any) -> None:
-        """Load into ``state_dict``; raises ``ValueError`` if model or data differ from the
-        checkpoint's.
-        """
+        """Load into ``state_dict``; ``ValueError`` if the checkpoint is of other model or data."""
         reader = DcpReader(Path(checkpoint_id))
         if (reader.folder / CONFIG).is_file():
             described = read_json(reader.folder / CONFIG, REMEDY).values.get("model")
@@ -452,32 +358,14 @@ class Checkpoints(CheckpointManager):
         if self.settings is not None and reader.folder.parent == self.disk.root:
             self.settings.resume(reader.folder, read_manifest(reader.folder).step)
         with warnings.catch_warnings():
-            # torchtitan's schedule works out its rate by itself, on purpose
+            # torchtitan's schedule computes its rate itself
             warnings.filterwarnings("ignore", "To get the last learning rate")
             load_dcp(state_dict, reader)
             self.states[MODEL].load_state_dict(state_dict)
 
 
-def damage_seen_by_all(folder: Path, group: dist.ProcessGroup | None = None) -> str:
-    """What is wrong with a checkpoint, "" if nothing; each rank of ``group`` looks at its share."""
-    rank, world = dist.get_rank(group), dist.get_world_size(group)
-    try:
-        if not folder.is_dir():
-            there = names_in(folder.parent)
-            raise ValueError(f"its folder is not there, though {LATEST} names it (there: {there})")
-        files = read_manifest(folder).files
-        share = sorted(files)[rank::world]
-        found = damage(folder, {name: files[name] for name in share})
-    except (ValueError, OSError) as error:
-        found = [str(error)]
-    shares: list[Any] = [None] * world
-    dist.all_gather_object(shares, found, group=group)
-    lines = sorted({line for share in shares for line in share})
-    return "; ".join(lines[:4]) + (f"; and {len(lines) - 4} more" if len(lines) > 4 else "")
-
-
 def _nothing_begun(async_mode: AsyncMode) -> Future | AsyncSaveResponse | None:
-    """What ``dcp_save`` returns when there is nothing to wait for."""
+    """A result of ``dcp_save`` that needs no waiting."""
     done: Future[None] = Future()
     done.set_result(None)
     if async_mode == AsyncMode.DISABLED:

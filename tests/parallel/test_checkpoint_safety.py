@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from toy import make_data
 
-from earlyfuse.parallel.checkpoint.files.dcp_metadata import read_notes
+from earlyfuse.parallel.checkpoint.files.dcp_metadata import read_metadata
 from earlyfuse.parallel.checkpoint.files.plain_pickle import ForeignName, Made, Named, parse, plain
 from earlyfuse.parallel.checkpoint.manifest import EVERYTHING, Manifest, describe
 from earlyfuse.parallel.checkpoint.open_checkpoint import load_model
@@ -251,7 +251,7 @@ def test_notes_of_a_large_checkpoint_are_within_the_bounds(tmp_path):
     places = {MetadataIndex("w", (r, 0), r): _StorageInfo("__0_0.distcp", r, 1) for r in parts}
     notes = Metadata({"w": tensor}, {"w": ("w",)}, places, StorageMeta(tmp_path), "1.0.0")
     (tmp_path / ".metadata").write_bytes(pickle.dumps(notes))
-    read = read_notes(tmp_path)
+    read = read_metadata(tmp_path)
     assert read.state_dict_metadata == notes.state_dict_metadata
     assert read.storage_data == notes.storage_data
 

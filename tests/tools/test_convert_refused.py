@@ -394,7 +394,7 @@ def test_notes_of_dcp_run_no_code(sources, tmp_path, monkeypatch, content):
     shutil.copytree(sources / "dcp", tmp_path / "dcp")
     (tmp_path / "dcp" / "manifest.json").unlink()
     (tmp_path / "dcp" / ".metadata").write_bytes(content)
-    with pytest.raises(ValueError, match=r"\.metadata is damaged or no note of a DCP checkpoint"):
+    with pytest.raises(ValueError, match=r"\.metadata is damaged or not of a DCP checkpoint"):
         load_model(tmp_path / "dcp")
     assert not (tmp_path / "code was run").exists()
 

@@ -1,7 +1,7 @@
 """DCP's ``.metadata``, parsed as data, checked, and turned into DCP's classes.
 
-The notes say in which file, and where in it, each part of each tensor lies. DCP believes them; here
-they must be whole, and fit the files that are there.
+It says in which file, and where in it, each chunk of each tensor is. DCP trusts it; here it must be
+complete and fit the files that are there.
 """
 
 import math
@@ -25,7 +25,7 @@ from earlyfuse.data.json_files import shown
 from earlyfuse.parallel.checkpoint.files.plain_pickle import Made, Named, parse
 
 METADATA = ".metadata"
-MOST_BYTES = 1 << 30  # of the notes; a checkpoint of 5 million parts
+_MOST_BYTES = 1 << 30  # a checkpoint of 5 million chunks
 _CLASSES = "torch.distributed.checkpoint.metadata"
 _STORAGE = "torch.distributed.checkpoint.filesystem"
 _LARGEST = 1 << 62
@@ -40,30 +40,30 @@ _KNOWN = {
 }
 
 
-def read_notes(folder: Path) -> Metadata:
-    """The notes of the checkpoint ``folder``; ``ValueError`` if they are damaged or foreign."""
+def read_metadata(folder: Path) -> Metadata:
+    """``.metadata`` of the checkpoint ``folder``; ``ValueError`` if it is damaged or foreign."""
     path = folder / METADATA
     try:
         with open(path, "rb") as file:
-            content = file.read(MOST_BYTES + 1)
-        if len(content) > MOST_BYTES:
-            raise ValueError(f"it is larger than {MOST_BYTES:,} bytes")
-        return _Notes(folder).metadata(parse(content, _is_known))
+            content = file.read(_MOST_BYTES + 1)
+        if len(content) > _MOST_BYTES:
+            raise ValueError(f"it is larger than {_MOST_BYTES:,} bytes")
+        return _Converter(folder).metadata(parse(content, _is_known))
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror})") from error
     except ValueError as error:
         raise ValueError(
-            f"{path} is damaged or no note of a DCP checkpoint ({printable(str(error))}); copy the "
+            f"{path} is damaged or not of a DCP checkpoint ({printable(str(error))}); copy the "
             "checkpoint again"
         ) from error
 
 
-class _Notes:
-    """Turns parsed notes of ``folder`` into DCP's classes."""
+class _Converter:
+    """Turns parsed metadata of ``folder`` into DCP's classes."""
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.lengths: dict[str, int] = {}  # of the files that parts lie in
+        self.lengths: dict[str, int] = {}  # of the files that have chunks
 
     def metadata(self, raw: Any) -> Metadata:
         fields = _state(raw, _CLASSES, "Metadata")
@@ -140,7 +140,7 @@ class _Notes:
 
 
 def _properties(raw: Any) -> TensorProperties:
-    """Only the type of values counts; DCP says that it uses none of the others."""
+    """Only the type of values matters; DCP documents that it uses no other property."""
     state = _made(raw, _CLASSES, "TensorProperties").state
     named = state[0] if isinstance(state, tuple) and state else None
     dtype = _dtype(named) if isinstance(named, Named) else None

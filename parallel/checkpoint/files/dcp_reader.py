@@ -1,7 +1,7 @@
-"""Reads DCP checkpoints without running code of theirs: every load of one goes through here.
+"""Reads DCP checkpoints without running code in them: every load of one goes through here.
 
-torch's own reader and planner unpickle ``.metadata`` and all values that are no tensors. Here they
-are parsed as data (``dcp_notes``, ``torch_archives``), and so are tensors.
+torch's own reader and planner unpickle ``.metadata`` and all values that are not tensors. Here both
+are parsed as data (``dcp_metadata``, ``torch_archive``), and so are tensors.
 """
 
 import errno
@@ -24,10 +24,10 @@ from torch.futures import Future
 
 from earlyfuse.data.console import printable
 from earlyfuse.data.json_files import shown
-from earlyfuse.parallel.checkpoint.files.dcp_metadata import read_notes
+from earlyfuse.parallel.checkpoint.files.dcp_metadata import read_metadata
 from earlyfuse.parallel.checkpoint.files.torch_archive import read_tensor, read_value
 
-_MOST_VALUE = 64 << 20  # bytes of a value that is no tensor
+_MOST_VALUE = 64 << 20  # bytes of a value that is not a tensor
 _REMEDY = "the checkpoint is damaged or not this project's; copy it again"
 
 
@@ -37,21 +37,21 @@ class DcpReader(dcp.FileSystemReader):
     def __init__(self, folder: Path):
         super().__init__(folder)
         self.folder = folder
-        self._notes: Metadata | None = None
+        self._metadata: Metadata | None = None
 
     # takes no rank, for which DCP would look for another pickle
     def read_metadata(self) -> Metadata:
-        """DCP's notes: which tensors and values there are, and where. Read once."""
-        if self._notes is None:
-            self._notes = read_notes(self.folder)
-            self.storage_data = self._notes.storage_data
-        return self._notes
+        """Which tensors and values there are, and where; read once."""
+        if self._metadata is None:
+            self._metadata = read_metadata(self.folder)
+            self.storage_data = self._metadata.storage_data
+        return self._metadata
 
     def reset(self, checkpoint_id: Any = None) -> None:
-        """Nothing: it is the reader of one folder."""
+        """Does nothing: a reader reads one folder."""
 
     def value(self, name: str) -> Any:
-        """The value of ``name``, which is no tensor; ``ValueError`` if there is none."""
+        """The value ``name``, which is not a tensor; ``ValueError`` if there is none."""
         entry = self.read_metadata().state_dict_metadata.get(name)
         if not isinstance(entry, BytesStorageMetadata):
             raise ValueError(f"{self.folder} has no value {name}; {_REMEDY}")
@@ -63,7 +63,7 @@ class DcpReader(dcp.FileSystemReader):
             raise self._unreadable(name, error) from error
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Read what ``plan`` wants, file by file."""
+        """Read the items of ``plan``, file by file."""
         by_file: dict[str, list[ReadItem]] = defaultdict(list)
         for item in plan.items:
             by_file[self.storage_data[item.storage_index].relative_path].append(item)
@@ -141,13 +141,13 @@ def _part(file: IO[bytes], info: _StorageInfo) -> IO[bytes]:
 
 
 class SafeLoadPlanner(DefaultLoadPlanner):
-    """DCP's planner for ``DcpReader``, which hands it plain values instead of pickles.
+    """DCP's planner for ``DcpReader``, which passes it plain values instead of pickles.
 
-    A value takes the place of one of its kind only.
+    A value replaces one of its own type only.
     """
 
     def load_bytes(self, read_item: ReadItem, value: Any) -> None:
-        """Put ``value`` into the state that is loaded."""
+        """Put ``value`` into the state being loaded."""
         name = read_item.dest_index.fqn
         if not _same_kind(self.state_dict[name], value):
             raise ValueError(
@@ -174,9 +174,9 @@ def load_dcp(
     planner: SafeLoadPlanner | None = None,
     alone: bool = False,
 ) -> None:
-    """``dcp.load`` of what ``state_dict`` holds, into it; ``ValueError`` if that cannot be read.
+    """``dcp.load`` into ``state_dict``; ``ValueError`` if it cannot be read.
 
-    All ranks call it, each for what it holds; with ``alone`` one rank does, without communication.
+    All ranks call it, each for its shards; with ``alone`` one rank does, without communication.
     """
     reader.read_metadata()
     try:

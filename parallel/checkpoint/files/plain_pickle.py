@@ -1,18 +1,19 @@
 """Parses pickles as data: nothing that a file names is imported, and nothing is called.
 
 ``pickle.load`` runs what the file asks for. Here a class or function in the file becomes a
-``Named``, and a call of it a ``Made`` with its arguments; whoever reads the file decides what those
+``Named``, and a call of it a ``Made`` with its arguments; the reader of the file decides what they
 may be. Memory and time are linear in the length of the pickle. Only the operations that Python's
-picklers write for plain values and dataclasses (protocols 2 to 5) are known; any other is refused.
+picklers write for plain values and dataclasses (protocols 2 to 5) are known.
 """
 
 import gc
-import struct
+import pickletools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-_MOST_WAITING = 1_000_000  # values on the stack; picklers put down batches of 1,000
+_MOST_WAITING = 1_000_000  # values on the stack; picklers write batches of 1,000
+_MOST_MARKS = 1000
 _BYTES_PER_OBJECT = 4  # DCP's have one in 8
 
 
@@ -26,7 +27,7 @@ class Named:
 
 @dataclass(eq=False, slots=True)
 class Made:
-    """What calling ``of`` with ``arguments`` would give. ``state``: what it would be set to."""
+    """The result that calling ``of`` with ``arguments`` would have; ``state``: set afterwards."""
 
     of: Named
     arguments: tuple[Any, ...]
@@ -36,38 +37,40 @@ class Made:
 
 @dataclass(eq=False, slots=True)
 class Stored:
-    """A value that is beside the pickle, found by ``key``."""
+    """A value beside the pickle, found by ``key``."""
 
     key: Any
 
 
 class ForeignName(ValueError):
-    """The pickle names a class or function that has no place in it."""
+    """The pickle names a class or function that does not belong in it."""
+
+
+class _Refused(ValueError):
+    pass
 
 
 def parse(content: bytes, known: Callable[[Named], bool]) -> Any:
-    """The value of a pickle; ``ValueError`` if it is damaged or holds other than plain data, and
+    """The value of a pickle; ``ValueError`` if it is damaged or holds more than plain data, and
     ``ForeignName`` if it names what is not ``known``.
 
     Plain data are None, bool, int, float, str, tuple, list and dict (with keys that are a str, an
     int or a ``Made``), and ``Named``, ``Made`` and ``Stored`` in them.
     """
-    parser = _Parser(content, known)
+    parser = _Parser(len(content), known)
     collecting = gc.isenabled()
     gc.disable()  # nothing becomes garbage here, and looking for it takes three times as long
     try:
-        while not parser.done:
-            code = content[parser.place]
-            parser.place += 1
-            _OPERATIONS[code](parser)
+        for operation, argument, _ in pickletools.genops(content):
+            action = _OPERATIONS.get(operation.name)
+            if action is None:
+                raise _Refused(f"it has the operation {operation.name}, which no plain data need")
+            action(parser, argument)
         (value,) = parser.stack
         return value
     except (_Refused, ForeignName):
         raise
-    except KeyError as error:
-        code = error.args[0]
-        raise ValueError(f"it has the operation {code:#x}, which no plain data need") from error
-    except (IndexError, struct.error, UnicodeDecodeError, ValueError) as error:
+    except (IndexError, ValueError, TypeError, OverflowError) as error:
         raise ValueError(f"it is damaged or incomplete ({error})") from error
     finally:
         if collecting:
@@ -75,7 +78,7 @@ def parse(content: bytes, known: Callable[[Named], bool]) -> Any:
 
 
 def plain(value: Any, most_nested: int = 20) -> Any:
-    """``value``, if it is free of classes and calls and nested at most so deep."""
+    """``value``, if it has no classes or calls and is nested at most so deep."""
     level = [value]
     for _ in range(most_nested):
         inner: list[Any] = []
@@ -100,30 +103,15 @@ def _shown(part: Any) -> str:
     return f"{named.module}.{named.name}" if isinstance(named, Named) else "a stored value"
 
 
-class _Refused(ValueError):
-    pass
-
-
 class _Parser:
     """The stack machine of the pickle format, without the operations that do something."""
 
-    def __init__(self, content: bytes, known: Callable[[Named], bool]):
+    def __init__(self, length: int, known: Callable[[Named], bool]):
         self.known = known
-        self.content, self.place, self.done = content, 0, False
         self.stack: list[Any] = []
         self.below: list[list[Any]] = []  # stacks under each open mark
         self.memo: list[Any] = []
-        self.objects_left = 1024 + len(content) // _BYTES_PER_OBJECT
-
-    def take(self, size: int) -> bytes:
-        begin, self.place = self.place, self.place + size
-        if size < 0 or self.place > len(self.content):
-            raise _Refused("it ends early")
-        return self.content[begin : self.place]
-
-    def line(self) -> str:
-        end = self.content.index(b"\n", self.place)
-        return self.take(end + 1 - self.place)[:-1].decode()
+        self.objects_left = 1024 + length // _BYTES_PER_OBJECT
 
     def push(self, value: Any) -> None:
         if len(self.stack) >= _MOST_WAITING:
@@ -131,7 +119,7 @@ class _Parser:
         self.stack.append(value)
 
     def push_new(self, value: Any) -> None:
-        """Push what takes memory of its own."""
+        """Push a value that takes memory of its own."""
         self.objects_left -= 1
         if self.objects_left < 0:
             raise _Refused("it makes more objects than its length can hold")
@@ -147,17 +135,18 @@ class _Parser:
         return values
 
     def open_mark(self) -> None:
-        if len(self.below) >= 1000:
-            raise _Refused("it is nested more than 1,000 levels deep")
+        if len(self.below) >= _MOST_MARKS:
+            raise _Refused(f"it is nested more than {_MOST_MARKS:,} levels deep")
         self.below.append(self.stack)
         self.stack = []
 
-    def tuple_of(self, count: int) -> None:
+    def last(self, count: int) -> list[Any]:
+        """Pop ``count`` values."""
         if count > len(self.stack):
             raise _Refused("it ends early")
-        values = tuple(self.stack[len(self.stack) - count :])
+        values = self.stack[len(self.stack) - count :]
         del self.stack[len(self.stack) - count :]
-        self.push_new(values)
+        return values
 
     def extend(self, values: list[Any]) -> None:
         target = self.stack[-1]
@@ -177,10 +166,6 @@ class _Parser:
         else:
             raise _Refused("it sets an item of what has none")
 
-    def pair(self) -> list[Any]:
-        value, key = self.stack.pop(), self.stack.pop()
-        return [key, value]
-
     def name(self, module: Any, name: Any) -> None:
         if type(module) is not str or type(name) is not str:
             raise _Refused("a name in it is no text")
@@ -190,70 +175,50 @@ class _Parser:
         self.push_new(named)
 
     def make(self) -> None:
-        arguments, of = self.stack.pop(), self.stack.pop()
+        of, arguments = self.last(2)
         if type(of) is not Named or type(arguments) is not tuple:
             raise _Refused("it calls what is no name")
         self.push_new(Made(of, arguments))
 
     def build(self) -> None:
-        state, target = self.stack.pop(), self.stack[-1]
+        target, state = self.last(2)
         if type(target) is not Made or target.state is not None:
             raise _Refused("it sets the state of what has none")
         target.state = state
+        self.push(target)
 
 
-def _number(form: str) -> Callable[[_Parser], None]:
-    size = struct.calcsize(form)
-    return lambda p: p.push(struct.unpack(form, p.take(size))[0])
-
-
-def _text(size_bytes: int) -> Callable[[_Parser], None]:
-    return lambda p: p.push(p.take(_size(p, size_bytes)).decode("utf-8", "surrogatepass"))
-
-
-def _size(p: _Parser, size_bytes: int) -> int:
-    return int.from_bytes(p.take(size_bytes), "little")
-
-
-_OPERATIONS: dict[int, Callable[[_Parser], Any]] = {
-    ord(code): operation
-    for code, operation in {
-        "\x80": lambda p: p.take(1),  # protocol
-        "\x95": lambda p: p.take(8),  # frame
-        ".": lambda p: setattr(p, "done", True),
-        "(": _Parser.open_mark,
-        "N": lambda p: p.push(None),
-        "\x88": lambda p: p.push(True),
-        "\x89": lambda p: p.push(False),
-        "J": _number("<i"),
-        "K": _number("<B"),
-        "M": _number("<H"),
-        "G": _number(">d"),
-        "\x8a": lambda p: p.push(int.from_bytes(p.take(_size(p, 1)), "little", signed=True)),
-        "\x8c": _text(1),
-        "X": _text(4),
-        "\x8d": _text(8),
-        "q": lambda p: p.remember(_size(p, 1)),
-        "r": lambda p: p.remember(_size(p, 4)),
-        "\x94": lambda p: p.memo.append(p.stack[-1]),
-        "h": lambda p: p.push(p.memo[_size(p, 1)]),
-        "j": lambda p: p.push(p.memo[_size(p, 4)]),
-        ")": lambda p: p.push(()),
-        "t": lambda p: p.push_new(tuple(p.to_mark())),
-        "\x85": lambda p: p.tuple_of(1),
-        "\x86": lambda p: p.tuple_of(2),
-        "\x87": lambda p: p.tuple_of(3),
-        "]": lambda p: p.push_new([]),
-        "a": lambda p: p.extend([p.stack.pop()]),
-        "e": lambda p: p.extend(p.to_mark()),
-        "}": lambda p: p.push_new({}),
-        "s": lambda p: p.set_items(p.pair()),
-        "u": lambda p: p.set_items(p.to_mark()),
-        "c": lambda p: p.name(p.line(), p.line()),
-        "\x93": lambda p: p.name(*p.pair()),
-        "R": _Parser.make,
-        "\x81": _Parser.make,
-        "b": _Parser.build,
-        "Q": lambda p: p.push_new(Stored(p.stack.pop())),
-    }.items()
+_OPERATIONS: dict[str, Callable[[_Parser, Any], None]] = {
+    **dict.fromkeys(("PROTO", "FRAME", "STOP"), lambda p, _: None),
+    **dict.fromkeys(
+        ("BININT", "BININT1", "BININT2", "BINFLOAT", "LONG1")
+        + ("SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"),
+        _Parser.push,
+    ),
+    "NONE": lambda p, _: p.push(None),
+    "NEWTRUE": lambda p, _: p.push(True),
+    "NEWFALSE": lambda p, _: p.push(False),
+    "MARK": lambda p, _: p.open_mark(),
+    "BINPUT": _Parser.remember,
+    "LONG_BINPUT": _Parser.remember,
+    "MEMOIZE": lambda p, _: p.memo.append(p.stack[-1]),
+    "BINGET": lambda p, place: p.push(p.memo[place]),
+    "LONG_BINGET": lambda p, place: p.push(p.memo[place]),
+    "EMPTY_TUPLE": lambda p, _: p.push(()),
+    "TUPLE": lambda p, _: p.push_new(tuple(p.to_mark())),
+    "TUPLE1": lambda p, _: p.push_new(tuple(p.last(1))),
+    "TUPLE2": lambda p, _: p.push_new(tuple(p.last(2))),
+    "TUPLE3": lambda p, _: p.push_new(tuple(p.last(3))),
+    "EMPTY_LIST": lambda p, _: p.push_new([]),
+    "APPEND": lambda p, _: p.extend(p.last(1)),
+    "APPENDS": lambda p, _: p.extend(p.to_mark()),
+    "EMPTY_DICT": lambda p, _: p.push_new({}),
+    "SETITEM": lambda p, _: p.set_items(p.last(2)),
+    "SETITEMS": lambda p, _: p.set_items(p.to_mark()),
+    "GLOBAL": lambda p, names: p.name(*names.split(" ", 1)),
+    "STACK_GLOBAL": lambda p, _: p.name(*p.last(2)),
+    "REDUCE": lambda p, _: p.make(),
+    "NEWOBJ": lambda p, _: p.make(),
+    "BUILD": lambda p, _: p.build(),
+    "BINPERSID": lambda p, _: p.push_new(Stored(p.last(1)[0])),
 }

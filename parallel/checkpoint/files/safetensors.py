@@ -1,9 +1,9 @@
 """Tensors in safetensors files: one, or several with an index.
 
-Reading is the library's. It is opened for each tensor, since pages of a mapped file count as memory
-of the process until it is closed. Writing is ours, because the library wants all tensors of a file
-in memory at once: a header of names, types, shapes and places, then the values, as the format says
-(https://huggingface.co/docs/safetensors); same order and bytes as the library's.
+The library reads; a file is opened for each tensor, since pages of a mapped file count as memory of
+the process until it is closed. Writing is ours, because the library wants all tensors of a file in
+memory at once: a header, then the values (https://huggingface.co/docs/safetensors), byte for byte
+what the library writes.
 """
 
 import json
@@ -20,7 +20,9 @@ from earlyfuse.models.state_dicts.tensor_map import Entry, Tensors
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _LONGEST_NAME = 200  # of a file
+# the library writes tensors of the last of these types first, for alignment
 _DTYPES = {
+    "BOOL": torch.bool,
     "U8": torch.uint8,
     "I8": torch.int8,
     "F8_E5M2": torch.float8_e5m2,
@@ -32,24 +34,9 @@ _DTYPES = {
     "F32": torch.float32,
     "F64": torch.float64,
     "I64": torch.int64,
-    "BOOL": torch.bool,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-# the library writes those of the widest alignment first, and among equals the later of these
-_ORDER = [
-    "BOOL",
-    "U8",
-    "I8",
-    "F8_E5M2",
-    "F8_E4M3",
-    "I16",
-    "F16",
-    "BF16",
-    "I32",
-    "F32",
-    "F64",
-    "I64",
-]
+_ORDER = list(_DTYPES)
 
 
 class SafetensorsFiles:
@@ -74,10 +61,9 @@ class SafetensorsFiles:
 
 
 def open_folder(folder: Path) -> SafetensorsFiles:
-    """The model's files of ``folder``: by its index, or the single one.
+    """The model's files in ``folder``: those of its index, or the single one.
 
-    ``ValueError`` says what is wrong: no such files, files or tensors that the index names and that
-    are not there, tensors that it does not name.
+    ``ValueError`` if there are none, or files and index disagree.
     """
     index, single = folder / INDEX, folder / SINGLE
     if not index.is_file():
@@ -159,13 +145,9 @@ def write_folder(folder: Path, tensors: Tensors, files: Mapping[str, list[str]])
 
 
 def write_file(path: Path, tensors: Tensors, names: Sequence[str]) -> None:
-    """One file of the tensors ``names``, each computed when its turn comes; checked at the end."""
+    """One file of the tensors ``names``, each read when its turn comes; checked at the end."""
     entries = {name: tensors.entries[name] for name in names}
-
-    def place(name: str) -> tuple[int, str]:
-        return -_ORDER.index(_NAMES[entries[name].dtype]), name
-
-    ordered = sorted(names, key=place)
+    ordered = sorted(names, key=lambda n: (-_ORDER.index(_NAMES[entries[n].dtype]), n))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name in ordered:
@@ -186,5 +168,5 @@ def write_file(path: Path, tensors: Tensors, names: Sequence[str]) -> None:
 
 
 def write_values(file: BinaryIO, tensor: torch.Tensor) -> None:
-    """The values of a tensor in row-major order, as they lie in memory (little endian)."""
+    """The values of a tensor in row-major order, little endian."""
     file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)

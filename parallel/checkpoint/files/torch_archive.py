@@ -1,8 +1,8 @@
-"""Archives of ``torch.save``, read as data: what is in them is looked at before it is believed.
+"""Archives of ``torch.save``, parsed as data and checked before they are trusted.
 
-``torch.load`` with ``weights_only`` runs no code, but makes objects of any size that a file asks
-for, unpacks what is compressed, and trusts lengths. An archive is a zip file with ``data.pkl`` (the
-values, see ``plain_pickle``) and one file for the bytes of each tensor.
+``torch.load`` with ``weights_only`` runs no code, but creates objects of any size that a file asks
+for, decompresses, and trusts lengths. An archive is a zip file with ``data.pkl`` (the values, see
+``plain_pickle``) and one file for the bytes of each tensor.
 """
 
 import math
@@ -15,7 +15,7 @@ import torch
 
 from earlyfuse.parallel.checkpoint.files.plain_pickle import Made, Named, Stored, parse, plain
 
-_MOST_NOTES = 64 << 20  # bytes of data.pkl
+_MOST_PICKLE = 64 << 20  # bytes of data.pkl
 _PIECE = 1 << 20
 _TENSOR = Named("torch._utils", "_rebuild_tensor_v2")
 _STORAGES = {
@@ -43,20 +43,18 @@ _OF_TENSORS = {
 
 
 def read_value(file: IO[bytes]) -> Any:
-    """The plain value (numbers, text, lists, tables) in an archive; ``ValueError`` if there is
-    another.
-    """
+    """The plain value (numbers, text, lists, dicts) in an archive; else ``ValueError``."""
     with _opened(file, lambda named: False) as archive:
-        return plain(archive.notes)
+        return plain(archive.root)
 
 
 def read_tensor(file: IO[bytes]) -> torch.Tensor:
-    """The one tensor in an archive, on the host; ``ValueError`` if there is another value."""
+    """The only tensor in an archive, on the host; else ``ValueError``."""
     with _opened(file, _is_of_tensors) as archive:
-        notes = archive.notes
-        if not isinstance(notes, Made) or notes.of != _TENSOR or len(notes.arguments) < 4:
+        root = archive.root
+        if not isinstance(root, Made) or root.of != _TENSOR or len(root.arguments) < 4:
             raise ValueError("it is no tensor")
-        stored, offset, size, stride = notes.arguments[:4]
+        stored, offset, size, stride = root.arguments[:4]
         key = stored.key if isinstance(stored, Stored) else None
         if not isinstance(key, tuple) or len(key) != 5 or not isinstance(key[1], Named):
             raise ValueError("it is a tensor without values")
@@ -72,15 +70,15 @@ def read_tensor(file: IO[bytes]) -> torch.Tensor:
 
 
 def check_tensors_only(file: IO[bytes]) -> None:
-    """``ForeignName`` if an archive names anything that is no part of tensors; ``ValueError`` if it
-    is none.
+    """``ForeignName`` if an archive names anything but tensors and their parts; ``ValueError`` if
+    it is damaged.
     """
     with _opened(file, _is_of_tensors):
         pass
 
 
 class _Archive:
-    """``notes``: its pickle as data."""
+    """A zip file of ``torch.save``; ``root``: its pickle, parsed."""
 
     def __init__(self, archive: zipfile.ZipFile, known: Callable[[Named], bool]):
         self.zip = archive
@@ -90,10 +88,10 @@ class _Archive:
             raise ValueError("it has a file twice")
         if any(member.compress_type != zipfile.ZIP_STORED for member in members):
             raise ValueError("it is compressed, which torch.save never does")
-        self.notes = parse(bytes(self.content("data.pkl", _MOST_NOTES, exactly=False)), known)
+        self.root = parse(bytes(self.content("data.pkl", _MOST_PICKLE, exactly=False)), known)
 
     def content(self, name: str, size: int, exactly: bool = True) -> bytearray:
-        """A file of the archive, whose checksum it has."""
+        """A file of the archive; its checksum is compared."""
         member = self.members.get(name)
         if member is None:
             raise ValueError(f"it has no {name}")

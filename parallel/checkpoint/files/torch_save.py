@@ -115,7 +115,7 @@ def _first_line(error: Exception) -> str:
 
 
 def write_torch_file(path: Path, tensors: Tensors, aliases: Mapping[str, str]) -> None:
-    """Write ``tensors``, each read when its turn comes. ``aliases``: second name → name of a tensor,
+    """Write ``tensors``, each read when its turn comes. ``aliases``: second name → a tensor,
     whose values are in the file once.
     """
     entries = tensors.entries
