@@ -109,7 +109,9 @@ def test_tasks_of_a_folder_are_tokenised_as_training_data_is(tmp_path):
         codes=8,
         seed=0,
     )
-    media = MediaCodes(Modality.IMAGE, text.size, 8, text.begin_image, text.end_image, images.block)
+    media = MediaCodes(
+        Modality.IMAGE, text.size, 8, text.begin["image"], text.end["image"], images.block
+    )
     vocabulary = Vocabulary(text.size + 8, text.bos, text.eos, text.pad, (media,))
     (tmp_path / "tokenizers").mkdir()
     (tmp_path / "validation").mkdir()
@@ -127,7 +129,7 @@ def test_tasks_of_a_folder_are_tokenised_as_training_data_is(tmp_path):
     assert loaded.answers == [1, 0] and loaded.chance == 0.5
     for prompt, shade in zip(loaded.prompts, (0, 255), strict=True):
         codes = images.encode(np.full((1, 8, 8, 3), shade, np.uint8))[0] + text.size
-        assert prompt[:2] == [text.bos, text.begin_image]
+        assert prompt[:2] == [text.bos, text.begin["image"]]
         assert prompt[2 : 2 + images.block] == codes.tolist()
         for candidate, word in zip(loaded.candidates, ("light", "dark"), strict=True):
             assert prompt[3 + images.block :] + list(candidate) == text.encode("shade " + word)
