@@ -1,4 +1,4 @@
-"""Layouts of ids in JSON files: ``vocabulary.json``, and ``vocabulary`` of a manifest."""
+"""Reads the layout of ids from JSON: ``vocabulary.json``, and ``vocabulary`` of a manifest."""
 
 from pathlib import Path
 
@@ -7,7 +7,6 @@ from earlyfuse.models.vocabulary import MediaCodes, Modality, Vocabulary
 
 MOST_IDS = 1 << 24  # tables of this length are made; the largest vocabularies in use have 2**18
 REMEDY = "copy it again, or remove it and repeat the prepare command"
-_MEDIA = {modality.label: modality for modality in Modality if modality != Modality.TEXT}
 _SIZES = ("size", "bos", "eos", "pad")
 _CODES = ("start", "count", "begin", "end", "block")
 
@@ -43,7 +42,8 @@ def check_same(path: Path, here: Vocabulary, data: Vocabulary, manifest: Path) -
 
 def _medium(fields: JsonObject) -> MediaCodes:
     fields.check_names(("modality", *_CODES))
-    modality = _MEDIA[fields.field("modality", str, choices=tuple(_MEDIA))]
+    labels = [modality.label for modality in Modality if modality != Modality.TEXT]
+    modality = Modality[fields.field("modality", str, choices=labels)]
     return MediaCodes(
         modality, **{name: fields.field(name, int, least=0, most=MOST_IDS) for name in _CODES}
     )

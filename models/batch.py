@@ -1,6 +1,6 @@
 """MixedBatch: the contract between data and models. One packed batch of mixed-modal rows.
 
-B rows, S positions in a row, P numbers in a continuous patch.
+B rows, S positions in a row, P numbers in a continuous vector.
 """
 
 import builtins
@@ -25,7 +25,7 @@ class MixedBatch:
                                      state resets all derive from it
     ``span_BS``       (B, S) int32   0 outside media, else the running number (from 1) of the
                                      image, frame or utterance in the row
-    ``patches_BSP``   (B, S, P)      continuous vectors at media positions, float, or none
+    ``vectors_BSP``   (B, S, P)      continuous vectors at media positions, float, or none
     ================  =============  ==============================================================
     """
 
@@ -34,7 +34,7 @@ class MixedBatch:
     modality_BS: torch.Tensor
     positions_BS: torch.Tensor
     span_BS: torch.Tensor
-    patches_BSP: torch.Tensor | None = None
+    vectors_BSP: torch.Tensor | None = None
 
     @property
     def rows(self) -> int:

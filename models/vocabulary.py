@@ -1,36 +1,79 @@
-"""Modalities and where each one's codes lie in the one vocabulary.
+"""Modalities, and the layout of one vocabulary of text pieces and media codes.
 
-A model of early fusion has a single embedding and a single head. What distinguishes an image code
-from a text piece is only its id, so the layout below is the contract between tokenizers, data and
-models. Sentinels (begin and end of an image …) count as text, as in Chameleon.
+An early-fusion model has one embedding and one head, and only its id tells an image code from a
+text piece: the layout is the contract between tokenizers, data and models. Sentinels (begin and end
+of an image …) count as text, as in Chameleon.
 """
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from enum import IntEnum
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
+if TYPE_CHECKING:  # tables of media are read by command lines, which do not need torch
+    import torch
 
 
-class Modality(IntEnum):
-    """Ids as they stand in ``MixedBatch.modality_BS``; they index every per-modality tensor."""
+class _Registry(type):
+    """Iterates, counts and looks up the registered modalities, as if ``Modality`` were an enum."""
 
-    TEXT = 0
-    IMAGE = 1
-    SPEECH = 2
+    def __iter__(cls) -> Iterator["Modality"]:
+        return map(Modality, range(len(Modality.LABELS)))
+
+    def __len__(cls) -> int:
+        return len(Modality.LABELS)
+
+    def __getitem__(cls, name: str) -> "Modality":
+        if name.lower() not in Modality.LABELS:
+            raise KeyError(f"{name} is no modality; known are {', '.join(Modality.LABELS)}")
+        return Modality(Modality.LABELS.index(name.lower()))
+
+
+class Modality(int, metaclass=_Registry):
+    """Id of a modality in ``MixedBatch.modality_BS``; indexes every per-modality tensor.
+
+    An open enum: ``register`` gives a further medium the next id (``data/media.py``).
+    """
+
+    __slots__ = ()
+    LABELS: ClassVar[list[str]] = ["text", "image", "speech"]
+    TEXT: ClassVar["Modality"]
+    IMAGE: ClassVar["Modality"]
+    SPEECH: ClassVar["Modality"]
+
+    def __new__(cls, value: int) -> "Modality":
+        if not 0 <= value < len(cls.LABELS):
+            raise ValueError(f"{value} is no modality; ids are 0 to {len(cls.LABELS) - 1}")
+        return super().__new__(cls, value)
+
+    @classmethod
+    def register(cls, label: str) -> "Modality":
+        """The modality called ``label``, with the next free id if it is new."""
+        if label not in cls.LABELS:
+            cls.LABELS.append(label)
+        return cls[label]
 
     @property
     def label(self) -> str:
         """Lower-case name in metrics, manifests and configs: ``text``, ``image``, ``speech``."""
-        return self.name.lower()
+        return self.LABELS[self]
+
+    def __repr__(self) -> str:
+        return f"Modality[{self.label!r}]"
+
+    def __str__(self) -> str:
+        return str(int(self))
+
+
+Modality.TEXT, Modality.IMAGE, Modality.SPEECH = Modality
 
 
 @dataclass(frozen=True)
 class MediaCodes:
-    """One medium's codes: ``count`` ids from ``start``, and the sentinels round a block of them.
+    """One medium's codes: ``count`` ids from ``start``, and the sentinels around a block of them.
 
-    ``block`` is the number of codes between ``begin`` and ``end``; 0 where blocks vary in length.
+    ``block``: codes between ``begin`` and ``end``; 0 where blocks vary in length. A continuous
+    medium has one code, the placeholder of its vectors.
     """
 
     modality: Modality
@@ -92,10 +135,12 @@ class Vocabulary:
             f"vocabulary has no {modality.label} codes, only {[m.label for m in self.modalities]}"
         )
 
-    def modality_of(self, tokens: torch.Tensor) -> torch.Tensor:
+    def modality_of(self, tokens: "torch.Tensor") -> "torch.Tensor":
         """Modality of each id: any shape, integer → same shape, uint8. Ids outside the vocabulary
         count as text.
         """
+        import torch
+
         modality = torch.zeros_like(tokens, dtype=torch.uint8)
         for medium in self.media:
             inside = (tokens >= medium.start) & (tokens < medium.start + medium.count)
@@ -114,7 +159,7 @@ class Vocabulary:
     def from_dict(cls, fields: dict[str, Any]) -> "Vocabulary":
         """Inverse of ``to_dict``."""
         media = tuple(
-            MediaCodes(**{**medium, "modality": Modality[medium["modality"].upper()]})
+            MediaCodes(**{**medium, "modality": Modality[medium["modality"]]})
             for medium in fields["media"]
         )
         return cls(**{**fields, "media": media})

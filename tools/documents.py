@@ -1,11 +1,9 @@
-"""Documents of text and media as people give and take them: files ↔ tokens of a model.
+"""Converts documents between files that people give and take, and tokens of a model.
 
-A document is a list of segments, ``{"text": …}``, ``{"image": path}`` or ``{"speech": path}``. Its
-tokenizers are those
-that its model was trained with, which the checkpoint knows by their hashes.
+A document is a list of segments: ``{"text": …}``, or ``{"image": path}`` and the like for each
+medium. Its tokenizers are those that its model was trained with: the checkpoint has their hashes.
 """
 
-import io
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
@@ -13,14 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 from earlyfuse.data.atomic import atomic_write_bytes
 from earlyfuse.data.documents import BadSample
 from earlyfuse.data.json_files import MOST_BYTES, load_json, read_json, shown
+from earlyfuse.data.media import MEDIA, medium_of
 from earlyfuse.data.tokenizers import TEXT_FILES, Tokenizers, text_file
-from earlyfuse.data.tokenizers.audio import wav_file
-from earlyfuse.data.tokenizers.speech_kmeans import RATE
 from earlyfuse.models.state_dicts.config_json import CONFIG, FORMAT, TOKENIZERS
 from earlyfuse.models.vocabulary import MediaCodes, Modality, Vocabulary
 from earlyfuse.parallel.checkpoint.files.dcp_metadata import METADATA
@@ -34,7 +30,6 @@ from earlyfuse.parallel.checkpoint.layout import (
 )
 from earlyfuse.parallel.reporting.run_folder import read_config
 
-MEDIA = {"image": Modality.IMAGE, "speech": Modality.SPEECH}
 Segment = dict[str, str]
 _REMEDY = "copy it again"
 
@@ -149,8 +144,9 @@ def _segments(line: str, where: str, folder: Path) -> list[Segment]:
     )
     if not right:
         raise ValueError(
-            f'{where} must be a list of {{"text": …}}, {{"image": path}} and {{"speech": path}}, '
-            f"not {shown(segments)}; correct that line"
+            f'{where} must be a list of {{"text": …}}'
+            + "".join(f' and {{"{label}": path}}' for label in MEDIA)
+            + f", not {shown(segments)}; correct that line"
         )
     return [
         {kind: value if kind == "text" else str(folder / value)}
@@ -182,18 +178,16 @@ def _medium(kind: str, path: str, tokenizers: Tokenizers) -> MediaCodes:
             f"{kind} {path} cannot be read: the model was trained on {trained} and "
             f"has no {kind} tokenizer; give {' and '.join(known)} only"
         )
-    return tokenizers.vocabulary.medium(MEDIA[kind])
+    if tokenizers.media[kind].vectors is not None:
+        raise ValueError(f"{kind} {path} cannot be read: prompts of vectors are not supported")
+    return tokenizers.vocabulary.medium(Modality[kind])
 
 
 def _codes(kind: str, path: str, tokenizers: Tokenizers) -> np.ndarray:
     """Codes of a file, counted from the first of its medium."""
     try:
-        encoded = Path(path).read_bytes()
-        if kind == "image":
-            assert tokenizers.image is not None, "its medium is there"
-            return tokenizers.image.encode(tokenizers.image.pixels(encoded)[None])[0]
-        assert tokenizers.speech is not None, "its medium is there"
-        return tokenizers.speech.encode(tokenizers.speech.features(encoded))
+        tokenizer = tokenizers.media[kind]
+        return tokenizer.encode_items([tokenizer.features(Path(path).read_bytes())])[0]
     except (OSError, BadSample) as error:
         raise ValueError(f"{kind} {path} cannot be read: {error}") from error
 
@@ -216,21 +210,10 @@ def to_segments(
             text = tokenizers.text.decode(ids)  # sentinels of media give nothing
             segments += [{"text": text}] if text else []
             continue
-        codes = np.array(ids) - vocabulary.medium(Modality(modality)).start
-        if modality == Modality.IMAGE:
-            assert tokenizers.image is not None, "there are codes"
-            name = f"{stem}-{media}.png"
-            _write_png(tokenizers.image.decode(codes[None])[0], folder / name)
-        else:
-            assert tokenizers.speech is not None, "there are codes"
-            name = f"{stem}-{media}.wav"
-            atomic_write_bytes(folder / name, wav_file(tokenizers.speech.decode(codes), RATE))
-        segments.append({Modality(modality).label: name})
+        medium = medium_of(modality)
+        codes = np.array(ids) - vocabulary.medium(medium.modality).start
+        name = f"{stem}-{media}.{medium.written}"
+        atomic_write_bytes(folder / name, tokenizers.media[medium.label].to_file(codes))
+        segments.append({medium.label: name})
         media += 1
     return segments
-
-
-def _write_png(pixels: np.ndarray, path: Path) -> None:
-    stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, "PNG")
-    atomic_write_bytes(path, stream.getvalue())

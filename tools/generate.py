@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from earlyfuse.data.console import printable
+from earlyfuse.data.media import MEDIA
 from earlyfuse.tools.command import run_command
 
 _EXAMPLES = """examples:
@@ -59,7 +60,6 @@ def write(options: argparse.Namespace) -> None:
     import torch
 
     from earlyfuse.data.atomic import atomic_write
-    from earlyfuse.models.generate.constrained import BLOCKS
     from earlyfuse.models.generate.session import Sampling, generate
     from earlyfuse.parallel.checkpoint.open_checkpoint import load_model
     from earlyfuse.tools.documents import ModelFolder, to_segments
@@ -89,7 +89,7 @@ def write(options: argparse.Namespace) -> None:
             )
             for work, tokens in zip(batch, written, strict=True):
                 segments = to_segments(tokens, tokenizers, options.out, work.stem)
-                whole = tokens[-1:] == [vocabulary.eos] or options.mode in BLOCKS
+                whole = tokens[-1:] == [vocabulary.eos] or options.mode in MEDIA
                 file.write(_line(options, work, segments, len(tokens), whole))
                 shown = f"{work.stem}: {_shown(segments)}{'' if whole else ' …'}"
                 print(printable(shown), flush=True)
@@ -105,7 +105,7 @@ def _check(options: argparse.Namespace) -> None:
             raise ValueError(f"{option} ({value}) must lie in [1, {MOST}]; give another number")
     if options.segments and options.prompts:
         raise ValueError(
-            "--prompts and --prompt, --image or --speech were given; give one or the other"
+            f"--prompts and --prompt or {_options()} were given; give one or the other"
         )
     if options.temperature == 0 and options.samples > 1:
         raise ValueError(
@@ -134,17 +134,17 @@ def _check_device(name: str) -> None:
 def _check_mode(mode: str, tokenizers: Any) -> None:
     """Raises ``ValueError`` where what is written could not be turned into files."""
     media = {medium.modality.label for medium in tokenizers.vocabulary.media}
-    for label in media & ({"image", "speech"} if mode == "interleaved" else {mode}):
-        tokenizer = getattr(tokenizers, label)
+    for label in sorted(media if mode == "interleaved" else media & {mode}):
+        tokenizer = tokenizers.media.get(label)
         if tokenizer is None:
             raise ValueError(
                 f"--mode {mode} writes {label} codes, and there is no {label} tokenizer to turn "
                 "them into files; write --mode text"
             )
-        if label == "image" and not tokenizer.decodes:
+        if not tokenizer.decodes:
             raise ValueError(
-                f"--mode {mode} writes images, and the image tokenizer has no decoder: import "
-                "one that has (vqgan.ckpt, docs/data.md), or write --mode text"
+                f"--mode {mode} writes {MEDIA[label].item}s, and the {label} tokenizer has no "
+                "decoder: import one that has (vqgan.ckpt, docs/data.md), or write --mode text"
             )
 
 
@@ -174,17 +174,13 @@ def _room(
 ) -> int:
     """Tokens that may be written behind prompt ``number`` of ``length`` tokens."""
     left = LONGEST if seq_len is None else seq_len - length
-    from earlyfuse.models.vocabulary import Modality
-
-    if options.mode == "image" and Modality.IMAGE in vocabulary.modalities:
-        wanted = vocabulary.medium(Modality.IMAGE).block + 2
-    else:
-        wanted = options.new_tokens or max(1, min(LONGEST, left))
+    block = next((m.block for m in vocabulary.media if m.modality.label == options.mode), 0)
+    wanted = block + 2 if block else options.new_tokens or max(1, min(LONGEST, left))
     if seq_len is not None and wanted > left:
         raise ValueError(
             f"prompt {number} of {length} tokens and {wanted} to write are longer than the "
             f"{seq_len} positions that the model was trained on; shorten the prompt"
-            + ("" if options.mode == "image" else " or lower --new-tokens")
+            + ("" if block else " or lower --new-tokens")
         )
     return wanted
 
@@ -220,13 +216,17 @@ def _shown(segments: list[dict[str, str]]) -> str:
 
 
 class _Segment(argparse.Action):
-    """``--prompt``, ``--image`` and ``--speech`` in the order in which they are given."""
+    """Collects ``--prompt`` and the options of media in the order in which they are given."""
 
     def __call__(
         self, parser: Any, namespace: argparse.Namespace, values: Any, option: str | None = None
     ) -> None:
-        kind = {"--image": "image", "--speech": "speech"}.get(str(option), "text")
+        kind = str(option).removeprefix("--").replace("prompt", "text")
         namespace.segments = [*(namespace.segments or []), {kind: values}]
+
+
+def _options() -> str:
+    return " or ".join(f"--{label}" for label in MEDIA)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -244,15 +244,17 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--prompt",
         metavar="TEXT",
-        help="text of the prompt; may come again, with --image and --speech",
+        help=f"text of the prompt; may come again, with {_options()}",
         **segment,
     )
-    add("--image", metavar="FILE", help="image of the prompt, in its place", **segment)
-    add("--speech", metavar="FILE", help="wav or flac of the prompt, in its place", **segment)
+    for label, medium in MEDIA.items():
+        files = ", ".join(medium.suffixes)
+        what = f"{medium.item} of the prompt ({files}), in its place"
+        add(f"--{label}", metavar="FILE", help=what, **segment)
     add("--prompts", type=Path, metavar="FILE", help="many prompts, one JSON list a line")
     add(
         "--mode",
-        choices=("text", "image", "interleaved", "speech"),
+        choices=("text", "interleaved", *MEDIA),
         default="interleaved",
         help="what to write (interleaved)",
     )

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from earlyfuse.data.media import MEDIA
 from earlyfuse.tools.command import run_command
 
 _EXAMPLE = """example:
@@ -147,20 +148,17 @@ def _add_tokenizer_options(parser: argparse.ArgumentParser) -> None:
         help="ready sentencepiece .model or Hugging Face tokenizer.json (learn one)",
     )
     add("--text-vocab", type=int, metavar="N", help="pieces to learn (2048)")
-    add(
-        "--image-tokenizer",
-        metavar="KIND",
-        help="kmeans, vqvae, none, or a ready .safetensors (kmeans)",
-    )
+    for label, medium in MEDIA.items():
+        kinds = ", ".join((*medium.kinds, "none"))
+        add(
+            f"--{label}-tokenizer",
+            metavar="KIND",
+            help=f"{kinds}, or a ready .safetensors ({medium.default})",
+        )
     add("--image-size", type=int, metavar="PX", help="images become squares of this side (16)")
     add("--patch", type=int, metavar="PX", help="side of the square that one code stands for (4)")
     add("--codes", type=int, metavar="N", help="image codes to learn (512)")
     add("--vq-steps", type=int, metavar="N", help="training steps of a vqvae (1500)")
-    add(
-        "--speech-tokenizer",
-        metavar="KIND",
-        help="none, kmeans, or a ready .safetensors (none)",
-    )
     add("--speech-codes", type=int, metavar="N", help="speech codes to learn (500)")
     add(
         "--speech-frame-ms",
@@ -179,7 +177,18 @@ def _add_tokenizer_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if value is not None}
+    """The fields of ``PrepareSpec`` that were given."""
+    from earlyfuse.data.prepare import PrepareSpec
+
+    given = {name: value for name, value in options.items() if value is not None}
+    known = PrepareSpec.__dataclass_fields__
+    others = {label: f"{label}_tokenizer" for label in MEDIA}
+    given["media_tokenizers"] = {
+        label: given.pop(name)
+        for label, name in others.items()
+        if name in given and name not in known
+    }
+    return given
 
 
 def _by_source(pairs: list[str]) -> dict[str, list[str | Path]]:

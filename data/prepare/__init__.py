@@ -29,6 +29,7 @@ from earlyfuse.data.atomic import TEMPORARY_SUFFIX, remove_temporaries, sha256_f
 from earlyfuse.data.console import printable
 from earlyfuse.data.documents import Tally
 from earlyfuse.data.folder_lock import FolderLock
+from earlyfuse.data.media import MEDIA
 from earlyfuse.data.prepare.bad_samples import lost, skipped
 from earlyfuse.data.prepare.existing_shards import (
     SplitGuard,
@@ -43,7 +44,6 @@ from earlyfuse.data.prepare.tokenizers import check_existing, make_tokenizers
 from earlyfuse.data.prepare.worker_pool import ProcessPool
 from earlyfuse.data.shards.writer import (
     MANIFEST,
-    SHARD_SUFFIXES,
     ShardRecord,
     shard_name,
     write_manifest,
@@ -116,7 +116,11 @@ def prepare(
                 _tell_lost(source, records, progress)
                 folder = spec.out / source.split / source.name
                 manifests[source.label] = write_manifest(
-                    folder, tokenizers.vocabulary, tokenizers.hashes, records
+                    folder,
+                    tokenizers.vocabulary,
+                    tokenizers.hashes,
+                    records,
+                    tokenizers.vectors,
                 )
     return manifests
 
@@ -149,7 +153,8 @@ def _check_present(
 
 
 def _jobs(spec: PrepareSpec, source: Source, tokenizers: Tokenizers) -> list[ShardJob]:
-    recipe = recipe_of(tokenizers, spec.layout, spec.image_first, spec.speech_seconds)
+    limits = {label: MEDIA[label].module().limits(spec) for label in tokenizers.media}
+    recipe = recipe_of(tokenizers, spec.layout, spec.image_first, limits)
     return [
         ShardJob(
             raw=raw,
@@ -160,7 +165,7 @@ def _jobs(spec: PrepareSpec, source: Source, tokenizers: Tokenizers) -> list[Sha
             recipe=recipe,
             layout=spec.layout,
             image_first=spec.image_first,
-            speech_seconds=spec.speech_seconds,
+            limits=limits,
             on_bad=spec.on_bad,
             expected_size=expected,
         )
@@ -182,7 +187,11 @@ def _complete_shards(jobs: list[ShardJob], hashes: dict[Path, str]) -> dict[int,
     with ThreadPoolExecutor() as threads:
         records = list(threads.map(lambda job: _usable_record(job, hashes.get(job.raw)), jobs))
     complete = {job.number: record for job, record in zip(jobs, records, strict=True) if record}
-    wanted = {f"{shard_name(n)}{suffix}" for n in complete for suffix in SHARD_SUFFIXES}
+    wanted = {
+        f"{shard_name(number)}{suffix}"
+        for number, record in complete.items()
+        for suffix in record.suffixes
+    }
     found = {path.name for path in folder.glob("shard-*")}
     if len(complete) < len(jobs) or found != wanted:
         (folder / MANIFEST).unlink(missing_ok=True)

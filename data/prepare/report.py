@@ -7,13 +7,13 @@ import numpy as np
 
 from earlyfuse.data.console import printable
 from earlyfuse.data.documents import LOST_CAUSES, Tally
+from earlyfuse.data.media import MEDIA
 from earlyfuse.data.prepare.bad_samples import lost
 from earlyfuse.data.prepare.spec import SPLITS
 from earlyfuse.data.shards.source import TokenSource
 from earlyfuse.data.shards.writer import MANIFEST, read_manifest
 from earlyfuse.data.tokenizers import VOCABULARY_FILE, Tokenizers
-from earlyfuse.data.tokenizers.image import code_usage, psnr
-from earlyfuse.data.tokenizers.speech_kmeans import log_mel_error
+from earlyfuse.data.tokenizers.image import code_usage
 from earlyfuse.data.vocabulary import check_same
 from earlyfuse.models.vocabulary import Modality, Vocabulary
 
@@ -51,24 +51,20 @@ def describe(out: Path) -> str:
 def _tokenizer_lines(tokenizers: Tokenizers) -> list[str]:
     text = tokenizers.text
     lines = [f"text   {text.kind}, {text.size} pieces, sha256 {text.sha256}"]
-    image = tokenizers.image
-    if image is not None:
-        settings = ", ".join(f"{key} {value}" for key, value in image.settings.items())
-        lines.append(f"image  {image.kind}, {settings}, block {image.block}, sha256 {image.sha256}")
-    speech = tokenizers.speech
-    if speech is not None:
-        settings = ", ".join(f"{key} {value}" for key, value in speech.settings.items())
-        lines.append(f"speech {speech.kind}, {settings}, sha256 {speech.sha256}")
+    for label, tokenizer in tokenizers.media.items():
+        about = [tokenizer.kind, *(f"{key} {value}" for key, value in tokenizer.settings.items())]
+        about += [f"block {tokenizer.block}"] if tokenizer.block else []
+        lines.append(f"{label:6} {', '.join(about)}, sha256 {tokenizer.sha256}")
     return lines
 
 
 def _heading(tokenizers: Tokenizers) -> list[str]:
     labels = [modality.label for modality in tokenizers.vocabulary.modalities]
     heading = ["source", "shards", "documents", *(f"{label} tokens" for label in labels), "dropped"]
-    if tokenizers.image is not None:
-        heading += ["PSNR dB", "codes used", "perplexity"]
-    if tokenizers.speech is not None:
-        heading += ["log-mel dB", "speech codes", "perplexity", "longest"]
+    for label, tokenizer in tokenizers.media.items():
+        heading.append(MEDIA[label].module().QUALITY)
+        heading += [] if tokenizer.vectors else [f"{label} codes", "perplexity"]
+        heading += [] if tokenizer.block else ["longest"]
     return heading
 
 
@@ -81,41 +77,27 @@ def _row(folder: Path, manifest: dict[str, Any], tokenizers: Tokenizers) -> list
     labels = [modality.label for modality in tokenizers.vocabulary.modalities]
     row += [f"{manifest['tokens'][label]:,}" for label in labels]
     row.append(f"{sum(manifest['drops'].values()):,}")
-    if tokenizers.image is not None:
-        row += _image_cells(folder, manifest, tokenizers.image.codes)
-    if tokenizers.speech is not None:
-        row += _speech_cells(folder, manifest, tokenizers.speech.codes)
+    for label, tokenizer in tokenizers.media.items():
+        there = manifest["tokens"][label] > 0
+        error = manifest.get(f"{label}_squared_error")  # not without a decoder
+        quality = MEDIA[label].module().quality
+        row.append("-" if error is None else f"{quality(error):.1f}")
+        if tokenizer.vectors is None:
+            row += _usage(folder, manifest, label) if there else ("-", "-")
+        if not tokenizer.block:
+            row.append(str(manifest.get("longest", {}).get(label, "-")))
     return row
 
 
-def _image_cells(folder: Path, manifest: dict[str, Any], codes: int) -> list[str]:
-    if not manifest["tokens"][Modality.IMAGE.label]:
-        return ["-"] * 3
-    measured = "image_squared_error" in manifest  # not without a decoder
-    quality = f"{psnr(manifest['image_squared_error']):.1f}" if measured else "-"
-    used, perplexity = code_usage(_code_counts(folder, manifest, Modality.IMAGE))
-    return [quality, f"{used} / {codes}", f"{perplexity:.0f}"]
-
-
-def _speech_cells(folder: Path, manifest: dict[str, Any], codes: int) -> list[str]:
-    if not manifest["tokens"][Modality.SPEECH.label]:
-        return ["-"] * 4
-    measured = "speech_squared_error" in manifest
-    quality = f"{log_mel_error(manifest['speech_squared_error'], 1):.1f}" if measured else "-"
-    used, perplexity = code_usage(_code_counts(folder, manifest, Modality.SPEECH))
-    longest = str(manifest.get("longest", {}).get(Modality.SPEECH.label, "-"))
-    return [quality, f"{used} / {codes}", f"{perplexity:.0f}", longest]
-
-
-def _code_counts(folder: Path, manifest: dict[str, Any], modality: Modality) -> np.ndarray:
-    """How often each code of ``modality`` occurs in all shards, int64 (codes,)."""
-    vocabulary = Vocabulary.from_dict(manifest["vocabulary"])
-    codes = vocabulary.medium(modality)
+def _usage(folder: Path, manifest: dict[str, Any], label: str) -> tuple[str, str]:
+    """Codes of a medium that occur in all shards, and their perplexity."""
+    codes = Vocabulary.from_dict(manifest["vocabulary"]).medium(Modality[label])
     counts = np.zeros(codes.count, dtype=np.int64)
     for tokens in TokenSource(folder).runs():
         own = tokens[(tokens >= codes.start) & (tokens < codes.start + codes.count)]
         counts += np.bincount(own.astype(np.int64) - codes.start, minlength=codes.count)
-    return counts
+    used, perplexity = code_usage(counts)
+    return f"{used} / {codes.count}", f"{perplexity:.0f}"
 
 
 def _drop_lines(label: str, manifest: dict[str, Any]) -> list[str]:

@@ -7,17 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from earlyfuse.data.media import MEDIA, Medium
 from earlyfuse.data.prepare.bad_samples import POLICIES
 from earlyfuse.data.prepare.shard_files import Paths, check_kinds, find_shards, unused_files
 from earlyfuse.data.raw import LAYOUTS
 from earlyfuse.data.tokenizers import TEXT_FILES, text_file
-from earlyfuse.data.tokenizers.image import check_image_geometry
-from earlyfuse.data.tokenizers.speech_kmeans import check_speech_geometry
 from earlyfuse.data.tokenizers.text import check_vocabulary_size
 
 SPLITS = ("train", "validation")
-IMAGE_KINDS = ("kmeans", "vqvae", "none")
-SPEECH_KINDS = ("none", "kmeans")
 
 
 @dataclass(frozen=True)
@@ -69,6 +66,7 @@ class PrepareSpec:
     ``speech_tokenizer``: "none", "kmeans" or the file of a ready one; a new one learns
     ``speech_codes`` codes of ``speech_frame_ms`` each. An utterance above ``speech_seconds`` is a
     bad sample: it is never cut, and has to fit a row of training.
+    ``media_tokenizers``: the same choice for media without a field of their own, by label.
     ``layout``, ``image_first``: see ``read_documents``. ``on_bad``: "skip" counts a bad sample and
     goes on, while at most ``max_bad_rate`` of a source's samples are bad, and ends at a shard that
     cannot be read to its end; "skip-shards" counts what such a shard lost, by estimate and outside
@@ -91,6 +89,7 @@ class PrepareSpec:
     speech_codes: int = 500
     speech_frame_ms: int = 40
     speech_seconds: float = 30.0
+    media_tokenizers: Mapping[str, str] = field(default_factory=dict)
     layout: str = "auto"
     image_first: float = 0.5
     on_bad: str = "skip"
@@ -101,24 +100,20 @@ class PrepareSpec:
 
     def __post_init__(self) -> None:
         check_vocabulary_size(self.text_vocab)
-        check_image_geometry(self.image_size, self.patch, self.codes)
-        check_speech_geometry(self.speech_frame_ms, self.speech_codes)
         _check_one_of("layout", self.layout, ("auto", *LAYOUTS))
         _check_one_of("on_bad", self.on_bad, POLICIES)
-        for name, kinds in (("image_tokenizer", IMAGE_KINDS), ("speech_tokenizer", SPEECH_KINDS)):
-            given = getattr(self, name)
-            if given not in kinds and not Path(given).is_file():
+        for medium in MEDIA.values():
+            given = self.tokenizer_of(medium)
+            if given not in (*medium.kinds, "none") and not Path(given).is_file():
                 raise ValueError(
-                    f"{name} ({given}) must be one of {', '.join(kinds)} "
-                    "or the file of a prepared tokenizer; no such file is there"
+                    f"{medium.label}_tokenizer ({given}) must be one of "
+                    f"{', '.join((*medium.kinds, 'none'))} or the file of a prepared tokenizer; no "
+                    "such file is there"
                 )
-        if not self.speech_seconds > 0:
+            medium.module().check(self)
+        if unknown := self.media_tokenizers.keys() - MEDIA.keys():
             raise ValueError(
-                f"speech_seconds ({self.speech_seconds}) must be above 0: the longest utterance"
-            )
-        if self.image_tokenizer == "vqvae" and (self.patch < 2 or self.patch & (self.patch - 1)):
-            raise ValueError(
-                f"patch ({self.patch}) must be a power of two for a vqvae; choose 2, 4, 8 …"
+                f"media_tokenizers names {min(unknown)!r}; the media are {', '.join(MEDIA)}"
             )
         if self.text_tokenizer is not None and not Path(self.text_tokenizer).is_file():
             raise ValueError(
@@ -131,9 +126,8 @@ class PrepareSpec:
                 raise ValueError(
                     f"{name} ({getattr(self, name)}) is a share; it must lie in [0, 1]"
                 )
-        for name in ("vq_steps", "workers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
+        if self.workers < 1:
+            raise ValueError(f"workers ({self.workers}) must be at least 1")
         if not self.train:
             raise ValueError(
                 "train names no source; tokenizers are learnt from it: give at least one"
@@ -147,13 +141,25 @@ class PrepareSpec:
                 f"tokenizers ({self.tokenizers}) must be a folder with {' or '.join(TEXT_FILES)}; "
                 "name the tokenizers folder of prepared data or of a converted checkpoint"
             )
-        others = (self.text_tokenizer, self.image_tokenizer, self.speech_tokenizer)
-        if others != (None, "kmeans", "none"):
+        given = {"text_tokenizer": self.text_tokenizer} if self.text_tokenizer else {}
+        for medium in MEDIA.values():
+            if (kind := self.tokenizer_of(medium)) != medium.default:
+                given[f"{medium.label}_tokenizer"] = kind
+        if given:
             raise ValueError(
-                f"tokenizers ({self.tokenizers}) names all tokenizers; leave out text_tokenizer "
-                f"({self.text_tokenizer}), image_tokenizer ({self.image_tokenizer}) and "
-                f"speech_tokenizer ({self.speech_tokenizer})"
+                f"tokenizers ({self.tokenizers}) names all tokenizers; leave out "
+                + " and ".join(f"{name} ({value})" for name, value in given.items())
             )
+
+    def tokenizer_of(self, medium: Medium) -> str:
+        """A kind, "none" or a file."""
+        other = self.media_tokenizers.get(medium.label, medium.default)
+        return getattr(self, f"{medium.label}_tokenizer", other)
+
+    @property
+    def media(self) -> list[Medium]:
+        """Those that get a tokenizer; unknown where ``tokenizers`` brings them."""
+        return [medium for medium in MEDIA.values() if self.tokenizer_of(medium) != "none"]
 
     def sources(self) -> list[Source]:
         """Both splits with their shards found.

@@ -1,33 +1,37 @@
-"""Documents → token ids: ``[bos] segments [eos]``, an image or utterance as begin, codes, end.
+"""Documents → token ids: ``[bos] segments [eos]``, a media item as begin, codes, end.
 
 The work on one raw shard, the unit that ``prepare`` hands to a process and restarts.
 """
 
 import hashlib
 import json
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from earlyfuse.data.atomic import sha256_file
 from earlyfuse.data.console import printable
 from earlyfuse.data.documents import BadSample, Document, Segment, decoding
+from earlyfuse.data.media import Medium, medium_of
 from earlyfuse.data.prepare.bad_samples import count_bad, without_path
 from earlyfuse.data.raw import read_documents
-from earlyfuse.data.shards.writer import FORMAT, ShardRecord, shard_name, write_shard
+from earlyfuse.data.shards.writer import (
+    FORMAT,
+    Measured,
+    ShardRecord,
+    Tokenised,
+    shard_name,
+    write_shard,
+)
 from earlyfuse.data.tokenizers import Tokenizers
-from earlyfuse.data.tokenizers.speech_kmeans import SpeechTokenizer
 from earlyfuse.models.vocabulary import Modality
 
-# images encoded at a time, and the documents of a shard that may wait for them
-_IMAGE_BATCH = 256
-_IMAGE_BYTES = 1 << 26
-_WAITING_DOCUMENTS = 1024
-# images of each shard that are decoded again to measure the tokenizer
-_MEASURED_IMAGES = 64
+_WAITING_DOCUMENTS = 1024  # of a shard, whose media are encoded together
 
 
 @dataclass(frozen=True)
@@ -42,26 +46,25 @@ class ShardJob:
     recipe: str
     layout: str
     image_first: float
-    speech_seconds: float
+    limits: dict[str, dict[str, Any]]  # label → arguments of its tokenizer's ``features``
     on_bad: str
     expected_size: float  # see ``Source.expected_sizes``
 
 
-@dataclass(frozen=True)
-class _Utterance:
-    """Codes of one, (n,) int64; its squared error in levels, of how many values."""
+@dataclass
+class _Item:
+    """A media item: its features, then its codes or vectors too."""
 
-    codes: np.ndarray
-    squared_error: int
-    values: int
+    medium: Medium
+    features: np.ndarray
+    encoded: np.ndarray | None = None
 
 
-# text ids, pixels that wait to be encoded with others, or an utterance
-_Part = list[int] | np.ndarray | _Utterance
+_Part = list[int] | _Item  # text ids, or an item that waits to be encoded with others
 
 
 def recipe_of(
-    tokenizers: Tokenizers, layout: str, image_first: float, speech_seconds: float
+    tokenizers: Tokenizers, layout: str, image_first: float, limits: dict[str, dict[str, Any]]
 ) -> str:
     """Hash of everything besides the raw shard that decides its tokens."""
     parts = [
@@ -70,9 +73,8 @@ def recipe_of(
         json.dumps(tokenizers.vocabulary.to_dict(), sort_keys=True),
         layout,
         str(image_first),
+        *(str(value) for label in tokenizers.media for value in limits[label].values()),
     ]
-    if tokenizers.speech is not None:
-        parts.append(str(speech_seconds))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
@@ -91,21 +93,19 @@ def tokenise_shard(job: ShardJob) -> ShardRecord:
     )
     documents = read_documents(job.raw, job.layout, image_first=job.image_first)
     tokenised = tokenise(_judged(documents, job, record), tokenizers, job, record)
-    write_shard(job.folder, record, tokenised, tokenizers.vocabulary)
+    write_shard(job.folder, record, tokenised, tokenizers.vocabulary, tokenizers.vectors)
     return record
 
 
 def tokenise(
     documents: Iterable[Document], tokenizers: Tokenizers, job: ShardJob, record: ShardRecord
-) -> Iterator[tuple[np.ndarray, list[int]]]:
-    """(int64 ids, tokens per modality) of each good document; ``record`` counts the others."""
-    size = tokenizers.image.image_size if tokenizers.image is not None else 1
-    image_batch = max(1, min(_IMAGE_BATCH, _IMAGE_BYTES // (3 * size**2)))
+) -> Iterator[Tokenised]:
+    """Each good document; ``record`` counts the others."""
     waiting: list[list[_Part]] = []
-    images = 0
+    items: dict[str, int] = defaultdict(int)
     for document in documents:
         try:
-            parts = _parts(document, tokenizers, job.speech_seconds)
+            parts = _parts(document, tokenizers, job.limits)
         except BadSample as bad:
             _drop(bad, job, record)
             continue
@@ -113,10 +113,14 @@ def tokenise(
             record.unused[kind] = record.unused.get(kind, 0) + 1
             record.examples.setdefault(kind, printable(name))
         waiting.append(parts)
-        images += sum(isinstance(part, np.ndarray) for part in parts)
-        if images >= image_batch or len(waiting) >= _WAITING_DOCUMENTS:
+        for part in parts:
+            if isinstance(part, _Item):
+                items[part.medium.label] += 1
+        full = any(items[label] >= tokenizers.media[label].batch for label in items)
+        if full or len(waiting) >= _WAITING_DOCUMENTS:
             yield from _finish(waiting, tokenizers, record)
-            waiting, images = [], 0
+            waiting = []
+            items.clear()
     yield from _finish(waiting, tokenizers, record)
 
 
@@ -136,87 +140,82 @@ def _drop(bad: BadSample, job: ShardJob, record: ShardRecord) -> None:
     record.examples.setdefault(bad.cause, without_path(bad, job.raw))
 
 
-def _parts(document: Document, tokenizers: Tokenizers, speech_seconds: float) -> list[_Part]:
-    """Segments as text ids, pixels to encode and utterances. ``BadSample`` where one cannot be
-    used.
-    """
+def _parts(
+    document: Document, tokenizers: Tokenizers, limits: dict[str, dict[str, Any]]
+) -> list[_Part]:
+    """Segments as text ids and items to encode. ``BadSample`` where one cannot be used."""
     parts: list[_Part] = []
     for segment in document.segments:
         try:
-            parts.append(_part(segment, tokenizers, speech_seconds))
+            parts.append(_part(segment, tokenizers, limits))
         except BadSample as bad:
             where = f"sample {document.key!r}: {segment.origin or segment.modality.label}"
             raise BadSample(bad.cause, f"{where}: {bad.message}") from bad
     return parts
 
 
-def _part(segment: Segment, tokenizers: Tokenizers, speech_seconds: float) -> _Part:
-    modality, payload = segment.modality, segment.payload
-    if isinstance(payload, str):
+def _part(segment: Segment, tokenizers: Tokenizers, limits: dict[str, dict[str, Any]]) -> _Part:
+    if isinstance(segment.payload, str):
         with decoding("unencodable-text", "text"):
             try:
-                return tokenizers.text.encode(payload)
+                return tokenizers.text.encode(segment.payload)
             except ValueError as error:
                 raise BadSample("reserved-token", str(error)) from error
-    if modality == Modality.IMAGE and tokenizers.image is not None:
-        with decoding("corrupt-image", "image"):
-            return tokenizers.image.pixels(payload)
-    if modality == Modality.SPEECH and tokenizers.speech is not None:
-        with decoding("corrupt-audio", "audio"):
-            return _utterance(payload, tokenizers.speech, speech_seconds)
-    raise BadSample(f"no-{modality.label}-tokenizer", f"{modality.label} has no tokenizer")
-
-
-def _utterance(encoded: bytes, tokenizer: SpeechTokenizer, longest: float) -> _Utterance:
-    features = tokenizer.features(encoded, longest)
-    codes = tokenizer.encode(features)
-    return _Utterance(codes, tokenizer.squared_error(features, codes), features.size)
+    medium = medium_of(segment.modality)
+    label, tokenizer = medium.label, tokenizers.media.get(medium.label)
+    if tokenizer is None:
+        raise BadSample(f"no-{label}-tokenizer", f"{label} has no tokenizer")
+    with decoding(f"corrupt-{medium.payload}", medium.payload):
+        return _Item(medium, tokenizer.features(segment.payload, **limits[label]))
 
 
 def _finish(
     waiting: list[list[_Part]], tokenizers: Tokenizers, record: ShardRecord
-) -> Iterator[tuple[np.ndarray, list[int]]]:
-    """Encode all waiting images in one call and put the documents together."""
+) -> Iterator[Tokenised]:
+    """Encode all waiting items, a medium in one call, and put the documents together."""
     vocabulary = tokenizers.vocabulary
-    codes = _encode_images(
-        [part for parts in waiting for part in parts if isinstance(part, np.ndarray)],
-        tokenizers,
-        record,
-    )
+    items = [part for parts in waiting for part in parts if isinstance(part, _Item)]
+    for label in tokenizers.media:
+        _encode([item for item in items if item.medium.label == label], tokenizers, record)
     for parts in waiting:
         ids = [vocabulary.bos]
         counts = dict.fromkeys(vocabulary.modalities, 0)
+        vectors: list[np.ndarray] = []
         for part in parts:
             if isinstance(part, list):
                 ids += part
                 continue
-            modality = Modality.SPEECH if isinstance(part, _Utterance) else Modality.IMAGE
-            block = part.codes if isinstance(part, _Utterance) else next(codes)
-            medium = vocabulary.medium(modality)
-            ids += [medium.begin, *(block + medium.start).tolist(), medium.end]
-            counts[modality] += len(block)
-            if isinstance(part, _Utterance):
-                record.speech_error += part.squared_error
-                record.speech_values += part.values
-                record.longest_speech = max(record.longest_speech, len(block))
+            assert part.encoded is not None, "all items are encoded above"
+            medium = vocabulary.medium(part.medium.modality)
+            codes = part.encoded
+            if codes.ndim == 2:  # vectors, which stand at the medium's placeholder
+                vectors.append(codes)
+                codes = np.zeros(len(codes), np.int64)
+            ids += [medium.begin, *(codes + medium.start).tolist(), medium.end]
+            counts[medium.modality] += len(codes)
         ids.append(vocabulary.eos)
         counts[Modality.TEXT] = len(ids) - sum(counts.values())
-        yield np.array(ids, dtype=np.int64), [counts[m] for m in vocabulary.modalities]
+        yield Tokenised(
+            np.array(ids, dtype=np.int64),
+            [counts[m] for m in vocabulary.modalities],
+            np.concatenate(vectors) if vectors else None,
+        )
 
 
-def _encode_images(
-    pixels: list[np.ndarray], tokenizers: Tokenizers, record: ShardRecord
-) -> Iterator[np.ndarray]:
-    """Codes of each image; the first images of a shard measure the tokenizer into ``record``."""
-    if not pixels or tokenizers.image is None:
-        return iter(())
-    images = np.stack(pixels)
-    codes = tokenizers.image.encode(images)
-    if record.pixels == 0 and tokenizers.image.decodes:
-        measured = images[:_MEASURED_IMAGES]
-        error = tokenizers.image.decode(codes[:_MEASURED_IMAGES]).astype(np.int64) - measured
-        record.squared_error, record.pixels = int((error**2).sum()), measured.size
-    return iter(codes)
+def _encode(items: list[_Item], tokenizers: Tokenizers, record: ShardRecord) -> None:
+    """Fill in codes or vectors of items of one medium; ``record`` measures the tokenizer."""
+    if not items:
+        return
+    label = items[0].medium.label
+    tokenizer, features = tokenizers.media[label], [item.features for item in items]
+    encoded = tokenizer.encode_items(features)
+    for item, codes in zip(items, encoded, strict=True):
+        item.encoded = codes
+    found = record.media.setdefault(label, Measured())
+    error, values = tokenizer.error(features, encoded, found.values)
+    found.error, found.values = found.error + error, found.values + values
+    if not tokenizer.block:
+        found.longest = max(found.longest, *map(len, encoded))
 
 
 @lru_cache(maxsize=2)

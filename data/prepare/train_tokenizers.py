@@ -8,27 +8,16 @@ from pathlib import Path
 from time import perf_counter
 
 import numpy as np
-import torch
 
-from earlyfuse.data.documents import BadSample, Document, LostSamples, Tally, decoding
+from earlyfuse.data.documents import BadSample, Document, LostSamples, Tally
+from earlyfuse.data.media import MediaTokenizer, Medium
 from earlyfuse.data.prepare.bad_samples import count_bad
 from earlyfuse.data.prepare.progress import Progress
 from earlyfuse.data.prepare.spec import PrepareSpec
 from earlyfuse.data.raw import read_documents
-from earlyfuse.data.tokenizers.audio import waveform
-from earlyfuse.data.tokenizers.image import ImageTokenizer, code_usage, measure
-from earlyfuse.data.tokenizers.image_kmeans import KMeansTokenizer
-from earlyfuse.data.tokenizers.image_vqvae import VQVAETokenizer
-from earlyfuse.data.tokenizers.pixels import image_pixels
-from earlyfuse.data.tokenizers.speech_kmeans import RATE, SpeechTokenizer, levels, log_mel_error
 from earlyfuse.data.tokenizers.text import TextTokenizer
-from earlyfuse.models.vocabulary import Modality
 
-# how much training data a tokenizer sees
-_CHARACTERS_A_PIECE = 4096
-_PATCHES = {"kmeans": 1 << 16, "vqvae": 1 << 18}
-_PIXEL_BYTES = 1 << 28
-_FRAMES = 1 << 16  # of speech
+_CHARACTERS_A_PIECE = 4096  # of training data that the text tokenizer sees
 # a shard whose first documents hold nothing of the modality (images in books) is not read further
 _FRUITLESS_DOCUMENTS = 1000
 _DOCUMENTS = "documents"
@@ -154,12 +143,12 @@ class Sample:
         return taken
 
 
-def learn_text(job: tuple[Sample, int, bool, Path]) -> None:
-    """A job of a ``ProcessPool``: documents, pieces, whether there is speech, file to write.
+def learn_text(job: tuple[Sample, int, tuple[str, ...], Path]) -> None:
+    """A job of a ``ProcessPool``: documents, pieces, labels of media, file to write.
 
     ``ValueError`` without text to learn from.
     """
-    sample, pieces, speech, path = job
+    sample, pieces, media, path = job
     seen = Seen()
     documents = sample.documents(
         pieces * _CHARACTERS_A_PIECE, lambda d: sum(map(len, _texts(d))), seen
@@ -169,120 +158,36 @@ def learn_text(job: tuple[Sample, int, bool, Path]) -> None:
     if first is None:
         raise seen.nothing("text")
     with seen.stated():
-        TextTokenizer.train(chain([first], texts), pieces, speech).save(path)
+        TextTokenizer.train(chain([first], texts), pieces, media).save(path)
 
 
-def learn_image(spec: PrepareSpec, sample: Sample, progress: Progress) -> ImageTokenizer:
-    """The image tokenizer that ``spec`` asks for. ``ValueError`` without images to learn from."""
+def learn_medium(
+    medium: Medium, spec: PrepareSpec, sample: Sample, progress: Progress
+) -> MediaTokenizer:
+    """The tokenizer of ``medium`` that ``spec`` asks for. ``ValueError`` without data for it."""
     began = perf_counter()
-    seen = Seen()
-    images = _images(spec, sample, seen)
-    if not len(images):
-        raise seen.nothing("image")
-    progress.tell(
-        f"image tokenizer: {spec.image_tokenizer} of {spec.codes} codes from {len(images)} images"
-    )
-    tokenizer: ImageTokenizer
-    if spec.image_tokenizer == "kmeans":
-        # seconds on one thread; more would wait for one another while the text tokenizer learns
-        with _one_thread(), seen.stated():
-            tokenizer = KMeansTokenizer.train(
-                images, patch=spec.patch, codes=spec.codes, seed=spec.seed
-            )
-    else:
-        with progress.steps("vqvae", spec.vq_steps) as show:
-            tokenizer = VQVAETokenizer.train(
-                images,
-                patch=spec.patch,
-                codes=spec.codes,
-                steps=spec.vq_steps,
-                seed=spec.seed,
-                progress=show,
-            )
-    quality = measure(tokenizer, images[:4096])
-    progress.tell(
-        f"image tokenizer: PSNR {quality.psnr:.1f} dB, {quality.used} of {spec.codes} codes used, "
-        f"perplexity {quality.perplexity:.0f}, {perf_counter() - began:.1f} s"
-    )
+    module, seen = medium.module(), Seen()
+    sampling = module.sampling(spec)
+    items: list[np.ndarray] = []
+
+    def size_of(document: Document) -> int:
+        before = len(items)
+        for segment in document.segments:
+            if segment.modality == medium.modality:
+                assert isinstance(segment.payload, bytes), "of media"
+                with seen.decoded(document, segment.origin):
+                    items.append(sampling.read(segment.payload))
+        return sum(map(sampling.size, items[before:]))
+
+    for _ in sample.documents(sampling.budget, size_of, seen):
+        pass  # its items are taken when they are counted
+    if not items:
+        raise seen.nothing(medium.label)
+    with seen.stated():
+        tokenizer, quality = module.train(items, spec, progress)
+    progress.tell(f"{medium.label} tokenizer: {quality}, {perf_counter() - began:.1f} s")
     return tokenizer
-
-
-def learn_speech(spec: PrepareSpec, sample: Sample, progress: Progress) -> SpeechTokenizer:
-    """The speech tokenizer that ``spec`` asks for. ``ValueError`` without speech to learn from."""
-    began = perf_counter()
-    seen = Seen()
-    utterances = _utterances(spec, sample, seen)
-    if not utterances:
-        raise seen.nothing("speech")
-    seconds = sum(map(len, utterances)) * spec.speech_frame_ms / 1000
-    progress.tell(
-        f"speech tokenizer: kmeans of {spec.speech_codes} codes from {len(utterances)} "
-        f"utterances, {seconds:.0f} s"
-    )
-    with _one_thread():
-        with seen.stated():
-            tokenizer = SpeechTokenizer.train(
-                utterances, frame_ms=spec.speech_frame_ms, codes=spec.speech_codes, seed=spec.seed
-            )
-        features = np.concatenate(utterances)
-        codes = tokenizer.encode(features)
-    error = log_mel_error(tokenizer.squared_error(features, codes), features.size)
-    used, perplexity = code_usage(np.bincount(codes, minlength=tokenizer.codes))
-    progress.tell(
-        f"speech tokenizer: log-mel error {error:.1f} dB, {used} of {tokenizer.codes} codes used, "
-        f"perplexity {perplexity:.0f}, {perf_counter() - began:.1f} s"
-    )
-    return tokenizer
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _images(spec: PrepareSpec, sample: Sample, seen: Seen) -> np.ndarray:
-    """uint8 (N, size, size, 3): training images, as many as the tokenizer profits from, or none."""
-    block = (spec.image_size // spec.patch) ** 2
-    wanted = max(1024, _PATCHES[spec.image_tokenizer] // block)
-    budget = min(wanted, max(1, _PIXEL_BYTES // (3 * spec.image_size**2)))
-    images: list[np.ndarray] = []
-    for document in sample.documents(budget, lambda d: len(_encoded(d, Modality.IMAGE)), seen):
-        for origin, encoded in _encoded(document, Modality.IMAGE):
-            with seen.decoded(document, origin):
-                images.append(image_pixels(encoded, spec.image_size))
-    return np.stack(images) if images else np.zeros((0, 1, 1, 3), np.uint8)
-
-
-def _utterances(spec: PrepareSpec, sample: Sample, seen: Seen) -> list[np.ndarray]:
-    """Features of training utterances, uint8 (U, D) each, as many as the tokenizer profits from."""
-    utterances: list[np.ndarray] = []
-
-    def frames_of(document: Document) -> int:
-        before = len(utterances)
-        for origin, encoded in _encoded(document, Modality.SPEECH):
-            with seen.decoded(document, origin), decoding("corrupt-audio", "audio"):
-                wave = waveform(encoded, RATE, spec.speech_seconds)
-                utterances.append(levels(wave, spec.speech_frame_ms // 10))
-        return sum(map(len, utterances[before:]))
-
-    for _ in sample.documents(_FRAMES, frames_of, seen):
-        pass  # its frames are taken when they are counted
-    return utterances
 
 
 def _texts(document: Document) -> list[str]:
     return [s.payload for s in document.segments if isinstance(s.payload, str)]
-
-
-def _encoded(document: Document, modality: Modality) -> list[tuple[str, bytes]]:
-    """Origin and bytes of each medium."""
-    return [
-        (segment.origin, segment.payload)
-        for segment in document.segments
-        if segment.modality == modality and isinstance(segment.payload, bytes)
-    ]

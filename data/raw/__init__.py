@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from earlyfuse.data.documents import BadSample, Document
+from earlyfuse.data.media import MEDIA
 from earlyfuse.data.raw.archive import Sample, read_samples
 from earlyfuse.data.raw.layouts import (
     media_members,
@@ -19,6 +20,7 @@ from earlyfuse.data.raw.layouts import (
     parse_mmc4,
     parse_pair,
     parse_text,
+    payloads,
 )
 from earlyfuse.data.raw.members import bad, json_fields
 from earlyfuse.data.raw.safety import checked_shard
@@ -91,7 +93,7 @@ def _recognising(first: list[Sample | BadSample], parsers: dict[str, Parser]) ->
     def parse(sample: Sample) -> Document:
         layout = _layout_of(sample) or usual
         if layout == "text" and usual == "pairs":
-            what = f"no image or audio among {_some(sample.members)}: in a shard of pairs, a text "
+            what = f"no {payloads()} among {_some(sample.members)}: in a shard of pairs, a text "
             what += "alone is a caption that lost its medium; put texts into shards of their own"
             raise bad(sample, "missing-member", what)
         if layout is not None:
@@ -119,7 +121,7 @@ def _layout_of(sample: Sample) -> str | None:
     members, fields = sample.members, _fields_of(sample)
     if isinstance(fields.get("text_list"), list) and isinstance(fields.get("image_info"), list):
         return "mmc4"
-    media = any(isinstance(fields.get(name), list) for name in ("images", "audio"))
+    media = any(isinstance(fields.get(medium.list_name), list) for medium in MEDIA.values())
     if isinstance(fields.get("texts"), list) and media:
         return "interleaved"
     if media_members(sample):

@@ -29,6 +29,7 @@ from typing import Any
 
 from earlyfuse.data.documents import Document, Segment
 from earlyfuse.data.json_files import shown
+from earlyfuse.data.media import MEDIA, Medium
 from earlyfuse.data.raw.archive import Sample
 from earlyfuse.data.raw.members import (
     bad,
@@ -42,15 +43,11 @@ from earlyfuse.data.raw.members import (
 )
 from earlyfuse.models.vocabulary import Modality
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-AUDIO_SUFFIXES = ("wav", "flac")
-MEDIA_SUFFIXES = {Modality.IMAGE: IMAGE_SUFFIXES, Modality.SPEECH: AUDIO_SUFFIXES}
 WITHOUT_BYTES = "image_info without its image"  # a kind of ``Document.unused``
-_CAPTIONS = {Modality.IMAGE: ("caption",), Modality.SPEECH: ("caption", "text")}
 
 
 def parse_pair(sample: Sample, image_first: float) -> Document:
-    """Image or utterance, and caption; the medium leads for a share ``image_first`` of keys, by
+    """An item of a medium and its caption; the medium leads for a share ``image_first`` of keys, by
     their hash.
     """
     media = media_members(sample)
@@ -58,33 +55,43 @@ def parse_pair(sample: Sample, image_first: float) -> Document:
         raise bad(
             sample,
             "missing-member",
-            f"no image or audio among {listed(sample.members)}; a pair is one member such as "
-            ".jpg or .wav and its caption in .txt or .json",
+            f"no {payloads()} among {listed(sample.members)}; a pair is one member such as .jpg or "
+            ".wav and its caption in .txt or .json",
         )
     if len(media) > 1:
-        what = f"a pair has one image or utterance, this one {listed(name for _, name in media)}"
+        what = f"a pair has one {items()}, this one {listed(name for _, name in media)}"
         raise bad(sample, "foreign-layout", what)
-    ((modality, name),) = media
-    caption, origin = _caption(sample, modality)
-    medium = Segment(modality, sample.members[name], name)
+    ((medium, name),) = media
+    caption, origin = _caption(sample, medium.caption_fields)
+    item = Segment(medium.modality, sample.members[name], name)
     text = Segment(Modality.TEXT, caption, origin)
     digest = hashlib.blake2b(sample.key.encode(), digest_size=8).digest()
     leads = int.from_bytes(digest, "big") < image_first * 2**64
-    return _document(sample, [medium, text] if leads else [text, medium], ("txt",))
+    return _document(sample, [item, text] if leads else [text, item], ("txt",))
 
 
-def media_members(sample: Sample) -> list[tuple[Modality, str]]:
-    """Modality and name of the members that are an image or audio, by their plain suffix."""
+def media_members(sample: Sample) -> list[tuple[Medium, str]]:
+    """Medium and name of the members that are an item of one, by their suffix."""
     return [
-        (modality, suffix)
-        for modality, suffixes in MEDIA_SUFFIXES.items()
-        for suffix in suffixes
+        (medium, suffix)
+        for medium in MEDIA.values()
+        for suffix in medium.suffixes
         if suffix in sample.members
     ]
 
 
-def _caption(sample: Sample, modality: Modality) -> tuple[str, str]:
-    """The caption of a pair, and the member that holds it: ``txt``, else ``json``."""
+def payloads() -> str:
+    """``image or audio``: what a member can be."""
+    return " or ".join(medium.payload for medium in MEDIA.values())
+
+
+def items() -> str:
+    """``image or utterance``."""
+    return " or ".join(medium.item for medium in MEDIA.values())
+
+
+def _caption(sample: Sample, names: tuple[str, ...]) -> tuple[str, str]:
+    """The caption of a pair, and the member that holds it: ``txt``, else ``names`` in ``json``."""
     found = "no caption"
     if "txt" in sample.members:
         caption = decoded_text(sample, "txt").strip()
@@ -95,14 +102,16 @@ def _caption(sample: Sample, modality: Modality) -> tuple[str, str]:
             found = f"txt holds {caption!r}, as programs write a caption that is missing"
     if "json" in sample.members:
         fields = json_fields(sample)
-        for name in _CAPTIONS[modality]:
+        for name in names:
             value = fields.get(name)
             if value and not is_missing(value):
                 caption = _text(sample, f"json field {name!r}", value).strip()
                 if caption:
                     return caption, "json"
-        names = " or ".join(map(repr, _CAPTIONS[modality]))
-        found += f"; json has no text in {names}, its fields are {listed(fields)}"
+        found += (
+            f"; json has no text in {' or '.join(map(repr, names))}, its fields are "
+            f"{listed(fields)}"
+        )
     elif "txt" not in sample.members:
         what = f"neither txt nor json holds a caption; the members are {listed(sample.members)}"
         raise bad(sample, "missing-member", what)
@@ -110,46 +119,57 @@ def _caption(sample: Sample, modality: Modality) -> tuple[str, str]:
 
 
 def parse_interleaved(sample: Sample) -> Document:
-    """Lists in step, or texts with images matched to them by index."""
+    """Parallel lists of texts and media, or texts with images matched to them by index."""
     fields = json_fields(sample)
     if any(item is not None for item in _optional(fields, "video")):
         raise bad(sample, "unsupported-media", "video members are not read")
-    texts, audio = _list(sample, fields, "texts"), _optional(fields, "audio")
-    heard = any(item is not None for item in audio)
-    images: list[Any] = [None] * len(texts)
-    if "images" in fields or not isinstance(fields.get("audio"), list):
-        images = _list(sample, fields, "images")
-    if not heard:
-        audio = [None] * len(texts)
-    in_step = len(texts) == len(images) == len(audio) and all(
-        sum(item is not None for item in place) <= 1
-        for place in zip(texts, images, audio, strict=True)
+    texts = _list(sample, fields, "texts")
+    lists = {medium: _optional(fields, medium.list_name) for medium in MEDIA.values()}
+    columns = {m: names for m, names in lists.items() if any(n is not None for n in names)}
+    image = MEDIA[Modality.IMAGE.label]
+    heard = columns.keys() - {image}
+    if image.list_name in fields or not any(
+        isinstance(fields.get(medium.list_name), list) for medium in MEDIA.values()
+    ):
+        columns[image] = _list(sample, fields, image.list_name)
+    parallel = all(len(names) == len(texts) for names in columns.values()) and all(
+        sum(entry is not None for entry in row) <= 1
+        for row in zip(texts, *columns.values(), strict=True)
     )
-    if not in_step and "matched_text_indices" in fields and not heard:
-        matches = _list(sample, fields, "matched_text_indices")
-        if len(matches) != len(images):
-            what = f"{len(images)} images, but {len(matches)} matched_text_indices"
-            raise bad(sample, "foreign-layout", what)
-        named = [
-            (image, at) for image, at in zip(images, matches, strict=True) if image is not None
-        ]
-        placed = [(_medium(sample, Modality.IMAGE, image), at) for image, at in named]
-        return _document(sample, _placed(sample, texts, placed), ("json",))
-    if not in_step:
+    if not parallel and "matched_text_indices" in fields and not heard:
+        return _matched(sample, fields, texts, columns[image])
+    if not parallel:
         raise bad(
             sample,
             "foreign-layout",
-            f"texts ({len(texts)}) and images ({len(images)}) must be of one length, "
-            "with null in one of them at each place"
-            + (f"; so must audio ({len(audio)}), with null in all but one" if heard else ""),
+            f"texts ({len(texts)}) and "
+            + " and ".join(f"{m.list_name} ({len(names)})" for m, names in columns.items())
+            + " must be of one length, with null in all but one of them at each place",
         )
     segments: list[Segment] = []
-    for text, image, utterance in zip(texts, images, audio, strict=True):
-        for modality, name in ((Modality.IMAGE, image), (Modality.SPEECH, utterance)):
+    for text, *names in zip(texts, *columns.values(), strict=True):
+        for medium, name in zip(columns, names, strict=True):
             if name is not None:
-                segments.append(_medium(sample, modality, name))
+                segments.append(_medium(sample, medium, name))
         segments += _text_entry(sample, text)
     return _document(sample, segments, ("json",))
+
+
+def _matched(
+    sample: Sample, fields: dict[str, Any], texts: list[Any], images: list[Any]
+) -> Document:
+    """Each image before the text that its entry of ``matched_text_indices`` names."""
+    matches = _list(sample, fields, "matched_text_indices")
+    if len(matches) != len(images):
+        what = f"{len(images)} images, but {len(matches)} matched_text_indices"
+        raise bad(sample, "foreign-layout", what)
+    medium = MEDIA[Modality.IMAGE.label]
+    placed = [
+        (_medium(sample, medium, image), at)
+        for image, at in zip(images, matches, strict=True)
+        if image is not None
+    ]
+    return _document(sample, _placed(sample, texts, placed), ("json",))
 
 
 def parse_mmc4(sample: Sample) -> Document:
@@ -230,28 +250,19 @@ def _document(
     return Document(sample.key, tuple(segments), (*unused_members(sample, used), *absent))
 
 
-def _medium(sample: Sample, modality: Modality, name: object) -> Segment:
+def _medium(sample: Sample, medium: Medium, name: object) -> Segment:
     """The member ``name`` as a segment."""
-    image = modality == Modality.IMAGE
-    what, field = ("image", "images") if image else ("wav or flac audio", "audio")
     if not isinstance(name, str):
-        raise bad(
-            sample, "foreign-layout", f"{field} holds {shown(name)}, not a member name or null"
-        )
-    suffixes = MEDIA_SUFFIXES[modality]
-    if not name.lower().endswith(tuple(f".{suffix}" for suffix in suffixes)):
-        raise bad(
-            sample, "unsupported-media", f"{name!r} is no {what}; known are {listed(suffixes)}"
-        )
+        what = f"{medium.list_name} holds {shown(name)}, not a member name or null"
+        raise bad(sample, "foreign-layout", what)
+    if not name.lower().endswith(tuple(f".{suffix}" for suffix in medium.suffixes)):
+        what = f"{name!r} is no {medium.payload} that is read; known are {listed(medium.suffixes)}"
+        raise bad(sample, "unsupported-media", what)
     member = find_member(sample, name)
     if member is None:
-        raise bad(
-            sample,
-            "missing-member",
-            f"json names {'image' if image else 'audio'} {name!r}, there is "
-            f"{listed(sample.members)}",
-        )
-    return Segment(modality, sample.members[member], member)
+        what = f"json names {medium.payload} {name!r}, there is {listed(sample.members)}"
+        raise bad(sample, "missing-member", what)
+    return Segment(medium.modality, sample.members[member], member)
 
 
 def _list(sample: Sample, fields: dict[str, Any], name: str) -> list[Any]:

@@ -32,12 +32,15 @@ import torch
 
 from earlyfuse.data.atomic import sha256_file
 from earlyfuse.data.console import printable
-from earlyfuse.data.shards.writer import MANIFEST, read_manifest
+from earlyfuse.data.media import Vectors
+from earlyfuse.data.shards.writer import MANIFEST, VECTOR_SUFFIX, read_manifest
 from earlyfuse.models.vocabulary import Vocabulary
 
 MOST_OPEN = 8192  # shards; what lanes are reading stays mapped besides
 _LONGEST_HEADER = 1 << 10  # of an array file
 _SUFFIXES = (".tar", ".index.npy", ".crc.npy")
+_SIZES = {".tar": "bytes", VECTOR_SUFFIX: "vectors_bytes"}  # suffix → field of the manifest
+_IDENTITY = ("name", "documents", "sha256", "vectors_sha256")  # of a shard
 
 
 class TokenSource:
@@ -49,6 +52,7 @@ class TokenSource:
     ``tokenizers``     kind → SHA-256 of the tokenizer's file
     ``tokens``         modality label → number of tokens in all documents
     ``longest``        label of a medium whose blocks vary in length → codes of the longest one
+    ``vectors``        of its continuous media, None without any
     ``identity``       SHA-256 over all that decides the tokens; independent of where the folder is
     =================  =========================================================================
 
@@ -75,6 +79,15 @@ class TokenSource:
             m.label: manifest["tokens"][m.label] for m in self.vocabulary.modalities
         }
         self.longest: dict[str, int] = manifest.get("longest", {})
+        vectors = manifest.get("vectors")
+        self.vectors = vectors and Vectors(**{**vectors, "media": tuple(vectors["media"])})
+        self._suffixes = (*_SUFFIXES, VECTOR_SUFFIX) if self.vectors else _SUFFIXES
+        # of the index, by which a document's vectors are counted
+        self._continuous = [
+            2 + place
+            for place, modality in enumerate(self.vocabulary.modalities)
+            if self.vectors and modality.label in self.vectors.media
+        ]
         self._shards = manifest["shards"]
         # first document of each shard, and the number of all documents at the end
         self._first = [0, *accumulate(shard["documents"] for shard in self._shards)]
@@ -82,7 +95,7 @@ class TokenSource:
         self._checked: dict[int, list[_Stamp | None]] = {}  # files whose hashes were right
         self.identity = _digest(
             [manifest["format"], manifest["vocabulary"], manifest["tokenizers"], manifest["dtype"]]
-            + [[shard["name"], shard["documents"], shard["sha256"]] for shard in self._shards]
+            + [[shard[key] for key in _IDENTITY if key in shard] for shard in self._shards]
         )
         if not sum(self.tokens.values()):
             raise ValueError(
@@ -101,12 +114,16 @@ class TokenSource:
         shard = bisect_right(self._first, number) - 1
         if not 0 <= number < self._first[-1]:
             raise IndexError(f"document {number} of {self.folder}, which has {len(self)}")
-        data, index, checksums = self._opened.get(shard) or self._open(shard)
+        mapped = self._opened.get(shard) or self._open(shard)
         place = number - self._first[shard]
-        offset, count, *per_modality = index[place].tolist()
+        offset, count, *per_modality = mapped.entries[place].tolist()
         start = offset // self._itemsize
-        tokens = data[start : start + count]
-        if zlib.crc32(tokens.data) != checksums[place]:
+        tokens = mapped.data[start : start + count]
+        checksum = zlib.crc32(tokens.data)
+        if self.vectors:
+            *per_modality, _ = per_modality
+            checksum = zlib.crc32(self._vectors(mapped, place).data, checksum)
+        if checksum != mapped.checksums[place]:
             raise ValueError(
                 f"{self._tar(shard)}: document {place} is not the one that was prepared, by its "
                 "checksum; the file was damaged or exchanged, copy the shard again or prepare the "
@@ -114,18 +131,22 @@ class TokenSource:
             )
         return tokens, per_modality
 
-    def token_counts(self) -> np.ndarray:
-        """int64 (documents, M): tokens of each document per modality; reads every index."""
-        parts = [
-            (self._opened.get(shard) or self._open(shard)).entries[:, 2:].copy()
-            for shard in range(len(self._shards))
-        ]
-        return np.concatenate(parts)
+    def document_vectors(self, number: int) -> np.ndarray:
+        """Vectors (n, P) of a document, one for each position of a continuous medium; a read-only
+        view, which ``document`` has checked.
+        """
+        shard = bisect_right(self._first, number) - 1
+        mapped = self._opened.get(shard) or self._open(shard)
+        return self._vectors(mapped, number - self._first[shard])
+
+    def _vectors(self, mapped: "_Mapped", place: int) -> np.ndarray:
+        entry = mapped.entries[place]
+        return mapped.vectors[entry[-1] : entry[-1] + entry[self._continuous].sum()]
 
     def runs(self) -> Iterator[np.ndarray]:
         """Tokens of all documents, as many at a time as lie end to end, without their checksums."""
         for shard in range(len(self._shards)):
-            data, entries, _ = self._opened.get(shard) or self._open(shard)
+            data, entries, *_ = self._opened.get(shard) or self._open(shard)
             starts = entries[:, 0] // self._itemsize
             stops = starts + entries[:, 1]
             first = np.flatnonzero(np.append(True, starts[1:] != stops[:-1]))[: len(entries)]
@@ -143,6 +164,9 @@ class TokenSource:
         """Read every shard; ``ValueError`` names one whose SHA-256 is not the manifest's."""
         for number, shard in enumerate(self._shards):
             self._check_hash(self._tar(number), sha256_file(self._tar(number)), shard["sha256"])
+            if self.vectors:
+                path = self._path(number, VECTOR_SUFFIX)
+                self._check_hash(path, sha256_file(path), shard["vectors_sha256"])
             self._open(number)
 
     def _tar(self, number: int) -> Path:
@@ -156,17 +180,17 @@ class TokenSource:
         with os.scandir(self.folder) as entries:
             found = {entry.name: entry for entry in entries}
         for number, shard in enumerate(self._shards):
-            for suffix in _SUFFIXES:
+            for suffix in self._suffixes:
                 entry = found.get(shard["name"].removesuffix(".tar") + suffix)
                 if entry is None:
                     self._check_file(number, suffix, None)
-                elif suffix == ".tar":  # of the others, the hash is compared when they are opened
+                elif suffix in _SIZES:  # of the others, the hash is compared when they are opened
                     self._check_file(number, suffix, entry.stat().st_size)
 
     def _check_file(self, number: int, suffix: str, size: int | None) -> None:
-        """``ValueError`` for a file that is not there, or a shard of another size than its own."""
-        path, expected = self._path(number, suffix), self._shards[number]["bytes"]
-        if size is None and suffix == ".tar":
+        """``ValueError`` for a file that is not there, or not of the size that the manifest has."""
+        path, expected = self._path(number, suffix), self._shards[number].get(_SIZES.get(suffix))
+        if size is None and expected is not None:
             raise ValueError(
                 f"{path} is missing: the manifest expects {expected} bytes there, found none; "
                 "copy the shard again or prepare the source again"
@@ -177,7 +201,7 @@ class TokenSource:
                 f"{'found' if suffix == '.index.npy' else 'checked'}; copy it again or prepare the "
                 "source again"
             )
-        if suffix == ".tar" and size != expected:
+        if size is not None and expected is not None and size != expected:
             raise ValueError(
                 f"{path} is {'truncated' if size < expected else 'too long'}: the manifest expects "
                 f"{expected} bytes, found {size}; copy the shard again or prepare the source again"
@@ -187,22 +211,25 @@ class TokenSource:
         """Map shard ``number``; check that index and checksums are those of the manifest, unless
         they were already and are the same files still.
         """
-        stamps = [_stamp(self._path(number, suffix)) for suffix in _SUFFIXES]
-        for suffix, stamp in zip(_SUFFIXES, stamps, strict=True):
+        stamps = [_stamp(self._path(number, suffix)) for suffix in self._suffixes]
+        for suffix, stamp in zip(self._suffixes, stamps, strict=True):
             self._check_file(number, suffix, stamp and stamp.size)
-        tar, index, checksums = (
+        tar, index, checksums, *vectors = (
             _mapped(self._path(number, suffix), stamp.size)
-            for suffix, stamp in zip(_SUFFIXES, stamps, strict=True)
+            for suffix, stamp in zip(self._suffixes, stamps, strict=True)
             if stamp is not None
         )
         if self._checked.get(number) != stamps:
             self._check_contents(number, tar, index, checksums)
+            for content in vectors:
+                self._check_vectors(number, content, index)
             self._checked[number] = stamps
-        documents, columns = self._shards[number]["documents"], 2 + len(self.vocabulary.modalities)
+        documents = self._shards[number]["documents"]
         mapped = _Mapped(
             tar.view(self.dtype),
-            _array(index, (documents, columns), "<i8"),
+            _array(index, self._index_shape(number), "<i8"),
             _array(checksums, (documents,), "<u4"),
+            *(self._vector_array(number, content, index) for content in vectors),
         )
         _OPEN.add(self, self._opened, number, mapped)
         return mapped
@@ -212,7 +239,7 @@ class TokenSource:
     ) -> None:
         """The bytes of the three files against the manifest, all but the tokens themselves."""
         shard, path = self._shards[number], self._path(number, ".index.npy")
-        shape = (shard["documents"], 2 + len(self.vocabulary.modalities))
+        shape = self._index_shape(number)
         _check_array(path, index, shape, "<i8")
         _check_array(self._path(number, ".crc.npy"), checksums, shape[:1], "<u4")
         entries = _array(index, shape, "<i8")
@@ -230,11 +257,38 @@ class TokenSource:
         self._check_hash(path, _sha256(index), shard["index_sha256"])
         self._check_hash(self._path(number, ".crc.npy"), _sha256(checksums), shard["crc_sha256"])
         labels = [modality.label for modality in self.vocabulary.modalities]
-        counted = dict(zip(labels, entries[:, 2:].sum(0).tolist(), strict=True))
+        counted = dict(zip(labels, entries[:, 2 : 2 + len(labels)].sum(0).tolist(), strict=True))
         if counted != shard["tokens"]:
             raise ValueError(
                 f"{path} counts {counted} tokens, {self.folder / MANIFEST} {shard['tokens']}; "
                 "copy both again or prepare the source again"
+            )
+
+    def _index_shape(self, number: int) -> tuple[int, int]:
+        columns = 2 + len(self.vocabulary.modalities) + (self.vectors is not None)
+        return self._shards[number]["documents"], columns
+
+    def _vector_array(self, number: int, content: np.ndarray, index: np.ndarray) -> np.ndarray:
+        """The vectors of a shard (N, P); the index counts them."""
+        assert self.vectors is not None, "there is a file of them"
+        entries = _array(index, self._index_shape(number), "<i8")
+        shape = (int(entries[:, self._continuous].sum()), self.vectors.width)
+        return _array(content, shape, np.dtype(self.vectors.dtype).newbyteorder("<").str)
+
+    def _check_vectors(self, number: int, content: np.ndarray, index: np.ndarray) -> None:
+        """The file of vectors against the index, which was checked."""
+        assert self.vectors is not None, "there is a file of them"
+        path, entries = (
+            self._path(number, VECTOR_SUFFIX),
+            _array(index, self._index_shape(number), "<i8"),
+        )
+        counts = entries[:, self._continuous].sum(1)
+        dtype = np.dtype(self.vectors.dtype).newbyteorder("<").str
+        _check_array(path, content, (int(counts.sum()), self.vectors.width), dtype)
+        if (entries[:, -1] != counts.cumsum() - counts).any():
+            raise ValueError(
+                f"{self._path(number, '.index.npy')} does not point to the vectors of its "
+                "documents; copy both again or prepare the source again"
             )
 
     def _check_hash(self, path: Path, found: str, expected: str) -> None:
@@ -246,11 +300,14 @@ class TokenSource:
 
 
 class _Mapped(NamedTuple):
-    """A mapped shard: its bytes as tokens, its index int64 (documents, 2 + M), checksums uint32."""
+    """A mapped shard: its bytes as tokens, its index int64 (documents, 2 + M or 3 + M), checksums
+    uint32, vectors (N, P).
+    """
 
     data: np.ndarray
     entries: np.ndarray
     checksums: np.ndarray
+    vectors: np.ndarray = np.empty((0, 0), np.float32)
 
 
 _Opened = dict[int, _Mapped]  # the mapped shards of one source

@@ -12,8 +12,16 @@ One folder is one source::
                              its reader compares; a shard need not be read whole to be trusted
     shard-000000.json        how the shard came about; it says that the files above are complete
 
-The manifest holds the SHA-256 of all else that it says. One of before it did is compared with the
-records of its shards; repeating the prepare command brings it up to date without tokenising.
+Format 2, of sources with a continuous medium, adds::
+
+    shard-000000.vectors.npy float16 or float32 (N, P): the vectors of all documents end to end, one
+                             for each position of a continuous medium
+
+and to the index a last column, the number of the document's first vector; a document's CRC-32
+continues over its vectors. Other sources are written in format 1.
+
+The manifest holds the SHA-256 of the rest of it. Older ones without are compared with the records
+of their shards; repeating the prepare command brings them up to date without tokenising.
 
 A tar of few large members costs nothing to skip through and remains an ordinary WebDataset tar;
 with the index a document is one ``pread``. Nothing here depends on time, host or user: equal
@@ -26,26 +34,28 @@ import json
 import re
 import tarfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields
 from math import inf
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from earlyfuse.data.atomic import atomic_write, atomic_write_bytes, atomic_write_json, sha256_file
 from earlyfuse.data.documents import Tally
 from earlyfuse.data.json_files import JsonObject, read_json
+from earlyfuse.data.media import MEDIA, Vectors
 from earlyfuse.data.vocabulary import read_vocabulary
 from earlyfuse.models.vocabulary import Modality, Vocabulary
 
-FORMAT = "earlyfuse-tokens/1"
+FORMAT, VECTOR_FORMAT = "earlyfuse-tokens/1", "earlyfuse-tokens/2"
 MANIFEST = "manifest.json"
 MEMBER_BYTES = 1 << 20
 SHARD_SUFFIXES = (".tar", ".index.npy", ".crc.npy", ".json")
-_OF_SPEECH = {"speech_error", "speech_values", "longest_speech"}  # of a record that has some
-_IF_ANY = {"unused", "examples"}  # of a record, where they hold something
+VECTOR_SUFFIX = ".vectors.npy"
+_IF_ANY = {"unused", "examples", "vectors_bytes", "vectors_sha256"}  # of a record: if not empty
 _MAPPINGS = {"tokens": int, "drops": int, "unused": int, "examples": str}  # of a record
 _MOST_BYTES = 1 << 30  # of a manifest: two million shards
 _REMEDY = (
@@ -64,14 +74,56 @@ def shard_name(number: int) -> str:
     return f"shard-{number:06d}"
 
 
+class Tokenised(NamedTuple):
+    """A document: integer ids (n,), how many of them belong to each modality, and its vectors."""
+
+    tokens: np.ndarray
+    per_modality: list[int]
+    vectors: np.ndarray | None = None
+
+
+class VectorFile:
+    """Streams vectors into one ``.npy`` file, whose header gets their number at the end."""
+
+    def __init__(self, file: BinaryIO, vectors: Vectors) -> None:
+        self.file, self.width, self.rows = file, vectors.width, 0
+        self.dtype = np.dtype(vectors.dtype).newbyteorder("<")
+        self._write_header()
+        self._header = file.tell()
+
+    def add(self, vectors: np.ndarray) -> bytes:
+        """Append (n, P); the bytes written. ``ValueError`` where they are not finite vectors."""
+        stored = vectors.astype(self.dtype)
+        if stored.ndim != 2 or stored.shape[1] != self.width or not np.isfinite(stored).all():
+            raise ValueError(
+                f"vectors {vectors.shape} must be (n, {self.width}) and finite in {self.dtype.name}"
+            )
+        self.rows += len(stored)
+        self.file.write(stored.tobytes())
+        return stored.tobytes()
+
+    def close(self) -> None:
+        """Write the number of vectors; ``file`` stays open."""
+        self.file.seek(0)
+        self._write_header()
+        assert self.file.tell() == self._header, "numpy pads headers so that arrays may grow"
+
+    def _write_header(self) -> None:
+        descr = np.lib.format.dtype_to_descr(self.dtype)
+        shape = (self.rows, self.width)
+        header = {"descr": descr, "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(self.file, header)
+
+
 class TokenShardWriter:
     """Writes documents end to end into the members of one tar, and remembers where each begins.
 
-    ``file``: binary, open for writing, at its start. ``add`` documents, then ``close`` and take
-    ``index`` and ``checksums``.
+    ``file``: binary, open for writing, at its start; ``vectors``: open likewise, for documents with
+    continuous media. ``add`` documents, then ``close`` and take ``index`` and ``checksums``.
     """
 
-    def __init__(self, file: BinaryIO, dtype: str) -> None:
+    def __init__(self, file: BinaryIO, dtype: str, vectors: VectorFile | None = None) -> None:
+        self.vectors = vectors
         self.tar = tarfile.TarFile(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT)
         self.dtype = np.dtype(dtype).newbyteorder("<")
         self.rows: list[list[int]] = []
@@ -81,8 +133,13 @@ class TokenShardWriter:
         self._unplaced = 0
         self._members = 0
 
-    def add(self, tokens: np.ndarray, tokens_per_modality: list[int]) -> None:
-        """One document: 1-D integer ids, and how many of them belong to each modality.
+    def add(
+        self,
+        tokens: np.ndarray,
+        tokens_per_modality: list[int],
+        vectors: np.ndarray | None = None,
+    ) -> None:
+        """One document, as ``Tokenised`` describes it.
 
         Raises ``ValueError`` when an id does not fit the shard's dtype: it would wrap around
         silently.
@@ -93,9 +150,15 @@ class TokenShardWriter:
                 "choose the dtype with token_dtype(vocabulary size)"
             )
         # the offset inside the waiting member, made absolute when the member is written
-        self.rows.append([self._waiting_bytes, len(tokens), *tokens_per_modality])
+        first_vector = [] if self.vectors is None else [self.vectors.rows]
+        row = [self._waiting_bytes, len(tokens), *tokens_per_modality, *first_vector]
+        self.rows.append(row)
         self._waiting.append(tokens.astype(self.dtype))
-        self.checksums.append(zlib.crc32(self._waiting[-1].data))
+        checksum = zlib.crc32(self._waiting[-1].data)
+        if vectors is not None:
+            assert self.vectors is not None, "a source with vectors has a file for them"
+            checksum = zlib.crc32(self.vectors.add(vectors), checksum)
+        self.checksums.append(checksum)
         self._waiting_bytes += self._waiting[-1].nbytes
         if self._waiting_bytes >= MEMBER_BYTES:
             self._write_member()
@@ -105,10 +168,13 @@ class TokenShardWriter:
         if self._waiting:
             self._write_member()
         self.tar.close()
+        if self.vectors is not None:
+            self.vectors.close()
 
     def index(self, modalities: int) -> np.ndarray:
-        """int64 (documents, 2 + modalities), valid after ``close``."""
-        return np.array(self.rows, dtype=np.int64).reshape(-1, 2 + modalities)
+        """int64 (documents, 2 + modalities), with vectors a column more; valid after ``close``."""
+        columns = 2 + modalities + (self.vectors is not None)
+        return np.array(self.rows, dtype=np.int64).reshape(-1, columns)
 
     def _write_member(self) -> None:
         content = io.BytesIO()
@@ -127,15 +193,29 @@ class TokenShardWriter:
 
 
 @dataclass
+class Measured:
+    """A tokenizer's squared ``error`` over so many ``values``, and the ``longest`` block."""
+
+    error: int = 0
+    values: int = 0
+    longest: int = 0
+
+
+def _measured_keys(label: str) -> tuple[str, ...]:
+    """Fields of a record for a medium's ``Measured``; those of images are older than the rule."""
+    if label == Modality.IMAGE.label:
+        return ("squared_error", "pixels")
+    return (f"{label}_error", f"{label}_values", f"longest_{label}")
+
+
+@dataclass
 class ShardRecord:
     """What became of one raw shard: the content of ``shard-NNNNNN.json``.
 
-    ``recipe`` names everything besides the raw shard that decides the tokens (tokenizers, layout,
-    format). ``squared_error`` and ``pixels`` sum the image tokenizer's error over some of the
-    shard's images; of speech, ``speech_error`` and ``speech_values`` sum it over all log-mel
-    levels, and ``longest_speech`` is the number of codes of the longest utterance. ``unused``
-    counts what good samples held and their documents do not use, by kind (``.cls``); ``examples``
-    has the first of each cause in ``drops`` and of each kind in ``unused``.
+    ``recipe`` is a hash of everything besides the raw shard that decides the tokens (tokenizers,
+    layout, format). ``media``: label → how well its tokenizer did on (some of) the shard.
+    ``unused`` counts what good samples held and their documents do not use, by kind (``.cls``);
+    ``examples`` has the first of each cause in ``drops`` and of each kind in ``unused``.
     """
 
     name: str
@@ -150,28 +230,40 @@ class ShardRecord:
     documents: int = 0
     tokens: dict[str, int] = field(default_factory=dict)
     drops: dict[str, int] = field(default_factory=dict)
-    squared_error: int = 0
-    pixels: int = 0
-    speech_error: int = 0
-    speech_values: int = 0
-    longest_speech: int = 0
+    media: dict[str, Measured] = field(default_factory=dict)
     unused: dict[str, int] = field(default_factory=dict)
     examples: dict[str, str] = field(default_factory=dict)
+    vectors_bytes: int = 0
+    vectors_sha256: str = ""
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """Of the shard's files, the record's last."""
+        vectors = (VECTOR_SUFFIX,) if self.vectors_sha256 else ()
+        return (*SHARD_SUFFIXES[:-1], *vectors, SHARD_SUFFIXES[-1])
 
     def save(self, folder: Path) -> None:
         """Mark the shard complete; its other files are on the disk already."""
-        values = asdict(self)
-        if not self.speech_values:  # as records were before there was speech
-            values = {name: value for name, value in values.items() if name not in _OF_SPEECH}
-        values = {name: value for name, value in values.items() if value or name not in _IF_ANY}
+        values: dict[str, Any] = {}
+        for name, value in asdict(self).items():
+            if name == "media":
+                for label in MEDIA:
+                    found = self.media.get(label, Measured())
+                    if label == Modality.IMAGE.label or found != Measured():
+                        values |= zip(_measured_keys(label), asdict(found).values(), strict=False)
+            elif value or name not in _IF_ANY:
+                values[name] = value
         atomic_write_json(folder / f"{Path(self.name).stem}.json", values)
 
     @classmethod
     def read(cls, folder: Path, number: int) -> "ShardRecord | None":
         """The record of a shard; none if it is absent, damaged, or written by another version."""
+        names = {field.name for field in fields(cls)} - {"media"}
+        measured = {key for label in MEDIA for key in _measured_keys(label)}
+        required = names - _IF_ANY | set(_measured_keys(Modality.IMAGE.label))
         try:
             values = read_json(folder / f"{shard_name(number)}.json", "make it again")
-            if values.values.keys() | _OF_SPEECH | _IF_ANY != {c.name for c in fields(cls)}:
+            if not required <= values.values.keys() <= names | measured:
                 return None
             found: dict[str, Any] = {
                 name: values.mapping(name, _MAPPINGS[name], least=0)
@@ -180,9 +272,17 @@ class ShardRecord:
                 for name, value in asdict(cls("", "", "", 0, "")).items()
                 if name in values
             }
+            media = {
+                label: Measured(
+                    *(values.field(key, int, default=0, least=0) for key in _measured_keys(label))
+                )
+                for label in MEDIA
+            }
         except ValueError:
             return None
-        return cls(**found) if found["name"] == f"{shard_name(number)}.tar" else None
+        known = {label: one for label, one in media.items() if one != Measured()}
+        record = cls(**found, media=known)
+        return record if record.name == f"{shard_name(number)}.tar" else None
 
     @classmethod
     def load(cls, folder: Path, number: int) -> "ShardRecord | None":
@@ -194,37 +294,46 @@ class ShardRecord:
             return None
         stem = folder / shard_name(number)
         try:
-            found = [sha256_file(stem.with_suffix(suffix)) for suffix in SHARD_SUFFIXES[:-1]]
+            found = [sha256_file(stem.with_suffix(suffix)) for suffix in record.suffixes[:-1]]
         except FileNotFoundError:
             return None
-        said = [record.sha256, record.index_sha256, record.crc_sha256]
-        return record if found == said else None
+        expected = [record.sha256, record.index_sha256, record.crc_sha256, record.vectors_sha256]
+        return record if found == [sha for sha in expected if sha] else None
 
 
 def write_shard(
     folder: Path,
     record: ShardRecord,
-    documents: Iterable[tuple[np.ndarray, list[int]]],
+    documents: Iterable[Tokenised | tuple[np.ndarray, list[int]]],
     vocabulary: Vocabulary,
+    vectors: Vectors | None = None,
 ) -> None:
     """Write tar, index, checksums and, last, ``record`` with sizes, hashes and counts filled in.
 
-    ``documents``: (ids, tokens per modality) each. ``record.drops`` and the like may change until
+    ``vectors``: of documents with continuous media. ``record.drops`` and the like may change until
     the last document has been taken.
     """
     tar_path = folder / record.name
-    with atomic_write(tar_path) as file:
-        writer = TokenShardWriter(file, token_dtype(vocabulary.size))
-        for tokens, per_modality in documents:
-            writer.add(tokens, per_modality)
+    vector_path = tar_path.with_suffix(VECTOR_SUFFIX)
+    with ExitStack() as files:
+        vector_file = None
+        if vectors is not None:
+            vector_file = VectorFile(files.enter_context(atomic_write(vector_path)), vectors)
+        file = files.enter_context(atomic_write(tar_path))
+        writer = TokenShardWriter(file, token_dtype(vocabulary.size), vector_file)
+        for document in documents:
+            writer.add(*document)
         writer.close()
     index = writer.index(len(vocabulary.modalities))
     record.bytes, record.sha256 = tar_path.stat().st_size, sha256_file(tar_path)
+    if vectors is not None:
+        record.vectors_bytes = vector_path.stat().st_size
+        record.vectors_sha256 = sha256_file(vector_path)
     record.index_sha256 = _write_array(tar_path.with_suffix(".index.npy"), index.astype("<i8"))
     checksums = np.array(writer.checksums, dtype="<u4")
     record.crc_sha256 = _write_array(tar_path.with_suffix(".crc.npy"), checksums)
     record.documents = len(index)
-    totals = index[:, 2:].sum(0)
+    totals = index[:, 2 : 2 + len(vocabulary.modalities)].sum(0)
     record.tokens = {m.label: int(n) for m, n in zip(vocabulary.modalities, totals, strict=True)}
     record.save(folder)
 
@@ -238,19 +347,27 @@ def _write_array(path: Path, array: np.ndarray) -> str:
 
 
 def write_manifest(
-    folder: Path, vocabulary: Vocabulary, tokenizers: dict[str, str], records: list[ShardRecord]
+    folder: Path,
+    vocabulary: Vocabulary,
+    tokenizers: dict[str, str],
+    records: list[ShardRecord],
+    vectors: Vectors | None = None,
 ) -> dict[str, Any]:
     """Declare ``folder`` a data set. ``tokenizers``: kind → SHA-256. Returns the manifest."""
-    content = _manifest_of(vocabulary.to_dict(), tokenizers, records)
+    stored = vectors and {**vectors._asdict(), "media": list(vectors.media)}
+    content = _manifest_of(vocabulary.to_dict(), tokenizers, records, stored)
     manifest = {**content, "sha256": _digest(content)}
     atomic_write_json(folder / MANIFEST, manifest)
     return manifest
 
 
 def _manifest_of(
-    vocabulary: dict[str, Any], tokenizers: dict[str, str], records: list[ShardRecord]
+    vocabulary: dict[str, Any],
+    tokenizers: dict[str, str],
+    records: Sequence[ShardRecord],
+    vectors: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """All that a manifest says, but for its own hash."""
+    """A manifest without its own hash."""
     labels = [Modality.TEXT.label, *(medium["modality"] for medium in vocabulary["media"])]
     shards = [
         {
@@ -266,9 +383,12 @@ def _manifest_of(
         }
         for record in records
     ]
+    if vectors:
+        for shard, record in zip(shards, records, strict=True):
+            shard |= {name: getattr(record, name) for name in ("vectors_bytes", "vectors_sha256")}
     dropped, unused = dropped_and_unused(records)
     manifest: dict[str, Any] = {
-        "format": FORMAT,
+        "format": VECTOR_FORMAT if vectors else FORMAT,
         "vocabulary": vocabulary,
         "tokenizers": tokenizers,
         "dtype": token_dtype(vocabulary["size"]),
@@ -282,15 +402,17 @@ def _manifest_of(
         manifest["unused"] = unused.counts
     if examples := dropped.examples | unused.examples:
         manifest["examples"] = examples
-    pixels = sum(record.pixels for record in records)
-    if pixels:
-        error = sum(record.squared_error for record in records)
-        manifest["image_squared_error"] = error / pixels
-    values = sum(record.speech_values for record in records)
-    if values:
-        manifest["speech_squared_error"] = sum(record.speech_error for record in records) / values
-        longest = max(record.longest_speech for record in records)
-        manifest["longest"] = {Modality.SPEECH.label: longest}
+    longest = {}
+    for label in MEDIA:
+        measured = [record.media[label] for record in records if label in record.media]
+        if values := sum(one.values for one in measured):
+            manifest[f"{label}_squared_error"] = sum(one.error for one in measured) / values
+        if most := max((one.longest for one in measured), default=0):
+            longest[label] = most
+    if longest:
+        manifest["longest"] = longest
+    if vectors:
+        manifest["vectors"] = vectors
     return manifest
 
 
@@ -318,7 +440,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             "run the same prepare command again"
         )
     manifest = read_json(path, _REMEDY, _MOST_BYTES)
-    manifest.field("format", str, choices=(FORMAT,))
+    manifest.field("format", str, choices=(FORMAT, VECTOR_FORMAT))
     _check_fields(manifest)
     content = {name: value for name, value in manifest.values.items() if name != "sha256"}
     if "sha256" not in manifest:
@@ -335,15 +457,25 @@ def _check_fields(manifest: JsonObject) -> None:
         raise manifest.wrong("tokenizers", "must be hashes by kind")
     manifest.field("dtype", str, choices=(token_dtype(vocabulary.size),))
     labels = [modality.label for modality in vocabulary.modalities]
+    with_vectors = manifest.values["format"] == VECTOR_FORMAT
+    if with_vectors:
+        vectors = manifest.object("vectors")
+        vectors.field("width", int, least=1)
+        vectors.field("dtype", str, choices=("float16", "float32"))
+        if not set(vectors.items("media", str)) <= set(labels[1:]):
+            raise vectors.wrong("media", f"must be some of {', '.join(labels[1:])}")
+    hashes = ["sha256", "index_sha256", "crc_sha256"] + ["vectors_sha256"] * with_vectors
     documents, tokens = 0, dict.fromkeys(labels, 0)
     for number, shard in enumerate(manifest.objects("shards")):
         shard.field("name", str, choices=(f"{shard_name(number)}.tar",))
-        for name in ("sha256", "index_sha256", "crc_sha256"):
+        for name in hashes:
             if not re.fullmatch("[0-9a-f]{64}", shard.field(name, str)):
                 raise shard.wrong(name, "must be 64 hexadecimal digits")
         for name in ("raw", "raw_sha256"):
             shard.field(name, str)
         shard.field("bytes", int, least=0)
+        if with_vectors:
+            shard.field("vectors_bytes", int, least=0)
         documents += shard.field("documents", int, least=0)
         counts = shard.mapping("tokens", int, least=0)
         if counts.keys() != tokens.keys():
@@ -361,8 +493,8 @@ def _check_fields(manifest: JsonObject) -> None:
     by_shard = manifest.object("drops_by_shard")
     for raw in by_shard.values:
         by_shard.mapping(raw, int, least=0)
-    for name in ("image_squared_error", "speech_squared_error"):
-        manifest.field(name, float, default=0.0, least=0)
+    for label in labels:
+        manifest.field(f"{label}_squared_error", float, default=0.0, least=0)
     if "longest" in manifest:
         manifest.mapping("longest", int, least=0)
 
@@ -373,7 +505,10 @@ def _check_records(folder: Path, content: dict[str, Any]) -> None:
     records = [record for record in read if record is not None]
     if (
         len(records) < len(read)
-        or _manifest_of(content["vocabulary"], content["tokenizers"], records) != content
+        or _manifest_of(
+            content["vocabulary"], content["tokenizers"], records, content.get("vectors")
+        )
+        != content
     ):
         raise ValueError(
             f"{folder / MANIFEST} has no sha256 of its own and is not what the records beside it "

@@ -17,6 +17,7 @@ from typing import Generic, NamedTuple, TypeVar
 import numpy as np
 import torch
 
+from earlyfuse.data.media import Vectors
 from earlyfuse.data.stream.lanes import Blend, Lane, Piece, check_seq_len
 from earlyfuse.models.batch import IGNORE_LABEL, MixedBatch
 
@@ -72,7 +73,22 @@ def assemble(rows: list[list[Piece]], seq_len: int, blend: Blend) -> MixedBatch:
         modality_BS=torch.from_numpy(modality_BS),
         positions_BS=torch.from_numpy(positions_T.reshape(shape)),
         span_BS=torch.from_numpy(_spans(modality_BS)),
+        vectors_BSP=_vectors(rows, seq_len, blend.vectors),
     )
+
+
+def _vectors(rows: list[list[Piece]], seq_len: int, vectors: Vectors | None) -> torch.Tensor | None:
+    """float32 (B, S, P), zero where there are none; None if no source has any."""
+    if vectors is None:
+        return None
+    vectors_BSP = torch.zeros(len(rows), seq_len, vectors.width)
+    for row, vectors_SP in zip(rows, vectors_BSP, strict=True):
+        start = 0
+        for piece in row:
+            if piece.vectors is not None:
+                vectors_SP[start : start + len(piece.tokens)] = torch.from_numpy(piece.vectors)
+            start += len(piece.tokens)
+    return vectors_BSP
 
 
 def _spans(modality_BS: np.ndarray) -> np.ndarray:

@@ -32,6 +32,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from earlyfuse.data.media import Vectors
 from earlyfuse.data.shards.source import TokenSource, check_same_vocabulary
 from earlyfuse.models.batch import IGNORE_LABEL
 from earlyfuse.models.vocabulary import MediaCodes, Modality, Vocabulary
@@ -91,10 +92,13 @@ def _scramble(value_Q: np.ndarray) -> np.ndarray:
 
 
 class Piece(NamedTuple):
-    """Part of a document in a row: tokens (n,), label of the last one (-100: document's end)."""
+    """Part of a document in a row: tokens (n,), label of the last one (-100: document's end), and
+    vectors (n, P), zero on discrete tokens, of a source that has some.
+    """
 
     tokens: np.ndarray
     label_after: int
+    vectors: np.ndarray | None = None
 
 
 class _Reader:
@@ -105,6 +109,8 @@ class _Reader:
     ) -> None:
         self.source, self.order, self.modality_V, self.seq_len = source, order, modality_V, seq_len
         self.media = source.vocabulary.modalities[1:]
+        labels = source.vectors.media if source.vectors else ()
+        self.vector_V = np.isin(modality_V, [Modality[label] for label in labels])
         self.taken, self.offset, self.drawn = 0, 0, 0
         self._ahead: list[int] = []
         self._ahead_from = 0
@@ -141,11 +147,21 @@ class _Reader:
         """The next ``count`` tokens; moves on."""
         start, end = self.offset, self.offset + count
         self.drawn += count
+        vectors = self._vectors(start, end) if self.source.vectors else None
         if end < len(self._tokens):
             self.offset = end
-            return Piece(self._tokens[start:end], int(self._tokens[end]))
+            return Piece(self._tokens[start:end], int(self._tokens[end]), vectors)
         self.taken, self.offset = self.taken + 1, 0
-        return Piece(self._tokens[start:end], IGNORE_LABEL)
+        return Piece(self._tokens[start:end], IGNORE_LABEL, vectors)
+
+    def _vectors(self, start: int, end: int) -> np.ndarray:
+        """(end - start, P): vectors of these positions of the current document."""
+        found = self.source.document_vectors(self._ahead[self.taken - self._ahead_from])
+        continuous = self.vector_V[self._tokens[:end]]
+        first = int(continuous[:start].sum())
+        vectors = np.zeros((end - start, found.shape[1]), np.float32)
+        vectors[continuous[start:]] = found[first : first + int(continuous[start:].sum())]
+        return vectors
 
     def _open(self) -> bool:
         """Make document ``taken`` of the order the current one; False where the order ends."""
@@ -246,6 +262,11 @@ class Blend:
     def vocabulary(self) -> Vocabulary:
         """The layout that all sources share."""
         return self.sources[0].vocabulary
+
+    @property
+    def vectors(self) -> Vectors | None:
+        """The vectors of the sources that have some; tokenizers decide, so all have the same."""
+        return next((source.vectors for source in self.sources if source.vectors), None)
 
     @cached_property
     def modality_V(self) -> np.ndarray:

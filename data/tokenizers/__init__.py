@@ -1,10 +1,9 @@
-"""Tokenizers of text, images and speech, and the folder that holds them.
+"""Tokenizers of text and media, and the folder that holds them.
 
 ::
 
     text.model or text.json   sentencepiece, or Hugging Face's tokenizer.json with our sentinels
-    image.safetensors         k-means, VQ-VAE or Chameleon's VQ-GAN; absent where only text is used
-    speech.safetensors        k-means of log-mel frames; absent where there is no speech
+    LABEL.safetensors         of a medium of ``data/media.py`` (image, speech); absent if not used
     vocabulary.json           where text, sentinels and codes lie among the ids
 
 ``Tokenizers.load(<out>/tokenizers)`` is what generation and evaluation need to read and show
@@ -13,35 +12,37 @@ documents.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import torch
 
-from earlyfuse.data.tokenizers.image import ImageTokenizer, load_image_tokenizer
-from earlyfuse.data.tokenizers.speech_kmeans import SpeechTokenizer
+from earlyfuse.data.media import MEDIA, MediaTokenizer, Vectors
 from earlyfuse.data.tokenizers.text import TextTokenizer
 from earlyfuse.data.vocabulary import REMEDY, load_vocabulary
 from earlyfuse.models.vocabulary import MediaCodes, Modality, Vocabulary
 
+if TYPE_CHECKING:
+    from earlyfuse.data.tokenizers.image_tokenizer import ImageTokenizer
+    from earlyfuse.data.tokenizers.speech_kmeans import SpeechTokenizer
+
 TEXT_FILES = ("text.model", "text.json")
-IMAGE_FILE, SPEECH_FILE = "image.safetensors", "speech.safetensors"
 VOCABULARY_FILE = "vocabulary.json"
-_COPY = "copy it again from where the tokenizers were made"
 
 
 @dataclass(frozen=True)
 class Tokenizers:
-    """The tokenizers of one folder, none for a medium that is not used, and the ids' layout.
+    """The tokenizers of one folder and the layout of ids.
 
-    Raises ``ValueError`` when the layout is not one of these tokenizers.
+    ``media``: label → tokenizer of each medium that is used, in the order of ``MEDIA``. Raises
+    ``ValueError`` when the layout is not that of these tokenizers.
     """
 
     text: TextTokenizer
-    image: ImageTokenizer | None
+    media: dict[str, MediaTokenizer]
     vocabulary: Vocabulary
-    speech: SpeechTokenizer | None = None
 
     def __post_init__(self) -> None:
-        _check_fit(self.text, self.image, self.speech, self.vocabulary)
+        _check_fit(self.text, self.media, self.vocabulary)
 
     @classmethod
     def load(cls, folder: Path) -> "Tokenizers":
@@ -50,28 +51,43 @@ class Tokenizers:
         Raises ``FileNotFoundError`` where there is no text tokenizer, ``ValueError`` for files that
         are damaged or do not belong together.
         """
-        path, stored = folder / IMAGE_FILE, folder / VOCABULARY_FILE
-        image = load_image_tokenizer(path) if path.exists() else None
-        spoken = folder / SPEECH_FILE
-        speech = SpeechTokenizer.load(spoken) if spoken.exists() else None
-        text = TextTokenizer.load(text_file(folder), speech is not None)
+        media = load_media(folder)
+        text, stored = TextTokenizer.load(text_file(folder), media), folder / VOCABULARY_FILE
         if not stored.exists():
-            return cls(text, image, derived(text, image, speech), speech)
+            return cls(text, media, derived(text, media))
         vocabulary = load_vocabulary(stored)
         try:
-            return cls(text, image, vocabulary, speech)
+            return cls(text, media, vocabulary)
         except ValueError as error:
             raise ValueError(f"{stored}: {error}; {REMEDY}") from error
 
     @property
+    def image(self) -> "ImageTokenizer | None":
+        """For code that is about images alone."""
+        return cast("ImageTokenizer | None", self.media.get(Modality.IMAGE.label))
+
+    @property
+    def speech(self) -> "SpeechTokenizer | None":
+        """For code that is about speech alone."""
+        return cast("SpeechTokenizer | None", self.media.get(Modality.SPEECH.label))
+
+    @property
     def hashes(self) -> dict[str, str]:
         """Modality label → SHA-256 of the tokenizer's file."""
-        hashes = {Modality.TEXT.label: self.text.sha256}
-        if self.image is not None:
-            hashes[Modality.IMAGE.label] = self.image.sha256
-        if self.speech is not None:
-            hashes[Modality.SPEECH.label] = self.speech.sha256
-        return hashes
+        return {Modality.TEXT.label: self.text.sha256} | {
+            label: tokenizer.sha256 for label, tokenizer in self.media.items()
+        }
+
+    @property
+    def vectors(self) -> Vectors | None:
+        """The vectors of continuous media, if there are any.
+
+        ``ValueError`` where their types differ: a batch has one array of vectors.
+        """
+        types = {label: t.vectors for label, t in self.media.items() if t.vectors is not None}
+        if len(set(types.values())) > 1:
+            raise ValueError(f"media must have vectors of one width and dtype, not {types}")
+        return next((Vectors(*kind, tuple(types)) for kind in types.values()), None)
 
     @property
     def unused(self) -> list[int]:
@@ -97,46 +113,45 @@ def text_file(folder: Path) -> Path:
     return found[0] if found else folder / TEXT_FILES[0]
 
 
-def derived(
-    text: TextTokenizer, image: ImageTokenizer | None, speech: SpeechTokenizer | None = None
-) -> Vocabulary:
-    """Text pieces with the sentinels among them, then image codes, unless text names those itself,
-    then speech codes.
+def load_media(folder: Path) -> dict[str, MediaTokenizer]:
+    """Label → tokenizer of each medium that has one in ``folder``."""
+    return {
+        label: medium.module().load(folder / medium.file)
+        for label, medium in MEDIA.items()
+        if (folder / medium.file).exists()
+    }
+
+
+def derived(text: TextTokenizer, media: dict[str, MediaTokenizer]) -> Vocabulary:
+    """Text pieces with the sentinels among them, then the codes of each medium in turn, except
+    image codes that the text tokenizer names itself.
 
     Raises ``ValueError`` when it names them otherwise than as one range of ids.
     """
-    size = text.size
-    media: list[MediaCodes] = []
-    if image is not None:
-        media.append(_image_codes(text, image))
-        size = max(size, media[0].start + media[0].count)
-    if speech is not None:
-        begin, end = text.begin_speech, text.end_speech
-        assert begin is not None and end is not None, "text is loaded with them beside speech"
-        media.append(MediaCodes(Modality.SPEECH, size, speech.codes, begin, end))
-        size += speech.codes
-    return Vocabulary(size, text.bos, text.eos, text.pad, tuple(media))
+    size, codes = text.size, []
+    for label, tokenizer in media.items():
+        modality, start = MEDIA[label].modality, size
+        if modality == Modality.IMAGE and text.image_codes:
+            start = _first_named(text, tokenizer)
+        size = max(size, start + tokenizer.codes)
+        begin, end = text.begin[label], text.end[label]
+        codes.append(MediaCodes(modality, start, tokenizer.codes, begin, end, tokenizer.block))
+    return Vocabulary(size, text.bos, text.eos, text.pad, tuple(codes))
 
 
-def _image_codes(text: TextTokenizer, image: ImageTokenizer) -> MediaCodes:
-    start = text.size
-    if text.image_codes:
-        start = min(text.image_codes)
-        if text.image_codes != set(range(start, start + image.codes)):
-            raise ValueError(
-                f"the text tokenizer names {len(text.image_codes)} image codes at ids "
-                f"{start} … {max(text.image_codes)}, the image tokenizer has {image.codes}; take "
-                "both from one checkpoint"
-            )
-    begin, end = text.begin_image, text.end_image
-    return MediaCodes(Modality.IMAGE, start, image.codes, begin, end, image.block)
+def _first_named(text: TextTokenizer, image: MediaTokenizer) -> int:
+    start = min(text.image_codes)
+    if text.image_codes != set(range(start, start + image.codes)):
+        raise ValueError(
+            f"the text tokenizer names {len(text.image_codes)} image codes at ids "
+            f"{start} … {max(text.image_codes)}, the image tokenizer has {image.codes}; take "
+            "both from one checkpoint"
+        )
+    return start
 
 
 def _check_fit(
-    text: TextTokenizer,
-    image: ImageTokenizer | None,
-    speech: SpeechTokenizer | None,
-    vocabulary: Vocabulary,
+    text: TextTokenizer, media: dict[str, MediaTokenizer], vocabulary: Vocabulary
 ) -> None:
     """Raises ``ValueError`` unless codes fit and no text can be mistaken for anything else."""
     if text.pieces > vocabulary.size:
@@ -151,22 +166,15 @@ def _check_fit(
                 "that any text could begin or end a document; name another in vocabulary.json, or "
                 f"{name}_token in the tokenizer_config.json that the tokenizer came with"
             )
-    media = {medium.modality: medium for medium in vocabulary.media}
-    if image is not None:
-        medium = media.get(Modality.IMAGE)
-        found = (0, 0) if medium is None else (medium.count, medium.block or image.block)
-        if found != (image.codes, image.block):
+    codes = {medium.modality.label: medium for medium in vocabulary.media}
+    for label, tokenizer in media.items():
+        medium = codes.get(label)
+        found = (0, 0) if medium is None else (medium.count, medium.block or tokenizer.block)
+        if found != (tokenizer.codes, tokenizer.block):
             raise ValueError(
-                f"the vocabulary has {found[0]} image codes in blocks of {found[1]}, the image "
-                f"tokenizer {image.codes} in blocks of {image.block}; they must come from one "
-                "checkpoint"
-            )
-    if speech is not None:
-        medium = media.get(Modality.SPEECH)
-        if medium is None or (medium.count, medium.block) != (speech.codes, 0):
-            raise ValueError(
-                f"the vocabulary has {medium.count if medium else 0} speech codes, the speech "
-                f"tokenizer {speech.codes}, in blocks of any length; they must be made together"
+                f"the vocabulary has {found[0]} {label} codes in blocks of "
+                f"{found[1] or 'any length'}, the {label} tokenizer {tokenizer.codes} in blocks of "
+                f"{tokenizer.block or 'any length'}; they must come from one checkpoint"
             )
     for medium in vocabulary.media:
         inside = range(medium.start, min(medium.start + medium.count, text.pieces))

@@ -1,51 +1,117 @@
-"""What every image tokenizer offers, its file, and how good it is."""
+"""Images as a medium: which tokenizers there are, how one is loaded or trained, how good it is."""
 
-import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from earlyfuse.data.atomic import atomic_write_bytes
-from earlyfuse.data.tokenizers.tokenizer_file import TokenizerFile, pack
+from earlyfuse.data.media import Sampling
+from earlyfuse.data.tokenizers.image_chameleon import ChameleonTokenizer
+from earlyfuse.data.tokenizers.image_kmeans import KMeansTokenizer
+from earlyfuse.data.tokenizers.image_tokenizer import (
+    FORMAT,
+    ImageTokenizer,
+    check_image_geometry,
+)
+from earlyfuse.data.tokenizers.image_vqvae import VQVAETokenizer
+from earlyfuse.data.tokenizers.kmeans import one_thread
+from earlyfuse.data.tokenizers.pixels import image_pixels
+from earlyfuse.data.tokenizers.tokenizer_file import load_tokenizer
 
-FORMAT = "earlyfuse-image-tokenizer/1"
-LARGEST_CODEBOOK = 1 << 20
+if TYPE_CHECKING:
+    from earlyfuse.data.prepare.progress import Progress
+    from earlyfuse.data.prepare.spec import PrepareSpec
+
+QUALITY = "PSNR dB"
+# how much training data a tokenizer sees
+_PATCHES = {"kmeans": 1 << 16, "vqvae": 1 << 18}
+_PIXEL_BYTES = 1 << 28
 
 
-class ImageTokenizer(Protocol):
-    """Square images ↔ a fixed number of codes, in raster order.
+def load_image_tokenizer(path: Path) -> ImageTokenizer:
+    """The tokenizer of a file written by ``save_image_tokenizer``; its metadata say which kind.
 
-    ``codes`` K, ``image_size`` pixels a side, ``block`` codes an image, ``decodes`` whether it has
-    a decoder, ``settings`` plain values that say how it was made, ``sha256`` of its file: what
-    manifests and checkpoints record.
+    Raises ``ValueError`` naming file and field when the file is no such tokenizer.
     """
+    kinds = (KMeansTokenizer, VQVAETokenizer, ChameleonTokenizer)
+    return load_tokenizer("image", FORMAT, path, {kind.kind: kind.from_file for kind in kinds})
 
-    kind: str
-    codes: int
-    image_size: int
-    block: int
-    decodes: bool
-    settings: dict[str, Any]
-    sha256: str
 
-    def pixels(self, encoded: bytes) -> np.ndarray:
-        """An image file → uint8 (image_size, image_size, 3). ``BadSample`` where it is damaged."""
-        ...
+load = load_image_tokenizer
 
-    def encode(self, images: np.ndarray) -> np.ndarray:
-        """uint8 (N, H, W, 3) → int64 (N, block), each in [0, codes)."""
-        ...
 
-    def decode(self, codes: np.ndarray) -> np.ndarray:
-        """int64 (N, block) → uint8 (N, H, W, 3). ``ValueError`` unless it ``decodes``."""
-        ...
+def save_image_tokenizer(tokenizer: ImageTokenizer, path: Path) -> None:
+    """Write the tokenizer's file, whole or not at all."""
+    atomic_write_bytes(path, tokenizer.to_bytes())
 
-    def to_bytes(self) -> bytes:
-        """The file: safetensors with ``FORMAT``, kind and settings in its metadata."""
-        ...
+
+def check(spec: "PrepareSpec") -> None:
+    """See ``MediumModule``."""
+    check_image_geometry(spec.image_size, spec.patch, spec.codes)
+    if spec.image_tokenizer == "vqvae" and (spec.patch < 2 or spec.patch & (spec.patch - 1)):
+        raise ValueError(
+            f"patch ({spec.patch}) must be a power of two for a vqvae; choose 2, 4, 8 …"
+        )
+    if spec.vq_steps < 1:
+        raise ValueError(f"vq_steps ({spec.vq_steps}) must be at least 1")
+
+
+def settings(spec: "PrepareSpec") -> dict[str, Any]:
+    """See ``MediumModule``."""
+    wanted = {
+        "image_size": spec.image_size,
+        "patch": spec.patch,
+        "codes": spec.codes,
+        "seed": spec.seed,
+    }
+    return wanted | ({"steps": spec.vq_steps} if spec.image_tokenizer == "vqvae" else {})
+
+
+def limits(spec: "PrepareSpec") -> dict[str, Any]:
+    """None: any image is shrunk and cropped to a square."""
+    return {}
+
+
+def sampling(spec: "PrepareSpec") -> Sampling:
+    """As many images as the tokenizer profits from, in bounded memory."""
+    block = (spec.image_size // spec.patch) ** 2
+    wanted = max(1024, _PATCHES[spec.image_tokenizer] // block)
+    budget = min(wanted, max(1, _PIXEL_BYTES // (3 * spec.image_size**2)))
+    return Sampling(budget, lambda encoded: image_pixels(encoded, spec.image_size), lambda _: 1)
+
+
+def train(
+    items: Sequence[np.ndarray], spec: "PrepareSpec", progress: "Progress"
+) -> tuple[ImageTokenizer, str]:
+    """See ``MediumModule``."""
+    images = np.stack(items)
+    progress.tell(
+        f"image tokenizer: {spec.image_tokenizer} of {spec.codes} codes from {len(images)} images"
+    )
+    tokenizer: ImageTokenizer
+    if spec.image_tokenizer == "kmeans":
+        with one_thread():
+            tokenizer = KMeansTokenizer.train(
+                images, patch=spec.patch, codes=spec.codes, seed=spec.seed
+            )
+    else:
+        with progress.steps("vqvae", spec.vq_steps) as show:
+            tokenizer = VQVAETokenizer.train(
+                images,
+                patch=spec.patch,
+                codes=spec.codes,
+                steps=spec.vq_steps,
+                seed=spec.seed,
+                progress=show,
+            )
+    found = measure(tokenizer, images[:4096])
+    return tokenizer, (
+        f"PSNR {found.psnr:.1f} dB, {found.used} of {spec.codes} codes used, "
+        f"perplexity {found.perplexity:.0f}"
+    )
 
 
 @dataclass(frozen=True)
@@ -67,60 +133,15 @@ def measure(tokenizer: ImageTokenizer, images: np.ndarray) -> Quality:
 
 def psnr(mean_squared_error: float) -> float:
     """Peak signal to noise in dB of 8-bit pixels; infinite without error."""
-    return (
-        float("inf")
-        if mean_squared_error == 0
-        else float(10 * np.log10(255**2 / mean_squared_error))
-    )
+    if mean_squared_error == 0:
+        return float("inf")
+    return float(10 * np.log10(255**2 / mean_squared_error))
+
+
+quality = psnr
 
 
 def code_usage(counts: np.ndarray) -> tuple[int, float]:
     """(codes that occur, perplexity) of how often each code occurs."""
     shares = counts[counts > 0] / max(1, counts.sum())
     return len(shares), float(np.exp(-np.sum(shares * np.log(shares))))
-
-
-def save_image_tokenizer(tokenizer: ImageTokenizer, path: Path) -> None:
-    """Write the tokenizer's file, whole or not at all."""
-    atomic_write_bytes(path, tokenizer.to_bytes())
-
-
-def load_image_tokenizer(path: Path) -> ImageTokenizer:
-    """The tokenizer of a file written by ``save_image_tokenizer``; its metadata says which kind.
-
-    Raises ``ValueError`` naming file and field when the file is no such tokenizer.
-    """
-    # here, not above: the kinds build on this file
-    from earlyfuse.data.tokenizers.image_chameleon import ChameleonTokenizer
-    from earlyfuse.data.tokenizers.image_kmeans import KMeansTokenizer
-    from earlyfuse.data.tokenizers.image_vqvae import VQVAETokenizer
-
-    kinds: dict[str, type[KMeansTokenizer | VQVAETokenizer | ChameleonTokenizer]] = {
-        kind.kind: kind for kind in (KMeansTokenizer, VQVAETokenizer, ChameleonTokenizer)
-    }
-    file = TokenizerFile.read("image", FORMAT, path, kinds)
-    try:
-        tokenizer = kinds[file.kind].from_file(file)
-    except ValueError as error:
-        raise file.refusal(error) from error
-    # a newer writer of the file format may order bytes differently: the file's hash is the one to
-    # keep
-    tokenizer.sha256 = hashlib.sha256(file.content).hexdigest()
-    return tokenizer
-
-
-def pack_tokenizer(kind: str, settings: dict[str, Any], tensors: dict[str, torch.Tensor]) -> bytes:
-    """A tokenizer's file."""
-    return pack(FORMAT, kind, settings, tensors)
-
-
-def check_image_geometry(image_size: int, patch: int, codes: int) -> None:
-    """Raises ``ValueError`` unless patches tile the image and the codebook has a sensible size."""
-    if patch < 1 or image_size < patch or image_size % patch:
-        raise ValueError(
-            f"image_size ({image_size}) must be a multiple of patch ({patch}); change one of them"
-        )
-    if not 2 <= codes <= LARGEST_CODEBOOK:
-        raise ValueError(
-            f"codes ({codes}) must lie in [2, {LARGEST_CODEBOOK}]; choose another number"
-        )

@@ -7,18 +7,13 @@ code is numbered by the place of its token: id = start + code, whatever order th
 B images, H pixels a side, P codes an image, K codes.
 """
 
-import hashlib
 from typing import Any
 
 import numpy as np
 import torch
 
 from earlyfuse.data.json_files import JsonObject
-from earlyfuse.data.tokenizers.image import (
-    LARGEST_CODEBOOK,
-    check_image_geometry,
-    pack_tokenizer,
-)
+from earlyfuse.data.tokenizers.image_tokenizer import LARGEST_CODEBOOK, ImageTokenizer
 from earlyfuse.data.tokenizers.image_vqvae import to_pixels
 from earlyfuse.data.tokenizers.pixels import image_pixels_whole
 from earlyfuse.data.tokenizers.tokenizer_file import LARGEST_SIDE, TokenizerFile
@@ -34,7 +29,7 @@ _MOST_LEVELS = 16
 _SHAPE = VQGANShape.__dataclass_fields__.keys()
 
 
-class ChameleonTokenizer:
+class ChameleonTokenizer(ImageTokenizer):
     """Encoder, nearest entry of the codebook and, where the source had one, decoder; in float32.
 
     ``rank_K``: int64, place of each codebook row's token among the image tokens, a permutation.
@@ -46,37 +41,20 @@ class ChameleonTokenizer:
     kind = "chameleon"
 
     def __init__(self, net: VQGAN, rank_K: torch.Tensor, settings: dict[str, Any]) -> None:
-        self.net = net.eval().requires_grad_(False)
-        self.settings = settings
-        self.image_size, self.codes = settings["image_size"], settings["codes"]
-        self.decodes = settings["decoder"]
         shape = shape_of(settings)
-        check_image_geometry(self.image_size, shape.factor, self.codes)
-        self.side = self.image_size // shape.factor
-        self.block = self.side**2
+        super().__init__(settings, shape.factor, settings["decoder"])
+        self.net = net.eval().requires_grad_(False)
         self._batch = max(1, _ACTIVATION // (self.image_size**2 * shape.width))
         if not torch.equal(rank_K.sort().values, torch.arange(self.codes)):
             raise ValueError(
                 f"order of the {self.codes} codes must name each of them once; the file is damaged"
             )
         self.rank_K, self.row_K = rank_K, rank_K.argsort()
-        self._sha256: str | None = None
         values = np.arange(256, dtype=np.uint8).astype(np.float64) * settings["scale"]
         scaled = (values.astype(np.float32) - np.float32(settings["mean"])) / np.float32(
             settings["std"]
         )
         self._value_256 = torch.from_numpy(scaled.astype(np.float32))
-
-    @property
-    def sha256(self) -> str:
-        """Of the file. Whoever has read it says so, as released files are hundreds of megabytes."""
-        if self._sha256 is None:
-            self._sha256 = hashlib.sha256(self.to_bytes()).hexdigest()
-        return self._sha256
-
-    @sha256.setter
-    def sha256(self, value: str) -> None:
-        self._sha256 = value
 
     @classmethod
     def from_file(cls, file: TokenizerFile) -> "ChameleonTokenizer":
@@ -91,10 +69,10 @@ class ChameleonTokenizer:
         net.load_state_dict(weights, assign=True)
         return cls(net, rank_K, settings)
 
-    def to_bytes(self) -> bytes:
+    def tensors(self) -> dict[str, torch.Tensor]:
         """See ``ImageTokenizer``."""
-        tensors = {name: tensor.contiguous() for name, tensor in self.net.state_dict().items()}
-        return pack_tokenizer(self.kind, self.settings, {**tensors, "rank": self.rank_K})
+        weights = {name: tensor.contiguous() for name, tensor in self.net.state_dict().items()}
+        return {**weights, "rank": self.rank_K}
 
     def pixels(self, encoded: bytes) -> np.ndarray:
         """See ``ImageTokenizer``: the whole image resized, then cropped, as Chameleon does."""

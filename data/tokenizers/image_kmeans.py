@@ -6,42 +6,30 @@ Fitting and encoding give the same bytes on every machine, with any number of th
 N images, P patches an image, D values in a patch (patch · patch · 3), U distinct patches, K codes.
 """
 
-import hashlib
 from typing import Any
 
 import numpy as np
 import torch
 
 from earlyfuse.data.tokenizers import kmeans
-from earlyfuse.data.tokenizers.image import (
+from earlyfuse.data.tokenizers.image_tokenizer import (
     LARGEST_CODEBOOK,
+    ImageTokenizer,
     check_image_geometry,
-    pack_tokenizer,
 )
-from earlyfuse.data.tokenizers.pixels import image_pixels
 from earlyfuse.data.tokenizers.tokenizer_file import LARGEST_SIDE, TokenizerFile
 
 
-class KMeansTokenizer:
+class KMeansTokenizer(ImageTokenizer):
     """Nearest codeword for each patch. ``codebook_KD``: distinct rows, uint8."""
 
     kind = "kmeans"
-    decodes = True
 
     def __init__(self, codebook_KD: np.ndarray, settings: dict[str, Any]) -> None:
-        self.settings = settings
-        self.image_size, self.patch = settings["image_size"], settings["patch"]
-        self.codes = settings["codes"]
-        check_image_geometry(self.image_size, self.patch, self.codes)
-        expected = (self.codes, self.patch**2 * 3)
-        if codebook_KD.shape != expected or codebook_KD.dtype != np.uint8:
-            raise ValueError(
-                f"codebook ({codebook_KD.dtype} {codebook_KD.shape}) must be uint8 "
-                f"{expected} for settings {settings}; the file is damaged"
-            )
+        self.patch = settings["patch"]
+        super().__init__(settings, self.patch)
+        kmeans.check_codebook(codebook_KD, self.codes, self.patch**2 * 3)
         self.codebook_KD = codebook_KD
-        self.block = (self.image_size // self.patch) ** 2
-        self.sha256 = hashlib.sha256(self.to_bytes()).hexdigest()
 
     @classmethod
     def train(
@@ -59,17 +47,15 @@ class KMeansTokenizer:
         Raises ``ValueError`` when the images hold fewer distinct patches than ``codes``.
         """
         check_image_geometry(images.shape[1], patch, codes)
-        rng = np.random.default_rng(seed)
-        sample = to_patches(images, patch).reshape(-1, patch**2 * 3)
-        if len(sample) > patches:
-            sample = sample[np.sort(rng.choice(len(sample), patches, replace=False))]
-        distinct_UD, weight_U = kmeans.distinct_rows(sample)
-        if len(distinct_UD) < codes:
-            raise ValueError(
-                f"codes ({codes}) must not exceed the distinct {patch}×{patch} patches of the "
-                f"training images ({len(distinct_UD)}); lower codes or give more images"
-            )
-        codebook_KD = kmeans.fit(distinct_UD, weight_U, codes, rng, iterations)
+        codebook_KD = kmeans.learn(
+            to_patches(images, patch).reshape(-1, patch**2 * 3),
+            codes,
+            seed=seed,
+            most=patches,
+            iterations=iterations,
+            option="codes",
+            rows=f"{patch}×{patch} patches of the training images",
+        )
         settings = {"image_size": images.shape[1], "patch": patch, "codes": codes, "seed": seed}
         return cls(codebook_KD, settings)
 
@@ -85,15 +71,9 @@ class KMeansTokenizer:
         tensors = file.tensors({"codebook": codebook})
         return cls(tensors["codebook"].numpy(), settings.values)
 
-    def to_bytes(self) -> bytes:
+    def tensors(self) -> dict[str, torch.Tensor]:
         """See ``ImageTokenizer``."""
-        return pack_tokenizer(
-            self.kind, self.settings, {"codebook": torch.from_numpy(self.codebook_KD)}
-        )
-
-    def pixels(self, encoded: bytes) -> np.ndarray:
-        """See ``ImageTokenizer``."""
-        return image_pixels(encoded, self.image_size)
+        return {"codebook": torch.from_numpy(self.codebook_KD)}
 
     def encode(self, images: np.ndarray) -> np.ndarray:
         """uint8 (N, H, H, 3) → int64 (N, P)."""
@@ -104,7 +84,7 @@ class KMeansTokenizer:
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
         """int64 (N, P) → uint8 (N, H, H, 3)."""
-        side, patch = self.image_size // self.patch, self.patch
+        side, patch = self.side, self.patch
         patches = self.codebook_KD[codes].reshape(-1, side, side, patch, patch, 3)
         return patches.transpose(0, 1, 3, 2, 4, 5).reshape(-1, self.image_size, self.image_size, 3)
 

@@ -8,7 +8,6 @@ keep most codes in use. No adversarial or perceptual loss: PSNR is what it is go
 B images, C channels, H pixels a side, N latents (B · block), E latent dimension, K codes.
 """
 
-import hashlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -18,12 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from earlyfuse.data.tokenizers.image import (
+from earlyfuse.data.tokenizers.image_tokenizer import (
     LARGEST_CODEBOOK,
+    ImageTokenizer,
     check_image_geometry,
-    pack_tokenizer,
 )
-from earlyfuse.data.tokenizers.pixels import image_pixels
 from earlyfuse.data.tokenizers.tokenizer_file import LARGEST_SIDE, TokenizerFile
 
 _ENCODE_BATCH, _ENCODE_PIXELS = 64, 1 << 22
@@ -40,20 +38,15 @@ _MOST = {
 }  # fmt: skip
 
 
-class VQVAETokenizer:
+class VQVAETokenizer(ImageTokenizer):
     """Encoder, nearest entry of the codebook, decoder."""
 
     kind = "vqvae"
-    decodes = True
 
     def __init__(self, net: "VQVAE", settings: dict[str, Any]) -> None:
+        super().__init__(settings, settings["patch"])
         self.net = net.eval().requires_grad_(False)
-        self.settings = settings
-        self.image_size, self.codes = settings["image_size"], settings["codes"]
-        self.side = self.image_size // settings["patch"]
-        self.block = self.side**2
         self._batch = max(1, min(_ENCODE_BATCH, _ENCODE_PIXELS // self.image_size**2))
-        self.sha256 = hashlib.sha256(self.to_bytes()).hexdigest()
 
     @classmethod
     def train(
@@ -123,14 +116,9 @@ class VQVAETokenizer:
         net.load_state_dict(tensors)
         return cls(net, settings.values)
 
-    def to_bytes(self) -> bytes:
+    def tensors(self) -> dict[str, torch.Tensor]:
         """See ``ImageTokenizer``."""
-        tensors = {name: tensor.contiguous() for name, tensor in self.net.state_dict().items()}
-        return pack_tokenizer(self.kind, self.settings, tensors)
-
-    def pixels(self, encoded: bytes) -> np.ndarray:
-        """See ``ImageTokenizer``."""
-        return image_pixels(encoded, self.image_size)
+        return {name: tensor.contiguous() for name, tensor in self.net.state_dict().items()}
 
     @torch.no_grad()
     def encode(self, images: np.ndarray) -> np.ndarray:

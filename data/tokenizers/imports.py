@@ -15,9 +15,11 @@ import torch
 
 from earlyfuse.data.atomic import atomic_write_json
 from earlyfuse.data.json_files import JsonObject, read_json
-from earlyfuse.data.tokenizers import IMAGE_FILE, VOCABULARY_FILE
-from earlyfuse.data.tokenizers.image import LARGEST_CODEBOOK, save_image_tokenizer
+from earlyfuse.data.media import MEDIA
+from earlyfuse.data.tokenizers import VOCABULARY_FILE
+from earlyfuse.data.tokenizers.image import save_image_tokenizer
 from earlyfuse.data.tokenizers.image_chameleon import ChameleonTokenizer, shape_of
+from earlyfuse.data.tokenizers.image_tokenizer import LARGEST_CODEBOOK
 from earlyfuse.data.tokenizers.text import TextTokenizer
 from earlyfuse.data.tokenizers.text_json import LARGEST_ID, token_ids
 from earlyfuse.data.tokenizers.vocabulary_map import code_range, image_code_ids
@@ -74,7 +76,7 @@ def import_vq(source: Path, destination: Path) -> bool:
         _, rank = code_range(tokens, settings["codes"])
     tokenizer = ChameleonTokenizer(net, torch.tensor(rank), settings)
     destination.mkdir(parents=True, exist_ok=True)
-    save_image_tokenizer(tokenizer, destination / IMAGE_FILE)
+    save_image_tokenizer(tokenizer, destination / MEDIA[Modality.IMAGE.label].file)
     return True
 
 

@@ -1,13 +1,15 @@
 """k-means over rows of 8-bit values, with the same result on every machine.
 
-Codewords are rows of whole 8-bit values, and all sums are of whole numbers that the arithmetic
-holds exactly. Fitting and searching therefore give the same bytes with any number of threads and
-any batch. Image patches and frames of log-mel levels are coded with it.
+Codewords are rows of 8-bit integers, and all sums are of integers that floats represent exactly.
+Fitting and searching therefore give the same bytes with any number of threads and any batch. It
+codes image patches and frames of log-mel levels.
 
 N rows, D values in a row, U distinct rows, K codes.
 """
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -24,6 +26,54 @@ def distinct_rows(rows_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     counts = Counter(content[start : start + width] for start in range(0, len(content), width))
     distinct_UD = np.frombuffer(bytearray().join(counts), dtype=np.uint8).reshape(-1, width)
     return distinct_UD, np.fromiter(counts.values(), dtype=np.int64, count=len(counts))
+
+
+def learn(
+    rows_ND: np.ndarray,
+    codes: int,
+    *,
+    seed: int,
+    most: int,
+    iterations: int,
+    option: str,
+    rows: str,
+) -> np.ndarray:
+    """uint8 (K, D): a codebook for ``rows_ND``, or for ``most`` of them drawn by ``seed``.
+
+    ``ValueError``, naming the ``option`` for K and the kind of ``rows``, where fewer are distinct.
+    """
+    rng = np.random.default_rng(seed)
+    if len(rows_ND) > most:
+        rows_ND = rows_ND[np.sort(rng.choice(len(rows_ND), most, replace=False))]
+    distinct_UD, weight_U = distinct_rows(rows_ND)
+    if len(distinct_UD) < codes:
+        raise ValueError(
+            f"{option} ({codes}) must not exceed the distinct {rows} ({len(distinct_UD)}); lower "
+            f"{option} or give more of them"
+        )
+    return fit(distinct_UD, weight_U, codes, rng, iterations)
+
+
+def check_codebook(codebook_KD: np.ndarray, codes: int, width: int) -> None:
+    """``ValueError`` unless it has ``codes`` rows of ``width`` 8-bit values."""
+    if codebook_KD.shape != (codes, width) or codebook_KD.dtype != np.uint8:
+        raise ValueError(
+            f"codebook ({codebook_KD.dtype} {codebook_KD.shape}) must be uint8 "
+            f"{(codes, width)} for its settings; the file is damaged"
+        )
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Limits torch to one thread: fitting takes seconds, and more would contend with the text
+    tokenizer, which learns at the same time.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def fit(

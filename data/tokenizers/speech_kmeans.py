@@ -15,7 +15,7 @@ codes.
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,9 @@ import torch
 from earlyfuse.data.atomic import atomic_write_bytes
 from earlyfuse.data.documents import BadSample
 from earlyfuse.data.tokenizers import kmeans
-from earlyfuse.data.tokenizers.audio import waveform
-from earlyfuse.data.tokenizers.image import LARGEST_CODEBOOK
-from earlyfuse.data.tokenizers.tokenizer_file import TokenizerFile, pack
+from earlyfuse.data.tokenizers.audio import wav_file, waveform
+from earlyfuse.data.tokenizers.image_tokenizer import LARGEST_CODEBOOK
+from earlyfuse.data.tokenizers.tokenizer_file import TokenizerFile, load_tokenizer, pack
 
 FORMAT = "earlyfuse-speech-tokenizer/1"
 RATE = 16_000  # Hz
@@ -44,35 +44,34 @@ _LOUD_DB = 15.0  # hops within this of the loudest one say how loud an utterance
 _DECODED_RMS = 0.1
 _GRIFFIN_LIM_STEPS, _MOMENTUM = 40, 0.99
 _UNMIX_STEPS = 40
+_MOST_WAITING = 1024  # utterances: encoding them together gains nothing
 
 
 class SpeechTokenizer:
     """Nearest codeword for each frame. ``codebook_KD``: distinct rows, uint8.
 
-    ``codes`` K, ``settings`` plain values that say how it was made, ``sha256`` of its file: what
-    manifests and checkpoints record.
+    A ``MediaTokenizer`` (``data/media.py``).
     """
 
     kind = "kmeans"
+    vectors = None
+    decodes = True
+    block = 0
+    batch = _MOST_WAITING
 
     def __init__(self, codebook_KD: np.ndarray, settings: dict[str, Any]) -> None:
         self.settings = settings
         self.codes, self.frame_ms = settings["codes"], settings["frame_ms"]
         check_speech_geometry(self.frame_ms, self.codes)
         self.hops = self.frame_ms // 10
-        expected = (self.codes, self.hops * MELS)
-        if codebook_KD.shape != expected or codebook_KD.dtype != np.uint8:
-            raise ValueError(
-                f"codebook ({codebook_KD.dtype} {codebook_KD.shape}) must be uint8 "
-                f"{expected} for settings {settings}; the file is damaged"
-            )
+        kmeans.check_codebook(codebook_KD, self.codes, self.hops * MELS)
         self.codebook_KD = codebook_KD
         self.sha256 = hashlib.sha256(self.to_bytes()).hexdigest()
 
     @classmethod
     def train(
         cls,
-        utterances: Iterable[np.ndarray],
+        utterances: Sequence[np.ndarray],
         *,
         frame_ms: int,
         codes: int,
@@ -86,36 +85,32 @@ class SpeechTokenizer:
         Raises ``ValueError`` when they hold fewer distinct frames than ``codes``.
         """
         check_speech_geometry(frame_ms, codes)
-        rng = np.random.default_rng(seed)
-        sample = np.concatenate([np.zeros((0, frame_ms // 10 * MELS), np.uint8), *utterances])
-        if len(sample) > frames:
-            sample = sample[np.sort(rng.choice(len(sample), frames, replace=False))]
-        distinct_UD, weight_U = kmeans.distinct_rows(sample)
-        if len(distinct_UD) < codes:
-            raise ValueError(
-                f"speech_codes ({codes}) must not exceed the distinct frames of {frame_ms} ms of "
-                f"the training speech ({len(distinct_UD)}); lower speech_codes or give more speech"
-            )
-        codebook_KD = kmeans.fit(distinct_UD, weight_U, codes, rng, iterations)
+        codebook_KD = kmeans.learn(
+            np.concatenate([np.zeros((0, frame_ms // 10 * MELS), np.uint8), *utterances]),
+            codes,
+            seed=seed,
+            most=frames,
+            iterations=iterations,
+            option="speech_codes",
+            rows=f"frames of {frame_ms} ms of the training speech",
+        )
         return cls(codebook_KD, {"frame_ms": frame_ms, "codes": codes, "seed": seed})
 
     @classmethod
     def load(cls, path: Path) -> "SpeechTokenizer":
         """The tokenizer of a file written by ``save``. ``ValueError`` when it is none."""
-        file = TokenizerFile.read("speech", FORMAT, path, (cls.kind,))
+        return load_tokenizer("speech", FORMAT, path, {cls.kind: cls.from_file})
+
+    @classmethod
+    def from_file(cls, file: TokenizerFile) -> "SpeechTokenizer":
+        """Inverse of ``to_bytes``."""
         settings = file.settings
         frame_ms = settings.field("frame_ms", int, least=10, most=LONGEST_FRAME_MS)
         codes = settings.field("codes", int, least=2, most=LARGEST_CODEBOOK)
         settings.field("seed", int)
         codebook = torch.empty(codes, frame_ms // 10 * MELS, dtype=torch.uint8, device="meta")
-        try:
-            tensors = file.tensors({"codebook": codebook})
-            tokenizer = cls(tensors["codebook"].numpy(), settings.values)
-        except ValueError as error:
-            raise file.refusal(error) from error
-        # as of images: of the file, however its writer ordered the bytes
-        tokenizer.sha256 = hashlib.sha256(file.content).hexdigest()
-        return tokenizer
+        tensors = file.tensors({"codebook": codebook})
+        return cls(tensors["codebook"].numpy(), settings.values)
 
     def save(self, path: Path) -> None:
         """Write the tokenizer's file, whole or not at all."""
@@ -126,13 +121,28 @@ class SpeechTokenizer:
         tensors = {"codebook": torch.from_numpy(self.codebook_KD)}
         return pack(FORMAT, self.kind, self.settings, tensors)
 
-    def features(self, encoded: bytes, longest: float = float("inf")) -> np.ndarray:
+    def features(self, payload: bytes, longest: float = float("inf")) -> np.ndarray:
         """An audio file → uint8 (U, D). ``BadSample`` as ``waveform`` and ``levels``."""
-        return levels(waveform(encoded, RATE, longest), self.hops)
+        return levels(waveform(payload, RATE, longest), self.hops)
 
     def encode(self, features_UD: np.ndarray) -> np.ndarray:
         """uint8 (U, D) → int64 (U,), each in [0, codes)."""
         return kmeans.nearest(features_UD, self.codebook_KD)[0]
+
+    def encode_items(self, items: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """See ``MediaTokenizer``."""
+        return [self.encode(features_UD) for features_UD in items]
+
+    def error(
+        self, items: Sequence[np.ndarray], codes: Sequence[np.ndarray], measured: int
+    ) -> tuple[int, int]:
+        """Over all levels of all utterances."""
+        errors = [self.squared_error(*pair) for pair in zip(items, codes, strict=True)]
+        return sum(errors), sum(features_UD.size for features_UD in items)
+
+    def to_file(self, codes: np.ndarray) -> bytes:
+        """A WAV file."""
+        return wav_file(self.decode(codes), RATE)
 
     def squared_error(self, features_UD: np.ndarray, codes_U: np.ndarray) -> int:
         """Sum of squared differences, in levels, between frames and their codewords."""

@@ -9,17 +9,16 @@ to contain ``<image>`` cannot open an image.
 
 import hashlib
 import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
 import sentencepiece
 
 from earlyfuse.data.atomic import atomic_write_bytes
+from earlyfuse.data.media import MEDIA
 from earlyfuse.data.tokenizers.text_json import JsonPieces, is_json, with_sentinels
 
-BEGIN_IMAGE, END_IMAGE = "<image>", "</image>"
-BEGIN_SPEECH, END_SPEECH = "<speech>", "</speech>"
 # unknown, bos, eos, pad, two sentinels of images, two of speech, newline, 256 bytes, and room for
 # letters and merges
 SMALLEST_VOCABULARY = 320
@@ -31,13 +30,14 @@ class TextTokenizer:
     """A file of text pieces, sentencepiece's or Hugging Face's, and its sentinels.
 
     ``pieces`` counts the file's ids; ``size`` counts also, behind them, any sentinel that the file
-    lacks. Sentinels of ``speech`` are looked for only where it is used, so that without it ids are
-    what they always were. ``image_codes``: ids among the pieces that stand for image codes
-    (Chameleon's), never for text; ``reserved``: these, the sentinels and whatever else text never
-    gives. ``sha256`` is that of the file, ``model`` its content.
+    lacks. ``begin`` and ``end``: label of a medium → its sentinels; images always have some, other
+    ``media`` only where they are used, so that a new medium moves no ids. ``image_codes``: ids
+    among the pieces that stand for image codes (Chameleon's), never for text; ``reserved``: these,
+    the sentinels and whatever else text never gives. ``sha256``: hash of the file; ``model``: its
+    content.
     """
 
-    def __init__(self, model: bytes, speech: bool = False) -> None:
+    def __init__(self, model: bytes, media: Collection[str] = ()) -> None:
         self.model = model
         self.sha256 = hashlib.sha256(model).hexdigest()
         self._pieces = JsonPieces(model) if is_json(model) else SentencePieces(model)
@@ -47,10 +47,11 @@ class TextTokenizer:
         self.bos = self._sentinel("bos")
         self.eos = self._sentinel("eos")
         self.pad = self._sentinel("pad")
-        self.begin_image = self._sentinel("begin_image")
-        self.end_image = self._sentinel("end_image")
-        self.begin_speech = self._sentinel("begin_speech") if speech else None
-        self.end_speech = self._sentinel("end_speech") if speech else None
+        self.begin: dict[str, int] = {}
+        self.end: dict[str, int] = {}
+        for label in _with_sentinels(media):
+            self.begin[label] = self._sentinel(f"begin_{label}")
+            self.end[label] = self._sentinel(f"end_{label}")
         self.reserved = self._pieces.reserved | set(range(self.pieces, self.size))
 
     def encode(self, text: str) -> list[int]:
@@ -81,7 +82,7 @@ class TextTokenizer:
         atomic_write_bytes(path, self.model)
 
     @classmethod
-    def load(cls, path: Path, speech: bool = False) -> "TextTokenizer":
+    def load(cls, path: Path, media: Collection[str] = ()) -> "TextTokenizer":
         """Read a sentencepiece ``.model``, a Hugging Face ``tokenizer.json`` or our ``text.json``.
 
         Beside a ``tokenizer.json``, ``tokenizer_config.json`` says which tokens are the sentinels.
@@ -91,7 +92,7 @@ class TextTokenizer:
         model = path.read_bytes()
         try:
             as_json = is_json(model) or path.suffix == ".json"
-            return cls(with_sentinels(model, path.parent) if as_json else model, speech)
+            return cls(with_sentinels(model, path.parent) if as_json else model, media)
         except (RuntimeError, ValueError) as error:
             raise ValueError(
                 f"text tokenizer ({path}) must be a sentencepiece .model file or a Hugging Face "
@@ -100,7 +101,7 @@ class TextTokenizer:
 
     @classmethod
     def train(
-        cls, texts: Iterable[str], vocabulary_size: int, speech: bool = False
+        cls, texts: Iterable[str], vocabulary_size: int, media: Collection[str] = ()
     ) -> "TextTokenizer":
         """Learn ``vocabulary_size`` pieces. Equal texts in equal order give equal bytes.
 
@@ -134,8 +135,7 @@ class TextTokenizer:
                 split_digits=True,
                 user_defined_symbols=["\n"],
                 control_symbols=[
-                    *(BEGIN_IMAGE, END_IMAGE),
-                    *((BEGIN_SPEECH, END_SPEECH) if speech else ()),
+                    piece for label in _with_sentinels(media) for piece in MEDIA[label].sentinels
                 ],
                 unk_id=0,
                 bos_id=1,
@@ -153,7 +153,7 @@ class TextTokenizer:
                 f"give more text or another --text-vocab; sentencepiece says: "
                 f"{str(error).rpartition('] ')[2]}"
             ) from error
-        return cls(model.getvalue(), speech)
+        return cls(model.getvalue(), media)
 
     def _sentinel(self, name: str) -> int:
         """The file's own, or a new id behind its pieces."""
@@ -178,11 +178,10 @@ class SentencePieces:
             "bos": pieces.bos_id(),
             "eos": pieces.eos_id(),
             "pad": pieces.pad_id(),
-            "begin_image": pieces.piece_to_id(BEGIN_IMAGE),
-            "end_image": pieces.piece_to_id(END_IMAGE),
-            "begin_speech": pieces.piece_to_id(BEGIN_SPEECH),
-            "end_speech": pieces.piece_to_id(END_SPEECH),
         }
+        for label, medium in MEDIA.items():
+            for place, piece in zip(("begin", "end"), medium.sentinels, strict=True):
+                found[f"{place}_{label}"] = pieces.piece_to_id(piece)
         # only a control piece is out of reach of text
         self.sentinels = {
             name: piece for name, piece in found.items() if piece >= 0 and pieces.is_control(piece)
@@ -205,6 +204,11 @@ class SentencePieces:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids``; control pieces give nothing."""
         return self._processor.decode(list(ids))
+
+
+def _with_sentinels(media: Collection[str]) -> list[str]:
+    """Labels of the media whose sentinels a text tokenizer for ``media`` has, in table order."""
+    return [label for label, medium in MEDIA.items() if medium.always or label in media]
 
 
 def check_vocabulary_size(size: int) -> None:

@@ -1,10 +1,11 @@
-"""The file of a tokenizer of images or speech: safetensors, and what it is in its metadata."""
+"""The file of a media tokenizer: safetensors, with format, kind and settings in its metadata."""
 
+import hashlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -25,9 +26,36 @@ def pack(
     return save_tensors(tensors, metadata={"earlyfuse": about})
 
 
+class _Hashed(Protocol):
+    sha256: str
+
+
+Loaded = TypeVar("Loaded", bound=_Hashed)
+
+
+def load_tokenizer(
+    label: str,
+    file_format: str,
+    path: Path,
+    kinds: "Mapping[str, Callable[[TokenizerFile], Loaded]]",
+) -> Loaded:
+    """The tokenizer in ``path``, made by the function of its kind.
+
+    ``sha256`` is that of the file: a newer writer of safetensors may order bytes differently.
+    Raises ``ValueError`` naming file and field where it is damaged or something else.
+    """
+    file = TokenizerFile.read(label, file_format, path, kinds)
+    try:
+        tokenizer = kinds[file.kind](file)
+    except ValueError as error:
+        raise file.refusal(error) from error
+    tokenizer.sha256 = hashlib.sha256(file.content).hexdigest()
+    return tokenizer
+
+
 @dataclass(frozen=True)
 class TokenizerFile:
-    """A file that was read: ``label`` image or speech, and what its metadata say.
+    """A file that was read: the medium's ``label``, and what its metadata say.
 
     Raises ``ValueError`` naming file and field where it is damaged or something else.
     """

@@ -16,16 +16,14 @@ V vocabulary.
 import sys
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 
 from earlyfuse.models.vocabulary import MediaCodes, Modality, Vocabulary
 
-Mode = Literal["text", "image", "interleaved", "speech"]
-MODES: tuple[Mode, ...] = get_args(Mode)
-# modes that write one block, and of which medium
-BLOCKS: dict[str, Modality] = {"image": Modality.IMAGE, "speech": Modality.SPEECH}
+Mode = str  # "text", "interleaved" or the label of a medium: one block of it
+DOCUMENT_MODES = ("text", "interleaved")  # they write to the end of the document
 
 
 class Allowed(NamedTuple):
@@ -62,9 +60,9 @@ class Draft:
     """A document that is being written: its tokens, where in the grammar it stands, whether it is
     ``done``.
 
-    ``mode``: "text" writes text to the end of the document; "image" and "speech" one image or
-    utterance, to the end of its block; "interleaved" anything to the end of the document. ``room``:
-    tokens that may be added; no block is begun that would not fit.
+    ``mode``: "text" writes text to the end of the document, "interleaved" anything; the label of a
+    medium ("image", "speech") one block of it, to its end. ``room``: tokens that may be added; no
+    block is begun that would not fit.
     """
 
     def __init__(self, vocabulary: Vocabulary, prompt: Sequence[int], mode: Mode, room: int):
@@ -92,8 +90,8 @@ class Draft:
             # those of a block that varies in length: it may end after the code it has, or the first
             missing = self.medium.block - self._codes() if self.medium.block else not self._codes()
             _check_room(room, missing + 1)
-        elif mode in BLOCKS:
-            medium = vocabulary.medium(BLOCKS[mode])
+        elif mode not in DOCUMENT_MODES:
+            medium = vocabulary.medium(Modality[mode])
             _check_room(room, max(medium.block, 1) + 2)
             self.write(medium.begin)
 
@@ -130,7 +128,7 @@ class Draft:
             self.done = token == self.vocabulary.eos and len(self.tokens) > 1
         elif token == self.medium.end:
             self.medium = None
-            self.done = self.mode in BLOCKS
+            self.done = self.mode not in DOCUMENT_MODES
         self.done = self.done or self.room <= 0
 
     def _codes(self) -> int:
@@ -161,8 +159,9 @@ class Draft:
 
 
 def _check_request(vocabulary: Vocabulary, prompt: Sequence[int], mode: str, room: int) -> None:
-    if mode not in MODES:
-        raise ValueError(f"mode ({mode!r}) must be one of {', '.join(MODES)}")
+    modes = (*DOCUMENT_MODES, *(m.label for m in Modality if m != Modality.TEXT))
+    if mode not in modes:
+        raise ValueError(f"mode ({mode!r}) must be one of {', '.join(modes)}")
     if room < 0:
         raise ValueError(f"new_tokens ({room}) must not be negative")
     if not prompt or prompt[0] != vocabulary.bos:
@@ -170,7 +169,7 @@ def _check_request(vocabulary: Vocabulary, prompt: Sequence[int], mode: str, roo
             f"a prompt must begin with begin-of-document ({vocabulary.bos}), not with "
             f"{prompt[0] if prompt else 'nothing'}"
         )
-    if mode in BLOCKS and BLOCKS[mode] not in vocabulary.modalities:
+    if mode not in DOCUMENT_MODES and Modality[mode] not in vocabulary.modalities:
         raise ValueError(
             f"mode ({mode!r}) needs a vocabulary with {mode} codes; this one has "
             f"{[m.label for m in vocabulary.modalities]} only"

@@ -12,10 +12,11 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from earlyfuse.data.atomic import atomic_write
+from earlyfuse.data.media import MEDIA
 from earlyfuse.parallel.reporting.metrics_file import METRICS_FILE, TRAIN, VALIDATION, read_metrics
 from earlyfuse.parallel.reporting.run_folder import CURVES
 
-COLOURS = {"text": "#1b6ca8", "image": "#c8553d", "speech": "#5b8c5a"}
+TEXT_COLOUR = "#1b6ca8"
 
 
 def plot_curves(folder: Path) -> Path:
@@ -23,7 +24,7 @@ def plot_curves(folder: Path) -> Path:
     lines = read_metrics(folder / METRICS_FILE)
     train = [line for line in lines if line["kind"] == TRAIN]
     validation = [line for line in lines if line["kind"] == VALIDATION]
-    labels = [label for label in COLOURS if any(f"loss/{label}" in line for line in train)]
+    labels = [label for label in ("text", *MEDIA) if any(f"loss/{label}" in line for line in train)]
     tasks = sorted({key for line in validation for key in line if key.startswith("task/")})
 
     panels = len(labels) + bool(tasks)
@@ -98,7 +99,7 @@ def _draw_losses(
     validation: list[dict[str, Any]],
     tokens_at: dict[int, float],
 ) -> None:
-    key, colour = f"loss/{label}", COLOURS[label]
+    key, colour = f"loss/{label}", MEDIA[label].colour if label in MEDIA else TEXT_COLOUR
     points = [(tokens_at[line["step"]], line[key]) for line in train if key in line]
     axis.plot(*zip(*points, strict=True), color=colour, alpha=0.35, linewidth=1, label="training")
     held_out = [

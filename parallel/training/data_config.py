@@ -13,9 +13,10 @@ from typing import Any
 from torchtitan.config import Configurable
 
 from earlyfuse.data.atomic import sha256_file
+from earlyfuse.data.media import MEDIA
 from earlyfuse.data.shards.source import TokenSource
 from earlyfuse.data.shards.writer import MANIFEST
-from earlyfuse.data.tokenizers import IMAGE_FILE, SPEECH_FILE, TEXT_FILES, VOCABULARY_FILE
+from earlyfuse.data.tokenizers import TEXT_FILES, VOCABULARY_FILE
 from earlyfuse.data.vocabulary import check_same, load_vocabulary
 from earlyfuse.models.blocks.experts import ExpertPool
 from earlyfuse.models.routing.expert_choice import ExpertChoice, static_budget
@@ -159,7 +160,7 @@ class DataSet(Configurable):
         size = max(self.vocabulary.size, source.vocabulary.size)
         data = replace(source.vocabulary, size=size)
         check_same(folder / VOCABULARY_FILE, self.vocabulary, data, manifest)
-        files = {"text": TEXT_FILES, "image": (IMAGE_FILE,), "speech": (SPEECH_FILE,)}
+        files = {"text": TEXT_FILES} | {label: (medium.file,) for label, medium in MEDIA.items()}
         for kind, names in files.items():
             for path in (folder / name for name in names):
                 expected = source.tokenizers.get(kind)

@@ -47,7 +47,7 @@ def test_text_is_encoded_as_by_transformers_and_comes_back(imported, source):
         assert ours.encode(text) == theirs.encode(text, add_special_tokens=False)
         assert ours.decode(ours.encode(text)) == text
     assert (ours.bos, ours.pad, ours.eos) == (0, 1, 2)
-    assert (ours.begin_image, ours.end_image) == (START + CODES + 1, START + CODES)
+    assert (ours.begin["image"], ours.end["image"]) == (START + CODES + 1, START + CODES)
     assert ours.size == ours.pieces == len(theirs)
 
 
@@ -57,7 +57,7 @@ def test_text_never_gives_a_sentinel_or_an_image_code(imported):
         ids = ours.encode(text)
         assert ours.decode(ids) == text
         assert not ours.reserved & set(ids)
-    mixed = [ours.bos, *ours.encode("disc"), ours.begin_image, ours.end_image, ours.eos]
+    mixed = [ours.bos, *ours.encode("disc"), ours.begin["image"], ours.end["image"], ours.eos]
     assert ours.decode(mixed) == "disc"
     with pytest.raises(ValueError, match=r"token \(5\) is an image code"):
         ours.decode([5])
@@ -88,7 +88,7 @@ def test_a_vocabulary_of_words_refuses_reserved_ones_and_knows_unknown_ones(tmp_
     with pytest.raises(ValueError, match=r"'IMGIMGBZ' \(4\), which is reserved"):
         ours.encode("red IMGIMGBZ")
     assert (ours.bos, ours.eos, ours.pieces) == (0, 1, 7)
-    assert [ours.pad, ours.begin_image, ours.end_image] == [7, 8, 9], "behind the pieces"
+    assert [ours.pad, ours.begin["image"], ours.end["image"]] == [7, 8, 9], "behind the pieces"
 
 
 def test_the_config_beside_a_tokenizer_says_which_tokens_are_sentinels(tmp_path):

@@ -43,7 +43,7 @@ def test_documents_come_back_out_of_the_tokens(raw, prepared):
     found = list(documents_of(prepared / "train" / "mixed"))
     assert len(found) == len(expected)
     for (ids, counts), (fields, picture) in zip(found, expected, strict=True):
-        begin, end = list(ids).index(text.begin_image), list(ids).index(text.end_image)
+        begin, end = list(ids).index(text.begin["image"]), list(ids).index(text.end["image"])
         assert ids[0] == text.bos and ids[-1] == text.eos and end - begin - 1 == image.block == 4
         assert text.decode(ids[:begin].tolist()) == fields["texts"][0]
         assert text.decode(ids[end:].tolist()) == fields["texts"][2]

@@ -167,7 +167,7 @@ def test_other_options_make_other_tokens_and_no_manifest_outlives_its_shards(raw
     spec = spec_of(raw, tmp_path, train={"pairs": raw / "pairs"}, validation={}, image_first=1.0)
     prepare(spec, quiet())
     folder = tmp_path / "train" / "pairs"
-    begin = Tokenizers.load(tmp_path / "tokenizers").text.begin_image
+    begin = Tokenizers.load(tmp_path / "tokenizers").text.begin["image"]
     assert all(ids[1] == begin for ids, _ in documents_of(folder))
 
     class Stopped(BaseException):

@@ -12,13 +12,14 @@ from raw_shards import contents, documents_of, prepare, quiet, sentence, spec_of
 from sounds import RATE, encoded, prepared_speech, sound, speech_spec, spoken_pairs, three_media
 
 from earlyfuse.data import atomic
+from earlyfuse.data.media import MEDIA
 from earlyfuse.data.prepare.report import describe
 from earlyfuse.data.shards.source import TokenSource
 from earlyfuse.data.shards.writer import read_manifest
 from earlyfuse.data.stream.batches import validation_batches
 from earlyfuse.data.stream.lanes import Blend
 from earlyfuse.data.stream.loader import LaneLoader
-from earlyfuse.data.tokenizers import SPEECH_FILE, Tokenizers
+from earlyfuse.data.tokenizers import Tokenizers
 from earlyfuse.data.tokenizers.text import TextTokenizer
 from earlyfuse.models.generate.constrained import Draft
 from earlyfuse.models.vocabulary import Modality, Vocabulary
@@ -47,7 +48,10 @@ def tokenizers(data):
 def test_utterances_stand_in_reading_order_between_their_sentinels(raw_speech, data, tokenizers):
     vocabulary, speech = tokenizers.vocabulary, tokenizers.speech
     medium = vocabulary.medium(Modality.SPEECH)
-    assert (medium.begin, medium.end) == (tokenizers.text.begin_speech, tokenizers.text.end_speech)
+    assert (medium.begin, medium.end) == (
+        tokenizers.text.begin["speech"],
+        tokenizers.text.end["speech"],
+    )
     assert medium.start == vocabulary.medium(Modality.IMAGE).start + 16
     assert vocabulary.size == 330 + 16 + 24 and medium.block == 0
     with tarfile.open(raw_speech / "mixed" / "0.tar") as tar:
@@ -138,8 +142,9 @@ def test_without_speech_nothing_is_other_than_before(raw, prepared, tmp_path):
     for path in prepared.rglob("*.json"):
         assert "speech" not in path.read_text(), path
     text = TextTokenizer.load(prepared / "tokenizers" / "text.model")
-    assert text.size == text.pieces == 330 and text.begin_speech is None
-    assert b"<speech>" not in text.model and not (prepared / "tokenizers" / SPEECH_FILE).exists()
+    assert text.size == text.pieces == 330 and "speech" not in text.begin
+    assert b"<speech>" not in text.model
+    assert not (prepared / "tokenizers" / MEDIA["speech"].file).exists()
     for options in ({"text_tokenizer": prepared / "tokenizers" / "text.model"}, {}):
         with pytest.raises(ValueError, match=r"prepared with (text|speech) tokenizer .*(none|332)"):
             prepare(spec_of(raw, prepared, speech_tokenizer="kmeans", **options), quiet())
@@ -159,16 +164,20 @@ def test_a_ready_text_tokenizer_keeps_every_id_and_a_learnt_one_its_size(tmp_pat
     texts = [sentence(np.random.default_rng(n)) for n in range(40)]
     plain = TextTokenizer.train(texts, 330)
     plain.save(tmp_path / "plain.model")
-    spoken = TextTokenizer.load(tmp_path / "plain.model", speech=True)
-    assert (spoken.begin_speech, spoken.end_speech, spoken.size) == (330, 331, 332)
+    spoken = TextTokenizer.load(tmp_path / "plain.model", ["speech"])
+    assert (spoken.begin["speech"], spoken.end["speech"], spoken.size) == (330, 331, 332)
     assert spoken.encode("text here") == plain.encode("text here")
-    for name in ("bos", "eos", "pad", "begin_image", "end_image"):
+    for name in ("bos", "eos", "pad"):
         assert getattr(spoken, name) == getattr(plain, name)
+    for name in ("begin", "end"):
+        assert getattr(spoken, name)["image"] == getattr(plain, name)["image"]
     assert spoken.decode([330, *plain.encode("text"), 331]) == "text"
-    learnt = TextTokenizer.train(texts, 330, speech=True)
+    learnt = TextTokenizer.train(texts, 330, ["speech"])
     assert learnt.size == learnt.pieces == 330
-    assert {learnt.begin_speech, learnt.end_speech} <= learnt.reserved
-    assert not {learnt.begin_speech, learnt.end_speech} & set(learnt.encode("<speech></speech>"))
+    assert {learnt.begin["speech"], learnt.end["speech"]} <= learnt.reserved
+    assert not {learnt.begin["speech"], learnt.end["speech"]} & set(
+        learnt.encode("<speech></speech>")
+    )
 
 
 def test_other_speech_tokenizers_are_refused_and_ready_ones_are_taken(raw_speech, data, tmp_path):
@@ -179,7 +188,7 @@ def test_other_speech_tokenizers_are_refused_and_ready_ones_are_taken(raw_speech
         with pytest.raises(ValueError, match=r"was prepared with (speech|text|image) tokenizer"):
             prepare(speech_spec(raw_speech, data, **changes), quiet())
     assert contents(data) == before
-    ready = str(data / "tokenizers" / SPEECH_FILE)
+    ready = str(data / "tokenizers" / MEDIA["speech"].file)
     prepare(speech_spec(raw_speech, data, speech_tokenizer=ready), quiet())
     assert contents(data) == before
     spec = spec_of(raw_speech, tmp_path / "all", tokenizers=data / "tokenizers",

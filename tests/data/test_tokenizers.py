@@ -86,19 +86,26 @@ AWKWARD = [
 def test_awkward_text_survives_and_never_makes_a_sentinel(text, string):
     ids = text.encode(string)
     assert text.decode(ids) == string
-    assert not {text.bos, text.eos, text.pad, text.begin_image, text.end_image} & set(ids)
+    assert not {text.bos, text.eos, text.pad, text.begin["image"], text.end["image"]} & set(ids)
 
 
 @given(st.text(alphabet="<>/imagespdunkbo0x41 ", max_size=40))
 @settings(max_examples=100, deadline=None)
 def test_no_text_spells_a_sentinel(text, string):
-    sentinels = {text.bos, text.eos, text.pad, text.begin_image, text.end_image}
+    sentinels = {text.bos, text.eos, text.pad, text.begin["image"], text.end["image"]}
     assert len(sentinels) == 5
     assert not sentinels & set(text.encode(string))
 
 
 def test_sentinels_decode_to_nothing_and_image_codes_are_refused(text):
-    ids = [text.bos, *text.encode("fox"), text.begin_image, text.end_image, text.eos, text.pad]
+    ids = [
+        text.bos,
+        *text.encode("fox"),
+        text.begin["image"],
+        text.end["image"],
+        text.eos,
+        text.pad,
+    ]
     assert text.decode(ids) == "fox"
     with pytest.raises(ValueError, match=rf"token \({text.size}\) must lie in \[0, {text.size}\)"):
         text.decode([text.size])
@@ -133,10 +140,15 @@ def test_a_foreign_model_gets_the_sentinels_it_lacks(tmp_path):
     )
     foreign = TextTokenizer(model.getvalue())
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).get_piece_size()
-    assert [foreign.pad, foreign.begin_image, foreign.end_image] == [pieces, pieces + 1, pieces + 2]
+    assert [foreign.pad, foreign.begin["image"], foreign.end["image"]] == [
+        pieces,
+        pieces + 1,
+        pieces + 2,
+    ]
     assert foreign.size == pieces + 3
     assert (
-        foreign.decode([foreign.bos, *foreign.encode("lazy dog"), foreign.end_image]) == "lazy dog"
+        foreign.decode([foreign.bos, *foreign.encode("lazy dog"), foreign.end["image"]])
+        == "lazy dog"
     )
 
 

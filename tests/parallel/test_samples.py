@@ -144,7 +144,7 @@ def test_wrong_prompts_and_settings_are_refused_by_name(tmp_path, data):
         with pytest.raises(ValueError, match=r"prompts.json.* remove it"):
             load_pairs(path, tokenizers)
     with pytest.raises(ValueError, match="no image tokenizer"):
-        load_pairs(path, replace(tokenizers, image=None))
+        load_pairs(path, replace(tokenizers, media={}))
     with pytest.raises(ValueError, match=r"sampler.number \(0\) must be at least 1"):
         sample_generation.Sampler.Config(number=0)
     with pytest.raises(ValueError, match=r"temperature \(-1\)"):

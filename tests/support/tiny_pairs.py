@@ -50,7 +50,7 @@ def make_pairs(folder: Path, image_tokenizer: bool = True) -> Path:
         words, image = text.encode(caption), []
         if tokenizers.image is not None:
             codes = tokenizers.image.encode(pixels(shade)[None])[0] + text.size
-            image = [text.begin_image, *codes.tolist(), text.end_image]
+            image = [text.begin["image"], *codes.tolist(), text.end["image"]]
         documents += [[text.bos, *words, *image, text.eos], [text.bos, *image, *words, text.eos]]
     for split in ("train", "validation"):
         write_source(

@@ -1,0 +1,228 @@
+"""Media: one row for each kind of content besides text, and everything that differs between them.
+
+Readers of raw shards, tokenizers, ``prepare``, the stream, generation, plots and the command lines
+loop over ``MEDIA``. A medium is either *discrete*, an item being codes of its tokenizer, or
+*continuous*, an item being vectors at repetitions of one placeholder id. docs/data.md says how to
+add one.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from earlyfuse.models.vocabulary import Modality
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from earlyfuse.data.prepare.progress import Progress
+    from earlyfuse.data.prepare.spec import PrepareSpec
+
+
+class VectorType(NamedTuple):
+    """``width`` P and ``dtype`` ("float16", "float32") of the vectors of a continuous medium."""
+
+    width: int
+    dtype: str
+
+
+class Vectors(NamedTuple):
+    """The vectors of a prepared source: their type, and the labels of the media that have them."""
+
+    width: int
+    dtype: str
+    media: tuple[str, ...]
+
+
+class MediaTokenizer(Protocol):
+    """Items of one medium ↔ codes or vectors.
+
+    ``codes``: ids it needs, 1 if continuous; ``block``: positions of an item, 0 if items vary;
+    ``vectors``: their type, None if discrete; ``decodes``: whether ``to_file`` works; ``batch``:
+    items worth encoding in one call; ``settings``: plain values that say how it was made;
+    ``sha256``: of its file, recorded by manifests and checkpoints.
+    """
+
+    kind: str
+    sha256: str
+
+    @property
+    def codes(self) -> int: ...
+    @property
+    def block(self) -> int: ...
+    @property
+    def batch(self) -> int: ...
+    @property
+    def decodes(self) -> bool: ...
+    @property
+    def vectors(self) -> VectorType | None: ...
+    @property
+    def settings(self) -> dict[str, Any]: ...
+
+    def features(self, payload: bytes, **limits: Any) -> "np.ndarray":
+        """The bytes of a file → what is encoded. ``BadSample`` for a file that cannot be used."""
+        ...
+
+    def encode_items(self, items: "Sequence[np.ndarray]") -> "list[np.ndarray]":
+        """Features of items → int64 (n,) codes in [0, codes) each, or float (n, P) vectors."""
+        ...
+
+    def error(
+        self, items: "Sequence[np.ndarray]", codes: "Sequence[np.ndarray]", measured: int
+    ) -> tuple[int, int]:
+        """Squared error of (some of) ``items`` and its number of values; ``measured``: values
+        that were counted before in this shard.
+        """
+        ...
+
+    def to_file(self, codes: "np.ndarray") -> bytes:
+        """int64 (n,) codes of an item → a file. ``ValueError`` unless it ``decodes``."""
+        ...
+
+    def to_bytes(self) -> bytes:
+        """The tokenizer's own file."""
+        ...
+
+
+class Sampling(NamedTuple):
+    """What a tokenizer learns from: items until their ``size`` sums to ``budget``."""
+
+    budget: int
+    read: "Callable[[bytes], np.ndarray]"
+    size: "Callable[[np.ndarray], int]"
+
+
+class MediumModule(Protocol):
+    """The code of a medium: the module that a row of ``MEDIA`` imports on first use."""
+
+    QUALITY: str  # heading of ``quality`` in reports
+
+    def quality(self, mean_squared_error: float) -> float:
+        """A tokenizer's error in the medium's own unit."""
+        ...
+
+    def load(self, path: Path) -> MediaTokenizer:
+        """The tokenizer in a file. ``ValueError`` naming file and field where it is none."""
+        ...
+
+    def check(self, spec: "PrepareSpec") -> None:
+        """``ValueError`` for options of this medium that cannot be."""
+        ...
+
+    def settings(self, spec: "PrepareSpec") -> dict[str, Any]:
+        """Settings that a tokenizer made by ``spec`` has."""
+        ...
+
+    def limits(self, spec: "PrepareSpec") -> dict[str, Any]:
+        """Arguments of ``MediaTokenizer.features``; they decide the tokens."""
+        ...
+
+    def sampling(self, spec: "PrepareSpec") -> Sampling:
+        """How to sample training data for a new tokenizer."""
+        ...
+
+    def train(
+        self, items: "Sequence[np.ndarray]", spec: "PrepareSpec", progress: "Progress"
+    ) -> tuple[MediaTokenizer, str]:
+        """A new tokenizer, and how good it is as a line for people."""
+        ...
+
+
+def _image() -> MediumModule:
+    from earlyfuse.data.tokenizers import image
+
+    return image
+
+
+def _speech() -> MediumModule:
+    from earlyfuse.data.tokenizers import speech
+
+    return speech
+
+
+@dataclass(frozen=True)
+class Medium:
+    """A row of ``MEDIA``.
+
+    ====================  ======================================================================
+    ``modality``          id and label
+    ``payload``           what its bytes are called in messages and causes (``corrupt-audio``)
+    ``item``              one of them
+    ``suffixes``          of members in raw shards
+    ``list_name``         its list in the JSON of interleaved samples
+    ``caption_fields``    JSON fields with the caption of a pair, in order of preference
+    ``sentinels``         control pieces of a text tokenizer, around a block
+    ``module``            imports its code
+    ``kinds``             of tokenizer that ``prepare`` makes
+    ``default``           what ``prepare`` does unasked: one of ``kinds`` or "none"
+    ``written``           suffix of the files that generation writes
+    ``colour``            in plots
+    ``always``            whether text tokenizers have its sentinels even where it is not used
+    ====================  ======================================================================
+    """
+
+    modality: Modality
+    payload: str
+    item: str
+    suffixes: tuple[str, ...]
+    list_name: str
+    caption_fields: tuple[str, ...]
+    sentinels: tuple[str, str]
+    module: Callable[[], MediumModule]
+    kinds: tuple[str, ...]
+    default: str
+    written: str
+    colour: str
+    always: bool = False
+
+    @property
+    def label(self) -> str:
+        """``image``: in manifests, options (``--image-tokenizer``) and metrics."""
+        return self.modality.label
+
+    @property
+    def file(self) -> str:
+        """Its tokenizer in a tokenizers folder."""
+        return f"{self.label}.safetensors"
+
+
+MEDIA: dict[str, Medium] = {
+    medium.label: medium
+    for medium in (
+        Medium(
+            modality=Modality.IMAGE,
+            payload="image",
+            item="image",
+            suffixes=("jpg", "jpeg", "png", "webp"),
+            list_name="images",
+            caption_fields=("caption",),
+            sentinels=("<image>", "</image>"),
+            module=_image,
+            kinds=("kmeans", "vqvae"),
+            default="kmeans",
+            written="png",
+            colour="#c8553d",
+            always=True,
+        ),
+        Medium(
+            modality=Modality.SPEECH,
+            payload="audio",
+            item="utterance",
+            suffixes=("wav", "flac"),
+            list_name="audio",
+            caption_fields=("caption", "text"),
+            sentinels=("<speech>", "</speech>"),
+            module=_speech,
+            kinds=("kmeans",),
+            default="none",
+            written="wav",
+            colour="#5b8c5a",
+        ),
+    )
+}
+
+
+def medium_of(modality: int) -> Medium:
+    """The row of a modality's id."""
+    return MEDIA[Modality(modality).label]
