@@ -9,6 +9,7 @@ B rows, S positions, M modality ids.
 """
 
 import atexit
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -80,7 +81,8 @@ def resolve(config: "Trainer.Config") -> DataSet:
     if config.debug.seed is not None:
         model.seed = config.debug.seed
     check_limits(config)
-    check_parallelism(config.parallelism, config.training, model)
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    check_parallelism(config.parallelism, config.training, model, ranks)
     data = DataSet(config.data)
     data.connect(config)
     return data

@@ -26,7 +26,7 @@ from earlyfuse.data.json_files import JsonObject, read_json, shown
 from earlyfuse.models.blocks.wide import wide_type
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.precision import fp32_parameters
-from earlyfuse.models.routing.expert_choice import ExpertChoice
+from earlyfuse.models.routing.router import Router
 from earlyfuse.models.state_dicts import (
     huggingface,
     huggingface_mamba,
@@ -384,9 +384,9 @@ def load_model(
             setattr(module, name, torch.zeros_like(buffer, device=device))
         if isinstance(module, Module):
             module._init_self_buffers(buffer_device=torch.device(device))
-        if isinstance(module, ExpertChoice):
+        if isinstance(module, Router):
             module.budget = "exact"
-            module.rule = "batch" if module.causal is None else "causal"
+            module.rule = "causal" if module.config.decides_causally else "batch"
     in_fp32 = fp32_parameters(model)
     for name, entry in opened.tensors.entries.items():
         values = opened.tensors.read(name)

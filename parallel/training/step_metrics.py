@@ -7,12 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from earlyfuse.models.blocks.experts import ExpertPool, MixtureOfExperts
+from earlyfuse.models.blocks.experts import ExpertPool
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.flops import training_flops
-from earlyfuse.models.routing.expert_choice import ExpertChoice
 from earlyfuse.models.routing.router_stats import CausalStats, RouterStats
-from earlyfuse.models.routing.token_choice import TokenChoice, experts_served
 from earlyfuse.models.vocabulary import Modality
 
 MODALITIES = len(Modality)
@@ -91,16 +89,10 @@ def router_statistics(
     statistics: dict[str, RouterStats] = {}
     for place, pool in pools_by_place(model):
         router = here.get(place)
-        if isinstance(pool.router, TokenChoice.Config):
-            served = experts_served(pool.router, pool.experts)
-            for index, (group, experts) in enumerate(served.items()):
-                name = "" if group is None else f".{Modality(model.modalities[group]).label}"
-                found = None if router is None else router.stats[index]
-                new = RouterStats(experts, pool.router.top_k)
-                statistics[place + name] = found or new.to(device)
-        else:
-            found = None if router is None else router.stats
-            statistics[place] = found or RouterStats(pool.experts).to(device)
+        for index, (group, new) in enumerate(pool.router.new_statistics(pool.experts).items()):
+            name = "" if group is None else f".{Modality(model.modalities[group]).label}"
+            found = None if router is None else router.statistics()[index]
+            statistics[place + name] = found or new.to(device)
     return statistics
 
 
@@ -111,7 +103,7 @@ def causal_statistics(
     here = routers_by_place(parts)
     statistics: dict[str, CausalStats] = {}
     for place, pool in pools_by_place(model):
-        if isinstance(pool.router, ExpertChoice.Config) and pool.router.causal is not None:
+        if pool.router.causal is not None:
             router = here.get(place)
             statistics[place] = CausalStats().to(device) if router is None else router.causal.stats
     return statistics
@@ -120,9 +112,8 @@ def causal_statistics(
 def pools_by_place(model: Decoder.Config) -> Iterator[tuple[str, ExpertPool.Config]]:
     """``layer3.pool1`` … and the pool there, of all pools of ``model`` in order."""
     for number, block in enumerate(model.layers):
-        if isinstance(block.feed_forward, MixtureOfExperts.Config):
-            for index, pool in enumerate(block.feed_forward.pools):
-                yield f"layer{number}.pool{index}", pool
+        for index, (_, pool, _, _) in enumerate(block.traverse(ExpertPool.Config)):
+            yield f"layer{number}.pool{index}", pool
 
 
 def routers_by_place(parts: Iterable[nn.Module]) -> dict[str, Any]:
