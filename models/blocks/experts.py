@@ -270,9 +270,9 @@ class MixtureOfExperts(Branch):
                     if pool.router.needs_whole_rows:
                         return (
                             f"its pool {pool.name} has experts that choose among all tokens of a "
-                            f"row ({pool.router.kind}), and no rank has a whole one; use token choice, "
-                            "or data_parallel_shard_degree and activation checkpointing for long "
-                            "rows"
+                            f"row ({pool.router.kind}), and no rank has a whole one; use token "
+                            "choice, or data_parallel_shard_degree and activation checkpointing "
+                            "for long rows"
                         )
             return None
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from earlyfuse.models.blocks.branch import Branch
 from earlyfuse.models.blocks.experts import ExpertPool
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.flops import training_flops
@@ -127,10 +128,18 @@ def routers_by_place(parts: Iterable[nn.Module]) -> dict[str, Any]:
     return here
 
 
-def router_load(
-    name: str, statistics: Mapping[str, RouterStats] | Mapping[str, CausalStats]
-) -> dict[str, float]:
-    """What the routers recorded since the last call: ``name/layer3.pool1/…``."""
+def branch_statistics(parts: Iterable[nn.Module]) -> dict[str, Any]:
+    """``layer3.attention`` … → what the branch there counts, of those that do, in order."""
+    found: dict[str, Any] = {}
+    for name, module in (named for part in parts for named in part.named_modules()):
+        if isinstance(module, Branch) and (counted := module.statistics()) is not None:
+            path = [one for one in name.split(".") if not one.startswith("_")]
+            found[f"layer{path[1]}.{'.'.join(path[2:])}"] = counted
+    return found
+
+
+def router_load(name: str, statistics: Mapping[str, Any]) -> dict[str, float]:
+    """What routers or branches recorded since the last call: ``name/layer3.pool1/…``."""
     return {
         f"{name}/{place}/{key}": value
         for place, recorded in statistics.items()
