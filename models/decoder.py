@@ -2,16 +2,15 @@
 
 This is Chameleon's transformer (arXiv 2405.09818): RMSNorm, SwiGLU, RoPE, qk-norm, untied head. Its
 relatives differ only in what their blocks are composed of: ``Attention`` or ``Mamba``,
-``FeedForward`` or ``MixtureOfExperts``, shared or modality-untied. Parameters are initialised in
-``models/init_weights.py``.
+``FeedForward`` or ``MixtureOfExperts``, shared or modality-untied, or any other ``Branch``.
 
 B rows, S positions, T = B·S tokens, D width, V vocabulary.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,16 +19,17 @@ from torchtitan.protocols.model import BaseModel
 from torchtitan.protocols.module import Module, ModuleDict
 
 from earlyfuse.models.blocks.attention import Attention
+from earlyfuse.models.blocks.branch import Branch, Use
 from earlyfuse.models.blocks.cache import DecodeCache
 from earlyfuse.models.blocks.experts import MixtureOfExperts
 from earlyfuse.models.blocks.feed_forward import FeedForward
 from earlyfuse.models.blocks.indexed_parameters import embedding
 from earlyfuse.models.blocks.linear import RMSNorm
 from earlyfuse.models.blocks.local_shard import to_local
-from earlyfuse.models.blocks.mamba import GROUPS, Mamba
+from earlyfuse.models.blocks.mamba import Mamba
 from earlyfuse.models.blocks.sequence_shard import FullSequence, SequenceShard
 from earlyfuse.models.context import ForwardContext
-from earlyfuse.models.init_weights import init_weights
+from earlyfuse.models.init_weights import Draw, init_weights, normal
 from earlyfuse.models.precision import refuse_autocast
 
 # of hidden states (T, D) and the head's weight (V, D): what an objective wants in place of logits;
@@ -37,12 +37,13 @@ from earlyfuse.models.precision import refuse_autocast
 Loss = Callable[..., Any]
 
 
-BRANCHES = ("attention", "mamba", "feed_forward")
+EXTRA = "extra_branches"
+BRANCHES = ("attention", "mamba", EXTRA, "feed_forward")  # in the order in which they run
 
 
 class Block(Module):
-    """Branches of ``BRANCHES``, those that its config has, in this order, each with a norm and a
-    residual: attention and feed-forward in a transformer, a mixer alone in Mamba.
+    """A residual block: runs the configured branches in order, each with its own norm. Attention
+    and feed-forward in a transformer, a mixer alone in Mamba.
 
     ``norm_order`` "pre": x + f(norm(x)); "swin": x + norm(f(x)), the order of Chameleon-34B and
     MoMa.
@@ -50,8 +51,11 @@ class Block(Module):
 
     @dataclass(kw_only=True, slots=True)
     class Config(Module.Config):
+        """``extra_branches``: name → any other branch. Parameters are called after the names."""
+
         attention: Attention.Config | None = None
         mamba: Mamba.Config | None = None
+        extra_branches: dict[str, Branch.Config] = field(default_factory=dict)
         feed_forward: FeedForward.Config | MixtureOfExperts.Config | None = None
         norm_order: Literal["pre", "swin"] = "pre"
         norm_groups: int = 1
@@ -64,6 +68,9 @@ class Block(Module):
                 raise ValueError(f"dropout ({self.dropout}) must be in [0, 1)")
             if not self.branches:
                 raise ValueError(f"a block must have one of {', '.join(BRANCHES)}, or several")
+            for name in self.extra_branches:
+                if name in BRANCHES or not name.isidentifier() or name.endswith("_norm"):
+                    raise ValueError(f"{EXTRA} must have names of their own, not {name!r}")
             widths = {name: branch.dim for name, branch in self.branches.items()}
             if len(set(widths.values())) > 1:
                 raise ValueError(f"dim must be the same in all branches of a block, not {widths}")
@@ -71,13 +78,25 @@ class Block(Module):
         @property
         def branches(self) -> dict[str, Any]:
             """Configs of the branches by name, in order."""
-            found = {name: getattr(self, name) for name in BRANCHES}
+            found: dict[str, Any] = {}
+            for name in BRANCHES:
+                found |= self.extra_branches if name == EXTRA else {name: getattr(self, name)}
             return {name: branch for name, branch in found.items() if branch is not None}
 
         @property
         def dim(self) -> int:
             """Width of what goes through the block."""
             return next(iter(self.branches.values())).dim
+
+        def traverse(self, config_cls: type, *, recurse: bool = False, _prefix: str = "") -> Any:
+            """torchtitan's, which does not look into dicts."""
+            yield from Module.Config.traverse(self, config_cls, recurse=recurse, _prefix=_prefix)
+            for name, branch in self.extra_branches.items():
+                at = f"{_prefix}.{name}" if _prefix else name
+                for found, config, parent, place in branch.traverse(
+                    config_cls, recurse=recurse, _prefix=at
+                ):
+                    yield found, config, parent or self.extra_branches, place or name
 
     def __init__(self, config: Config):
         super().__init__()
@@ -128,27 +147,41 @@ class Decoder(BaseModel):
                         f"layers[{index}] has branches of dim ({layer.dim}), which must equal dim "
                         f"({self.dim})"
                     )
-                if isinstance(layer.feed_forward, MixtureOfExperts.Config):
-                    layer.feed_forward.check_modalities(len(self.modalities))
-                if layer.mamba is not None:
-                    self._check_mamba(layer.mamba, index)
+                for name, branch in layer.branches.items():
+                    try:
+                        branch.check(len(self.modalities))
+                    except ValueError as error:
+                        raise ValueError(f"layers[{index}].{name}: {error}") from None
             if len({layer.attention.head_dim for layer in self.layers if layer.attention}) > 1:
                 raise ValueError(
                     "head_dim must be the same in all layers: they share rotary angles"
                 )
 
-        def _check_mamba(self, mamba: Mamba.Config, index: int) -> None:
-            for name in GROUPS:
-                if getattr(mamba, name) not in (1, len(self.modalities)):
-                    raise ValueError(
-                        f"layers[{index}].mamba.{name} ({getattr(mamba, name)}) must be 1, for all "
-                        f"tokens, or {len(self.modalities)}, one for each modality group"
-                    )
+        def branches(self) -> Iterator[Branch.Config]:
+            """All branches of all layers, in order."""
+            for layer in self.layers:
+                yield from layer.branches.values()
 
         @property
         def branch_count(self) -> int:
             """How many branches write into the residual."""
-            return sum(len(layer.branches) for layer in self.layers)
+            return len(list(self.branches()))
+
+        def even_sizes(self, axis: Literal["tensor", "expert"]) -> dict[str, int]:
+            """Those of all branches (``Branch.Config.even_sizes``), by place and name."""
+            return {
+                f"layers[{index}].{name}.{size}": value
+                for index, layer in enumerate(self.layers)
+                for name, branch in layer.branches.items()
+                for size, value in branch.even_sizes(axis).items()
+            }
+
+        def check_use(self, use: Use, refused: str) -> None:
+            """``ValueError`` that ``refused``, naming the first branch that cannot be used so."""
+            for index, layer in enumerate(self.layers):
+                for name, branch in layer.branches.items():
+                    if reason := branch.refusal(use):
+                        raise ValueError(f"{refused}: layers[{index}].{name}: {reason}")
 
         @property
         def head_dim(self) -> int:
@@ -271,6 +304,8 @@ class Decoder(BaseModel):
 class Embedding(Module):
     """Rows of a (V, D) table."""
 
+    tensor_split: ClassVar = {"weight": -1}
+
     @dataclass(kw_only=True, slots=True)
     class Config(Module.Config):
         vocab_size: int
@@ -279,6 +314,10 @@ class Embedding(Module):
     def __init__(self, config: Config):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.dim))
+
+    def draws(self) -> dict[str, Draw]:
+        """With small rows, Adam's steps are as large as the rows, and learning is slow."""
+        return {"weight": normal(std=1.0)}
 
     def forward(self, tokens_T: torch.Tensor) -> torch.Tensor:
         """(T,) ids → (T, D)."""
@@ -288,6 +327,8 @@ class Embedding(Module):
 class Head(Module):
     """Logits over the vocabulary, or a loss; weight (V, D), not tied to the embedding."""
 
+    tensor_split: ClassVar = {"weight": -2}
+
     @dataclass(kw_only=True, slots=True)
     class Config(Module.Config):
         vocab_size: int
@@ -296,6 +337,10 @@ class Head(Module):
     def __init__(self, config: Config):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.dim))
+
+    def draws(self) -> dict[str, Draw]:
+        """See ``Branch.draws``."""
+        return {"weight": normal()}
 
     def forward(self, x_BSD: torch.Tensor, loss: Loss | None) -> Any:
         """(B, S, D) → logits (B, S, V), or ``loss`` of (B·S, D) and the weight.

@@ -1,23 +1,15 @@
-"""Which parameters stay in fp32 whatever a model computes in: those of scans and of routers.
+"""Parameters that stay in fp32 whatever a model computes in, and the refusal of autocast.
 
-A scan's rates are exponents, and errors of theirs add up over a document. A router's logits are
-compared: rounded weights choose other experts than those of an exported model. What spreads or
-loads a model asks here.
+A module whose class says ``keeps_fp32``: scans and routers.
 """
 
 import torch
 from torch import nn
 
-from earlyfuse.models.blocks.mamba import Scan
-from earlyfuse.models.routing.expert_choice import ExpertChoice
-from earlyfuse.models.routing.token_choice import TokenChoice
-
-FP32_MODULES = (Scan, ExpertChoice, TokenChoice)  # a causal router is part of an ExpertChoice
-
 
 def fp32_modules(model: nn.Module) -> list[nn.Module]:
     """The modules of ``model`` whose parameters stay in fp32, in order."""
-    return [module for module in model.modules() if isinstance(module, FP32_MODULES)]
+    return [module for module in model.modules() if getattr(module, "keeps_fp32", False)]
 
 
 def fp32_parameters(model: nn.Module) -> dict[str, str]:
@@ -25,7 +17,7 @@ def fp32_parameters(model: nn.Module) -> dict[str, str]:
     return {
         f"{prefix}.{name}": prefix
         for prefix, module in model.named_modules()
-        if isinstance(module, FP32_MODULES)
+        if getattr(module, "keeps_fp32", False)
         for name, _ in module.named_parameters()
     }
 

@@ -9,6 +9,7 @@ B rows, S positions, M modality ids.
 """
 
 import atexit
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -57,6 +58,7 @@ from earlyfuse.parallel.training.resume_settings import (
 from earlyfuse.parallel.training.skip_step import SkipRule
 from earlyfuse.parallel.training.step_metrics import (
     StepTotals,
+    branch_statistics,
     causal_statistics,
     router_load,
     router_statistics,
@@ -80,7 +82,8 @@ def resolve(config: "Trainer.Config") -> DataSet:
     if config.debug.seed is not None:
         model.seed = config.debug.seed
     check_config(config)
-    check_parallelism(config.parallelism, config.training, model)
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    check_parallelism(config.parallelism, config.training, model, ranks)
     data = DataSet(config.data)
     data.connect(config)
     return data
@@ -162,6 +165,7 @@ class Trainer(titan.Trainer):
         self._counts_rows = self._counts_sums and self._is_first_along("pp")
         self.statistics = router_statistics(self.model_parts, model, self.device)
         self.causal_statistics = causal_statistics(self.model_parts, model, self.device)
+        self.branch_statistics = branch_statistics(self.model_parts)
         if config.validator.enable:
             self.validator.causal_statistics = self.causal_statistics
         # rows of a step over all ranks: a constant, as micro-batches differ in what they hold
@@ -311,14 +315,16 @@ class Trainer(titan.Trainer):
     # ---------------------------------------------------------------- metrics
 
     def _record_statistics(self, recording: bool) -> None:
-        routers = (*self.statistics.values(), *self.causal_statistics.values())
-        for counting in (*self.model_parts, *routers):
+        for counting in (*self.model_parts, *self._counting()):
             counting.recording = recording
+
+    def _counting(self) -> list[Any]:
+        groups = (self.statistics, self.causal_statistics, self.branch_statistics)
+        return [counting for group in groups for counting in group.values()]
 
     def _sum_statistics(self) -> None:
         """Add up over ranks what routers and the last block counted."""
-        counted = [b for s in self.statistics.values() for b in (s.load_E, s.sums_6)]
-        counted += [s.sums_5 for s in self.causal_statistics.values()]
+        counted = [buffer for counting in self._counting() for buffer in counting.buffers()]
         counted.append(self.model_parts[-1].output_norm_2)
         total = self._sum_over_ranks(torch.cat(counted) * self._counts_sums)
         for buffer, part in zip(counted, total.split([len(b) for b in counted]), strict=True):
@@ -333,6 +339,7 @@ class Trainer(titan.Trainer):
         metrics |= work_done(self.model.config, self.config.training.seq_len, self.tokens_M)
         metrics |= router_load("router", self.statistics)
         metrics |= router_load("causal", self.causal_statistics)
+        metrics |= router_load("branch", self.branch_statistics)
         self.metrics_processor.log_step(self.step, metrics)
 
     # ---------------------------------------------------------------- the run

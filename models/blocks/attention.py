@@ -7,26 +7,36 @@ B rows, S positions, L positions that they may see, T = B·S tokens, D width, N 
 heads, H head width.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
-from torchtitan.protocols.module import Module
 
+from earlyfuse.models.blocks.branch import Branch, Collective, Flops, Microbatch, Use, products
 from earlyfuse.models.blocks.cache import KVCache
 from earlyfuse.models.blocks.linear import HeadNorm, Linear
 from earlyfuse.models.context import ForwardContext
+from earlyfuse.models.init_weights import Draw, normal
 
 
-class Attention(Module):
+class Attention(Branch):
     """Multi-head attention with qk-norm and rotary positions (arXiv 2405.09818, section 2.3)."""
 
+    tensor_split: ClassVar = {
+        **dict.fromkeys(("wq.weight", "wk.weight", "wv.weight"), -2),
+        **{f"{norm}.{leaf}": -2 for norm in ("q_norm", "k_norm") for leaf in ("weight", "bias")},
+        "wo.weight": -1,
+    }
+
     @dataclass(kw_only=True, slots=True)
-    class Config(Module.Config):
+    class Config(Branch.Config):
+        inherited_fields: ClassVar[tuple[str, ...]] = ("heads", "kv_heads", "head_dim", "qk_norm")
+
         dim: int
         heads: int
         kv_heads: int
@@ -42,6 +52,53 @@ class Attention(Module):
                 )
             if self.head_dim % 2:
                 raise ValueError(f"head_dim ({self.head_dim}) must be even for rotary positions")
+
+        def _widths(self, tensor_ranks: int = 1) -> tuple[int, int]:
+            """Width of all query heads, and of all key heads, on one of the ranks."""
+            heads = self.heads * self.head_dim, self.kv_heads * self.head_dim
+            return heads[0] // tensor_ranks, heads[1] // tensor_ranks
+
+        def _matrices(self) -> int:
+            return self.dim * 2 * sum(self._widths())
+
+        def parameters(self, group: int | None = None) -> int:
+            """Projections and norms; of one modality, a set of them."""
+            norms = 2 * sum(self._widths()) if self.qk_norm else 0
+            return (self._matrices() + norms) * (self.groups if group is None else 1)
+
+        def flops(self, seq_len: int, group: int) -> Flops:
+            """Projections, and scores and sums over the whole row."""
+            return products(self._matrices() + 2 * seq_len * self._widths()[0])
+
+        def saved(self, batch: Microbatch) -> int:
+            """Input; q and k before and after their norm, and rotated; v; the output, twice;
+            rotated k and v of the other ranks' positions.
+            """
+            width, kv_width = self._widths(batch.tensor_ranks)
+            normed = 2 if self.qk_norm else 0  # before and after; rotated are counted always
+            others = 2 * (batch.context_ranks - 1) * kv_width
+            return (1 + normed) * (width + kv_width) + kv_width + 2 * width + others
+
+        def saved_by_selective(self, batch: Microbatch) -> int:
+            """The output, and of shared projections wq's and wv's."""
+            width, kv_width = self._widths(batch.tensor_ranks)
+            return width + (width + kv_width if self.groups == 1 else 0)
+
+        def collectives(self, batch: Microbatch) -> Iterator[Collective]:
+            """The sums of a split region; keys and values of the whole row."""
+            activations = batch.tokens * self.dim * batch.itemsize
+            yield Collective("split activations", "all_reduce", "tp", activations, 1, 1)
+            row = batch.context_ranks * batch.tokens * 2 * self._widths()[1] * batch.itemsize
+            yield Collective("keys and values", "all_gather", "cp", row, forward=1)
+            yield Collective("keys and values", "reduce_scatter", "cp", row, backward=1)
+
+        def even_sizes(self, axis: Literal["tensor", "expert"]) -> dict[str, int]:
+            """Heads are split, each whole."""
+            return {"heads": self.heads, "kv_heads": self.kv_heads} if axis == "tensor" else {}
+
+        def refusal(self, use: Use) -> str | None:
+            """Supports all."""
+            return None
 
     def __init__(self, config: Config):
         super().__init__()
@@ -64,6 +121,11 @@ class Attention(Module):
             self.q_norm = norm.build()
             norm.heads = config.kv_heads
             self.k_norm = norm.build()
+
+    def draws(self) -> dict[str, Draw]:
+        """``wo`` writes into the residual."""
+        matrices = dict.fromkeys(("wq.weight", "wk.weight", "wv.weight"), normal())
+        return matrices | {"wo.weight": normal(residual=True)}
 
     def forward(self, x_TD: torch.Tensor, context: ForwardContext) -> torch.Tensor:
         """(T, D) → (T, D)."""

@@ -8,20 +8,35 @@ experts); a single one over all modalities is plain expert choice (``moe_8x``).
 T tokens, D width, E experts of the pool, F inner width, R routed rows.
 """
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import nn
 from torchtitan.protocols.module import Module, ModuleList
 
 from earlyfuse.kernels.grouped_gemm import grouped_swiglu
-from earlyfuse.models.blocks.feed_forward import FeedForward
+from earlyfuse.models.blocks.branch import (
+    FP32,
+    INT64,
+    Branch,
+    Collective,
+    Flops,
+    Inherited,
+    Microbatch,
+    Shape,
+    Use,
+    products,
+    same_or_untied,
+)
+from earlyfuse.models.blocks.feed_forward import DRAWS, TENSOR_SPLIT, FeedForward
 from earlyfuse.models.blocks.local_shard import to_local
 from earlyfuse.models.context import ForwardContext
+from earlyfuse.models.init_weights import Draw
 from earlyfuse.models.routes import Routes
 from earlyfuse.models.routing.expert_choice import ExpertChoice
-from earlyfuse.models.routing.token_choice import TokenChoice
+from earlyfuse.models.routing.router import Router
 
 
 class ExpertPool(Module):
@@ -42,16 +57,10 @@ class ExpertPool(Module):
         experts: int
         groups: tuple[int, ...] = ()
         share: float = 1.0
-        router: ExpertChoice.Config | TokenChoice.Config = field(
-            default_factory=ExpertChoice.Config
-        )
+        router: Router.Config = field(default_factory=ExpertChoice.Config)
 
         def __post_init__(self) -> None:
-            if self.groups and isinstance(self.router, TokenChoice.Config):
-                raise ValueError(
-                    f"groups ({self.groups}) of the {self.name} experts must be () with token "
-                    "choice; name the modality group of each expert in router.serves"
-                )
+            self.router.check_pool(self.name, self.groups)
             if not 0 < self.share <= 1:
                 raise ValueError(
                     f"share ({self.share}) of the {self.name} experts must be in (0, 1]; "
@@ -63,6 +72,35 @@ class ExpertPool(Module):
                         f"{name} ({getattr(self, name)}) of the {self.name} experts must be "
                         "positive"
                     )
+
+        @property
+        def expert_parameters(self) -> int:
+            """Number of parameters of one expert."""
+            return 3 * self.dim * self.hidden_dim
+
+        def serves(self, group: int) -> bool:
+            """Whether tokens of a modality group come here."""
+            return not self.groups or group in self.groups
+
+        def routed_rows(self, batch: Microbatch) -> int:
+            """Rows that the experts take of a micro-batch, on average."""
+            return self.router.routed_rows(batch, self.experts, self.share)
+
+        def saved(self, batch: Microbatch) -> int:
+            """Elements per token: gate and up of each routed row, and what the router keeps."""
+            rows = 2 * self.hidden_dim * self.routed_rows(batch)
+            router = self.router.saved(self.dim, self.experts, batch.itemsize)
+            return rows // batch.tokens // batch.tensor_ranks + router
+
+        def collectives(self, batch: Microbatch) -> Iterator[Collective]:
+            """The sums of a split region; rows to and from the ranks of their experts."""
+            rows, width = self.routed_rows(batch), self.dim * batch.itemsize
+            yield Collective("split activations", "all_reduce", "tp", batch.tokens * width, 1, 1)
+            yield Collective("split activations", "all_reduce", "tp", rows * FP32, backward=1)
+            if not self.router.static:
+                counts = batch.expert_ranks * self.experts * INT64
+                yield Collective("expert counts", "all_gather", "ep", counts, forward=1)
+            yield Collective("expert rows", "all_to_all", "ep", rows * width, 2, 2, kept=True)
 
     def __init__(self, config: Config):
         super().__init__()
@@ -87,11 +125,18 @@ class ExpertPool(Module):
 class Experts(Module):
     """E SwiGLU experts. Parameters: w1 and w3 (E, F, D), w2 (E, D, F)."""
 
+    tensor_split: ClassVar = TENSOR_SPLIT
+    expert_split = True  # expert parallelism shards the first dimension
+
     def __init__(self, experts: int, hidden_dim: int, dim: int):
         super().__init__()
         self.w1 = nn.Parameter(torch.empty(experts, hidden_dim, dim))
         self.w3 = nn.Parameter(torch.empty(experts, hidden_dim, dim))
         self.w2 = nn.Parameter(torch.empty(experts, dim, hidden_dim))
+
+    def draws(self) -> dict[str, Draw]:
+        """See ``Branch.draws``."""
+        return DRAWS
 
     def forward(self, x_TD: torch.Tensor, routes: Routes) -> torch.Tensor:
         """(T, D) → (T, D): for each token the weighted sum over the experts it is routed to."""
@@ -134,13 +179,13 @@ class LocalDispatcher:
         return returned
 
 
-class MixtureOfExperts(Module):
+class MixtureOfExperts(Branch):
     """The sum of its pools and shared experts; of disjoint modalities, each token meets those of
     its own.
     """
 
     @dataclass(kw_only=True, slots=True)
-    class Config(Module.Config):
+    class Config(Branch.Config):
         """``shared``: experts that every token takes, with weight 1: ``groups=1`` the same for all
         tokens, else one for each modality group."""
 
@@ -157,21 +202,124 @@ class MixtureOfExperts(Module):
             """Width of the tokens."""
             return self.pools[0].dim
 
-        def check_modalities(self, groups: int) -> None:
-            """``ValueError`` unless all of a model's modality groups have their experts."""
+        def check(self, modality_groups: int) -> None:
+            """All modality groups of the model have their experts."""
             for pool in self.pools:
-                serves = getattr(pool.router, "serves", ())
-                if serves and set(serves) != set(range(groups)):
-                    raise ValueError(
-                        f"router.serves ({serves}) of the {pool.name} experts must name each of "
-                        f"the model's {groups} modality groups, from 0, and no other"
-                    )
+                pool.router.check_model(pool.name, modality_groups)
             for shared in self.shared:
-                if shared.groups not in (1, groups):
+                if shared.groups not in (1, modality_groups):
                     raise ValueError(
                         f"groups ({shared.groups}) of a shared expert must be 1, for all tokens, "
-                        f"or {groups}, one for each modality group of the model"
+                        f"or {modality_groups}, one for each modality group of the model"
                     )
+
+        def parameters(self, group: int | None = None) -> int:
+            """Experts and routers; of one modality, those that a token takes, on average."""
+            found = float(sum(shared.parameters(group) for shared in self.shared))
+            for pool in self.pools:
+                if group is None or pool.serves(group):
+                    taken = pool.experts if group is None else pool.router.rows_per_token
+                    found += taken * pool.expert_parameters
+                    found += pool.router.parameters(pool.dim, pool.experts)
+            return round(found)
+
+        def flops(self, seq_len: int, group: int) -> Flops:
+            """Experts that a token takes, on average; every router scores every token."""
+            found = Flops(0, 0)
+            for shared in self.shared:
+                found += shared.flops(seq_len, group)
+            for pool in self.pools:
+                found += pool.router.flops(pool.dim, pool.experts)
+                if pool.serves(group):
+                    found += products(pool.router.rows_per_token * pool.expert_parameters)
+            return found
+
+        def _parts(self) -> list[ExpertPool.Config | FeedForward.Config]:
+            return [*self.pools, *self.shared]
+
+        def saved(self, batch: Microbatch) -> int:
+            """What pools and shared experts keep."""
+            return sum(part.saved(batch) for part in self._parts())
+
+        def saved_by_selective(self, batch: Microbatch) -> int:
+            """Of shared experts alone: those of pools are one grouped product."""
+            return sum(shared.saved_by_selective(batch) for shared in self.shared)
+
+        def collectives(self, batch: Microbatch) -> Iterator[Collective]:
+            """Those of pools and shared experts."""
+            for part in self._parts():
+                yield from part.collectives(batch)
+
+        def even_sizes(self, axis: Literal["tensor", "expert"]) -> dict[str, int]:
+            """Inner widths are split, or experts are spread, those of each modality evenly."""
+            if axis == "tensor":
+                widths = {f"{pool.name}.hidden_dim": pool.hidden_dim for pool in self.pools}
+                shared = enumerate(self.shared)
+                return widths | {f"shared[{i}].hidden_dim": one.hidden_dim for i, one in shared}
+            return {
+                f"{pool.name}.experts"
+                + ("" if group is None else f" of modality group {group}"): experts
+                for pool in self.pools
+                for group, experts in pool.router.experts_by_group(pool.experts).items()
+            }
+
+        def refusal(self, use: Use) -> str | None:
+            """No context parallelism where a router chooses among all tokens of a row."""
+            if use == "context_parallel":
+                for pool in self.pools:
+                    if pool.router.needs_whole_rows:
+                        return (
+                            f"its pool {pool.name} has experts that choose among all tokens of a "
+                            f"row ({pool.router.kind}), and no rank has a whole one; use token "
+                            "choice, or data_parallel_shard_degree and activation checkpointing "
+                            "for long rows"
+                        )
+            return None
+
+        def inherit(
+            self,
+            name: str,
+            shape: Shape,
+            parent: Mapping[str, Shape],
+            description: Mapping[str, Any],
+            modality_groups: int,
+        ) -> Inherited | None:
+            """Experts from experts of the same pool, or from a feed-forward; routers from a router
+            of the same shape, else none.
+            """
+            head, _, rest = name.partition(".pools.")
+            if not rest:
+                return same_or_untied(name, shape, parent)
+            number, _, leaf = rest.partition(".")
+            if leaf.startswith("router."):
+                return Inherited(name, shape) if parent.get(name) == shape else None
+            if "pools" in description:
+                return self._from_experts(name, shape, parent, description["pools"])
+            source = f"{head}.{leaf.removeprefix('experts.')}"
+            pool = self.pools[int(number)]
+            return _from_feed_forward(name, source, shape, parent, pool, modality_groups)
+
+        def _from_experts(
+            self,
+            name: str,
+            shape: Shape,
+            parent: Mapping[str, Shape],
+            above: list[Mapping[str, Any]],
+        ) -> Inherited:
+            """Each expert of the parent becomes the same number of experts of the same pool."""
+            ours = [pool.groups for pool in self.pools]
+            theirs = [tuple(pool["groups"]) for pool in above]
+            if theirs != ours:
+                raise ValueError(
+                    f"the pools of {name} serve the groups {ours}, those of the parent {theirs}"
+                )
+            whole = parent[name]
+            if whole[1:] != shape[1:] or shape[0] % whole[0]:
+                raise ValueError(f"{name} is {shape}, in the parent {whole}")
+            if whole == shape:
+                return Inherited(name, whole)
+            copies = shape[0] // whole[0]
+            return Inherited(name, whole, tuple(place // copies for place in range(shape[0])))
 
     def __init__(self, config: Config):
         super().__init__()
@@ -197,3 +345,28 @@ class MixtureOfExperts(Module):
             pool.dispatcher.combine(rows) for pool, rows in zip(self.pools, returned, strict=True)
         ]
         return sum(outputs[1:], start=outputs[0])
+
+
+def _from_feed_forward(
+    name: str,
+    source: str,
+    shape: Shape,
+    parent: Mapping[str, Shape],
+    pool: ExpertPool.Config,
+    modality_groups: int,
+) -> Inherited:
+    """All experts of a pool from one feed-forward: the only one, or that of their modality."""
+    theirs = parent.get(source)
+    if theirs is None:
+        raise ValueError(f"{source}, from which {name} would come, is not in the parent")
+    if theirs == shape[1:]:
+        return Inherited(source, theirs, (None,) * shape[0])
+    if theirs[1:] != shape[1:]:
+        raise ValueError(f"an expert of {name} is {shape[1:]}, {source} of the parent {theirs}")
+    served = pool.groups or tuple(range(modality_groups))
+    if len(served) > 1:
+        raise ValueError(
+            f"the {pool.name} experts of {name} serve {len(served)} modalities, and {source} of "
+            "the parent has a feed-forward for each; begin with a dense parent"
+        )
+    return Inherited(source, theirs, (served[0],) * shape[0])

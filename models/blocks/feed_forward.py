@@ -3,26 +3,65 @@
 T tokens, D width, F inner width, G groups.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchtitan.protocols.module import Module
 
 from earlyfuse.kernels.grouped_gemm import grouped_swiglu
+from earlyfuse.models.blocks.branch import Branch, Collective, Flops, Microbatch, Use, products
 from earlyfuse.models.blocks.local_shard import to_local
 from earlyfuse.models.context import ForwardContext
+from earlyfuse.models.init_weights import Draw, normal
+
+# w2 writes into the residual
+DRAWS: dict[str, Draw] = {"w1": normal(), "w3": normal(), "w2": normal(residual=True)}
+TENSOR_SPLIT = {"w1": -2, "w3": -2, "w2": -1}
 
 
-class FeedForward(Module):
+class FeedForward(Branch):
     """w2(silu(w1 x) · w3 x). Weights (F, D), (F, D), (D, F); with a leading G when untied."""
 
+    tensor_split: ClassVar = TENSOR_SPLIT
+
     @dataclass(kw_only=True, slots=True)
-    class Config(Module.Config):
+    class Config(Branch.Config):
         dim: int
         hidden_dim: int
         groups: int = 1
+
+        def parameters(self, group: int | None = None) -> int:
+            """Three matrices; of one modality, a set of them."""
+            return 3 * self.dim * self.hidden_dim * (self.groups if group is None else 1)
+
+        def flops(self, seq_len: int, group: int) -> Flops:
+            """Three matrices."""
+            return products(self.parameters(group))
+
+        def saved(self, batch: Microbatch) -> int:
+            """Gate, SiLU of it, up and their product; gate and up alone in the grouped product."""
+            copies = 2 if self.groups > 1 else 4
+            return copies * self.hidden_dim // batch.tensor_ranks
+
+        def saved_by_selective(self, batch: Microbatch) -> int:
+            """Of shared matrices, the products with w1 and w2."""
+            return self.hidden_dim // batch.tensor_ranks + self.dim if self.groups == 1 else 0
+
+        def collectives(self, batch: Microbatch) -> Iterator[Collective]:
+            """The sums of a split region."""
+            activations = batch.tokens * self.dim * batch.itemsize
+            yield Collective("split activations", "all_reduce", "tp", activations, 1, 1)
+
+        def even_sizes(self, axis: Literal["tensor", "expert"]) -> dict[str, int]:
+            """The inner width is split."""
+            return {"hidden_dim": self.hidden_dim} if axis == "tensor" else {}
+
+        def refusal(self, use: Use) -> str | None:
+            """Supports all: tokens are independent."""
+            return None
 
     def __init__(self, config: Config):
         super().__init__()
@@ -31,6 +70,10 @@ class FeedForward(Module):
         self.w1 = nn.Parameter(torch.empty(*lead, config.hidden_dim, config.dim))
         self.w3 = nn.Parameter(torch.empty(*lead, config.hidden_dim, config.dim))
         self.w2 = nn.Parameter(torch.empty(*lead, config.dim, config.hidden_dim))
+
+    def draws(self) -> dict[str, Draw]:
+        """See ``Branch.draws``."""
+        return DRAWS
 
     def forward(self, x_TD: torch.Tensor, context: ForwardContext) -> torch.Tensor:
         """(T, D) → (T, D)."""

@@ -19,6 +19,7 @@ from earlyfuse.kernels.grouped_gemm import grouped_linear
 from earlyfuse.models.blocks.indexed_parameters import scaled_by_group
 from earlyfuse.models.blocks.local_shard import to_local
 from earlyfuse.models.context import ForwardContext
+from earlyfuse.models.init_weights import Draw, constant
 
 NORM_EPS = 1e-5
 
@@ -61,6 +62,10 @@ class RMSNorm(Module):
         self.weight = nn.Parameter(
             torch.empty(config.groups, config.dim) if self.untied else torch.empty(config.dim)
         )
+
+    def draws(self) -> dict[str, Draw]:
+        """See ``Branch.draws``."""
+        return {"weight": constant(1.0)}
 
     def forward(self, x_TD: torch.Tensor, context: ForwardContext) -> torch.Tensor:
         """(T, D) → (T, D)."""
@@ -120,6 +125,10 @@ class HeadNorm(Module):
             shape = (config.groups, *shape)
         self.weight = nn.Parameter(torch.empty(shape))
         self.bias = nn.Parameter(torch.empty(shape))
+
+    def draws(self) -> dict[str, Draw]:
+        """See ``Branch.draws``."""
+        return {"weight": constant(1.0), "bias": constant(0.0)}
 
     def forward(self, x_TNH: torch.Tensor, context: ForwardContext) -> torch.Tensor:
         """(T, N, H) → (T, N, H)."""

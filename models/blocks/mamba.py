@@ -9,7 +9,10 @@ B rows, S positions, T = B·S tokens, D width, I inner width, N states, R rank o
 W taps, V = W - 1, G modality groups.
 """
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -17,15 +20,35 @@ from torchtitan.protocols.module import Module
 
 from earlyfuse.kernels.causal_conv1d import causal_conv1d
 from earlyfuse.kernels.selective_scan import selective_scan
+from earlyfuse.kernels.selective_scan.chunks import count_chunks
+from earlyfuse.kernels.selective_scan.op import BACKWARD_FLOPS, FORWARD_FLOPS
+from earlyfuse.models.blocks.branch import (
+    FP32,
+    Branch,
+    Collective,
+    Flops,
+    Microbatch,
+    Use,
+    products,
+)
 from earlyfuse.models.blocks.cache import DecodeCache
 from earlyfuse.models.blocks.linear import Linear
 from earlyfuse.models.blocks.wide import wide
 from earlyfuse.models.context import ForwardContext
+from earlyfuse.models.init_weights import (
+    Draw,
+    Scales,
+    constant,
+    fill,
+    local_shard,
+    uniform,
+)
 
-WIDTHS = (2, 3, 4)  # that the kernels of the convolution have
+WIDTHS = (2, 3, 4)  # of the convolution's kernels
+SHORTEST_STEP, LONGEST_STEP, STEP_FLOOR = 1e-3, 1e-1, 1e-4
 
 
-class Mamba(Module):
+class Mamba(Branch):
     """x, z = in(h); u = silu(conv(x)); Δ, B, C = x_proj(u); out(scan(u, Δ, B, C) · silu(z)).
 
     Δ is of rank R and widened by dt_proj, whose bias the scan adds in fp32. State and convolution
@@ -33,9 +56,13 @@ class Mamba(Module):
     """
 
     @dataclass(kw_only=True, slots=True)
-    class Config(Module.Config):
+    class Config(Branch.Config):
         """``…_groups``: how many sets of a projection there are, 1 for all tokens, or one for each
         modality group; the four are the ablation of arXiv 2501.16295."""
+
+        inherited_fields: ClassVar[tuple[str, ...]] = (
+            *("inner_dim", "states", "dt_rank", "conv_width"),
+        )
 
         dim: int
         inner_dim: int
@@ -54,6 +81,73 @@ class Mamba(Module):
             if self.conv_width not in WIDTHS:
                 raise ValueError(f"conv_width ({self.conv_width}) must be 2, 3 or 4")
 
+        def check(self, modality_groups: int) -> None:
+            """Projections are shared, or one for each modality group."""
+            for name in GROUPS:
+                if getattr(self, name) not in (1, modality_groups):
+                    raise ValueError(
+                        f"{name} ({getattr(self, name)}) must be 1, for all tokens, or "
+                        f"{modality_groups}, one for each modality group"
+                    )
+
+        def _projections(self) -> list[tuple[int, int, int]]:
+            """(inputs, outputs, sets) of each projection."""
+            inner, selected = self.inner_dim, self.dt_rank + 2 * self.states
+            return [
+                (self.dim, 2 * inner, self.in_proj_groups),
+                (inner, selected, self.x_proj_groups),
+                (self.dt_rank, inner, self.dt_proj_groups),
+                (inner, self.dim, self.out_proj_groups),
+            ]
+
+        def parameters(self, group: int | None = None) -> int:
+            """Projections, one set of them for one modality, and vectors: convolution with its
+            bias, A, D, and for each set of ``dt_proj`` the bias of step sizes.
+            """
+            projections = [
+                (i * o, sets if group is None else 1) for i, o, sets in self._projections()
+            ]
+            biases = self.dt_proj_groups if group is None else 1
+            vectors = self.inner_dim * (self.conv_width + 1 + self.states + 1 + biases)
+            return sum(size * sets for size, sets in projections) + vectors
+
+        def flops(self, seq_len: int, group: int) -> Flops:
+            """Projections, convolution and scan (kernels/*/README.md)."""
+            scan, taps = self.inner_dim * self.states, 2 * self.inner_dim * self.conv_width
+            # backward, once each: of the inputs, of the taps, and what SiLU's derivative recomputes
+            recurrences = Flops(FORWARD_FLOPS * scan + taps, BACKWARD_FLOPS * scan + 3 * taps)
+            return products(sum(i * o for i, o, _ in self._projections())) + recurrences
+
+        def saved(self, batch: Microbatch) -> int:
+            """x and z, u, step sizes, the gated output; what x_proj selects; in fp32, the states
+            before each chunk, and what other ranks leave of a state.
+            """
+            wide = FP32 // batch.itemsize
+            kept = count_chunks(batch.seq_len) + batch.context_ranks - 1
+            states = wide * self.inner_dim * self.states * kept
+            selected = self.dt_rank + 2 * self.states
+            return 5 * self.inner_dim + selected + states // batch.seq_len
+
+        def saved_by_selective(self, batch: Microbatch) -> int:
+            """Every second product with a shared projection."""
+            return sum([outputs for _, outputs, sets in self._projections() if sets == 1][::2])
+
+        def collectives(self, batch: Microbatch) -> Iterator[Collective]:
+            """Inputs of the convolution, and states of the scan, from the ranks before."""
+            channels = batch.context_ranks * batch.rows * self.inner_dim
+            halo = channels * min(self.conv_width - 1, batch.seq_len) * batch.itemsize
+            states = channels * self.states * FP32
+            yield Collective("conv halo", "all_gather", "cp", halo, forward=1)
+            yield Collective("scan states", "all_gather", "cp", 2 * states, forward=1)
+            yield Collective("scan states", "all_gather", "cp", states, backward=1)
+            yield Collective("conv halo", "reduce_scatter", "cp", halo, backward=1)
+
+        def refusal(self, use: Use) -> str | None:
+            """No tensor parallelism."""
+            if use == "tensor_parallel":
+                return "it is a Mamba block, whose channels all meet in one projection; use FSDP"
+            return None
+
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
@@ -64,6 +158,13 @@ class Mamba(Module):
         self.dt_proj = _linear(rank, inner, config.dt_proj_groups)
         self.scan = Scan(inner, states, config.dt_proj_groups)
         self.out_proj = _linear(inner, config.dim, config.out_proj_groups)
+
+    def draws(self) -> dict[str, Draw]:
+        """Uniform, as in arXiv 2312.00752 and its code; ``out_proj`` writes into the residual."""
+        projections = dict.fromkeys(
+            ("in_proj.weight", "x_proj.weight", "dt_proj.weight"), uniform()
+        )
+        return projections | {"out_proj.weight": uniform(residual=True)}
 
     def forward(self, x_TD: torch.Tensor, context: ForwardContext) -> torch.Tensor:
         """(T, D) → (T, D)."""
@@ -98,6 +199,10 @@ class Conv(Module):
         self.weight = nn.Parameter(torch.empty(inner, width))
         self.bias = nn.Parameter(torch.empty(inner))
 
+    def draws(self) -> dict[str, Draw]:
+        """The bias too is uniform in ±1 / sqrt(taps)."""
+        return {"weight": uniform(), "bias": uniform(self.weight.shape[1])}
+
     def forward(
         self, x_BSI: torch.Tensor, context: ForwardContext, kept: "MambaCache | None"
     ) -> torch.Tensor:
@@ -118,8 +223,11 @@ class Scan(Module):
     """The selective scan, skip and gate, with its fp32 parameters: ``A_log`` (I, N), ``D`` (I,),
     ``dt_bias`` (I,), or (G, I) untied by modality.
 
-    A module of its own, so that they can be kept in fp32 where all else computes in bf16.
+    A module of its own, so that they stay in fp32 where all else computes in bf16: rates are
+    exponents, and their errors add up over a document.
     """
+
+    keeps_fp32 = True
 
     def __init__(self, inner: int, states: int, groups: int):
         super().__init__()
@@ -129,6 +237,10 @@ class Scan(Module):
         self.dt_bias = nn.Parameter(
             torch.empty(groups, inner) if self.untied else torch.empty(inner)
         )
+
+    def draws(self) -> dict[str, Draw]:
+        """Mamba's: rates -1 … -N for each channel, skip 1, step sizes log-uniform."""
+        return {"A_log": _draw_rates, "D": constant(1.0), "dt_bias": _draw_step_bias}
 
     def forward(
         self,
@@ -154,6 +266,24 @@ class Scan(Module):
             return context.sequence_shard.scan(*inputs)
         y_BSI, kept.state_BIN = selective_scan(*inputs, kept.state_BIN)
         return y_BSI
+
+
+def _draw_rates(parameter: torch.Tensor, seed: str, scales: Scales) -> None:
+    """log(1 … N), the same for each channel."""
+    local, (*_, first) = local_shard(parameter)
+    local.copy_(torch.arange(first + 1, first + 1 + local.shape[-1]).log())
+
+
+def _draw_step_bias(parameter: torch.Tensor, seed: str, scales: Scales) -> None:
+    """softplus⁻¹ of step sizes log-uniform in [0.001, 0.1], at least 1e-4."""
+
+    def values(shape: tuple[int, int], generator: torch.Generator) -> torch.Tensor:
+        low, high = math.log(SHORTEST_STEP), math.log(LONGEST_STEP)
+        step = torch.exp(low + (high - low) * torch.rand(shape, generator=generator))
+        step.clamp_(min=STEP_FLOOR)
+        return step + torch.log(-torch.expm1(-step))
+
+    fill(parameter, values, seed, vector=True)
 
 
 class MambaCache:

@@ -217,6 +217,7 @@ class _Cached(_Rereading):
 
     def __init__(self, model: Decoder, vocabulary: Vocabulary, slots: int):
         super().__init__(model, vocabulary)
+        model.config.check_use("decoding", "the model cannot generate with a cache (cache=True)")
         self.slots = slots
         self.cache: DecodeCache | None = None
 

@@ -9,7 +9,7 @@ from typing import Literal
 from torch import nn
 
 from earlyfuse.models.routing.causal_router import CausalRouter
-from earlyfuse.models.routing.expert_choice import ExpertChoice
+from earlyfuse.models.routing.router import Router
 
 
 @contextmanager
@@ -22,8 +22,8 @@ def routing(model: nn.Module, rule: Literal["batch", "causal"]) -> Iterator[None
     """
     if rule not in ("batch", "causal"):
         raise ValueError(f'rule ({rule!r}) must be "batch" or "causal"')
-    routers = {n: m for n, m in model.named_modules() if isinstance(m, ExpertChoice)}
-    without = [name for name, router in routers.items() if router.causal is None]
+    routers = {n: m for n, m in model.named_modules() if isinstance(m, Router)}
+    without = [name for name, router in routers.items() if not router.config.decides_causally]
     if rule == "causal" and without:
         raise ValueError(
             f"{without[0]} cannot route causally: it has no causal router. Train them on the "

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from torchtitan.protocols.module import Module
 
 from earlyfuse.models.blocks.wide import wide
+from earlyfuse.models.init_weights import Draw, normal
 from earlyfuse.models.routes import Routes, group_of_rows
 from earlyfuse.models.routing.router_stats import CausalStats
 
@@ -47,6 +48,10 @@ class CausalRouter(Module):
         self.w_hidden = nn.Parameter(torch.empty(dim // 2, dim))
         self.w_score = nn.Parameter(torch.empty(experts, dim // 2))
         self.stats = CausalStats()
+
+    def draws(self) -> dict[str, Draw]:
+        """See ``Branch.draws``."""
+        return {"w_hidden": normal(), "w_score": normal()}
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
         """Logits (T, E) fp32 of each expert taking each token (T, D)."""

@@ -9,36 +9,42 @@ group, R = E·N·k rows.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchtitan.protocols.module import Module
 
 from earlyfuse.kernels.permute import select_top_k
+from earlyfuse.models.blocks.branch import FP32, Flops, Microbatch
 from earlyfuse.models.blocks.wide import wide
 from earlyfuse.models.context import ForwardContext
+from earlyfuse.models.init_weights import Draw, normal
 from earlyfuse.models.routes import Routes, group_of_rows
 from earlyfuse.models.routing.causal_router import CausalRouter
 from earlyfuse.models.routing.gumbel_noise import RouterNoise
+from earlyfuse.models.routing.router import Router
 from earlyfuse.models.routing.router_stats import RouterStats
 
 
-class ExpertChoice(Module):
+class ExpertChoice(Router):
     """The router of a pool whose experts choose their tokens. Parameter: weight (E, D).
 
     ``rule`` is "batch", or "causal" for inference: ``routing.causal.routing`` sets it.
     """
 
     @dataclass(kw_only=True, slots=True)
-    class Config(Module.Config):
+    class Config(Router.Config):
         """``capacity_factor``: experts that a token gets on average. ``routing_rows``: rows of the
         batch among which one choice is made. ``budget``: see ``expert_choice``. ``weights``:
         "sigmoid" scores as in MoMa eq. 1, or "normalised" to a sum of 1 over a token's experts.
-        ``init``: of the weight, see ``models/init_weights.py``. ``causal``: a router for inference,
+        ``init`` "centred": of the weight, less the mean over experts, so that their directions are
+        those of a simplex and they choose different tokens. ``causal``: a router for inference,
         trained along. ``noise``: in the choice, while training."""
+
+        needs_whole_rows: ClassVar[bool] = True
 
         capacity_factor: float = 1.0
         routing_rows: int = 1
@@ -64,19 +70,66 @@ class ExpertChoice(Module):
                         f'{name} ({getattr(self, name)!r}) must be "{first}" or "{second}"'
                     )
 
+        @property
+        def static(self) -> bool:
+            """With budgets from configured shares."""
+            return self.budget == "static"
+
+        @property
+        def decides_causally(self) -> bool:
+            """By a causal router alone."""
+            return self.causal is not None
+
+        @property
+        def rows_per_token(self) -> float:
+            """The capacity factor."""
+            return self.capacity_factor
+
+        def routed_rows(self, batch: Microbatch, experts: int, share: float) -> int:
+            """By the static rule; with exact budgets, that is the average."""
+            group_tokens = self.routing_rows * batch.seq_len
+            budget = static_budget(share, self.capacity_factor, group_tokens, experts)
+            return experts * budget * (batch.rows // self.routing_rows)
+
+        def _causal_parameters(self, dim: int, experts: int) -> int:
+            return 0 if self.causal is None else dim // 2 * (dim + experts)
+
+        def parameters(self, dim: int, experts: int) -> int:
+            """Those of the causal router too."""
+            return experts * dim + self._causal_parameters(dim, experts)
+
+        def flops(self, dim: int, experts: int) -> Flops:
+            """Causal routers give no gradient to their input."""
+            flops = Router.Config.flops(self, dim, experts)
+            spared = 0 if self.causal is None else 2 * dim * (dim // 2)
+            return Flops(flops.forward, flops.backward - spared)
+
+        def saved(self, dim: int, experts: int, itemsize: int) -> int:
+            """And of the causal router, its hidden width before and after SiLU, and logits."""
+            causal = 0 if self.causal is None else 2 * (dim // 2) + 2 * experts
+            return Router.Config.saved(self, dim, experts, itemsize) + FP32 // itemsize * causal
+
     def __init__(self, config: Config, *, dim: int, experts: int, share: float):
         super().__init__()
         self.config, self.share = config, share
         self.budget = config.budget
-        self.rule: Literal["batch", "causal"] = "batch"
         self.weight = nn.Parameter(torch.empty(experts, dim))
         self.stats = RouterStats(experts)
         sizes = {"dim": dim, "experts": experts, "share": share}
         self.causal = config.causal.build(**sizes) if config.causal is not None else None
         self.noise = config.noise.build() if config.noise is not None else None
 
+    def draws(self) -> dict[str, Draw]:
+        """See ``Config``."""
+        centred = self.config.init == "centred"
+        return {"weight": normal(self.config.init_gain, centred=centred)}
+
+    def statistics(self) -> Sequence[RouterStats]:
+        """Of all experts."""
+        return [self.stats]
+
     @property
-    def static(self) -> bool:
+    def static(self) -> bool:  # type: ignore[override]
         """Whether every rank routes the same number of rows, known beforehand."""
         return self.budget == "static" and self.rule == "batch"
 

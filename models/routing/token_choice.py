@@ -13,22 +13,25 @@ T tokens, D width, E experts, k experts of a token, R = T·k rows.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchtitan.protocols.module import Module, ModuleList
+from torchtitan.protocols.module import ModuleList
 
 from earlyfuse.kernels.permute import select_top_k
+from earlyfuse.models.blocks.branch import Microbatch
 from earlyfuse.models.blocks.wide import wide
 from earlyfuse.models.context import ForwardContext
+from earlyfuse.models.init_weights import Draw, normal
 from earlyfuse.models.routes import Routes
+from earlyfuse.models.routing.router import Router
 from earlyfuse.models.routing.router_stats import RouterStats
 
 
-class TokenChoice(Module):
+class TokenChoice(Router):
     """The router of a pool whose experts are chosen by the tokens.
 
     Parameter: ``weight`` (E, D). ``bias_E`` fp32: added to the logits in selection, saved in
@@ -37,7 +40,7 @@ class TokenChoice(Module):
     """
 
     @dataclass(kw_only=True, slots=True)
-    class Config(Module.Config):
+    class Config(Router.Config):
         """``top_k``: experts of a token. ``serves``: the modality group that each expert serves, ()
         if all serve all. ``normalise``: weights of a token's experts sum to ``scale``; else each is
         ``scale`` times its sigmoid score. ``bias_rate``: what a step adds to the bias of an expert
@@ -49,9 +52,6 @@ class TokenChoice(Module):
         normalise: bool = False
         scale: float = 1.0
         bias_rate: float = 0.001
-
-        routing_rows: ClassVar[int] = 1
-        """Rows of the batch among which one choice is made: a token chooses by itself."""
 
         def __post_init__(self) -> None:
             for name, least in (("top_k", 1), ("bias_rate", 0)):
@@ -71,7 +71,41 @@ class TokenChoice(Module):
                     "be the same, and the router would not learn"
                 )
 
-    static = False  # ranks send different numbers of rows to an expert
+        def check_pool(self, name: str, groups: Sequence[int]) -> None:
+            """The pool serves all groups."""
+            if groups:
+                raise ValueError(
+                    f"groups ({groups}) of the {name} experts must be () with token choice; name "
+                    "the modality group of each expert in router.serves"
+                )
+
+        def check_model(self, name: str, modality_groups: int) -> None:
+            """All groups are served."""
+            if self.serves and set(self.serves) != set(range(modality_groups)):
+                raise ValueError(
+                    f"router.serves ({self.serves}) of the {name} experts must name each of the "
+                    f"model's {modality_groups} modality groups, from 0, and no other"
+                )
+
+        @property
+        def rows_per_token(self) -> float:
+            """Top k."""
+            return self.top_k
+
+        def routed_rows(self, batch: Microbatch, experts: int, share: float) -> int:
+            """Exact."""
+            return self.top_k * batch.tokens
+
+        @property
+        def stats_per_token(self) -> int:
+            """Top k."""
+            return self.top_k
+
+        def experts_by_group(self, experts: int) -> dict[int | None, int]:
+            """By ``serves``."""
+            if not self.serves:
+                return {None: experts}
+            return {group: self.serves.count(group) for group in sorted(set(self.serves))}
 
     def __init__(self, config: Config, *, dim: int, experts: int, share: float):
         super().__init__()
@@ -96,9 +130,15 @@ class TokenChoice(Module):
         self.register_buffer("load_E", torch.zeros(experts, dtype=torch.int64), persistent=False)
         self.register_buffer("serves_E", torch.tensor(config.serves), persistent=False)
         # one for each modality group served, in order
-        self.stats = ModuleList(
-            [RouterStats(n, config.top_k) for n in experts_served(config, experts).values()]
-        )
+        self.stats = ModuleList(config.new_statistics(experts).values())
+
+    def draws(self) -> dict[str, Draw]:
+        """See ``Branch.draws``."""
+        return {"weight": normal()}
+
+    def statistics(self) -> Sequence[RouterStats]:
+        """Of the experts of each group served."""
+        return self.stats
 
     def _init_self_buffers(self, *, buffer_device: torch.device | None = None) -> None:
         self.bias_E.zero_()
@@ -166,10 +206,3 @@ def token_choice(
     experts = torch.arange(logits_TE.shape[1] + 1, device=logits_TE.device)
     weight_R = (weight_Tk * scale).flatten()[order_R]
     return Routes(order_R // top_k, torch.searchsorted(expert_R, experts), weight_R)
-
-
-def experts_served(config: TokenChoice.Config, experts: int) -> dict[int | None, int]:
-    """Modality group → experts that serve it, in order; None → all, if all serve all."""
-    if not config.serves:
-        return {None: experts}
-    return {group: config.serves.count(group) for group in sorted(set(config.serves))}

@@ -2,8 +2,10 @@
 
 Every nested config becomes an object with its fields and ``kind``, the name of the class it is the
 config of. Reading is strict: what the classes do not know is refused, so that a model that this
-version cannot compute is not taken for one that it can. Fields that a file lacks keep their
-defaults, which is how a model written before a field existed is read.
+version cannot compute is not taken for one that it can. Branches and routers are found by name
+among the subclasses of ``Branch`` and ``Router`` that are defined by then; nothing that a file
+names is imported. Fields that a file lacks keep their defaults, which is how a model written before
+a field existed is read.
 """
 
 import dataclasses
@@ -14,7 +16,9 @@ from typing import Any
 from torchtitan.config import Configurable
 
 from earlyfuse.data.json_files import shown
-from earlyfuse.models.decoder import Decoder
+from earlyfuse.models.blocks.branch import Branch
+from earlyfuse.models.decoder import EXTRA, Decoder
+from earlyfuse.models.routing.router import Router
 
 KIND = "kind"
 _LARGEST = (1 << 63) - 1  # of whole numbers
@@ -27,6 +31,8 @@ def to_dict(config: Configurable.Config) -> dict[str, Any]:
     fields: dict[str, Any] = {KIND: _kind(type(config))}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
+        if field.name == EXTRA and not value:
+            continue  # as in files from before there were any
         if field.name not in _NOT_WRITTEN:
             fields[field.name] = _plain(value, field.name)
         elif value is not None:
@@ -121,6 +127,8 @@ def _typed(hint: Any, value: Any, place: str) -> Any:
         if all(_is_config(option) for option in options):
             return _config(options, value, place)
         return _typed(options[0], value, place)
+    if hint in (Branch.Config, Router.Config):
+        return _config(tuple(_configs(hint._owner)), value, place)
     if _is_config(hint):
         return _config((hint,), value, place)
     if origin is list and isinstance(value, list):
@@ -146,3 +154,12 @@ def _typed(hint: Any, value: Any, place: str) -> Any:
 
 def _is_config(hint: Any) -> bool:
     return isinstance(hint, type) and issubclass(hint, Configurable.Config)
+
+
+def _configs(contract: type) -> list[type]:
+    """Configs of all subclasses of ``Branch`` or ``Router`` that have one of their own."""
+    found: list[type] = []
+    for cls in contract.__subclasses__():
+        found += [cls.Config] if "Config" in vars(cls) else []
+        found += _configs(cls)
+    return found

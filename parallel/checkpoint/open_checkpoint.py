@@ -26,7 +26,7 @@ from earlyfuse.data.json_files import JsonObject, read_json, shown
 from earlyfuse.models.blocks.wide import wide_type
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.precision import fp32_parameters
-from earlyfuse.models.routing.expert_choice import ExpertChoice
+from earlyfuse.models.routing.router import Router
 from earlyfuse.models.state_dicts import huggingface, huggingface_mamba, mamba, mamba_ssm, meta
 from earlyfuse.models.state_dicts.config_json import CONFIG, FORMAT, REMEDY, read_description
 from earlyfuse.models.state_dicts.plain_decoder import tensor_shapes
@@ -111,7 +111,7 @@ def open_model(folder: str | Path) -> OpenModel:
     names = sorted(path.name for path in folder.iterdir())[:8] if folder.is_dir() else "no folder"
     raise ValueError(
         f"{folder} ({names}) must hold a model: config.json with safetensors (ours, or Hugging "
-        f"Face's) or {PYTORCH_MODEL} (mamba_ssm's), {meta.PARAMS} with consolidated.*.pth (Meta's), "
+        f"Face's) or {PYTORCH_MODEL} (mamba_ssm), {meta.PARAMS} with consolidated.*.pth (Meta), "
         "a run (run.json) or a checkpoint of it"
     )
 
@@ -280,9 +280,9 @@ def load_model(
             setattr(module, name, torch.zeros_like(buffer, device=device))
         if isinstance(module, Module):
             module._init_self_buffers(buffer_device=torch.device(device))
-        if isinstance(module, ExpertChoice):
+        if isinstance(module, Router):
             module.budget = "exact"
-            module.rule = "batch" if module.causal is None else "causal"
+            module.rule = "causal" if module.config.decides_causally else "batch"
     in_fp32 = fp32_parameters(model)
     for name, entry in opened.tensors.entries.items():
         values = opened.tensors.read(name)

@@ -49,7 +49,7 @@ row, K key/value heads of width H, I inner width, N states, V inputs before of a
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from torchtitan.config import TORCH_DTYPE_MAP, ParallelismConfig, TrainingConfig
 from torchtitan.distributed import ParallelDims
@@ -60,17 +60,10 @@ from torchtitan.distributed.activation_checkpoint import (
 )
 
 from earlyfuse.kernels.linear_cross_entropy.chunked import chunk_tokens
-from earlyfuse.models.blocks.attention import Attention
-from earlyfuse.models.blocks.experts import ExpertPool, MixtureOfExperts
-from earlyfuse.models.blocks.mamba import Mamba
-from earlyfuse.models.decoder import Block, Decoder
-from earlyfuse.models.routing.expert_choice import static_budget
-from earlyfuse.models.routing.token_choice import TokenChoice
+from earlyfuse.models.blocks.branch import FP32, Kind, Microbatch
+from earlyfuse.models.decoder import Decoder
 from earlyfuse.parallel.estimates.fsdp_units import accumulation, axis_ranks, fsdp_units
 from earlyfuse.parallel.strategies.pipeline import microbatch, rank_stages, stage_blocks
-
-Kind = Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all", "receive"]
-FP32, INT64 = 4, 8
 
 
 @dataclass(frozen=True)
@@ -185,98 +178,39 @@ def _stage(
     dims: ParallelDims,
     ac_config: ActivationCheckpointing.Config | None,
 ) -> Iterator[Call]:
-    """What ``blocks``, with embedding and head where these are theirs, send of a local batch."""
-    # full recomputation sends rows again, selective keeps them; both repeat the sums of regions
-    row_forwards = 2 if isinstance(ac_config, FullAC.Config) else 1
-    sum_forwards = 2 if isinstance(ac_config, (FullAC.Config, SelectiveAC.Config)) else 1
-    tokens = training.local_batch_size * training.seq_len
+    """Collectives of ``blocks`` for a local batch, and of embedding and head if they are here."""
+    full = isinstance(ac_config, FullAC.Config)
+    recomputed = full or isinstance(ac_config, SelectiveAC.Config)
+    batch = local_batch(training, dims)
     dtype = TORCH_DTYPE_MAP[training.mixed_precision_param]
-    activations = tokens * model.dim * dtype.itemsize
+    activations = batch.tokens * model.dim * dtype.itemsize
     if blocks.start == 0:
         yield Call("embedding columns", "all_gather", "tp", activations)
     else:
         yield Call("stage activations", "receive", "pp", activations)
     if blocks.stop == len(model.layers):
         yield Call("split activations", "all_reduce", "tp", activations)  # backward
-        chunk = chunk_tokens(tokens, model.vocab_size // dims.tp, dtype, "cuda")
-        for first in range(0, tokens, chunk):
-            numbers = 3 * min(chunk, tokens - first) * dims.tp
+        chunk = chunk_tokens(batch.tokens, model.vocab_size // dims.tp, dtype, "cuda")
+        for first in range(0, batch.tokens, chunk):
+            numbers = 3 * min(chunk, batch.tokens - first) * dims.tp
             yield Call("split losses", "all_gather", "tp", numbers * FP32)
     else:
         yield Call("stage gradients", "receive", "pp", activations)
     for layer in (model.layers[block] for block in blocks):
-        yield from _split_regions(layer, training, activations, sum_forwards)
-        if layer.attention is not None:
-            yield from _row_of_attention(layer.attention, training, dims, sum_forwards)
-        if layer.mamba is not None:
-            yield from _row_of_mamba(layer.mamba, training, dims, sum_forwards)
-        if isinstance(layer.feed_forward, MixtureOfExperts.Config):
-            for pool in layer.feed_forward.pools:
-                rows = routed_rows(pool, training)
-                if not _is_static(pool):
-                    counts = dims.ep * pool.experts * INT64
-                    for _ in range(sum_forwards):
-                        yield Call("expert counts", "all_gather", "ep", counts)
-                for _ in range(2 * row_forwards + 2):
-                    yield Call("expert rows", "all_to_all", "ep", rows * model.dim * dtype.itemsize)
+        for branch in layer.branches.values():
+            for one in branch.collectives(batch):
+                forwards = one.forward * (2 if full or (recomputed and not one.kept) else 1)
+                call = Call(one.purpose, one.kind, one.axis, one.size)
+                yield from [call] * (forwards + one.backward)
 
 
-def _split_regions(
-    layer: Block.Config, training: TrainingConfig, activations: int, forwards: int
-) -> Iterator[Call]:
-    """Attention, and a feed-forward or each pool of experts and each shared expert."""
-    feed_forward = layer.feed_forward
-    pools: list[ExpertPool.Config] = []
-    regions = len(layer.branches)
-    if isinstance(feed_forward, MixtureOfExperts.Config):
-        pools = feed_forward.pools
-        regions += len(feed_forward.pools) + len(feed_forward.shared) - 1
-    for _ in range(regions * (forwards + 1)):
-        yield Call("split activations", "all_reduce", "tp", activations)
-    for pool in pools:
-        yield Call("split activations", "all_reduce", "tp", routed_rows(pool, training) * FP32)
-
-
-def _row_of_attention(
-    attention: Attention.Config, training: TrainingConfig, dims: ParallelDims, forwards: int
-) -> Iterator[Call]:
-    """What it needs of the other parts of its rows; ``training`` is of one part."""
-    tokens = dims.cp * training.local_batch_size * training.seq_len
-    dtype = TORCH_DTYPE_MAP[training.mixed_precision_param]
-    size = tokens * 2 * attention.kv_heads * attention.head_dim * dtype.itemsize
-    for _ in range(forwards):
-        yield Call("keys and values", "all_gather", "cp", size)
-    yield Call("keys and values", "reduce_scatter", "cp", size)
-
-
-def _row_of_mamba(
-    mamba: Mamba.Config, training: TrainingConfig, dims: ParallelDims, forwards: int
-) -> Iterator[Call]:
-    """Likewise."""
-    channels = dims.cp * training.local_batch_size * mamba.inner_dim
-    dtype = TORCH_DTYPE_MAP[training.mixed_precision_param]
-    halo = channels * min(mamba.conv_width - 1, training.seq_len) * dtype.itemsize
-    states = channels * mamba.states * FP32
-    for _ in range(forwards):
-        yield Call("conv halo", "all_gather", "cp", halo)
-        yield Call("scan states", "all_gather", "cp", 2 * states)
-    yield Call("scan states", "all_gather", "cp", states)
-    yield Call("conv halo", "reduce_scatter", "cp", halo)
-
-
-def _is_static(pool: ExpertPool.Config) -> bool:
-    """Whether all ranks route the same number of rows to every expert."""
-    return not isinstance(pool.router, TokenChoice.Config) and pool.router.budget == "static"
-
-
-def routed_rows(pool: ExpertPool.Config, training: TrainingConfig) -> int:
-    """Rows that the experts of a pool take of one micro-batch, on one rank.
-
-    By the static rule; with exact budgets, what that is on average. With token choice exact too.
-    """
-    router = pool.router
-    if isinstance(router, TokenChoice.Config):
-        return router.top_k * training.local_batch_size * training.seq_len
-    group_tokens = router.routing_rows * training.seq_len
-    budget = static_budget(pool.share, router.capacity_factor, group_tokens, pool.experts)
-    return pool.experts * budget * (training.local_batch_size // router.routing_rows)
+def local_batch(training: TrainingConfig, dims: ParallelDims) -> Microbatch:
+    """What branches compute at once, and with which ranks."""
+    return Microbatch(
+        rows=training.local_batch_size,
+        seq_len=training.seq_len,
+        itemsize=TORCH_DTYPE_MAP[training.mixed_precision_param].itemsize,
+        tensor_ranks=dims.tp,
+        context_ranks=dims.cp,
+        expert_ranks=dims.ep,
+    )

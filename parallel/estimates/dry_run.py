@@ -50,7 +50,7 @@ def check(config: Trainer.Config, ranks: int) -> tuple[Decoder.Config, ParallelD
     assert isinstance(model, Decoder.Config)
     os.environ["WORLD_SIZE"] = str(ranks)
     check_config(config)
-    check_parallelism(config.parallelism, config.training, model)
+    check_parallelism(config.parallelism, config.training, model, ranks)
     return model, ParallelDims.from_config(config.parallelism, ranks)
 
 

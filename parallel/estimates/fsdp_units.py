@@ -13,12 +13,11 @@ import torch
 from torchtitan.config import ParallelismConfig, TrainingConfig
 from torchtitan.distributed import ParallelDims
 
-from earlyfuse.models.blocks.experts import Experts
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.precision import fp32_parameters
-from earlyfuse.parallel.plan import shard_dimension
+from earlyfuse.parallel.strategies.expert import is_split
+from earlyfuse.parallel.strategies.fsdp import shard_dimension
 from earlyfuse.parallel.strategies.pipeline import rank_stages, stage_blocks
-from earlyfuse.parallel.strategies.tensor import CUTS
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,7 @@ def _parameters(built: Decoder, dims: ParallelDims) -> Iterator[tuple[str, list[
     for prefix, module in built.named_modules():
         for leaf, parameter in module.named_parameters(recurse=False):
             name, shape, cut = f"{prefix}.{leaf}", list(parameter.shape), None
-            if isinstance(module, Experts) and dims.ep > 1:
+            if is_split(module) and dims.ep > 1:
                 cut, ways = 0, dims.ep
             elif dims.tp > 1:
                 cut, ways = _tensor_cut(built, name, parameter.ndim), dims.tp
@@ -131,9 +130,9 @@ def _tensor_cut(model: Decoder, name: str, ndim: int) -> int | None:
     """Dimension of a parameter that tensor parallelism cuts."""
     parts = name.split(".")
     for depth in range(len(parts)):
-        owner = type(model.get_submodule(".".join(parts[:depth])))
-        if owner in CUTS:
-            dim = CUTS[owner].get(".".join(parts[depth:]))
+        split = getattr(model.get_submodule(".".join(parts[:depth])), "tensor_split", None)
+        if split:
+            dim = split.get(".".join(parts[depth:]))
             return None if dim is None else ndim + dim
     return None
 

@@ -201,6 +201,7 @@ def _reason_against(model: Decoder | Pipeline) -> str | None:
             "one through a pipeline; use python -m earlyfuse.tools.generate on a checkpoint"
         )
     try:
+        model.config.check_use("decoding", "the model cannot generate")
         with routing(model, "causal"):
             return None
     except ValueError as error:

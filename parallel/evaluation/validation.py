@@ -24,7 +24,7 @@ from earlyfuse.data.stream.lanes import Blend
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.objectives.next_token import ChameleonObjective, label_members
 from earlyfuse.models.routing.causal import routing
-from earlyfuse.models.routing.expert_choice import ExpertChoice
+from earlyfuse.models.routing.router import Router
 from earlyfuse.models.routing.router_stats import CausalStats
 from earlyfuse.models.vocabulary import Modality, Vocabulary
 from earlyfuse.parallel.evaluation.eval_tasks import Ranks, Task, load_tasks
@@ -208,7 +208,7 @@ class Validation(Validator):
 @contextmanager
 def evaluating(model: Decoder | Pipeline) -> Iterator[None]:
     """Evaluation mode with budgets from actual counts; puts everything back."""
-    routers = [module for module in model.modules() if isinstance(module, ExpertChoice)]
+    routers = [module for module in model.modules() if isinstance(module, Router)]
     budgets = [router.budget for router in routers]
     was_training = model.training
     model.eval()

@@ -12,7 +12,6 @@ Every rank takes part in every exchange, forward and backward, also where it has
 B rows, S positions of a part, W ranks, K key/value heads, H width of a head, I channels, N states.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,9 +23,7 @@ from torchtitan.config import ParallelismConfig, TrainingConfig
 from torchtitan.distributed import ParallelDims
 
 from earlyfuse.kernels.selective_scan import backend_for, op, segment_decay
-from earlyfuse.models.blocks.experts import ExpertPool
 from earlyfuse.models.decoder import Decoder
-from earlyfuse.models.routing.expert_choice import ExpertChoice
 
 
 def positions_here(parallel_dims: ParallelDims, seq_len: int) -> slice:
@@ -135,16 +132,17 @@ class _Scan(torch.autograd.Function):
 # ---------------------------------------------------------------- what cannot be cut
 
 
-def context_problems(
+def check_context_parallel(
     parallelism: ParallelismConfig, training: TrainingConfig, model: Decoder.Config
-) -> Iterator[str]:
-    """What is wrong with the sequence parallelism of a config, with field, rule and remedy."""
+) -> None:
+    """``ValueError`` unless rows can be split, and all branches work on parts of them."""
     degree = parallelism.context_parallel_degree
     if degree == 1:
         return
+    field = f"parallelism.context_parallel_degree ({degree})"
     if training.seq_len % (2 * degree):
-        yield (
-            f"context_parallel_degree ({degree}) must cut training.seq_len ({training.seq_len}) "
+        raise ValueError(
+            f"{field} must cut training.seq_len ({training.seq_len}) "
             f"into equal parts of an even length (torchtitan's rule): make seq_len a multiple of "
             f"{2 * degree}, or change the degree"
         )
@@ -154,16 +152,9 @@ def context_problems(
         ("pipeline_parallel_degree", "whose stages take whole rows"),
     ):
         if getattr(parallelism, name) > 1:
-            yield (
-                f"context_parallel_degree ({degree}) must be 1 together with {name} "
-                f"({getattr(parallelism, name)}), {why}: the two have not been compared with one "
-                "rank; use one of them, and FSDP for the rest"
+            raise ValueError(
+                f"{field} must be 1 together with {name} ({getattr(parallelism, name)}), {why}: "
+                "the two have not been compared with one rank; use one of them, and FSDP for the "
+                "rest"
             )
-    for name, pool, _, _ in model.traverse(ExpertPool.Config):
-        if isinstance(pool.router, ExpertChoice.Config):
-            yield (
-                f"context_parallel_degree ({degree}) must be 1: {name} has experts that choose "
-                "among all tokens of a row (ExpertChoice), and no rank has a whole one; use token "
-                "choice, or data_parallel_shard_degree and activation checkpointing for long rows"
-            )
-            return
+    model.check_use("context_parallel", f"{field} must be 1")

@@ -19,15 +19,22 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.distributed._functional_collectives import all_to_all_single
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
+from torchtitan.config import ParallelismConfig
 
 from earlyfuse.kernels.permute import gather_rows, scatter_add_rows
 from earlyfuse.models.blocks.experts import ExpertPool
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.routes import Routes
+
+
+def is_split(module: nn.Module) -> bool:
+    """Whether expert parallelism shards the parameters of ``module`` along the first dimension."""
+    return getattr(module, "expert_split", False)
 
 
 def apply_expert_parallel(model: Decoder, mesh: DeviceMesh) -> None:
@@ -37,8 +44,24 @@ def apply_expert_parallel(model: Decoder, mesh: DeviceMesh) -> None:
             experts = pool.experts
             for name, weight in list(experts.named_parameters(recurse=False)):
                 spread = distribute_tensor(weight, mesh, [Shard(0)], src_data_rank=None)
-                experts.register_parameter(name, torch.nn.Parameter(spread))
+                experts.register_parameter(name, nn.Parameter(spread))
             pool.dispatcher = AllToAllDispatcher(mesh, pool.config.experts // mesh.size())
+
+
+def check_expert_parallel(parallelism: ParallelismConfig, model: Decoder.Config) -> None:
+    """``ValueError`` unless every rank can hold equally many experts of each modality."""
+    degree = parallelism.expert_parallel_degree
+    if degree == 1:
+        return
+    field, counts = f"parallelism.expert_parallel_degree ({degree})", model.even_sizes("expert")
+    if not counts:
+        raise ValueError(f"{field} must be 1: this model has no routed experts")
+    for name, count in counts.items():
+        if count % degree:
+            raise ValueError(
+                f"{field} must divide {name} ({count}) of the model, so that every rank holds as "
+                "many; lower it or change the model"
+            )
 
 
 class Sent(NamedTuple):

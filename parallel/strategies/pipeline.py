@@ -8,7 +8,7 @@ and positions itself, so nothing else travels. Only the rank of the last stage h
 T tokens of a micro-batch, D width.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
 from itertools import accumulate
@@ -179,50 +179,50 @@ def microbatch(parallelism: ParallelismConfig, training: TrainingConfig) -> Trai
     return replace(training, local_batch_size=rows, seq_len=positions)
 
 
-# ---------------------------------------------------------------- what cannot be cut
+# ---------------------------------------------------------------- what cannot be split
 
 
-def pipeline_problems(
+def check_pipeline(
     parallelism: ParallelismConfig, training: TrainingConfig, model: Decoder.Config
-) -> Iterator[str]:
-    """What is wrong with the pipeline of a config, each with its field, rule and remedy."""
+) -> None:
+    """``ValueError`` for what cannot be split into stages, or was not compared with one rank."""
     degree, schedule = parallelism.pipeline_parallel_degree, parallelism.pipeline_parallel_schedule
     if degree == 1:
         return
     if not compat.can_pipeline():
-        yield (
-            f"pipeline_parallel_degree ({degree}) must be 1: torchtitan 0.3's pipeline schedules "
-            "need torch 2.14, the pinned torch is 2.13; spread by FSDP "
+        raise ValueError(
+            f"parallelism.pipeline_parallel_degree ({degree}) must be 1: torchtitan 0.3's pipeline "
+            "schedules need torch 2.14, the pinned torch is 2.13; spread by FSDP "
             "(data_parallel_shard_degree) and tensor_parallel_degree instead"
         )
     if schedule not in SCHEDULES:
-        yield (
-            f"pipeline_parallel_schedule ({schedule}) must be one of {', '.join(SCHEDULES)}: the "
-            "others have not been compared with one rank"
+        raise ValueError(
+            f"parallelism.pipeline_parallel_schedule ({schedule}) must be one of "
+            f"{', '.join(SCHEDULES)}: the others have not been compared with one rank"
         )
     for field in _OWN_CUTS:
         if getattr(parallelism, field):
-            yield (
-                f"{field} ({getattr(parallelism, field)}) must not be set: blocks are shared out "
-                "evenly; move some by pipeline_parallel_first_stage_less_layers and "
+            raise ValueError(
+                f"parallelism.{field} ({getattr(parallelism, field)}) must not be set: blocks are "
+                "shared out evenly; move some by pipeline_parallel_first_stage_less_layers and "
                 "pipeline_parallel_last_stage_less_layers"
             )
     if parallelism.fsdp_reshard_after_forward == "always":
-        yield (
-            "fsdp_reshard_after_forward (always) must be default or never with pipeline parallelism"
-            ": a stage stays gathered for all micro-batches of the schedule"
+        raise ValueError(
+            "parallelism.fsdp_reshard_after_forward (always) must be default or never with "
+            "pipeline parallelism: a stage stays gathered for all micro-batches of the schedule"
         )
-    yield from _too_many_stages(parallelism, len(model.layers))
-    yield from _microbatches(parallelism, training, model)
+    _check_stages(parallelism, len(model.layers))
+    _check_microbatches(parallelism, training, model)
 
 
-def _too_many_stages(parallelism: ParallelismConfig, layers: int) -> Iterator[str]:
+def _check_stages(parallelism: ParallelismConfig, layers: int) -> None:
     blocks = stage_blocks(parallelism, layers)
     if min(map(len, blocks)) < 1:
         first = parallelism.pipeline_parallel_first_stage_less_layers
         last = parallelism.pipeline_parallel_last_stage_less_layers
-        yield (
-            f"pipeline_parallel_degree ({parallelism.pipeline_parallel_degree}) makes "
+        raise ValueError(
+            f"parallelism.pipeline_parallel_degree ({parallelism.pipeline_parallel_degree}) makes "
             f"{len(blocks)} stages by {parallelism.pipeline_parallel_schedule}, and each must have "
             f"one of the {layers} layers at least, but they get {list(map(len, blocks))}; lower "
             f"it, pipeline_parallel_first_stage_less_layers ({first}) or "
@@ -230,34 +230,31 @@ def _too_many_stages(parallelism: ParallelismConfig, layers: int) -> Iterator[st
         )
 
 
-def _microbatches(
+def _check_microbatches(
     parallelism: ParallelismConfig, training: TrainingConfig, model: Decoder.Config
-) -> Iterator[str]:
+) -> None:
     degree, schedule = parallelism.pipeline_parallel_degree, parallelism.pipeline_parallel_schedule
     rows, size = training.local_batch_size, parallelism.pipeline_parallel_microbatch_size
+    field = f"parallelism.pipeline_parallel_microbatch_size ({size})"
     if size < 1 or rows % size:
-        yield (
-            f"pipeline_parallel_microbatch_size ({size}) must divide training.local_batch_size "
-            f"({rows}); change one of them"
+        raise ValueError(
+            f"{field} must divide training.local_batch_size ({rows}); change one of them"
         )
     for name, pool, _, _ in model.traverse(ExpertPool.Config):
         if size % pool.router.routing_rows:
-            yield (
-                f"pipeline_parallel_microbatch_size ({size}) must be a multiple of routing_rows "
-                f"({pool.router.routing_rows}) of {name}, within which a choice of experts is "
-                "made; change one of them"
+            raise ValueError(
+                f"{field} must be a multiple of routing_rows ({pool.router.routing_rows}) of "
+                f"{name}, within which a choice of experts is made; change one of them"
             )
     count = rows // size
+    made = f"training.local_batch_size ({rows}) makes {count} micro-batches of {field}"
     if schedule != "GPipe" and count < degree:
-        yield (
-            f"training.local_batch_size ({rows}) makes {count} micro-batches of "
-            f"pipeline_parallel_microbatch_size ({size}), and {schedule} needs as many as "
-            f"pipeline_parallel_degree ({degree}); raise the first or lower one of the others"
+        raise ValueError(
+            f"{made}, and {schedule} needs as many as pipeline_parallel_degree ({degree}); raise "
+            "the first or lower one of the others"
         )
-    elif schedule == "Interleaved1F1B" and count % (count // degree):
-        yield (
-            f"training.local_batch_size ({rows}) makes {count} micro-batches of "
-            f"pipeline_parallel_microbatch_size ({size}), which {schedule} cannot share out into "
-            f"{count // degree} equal rounds; make them a multiple of pipeline_parallel_degree "
-            f"({degree})"
+    if schedule == "Interleaved1F1B" and count % (count // degree):
+        raise ValueError(
+            f"{made}, which {schedule} cannot share out into {count // degree} equal rounds; make "
+            f"them a multiple of pipeline_parallel_degree ({degree})"
         )

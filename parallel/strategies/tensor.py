@@ -20,41 +20,20 @@ from torch.autograd.function import once_differentiable
 from torch.distributed._functional_collectives import all_gather_single, all_reduce
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
+from torchtitan.config import ParallelismConfig
 
 from earlyfuse.kernels.linear_cross_entropy import VocabularyShard
-from earlyfuse.models.blocks.attention import Attention
-from earlyfuse.models.blocks.experts import Experts
-from earlyfuse.models.blocks.feed_forward import FeedForward
 from earlyfuse.models.decoder import Decoder, Embedding, Head
 from earlyfuse.models.routes import Routes
 
-# dimension, from the end, along which each parameter is cut: untied ones have a leading group
-_FEED_FORWARD = {"w1": -2, "w3": -2, "w2": -1}
-_ATTENTION = {
-    "wq.weight": -2,
-    "wk.weight": -2,
-    "wv.weight": -2,
-    "q_norm.weight": -2,
-    "q_norm.bias": -2,
-    "k_norm.weight": -2,
-    "k_norm.bias": -2,
-    "wo.weight": -1,
-}
-CUTS: dict[type, dict[str, int]] = {
-    Attention: _ATTENTION,
-    FeedForward: _FEED_FORWARD,
-    Experts: _FEED_FORWARD,
-    Embedding: {"weight": -1},
-    Head: {"weight": -2},
-}
-
 
 def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh) -> None:
-    """Cut the parameters of ``model`` by ``CUTS``, in place, and join the cut regions."""
+    """Shards parameters by the ``tensor_split`` of each module, in place, and joins regions."""
     for module in list(model.modules()):
-        if type(module) not in CUTS:
+        split = getattr(module, "tensor_split", None)
+        if not split:
             continue
-        for name, dim in CUTS[type(module)].items():
+        for name, dim in split.items():
             _cut(module, name, dim, mesh)
         if isinstance(module, Embedding):
             module.register_forward_hook(lambda _, args, out: _Gather.apply(out, mesh))
@@ -64,6 +43,27 @@ def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh) -> None:
             module.register_forward_hook(partial(_gather_logits, mesh=mesh))
         else:
             module.register_forward_hook(lambda _, args, out: _Sum.apply(out, mesh))
+
+
+def check_tensor_parallel(parallelism: ParallelismConfig, model: Decoder.Config) -> None:
+    """``ValueError`` unless all that is split divides evenly."""
+    degree, experts = parallelism.tensor_parallel_degree, parallelism.expert_parallel_degree
+    if degree == 1:
+        return
+    if experts > 1:
+        raise ValueError(
+            f"parallelism.expert_parallel_degree ({experts}) must be 1 together with "
+            f"tensor_parallel_degree ({degree}), which splits experts too; use one of the two, and "
+            "FSDP for the rest"
+        )
+    field = f"parallelism.tensor_parallel_degree ({degree})"
+    model.check_use("tensor_parallel", f"{field} must be 1")
+    sizes = {"dim": model.dim, "vocab_size": model.vocab_size} | model.even_sizes("tensor")
+    for name, size in sizes.items():
+        if size % degree:
+            raise ValueError(
+                f"{field} must divide {name} ({size}) of the model; lower it or change the model"
+            )
 
 
 def _cut(module: nn.Module, name: str, dim: int, mesh: DeviceMesh) -> None:
@@ -83,9 +83,10 @@ def _enter(module: nn.Module, args: tuple[Any, ...], mesh: DeviceMesh) -> tuple[
     x_TD, *rest = args
     if isinstance(module, Head) and rest[0] is not None:
         rest = [partial(rest[0], shard=_words(module, mesh))]
-    elif isinstance(module, Experts):
-        row_R, offset_G1, weight_R = rest[0]
-        rest = [Routes(row_R, offset_G1, _Copy.apply(weight_R, mesh))]
+    rest = [
+        one._replace(weight_R=_Copy.apply(one.weight_R, mesh)) if isinstance(one, Routes) else one
+        for one in rest
+    ]
     return _Copy.apply(x_TD, mesh), *rest
 
 

@@ -18,8 +18,8 @@ from earlyfuse.data.shards.source import TokenSource
 from earlyfuse.data.shards.writer import MANIFEST
 from earlyfuse.data.tokenizers import TEXT_FILES, VOCABULARY_FILE
 from earlyfuse.data.vocabulary import check_same, load_vocabulary
+from earlyfuse.models.blocks.branch import Microbatch
 from earlyfuse.models.blocks.experts import ExpertPool
-from earlyfuse.models.routing.expert_choice import ExpertChoice, static_budget
 from earlyfuse.models.vocabulary import Modality
 
 # where the embedded corpus is made, and the mix of its sources unless shares are given
@@ -196,13 +196,8 @@ class DataSet(Configurable):
                         f"{field_name} ({rows}) must be a multiple of routing_rows "
                         f"({pool.router.routing_rows}) of {name}; change one of them"
                     )
-            if isinstance(pool.router, ExpertChoice.Config) and pool.router.budget == "static":
-                static_budget(
-                    pool.share,
-                    pool.router.capacity_factor,
-                    pool.router.routing_rows * training.seq_len,
-                    pool.experts,
-                )
+            if pool.router.static:  # raises where an expert would take no token
+                pool.routed_rows(Microbatch(pool.router.routing_rows, training.seq_len))
 
 
 def _share_validation(validator: Any, model: Any, ranks: int) -> None:

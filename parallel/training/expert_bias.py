@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from earlyfuse.models.decoder import Decoder
-from earlyfuse.models.routing.token_choice import TokenChoice
+from earlyfuse.models.routing.router import Router
 from earlyfuse.parallel.training.step_metrics import pools_by_place, routers_by_place
 
 
@@ -23,10 +23,10 @@ class ExpertBalance:
 
     def __init__(self, parts: Iterable[nn.Module], model: Decoder.Config, device: torch.device):
         here = routers_by_place(parts)
-        self.routers: list[TokenChoice | None] = []
+        self.routers: list[Router | None] = []
         self.loads: list[torch.Tensor] = []  # (E,) each, int64
         for place, pool in pools_by_place(model):
-            if isinstance(pool.router, TokenChoice.Config) and pool.router.bias_rate:
+            if pool.router.bias_rate:
                 router = here.get(place)
                 elsewhere = torch.zeros(pool.experts, dtype=torch.int64, device=device)
                 self.routers.append(router)

@@ -7,12 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from earlyfuse.models.blocks.experts import ExpertPool, MixtureOfExperts
+from earlyfuse.models.blocks.branch import Branch
+from earlyfuse.models.blocks.experts import ExpertPool
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.flops import training_flops
-from earlyfuse.models.routing.expert_choice import ExpertChoice
 from earlyfuse.models.routing.router_stats import CausalStats, RouterStats
-from earlyfuse.models.routing.token_choice import TokenChoice, experts_served
 from earlyfuse.models.vocabulary import Modality
 
 MODALITIES = len(Modality)
@@ -91,16 +90,10 @@ def router_statistics(
     statistics: dict[str, RouterStats] = {}
     for place, pool in pools_by_place(model):
         router = here.get(place)
-        if isinstance(pool.router, TokenChoice.Config):
-            served = experts_served(pool.router, pool.experts)
-            for index, (group, experts) in enumerate(served.items()):
-                name = "" if group is None else f".{Modality(model.modalities[group]).label}"
-                found = None if router is None else router.stats[index]
-                new = RouterStats(experts, pool.router.top_k)
-                statistics[place + name] = found or new.to(device)
-        else:
-            found = None if router is None else router.stats
-            statistics[place] = found or RouterStats(pool.experts).to(device)
+        for index, (group, new) in enumerate(pool.router.new_statistics(pool.experts).items()):
+            name = "" if group is None else f".{Modality(model.modalities[group]).label}"
+            found = None if router is None else router.statistics()[index]
+            statistics[place + name] = found or new.to(device)
     return statistics
 
 
@@ -111,7 +104,7 @@ def causal_statistics(
     here = routers_by_place(parts)
     statistics: dict[str, CausalStats] = {}
     for place, pool in pools_by_place(model):
-        if isinstance(pool.router, ExpertChoice.Config) and pool.router.causal is not None:
+        if pool.router.causal is not None:
             router = here.get(place)
             statistics[place] = CausalStats().to(device) if router is None else router.causal.stats
     return statistics
@@ -120,9 +113,8 @@ def causal_statistics(
 def pools_by_place(model: Decoder.Config) -> Iterator[tuple[str, ExpertPool.Config]]:
     """``layer3.pool1`` … and the pool there, of all pools of ``model`` in order."""
     for number, block in enumerate(model.layers):
-        if isinstance(block.feed_forward, MixtureOfExperts.Config):
-            for index, pool in enumerate(block.feed_forward.pools):
-                yield f"layer{number}.pool{index}", pool
+        for index, (_, pool, _, _) in enumerate(block.traverse(ExpertPool.Config)):
+            yield f"layer{number}.pool{index}", pool
 
 
 def routers_by_place(parts: Iterable[nn.Module]) -> dict[str, Any]:
@@ -136,10 +128,18 @@ def routers_by_place(parts: Iterable[nn.Module]) -> dict[str, Any]:
     return here
 
 
-def router_load(
-    name: str, statistics: Mapping[str, RouterStats] | Mapping[str, CausalStats]
-) -> dict[str, float]:
-    """What the routers recorded since the last call: ``name/layer3.pool1/…``."""
+def branch_statistics(parts: Iterable[nn.Module]) -> dict[str, Any]:
+    """``layer3.attention`` … → what the branch there counts, of those that do, in order."""
+    found: dict[str, Any] = {}
+    for name, module in (named for part in parts for named in part.named_modules()):
+        if isinstance(module, Branch) and (counted := module.statistics()) is not None:
+            path = [one for one in name.split(".") if not one.startswith("_")]
+            found[f"layer{path[1]}.{'.'.join(path[2:])}"] = counted
+    return found
+
+
+def router_load(name: str, statistics: Mapping[str, Any]) -> dict[str, float]:
+    """What routers or branches recorded since the last call: ``name/layer3.pool1/…``."""
     return {
         f"{name}/{place}/{key}": value
         for place, recorded in statistics.items()

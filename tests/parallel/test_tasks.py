@@ -107,7 +107,7 @@ def test_tasks_of_a_folder_are_tokenised_as_training_data_is(tmp_path):
     text, images = tokenizers.text, tokenizers.image
     for prompt, shade in zip(loaded.prompts, shades, strict=True):
         codes = images.encode(pixels(shade)[None])[0] + text.size
-        assert prompt[:2] == [text.bos, text.begin_image]
+        assert prompt[:2] == [text.bos, text.begin["image"]]
         assert prompt[2 : 2 + images.block] == codes.tolist()
         for candidate, word in zip(loaded.candidates, words, strict=True):
             assert prompt[3 + images.block :] + list(candidate) == text.encode("shade " + word)

@@ -17,6 +17,7 @@ from traffic_ranks import LAYOUTS
 
 from earlyfuse.configs import decoders
 from earlyfuse.configs.registry import catalogue
+from earlyfuse.models.blocks.branch import Microbatch
 from earlyfuse.models.context import ForwardContext
 from earlyfuse.models.flops import count_parameters
 from earlyfuse.models.objectives.next_token import ChameleonObjective
@@ -247,12 +248,11 @@ def saved_bytes(block_config):
 
 @pytest.mark.parametrize("order", ["pre", "swin"])
 @pytest.mark.parametrize("name", MODELS)
-def test_the_estimate_of_activations_is_what_autograd_keeps(run, name, order):
+def test_the_estimate_of_activations_is_what_autograd_keeps(name, order):
     block = MODELS[name]().layers[0]
     block.norm_order = order
-    sizes = {"local_batch_size": 2, "seq_len": 64, "mixed_precision_param": "float32"}
-    training = replace(run.training, **sizes)
-    assert 4 * 128 * saved_per_token(block, training) == pytest.approx(saved_bytes(block), rel=0.1)
+    saved = saved_per_token(block, Microbatch(2, 64))
+    assert 4 * 128 * saved == pytest.approx(saved_bytes(block), rel=0.1)
 
 
 WIDE = replace(SHAPE, dim=128, hidden_dim=192)  # what a router keeps by the token is little then
@@ -264,7 +264,7 @@ MIXTURES = {
 
 
 @pytest.mark.parametrize("name", MIXTURES)
-def test_what_a_mixture_keeps_in_bf16_is_predicted(run, name):
+def test_what_a_mixture_keeps_in_bf16_is_predicted(name):
     config = MIXTURES[name]().layers[0]
     block = config.build().bfloat16()
     for module in fp32_modules(block):
@@ -285,9 +285,7 @@ def test_what_a_mixture_keeps_in_bf16_is_predicted(run, name):
         assert block.feed_forward(x_TD, whole).requires_grad
     for tensor in (x_TD, *block.parameters()):
         kept.pop(tensor.untyped_storage().data_ptr(), None)
-    training = replace(run.training, local_batch_size=2, seq_len=512)
-    others = saved_per_token(replace(config, feed_forward=None), training)
-    predicted = saved_per_token(config, training) - others - 2 * WIDE.dim  # the norm's
+    predicted = config.feed_forward.saved(Microbatch(2, 512, itemsize=2))
     assert 2 * 1024 * predicted == pytest.approx(sum(kept.values()), rel=0.1)
 
 
