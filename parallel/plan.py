@@ -3,8 +3,8 @@
 0. pipeline parallelism — before all this, ``strategies/pipeline.py`` cuts the model into stages;
    each goes through the plan by itself;
 1. tensor parallelism and expert parallelism — cut the parameters themselves, so everything after
-   works on what a rank holds; sequence parallelism — the model is told which part of each row it
-   gets, its parameters stay whole, and FSDP shards them over these ranks too;
+   works on what a rank holds. Sequence parallelism changes no parameter: each forward is given the
+   ``SequenceShard``, and FSDP shards parameters over these ranks too;
 2. activation checkpointing — wraps blocks before they are compiled, so that compile sees the
    recomputation;
 3. compile — per block, so that all layers share one graph;
@@ -49,7 +49,7 @@ from earlyfuse.models.precision import fp32_modules
 from earlyfuse.models.routing.token_choice import TokenChoice, experts_served
 from earlyfuse.parallel.compat import reduce_with_plain_sums
 from earlyfuse.parallel.strategies.activation_checkpointing import checkpoint_activations
-from earlyfuse.parallel.strategies.context import ContextParallelShard, context_problems
+from earlyfuse.parallel.strategies.context import context_problems
 from earlyfuse.parallel.strategies.expert import apply_expert_parallel
 from earlyfuse.parallel.strategies.pipeline import pipeline_problems
 from earlyfuse.parallel.strategies.tensor import apply_tensor_parallel
@@ -70,8 +70,6 @@ def parallelize(
         apply_tensor_parallel(model, parallel_dims.get_mesh("tp"))
     if parallel_dims.ep_enabled:
         apply_expert_parallel(model, parallel_dims.get_mesh("ep"))
-    if parallel_dims.cp_enabled:
-        model.sequence_shard = ContextParallelShard(parallel_dims.get_mesh("cp"))
     if ac_config is not None:
         checkpoint_activations(model, ac_config, dump_folder)
     if compile_config.enable and "model" in compile_config.components:

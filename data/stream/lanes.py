@@ -91,10 +91,13 @@ def _scramble(value_Q: np.ndarray) -> np.ndarray:
 
 
 class Piece(NamedTuple):
-    """Part of a document in a row: tokens (n,), label of the last one (-100: document's end)."""
+    """Part of a document in a row: tokens (n,), label of the last one (-100: document's end), and
+    the number of its source.
+    """
 
     tokens: np.ndarray
     label_after: int
+    source: int = 0
 
 
 class _Reader:
@@ -217,6 +220,11 @@ class Blend:
                 "source, and one share for each"
             )
         check_same_vocabulary(self.sources)
+        if len(self.sources) > 256:
+            raise ValueError(
+                f"{len(self.sources)} sources must be at most 256, the numbers of one byte; "
+                "prepare some of them together"
+            )
         named = dict(zip((source.name for source in self.sources), self.shares, strict=True))
         for name, share in named.items():
             if not share > 0:
@@ -359,7 +367,7 @@ class Lane:
         while room and (choice := self._choose(room)):
             reader, count, codes = choice
             self.codes = [before + new for before, new in zip(self.codes, codes, strict=True)]
-            pieces.append(reader.take(count))
+            pieces.append(reader.take(count)._replace(source=self.readers.index(reader)))
             room -= count
         if pieces:
             self.padding += room

@@ -25,12 +25,15 @@ from earlyfuse.models.routing.causal_router import CausalRouter
 from earlyfuse.models.routing.gumbel_noise import RouterNoise
 from earlyfuse.models.routing.router_stats import RouterStats
 
+NO_CAUSAL_ROUTER = (
+    "cannot route causally: it has no causal router. Train one on the finished model in a second "
+    "stage (--train-only causal_routers, docs/moma.md), or along with it by a config whose routers "
+    "have causal set"
+)
+
 
 class ExpertChoice(Module):
-    """The router of a pool whose experts choose their tokens. Parameter: weight (E, D).
-
-    ``rule`` is "batch", or "causal" for inference: ``routing.causal.routing`` sets it.
-    """
+    """The router of a pool whose experts choose their tokens. Parameter: weight (E, D)."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(Module.Config):
@@ -67,18 +70,17 @@ class ExpertChoice(Module):
     def __init__(self, config: Config, *, dim: int, experts: int, share: float):
         super().__init__()
         self.config, self.share = config, share
-        self.budget = config.budget
-        self.rule: Literal["batch", "causal"] = "batch"
         self.weight = nn.Parameter(torch.empty(experts, dim))
         self.stats = RouterStats(experts)
         sizes = {"dim": dim, "experts": experts, "share": share}
         self.causal = config.causal.build(**sizes) if config.causal is not None else None
         self.noise = config.noise.build() if config.noise is not None else None
 
-    @property
-    def static(self) -> bool:
+    def static(self, context: ForwardContext) -> bool:
         """Whether every rank routes the same number of rows, known beforehand."""
-        return self.budget == "static" and self.rule == "batch"
+        settings = context.settings
+        exact = settings.rule == "causal" or settings.budgets == "exact"
+        return self.config.budget == "static" and not exact
 
     def forward(
         self, x_TD: torch.Tensor, eligible_T: torch.Tensor | None, context: ForwardContext
@@ -87,14 +89,16 @@ class ExpertChoice(Module):
         # router in fp32: ties in bf16 would reorder the top-k
         x_TD = wide(x_TD)
         logits_TE = F.linear(x_TD, wide(self.weight))
-        if self.rule == "causal":
-            assert self.causal is not None, "routing() has made sure of it"
+        if context.settings.rule == "causal":
+            if self.causal is None:
+                raise ValueError(f"an expert-choice router {NO_CAUSAL_ROUTER}")
             return self._weighed(self.causal.choose(x_TD, logits_TE, eligible_T), len(x_TD))
         routes = self._weighed(self._choose(logits_TE, eligible_T, context), len(x_TD))
-        if self.stats.recording:
+        if context.settings.recording:
             self.stats.record(logits_TE, eligible_T, routes)
         if self.causal is not None:
-            routes = routes._replace(weight_R=self.causal.learn(x_TD, routes, eligible_T))
+            weight_R = self.causal.learn(x_TD, routes, eligible_T, context.settings)
+            routes = routes._replace(weight_R=weight_R)
         return routes
 
     def _weighed(self, routes: Routes, tokens: int) -> Routes:
@@ -110,13 +114,13 @@ class ExpertChoice(Module):
                 f"({config.routing_rows}); make the local batch size a multiple of it"
             )
         budget = None
-        if self.static:
+        if self.static(context):
             tokens = config.routing_rows * context.seq_len
             experts = logits_TE.shape[1]
             budget = static_budget(self.share, config.capacity_factor, tokens, experts)
         selected_by_TE = logits_TE
         if self.noise is not None and self.training:
-            selected_by_TE = self.noise(logits_TE, context.place_T)
+            selected_by_TE = self.noise(logits_TE, context)
         return expert_choice(
             logits_TE,
             eligible_T,

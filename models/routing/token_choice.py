@@ -32,8 +32,8 @@ class TokenChoice(Module):
     """The router of a pool whose experts are chosen by the tokens.
 
     Parameter: ``weight`` (E, D). ``bias_E`` fp32: added to the logits in selection, saved in
-    checkpoints. ``load_E`` int64: rows of each expert in the training forwards since
-    ``balance`` (``parallel/training/expert_bias.py`` sums it over ranks and calls it).
+    checkpoints. ``load_E`` int64: rows of each expert in the training forwards of a step
+    (``parallel/training/expert_bias.py`` sums it over ranks and calls ``balance``).
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -71,8 +71,6 @@ class TokenChoice(Module):
                     "be the same, and the router would not learn"
                 )
 
-    static = False  # ranks send different numbers of rows to an expert
-
     def __init__(self, config: Config, *, dim: int, experts: int, share: float):
         super().__init__()
         if config.serves and len(config.serves) != experts:
@@ -97,7 +95,10 @@ class TokenChoice(Module):
         self.register_buffer("serves_E", torch.tensor(config.serves), persistent=False)
         # one for each modality group served, in order
         self.stats = ModuleList(
-            [RouterStats(n, config.top_k) for n in experts_served(config, experts).values()]
+            [
+                RouterStats(count, config.top_k, group)
+                for group, count in experts_served(config, experts).items()
+            ]
         )
 
     def _init_self_buffers(self, *, buffer_device: torch.device | None = None) -> None:
@@ -122,8 +123,12 @@ class TokenChoice(Module):
         self._record(logits_TE, context, routes)
         return routes
 
+    def static(self, context: ForwardContext) -> bool:
+        """No: ranks send different numbers of rows to an expert."""
+        return False
+
     def _record(self, logits_TE: torch.Tensor, context: ForwardContext, routes: Routes) -> None:
-        if not self.stats[0].recording:
+        if not context.settings.recording:
             return
         if not self.config.serves:
             self.stats[0].record(logits_TE, None, routes)
@@ -135,17 +140,19 @@ class TokenChoice(Module):
             stats.record(logits_TE, context.group_T == group, routes, own_E)
 
     @torch.no_grad()
-    def balance(self, load_E: torch.Tensor) -> None:
+    def balance(self, load_E: torch.Tensor, taken: torch.Tensor) -> None:
         """Move the biases by one step towards even load; ``load_E`` is that of all ranks.
 
-        Even among the experts of the same modality group. An expert at the mean stays.
+        Even among the experts of the same modality group. An expert at the mean stays; so do all
+        where ``taken``, a bool tensor, is false. No host synchronisation.
         """
         load_E = load_E.double()
         mean_E = load_E.mean().expand_as(load_E)
         if self.config.serves:
             same_EE = self.serves_E[:, None] == self.serves_E
             mean_E = (load_E * same_EE).sum(1) / same_EE.sum(1)
-        self.bias_E += self.config.bias_rate * torch.sign(mean_E - load_E).float()
+        step_E = self.config.bias_rate * torch.sign(mean_E - load_E).float()
+        self.bias_E += torch.where(taken, step_E, 0.0)
 
 
 def token_choice(

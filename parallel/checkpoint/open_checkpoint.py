@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -24,9 +24,10 @@ from torchtitan.protocols.module import Module
 
 from earlyfuse.data.json_files import JsonObject, read_json, shown
 from earlyfuse.models.blocks.wide import wide_type
+from earlyfuse.models.context import ForwardSettings
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.precision import fp32_parameters
-from earlyfuse.models.routing.expert_choice import ExpertChoice
+from earlyfuse.models.routing.causal import causal_routers
 from earlyfuse.models.state_dicts import (
     huggingface,
     huggingface_mamba,
@@ -368,13 +369,13 @@ def load_model(
     """The model of an exported folder, run, checkpoint, or folder of Hugging Face's, Meta's or
     ``mamba_ssm``'s.
 
-    Returns it in evaluation mode, and its vocabulary. ``model(tokens_BS, modality_BS=…,
-    positions_BS=…)`` gives logits (B, S, V); ``vocabulary.modality_of(tokens_BS)`` the modalities.
+    Returns it in evaluation mode, and its vocabulary. ``model(MixedBatch.of(tokens_BS,
+    vocabulary.modality_of(tokens_BS)))`` gives logits (B, S, V).
     ``dtype`` None keeps that of the files; of a narrower one scans and routers stay in fp32, as in
     training (``models/precision.py``). No launcher, no process group; ``ValueError`` says what
     is wrong with the folder. Experts are chosen by the causal rule where the model has causal
-    routers; else by batch, with budgets from the actual counts, as in validation
-    (``routing(model, rule)`` changes that).
+    routers; else by batch, with budgets from the actual counts, as in validation; other
+    ``ForwardSettings`` may be given with the batch.
     """
     opened = open_model(folder)
     with torch.device("meta"):
@@ -384,9 +385,6 @@ def load_model(
             setattr(module, name, torch.zeros_like(buffer, device=device))
         if isinstance(module, Module):
             module._init_self_buffers(buffer_device=torch.device(device))
-        if isinstance(module, ExpertChoice):
-            module.budget = "exact"
-            module.rule = "batch" if module.causal is None else "causal"
     in_fp32 = fp32_parameters(model)
     for name, entry in opened.tensors.entries.items():
         values = opened.tensors.read(name)
@@ -400,4 +398,6 @@ def load_model(
             kept = wide_type(dtype)
         values = values.to(device=device, dtype=kept, copy=True)
         module.register_parameter(leaf, nn.Parameter(values))
+    rule: Literal["batch", "causal"] = "causal" if causal_routers(model) else "batch"
+    model.default_settings = ForwardSettings(rule=rule, budgets="exact")
     return model.eval(), opened.vocabulary
