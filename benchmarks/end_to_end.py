@@ -42,6 +42,7 @@ from torchtitan.models.llama3.parallelize import parallelize_llama
 
 from earlyfuse.configs import decoders, embedded
 from earlyfuse.data.shards.writer import ShardRecord, shard_name, write_manifest, write_shard
+from earlyfuse.models.batch import MixedBatch
 from earlyfuse.models.blocks.feed_forward import FeedForward
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.objectives.next_token import ChameleonObjective
@@ -215,9 +216,13 @@ def fed(trainer: titan.Trainer, vocabulary: Vocabulary) -> Iterator[Batch]:
     def endless() -> Iterator[Batch]:
         for tokens_BS, modality_BS, labels_BS in cycle(prepared):
             if isinstance(trainer, Trainer):
-                span_BS = torch.zeros_like(tokens_BS, dtype=torch.int32)
-                fields = {"modality_BS": modality_BS, "positions_BS": positions_BS}
-                yield {"input": tokens_BS, **fields, "span_BS": span_BS}, labels_BS
+                batch = MixedBatch.of(
+                    tokens_BS,
+                    modality_BS,
+                    labels_BS=labels_BS,
+                    label_modality_BS=vocabulary.modality_of(labels_BS),
+                )
+                yield {"batch": batch, "first_row": 0}, labels_BS
             else:
                 yield {"input": tokens_BS, "positions": positions_BS}, labels_BS
 
@@ -244,7 +249,7 @@ def held_out_loss(trainer: titan.Trainer, vocabulary: Vocabulary) -> float:
     tokens_BS, labels_BS = batches(vocabulary)[-1]
     model = trainer.model_parts[0]
     if isinstance(trainer, Trainer):
-        logits_BSV = model(tokens_BS, vocabulary.modality_of(tokens_BS))
+        logits_BSV = model(MixedBatch.of(tokens_BS, vocabulary.modality_of(tokens_BS)))
     else:
         logits_BSV = model(tokens_BS, torch.arange(SEQ_LEN).expand(ROWS, -1))
     return F.cross_entropy(logits_BSV.flatten(0, 1), labels_BS.flatten()).item()

@@ -25,6 +25,7 @@ from earlyfuse.configs.mamba_decoders import PROJECTIONS, MambaShape, mixer
 from earlyfuse.kernels.causal_conv1d import causal_conv1d
 from earlyfuse.kernels.selective_scan import selective_scan
 from earlyfuse.kernels.selective_scan.chunks import count_chunks
+from earlyfuse.models.batch import MixedBatch
 from earlyfuse.models.blocks.mamba import Mamba
 from earlyfuse.models.context import ForwardContext
 from harness import Report, Rival, Timing, compare, verify
@@ -82,8 +83,8 @@ class Problem:
             image_BS = image_S.expand(setting.rows, -1)
         else:
             image_BS = torch.randint(0, 2, (setting.rows, setting.seq_len), generator=generator)
-        positions_BS = torch.arange(setting.seq_len).expand(setting.rows, -1)
-        self.layout = ForwardContext.build(image_BS.to(torch.uint8), positions_BS, (0, 1), 0, 1e4)
+        batch = MixedBatch.of(image_BS, image_BS.to(torch.uint8))
+        self.layout = ForwardContext.build(batch, modalities=(0, 1), head_dim=0, rope_theta=1e4)
         self.image_T = image_BS.flatten().bool()
         self.mixture = self.build(PROJECTIONS, generator)
         self.dense = self.build((), generator)
@@ -139,7 +140,7 @@ class Problem:
         module, sequence = self.mixture, (self.setting.rows, self.setting.seq_len)
         rank, states = module.config.dt_rank, module.config.states
         x_BSI, z_BSI = project("in_proj", x_TD).unflatten(0, sequence).chunk(2, -1)
-        positions_BS = self.layout.positions_BS
+        positions_BS = self.layout.place_BS
         u_BSI, _ = causal_conv1d(
             x_BSI, module.conv.weight, module.conv.bias, positions_BL=positions_BS
         )

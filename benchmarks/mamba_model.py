@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from earlyfuse.configs import mamba_decoders
+from earlyfuse.models.batch import MixedBatch
 from earlyfuse.models.decoder import Decoder
 from harness import Report, Rival, Timing, compare, updating
 
@@ -182,7 +183,8 @@ def training(model: nn.Module, setting: Setting) -> Callable[[], list[torch.Tens
 
     def run() -> list[torch.Tensor]:
         model.zero_grad(set_to_none=True)
-        found = model(inputs_BS, modality_BS) if isinstance(model, Decoder) else model(inputs_BS)
+        batch = MixedBatch.of(inputs_BS, modality_BS)
+        found = model(batch) if isinstance(model, Decoder) else model(inputs_BS)
         logits_BSV = found if isinstance(found, torch.Tensor) else found.logits
         F.cross_entropy(logits_BSV.flatten(0, 1), labels_BS.flatten()).backward()
         return [logits_BSV.detach(), *(p.grad for p in compared if p.grad is not None)]

@@ -27,6 +27,7 @@ from torchtitan.models.common.moe import GroupedExperts, MoE, RoutedExperts, Tok
 from torchtitan.models.common.token_dispatcher import LocalTokenDispatcher
 
 from earlyfuse.kernels.grouped_gemm import grouped_swiglu
+from earlyfuse.models.batch import MixedBatch
 from earlyfuse.models.blocks.experts import ExpertPool, MixtureOfExperts
 from earlyfuse.models.blocks.feed_forward import FeedForward
 from earlyfuse.models.context import ForwardContext
@@ -89,10 +90,9 @@ class Problem:
         self.dy_TD = normal(tokens, dim)
         image_T = torch.randperm(tokens, generator=generator) >= setting.text_share * tokens
         self.image_T = image_T
-        positions_BS = torch.arange(tokens // ROWS).expand(ROWS, -1)
-        self.layout = ForwardContext.build(
-            image_T.to(torch.uint8).view(ROWS, -1), positions_BS, (0, 1), 2, 1e4
-        )
+        image_BS = image_T.to(torch.uint8).view(ROWS, -1)
+        batch = MixedBatch.of(torch.zeros_like(image_BS, dtype=torch.int64), image_BS)
+        self.layout = ForwardContext.build(batch, modalities=(0, 1), head_dim=2, rope_theta=1e4)
         self.router_ED = normal(EXPERTS, dim, std=dim**-0.5).requires_grad_()
         self.w1_EFD = normal(EXPERTS, hidden, dim, std=dim**-0.5).requires_grad_()
         self.w3_EFD = normal(EXPERTS, hidden, dim, std=dim**-0.5).requires_grad_()

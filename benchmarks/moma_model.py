@@ -28,6 +28,7 @@ from torchtitan.models.common.moe import GroupedExperts, TokenChoiceTopKRouter
 from torchtitan.models.qwen3 import Qwen3Model, _build_qwen3_moe_layers, _qwen3_norm
 
 from earlyfuse.configs import decoders
+from earlyfuse.models.batch import MixedBatch
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.vocabulary import Modality
 from harness import Report, Rival, Timing, compare, updating
@@ -158,7 +159,7 @@ def training(model: nn.Module, setting: Setting) -> Callable[[], list[torch.Tens
     def run() -> list[torch.Tensor]:
         model.zero_grad(set_to_none=True)
         if isinstance(model, Decoder):
-            logits_BSV = model(tokens_BS, modality_BS, positions_BS)
+            logits_BSV = model(MixedBatch.of(tokens_BS, modality_BS))
         else:
             logits_BSV = model(tokens_BS, positions_BS)
         F.cross_entropy(logits_BSV.flatten(0, 1), labels_BS.flatten()).backward()

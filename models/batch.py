@@ -1,59 +1,114 @@
-"""MixedBatch: the contract between data and models. One packed batch of mixed-modal rows.
+"""MixedBatch: the contract between data and models, one packed batch of mixed-modal rows.
 
-B rows, S positions in a row, P numbers in a continuous vector.
+B rows, S positions of a row, P numbers in a continuous vector.
 """
 
 import builtins
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
 
 IGNORE_LABEL = -100
+PADDING = 0  # in document_BS
 
 
 @dataclass
 class MixedBatch:
-    """B rows of S positions, packed from documents.
+    """B rows of S positions, packed from documents; the argument of ``Decoder.forward``.
 
-    ================  =============  ==============================================================
-    field             shape, dtype   meaning
-    ================  =============  ==============================================================
-    ``tokens_BS``     (B, S) int64   ids in one vocabulary (``models/vocabulary.py``)
-    ``labels_BS``     (B, S) int64   the next token of the same document; -100: no loss
-    ``modality_BS``   (B, S) uint8   modality of the *input* token; picks the parameters
-    ``positions_BS``  (B, S) int64   restart at 0 with each document in the row: masks, RoPE and
-                                     state resets all derive from it
-    ``span_BS``       (B, S) int32   0 outside media, else the running number (from 1) of the
-                                     image, frame or utterance in the row
-    ``vectors_BSP``   (B, S, P)      continuous vectors at media positions, float, or none
-    ================  =============  ==============================================================
+    =====================  =============  =========================================================
+    field                  shape, dtype   meaning
+    =====================  =============  =========================================================
+    ``tokens_BS``          (B, S) int64   ids in one vocabulary (``models/vocabulary.py``); at
+                                          positions of a continuous medium its placeholder
+    ``labels_BS``          (B, S) int64   the next token of the same document; -100: no loss
+    ``modality_BS``        (B, S) uint8   modality of the *input* token; picks the parameters
+    ``label_modality_BS``  (B, S) uint8   modality of the label; 0 where there is none
+    ``document_BS``        (B, S) int32   number of the document (or tail) in its row, from 1; 0 is
+                                          padding. Masks and state resets derive from it
+    ``positions_BS``       (B, S) int64   rotary position in the document, and nothing else
+    ``span_BS``            (B, S) int32   0 outside media, else the number (from 1) of the image,
+                                          frame or utterance in the row
+    ``source_BS``          (B, S) uint8   the data source that the position is from
+    ``vectors_BSP``        (B, S, P)      continuous vectors at media positions, float, or none
+    =====================  =============  =========================================================
     """
 
     tokens_BS: torch.Tensor
     labels_BS: torch.Tensor
     modality_BS: torch.Tensor
+    label_modality_BS: torch.Tensor
+    document_BS: torch.Tensor
     positions_BS: torch.Tensor
     span_BS: torch.Tensor
+    source_BS: torch.Tensor
     vectors_BSP: torch.Tensor | None = None
 
-    @property
-    def rows(self) -> int:
-        """B."""
-        return self.tokens_BS.shape[0]
+    @classmethod
+    def of(
+        cls,
+        tokens_BS: torch.Tensor,
+        modality_BS: torch.Tensor | None = None,
+        document_BS: torch.Tensor | None = None,
+        *,
+        positions_BS: torch.Tensor | None = None,
+        labels_BS: torch.Tensor | None = None,
+        label_modality_BS: torch.Tensor | None = None,
+        vectors_BSP: torch.Tensor | None = None,
+    ) -> "MixedBatch":
+        """A batch from tokens alone: all text, one document per row, no labels, unless given.
 
-    def to(self, device: torch.device | str) -> "MixedBatch":
-        """The same batch on ``device``."""
-        return MixedBatch(**{name: tensor.to(device) for name, tensor in self.tensors().items()})
+        Positions count from 0 in each document.
+        """
+        bytes_BS = torch.zeros_like(tokens_BS, dtype=torch.uint8)
+        ints_BS = torch.zeros_like(tokens_BS, dtype=torch.int32)
+        if document_BS is None:
+            document_BS = ints_BS + 1
+        return cls(
+            tokens_BS,
+            torch.full_like(tokens_BS, IGNORE_LABEL) if labels_BS is None else labels_BS,
+            bytes_BS if modality_BS is None else modality_BS,
+            bytes_BS if label_modality_BS is None else label_modality_BS,
+            document_BS,
+            places_in_documents(document_BS) if positions_BS is None else positions_BS,
+            ints_BS,
+            bytes_BS,
+            vectors_BSP,
+        )
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "MixedBatch":
+        """The same batch on ``device``; ``non_blocking`` copies overlap only from pinned memory."""
+        return self._map(lambda _, tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "MixedBatch":
+        """The same batch in page-locked host memory, from which a GPU copies in the background."""
+        return self._map(lambda _, tensor: tensor.pin_memory())
+
+    def part(self, positions: builtins.slice) -> "MixedBatch":
+        """These positions of every row; views.
+
+        ``document_BS`` stays that of the whole rows: what a position may see, and where states are
+        reset, depends on what came before.
+        """
+        return self._map(lambda name, t: t if name == "document_BS" else t[:, positions])
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Field name → tensor, without the absent ones."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in values.items() if value is not None}
 
-    def slice(self, start: int, stop: int) -> "MixedBatch":
-        """Rows ``start … stop-1``."""
-        return MixedBatch(**{name: tensor[start:stop] for name, tensor in self.tensors().items()})
+    def _map(self, function: Callable[[str, torch.Tensor], torch.Tensor]) -> "MixedBatch":
+        return MixedBatch(**{name: function(name, t) for name, t in self.tensors().items()})
 
-    def part(self, positions: builtins.slice) -> "MixedBatch":
-        """These positions of every row; views."""
-        return MixedBatch(**{name: tensor[:, positions] for name, tensor in self.tensors().items()})
+
+def places_in_documents(document_BS: torch.Tensor) -> torch.Tensor:
+    """(B, S) int64: how many tokens of the same document stand before each token in its row.
+
+    A document begins where the number changes; each padding token is a document of its own.
+    """
+    place_S = torch.arange(document_BS.shape[1], device=document_BS.device)
+    begins_BS = torch.ones_like(document_BS, dtype=torch.bool)
+    begins_BS[:, 1:] = document_BS[:, 1:] != document_BS[:, :-1]
+    begins_BS |= document_BS == PADDING
+    return place_S - torch.where(begins_BS, place_S, 0).cummax(1).values

@@ -1,96 +1,181 @@
-"""ForwardContext: what every layer needs to know of a batch, worked out once and handed down.
+"""ForwardContext: what every layer needs to know about a batch and a step, worked out once.
 
-B rows, S positions, L positions of a row up to the last one here, T = B·S tokens, H width of a
-head.
+B rows, S positions, L positions of a row up to the last one here, T = B·S tokens, R selected
+tokens, N routers with noise, H width of a head.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.attention.flex_attention import BlockMask
 
+from earlyfuse.models.batch import PADDING, MixedBatch, places_in_documents
 from earlyfuse.models.blocks.cache import DecodeCache
 from earlyfuse.models.blocks.sequence_shard import FullSequence, SequenceShard
+from earlyfuse.models.masks import attention_mask
 from earlyfuse.models.routes import Routes, by_modality
+
+
+@dataclass(frozen=True)
+class ForwardSettings:
+    """What belongs to a step or call rather than to the model or the batch.
+
+    ``rule``            how experts choose: "batch", the top tokens of each routing group; "causal",
+                        by the causal routers, so that no output depends on later tokens or on other
+                        rows. Models without expert choice compute the same under both
+    ``budgets``         "configured", as each router's config says, or "exact", from actual counts,
+                        for which the host waits
+    ``step``            training step, from 1, for router noise; 0: no noise
+    ``step_tokens``     tokens of the step over all ranks and micro-batches, by which losses of
+                        causal routers are divided; None: those of the batch
+    ``first_row``       number of the batch's first row in the global batch
+    ``recording``       routers and the last block add up statistics
+    ``sequence_shard``  which part of each row the batch holds
+    """
+
+    rule: Literal["batch", "causal"] = "batch"
+    budgets: Literal["configured", "exact"] = "configured"
+    step: int = 0
+    step_tokens: float | None = None
+    first_row: int = 0
+    recording: bool = False
+    sequence_shard: SequenceShard = field(default_factory=FullSequence)
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("rule", ("batch", "causal")), ("budgets", ("configured", "exact"))):
+            if getattr(self, name) not in allowed:
+                first, second = allowed
+                raise ValueError(
+                    f'{name} ({getattr(self, name)!r}) must be "{first}" or "{second}"'
+                )
 
 
 @dataclass
 class ForwardContext:
-    """Where each token of a batch sits: row, document, position, modality.
+    """Where each token sits (row, document, position, modality), and the settings of the forward.
 
-    ``group_T``     (T,) int64: modality group of each token; indexes untied parameters
-    ``by_group``    the same as routes, every token once
-    ``cos_BS1H``, ``sin_BS1H``  (B, S, 1, H) fp32: of the rotary angles; see ``rotary_angles``.
-                    H is 0 where no layer attends
-    ``mask``        who attends whom: see ``attention_mask``; None too where no layer attends
-    ``positions_BS``  (B, S) int64: places in the documents; 0 resets convolutions and scans
-    ``place_T``     (T,) int64: row of the global batch · its length + position in the row
-    ``cache``    what blocks keep of the tokens read before, where a document is being written
-    ``sequence_shard``    which part of each row the S positions are, and how to reach the others
+    ``group_T``       (T,) int64: modality group of each token; indexes untied parameters
+    ``by_group``      the same as routes, every token once
+    ``cos_BS1H``, ``sin_BS1H``  (B, S, 1, H) fp32: see ``rotary_angles``; H is 0 without attention
+    ``mask``          who sees whom: see ``attention_mask``; None too without attention
+    ``document_BS``   (B, S): see ``MixedBatch``
+    ``place_BS``      (B, S) int64: tokens of the same document before each one; convolutions and
+                      scans are reset where it is 0
+    ``row_place_T``   (T,) int64: row of the global batch · its length + position in the row
+    ``noise_2N``      key and scale of the noise of each router that has some: see ``RouterNoise``
+    ``cache``         states of the tokens read before, while decoding
     """
 
     rows: int
     seq_len: int
+    settings: ForwardSettings
     group_T: torch.Tensor
     by_group: Routes
     cos_BS1H: torch.Tensor
     sin_BS1H: torch.Tensor
     mask: "torch.Tensor | BlockMask | None"
-    positions_BS: torch.Tensor
-    place_T: torch.Tensor
+    document_BS: torch.Tensor
+    place_BS: torch.Tensor
+    row_place_T: torch.Tensor
+    noise_2N: tuple[torch.Tensor, torch.Tensor] | None = None
     cache: DecodeCache | None = None
-    sequence_shard: SequenceShard = field(default_factory=FullSequence)
+
+    @property
+    def sequence_shard(self) -> SequenceShard:
+        """Which part of each row is here, and how to reach the rest."""
+        return self.settings.sequence_shard
 
     @classmethod
     def build(
         cls,
-        modality_BS: torch.Tensor,
-        positions_BS: torch.Tensor,
+        batch: MixedBatch,
+        settings: ForwardSettings | None = None,
+        *,
         modalities: tuple[int, ...],
         head_dim: int,
         rope_theta: float,
-        row_B: torch.Tensor | None = None,
         cache: DecodeCache | None = None,
-        sequence_shard: SequenceShard | None = None,
+        noise_2N: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> "ForwardContext":
-        """Work out the context of one batch, or of a part of its rows, from its modalities and
-        positions alone; with ``cache``, that of the next tokens of the session's documents,
-        which are whole wherever they are written.
+        """The context of ``batch``; with ``cache``, of the next tokens of the documents in it.
 
-        ``head_dim`` 0: no layer attends. ``row_B`` int64: which rows of the global batch these
-        are; the first ones if None.
+        ``head_dim`` 0: no layer attends. While decoding, a row is one whole document.
         """
-        rows, seq_len = positions_BS.shape
-        if sequence_shard is None or cache is not None:
-            sequence_shard = FullSequence()
-        if row_B is None:
-            row_B = torch.arange(rows, device=positions_BS.device)
-        part_B = row_B * sequence_shard.parts + sequence_shard.index
-        place_BS = part_B[:, None] * seq_len + torch.arange(seq_len, device=row_B.device)
-        group_T = group_of_modality(modality_BS.reshape(-1), modalities)
-        cos_BS1H, sin_BS1H = rotary_angles(positions_BS, head_dim, rope_theta)
+        settings = settings or ForwardSettings()
+        if cache is not None:
+            settings = replace(settings, sequence_shard=FullSequence())
+        shard = settings.sequence_shard
+        rows, seq_len = batch.modality_BS.shape
+        device = batch.modality_BS.device
+        first = shard.index * seq_len
+        document_BL = batch.document_BS[:, : first + seq_len]
         mask: torch.Tensor | BlockMask | None = None
         if cache is not None:
-            mask = cache.begin(positions_BS)
-        elif head_dim:
-            mask = attention_mask(positions_BS, sequence_shard.index * seq_len)
+            place_BS, mask = cache.places(seq_len), cache.mask(seq_len)
+        else:
+            place_BS = places_in_documents(document_BL)[:, first:].contiguous()
+            if head_dim:
+                mask = attention_mask(document_BL, first)
+        row_B1 = torch.arange(rows, device=device)[:, None] + settings.first_row
+        column_S = torch.arange(seq_len, device=device)
+        row_place_BS = (row_B1 * shard.parts + shard.index) * seq_len + column_S
+        group_T = group_of_modality(batch.modality_BS.reshape(-1), modalities)
         return cls(
             rows,
             seq_len,
+            settings,
             group_T,
             by_modality(group_T, len(modalities)),
-            cos_BS1H,
-            sin_BS1H,
+            *rotary_angles(batch.positions_BS, head_dim, rope_theta),
             mask,
-            positions_BS,
-            place_BS.flatten(),
+            document_BL[:, first:],
+            place_BS,
+            row_place_BS.flatten(),
+            noise_2N,
             cache,
-            sequence_shard,
+        )
+
+    def select(self, routes: Routes, rows: int = 1) -> "ForwardContext":
+        """The context of the tokens of ``routes`` alone, for a block that runs on nothing else.
+
+        ``routes`` has one group; its ``row_R`` ascends. ``rows``: 1, all selected tokens one behind
+        the other, or the rows of this context where each has as many selected tokens. Either way a
+        block computes what it would if the other tokens were not there: documents stay apart,
+        rotary positions keep their gaps. Tokens of weight 0 only fill up: none sees them. No host
+        synchronisation but that of the mask on CPU.
+        """
+        if self.cache is not None or self.sequence_shard.parts > 1:
+            raise ValueError("select needs whole rows: no decode cache, no context parallelism")
+        row_R = routes.row_R
+        # documents of different rows may now share one
+        document_R = self.document_BS.flatten()[row_R] + (row_R // self.seq_len << 32)
+        padding_R = self.document_BS.flatten()[row_R] == PADDING
+        if routes.weight_R is not None:
+            padding_R = padding_R | (routes.weight_R == 0)
+        document_BS = document_R.masked_fill(padding_R, PADDING).view(rows, -1)
+        cos_BS1H, sin_BS1H = (
+            angle.flatten(0, 1)[row_R].unflatten(0, document_BS.shape)
+            for angle in (self.cos_BS1H, self.sin_BS1H)
+        )
+        group_T = self.group_T[row_R]
+        return replace(
+            self,
+            rows=rows,
+            seq_len=document_BS.shape[1],
+            group_T=group_T,
+            by_group=by_modality(group_T, len(self.by_group.offset_G1) - 1),
+            cos_BS1H=cos_BS1H,
+            sin_BS1H=sin_BS1H,
+            mask=attention_mask(document_BS) if cos_BS1H.shape[-1] else None,
+            document_BS=document_BS,
+            place_BS=places_in_documents(document_BS),
+            row_place_T=self.row_place_T[row_R],
         )
 
 
 def group_of_modality(modality_T: torch.Tensor, modalities: tuple[int, ...]) -> torch.Tensor:
-    """(T,) ids → (T,) int64 index into ``modalities``; those the model lacks join group 0."""
+    """(T,) ids → (T,) int64 index into ``modalities``; ids that the model lacks join group 0."""
     group_T = torch.zeros_like(modality_T, dtype=torch.int64)
     for group, modality in enumerate(modalities):  # no table: copying one over waits for the device
         group_T = group_T.masked_fill(modality_T == modality, group)
@@ -111,30 +196,3 @@ def rotary_angles(
     angle_BS1H = positions_BS.float()[:, :, None, None] * theta**-exponent_H
     cos, sin = angle_BS1H.cos(), angle_BS1H.sin()
     return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
-
-
-def attention_mask(positions_BS: torch.Tensor, first: int = 0) -> "torch.Tensor | BlockMask | None":
-    """Causal within each document: a token sees as many before it as its position says.
-
-    ``first``: place in the row of the first position here; the columns are those of the row from
-    its start to the last position here, L. One definition, ``visible`` below. On CUDA it becomes a
-    FlexAttention ``BlockMask``; elsewhere a boolean (B, 1, S, L) tensor for SDPA, or None where
-    every row is whole and one document, and plain causal attention says the same at less cost.
-    """
-    rows, seq_len = positions_BS.shape
-
-    def visible(
-        b: torch.Tensor, h: torch.Tensor, query: torch.Tensor, key: torch.Tensor
-    ) -> torch.Tensor:
-        before = query + first - key
-        return (before >= 0) & (before <= positions_BS[b, query])
-
-    device, upto = positions_BS.device, first + seq_len
-    if device.type == "cuda":
-        return create_block_mask(visible, rows, None, seq_len, upto, device=device)
-    query = torch.arange(seq_len, device=device)
-    if first == 0 and bool((positions_BS >= query).all()):
-        return None
-    row = torch.arange(rows, device=device)[:, None, None, None]
-    key = torch.arange(upto, device=device)
-    return visible(row, row.new_zeros(1), query[:, None], key[None, :])

@@ -18,6 +18,7 @@ from torch import nn
 from torchtitan.protocols.model import BaseModel
 from torchtitan.protocols.module import Module, ModuleDict
 
+from earlyfuse.models.batch import MixedBatch
 from earlyfuse.models.blocks.attention import Attention
 from earlyfuse.models.blocks.branch import Branch, Use
 from earlyfuse.models.blocks.cache import DecodeCache
@@ -27,10 +28,11 @@ from earlyfuse.models.blocks.indexed_parameters import embedding
 from earlyfuse.models.blocks.linear import RMSNorm
 from earlyfuse.models.blocks.local_shard import to_local
 from earlyfuse.models.blocks.mamba import Mamba
-from earlyfuse.models.blocks.sequence_shard import FullSequence, SequenceShard
-from earlyfuse.models.context import ForwardContext
+from earlyfuse.models.context import ForwardContext, ForwardSettings
 from earlyfuse.models.init_weights import Draw, init_weights, normal
 from earlyfuse.models.precision import refuse_autocast
+from earlyfuse.models.routing.gumbel_noise import name_noises, noise_of_step
+from earlyfuse.models.routing.router_stats import OutputNorm
 
 # of hidden states (T, D) and the head's weight (V, D): what an objective wants in place of logits;
 # where the weight has been cut over ranks, which part this is comes as ``shard``
@@ -200,22 +202,22 @@ class Decoder(BaseModel):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.recording = False  # statistics of the last block's outputs
-        self.sequence_shard: SequenceShard = FullSequence()
+        self.default_settings = ForwardSettings()
         sizes = {"dim": config.dim, "vocab_size": config.vocab_size}
         self.tok_embeddings: Embedding | None = Embedding.Config(**sizes).build()
         # by index, so that a block keeps its name wherever it is held
         self.layers = ModuleDict({str(i): layer.build() for i, layer in enumerate(config.layers)})
         self.norm: RMSNorm | None = RMSNorm.Config(dim=config.dim).build()
         self.lm_head: Head | None = Head.Config(**sizes).build()
-        self.register_buffer("output_norm_2", torch.zeros(2), persistent=False)
+        self.noises = name_noises(self)
+        self.output_norm = OutputNorm()
 
     def keep(self, blocks: range) -> None:
-        """Leave only these blocks, in place: the embedding stays with the first, norm and head with
-        the last.
+        """Keep only these blocks, in place: the embedding with the first, norm and head with the
+        last.
 
-        What is left is called with the activations (T, D) of the part before it in place of tokens,
-        and returns its own unless it has the head.
+        Such a part takes the activations of the part before it as ``x_TD``, and returns its own
+        unless it has the head.
         """
         for index in range(len(self.config.layers)):
             if index not in blocks:
@@ -227,67 +229,43 @@ class Decoder(BaseModel):
 
     def forward(
         self,
-        tokens_BS: torch.Tensor,
-        modality_BS: torch.Tensor | None = None,
-        positions_BS: torch.Tensor | None = None,
-        span_BS: torch.Tensor | None = None,
+        batch: MixedBatch,
+        settings: ForwardSettings | None = None,
+        *,
         loss: Loss | None = None,
-        row_B: torch.Tensor | None = None,
         cache: DecodeCache | None = None,
+        x_TD: torch.Tensor | None = None,
     ) -> Any:
-        """Logits (B, S, V) of the next token; (B, 1, V), after each row's last, with ``cache``,
-        to which tokens are then added. With ``loss``, what that makes of hidden states and head,
-        and no logits.
+        """Logits (B, S, V) of the next tokens. With ``loss``, its result instead, and no logits.
 
-        ``tokens_BS`` int64; ``modality_BS`` uint8, all text if None; ``positions_BS`` int64
-        restarting at 0 with each document, one document per row if None; ``span_BS`` is not used by
-        this objective, whose attention is causal inside images too; ``row_B`` int64, which rows of
-        the global batch these are: seeds the noise of routers that have it.
+        With ``cache``, only the logits after each row's last token, (B, 1, V); the tokens are added
+        to it. ``settings``: of the step or call; ``default_settings`` if None. ``x_TD``: in place
+        of the embedding, for a part of the blocks.
 
         Raises ``ValueError`` under ``torch.autocast``.
         """
-        refuse_autocast(tokens_BS.device.type)
-        if modality_BS is None:
-            modality_BS = torch.zeros_like(tokens_BS, dtype=torch.uint8)
-        rows, seq_len = modality_BS.shape
-        if positions_BS is None:
-            positions_BS = torch.arange(seq_len, device=tokens_BS.device).expand(rows, seq_len)
-        config = self.config
+        settings, config = settings or self.default_settings, self.config
+        device = batch.modality_BS.device
+        refuse_autocast(device.type)
         context = ForwardContext.build(
-            modality_BS,
-            positions_BS,
-            config.modalities,
-            config.head_dim,
-            config.rope_theta,
-            row_B,
-            cache,
-            self.sequence_shard,
+            batch,
+            settings,
+            modalities=config.modalities,
+            head_dim=config.head_dim,
+            rope_theta=config.rope_theta,
+            cache=cache,
+            noise_2N=noise_of_step(self.noises, settings.step, device) if self.training else None,
         )
-        x_TD = tokens_BS
         if self.tok_embeddings is not None:
-            x_TD = self.tok_embeddings(tokens_BS.reshape(-1))
+            x_TD = self.tok_embeddings(batch.tokens_BS.reshape(-1))
         for layer in self.layers.values():
             x_TD = layer(x_TD, context)
         if self.norm is None or self.lm_head is None:
             return x_TD
-        if self.recording:
-            self._record_output_norm(x_TD)
-        x_BSD = self.norm(x_TD, context).unflatten(0, (rows, seq_len))
+        if settings.recording:
+            self.output_norm.record(x_TD)
+        x_BSD = self.norm(x_TD, context).unflatten(0, batch.modality_BS.shape)
         return self.lm_head(x_BSD if cache is None else cache.last(x_BSD), loss)
-
-    @torch.no_grad()
-    def _record_output_norm(self, x_TD: torch.Tensor) -> None:
-        norms_T = torch.linalg.vector_norm(x_TD.float(), dim=-1)
-        self.output_norm_2 += torch.stack([norms_T.sum(), norms_T.new_full((), norms_T.numel())])
-
-    def pop_output_norm(self) -> float:
-        """Mean norm of the last block's outputs since the last call.
-
-        It grows before Chameleon diverges (arXiv 2405.09818, 2.3).
-        """
-        total, tokens = self.output_norm_2.tolist()
-        self.output_norm_2.zero_()
-        return total / max(tokens, 1)
 
     def init_states(self, *, buffer_device: torch.device | None = None) -> None:
         """Initial values of all parameters (``models/init_weights.py``); statistics at zero."""
@@ -296,9 +274,6 @@ class Decoder(BaseModel):
         for module in self.modules():
             if isinstance(module, Module):
                 module._init_self_buffers(buffer_device=buffer_device)
-
-    def _init_self_buffers(self, *, buffer_device: torch.device | None = None) -> None:
-        self.output_norm_2.zero_()
 
 
 class Embedding(Module):

@@ -3,8 +3,8 @@
 0. pipeline parallelism — before all this, ``strategies/pipeline.py`` splits the model into stages;
    each goes through the plan by itself;
 1. tensor and expert parallelism — shard the parameters themselves, so that everything after sees
-   what a rank holds; context parallelism — the model is told which positions of each row it gets,
-   its parameters stay whole, and FSDP shards them over these ranks too;
+   what a rank holds; context parallelism changes no parameter: each forward is given the
+   ``SequenceShard``, and FSDP shards parameters over these ranks too;
 2. activation checkpointing — wraps blocks before they are compiled, so that compile sees the
    recomputation;
 3. compile — per block, so that all layers share one graph;
@@ -21,7 +21,7 @@ from torchtitan.distributed.activation_checkpoint import ActivationCheckpointing
 
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.parallel.strategies.activation_checkpointing import checkpoint_activations
-from earlyfuse.parallel.strategies.context import ContextParallelShard, check_context_parallel
+from earlyfuse.parallel.strategies.context import check_context_parallel
 from earlyfuse.parallel.strategies.expert import apply_expert_parallel, check_expert_parallel
 from earlyfuse.parallel.strategies.fsdp import apply_fsdp, check_fsdp
 from earlyfuse.parallel.strategies.pipeline import check_pipeline
@@ -43,8 +43,6 @@ def parallelize(
         apply_tensor_parallel(model, parallel_dims.get_mesh("tp"))
     if parallel_dims.ep_enabled:
         apply_expert_parallel(model, parallel_dims.get_mesh("ep"))
-    if parallel_dims.cp_enabled:
-        model.sequence_shard = ContextParallelShard(parallel_dims.get_mesh("cp"))
     if ac_config is not None:
         checkpoint_activations(model, ac_config, dump_folder)
     if compile_config.enable and "model" in compile_config.components:

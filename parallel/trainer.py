@@ -1,11 +1,11 @@
 """The trainer: torchtitan's, with mixed-modal batches, losses and metrics.
 
-Taken over from torchtitan: process groups and meshes, building on meta, optimizer, schedules, DCP
-checkpoints, profiler. Its own here: sums of losses per label modality over global counts, metrics
-per modality, validation on a fixed list; and what keeps a run from harm (docs/reliability.md):
-graceful stops, skipped steps, a watchdog.
+Inherits from torchtitan: process groups and meshes, building on meta, optimizer, schedules, DCP
+checkpoints, profiler. Overrides: the step, with sums of losses per source and label modality over
+global counts; metrics per modality; validation on a fixed list. Adds fault handling
+(docs/reliability.md): graceful stops, skipped steps, a watchdog.
 
-B rows, S positions, M modality ids.
+N data sources, M modality ids.
 """
 
 import atexit
@@ -21,12 +21,12 @@ from torchtitan.distributed import ParallelDims
 
 from earlyfuse.data.console import printable
 from earlyfuse.data.stream.loader import LaneLoader
+from earlyfuse.models.batch import MixedBatch
+from earlyfuse.models.context import ForwardSettings
 from earlyfuse.models.decoder import Decoder
-from earlyfuse.models.objectives.next_token import ChameleonObjective, label_members
-from earlyfuse.models.routing.causal import normalise_over
-from earlyfuse.models.routing.gumbel_noise import router_noises
+from earlyfuse.models.objectives.next_token import ChameleonObjective
+from earlyfuse.models.objectives.sums import MODALITIES, label_counts
 from earlyfuse.models.state_dicts.config_json import describe
-from earlyfuse.models.vocabulary import Modality
 from earlyfuse.parallel import compat
 from earlyfuse.parallel import torchtitan_run as titan
 from earlyfuse.parallel.checkpoint.manager import Checkpoints
@@ -40,35 +40,26 @@ from earlyfuse.parallel.reporting import rank_log, run_folder
 from earlyfuse.parallel.reporting.metrics import RunMetrics
 from earlyfuse.parallel.reporting.optional_files import lost_writes, tolerate
 from earlyfuse.parallel.reporting.run_folder import CURVES, SAMPLES
-from earlyfuse.parallel.strategies.context import positions_here
-from earlyfuse.parallel.strategies.gradient_clipping import clip
+from earlyfuse.parallel.strategies.context import positions_here, sequence_shard
+from earlyfuse.parallel.strategies.gradient_clipping import GradientClipping
 from earlyfuse.parallel.strategies.pipeline import Pipeline
+from earlyfuse.parallel.training.after_step import after_step
 from earlyfuse.parallel.training.config_checks import check_config
 from earlyfuse.parallel.training.data_config import DataSet, NoTokenizer
 from earlyfuse.parallel.training.dropout_seed import seed_dropout
-from earlyfuse.parallel.training.expert_bias import ExpertBalance
 from earlyfuse.parallel.training.freezing import apart, causal_routers_alone, check_optimizer
+from earlyfuse.parallel.training.host_copy import HostCopy
 from earlyfuse.parallel.training.lr_schedule import LearningRate
+from earlyfuse.parallel.training.rank_sums import is_first_along, sum_over_ranks
 from earlyfuse.parallel.training.resume_settings import (
     Settings,
     apply_hyperparameters,
     hyperparameters,
     plain_config,
 )
-from earlyfuse.parallel.training.skip_step import SkipRule
-from earlyfuse.parallel.training.step_metrics import (
-    StepTotals,
-    branch_statistics,
-    causal_statistics,
-    router_load,
-    router_statistics,
-    work_done,
-)
+from earlyfuse.parallel.training.skip_step import SkipRule, step_unless_skipped
+from earlyfuse.parallel.training.step_metrics import ModelStatistics, losses, work_done
 from earlyfuse.parallel.training.warm_start import Start
-
-MODALITIES = len(Modality)
-
-Microbatch = tuple[dict[str, torch.Tensor], torch.Tensor]
 
 
 def resolve(config: "Trainer.Config") -> DataSet:
@@ -158,21 +149,21 @@ class Trainer(titan.Trainer):
         self.model: Decoder | Pipeline = self.pp_schedule if pipelined else self.model_parts[0]
         self.sampler = config.sampler.build(model=self.model, seq_len=config.training.seq_len)
         # ranks of one sequence-parallel group read the same rows, each its own positions of them
-        self.positions = positions_here(self.parallel_dims, config.training.seq_len)
+        self.sequence_shard = sequence_shard(self.parallel_dims)
+        self.positions = positions_here(self.sequence_shard, config.training.seq_len)
         # ranks of one tensor-parallel group compute the same sums, and those of one pipeline read
         # the same positions: one of them counts
-        self._counts_sums = self._is_first_along("tp")
-        self._counts_rows = self._counts_sums and self._is_first_along("pp")
-        self.statistics = router_statistics(self.model_parts, model, self.device)
-        self.causal_statistics = causal_statistics(self.model_parts, model, self.device)
-        self.branch_statistics = branch_statistics(self.model_parts)
+        self._counts_sums = is_first_along(self.parallel_dims, "tp")
+        self._counts_rows = self._counts_sums and is_first_along(self.parallel_dims, "pp")
+        self.statistics = ModelStatistics(self.model_parts, model, self.parallel_dims)
         if config.validator.enable:
-            self.validator.causal_statistics = self.causal_statistics
-        # rows of a step over all ranks: a constant, as micro-batches differ in what they hold
-        rows = config.training.global_batch_size
-        normalise_over(self.model_parts, rows * config.training.seq_len)
-        self.router_noises = router_noises(self.model_parts)
-        self.balance = ExpertBalance(self.model_parts, model, self.device)
+            self.validator.statistics = self.statistics
+        self.clipping = GradientClipping(
+            apart(dict(self.model.named_parameters())),
+            config.training.max_norm,
+            self.parallel_dims.pp,
+        )
+        self.after_step = after_step(self.model_parts, self.parallel_dims)
         if not run_folder.knows_peak(self.metrics_processor.device_memory_monitor.device_name):
             self.metrics_processor.gpu_peak_flops = 0
 
@@ -198,148 +189,137 @@ class Trainer(titan.Trainer):
         about_data = {name: identity[name] for name in ("tokenizers", "data", "shares")}
         return {"format": "checkpoint", "revision": run_folder.revision(), **about_data}
 
-    def _is_first_along(self, axis: str) -> bool:
-        mesh = self.parallel_dims.get_optional_mesh(axis)
-        return mesh is None or mesh.get_local_rank() == 0
-
     # ---------------------------------------------------------------- one step
 
-    def train_step(self, data_iterator: Iterator[Microbatch]) -> None:
-        """Forward and backward over all micro-batches, then one optimizer step or a skipped one."""
+    def train_step(self, data_iterator: Iterator[Any]) -> None:
+        """Forward and backward over all micro-batches, then one optimizer step or a skipped one.
+
+        From the forward to the last update the host waits for nothing.
+        """
         self.watchdog.enter(self.step, Phase.DATA)
+        config, step = self.config, self.step
         self.optimizers.zero_grad()
         learning_rate = self.lr_schedulers.schedulers[0].get_last_lr()[-1]
-        logging = (
-            self.metrics_processor.should_log(self.step) or self.step == self.config.training.steps
+        logging = self.metrics_processor.should_log(step) or step == config.training.steps
+        seed_dropout(config.debug.seed or 0, step, self.parallel_dims)
+        settings = ForwardSettings(
+            step=step,
+            # a constant over all ranks, as micro-batches differ in what they hold
+            step_tokens=config.training.global_batch_size * config.training.seq_len,
+            recording=logging,
+            sequence_shard=self.sequence_shard,
         )
-        self._record_statistics(logging)
-        for name, noise in self.router_noises.items():
-            noise.set_step(name, self.step)
-        seed_dropout(self.config.debug.seed or 0, self.step, self.parallel_dims)
-
         together = self.num_pipeline_parallel_microbatches
         microbatches = [
-            self._part(*next(data_iterator))
+            self._next_batch(data_iterator, settings)
             for _ in range(self.gradient_accumulation_steps * together)
         ]
-        self.watchdog.enter(self.step, Phase.FORWARD_BACKWARD)
-        counts = self._global_counts(microbatches)
-        labels = counts[MODALITIES:-1].sum()
-        own_sums_2M = torch.zeros(2, MODALITIES, device=self.device)
+
+        self.watchdog.enter(step, Phase.FORWARD_BACKWARD)
+        counts = self._global_counts([batch for batch, _ in microbatches])
+        counts_here = {name: HostCopy(count) for name, count in counts.items()}
+        labels = counts["labels_NM"].sum()
+        sums = self._no_sums()
         for first in range(0, len(microbatches), together):
-            own_sums_2M += self._forward_backward(microbatches[first : first + together], labels)
-            self.watchdog.enter(self.step, Phase.FORWARD_BACKWARD)
+            self._forward_backward(microbatches[first : first + together], labels, sums)
+            self.watchdog.enter(step, Phase.FORWARD_BACKWARD)
 
-        self.watchdog.enter(self.step, Phase.OPTIMIZER)
-        sums_2M = self._sum_over_ranks(own_sums_2M * self._counts_sums)
-        groups = apart(dict(self.model.named_parameters()))
-        norms = clip(groups, self.config.training.max_norm, self.parallel_dims.pp)
+        self.watchdog.enter(step, Phase.OPTIMIZER)
+        totals = sum_over_ranks({name: s * self._counts_sums for name, s in sums.items()})
+        loss = totals["loss"].double().sum() / labels.clamp_min(1)
+        norms = self.clipping()
         # the main model's, or in a second stage the causal routers'; not finite if either is not
-        alone = self.config.train_only == "causal_routers"
-        grad_norm = norms[int(alone)] + 0 * norms.sum()
-        totals = StepTotals.read(counts, sums_2M, grad_norm)
-        sound = self.skip.check(
-            self.step, totals, own_sums_2M, self.model.parameters(), self._last_checkpoint()
-        )
-        if sound:
-            self.checkpointer.maybe_wait_for_staging()
-            self.optimizers.step()
-        else:
-            self.optimizers.zero_grad()
-        self.balance.update(self._sum_over_ranks, self._counts_sums, taken=sound)
+        grad_norm = norms[int(config.train_only == "causal_routers")] + 0 * norms.sum()
+        taken = self.skip.decide(step, loss, grad_norm, sums.values())
+        self.checkpointer.maybe_wait_for_staging()
+        step_unless_skipped(self.optimizers, taken)
+        for update in self.after_step:
+            update(taken)
         self.lr_schedulers.step()
-        self.tokens_M += torch.tensor(totals.tokens_M)
-        self.ntokens_seen = int(self.tokens_M.sum())
-        self.stopping = totals.asked_to_stop > 0
-        if logging:
-            self._log(totals, learning_rate)
 
-    def _part(self, inputs: dict[str, torch.Tensor], labels_BS: torch.Tensor) -> Microbatch:
-        """What this rank has of a micro-batch: ``row_B`` is of whole rows."""
-        here = {
-            name: tensor if name == "row_B" else tensor[:, self.positions]
-            for name, tensor in inputs.items()
-        }
-        return here, labels_BS[:, self.positions]
+        # what was counted before the forward: the device still has the step to do
+        self.tokens_M += counts_here["tokens_M"].tensor()
+        self.ntokens_seen = int(self.tokens_M.sum())
+        self.stopping = bool(counts_here["asked_to_stop"].tensor())
+        self._settle(but_last=0 if logging else 1)
+        if logging:
+            totals |= {"grad_norm": grad_norm}
+            self._log(totals, counts_here["labels_NM"].tensor(), learning_rate)
+
+    def _next_batch(
+        self, data_iterator: Iterator[Any], settings: ForwardSettings
+    ) -> tuple[MixedBatch, ForwardSettings]:
+        """This rank's positions of the next micro-batch, and the settings of its forward."""
+        inputs, _ = next(data_iterator)
+        batch: MixedBatch = inputs["batch"]
+        return batch.part(self.positions), replace(settings, first_row=inputs["first_row"])
+
+    def _no_sums(self) -> dict[str, torch.Tensor]:
+        shape = (len(self.dataloader.sources), MODALITIES)
+        return {name: torch.zeros(shape, device=self.device) for name in self.loss_fn.sum_names}
 
     def _forward_backward(
-        self, microbatches: list[Microbatch], global_labels: torch.Tensor
-    ) -> torch.Tensor:
-        """Add the gradients of one micro-batch, or of those that go through the pipeline together;
-        returns (2, M) sums of nll and log² Z, zero where the last stage is not.
+        self,
+        microbatches: list[tuple[MixedBatch, ForwardSettings]],
+        global_labels: torch.Tensor,
+        sums: dict[str, torch.Tensor],
+    ) -> None:
+        """Add the gradients of a micro-batch, or of those that go through the pipeline together,
+        and, where the last stage is, their named sums to ``sums``.
         """
-        sums_2M = torch.zeros(2, MODALITIES, device=self.device)
 
-        def arguments(inputs: dict[str, torch.Tensor], labels_BS: torch.Tensor) -> dict[str, Any]:
-            here = {name: tensor.to(self.device) for name, tensor in inputs.items()}
-            labels_BS = labels_BS.to(self.device)
-            sums_of = self.loss_fn.loss_of(labels_BS, self.vocabulary.modality_of(labels_BS))
+        def arguments(batch: MixedBatch, settings: ForwardSettings) -> dict[str, Any]:
+            batch = batch.to(self.device, non_blocking=True)
+            losses_of = self.loss_fn.loss_of(batch, len(self.dataloader.sources))
 
             def loss(*head: torch.Tensor, **shard: Any) -> torch.Tensor:
-                sums = sums_of(*head, **shard)
-                sums_2M.add_(torch.stack([sums.nll_M, sums.z_M]))
-                return sums.total / global_labels
+                losses = losses_of(*head, **shard)
+                for name, sums_NM in losses.sums.items():
+                    sums[name] += sums_NM
+                return losses.total / global_labels
 
-            return {"tokens_BS": here.pop("input"), **here, "loss": loss}
+            return {"batch": batch, "settings": settings, "loss": loss}
 
-        calls = [arguments(*microbatch) for microbatch in microbatches]
         with self.train_context():
             if isinstance(self.model, Pipeline):
-                self.model.step(calls)
+                self.model.step([arguments(*microbatch) for microbatch in microbatches])
             else:
-                (only,) = calls
-                self.model(**only).backward()
-        return sums_2M
+                (only,) = microbatches
+                self.model(**arguments(*only)).backward()
 
-    def _global_counts(self, microbatches: list[Microbatch]) -> torch.Tensor:
-        """Input tokens (M), labels (M) of this step and ranks asked to stop (1) over all ranks."""
-        counts = torch.zeros(2 * MODALITIES + 1, dtype=torch.int64)
-        counts_2M = counts[:-1].view(2, MODALITIES)
-        for inputs, labels_BS in microbatches:
-            labels_T = labels_BS.reshape(-1)
-            counts_2M[0] += torch.bincount(inputs["modality_BS"].reshape(-1), minlength=MODALITIES)
-            counts_2M[1] += label_members(labels_T, self.vocabulary.modality_of(labels_T)).sum(1)
-        counts_2M *= self._counts_rows
-        counts[-1] = preemption.requested()
-        return self._sum_over_ranks(counts.to(self.device))
+    def _global_counts(self, batches: list[MixedBatch]) -> dict[str, torch.Tensor]:
+        """Input tokens (M,), labels (N, M) and ranks asked to stop of this step, over all ranks."""
+        tokens_M = torch.zeros(MODALITIES, dtype=torch.int64)
+        labels_NM = torch.zeros(len(self.dataloader.sources), MODALITIES, dtype=torch.int64)
+        for batch in batches:
+            tokens_M += torch.bincount(batch.modality_BS.flatten(), minlength=MODALITIES)
+            labels_NM += label_counts(batch, len(labels_NM))
+        counts = {
+            "tokens_M": tokens_M * self._counts_rows,
+            "labels_NM": labels_NM * self._counts_rows,
+            "asked_to_stop": torch.tensor(preemption.requested(), dtype=torch.int64),
+        }
+        return sum_over_ranks({name: count.to(self.device) for name, count in counts.items()})
 
-    def _sum_over_ranks(self, tensor: torch.Tensor) -> torch.Tensor:
-        if self.parallel_dims.world_size > 1:
-            torch.distributed.all_reduce(tensor)
-        return tensor
+    def _settle(self, but_last: int = 0) -> None:
+        """Report skipped steps; see ``SkipRule.settle``."""
+        self.skip.settle(self.model.parameters(), self._last_checkpoint(), but_last)
 
     def _last_checkpoint(self) -> str:
         newest = self.checkpointer.newest
         return "none" if newest is None else f"step-{newest}"
 
-    # ---------------------------------------------------------------- metrics
-
-    def _record_statistics(self, recording: bool) -> None:
-        for counting in (*self.model_parts, *self._counting()):
-            counting.recording = recording
-
-    def _counting(self) -> list[Any]:
-        groups = (self.statistics, self.causal_statistics, self.branch_statistics)
-        return [counting for group in groups for counting in group.values()]
-
-    def _sum_statistics(self) -> None:
-        """Add up over ranks what routers and the last block counted."""
-        counted = [buffer for counting in self._counting() for buffer in counting.buffers()]
-        counted.append(self.model_parts[-1].output_norm_2)
-        total = self._sum_over_ranks(torch.cat(counted) * self._counts_sums)
-        for buffer, part in zip(counted, total.split([len(b) for b in counted]), strict=True):
-            buffer.copy_(part)
-
-    def _log(self, totals: StepTotals, learning_rate: float) -> None:
-        self._sum_statistics()
-        metrics = totals.losses(self.loss_fn.z_loss)
-        metrics |= {"grad_norm": totals.grad_norm, "lr": learning_rate}
-        output_norm = self.model_parts[-1].pop_output_norm()
-        metrics |= {"skipped_steps": self.skip.total, "output_norm": output_norm}
-        metrics |= work_done(self.model.config, self.config.training.seq_len, self.tokens_M)
-        metrics |= router_load("router", self.statistics)
-        metrics |= router_load("causal", self.causal_statistics)
-        metrics |= router_load("branch", self.branch_statistics)
+    def _log(
+        self, totals: dict[str, torch.Tensor], labels_NM: torch.Tensor, learning_rate: float
+    ) -> None:
+        """Everything of a logged step: the host waits for the device here."""
+        config = self.config
+        totals_here = {name: total.cpu() for name, total in totals.items()}
+        grad_norm = float(totals_here.pop("grad_norm"))
+        metrics = losses(totals_here, labels_NM, self.dataloader.sources)
+        metrics |= {"grad_norm": grad_norm, "lr": learning_rate, "skipped_steps": self.skip.total}
+        metrics |= work_done(self.model.config, config.training.seq_len, self.tokens_M)
+        metrics |= self.statistics.pop()
         self.metrics_processor.log_step(self.step, metrics)
 
     # ---------------------------------------------------------------- the run
@@ -420,7 +400,7 @@ class Trainer(titan.Trainer):
 
     def _validate(self) -> None:
         self.watchdog.enter(self.step, Phase.VALIDATION)
-        self._record_statistics(False)
+        self._settle()
         self.metrics_processor.log_validation_step(
             self.step, self.validator.measure(self.model, self.loss_fn, self.vocabulary)
         )
@@ -483,7 +463,8 @@ class Trainer(titan.Trainer):
         self.reservation.release()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the trainer itself."""
+        """The trainer's own part of a checkpoint."""
+        self._settle()
         return {
             "step": self.step,
             "tokens_M": self.tokens_M.clone(),

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from earlyfuse.data.json_files import read_json
+from earlyfuse.models.batch import MixedBatch
 from earlyfuse.models.blocks.linear import NORM_EPS
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.routing.expert_choice import ExpertChoice
@@ -72,7 +73,7 @@ def logits_of(folder: Path, tokens_BS: torch.Tensor, vocabulary: Vocabulary) -> 
     if opened.format == "meta":
         return _by_pairs(opened.config, MetaShards(folder), tokens_BS)
     model, _ = load_model(folder, dtype=torch.float32)
-    return model(tokens_BS, modality_BS=vocabulary.modality_of(tokens_BS))
+    return model(MixedBatch.of(tokens_BS, vocabulary.modality_of(tokens_BS)))
 
 
 def _transformers() -> Any:

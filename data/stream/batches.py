@@ -19,60 +19,61 @@ import torch
 
 from earlyfuse.data.media import Vectors
 from earlyfuse.data.stream.lanes import Blend, Lane, Piece, check_seq_len
-from earlyfuse.models.batch import IGNORE_LABEL, MixedBatch
+from earlyfuse.models.batch import IGNORE_LABEL, PADDING, MixedBatch
 
 
 def assemble(rows: list[list[Piece]], seq_len: int, blend: Blend) -> MixedBatch:
-    """Pieces of B rows → batch of B rows of ``seq_len`` positions (``models/batch.py`` has the
-    fields).
+    """Packs the pieces of B rows into a batch of ``seq_len`` positions each.
 
-    A padding position has the pad id, label -100 and position 0: to the masks derived from
-    positions it is a document of its own, which attends to itself, and to which nothing else
-    attends.
+    A padding position has the pad id, label -100, document 0 and position 0.
 
     Raises ``ValueError`` for an id outside the vocabulary.
     """
-    parts: list[np.ndarray] = []
-    length_P: list[int] = []
-    after_P: list[int] = []
-    padding: list[slice] = []
-    for number, row in enumerate(rows):
-        used = 0
-        for piece in row:
-            parts.append(piece.tokens)
-            length_P.append(len(piece.tokens))
-            after_P.append(piece.label_after)
-            used += length_P[-1]
-        if used < seq_len:
-            parts.append(np.full(seq_len - used, blend.vocabulary.pad, np.uint32))
-            length_P.append(seq_len - used)
-            after_P.append(IGNORE_LABEL)
-            padding.append(slice(number * seq_len + used, (number + 1) * seq_len))
+    pieces: list[Piece] = []
+    document_P: list[int] = []
+    for row in rows:
+        pieces += row
+        document_P += range(1, len(row) + 1)
+        if missing := seq_len - sum(len(piece.tokens) for piece in row):
+            pad = np.full(missing, blend.vocabulary.pad, np.uint32)
+            pieces.append(Piece(pad, IGNORE_LABEL))
+            document_P.append(PADDING)
 
+    length_P = np.array([len(piece.tokens) for piece in pieces])
     tokens_T = np.empty(len(rows) * seq_len, np.int64)
-    np.concatenate(parts, out=tokens_T)
+    np.concatenate([piece.tokens for piece in pieces], out=tokens_T)
     if tokens_T.max() >= blend.vocabulary.size:
         raise ValueError(
             f"token id {tokens_T.max()} lies outside the vocabulary of {blend.vocabulary.size}: "
             "a shard is not what its manifest says; run the source's verify, or prepare it again"
         )
     stop_P = np.cumsum(length_P)
+    document_T = np.repeat(np.array(document_P, np.int32), length_P)
     positions_T = np.arange(len(tokens_T)) - np.repeat(stop_P - length_P, length_P)
     labels_T = np.empty_like(tokens_T)
     labels_T[:-1] = tokens_T[1:]
-    labels_T[stop_P - 1] = after_P
-    for pad in padding:
-        positions_T[pad] = 0
-        labels_T[pad] = IGNORE_LABEL
+    labels_T[stop_P - 1] = [piece.label_after for piece in pieces]
+    padding_T = document_T == PADDING
+    positions_T[padding_T] = 0
+    labels_T[padding_T] = IGNORE_LABEL
+    # ids below 0 pick some modality, which is then set to 0
+    label_modality_T = blend.modality_V[labels_T.clip(0)] * (labels_T != IGNORE_LABEL)
 
     shape = (len(rows), seq_len)
     modality_BS = blend.modality_V[tokens_T].reshape(shape)
+
+    def tensor(values_T: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(values_T.reshape(shape))
+
     return MixedBatch(
-        tokens_BS=torch.from_numpy(tokens_T.reshape(shape)),
-        labels_BS=torch.from_numpy(labels_T.reshape(shape)),
-        modality_BS=torch.from_numpy(modality_BS),
-        positions_BS=torch.from_numpy(positions_T.reshape(shape)),
-        span_BS=torch.from_numpy(_spans(modality_BS)),
+        tokens_BS=tensor(tokens_T),
+        labels_BS=tensor(labels_T),
+        modality_BS=tensor(modality_BS),
+        label_modality_BS=tensor(label_modality_T),
+        document_BS=tensor(document_T),
+        positions_BS=tensor(positions_T),
+        span_BS=tensor(_spans(modality_BS)),
+        source_BS=tensor(np.repeat(np.array([p.source for p in pieces], np.uint8), length_P)),
         vectors_BSP=_vectors(rows, seq_len, blend.vectors),
     )
 
@@ -126,8 +127,10 @@ class LaneStream:
         seq_len: int,
         rows: int,
         state_LK: np.ndarray,
+        pin: bool = False,
     ) -> None:
         check_seq_len(seq_len, blend)
+        self.pin = pin  # in the prefetcher's thread, so that copies to a GPU do not block
         self.blend, self.seq_len, self.rows = blend, seq_len, rows
         self._next = int(state_LK[:, -1].argmin())  # within a step: the lanes a row behind are next
         self._lanes = [
@@ -143,6 +146,8 @@ class LaneStream:
         self._next = block.stop % len(self._lanes)
         drawn = self._lanes[block]
         batch = assemble([lane.row() for lane in drawn], self.seq_len, self.blend)
+        if self.pin:
+            batch = batch.pin_memory()
         return Drawn(batch, block, np.array([lane.state() for lane in drawn], np.int64))
 
 

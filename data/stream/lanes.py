@@ -92,12 +92,13 @@ def _scramble(value_Q: np.ndarray) -> np.ndarray:
 
 
 class Piece(NamedTuple):
-    """Part of a document in a row: tokens (n,), label of the last one (-100: document's end), and
-    vectors (n, P), zero on discrete tokens, of a source that has some.
+    """Part of a document in a row: tokens (n,), label of the last one (-100: document's end),
+    the number of its source; vectors (n, P) of a source that has some, zero on discrete tokens.
     """
 
     tokens: np.ndarray
     label_after: int
+    source: int = 0
     vectors: np.ndarray | None = None
 
 
@@ -150,9 +151,9 @@ class _Reader:
         vectors = self._vectors(start, end) if self.source.vectors else None
         if end < len(self._tokens):
             self.offset = end
-            return Piece(self._tokens[start:end], int(self._tokens[end]), vectors)
+            return Piece(self._tokens[start:end], int(self._tokens[end]), vectors=vectors)
         self.taken, self.offset = self.taken + 1, 0
-        return Piece(self._tokens[start:end], IGNORE_LABEL, vectors)
+        return Piece(self._tokens[start:end], IGNORE_LABEL, vectors=vectors)
 
     def _vectors(self, start: int, end: int) -> np.ndarray:
         """(end - start, P): vectors of these positions of the current document."""
@@ -233,6 +234,11 @@ class Blend:
                 "source, and one share for each"
             )
         check_same_vocabulary(self.sources)
+        if len(self.sources) > 256:
+            raise ValueError(
+                f"{len(self.sources)} sources must be at most 256, the numbers of one byte; "
+                "prepare some of them together"
+            )
         named = dict(zip((source.name for source in self.sources), self.shares, strict=True))
         for name, share in named.items():
             if not share > 0:
@@ -380,7 +386,7 @@ class Lane:
         while room and (choice := self._choose(room)):
             reader, count, codes = choice
             self.codes = [before + new for before, new in zip(self.codes, codes, strict=True)]
-            pieces.append(reader.take(count))
+            pieces.append(reader.take(count)._replace(source=self.readers.index(reader)))
             room -= count
         if pieces:
             self.padding += room

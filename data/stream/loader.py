@@ -23,7 +23,7 @@ from earlyfuse.data.stream.batches import Drawn, LaneStream, Prefetcher
 from earlyfuse.data.stream.lanes import Blend, check_seq_len
 from earlyfuse.models.vocabulary import Vocabulary
 
-Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
+Batch = tuple[dict[str, Any], torch.Tensor]  # what torchtitan takes from a loader
 
 _REMEDY = {
     "seed": "use the seed of the run, or start a new run",
@@ -40,11 +40,11 @@ def _saved(identity: str) -> JsonObject:
 class LaneLoader(BaseDataLoader):
     """Rank ``dp_rank``'s lanes: rows [r·G/R, (r+1)·G/R) of every global batch of G rows.
 
-    Yields micro-batches of ``local_batch_size`` rows, as ``MixedBatch`` fields under the names the
-    trainer wants: ``({"input": tokens_BS, "modality_BS", "positions_BS", "span_BS", "row_B"},
-    labels_BS)``; ``row_B`` int64 (B,) are the rows' numbers in the global batch.
-    G/R/local_batch_size of them are one step. Every iterator continues the one stream;
-    ``state_dict`` is the state after the last batch handed out, whatever is prefetched.
+    Yields micro-batches of ``local_batch_size`` rows, ``({"batch": MixedBatch, "first_row": int},
+    labels_BS)``; ``first_row`` is the number of their first row in the global batch.
+    G/R/local_batch_size of them are one step. Batches are pinned where there is a GPU. Every
+    iterator continues the one stream; ``state_dict`` is the state after the last batch handed out,
+    whatever is prefetched.
 
     ``mesh``: the data-parallel mesh (1-D, of ``dp_world_size``), needed by ``state_dict`` with more
     than one rank; may be set later as an attribute.
@@ -116,17 +116,20 @@ class LaneLoader(BaseDataLoader):
         return self.blend.vocabulary
 
     @property
+    def sources(self) -> list[str]:
+        """Names of the sources, in the order of the numbers in ``source_BS``."""
+        return [source.name for source in self.blend.sources]
+
+    @property
     def lanes(self) -> torch.Tensor:
         """int64 (L, K): state of this rank's lanes after the last batch handed out. A copy."""
         return torch.from_numpy(self._state_LK.copy())
 
     def __iter__(self) -> Iterator[Batch]:
         while True:
-            drawn = self._next()
-            fields = drawn.batch.tensors()
-            fields["row_B"] = torch.arange(self._lanes.start, self._lanes.stop)[drawn.lanes]
-            labels_BS = fields.pop("labels_BS")
-            yield {"input": fields.pop("tokens_BS"), **fields}, labels_BS
+            batch, lanes, _ = self._next()
+            first_row = self._lanes.start + lanes.start
+            yield {"batch": batch, "first_row": first_row}, batch.labels_BS
 
     def _next(self) -> Drawn:
         if self._drawn is None:
@@ -138,6 +141,7 @@ class LaneLoader(BaseDataLoader):
                 self.seq_len,
                 self.rows,
                 self._state_LK,
+                pin=torch.cuda.is_available(),
             )
             self._drawn = (
                 Prefetcher(stream, self.config.prefetch) if self.config.prefetch else stream
@@ -201,8 +205,7 @@ class LaneLoader(BaseDataLoader):
                     f"save its state, but has {self.mesh}; set loader.mesh to their mesh"
                 )
             lanes = DTensor.from_local(lanes, self.mesh, [Shard(0)])
-        order = [source.name for source in self.blend.sources]
-        identity = json.dumps(self.identity() | {"order": order}, sort_keys=True)
+        identity = json.dumps(self.identity() | {"order": self.sources}, sort_keys=True)
         return {"lanes": lanes, "identity": identity}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -183,7 +183,7 @@ def attend(
     v_BLKH: torch.Tensor,
     mask: "torch.Tensor | BlockMask | None",
 ) -> torch.Tensor:
-    """Softmax attention under ``mask`` (see ``layout.attention_mask``) → (B, S, N, H)."""
+    """Softmax attention under ``mask`` (see ``models/masks.py``) → (B, S, N, H)."""
     q, k, v = (t.transpose(1, 2) for t in (q_BSNH, k_BLKH, v_BLKH))
     gqa = q.shape[1] != k.shape[1]
     if isinstance(mask, BlockMask):

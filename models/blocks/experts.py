@@ -333,7 +333,7 @@ class MixtureOfExperts(Branch):
         the shared experts, whose tokens stay.
         """
         sent = [
-            pool.dispatcher.send(x_TD, pool.route(x_TD, context), pool.router.static)
+            pool.dispatcher.send(x_TD, pool.route(x_TD, context), pool.router.static(context))
             for pool in self.pools
         ]
         outputs = [shared(x_TD, context) for shared in self.shared]

@@ -213,7 +213,7 @@ class Conv(Module):
             x_BSI,
             self.weight,
             self.bias,
-            positions_BL=context.positions_BS,
+            positions_BL=context.place_BS,
             initial_state_BVD=before_BVI,
         )
         return u_BSI
@@ -260,7 +260,7 @@ class Scan(Module):
             *(u_BSI, delta_BSI, -torch.exp(wide(self.A_log)), B_BSN, C_BSN, wide(self.D), z_BSI),
             bias if self.untied else bias.unsqueeze(0),
             context.group_T.view(context.rows, context.seq_len) if self.untied else None,
-            context.positions_BS == 0,
+            context.place_BS == 0,
         )
         if kept is None:
             return context.sequence_shard.scan(*inputs)
@@ -302,7 +302,7 @@ class MambaCache:
         if self.inputs_BVI is None:
             self.inputs_BVI = x_BSI.new_zeros(x_BSI.shape[0], taps, x_BSI.shape[2])
         before_BVI, real_B = self.inputs_BVI, self.cache.real_B
-        assert real_B is not None, "expect comes before a forward"
+        assert real_B is not None, "start_step comes before a forward"
         row_B1 = torch.arange(len(real_B), device=real_B.device).unsqueeze(1)
         last_BV = real_B.unsqueeze(1) + torch.arange(taps, device=real_B.device)
         self.inputs_BVI = torch.cat([before_BVI, x_BSI], 1)[row_B1, last_BV]

@@ -18,11 +18,15 @@ from math import inf
 
 import torch
 
+from earlyfuse.models.batch import MixedBatch
 from earlyfuse.models.blocks.cache import DecodeCache
+from earlyfuse.models.context import ForwardSettings
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.generate.constrained import Draft, Mode, allowed_ids
-from earlyfuse.models.routing.causal import routing
+from earlyfuse.models.routing.causal import check_causal
 from earlyfuse.models.vocabulary import Vocabulary
+
+CAUSAL = ForwardSettings(rule="causal")
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,7 @@ def generate(
     Raises ``ValueError`` for prompts that are no beginning of a document, blocks that do not fit
     into ``new_tokens``, and models whose experts have no causal rule.
     """
+    check_causal(model)
     sampling = sampling or Sampling()
     seeds = range(len(prompts)) if seeds is None else seeds
     rooms = [new_tokens] * len(prompts) if isinstance(new_tokens, int) else new_tokens
@@ -100,7 +105,7 @@ def generate(
     # each token makes another shape: compiled blocks would be compiled again and again
     eager = torch.compiler.set_stance("force_eager") if cache else nullcontext()
     try:
-        with routing(model, "causal"), eager:
+        with eager:
             _write(drafts, draws, reader, sampling, guided, unused, agree)
     finally:
         model.train(was_training)
@@ -195,11 +200,12 @@ class _Rereading:
     def read(self, rows: list[list[int]]) -> torch.Tensor:
         """Logits (R, V) of what comes after each row."""
         tokens_RS, real_R = self._padded(rows)
-        logits_RSV = self.model(tokens_RS, self.vocabulary.modality_of(tokens_RS))
+        batch = MixedBatch.of(tokens_RS, self.vocabulary.modality_of(tokens_RS))
+        logits_RSV = self.model(batch, CAUSAL)
         return logits_RSV[torch.arange(len(rows), device=self.device), real_R - 1]
 
     def select(self, kept: list[int]) -> None:
-        """Nothing is kept of any row."""
+        """Nothing is cached of any row."""
 
     def _padded(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """(R, S), filled from the left, and the length of each row, (R,)."""
@@ -210,9 +216,9 @@ class _Rereading:
 
 
 class _Cached(_Rereading):
-    """The same; of rows that were read before, only the last token is new.
+    """The same with a decode cache: of rows that were read before, only the last token is new.
 
-    A row may also begin anew, with its first token.
+    A row may also begin another document, with its first token.
     """
 
     def __init__(self, model: Decoder, vocabulary: Vocabulary, slots: int):
@@ -225,16 +231,20 @@ class _Cached(_Rereading):
         """Logits (R, V) of what comes after each row."""
         if self.cache is None:
             self.cache = DecodeCache(len(rows), self.slots)
-            tokens_RS, real_R = self._padded(rows)
-            positions_RS = torch.arange(tokens_RS.shape[1], device=self.device).expand_as(tokens_RS)
+            new = rows
         else:
-            tokens_RS, real_R = self._padded([row[-1:] for row in rows])
-            positions_RS = torch.tensor([[len(row) - 1] for row in rows], device=self.device)
-        self.cache.expect(real_R, max(map(len, rows)))
-        modality_RS = self.vocabulary.modality_of(tokens_RS)
-        return self.model(tokens_RS, modality_RS, positions_RS, cache=self.cache).squeeze(1)
+            new = [row[-1:] for row in rows]
+        tokens_RS, real_R = self._padded(new)
+        before = [len(row) - len(tokens) for row, tokens in zip(rows, new, strict=True)]
+        before_R = torch.tensor(before, device=self.device)
+        positions_RS = before_R[:, None] + torch.arange(tokens_RS.shape[1], device=self.device)
+        self.cache.start_step(real_R, max(map(len, rows)), before_R == 0)
+        batch = MixedBatch.of(
+            tokens_RS, self.vocabulary.modality_of(tokens_RS), positions_BS=positions_RS
+        )
+        return self.model(batch, CAUSAL, cache=self.cache).squeeze(1)
 
     def select(self, kept: list[int]) -> None:
-        """Forget the other rows."""
+        """Drop the other rows."""
         if self.cache is not None and kept:
             self.cache.select(torch.tensor(kept, device=self.device))

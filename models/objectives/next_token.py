@@ -1,25 +1,16 @@
-"""Chameleon's objective: next token over all modalities, and z-loss (arXiv 2405.09818, 2.3).
-
-Sums, not means: ranks and micro-batches hold different numbers of text and image tokens, so the
-caller divides by global counts, and a batch without images is no special case.
-
-B rows, S positions, T = B·S, M modality ids.
-"""
+"""Chameleon's objective: next token over all modalities, and z-loss (arXiv 2405.09818, 2.3)."""
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torchtitan.config import Configurable
 
-from earlyfuse.kernels.linear_cross_entropy import LossSums, linear_cross_entropy
-from earlyfuse.models.batch import IGNORE_LABEL
-from earlyfuse.models.vocabulary import Modality
-
-MODALITIES = len(Modality)
+from earlyfuse.kernels.linear_cross_entropy import linear_cross_entropy
+from earlyfuse.models.batch import MixedBatch
+from earlyfuse.models.objectives.sums import MODALITIES, Losses, label_buckets
 
 
 class ChameleonObjective(Configurable):
@@ -36,27 +27,31 @@ class ChameleonObjective(Configurable):
                     f"z_loss ({self.z_loss}) must not be negative or infinite; 0 turns it off"
                 )
 
+    sum_names: tuple[str, ...] = ("loss", "z_loss")
+    """Names of ``Losses.sums``: ranks without the head have to know them too."""
+
     def __init__(self, config: Config, **_: Any):
         self.z_loss = config.z_loss
 
-    def loss_of(
-        self, labels_BS: torch.Tensor, label_modality_BS: torch.Tensor
-    ) -> Callable[..., LossSums]:
-        """The ``loss`` for ``Decoder.forward``: sums of one batch, by the modality of the *label*.
+    def loss_of(self, batch: MixedBatch, sources: int = 1) -> Callable[..., Losses]:
+        """The ``loss`` of ``Decoder.forward`` for this batch, whose sources are below ``sources``.
 
-        ``labels_BS`` int64, -100 counts nothing; ``label_modality_BS`` uint8, modality of each
-        label. Divided by the number of labels, ``total`` of the sums is what to minimise.
+        It is called with hidden states (T, D), the head's weight (V, D) and, where the weight is
+        split over ranks, ``shard``.
         """
-        return partial(
-            linear_cross_entropy,
-            labels_T=labels_BS.reshape(-1),
-            modality_T=label_modality_BS.reshape(-1),
-            modalities=MODALITIES,
-            z_weight=self.z_loss,
-        )
+        labels_T, bucket_T = batch.labels_BS.reshape(-1), label_buckets(batch)
 
+        def loss(x_TD: torch.Tensor, w_VD: torch.Tensor, **shard: Any) -> Losses:
+            total, nll_K, z_K = linear_cross_entropy(
+                x_TD,
+                w_VD,
+                labels_T,
+                bucket_T,
+                modalities=sources * MODALITIES,
+                z_weight=self.z_loss,
+                **shard,
+            )
+            nll_NM, z_NM = (sums_K.view(sources, MODALITIES) for sums_K in (nll_K, z_K))
+            return Losses(total, {"loss": nll_NM, "z_loss": self.z_loss * z_NM})
 
-def label_members(labels_T: torch.Tensor, modality_T: torch.Tensor) -> torch.Tensor:
-    """(M, T) bool: which labels count, by modality; -100 belongs to none."""
-    ids_M1 = torch.arange(MODALITIES, device=labels_T.device).unsqueeze(1)
-    return (modality_T == ids_M1) & (labels_T != IGNORE_LABEL)
+        return loss

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from torchtitan.protocols.module import Module
 
 from earlyfuse.models.blocks.wide import wide
+from earlyfuse.models.context import ForwardSettings
 from earlyfuse.models.init_weights import Draw, normal
 from earlyfuse.models.routes import Routes, group_of_rows
 from earlyfuse.models.routing.router_stats import CausalStats
@@ -29,9 +30,7 @@ from earlyfuse.models.routing.router_stats import CausalStats
 class CausalRouter(Module):
     """The auxiliary router of a pool. Parameters: w_hidden (D/2, D) and w_score (E, D/2).
 
-    ``share``: the part of all tokens that the pool serves. ``step_tokens``: tokens of a whole step
-    over all ranks and micro-batches, by which its loss is divided (``normalise_over``); those of
-    the batch at hand while it is None.
+    ``share``: the part of all tokens that the pool serves.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -44,7 +43,6 @@ class CausalRouter(Module):
     def __init__(self, config: Config, *, dim: int, experts: int, share: float):
         super().__init__()
         self.config, self.share = config, share
-        self.step_tokens: float | None = None
         self.w_hidden = nn.Parameter(torch.empty(dim // 2, dim))
         self.w_score = nn.Parameter(torch.empty(experts, dim // 2))
         self.stats = CausalStats()
@@ -77,7 +75,11 @@ class CausalRouter(Module):
         return Routes(row_R, offset_G1, main_TE[row_R, expert_R].sigmoid())
 
     def learn(
-        self, x_TD: torch.Tensor, routes: Routes, eligible_T: torch.Tensor | None
+        self,
+        x_TD: torch.Tensor,
+        routes: Routes,
+        eligible_T: torch.Tensor | None,
+        settings: ForwardSettings,
     ) -> torch.Tensor:
         """The weights (R,) of ``routes``, which now carry this router's loss into the graph.
 
@@ -87,7 +89,7 @@ class CausalRouter(Module):
         no members. No host synchronisation. In evaluation it is only counted.
         """
         assert routes.weight_R is not None, "expert choice always weighs its rows"
-        if not (self.training or self.stats.recording):
+        if not (self.training or settings.recording):
             return routes.weight_R
         logits_TE = self(x_TD)
         member_TE = members(routes, eligible_T, *logits_TE.shape)
@@ -96,11 +98,11 @@ class CausalRouter(Module):
         )
         if eligible_T is not None:
             bce_TE = bce_TE * eligible_T[:, None]
-        if self.stats.recording:
+        if settings.recording:
             self.stats.record(bce_TE, logits_TE, member_TE, eligible_T)
         if not (self.training and torch.is_grad_enabled()):
             return routes.weight_R
-        tokens = self.step_tokens or len(x_TD)
+        tokens = settings.step_tokens or len(x_TD)
         return _Carry.apply(routes.weight_R, bce_TE.sum() / (self.share * tokens))
 
 

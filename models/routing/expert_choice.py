@@ -9,7 +9,6 @@ group, R = E·N·k rows.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -25,15 +24,12 @@ from earlyfuse.models.init_weights import Draw, normal
 from earlyfuse.models.routes import Routes, group_of_rows
 from earlyfuse.models.routing.causal_router import CausalRouter
 from earlyfuse.models.routing.gumbel_noise import RouterNoise
-from earlyfuse.models.routing.router import Router
+from earlyfuse.models.routing.router import NO_CAUSAL_ROUTER, Router
 from earlyfuse.models.routing.router_stats import RouterStats
 
 
 class ExpertChoice(Router):
-    """The router of a pool whose experts choose their tokens. Parameter: weight (E, D).
-
-    ``rule`` is "batch", or "causal" for inference: ``routing.causal.routing`` sets it.
-    """
+    """The router of a pool whose experts choose their tokens. Parameter: weight (E, D)."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(Router.Config):
@@ -112,7 +108,6 @@ class ExpertChoice(Router):
     def __init__(self, config: Config, *, dim: int, experts: int, share: float):
         super().__init__()
         self.config, self.share = config, share
-        self.budget = config.budget
         self.weight = nn.Parameter(torch.empty(experts, dim))
         self.stats = RouterStats(experts)
         sizes = {"dim": dim, "experts": experts, "share": share}
@@ -124,14 +119,11 @@ class ExpertChoice(Router):
         centred = self.config.init == "centred"
         return {"weight": normal(self.config.init_gain, centred=centred)}
 
-    def statistics(self) -> Sequence[RouterStats]:
-        """Of all experts."""
-        return [self.stats]
-
-    @property
-    def static(self) -> bool:  # type: ignore[override]
+    def static(self, context: ForwardContext) -> bool:
         """Whether every rank routes the same number of rows, known beforehand."""
-        return self.budget == "static" and self.rule == "batch"
+        settings = context.settings
+        exact = settings.rule == "causal" or settings.budgets == "exact"
+        return self.config.budget == "static" and not exact
 
     def forward(
         self, x_TD: torch.Tensor, eligible_T: torch.Tensor | None, context: ForwardContext
@@ -140,14 +132,16 @@ class ExpertChoice(Router):
         # router in fp32: ties in bf16 would reorder the top-k
         x_TD = wide(x_TD)
         logits_TE = F.linear(x_TD, wide(self.weight))
-        if self.rule == "causal":
-            assert self.causal is not None, "routing() has made sure of it"
+        if context.settings.rule == "causal":
+            if self.causal is None:
+                raise ValueError(f"an expert-choice router {NO_CAUSAL_ROUTER}")
             return self._weighed(self.causal.choose(x_TD, logits_TE, eligible_T), len(x_TD))
         routes = self._weighed(self._choose(logits_TE, eligible_T, context), len(x_TD))
-        if self.stats.recording:
+        if context.settings.recording:
             self.stats.record(logits_TE, eligible_T, routes)
         if self.causal is not None:
-            routes = routes._replace(weight_R=self.causal.learn(x_TD, routes, eligible_T))
+            weight_R = self.causal.learn(x_TD, routes, eligible_T, context.settings)
+            routes = routes._replace(weight_R=weight_R)
         return routes
 
     def _weighed(self, routes: Routes, tokens: int) -> Routes:
@@ -163,13 +157,13 @@ class ExpertChoice(Router):
                 f"({config.routing_rows}); make the local batch size a multiple of it"
             )
         budget = None
-        if self.static:
+        if self.static(context):
             tokens = config.routing_rows * context.seq_len
             experts = logits_TE.shape[1]
             budget = static_budget(self.share, config.capacity_factor, tokens, experts)
         selected_by_TE = logits_TE
         if self.noise is not None and self.training:
-            selected_by_TE = self.noise(logits_TE, context.place_T)
+            selected_by_TE = self.noise(logits_TE, context)
         return expert_choice(
             logits_TE,
             eligible_T,

@@ -1,31 +1,34 @@
 """Gumbel-sigmoid noise in a router's choice: exploration after upcycling (arXiv 2407.21770, 2.5).
 
 sigmoid(x + G' - G'') with independent Gumbel samples G', G''; their difference is logistic noise.
-Here it moves which tokens an expert takes, not the weight that they get: experts that are copies
-of one another find different tokens, while a token's output stays that of inference, and the
-router's gradient is that of its own score. The paper says neither which of the two it does, nor a
+Here it moves which tokens an expert takes, not the weight that they get: experts that are copies of
+one another find different tokens, while a token's output stays that of inference, and the router's
+gradient is that of its own score. The paper says neither which of the two it does, nor a
 temperature, nor when the noise ends.
 
 A sample is a hash of (step, router, expert, place of the token in the global batch): the same on
-any number of ranks, in any micro-batch, after a resumption, and whenever a block is computed again.
+any number of ranks, in any micro-batch, after a resume, and whenever a block is recomputed.
 
-T tokens, E experts.
+T tokens, E experts, N routers with noise.
 """
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torchtitan.protocols.module import Module
 
-WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
+from earlyfuse.models.context import ForwardContext
 
 
 class RouterNoise(Module):
-    """Logistic noise for the logits of one router, by a key for each step."""
+    """Logistic noise for the logits of one router, by a key for each step.
+
+    ``name`` and ``number``: of this router among those of the model with noise (``name_noises``).
+    """
 
     @dataclass(kw_only=True, slots=True)
     class Config(Module.Config):
@@ -45,28 +48,55 @@ class RouterNoise(Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.register_buffer("key", torch.zeros((), dtype=torch.int64), persistent=False)
-        self.register_buffer("scale", torch.zeros(()), persistent=False)
+        self.name, self.number = "", 0
+        # a tensor: as a number in Python it would make every block a compiled graph of its own
+        self.register_buffer("index_1", torch.zeros(1, dtype=torch.int64), persistent=False)
 
     def _init_self_buffers(self, *, buffer_device: torch.device | None = None) -> None:
-        self.key.zero_()
-        self.scale.zero_()
+        self.index_1.fill_(self.number)
 
-    def set_step(self, name: str, step: int) -> None:
-        """Noise of ``step`` (from 1) for the router called ``name``."""
-        digest = hashlib.blake2b(f"{name}/{step}".encode(), digest_size=8).digest()
-        self.key.fill_(int.from_bytes(digest, "little", signed=True))
-        left = max(0.0, 1 - (step - 1) / self.config.end_step)
-        self.scale.fill_(self.config.temperature * left)
+    def key(self, step: int) -> int:
+        """64 bits that decide the noise of ``step``."""
+        digest = hashlib.blake2b(f"{self.name}/{step}".encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "little", signed=True)
 
-    def forward(self, logits_TE: torch.Tensor, place_T: torch.Tensor) -> torch.Tensor:
-        """Logits with noise, without gradient; ``place_T`` int64, place in the global batch."""
+    def scale(self, step: int) -> float:
+        """The temperature at ``step``, from 1."""
+        return self.config.temperature * max(0.0, 1 - (step - 1) / self.config.end_step)
+
+    def forward(self, logits_TE: torch.Tensor, context: ForwardContext) -> torch.Tensor:
+        """Logits with noise, without gradient."""
+        if context.noise_2N is None:
+            return logits_TE.detach()
+        key, scale = (values_N.index_select(0, self.index_1) for values_N in context.noise_2N)
         experts = logits_TE.shape[1]
         expert_E = torch.arange(experts, device=logits_TE.device)
-        bits_TE = _scrambled(self.key + _scrambled(place_T[:, None] * experts + expert_E))
+        bits_TE = _scrambled(key + _scrambled(context.row_place_T[:, None] * experts + expert_E))
         # 23 bits and a half: exact in fp32, and never 0 or 1
         uniform_TE = ((bits_TE & 0x7FFFFF).float() + 0.5) * 2.0**-23
-        return logits_TE.detach() + self.scale * uniform_TE.logit()
+        return logits_TE.detach() + scale * uniform_TE.logit()
+
+
+def name_noises(model: nn.Module) -> list[RouterNoise]:
+    """All router noises of a model that is not wrapped yet, each with its name and number."""
+    named = [(n, m) for n, m in model.named_modules() if isinstance(m, RouterNoise)]
+    for number, (name, noise) in enumerate(named):
+        noise.name, noise.number = name, number
+    return [noise for _, noise in named]
+
+
+def noise_of_step(
+    noises: Sequence[RouterNoise], step: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Keys (N,) int64 and scales (N,) fp32 of ``step``; None without noise or before the first.
+
+    Filled in on the device: copies from the host would be waited for.
+    """
+    if not noises or not step:
+        return None
+    keys = [torch.full((), noise.key(step), device=device) for noise in noises]
+    scales = [torch.full((), noise.scale(step), device=device) for noise in noises]
+    return torch.stack(keys), torch.stack(scales)
 
 
 def _scrambled(value: torch.Tensor) -> torch.Tensor:
@@ -84,15 +114,3 @@ def _shifted(value: torch.Tensor, bits: int) -> torch.Tensor:
 
 def _signed(value: int) -> int:
     return value - (1 << 64) if value >> 63 else value
-
-
-def router_noises(models: Iterable[nn.Module]) -> dict[str, RouterNoise]:
-    """Name → noise of every router that has one; names are the same however a model is wrapped."""
-    found = {}
-    for model in models:
-        for name, module in model.named_modules():
-            if isinstance(module, RouterNoise):
-                for wrapper in WRAPPERS:
-                    name = name.replace(wrapper, "")
-                found[name] = module
-    return found

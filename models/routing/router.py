@@ -9,7 +9,7 @@ T tokens, D width, E experts of the pool.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torchtitan.protocols.module import Module
@@ -19,20 +19,22 @@ from earlyfuse.models.context import ForwardContext
 from earlyfuse.models.init_weights import Draw
 from earlyfuse.models.routes import Routes
 from earlyfuse.models.routing.causal_router import CausalRouter
-from earlyfuse.models.routing.router_stats import RouterStats
+
+NO_CAUSAL_ROUTER = (
+    "cannot route causally: it has no causal router. Train one on the finished model in a second "
+    "stage (--train-only causal_routers, docs/moma.md), or along with it by a config whose routers "
+    "have causal set"
+)
 
 
 class Router(Module):
     """Built with ``dim``, ``experts`` and ``share``, the part of all tokens that the pool serves.
 
-    ``static``: every rank routes the same number of rows to each expert.
+    What it counts for the metrics is in ``Statistics`` among its submodules (``router_stats.py``).
     """
 
     keeps_fp32 = True  # rounded weights choose other experts than those of an exported model
     config: "Router.Config"
-    static: bool = False
-    rule: Literal["batch", "causal"] = "batch"
-    budget: Literal["static", "exact"] = "exact"
 
     def forward(
         self, x_TD: torch.Tensor, eligible_T: torch.Tensor | None, context: ForwardContext
@@ -44,14 +46,14 @@ class Router(Module):
         """See ``Branch.draws``."""
         return {}
 
-    def balance(self, load_E: torch.Tensor) -> None:
-        """After a step, where ``Config.bias_rate`` is not 0: ``load_E`` sums the buffer of this
-        name over all ranks.
-        """
+    def static(self, context: ForwardContext) -> bool:
+        """Whether every rank routes the same number of rows to each expert."""
+        return False
 
-    def statistics(self) -> Sequence[RouterStats]:
-        """What it counts, in the order of ``Config.experts_by_group``."""
-        return ()
+    def balance(self, load_E: torch.Tensor, taken: torch.Tensor) -> None:
+        """After a step, where ``Config.bias_rate`` is not 0: ``load_E`` sums the buffer of this
+        name over all ranks; ``taken`` bool: whether the step was, decided on the device.
+        """
 
     @dataclass(kw_only=True, slots=True)
     class Config(Module.Config):
@@ -96,16 +98,6 @@ class Router(Module):
         def experts_by_group(self, experts: int) -> dict[int | None, int]:
             """Modality group → its experts, in order; None: of all groups."""
             return {None: experts}
-
-        def new_statistics(self, experts: int) -> dict[int | None, RouterStats]:
-            """What ``Router.statistics`` has, at zero, by modality group."""
-            groups = self.experts_by_group(experts).items()
-            return {group: RouterStats(count, self.stats_per_token) for group, count in groups}
-
-        @property
-        def stats_per_token(self) -> int:
-            """Experts of a token by which an even load is measured."""
-            return 1
 
         def routed_rows(self, batch: Microbatch, experts: int, share: float) -> int:
             """Rows that the experts take of a micro-batch, on average."""

@@ -1,4 +1,4 @@
-"""What routers did, counted on the device and read when a step is logged.
+"""Router statistics: summed on the device, read when a step is logged.
 
 T tokens, E experts, R routed rows.
 """
@@ -10,23 +10,46 @@ from torchtitan.protocols.module import Module
 from earlyfuse.models.routes import Routes
 
 
-class RouterStats(Module):
-    """Sums over the forwards made while ``recording``: what the routers did, kept on the device.
+class Statistics(Module):
+    """Sums over recorded forwards, in buffers, and the metrics that follow from them.
+
+    The trainer finds all of a model's by this class, sums their buffers over ranks and calls
+    ``pop``. ``kind`` is the first part of a metric's name; ``group``: the modality group of the
+    tokens counted, None for all. With the layer they make the name ``kind``/layer3.pool1.text.
+    """
+
+    kind: str
+    group: int | None = None
+
+    def _init_self_buffers(self, *, buffer_device: torch.device | None = None) -> None:
+        for buffer in self.buffers(recurse=False):
+            buffer.zero_()
+
+    def pop(self) -> dict[str, float]:
+        """Metrics since the last call; counts from 0 again. Waits for the device."""
+        summary = self.summary()
+        self._init_self_buffers()
+        return summary
+
+    def summary(self) -> dict[str, float]:
+        """Name → value, from the present sums."""
+        raise NotImplementedError
+
+
+class RouterStats(Statistics):
+    """Sums over recorded forwards, on the device: what a router did.
 
     ``load_E`` counts real tokens taken by each expert. ``sums_6``: eligible tokens, eligible tokens
     that some expert took, rows, rows of real tokens, their weights, squared logits.
     """
 
-    def __init__(self, experts: int, per_token: int = 1):
+    kind = "router"
+
+    def __init__(self, experts: int, per_token: int = 1, group: int | None = None):
         super().__init__()
-        self.per_token = per_token  # experts that a token takes
-        self.recording = False
+        self.per_token, self.group = per_token, group  # per_token: experts that a token takes
         self.register_buffer("load_E", torch.zeros(experts), persistent=False)
         self.register_buffer("sums_6", torch.zeros(6), persistent=False)
-
-    def _init_self_buffers(self, *, buffer_device: torch.device | None = None) -> None:
-        self.load_E.zero_()
-        self.sums_6.zero_()
 
     @torch.no_grad()
     def record(
@@ -56,17 +79,16 @@ class RouterStats(Module):
             [eligible.sum(), reached_T.sum(), rows_E.sum(), real_R.sum(), weights, squares]
         )
 
-    def take(self) -> dict[str, float]:
-        """Summary since the last call, and start anew.
-
-        ``load_min``, ``load_max``: least and most loaded expert relative to an even share of what
-        the eligible tokens take; ``reached``: share of eligible tokens with an expert; ``filled``:
-        share of the budget used; ``weight``: mean weight of a chosen token; ``logit_rms``.
+    def summary(self) -> dict[str, float]:
+        """``load_min``, ``load_max``: least and most loaded expert relative to an even share of
+        what the eligible tokens take; ``reached``: share of eligible tokens with an expert;
+        ``filled``: share of the budget used; ``weight``: mean weight of a chosen token;
+        ``logit_rms``.
         """
         eligible, reached, rows, real, weight, squares = self.sums_6.tolist()
         even = max(eligible, 1) * self.per_token / len(self.load_E)
         load = (self.load_E / even).tolist()
-        summary = {
+        return {
             "load_min": min(load),
             "load_max": max(load),
             "reached": reached / max(eligible, 1),
@@ -74,25 +96,21 @@ class RouterStats(Module):
             "weight": weight / max(real, 1),
             "logit_rms": (squares / max(eligible, 1)) ** 0.5,
         }
-        self._init_self_buffers()
-        return summary
 
 
-class CausalStats(Module):
-    """How well a causal router foretells the batch's choice, summed over forwards while
-    ``recording``, on the device.
+class CausalStats(Statistics):
+    """Precision and recall of a causal router against the batch's choice, summed over recorded
+    forwards, on the device.
 
     ``sums_5``: decisions (eligible tokens times experts), their cross-entropy in nats, members of
     the batch's choice, those that the router takes, those that both have.
     """
 
+    kind = "causal"
+
     def __init__(self) -> None:
         super().__init__()
-        self.recording = False
         self.register_buffer("sums_5", torch.zeros(5), persistent=False)
-
-    def _init_self_buffers(self, *, buffer_device: torch.device | None = None) -> None:
-        self.sums_5.zero_()
 
     @torch.no_grad()
     def record(
@@ -111,18 +129,40 @@ class CausalStats(Module):
         counts = [decided_TE, bce_TE, member_TE, taken_TE & decided_TE, both_TE]
         self.sums_5 += torch.stack([count.sum().float() for count in counts])
 
-    def take(self) -> dict[str, float]:
-        """Summary since the last call, and start anew.
-
-        ``bce``: nats per decision; ``precision``: share of what it takes that the batch took;
+    def summary(self) -> dict[str, float]:
+        """``bce``: nats per decision; ``precision``: share of what it takes that the batch took;
         ``recall``: share of what the batch took that it takes; ``taken``: share of all decisions
         in which it takes a token (the batch takes capacity_factor / E of them).
         """
         decisions, bce, member, taken, both = self.sums_5.tolist()
-        self._init_self_buffers()
         return {
             "bce": bce / max(decisions, 1),
             "precision": both / max(taken, 1),
             "recall": both / max(member, 1),
             "taken": taken / max(decisions, 1),
         }
+
+
+class OutputNorm(Statistics):
+    """Mean norm of the last block's outputs: it grows before Chameleon diverges (arXiv 2405.09818,
+    2.3).
+
+    ``sums_2``: norms, tokens.
+    """
+
+    kind = "output_norm"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("sums_2", torch.zeros(2), persistent=False)
+
+    @torch.no_grad()
+    def record(self, x_TD: torch.Tensor) -> None:
+        """Add one forward. No host synchronisation."""
+        norms_T = torch.linalg.vector_norm(x_TD.float(), dim=-1)
+        self.sums_2 += torch.stack([norms_T.sum(), norms_T.new_full((), norms_T.numel())])
+
+    def summary(self) -> dict[str, float]:
+        """The mean, without a name of its own."""
+        total, tokens = self.sums_2.tolist()
+        return {"": total / max(tokens, 1)}

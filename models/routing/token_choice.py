@@ -35,8 +35,8 @@ class TokenChoice(Router):
     """The router of a pool whose experts are chosen by the tokens.
 
     Parameter: ``weight`` (E, D). ``bias_E`` fp32: added to the logits in selection, saved in
-    checkpoints. ``load_E`` int64: rows of each expert in the training forwards since
-    ``balance`` (``parallel/training/expert_bias.py`` sums it over ranks and calls it).
+    checkpoints. ``load_E`` int64: rows of each expert in the training forwards of a step
+    (``parallel/training/expert_bias.py`` sums it over ranks and calls ``balance``).
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -96,11 +96,6 @@ class TokenChoice(Router):
             """Exact."""
             return self.top_k * batch.tokens
 
-        @property
-        def stats_per_token(self) -> int:
-            """Top k."""
-            return self.top_k
-
         def experts_by_group(self, experts: int) -> dict[int | None, int]:
             """By ``serves``."""
             if not self.serves:
@@ -130,15 +125,14 @@ class TokenChoice(Router):
         self.register_buffer("load_E", torch.zeros(experts, dtype=torch.int64), persistent=False)
         self.register_buffer("serves_E", torch.tensor(config.serves), persistent=False)
         # one for each modality group served, in order
-        self.stats = ModuleList(config.new_statistics(experts).values())
+        groups = config.experts_by_group(experts).items()
+        self.stats = ModuleList(
+            [RouterStats(count, config.top_k, group) for group, count in groups]
+        )
 
     def draws(self) -> dict[str, Draw]:
         """See ``Branch.draws``."""
         return {"weight": normal()}
-
-    def statistics(self) -> Sequence[RouterStats]:
-        """Of the experts of each group served."""
-        return self.stats
 
     def _init_self_buffers(self, *, buffer_device: torch.device | None = None) -> None:
         self.bias_E.zero_()
@@ -162,8 +156,12 @@ class TokenChoice(Router):
         self._record(logits_TE, context, routes)
         return routes
 
+    def static(self, context: ForwardContext) -> bool:
+        """No: ranks send different numbers of rows to an expert."""
+        return False
+
     def _record(self, logits_TE: torch.Tensor, context: ForwardContext, routes: Routes) -> None:
-        if not self.stats[0].recording:
+        if not context.settings.recording:
             return
         if not self.config.serves:
             self.stats[0].record(logits_TE, None, routes)
@@ -175,17 +173,19 @@ class TokenChoice(Router):
             stats.record(logits_TE, context.group_T == group, routes, own_E)
 
     @torch.no_grad()
-    def balance(self, load_E: torch.Tensor) -> None:
+    def balance(self, load_E: torch.Tensor, taken: torch.Tensor) -> None:
         """Move the biases by one step towards even load; ``load_E`` is that of all ranks.
 
-        Even among the experts of the same modality group. An expert at the mean stays.
+        Even among the experts of the same modality group. An expert at the mean stays; so do all
+        where ``taken``, a bool tensor, is false. No host synchronisation.
         """
         load_E = load_E.double()
         mean_E = load_E.mean().expand_as(load_E)
         if self.config.serves:
             same_EE = self.serves_E[:, None] == self.serves_E
             mean_E = (load_E * same_EE).sum(1) / same_EE.sum(1)
-        self.bias_E += self.config.bias_rate * torch.sign(mean_E - load_E).float()
+        step_E = self.config.bias_rate * torch.sign(mean_E - load_E).float()
+        self.bias_E += torch.where(taken, step_E, 0.0)
 
 
 def token_choice(

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -24,9 +24,10 @@ from torchtitan.protocols.module import Module
 
 from earlyfuse.data.json_files import JsonObject, read_json, shown
 from earlyfuse.models.blocks.wide import wide_type
+from earlyfuse.models.context import ForwardSettings
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.precision import fp32_parameters
-from earlyfuse.models.routing.router import Router
+from earlyfuse.models.routing.causal import causal_routers
 from earlyfuse.models.state_dicts import huggingface, huggingface_mamba, mamba, mamba_ssm, meta
 from earlyfuse.models.state_dicts.config_json import CONFIG, FORMAT, REMEDY, read_description
 from earlyfuse.models.state_dicts.plain_decoder import tensor_shapes
@@ -265,12 +266,12 @@ def load_model(
     """Loads the model of a run, checkpoint, exported folder, or of Hugging Face, Meta or
     ``mamba_ssm``: a module in evaluation mode, and its vocabulary.
 
-    ``model(tokens_BS, modality_BS=…, positions_BS=…)`` returns logits (B, S, V);
-    ``vocabulary.modality_of(tokens_BS)`` the modalities. ``dtype`` None keeps the types of the
-    files; with a narrower one scans and routers stay in fp32, as in training
+    ``model(MixedBatch.of(tokens_BS, vocabulary.modality_of(tokens_BS)))`` returns logits (B, S, V).
+    ``dtype`` None keeps the types of the files; with a narrower one scans and routers stay in fp32, as in training
     (``models/precision.py``). No launcher, no process group; ``ValueError`` says what is wrong with
     the folder. Experts choose by the causal rule where the model has causal routers; else by batch,
-    with budgets from the actual counts, as in validation (``routing(model, rule)`` changes that).
+    with budgets from the actual counts, as in validation; ``ForwardSettings`` given with the batch
+    change that.
     """
     opened = open_model(folder)
     with torch.device("meta"):
@@ -280,9 +281,6 @@ def load_model(
             setattr(module, name, torch.zeros_like(buffer, device=device))
         if isinstance(module, Module):
             module._init_self_buffers(buffer_device=torch.device(device))
-        if isinstance(module, Router):
-            module.budget = "exact"
-            module.rule = "causal" if module.config.decides_causally else "batch"
     in_fp32 = fp32_parameters(model)
     for name, entry in opened.tensors.entries.items():
         values = opened.tensors.read(name)
@@ -296,4 +294,6 @@ def load_model(
             target = wide_type(dtype)
         values = values.to(device=device, dtype=target, copy=True)
         module.register_parameter(leaf, nn.Parameter(values))
+    rule: Literal["batch", "causal"] = "causal" if causal_routers(model) else "batch"
+    model.default_settings = ForwardSettings(rule=rule, budgets="exact")
     return model.eval(), opened.vocabulary

@@ -17,7 +17,8 @@ import torch
 
 from earlyfuse.data.json_files import JsonObject, read_json
 from earlyfuse.data.tokenizers import Tokenizers
-from earlyfuse.models.batch import MixedBatch
+from earlyfuse.models.batch import PADDING, MixedBatch
+from earlyfuse.models.context import ForwardSettings
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.vocabulary import Modality, Vocabulary
 from earlyfuse.parallel.strategies.pipeline import Pipeline
@@ -64,7 +65,13 @@ class Task:
         """Tokens of the longest prompt that is ever read: with all but the last of a word."""
         return max(map(len, self.prompts)) + max(map(len, self.candidates)) - 1
 
-    def accuracy(self, model: Decoder | Pipeline, batches: list[MixedBatch], ranks: Ranks) -> float:
+    def accuracy(
+        self,
+        model: Decoder | Pipeline,
+        batches: list[MixedBatch],
+        ranks: Ranks,
+        settings: ForwardSettings | None = None,
+    ) -> float:
         """Share of items whose word the model picks; ``batches`` give the rows around them.
 
         Every rank fills its own rows of the batches with prompts, so that the answer does not
@@ -77,7 +84,7 @@ class Task:
                 break
             prompts = [self.prompts[i] + list(chosen[i]) for i in undecided]
             picked = torch.zeros(len(prompts), dtype=torch.int64)
-            for at, logits_V in self._last_logits(model, prompts, batches, ranks):
+            for at, logits_V in self._last_logits(model, prompts, batches, ranks, settings):
                 begun = chosen[undecided[at]]
                 options = {w[len(begun)] for w in self.candidates if w[: len(begun)] == begun}
                 picked[at] = max(sorted(options), key=lambda token: float(logits_V[token]))
@@ -92,6 +99,7 @@ class Task:
         prompts: list[list[int]],
         batches: list[MixedBatch],
         ranks: Ranks,
+        settings: ForwardSettings | None,
     ) -> Iterator[tuple[int, torch.Tensor]]:
         """Number of each prompt that ends in this rank's part of its rows, and the logits (V,)
         after it; none where the last stage is not.
@@ -108,7 +116,7 @@ class Task:
                 prompts[first : first + own], batches[number % len(batches)], per_row
             )
             batch = batch.part(ranks.positions).to(device)
-            logits_BSV = model(batch.tokens_BS, batch.modality_BS, batch.positions_BS)
+            logits_BSV = model(batch, settings)
             for at, (row, end) in enumerate(ends if logits_BSV is not None else (), start=first):
                 if end in here:
                     yield at, logits_BSV[row, end - here.start]
@@ -118,21 +126,28 @@ class Task:
     ) -> tuple[MixedBatch, list[tuple[int, int]]]:
         """``batch`` with ``per_row`` prompts at the start of each row; where each prompt ends."""
         tokens_BS, positions_BS = batch.tokens_BS.clone(), batch.positions_BS.clone()
+        document_BS = batch.document_BS.clone()
         ends: list[tuple[int, int]] = []
         for row, first in enumerate(range(0, len(prompts), per_row)):
             stop = 0
-            for prompt in prompts[first : first + per_row]:
+            for number, prompt in enumerate(prompts[first : first + per_row], start=1):
                 begin, stop = stop, stop + len(prompt)
                 tokens_BS[row, begin:stop] = torch.tensor(prompt)
+                document_BS[row, begin:stop] = number
                 positions_BS[row, begin:stop] = torch.arange(len(prompt))
                 ends.append((row, stop - 1))
+            rest = document_BS[row, stop:]
             # what is left of the document below the last prompt becomes a document of its own
-            rest = positions_BS[row, stop:]
-            below = (rest == 0).cumsum(0) == 0
-            positions_BS[row, stop:] = torch.where(below, torch.arange(len(rest)), rest)
+            cut = (rest == rest[:1]) & (rest != PADDING)
+            positions_BS[row, stop:][cut] = torch.arange(int(cut.sum()))
+            rest[rest != PADDING] += per_row  # its number and those behind it are not a prompt's
         modality_BS = self.vocabulary.modality_of(tokens_BS)
         overlaid = replace(
-            batch, tokens_BS=tokens_BS, positions_BS=positions_BS, modality_BS=modality_BS
+            batch,
+            tokens_BS=tokens_BS,
+            modality_BS=modality_BS,
+            document_BS=document_BS,
+            positions_BS=positions_BS,
         )
         return overlaid, ends
 

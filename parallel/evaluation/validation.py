@@ -7,9 +7,7 @@ looks ahead. The task checks never put the answer into the input; ``causal_task`
 the causal rule.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +19,17 @@ from torchtitan.distributed import ParallelDims
 from earlyfuse.data.shards.source import TokenSource
 from earlyfuse.data.stream.batches import validation_batches
 from earlyfuse.data.stream.lanes import Blend
+from earlyfuse.models.batch import IGNORE_LABEL
+from earlyfuse.models.context import ForwardSettings
 from earlyfuse.models.decoder import Decoder
-from earlyfuse.models.objectives.next_token import ChameleonObjective, label_members
-from earlyfuse.models.routing.causal import routing
-from earlyfuse.models.routing.router import Router
-from earlyfuse.models.routing.router_stats import CausalStats
-from earlyfuse.models.vocabulary import Modality, Vocabulary
+from earlyfuse.models.objectives.next_token import ChameleonObjective
+from earlyfuse.models.objectives.sums import MODALITIES, label_counts
+from earlyfuse.models.vocabulary import Vocabulary
 from earlyfuse.parallel.evaluation.eval_tasks import Ranks, Task, load_tasks
-from earlyfuse.parallel.strategies.context import positions_here
+from earlyfuse.parallel.strategies.context import positions_here, sequence_shard
 from earlyfuse.parallel.strategies.pipeline import Pipeline
 from earlyfuse.parallel.torchtitan_run import Validator
-from earlyfuse.parallel.training.step_metrics import router_load
-
-MODALITIES = len(Modality)
+from earlyfuse.parallel.training.step_metrics import ModelStatistics, losses
 
 
 class Validation(Validator):
@@ -83,14 +79,17 @@ class Validation(Validator):
             )
         tokens = [sum(source.tokens.values()) for source in sources]
         blend = Blend(sources, tuple(count / sum(tokens) for count in tokens))
+        self.sources = [source.name for source in sources]
         self.batches = validation_batches(
             blend, seq_len, config.batch_rows, config.max_batches, dp_rank, dp_world_size
         )
-        positions = positions_here(parallel_dims, seq_len)
+        shard = sequence_shard(parallel_dims)
+        positions = positions_here(shard, seq_len)
+        self.settings = ForwardSettings(budgets="exact", sequence_shard=shard)
         self.parts = [batch.part(positions) for batch in self.batches]  # what this rank has of them
         self.unigram = self._unigram_entropy(blend.vocabulary)
         self.ranks = Ranks(dp_rank, dp_world_size, self._sum_answers, positions)
-        self.causal_statistics: dict[str, CausalStats] = {}  # of the model; set by the trainer
+        self.statistics: ModelStatistics | None = None  # of the model; set by the trainer
         self.tasks: list[Task] = load_tasks(Path(config.data_folder)) if config.tasks else []
         for task in self.tasks:
             if task.longest > seq_len:
@@ -104,74 +103,66 @@ class Validation(Validator):
     def measure(
         self, model: Decoder | Pipeline, objective: ChameleonObjective, vocabulary: Vocabulary
     ) -> dict[str, float]:
-        """Loss, loss per modality, the unigram entropies to compare with, and task accuracies.
+        """Losses per modality and source, the unigram entropies to compare with, task accuracies.
 
         With causal routers, losses and tasks under the causal rule too, and on these data the
         routers' cross-entropy, precision and recall.
         """
-        with evaluating(model):
-            self._record_causal(True)
-            metrics = self._losses("loss", model, objective, vocabulary)
-            self._record_causal(False)
-            metrics |= {
-                f"unigram_entropy/{m.label}": self.unigram[m]
-                for m in vocabulary.modalities
-                if f"loss/{m.label}" in metrics
-            }
-            metrics |= self._task_checks("task", model)
-            if self.causal_statistics:
-                metrics |= self._causal_quality()
-                with routing(model, "causal"):
-                    metrics |= self._losses("causal_loss", model, objective, vocabulary)
-                    metrics |= self._task_checks("causal_task", model)
+        was_training = model.training
+        model.eval()
+        has_causal = self.statistics is not None and "causal" in self.statistics
+        recording = replace(self.settings, recording=has_causal)
+        metrics = self._losses("", model, objective, recording)
+        metrics |= {
+            f"unigram_entropy/{m.label}": self.unigram[m]
+            for m in vocabulary.modalities
+            if f"loss/{m.label}" in metrics
+        }
+        metrics |= self._task_checks("task", model, self.settings)
+        if self.statistics is not None and has_causal:
+            metrics |= self.statistics.pop("causal")
+            self.statistics.discard()  # the others belong to training steps
+            causal = replace(self.settings, rule="causal")
+            metrics |= self._losses("causal_", model, objective, causal)
+            metrics |= self._task_checks("causal_task", model, causal)
+        model.train(was_training)
         return metrics
 
     def _losses(
         self,
-        name: str,
+        prefix: str,
         model: Decoder | Pipeline,
         objective: ChameleonObjective,
-        vocabulary: Vocabulary,
+        settings: ForwardSettings,
     ) -> dict[str, float]:
-        """``name``, and ``name``/modality for those that have labels: nats per label."""
+        """The objective's sums per label; see ``step_metrics.losses``."""
         device = next(model.parameters()).device
-        sums_2M = torch.zeros(2, MODALITIES, dtype=torch.float64, device=device)
+        shape = (len(self.sources), MODALITIES)
+        totals = {
+            name: torch.zeros(shape, dtype=torch.float64, device=device)
+            for name in (*objective.sum_names, "labels")
+        }
         for batch in self.parts:
             batch = batch.to(device)
-            label_modality_BS = vocabulary.modality_of(batch.labels_BS)
-            sums = model(
-                batch.tokens_BS,
-                batch.modality_BS,
-                batch.positions_BS,
-                batch.span_BS,
-                objective.loss_of(batch.labels_BS, label_modality_BS),
-            )
-            if sums is not None:
-                count_M = label_members(batch.labels_BS.flatten(), label_modality_BS.flatten())
-                sums_2M += torch.stack([sums.nll_M, count_M.sum(1)])
-        nll_M, count_M = self._sum_over_stages(self._sum_over_rows(sums_2M)).tolist()
-        losses = {name: sum(nll_M) / max(sum(count_M), 1)}
-        present = [m for m in vocabulary.modalities if count_M[m]]
-        return losses | {f"{name}/{m.label}": nll_M[m] / count_M[m] for m in present}
+            found = model(batch, settings, loss=objective.loss_of(batch, len(self.sources)))
+            if found is not None:
+                for name, sums_NM in found.sums.items():
+                    totals[name] += sums_NM
+                totals["labels"] += label_counts(batch, len(self.sources))
+        flat = self._sum_over_stages(self._sum_over_rows(torch.stack([*totals.values()])))
+        *sums, labels_NM = flat.cpu()
+        named = dict(zip(objective.sum_names, sums, strict=True))
+        return losses(named, labels_NM, self.sources, prefix)
 
-    def _task_checks(self, name: str, model: Decoder | Pipeline) -> dict[str, float]:
+    def _task_checks(
+        self, name: str, model: Decoder | Pipeline, settings: ForwardSettings
+    ) -> dict[str, float]:
         accuracies = {}
         for task in self.tasks:
-            accuracies[f"{name}/{task.name}"] = task.accuracy(model, self.batches, self.ranks)
+            accuracy = task.accuracy(model, self.batches, self.ranks, settings)
+            accuracies[f"{name}/{task.name}"] = accuracy
             accuracies[f"chance/{task.name}"] = task.chance
         return accuracies
-
-    def _record_causal(self, recording: bool) -> None:
-        for statistics in self.causal_statistics.values():
-            statistics.recording = recording
-
-    def _causal_quality(self) -> dict[str, float]:
-        """What the causal routers recorded, over all ranks."""
-        counted = [statistics.sums_5 for statistics in self.causal_statistics.values()]
-        total = self._sum_over_stages(self._sum_over_rows(torch.cat(counted)))
-        for sums_5, part in zip(counted, total.split(5), strict=True):
-            sums_5.copy_(part)
-        return router_load("causal", self.causal_statistics)
 
     def _sum_over_rows(self, tensor: torch.Tensor) -> torch.Tensor:
         """And over the parts of rows: torchtitan's "loss" mesh has both."""
@@ -192,9 +183,8 @@ class Validation(Validator):
         """Entropy of the labels of each modality, nats: what no model of single tokens can beat."""
         counts_V = torch.zeros(vocabulary.size, dtype=torch.float64)
         for batch in self.parts:
-            labels_T = batch.labels_BS.reshape(-1)
-            counted_T = label_members(labels_T, vocabulary.modality_of(labels_T)).any(0)
-            counts_V += torch.bincount(labels_T[counted_T], minlength=vocabulary.size)
+            labels_R = batch.labels_BS[batch.labels_BS != IGNORE_LABEL]
+            counts_V += torch.bincount(labels_R, minlength=vocabulary.size)
         counts_V = self._sum_over_rows(counts_V.to(titan_utils.device_type)).cpu()
         modality_V = vocabulary.modality_of(torch.arange(vocabulary.size))
         entropies = []
@@ -203,20 +193,3 @@ class Validation(Validator):
             share = counts / counts.sum()
             entropies.append(float(-(share * share.log()).sum()))
         return entropies
-
-
-@contextmanager
-def evaluating(model: Decoder | Pipeline) -> Iterator[None]:
-    """Evaluation mode with budgets from actual counts; puts everything back."""
-    routers = [module for module in model.modules() if isinstance(module, Router)]
-    budgets = [router.budget for router in routers]
-    was_training = model.training
-    model.eval()
-    for router in routers:
-        router.budget = "exact"
-    try:
-        yield
-    finally:
-        model.train(was_training)
-        for router, budget in zip(routers, budgets, strict=True):
-            router.budget = budget

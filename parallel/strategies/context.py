@@ -23,16 +23,20 @@ from torchtitan.config import ParallelismConfig, TrainingConfig
 from torchtitan.distributed import ParallelDims
 
 from earlyfuse.kernels.selective_scan import backend_for, op, segment_decay
+from earlyfuse.models.blocks.sequence_shard import FullSequence, SequenceShard
 from earlyfuse.models.decoder import Decoder
 
 
-def positions_here(parallel_dims: ParallelDims, seq_len: int) -> slice:
-    """The positions of each row that this rank has."""
+def sequence_shard(parallel_dims: ParallelDims) -> SequenceShard:
+    """The part of each row that this rank has, for ``ForwardSettings``."""
     mesh = parallel_dims.get_optional_mesh("cp")
-    if mesh is None:
-        return slice(0, seq_len)
-    size = seq_len // mesh.size()
-    return slice(mesh.get_local_rank() * size, (mesh.get_local_rank() + 1) * size)
+    return FullSequence() if mesh is None else ContextParallelShard(mesh)
+
+
+def positions_here(shard: SequenceShard, seq_len: int) -> slice:
+    """The positions of each row of ``seq_len`` that belong to ``shard``."""
+    size = seq_len // shard.parts
+    return slice(shard.index * size, (shard.index + 1) * size)
 
 
 class ContextParallelShard:

@@ -1,4 +1,4 @@
-"""Norms of gradients, whatever is spread how, and clipping by them."""
+"""Norms of gradients, whatever is sharded how, and clipping by them."""
 
 from collections.abc import Iterable, Sequence
 from math import prod
@@ -8,47 +8,63 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 
-@torch.no_grad()
-def clip(
-    groups: Sequence[Iterable[torch.Tensor]], max_norm: float, pipeline_ranks: int = 1
-) -> torch.Tensor:
-    """Scale the gradients of each group of parameters, in place, so that their joint norm is at
-    most ``max_norm``.
+class GradientClipping:
+    """Scales the gradients of each group of parameters so that their joint norm is at most
+    ``max_norm``.
 
-    Returns the norm of each group before, equal on all ranks; 0 of one without gradients. Each rank
-    sums the squares of what it holds, divided by the number of ranks that hold the same; one
+    Each rank sums the squares of its shards, divided by the number of ranks that hold the same; one
     all-reduce of a number for each group adds them up. Of ``pipeline_ranks`` ranks each has
     gradients of its own.
     """
-    gradients = [[p.grad for p in group if p.grad is not None] for group in groups]
-    alike = dist.get_world_size() // pipeline_ranks
-    any_gradient = next(gradient for group in gradients for gradient in group)
-    totals = torch.zeros(len(gradients), device=any_gradient.device)
-    for index, group in enumerate(gradients):
-        if group:
-            totals[index] = _squares(group, alike)
-    if dist.get_world_size() > 1:
-        totals = _sum_over_ranks(totals, any_gradient)
-    norms = totals.sqrt()
-    for group, norm in zip(gradients, norms, strict=True):
-        if group:
-            torch._foreach_mul_(_held(group), (max_norm / (norm + 1e-6)).clamp(max=1.0))
-    return norms
+
+    def __init__(
+        self, groups: Sequence[Iterable[torch.Tensor]], max_norm: float, pipeline_ranks: int = 1
+    ):
+        self.groups = [list(group) for group in groups]
+        self.max_norm = max_norm
+        self.alike = dist.get_world_size() // pipeline_ranks
+        # (group, gradients) → ranks that hold the same, by gradient
+        self.copies: dict[tuple[int, int], torch.Tensor] = {}
+
+    @torch.no_grad()
+    def __call__(self) -> torch.Tensor:
+        """Clip, in place. Returns the norm of each group before, equal on all ranks; 0 without
+        gradients. No host synchronisation, but in the first call.
+        """
+        gradients = [[p.grad for p in group if p.grad is not None] for group in self.groups]
+        any_gradient = next(gradient for group in gradients for gradient in group)
+        totals = torch.zeros(len(gradients), device=any_gradient.device)
+        for index, group in enumerate(gradients):
+            if group:
+                totals[index] = self._squares(index, group)
+        if dist.get_world_size() > 1:
+            totals = _sum_over_ranks(totals, any_gradient)
+        norms = totals.sqrt()
+        for group, norm in zip(gradients, norms, strict=True):
+            if group:
+                factor = (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
+                torch._foreach_mul_(_shards(group), factor)
+        return norms
+
+    def _squares(self, index: int, gradients: list[torch.Tensor]) -> torch.Tensor:
+        """Sum of the squares of this rank's shards, each divided by the ranks that hold the same.
+
+        Those numbers are on the device from the first step on: they follow from the layout.
+        """
+        norms = torch.stack(torch._foreach_norm(_shards(gradients))).float()
+        key = (index, len(gradients))
+        if key not in self.copies:
+            copies = [self.alike // _shard_count(gradient) for gradient in gradients]
+            self.copies[key] = torch.tensor(copies, device=norms.device)
+        return (norms.square() / self.copies[key]).sum()
 
 
-def _squares(gradients: list[torch.Tensor], alike: int) -> torch.Tensor:
-    """Sum of the squares of what this rank holds, each divided by the ranks that hold the same."""
-    norms = torch.stack(torch._foreach_norm(_held(gradients))).float()
-    copies = torch.tensor([alike // _parts(g) for g in gradients], device=norms.device)
-    return (norms.square() / copies).sum()
-
-
-def _held(gradients: list[torch.Tensor]) -> list[torch.Tensor]:
+def _shards(gradients: list[torch.Tensor]) -> list[torch.Tensor]:
     return [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
 
 
-def _parts(gradient: torch.Tensor) -> int:
-    """Parts that a gradient is cut into, each on a rank of its own."""
+def _shard_count(gradient: torch.Tensor) -> int:
+    """Shards that a gradient has, each on a rank of its own."""
     if not isinstance(gradient, DTensor):
         return 1
     mesh = gradient.device_mesh
@@ -58,7 +74,7 @@ def _parts(gradient: torch.Tensor) -> int:
 
 
 def _sum_over_ranks(totals: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-    """Under CPU offload gradients lie on the host, but the ranks' collectives are on the device."""
+    """Under CPU offload gradients are on the host, but the ranks' collectives on the device."""
     if isinstance(gradient, DTensor):
         totals = totals.to(gradient.device_mesh.device_type)
     dist.all_reduce(totals)

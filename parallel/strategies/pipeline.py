@@ -22,7 +22,9 @@ from torch.distributed.pipelining.schedules import PipelineScheduleMulti, get_sc
 from torchtitan.config import TORCH_DTYPE_MAP, ParallelismConfig, TrainingConfig
 from torchtitan.distributed import ParallelDims
 
+from earlyfuse.models.batch import MixedBatch
 from earlyfuse.models.blocks.experts import ExpertPool
+from earlyfuse.models.context import ForwardSettings
 from earlyfuse.models.decoder import Decoder, Loss
 from earlyfuse.parallel import compat
 
@@ -51,36 +53,35 @@ class Pipeline(nn.Module):
         ``microbatches``: arguments of ``Decoder.forward``; their ``loss`` returns what to minimise,
         and is called on the ranks of the last stage alone.
         """
-        others = [dict(arguments) for arguments in microbatches]
-        tokens = [(arguments.pop("tokens_BS"),) for arguments in others]
+        tokens = [(arguments["batch"].tokens_BS,) for arguments in microbatches]
         self.schedule.step(
             arg_mbs=tokens if self.stages[0].is_first else None,
-            kwarg_mbs=others,
-            target_mbs=[None] * len(others),
+            kwarg_mbs=microbatches,
+            target_mbs=[None] * len(microbatches),
             return_outputs=False,
         )
 
     @torch.no_grad()
     def forward(
         self,
-        tokens_BS: torch.Tensor,
-        modality_BS: torch.Tensor,
-        positions_BS: torch.Tensor,
-        span_BS: torch.Tensor | None = None,
+        batch: MixedBatch,
+        settings: ForwardSettings | None = None,
+        *,
         loss: Loss | None = None,
     ) -> Any:
-        """What ``Decoder.forward`` returns of any number of rows, without gradients; None where the
-        last stage is not.
+        """``Decoder.forward`` of any number of rows without gradients; None except from the last
+        stage.
         """
         for stage in self.stages:
             ranks, index = dist.get_world_size(stage.group), stage.stage_index
-            x = tokens_BS
+            x = tokens_BS = batch.tokens_BS
             if not stage.is_first:
                 x = torch.empty(
                     tokens_BS.numel(), self.config.dim, dtype=self.dtype, device=tokens_BS.device
                 )
                 dist.recv(x, group=stage.group, group_src=(index - 1) % ranks)
-            x = stage.submod(x, modality_BS, positions_BS, span_BS, loss)  # (T, D) but at last
+            # (T, D), except from the last stage
+            x = stage.submod(x, batch=batch, settings=settings, loss=loss)
             if stage.is_last:
                 return x
             dist.send(x, group=stage.group, group_dst=(index + 1) % ranks)
@@ -116,6 +117,7 @@ def pipeline(
     for index in rank_stages(parallelism, mesh.get_local_rank()):
         part = deepcopy(model)
         part.keep(blocks[index])
+        part.register_forward_pre_hook(_take_activations, with_kwargs=True)
         parts.append(parallelize_fn(part, **settings))
         stages.append(
             PipelineStage(
@@ -137,6 +139,13 @@ def pipeline(
     )
     whole = Pipeline(parts, stages, schedule, dtype)
     return whole, parts, stages[0].is_first, stages[-1].is_last
+
+
+def _take_activations(
+    part: nn.Module, inputs: tuple[torch.Tensor], arguments: dict[str, Any]
+) -> tuple[tuple[()], dict[str, Any]]:
+    """A schedule hands over what travels as the first argument; a ``Decoder`` has it last."""
+    return (), arguments | {"x_TD": inputs[0]}
 
 
 # ---------------------------------------------------------------- who holds what

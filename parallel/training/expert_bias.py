@@ -1,52 +1,50 @@
-"""Even load with token choice: selection biases follow what all ranks counted, once a step.
+"""Load balancing of token choice: selection biases follow the load over all ranks, once a step.
 
 No auxiliary loss (arXiv 2408.15664). Every rank counts the rows that its tokens gave each expert,
-over all micro-batches of a step; the sums over ranks are the same everywhere, so the biases stay so
-too. A skipped step moves no bias. Recomputation counts twice, but everything, so that no sign
-changes.
+over all micro-batches of a step; the sums over ranks are the same everywhere, and so are the
+biases. A skipped step moves no bias. Recomputation counts everything twice, which changes no sign.
 
 E experts of a pool.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Sequence
 
 import torch
 from torch import nn
+from torchtitan.distributed import ParallelDims
 
-from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.routing.router import Router
-from earlyfuse.parallel.training.step_metrics import pools_by_place, routers_by_place
+from earlyfuse.parallel.training.rank_sums import all_stages, is_first_along, sum_over_ranks
 
 
-class ExpertBalance:
-    """The routers of a model that balance themselves; of a pipeline, also those of other ranks."""
+class ExpertBias:
+    """Moves the biases of all routers that balance their own load."""
 
-    def __init__(self, parts: Iterable[nn.Module], model: Decoder.Config, device: torch.device):
-        here = routers_by_place(parts)
-        self.routers: list[Router | None] = []
-        self.loads: list[torch.Tensor] = []  # (E,) each, int64
-        for place, pool in pools_by_place(model):
-            if pool.router.bias_rate:
-                router = here.get(place)
-                elsewhere = torch.zeros(pool.experts, dtype=torch.int64, device=device)
-                self.routers.append(router)
-                self.loads.append(elsewhere if router is None else router.load_E)
+    def __init__(self, parts: Sequence[nn.Module], parallel_dims: ParallelDims):
+        routers = {
+            name: module
+            for part in parts
+            for name, module in part.named_modules()
+            if isinstance(module, Router) and module.config.bias_rate
+        }
+        self.routers = routers
+        # ranks of one tensor-parallel group have the same tokens: one of them counts
+        self.counts = is_first_along(parallel_dims, "tp")
+        sizes = {name: len(router.load_E) for name, router in routers.items()}
+        self.sizes: dict[str, int] = all_stages(sizes, parallel_dims)
 
-    def update(
-        self, sum_over_ranks: Callable[[torch.Tensor], torch.Tensor], counts: bool, taken: bool
-    ) -> None:
-        """After a step: move the biases if it was ``taken``, and count anew.
-
-        ``counts``: whether this rank's tokens are not another's too.
-        """
-        if not self.routers:
+    @torch.no_grad()
+    def __call__(self, taken: torch.Tensor) -> None:
+        """Move the biases if the step was taken; count from 0 again."""
+        if not self.sizes:
             return
-        if taken:
-            total = sum_over_ranks(torch.cat(self.loads) * counts)
-            for router, load_E in zip(
-                self.routers, total.split([len(load_E) for load_E in self.loads]), strict=True
-            ):
-                if router is not None:
-                    router.balance(load_E)
-        for load_E in self.loads:
-            load_E.zero_()
+        loads = {
+            name: self.routers[name].load_E * self.counts
+            if name in self.routers
+            else torch.zeros(size, dtype=torch.int64, device=taken.device)
+            for name, size in self.sizes.items()
+        }
+        loads = sum_over_ranks(loads)
+        for name, router in self.routers.items():
+            router.balance(loads[name], taken)
+            router.load_E.zero_()

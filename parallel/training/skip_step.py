@@ -1,17 +1,21 @@
-"""Steps that are not taken: non-finite ones, and, if asked for, spikes of loss or gradient norm.
+"""Skipped steps: non-finite ones, and, if asked for, spikes of loss or gradient norm.
 
-A skipped step leaves parameters and optimizer untouched. Data and learning-rate schedule go on, as
-both follow the step number. The rule sees sums over all ranks only, hence every rank comes to the
-same answer, and its memory is in every checkpoint: a resumed run skips what the unbroken one does.
+A skipped step leaves parameters and optimizer untouched. Data and learning-rate schedule move on,
+as both follow the step number. The decision is made on the device, where the optimizer reads it:
+the host waits for nothing. It learns of a step at the end of the next one, or sooner where the step
+is logged, validated or saved, and then counts and reports. The rule sees sums over all ranks only,
+hence every rank comes to the same answer, and its memory is in every checkpoint: a resumed run
+skips what the unbroken one does.
 
 The guard against spikes follows OLMo-core's ``SkipStepOptimizer``: a step is skipped when its loss
 or gradient norm lies more than ``deviations`` standard deviations above the mean of the last
 ``window`` steps. Spikes themselves enter the window, so that a level that stays is accepted.
+
+W steps of the window.
 """
 
 import json
 import math
-import statistics
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,15 +24,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
+from torchtitan.components.optimizer import OptimizersContainer
 from torchtitan.config import Configurable
 
 from earlyfuse.data.json_files import JsonObject, load_json
 from earlyfuse.parallel.reporting import rank_log
-from earlyfuse.parallel.training.step_metrics import StepTotals
+from earlyfuse.parallel.training.host_copy import HostCopy
+
+QUANTITIES = ("loss", "gradient norm")
 
 
 class SkipRule(Configurable):
-    """Judges each step before the optimizer takes it, and counts."""
+    """Decides on the device whether a step is taken; counts and reports on the host."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(Configurable.Config):
@@ -39,7 +46,7 @@ class SkipRule(Configurable):
         """Also skip steps whose loss or gradient norm is far above that of the steps before."""
 
         window: int = 128
-        """Steps that the guard compares with; it begins to judge when half of them are there."""
+        """Steps that the guard compares with; it starts to judge when half of them are there."""
 
         deviations: float = 6.0
         """Standard deviations above the mean at which the guard skips."""
@@ -66,33 +73,64 @@ class SkipRule(Configurable):
         self.in_a_row = 0
         self.origin = ""  # of the present run of skipped steps: step, reason and ranks
         self.past: deque[tuple[float, float]] = deque(maxlen=config.window)
+        self._window: Window | None = None  # the same on the device, of the latest step
+        self._pending: deque[tuple[int, HostCopy]] = deque()
 
-    def check(
+    def decide(
         self,
         step: int,
-        totals: StepTotals,
-        own_sums: torch.Tensor,
-        parameters: Iterable[torch.Tensor],
-        last_checkpoint: str,
-    ) -> bool:
-        """Whether the optimizer may take ``step``; counts and says it when it may not.
+        loss: torch.Tensor,
+        grad_norm: torch.Tensor,
+        own_sums: Iterable[torch.Tensor],
+    ) -> torch.Tensor:
+        """Whether the optimizer may take ``step``, a bool tensor on the device of ``loss``.
 
-        ``own_sums`` are this rank's loss sums. Raises ``RuntimeError``, on all ranks, when no later
-        step could be taken either, or too many in a row were not.
+        ``loss`` in nats per label and ``grad_norm`` are those of all ranks, ``own_sums`` this
+        rank's sums of losses. No host synchronisation.
         """
-        reason = self.reason(totals.loss, totals.grad_norm)
-        if not reason:
-            self.in_a_row, self.origin = 0, ""
-            return True
-        what = f"step {step} skipped: {reason}"
-        if not is_finite(totals.loss, totals.grad_norm):
-            losses, poisoned = ranks_not_finite(own_sums, parameters)
-            if poisoned:
-                raise RuntimeError(
-                    f"parameters on ranks {poisoned} are not finite at step {step}: no later step "
-                    f"can be either; resume from the last good checkpoint, {last_checkpoint}"
-                )
-            what += f" (first on ranks {losses})" if losses else " (only in the gradients)"
+        self._device = loss.device
+        values_2 = torch.stack([loss.double(), grad_norm.to(loss.device).double()])
+        finite = values_2.isfinite().all()
+        taken, statistics_4 = finite, torch.zeros(4, dtype=torch.float64, device=loss.device)
+        if self.config.spike_guard:
+            if self._window is None:
+                self._window = Window(self.past, self.config.window, loss.device)
+            spike, statistics_4 = self._window.judge(values_2, self.config.deviations)
+            taken = finite & ~spike
+            self._window.push(values_2, finite)
+        own_finite = torch.stack([sums.isfinite().all() for sums in own_sums]).all()
+        flags_2 = torch.stack([taken, own_finite]).double()
+        self._pending.append((step, HostCopy(torch.cat([flags_2, values_2, statistics_4]))))
+        return taken
+
+    def settle(
+        self, parameters: Iterable[torch.Tensor], last_checkpoint: str, but_last: int = 0
+    ) -> None:
+        """Count and report the decided steps, ``but_last`` the latest ones.
+
+        Raises ``RuntimeError``, on all ranks, when no later step could be taken either, or too many
+        in a row were not.
+        """
+        while len(self._pending) > but_last:
+            step, record = self._pending.popleft()
+            taken, own_finite, loss, grad_norm, *statistics = record.read()
+            if self.config.spike_guard and is_finite(loss, grad_norm):
+                self.past.append((loss, grad_norm))
+            if taken:
+                self.in_a_row, self.origin = 0, ""
+                continue
+            what = f"step {step} skipped: {self.reason(loss, grad_norm, statistics)}"
+            if not is_finite(loss, grad_norm):
+                losses, poisoned = ranks_not_finite(bool(own_finite), parameters, self._device)
+                if poisoned:
+                    raise RuntimeError(
+                        f"non-finite parameters on ranks {poisoned} at step {step}: the run cannot "
+                        f"recover; resume from the last good checkpoint, {last_checkpoint}"
+                    )
+                what += f" (first on ranks {losses})" if losses else " (only in the gradients)"
+            self._count(what, last_checkpoint)
+
+    def _count(self, what: str, last_checkpoint: str) -> None:
         self.total += 1
         self.in_a_row += 1
         self.origin = self.origin or what
@@ -104,31 +142,25 @@ class SkipRule(Configurable):
                 f"the last good checkpoint is {last_checkpoint}. Lower the learning rate, look at "
                 "data and hosts, or raise skip.max_skipped"
             )
-        return False
 
-    def reason(self, loss: float, grad_norm: float) -> str:
-        """Why the step of this loss (nats) and gradient norm must be skipped; "" if it must not."""
+    def reason(self, loss: float, grad_norm: float, statistics: list[float]) -> str:
+        """Why a step of this loss (nats) and gradient norm was skipped; ``statistics``: mean and
+        deviation of both in the window.
+        """
         if not is_finite(loss, grad_norm):
             return f"loss {loss:.4g} and gradient norm {grad_norm:.4g} must be finite"
-        if not self.config.spike_guard:
-            return ""
-        past = list(self.past)
-        self.past.append((loss, grad_norm))
-        if len(past) < self.config.window // 2:
-            return ""
-        for name, value, values in zip(
-            ("loss", "gradient norm"), (loss, grad_norm), zip(*past, strict=True), strict=True
-        ):
-            mean, deviation = statistics.fmean(values), statistics.stdev(values)
-            if value - mean > self.config.deviations * deviation:
-                return (
-                    f"{name} {value:.4g} is more than {self.config.deviations:g} standard "
-                    f"deviations ({deviation:.2g}) above the mean ({mean:.4g}) of {len(past)} steps"
-                )
-        return ""
+        name, value, mean, deviation = max(
+            zip(QUANTITIES, (loss, grad_norm), statistics[::2], statistics[1::2], strict=True),
+            key=lambda found: (found[1] - found[2]) / max(found[3], 1e-300),
+        )
+        return (
+            f"{name} {value:.4g} is more than {self.config.deviations:g} standard deviations "
+            f"({deviation:.2g}) above the mean ({mean:.4g}) of the steps before"
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """``total`` skipped steps of the run, and the rest as JSON, which keeps floats exactly."""
+        assert not self._pending, "settle comes before a checkpoint"
         memory = {"in_a_row": self.in_a_row, "origin": self.origin, "past": list(self.past)}
         return {"total": self.total, "memory": json.dumps(memory)}
 
@@ -144,6 +176,50 @@ class SkipRule(Configurable):
         self.origin = memory.field("origin", str)
         self.past.clear()
         self.past.extend((loss, grad_norm) for loss, grad_norm in past)
+        self._window = None
+
+
+class Window:
+    """Loss and gradient norm of the last steps, on the device: (2, W), the latest on the right."""
+
+    def __init__(self, past: Iterable[tuple[float, float]], size: int, device: torch.device):
+        values = list(past)
+        self.values_2W = torch.zeros(2, size, dtype=torch.float64, device=device)
+        if values:
+            self.values_2W[:, -len(values) :] = torch.tensor(values, dtype=torch.float64).t()
+        self.used = torch.full((), len(values), device=device)
+
+    def judge(self, values_2: torch.Tensor, deviations: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Whether a step of these values is a spike, and mean and deviation of both (4,)."""
+        size = self.values_2W.shape[1]
+        there_W = torch.arange(size, device=values_2.device) >= size - self.used
+        mean_2 = (self.values_2W * there_W).sum(1) / self.used.clamp_min(1)
+        squares_2W = (self.values_2W - mean_2[:, None]).square() * there_W
+        deviation_2 = (squares_2W.sum(1) / (self.used - 1).clamp_min(1)).sqrt()
+        spike = (values_2 - mean_2 > deviations * deviation_2).any() & (self.used >= size // 2)
+        return spike, torch.stack([mean_2, deviation_2], 1).flatten()
+
+    def push(self, values_2: torch.Tensor, wanted: torch.Tensor) -> None:
+        """Take in a step, where ``wanted`` is true."""
+        pushed_2W = torch.cat([self.values_2W[:, 1:], values_2[:, None]], 1)
+        self.values_2W = torch.where(wanted, pushed_2W, self.values_2W)
+        self.used = (self.used + wanted).clamp_max(self.values_2W.shape[1])
+
+
+def step_unless_skipped(optimizers: OptimizersContainer, taken: torch.Tensor) -> None:
+    """One optimizer step where ``taken`` is true; else parameters, moments and counts stay.
+
+    Fused optimizers look at a flag on the device, made for gradient scalers. For others the host
+    waits.
+    """
+    for optimizer in optimizers:
+        if getattr(optimizer, "_step_supports_amp_scaling", False):
+            device = optimizer.param_groups[0]["params"][0].device
+            optimizer.found_inf = (~taken).to(device, torch.float32)
+            optimizer.step()
+            del optimizer.found_inf
+        elif taken:
+            optimizer.step()
 
 
 def is_finite(loss: float, grad_norm: float) -> bool:
@@ -153,16 +229,16 @@ def is_finite(loss: float, grad_norm: float) -> bool:
 
 @torch.no_grad()
 def ranks_not_finite(
-    sums: torch.Tensor, parameters: Iterable[torch.Tensor]
+    own_finite: bool, parameters: Iterable[torch.Tensor], device: torch.device
 ) -> tuple[list[int], list[int]]:
-    """Ranks whose own loss ``sums``, and ranks whose part of the ``parameters``, are not finite.
+    """Ranks whose own loss sums, and ranks whose shards of the ``parameters``, are not finite.
 
     All ranks call it, and all get the same lists.
     """
-    held = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
-    sound = torch.stack([h.isfinite().all() for h in held]).all()
-    bad_2R = torch.zeros(2, dist.get_world_size(), device=sums.device)
-    bad_2R[0, dist.get_rank()] = ~sums.isfinite().all()
+    shards = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
+    sound = torch.stack([shard.isfinite().all() for shard in shards]).all()
+    bad_2R = torch.zeros(2, dist.get_world_size(), device=device)
+    bad_2R[0, dist.get_rank()] = not own_finite
     bad_2R[1, dist.get_rank()] = ~sound
     if dist.get_world_size() > 1:
         dist.all_reduce(bad_2R)
@@ -173,14 +249,14 @@ def ranks_not_finite(
 
 
 def not_finite(states: dict[str, Any]) -> list[str]:
-    """Names of the tensors whose part on this rank has a value that is not finite."""
-    held = {
+    """Names of the tensors whose shard on this rank has a value that is not finite."""
+    shards = {
         name: value.to_local() if isinstance(value, DTensor) else value
         for name, value in states.items()
         if isinstance(value, torch.Tensor) and value.is_floating_point()
     }
-    if not held:
+    if not shards:
         return []
-    device = next(iter(held.values())).device
-    finite = torch.stack([value.isfinite().all().to(device) for value in held.values()])
-    return [name for name, good in zip(held, finite.tolist(), strict=True) if not good]
+    device = next(iter(shards.values())).device
+    finite = torch.stack([value.isfinite().all().to(device) for value in shards.values()])
+    return [name for name, good in zip(shards, finite.tolist(), strict=True) if not good]

@@ -1,70 +1,43 @@
-"""Sums of one step over all ranks, read by the host in one go, and the metrics that follow."""
+"""Metrics of a step: losses by modality and source, work done, statistics of routers.
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+N data sources, M modality ids.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import nn
+from torchtitan.distributed import ParallelDims
 
-from earlyfuse.models.blocks.branch import Branch
-from earlyfuse.models.blocks.experts import ExpertPool
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.flops import training_flops
-from earlyfuse.models.routing.router_stats import CausalStats, RouterStats
+from earlyfuse.models.routing.router_stats import Statistics
 from earlyfuse.models.vocabulary import Modality
+from earlyfuse.parallel.training.rank_sums import all_stages, is_first_along, sum_over_ranks
 
-MODALITIES = len(Modality)
 
+def losses(
+    sums: dict[str, torch.Tensor], labels_NM: torch.Tensor, sources: Sequence[str], prefix: str = ""
+) -> dict[str, float]:
+    """Each sum per label: of all labels, of each modality and of each source that has some.
 
-@dataclass(frozen=True)
-class StepTotals:
-    """One step over all ranks; lists are by modality id."""
-
-    tokens_M: list[int]
-    labels_M: list[int]
-    asked_to_stop: int
-    """Ranks that were asked to stop before this step."""
-    nll_M: list[float]
-    z_M: list[float]
-    grad_norm: float
-
-    @classmethod
-    def read(
-        cls, counts: torch.Tensor, sums_2M: torch.Tensor, grad_norm: torch.Tensor
-    ) -> "StepTotals":
-        """The one place in a step where the host waits for the device.
-
-        ``counts`` int64 (2M + 1): tokens, labels, ranks asked to stop. ``sums_2M`` (2, M): nll and
-        log² Z. ``grad_norm`` a scalar.
-        """
-        parts = (counts, sums_2M.flatten(), grad_norm.reshape(1).to(counts.device))
-        values = torch.cat([part.double() for part in parts]).tolist()
-        whole = [int(value) for value in values[: len(counts)]]
-        return cls(
-            whole[:MODALITIES],
-            whole[MODALITIES:-1],
-            whole[-1],
-            values[len(counts) : -1 - MODALITIES],
-            values[-1 - MODALITIES : -1],
-            values[-1],
-        )
-
-    @property
-    def loss(self) -> float:
-        """Nats per label."""
-        return sum(self.nll_M) / max(sum(self.labels_M), 1)
-
-    def losses(self, z_loss: float) -> dict[str, float]:
-        """Loss, loss per modality that has labels, and the z-loss of weight ``z_loss``."""
-        losses = {"loss": self.loss}
-        losses |= {
-            f"loss/{m.label}": self.nll_M[m] / self.labels_M[m]
-            for m in Modality
-            if self.labels_M[m]
+    ``sums``: name → (N, M) over all ranks; ``labels_NM``: labels of this step; both on the host.
+    Names: "loss", "loss/text", "loss_by_source/pairs", each behind ``prefix``.
+    """
+    labels_M, labels_N = labels_NM.sum(0).tolist(), labels_NM.sum(1).tolist()
+    found: dict[str, float] = {}
+    for name, sums_NM in sums.items():
+        sums_M, sums_N = sums_NM.double().sum(0).tolist(), sums_NM.double().sum(1).tolist()
+        name = prefix + name
+        found[name] = sum(sums_M) / max(sum(labels_M), 1)
+        found |= {f"{name}/{m.label}": sums_M[m] / labels_M[m] for m in Modality if labels_M[m]}
+        found |= {
+            f"{name}_by_source/{source}": sums_N[n] / labels_N[n]
+            for n, source in enumerate(sources)
+            if labels_N[n]
         }
-        losses["z_loss"] = z_loss * sum(self.z_M) / max(sum(self.labels_M), 1)
-        return losses
+    return found
 
 
 def work_done(model: Decoder.Config, seq_len: int, tokens_M: torch.Tensor) -> dict[str, float]:
@@ -77,71 +50,58 @@ def work_done(model: Decoder.Config, seq_len: int, tokens_M: torch.Tensor) -> di
     return done
 
 
-def router_statistics(
-    parts: Iterable[nn.Module], model: Decoder.Config, device: torch.device
-) -> dict[str, RouterStats]:
-    """``layer3.pool1`` … → statistics of every router of ``model``, in order; of token choice,
-    ``layer3.pool0.text`` where its experts serve single modalities.
+class ModelStatistics:
+    """All ``Statistics`` of a model, those on other pipeline stages included."""
 
-    Those of the ``parts`` that are here, else new ones that count nothing: so all ranks of a
-    pipeline have the same sums to add up.
+    def __init__(
+        self, parts: Sequence[nn.Module], model: Decoder.Config, parallel_dims: ParallelDims
+    ):
+        here = {
+            metric_name(name, module, model.modalities): module
+            for part in parts
+            for name, module in part.named_modules()
+            if isinstance(module, Statistics)
+        }
+        self.found: dict[str, Statistics] = all_stages(here, parallel_dims)
+        # ranks of one tensor-parallel group compute the same sums: one of them counts
+        self.counts = is_first_along(parallel_dims, "tp")
+
+    def pop(self, kind: str = "") -> dict[str, float]:
+        """Metrics over all ranks since the last call, of one kind or all; counts from 0 again."""
+        chosen = {name: s for name, s in self.found.items() if kind in ("", s.kind)}
+        buffers = {
+            f"{name} {leaf}": buffer
+            for name, statistics in chosen.items()
+            for leaf, buffer in statistics.named_buffers()
+        }
+        totals = sum_over_ranks({name: b * self.counts for name, b in buffers.items()})
+        for name, buffer in buffers.items():
+            buffer.copy_(totals[name])
+        return {
+            f"{name}/{key}" if key else name: value
+            for name, statistics in chosen.items()
+            for key, value in statistics.pop().items()
+        }
+
+    def discard(self) -> None:
+        """Count from 0 again."""
+        for statistics in self.found.values():
+            statistics._init_self_buffers()
+
+    def __contains__(self, kind: str) -> bool:
+        return any(statistics.kind == kind for statistics in self.found.values())
+
+
+def metric_name(path: str, statistics: Statistics, modalities: Sequence[int]) -> str:
+    """``router/layer3.pool1`` of layers.3.feed_forward.pools.1.router.stats; with the modality
+    behind it where only one is counted.
     """
-    here = routers_by_place(parts)
-    statistics: dict[str, RouterStats] = {}
-    for place, pool in pools_by_place(model):
-        router = here.get(place)
-        for index, (group, new) in enumerate(pool.router.new_statistics(pool.experts).items()):
-            name = "" if group is None else f".{Modality(model.modalities[group]).label}"
-            found = None if router is None else router.statistics()[index]
-            statistics[place + name] = found or new.to(device)
-    return statistics
-
-
-def causal_statistics(
-    parts: Iterable[nn.Module], model: Decoder.Config, device: torch.device
-) -> dict[str, CausalStats]:
-    """The same of all causal routers."""
-    here = routers_by_place(parts)
-    statistics: dict[str, CausalStats] = {}
-    for place, pool in pools_by_place(model):
-        if pool.router.causal is not None:
-            router = here.get(place)
-            statistics[place] = CausalStats().to(device) if router is None else router.causal.stats
-    return statistics
-
-
-def pools_by_place(model: Decoder.Config) -> Iterator[tuple[str, ExpertPool.Config]]:
-    """``layer3.pool1`` … and the pool there, of all pools of ``model`` in order."""
-    for number, block in enumerate(model.layers):
-        for index, (_, pool, _, _) in enumerate(block.traverse(ExpertPool.Config)):
-            yield f"layer{number}.pool{index}", pool
-
-
-def routers_by_place(parts: Iterable[nn.Module]) -> dict[str, Any]:
-    """``layer3.pool1`` … → router of the pool there, of the pools in ``parts``."""
-    here: dict[str, Any] = {}
-    for name, module in (named for part in parts for named in part.named_modules()):
-        if isinstance(module, ExpertPool):
-            path = name.split(".")
-            layer, pool = (path[path.index(of) + 1] for of in ("layers", "pools"))
-            here[f"layer{layer}.pool{pool}"] = module.router
-    return here
-
-
-def branch_statistics(parts: Iterable[nn.Module]) -> dict[str, Any]:
-    """``layer3.attention`` … → what the branch there counts, of those that do, in order."""
-    found: dict[str, Any] = {}
-    for name, module in (named for part in parts for named in part.named_modules()):
-        if isinstance(module, Branch) and (counted := module.statistics()) is not None:
-            path = [one for one in name.split(".") if not one.startswith("_")]
-            found[f"layer{path[1]}.{'.'.join(path[2:])}"] = counted
-    return found
-
-
-def router_load(name: str, statistics: Mapping[str, Any]) -> dict[str, float]:
-    """What routers or branches recorded since the last call: ``name/layer3.pool1/…``."""
-    return {
-        f"{name}/{place}/{key}": value
-        for place, recorded in statistics.items()
-        for key, value in recorded.take().items()
-    }
+    parts = path.split(".")
+    places = [
+        f"{name.removesuffix('s')}{number}"
+        for name, number in pairwise(parts)
+        if number.isdigit() and name != "stats"
+    ]
+    if statistics.group is not None:
+        places.append(Modality(modalities[statistics.group]).label)
+    return "/".join(filter(None, [statistics.kind, ".".join(places)]))

@@ -249,7 +249,7 @@ def test_a_lane_keeps_its_share_of_all_media_together(data):
     config = LaneLoader.Config(sources=folders, global_batch_size=2, media_share=0.3, prefetch=0)
     loader = LaneLoader(config, dp_world_size=1, dp_rank=0, seq_len=64, local_batch_size=2)
     for step, (fields, _) in enumerate(loader):
-        assert set(fields["modality_BS"].unique().tolist()) <= {0, 1, 2}
+        assert set(fields["batch"].modality_BS.unique().tolist()) <= {0, 1, 2}
         if step == 150:
             break
     progress = loader.progress()["tokens"]

@@ -69,9 +69,6 @@ def three(folders) -> dict[Path, float]:
     return {folders["prose"]: 0.3, folders["pairs"]: 0.2, folders["mixed"]: 0.5}
 
 
-FIELDS = ("input", "modality_BS", "positions_BS", "span_BS")
-
-
 def steps(ranks: list[LaneLoader], number: int) -> list[dict[str, torch.Tensor]]:
     """``number`` global batches, their rows in lane order, from simulated ranks."""
     iterators = [iter(rank) for rank in ranks]
@@ -82,8 +79,8 @@ def steps(ranks: list[LaneLoader], number: int) -> list[dict[str, torch.Tensor]]
             for rank, iterator in zip(ranks, iterators, strict=True)
             for _ in range(len(rank.lanes) // rank.rows)
         ]
-        batch = {name: torch.cat([fields[name] for fields, _ in parts]) for name in FIELDS}
-        batches.append(batch | {"labels_BS": torch.cat([labels for _, labels in parts])})
+        fields = [inputs["batch"].tensors() for inputs, _ in parts]
+        batches.append({name: torch.cat([f[name] for f in fields]) for name in fields[0]})
     return batches
 
 
@@ -97,7 +94,7 @@ def assert_same(left, right) -> None:
 def pieces(batch, row: int):
     """(positions of a piece, its tokens, its labels), padding left out: a row as its positions
     divide it."""
-    tokens, labels = batch["input"][row].tolist(), batch["labels_BS"][row].tolist()
+    tokens, labels = batch["tokens_BS"][row].tolist(), batch["labels_BS"][row].tolist()
     starts = [i for i, p in enumerate(batch["positions_BS"][row].tolist()) if p == 0]
     for start, stop in zip(starts, [*starts[1:], len(tokens)], strict=True):
         if tokens[start] != PAD:
@@ -166,8 +163,14 @@ def test_fields_of_a_row_by_hand(tmp_path):
         [0, 0, 1, 1, 1, 1, 0, 0, *[0] * 5],
     ]
     assert batch.span_BS.tolist() == batch.modality_BS.tolist()
-    types = [torch.int64, torch.int64, torch.uint8, torch.int64, torch.int32]
-    assert [field.dtype for field in batch.tensors().values()] == types
+    assert batch.label_modality_BS.tolist() == [
+        [0, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0],
+        [0, 1, 1, 1, 1, 0, 0, *[0] * 6],
+    ]
+    assert batch.document_BS.tolist() == [[1] * 8 + [2] * 5, [1] + [2] * 7 + [0] * 5]
+    ints, bytes_ = (torch.int64,), (torch.uint8,)
+    types = (*ints * 2, *bytes_ * 2, torch.int32, torch.int64, torch.int32, torch.uint8)
+    assert tuple(field.dtype for field in batch.tensors().values()) == types
 
 
 def test_span_numbers_the_images_of_a_row(tmp_path):
@@ -217,7 +220,7 @@ def test_every_document_once_an_epoch_and_no_image_cut(three, media_share):
                     seen[name].append(whole)
                 else:
                     waiting.append([*so_far, *tokens, labels[-1]])
-            assert used + batch["input"][lane].tolist().count(PAD) == 24
+            assert used + batch["tokens_BS"][lane].tolist().count(PAD) == 24
         assert len(waiting) <= len(documents)
     for name, taken in seen.items():
         epochs = len(taken) // len(documents[name])
@@ -255,14 +258,14 @@ def test_lanes_together_take_each_document_exactly_once_an_epoch(three):
 def test_text_fills_the_room_an_image_leaves(folders):
     """With a text source there is never padding; without one only where a block did not fit."""
     filled = steps([loader({folders["prose"]: 0.2, folders["mixed"]: 0.8}, local=8)], 20)
-    assert not any((batch["input"] == PAD).any() for batch in filled)
+    assert not any((batch["tokens_BS"] == PAD).any() for batch in filled)
     alone = loader({folders["mixed"]: 1.0}, local=8)
     batches = steps([alone], 20)
-    padded = sum(int((batch["input"] == PAD).sum()) for batch in batches)
+    padded = sum(int((batch["tokens_BS"] == PAD).sum()) for batch in batches)
     assert 0 < padded <= 20 * 8 * (BLOCK + 1)
     assert alone.progress()["padding"] == pytest.approx(padded / (20 * 8 * 24))
     for batch in batches:
-        pad = batch["input"] == PAD
+        pad = batch["tokens_BS"] == PAD
         assert (batch["labels_BS"][pad] == IGNORE_LABEL).all() and not batch["positions_BS"][
             pad
         ].any()
@@ -305,7 +308,7 @@ def test_progress_counts_what_was_handed_out(three):
     batches = steps(ranks, 10)
     both = [rank.progress() for rank in ranks]
     modality = torch.cat([batch["modality_BS"] for batch in batches])
-    padding = sum(int((batch["input"] == PAD).sum()) for batch in batches)
+    padding = sum(int((batch["tokens_BS"] == PAD).sum()) for batch in batches)
     assert sum(p["tokens"]["image"] for p in both) == int((modality == 1).sum())
     assert sum(p["tokens"]["text"] for p in both) == int((modality == 0).sum()) - padding
     assert sum(p["rows"] for p in both) == 80
@@ -340,10 +343,10 @@ def test_a_running_iterator_continues_from_a_loaded_state(three, prefetch):
     steps([one], 3)
     saved, copy = one.state_dict(), one.state_dict()["lanes"].clone()
     running = iter(one)
-    expected = [next(running)[0]["input"] for _ in range(4)]
+    expected = [next(running)[0]["batch"].tokens_BS for _ in range(4)]
     assert torch.equal(saved["lanes"], copy), "a state must not change after it was taken"
     one.load_state_dict(saved)
-    assert all(torch.equal(next(running)[0]["input"], tokens) for tokens in expected)
+    assert all(torch.equal(next(running)[0]["batch"].tokens_BS, tokens) for tokens in expected)
 
 
 def test_dcp_restores_the_loader(three, tmp_path):
@@ -417,7 +420,7 @@ def test_a_state_within_a_step_is_refused(three):
 def test_empty_documents_are_passed_over(tmp_path):
     odd = write_source(tmp_path / "odd", [[], [BOS, 9, EOS], [], []], shards=1)
     (batch,) = steps([loader({odd: 1.0}, seq_len=6)], 1)
-    assert batch["input"].tolist() == [[BOS, 9, EOS] * 2] * 8
+    assert batch["tokens_BS"].tolist() == [[BOS, 9, EOS] * 2] * 8
 
 
 def test_several_ranks_need_a_mesh_to_save(three):
@@ -462,7 +465,7 @@ def test_a_broken_document_is_named_and_the_state_stays_whole(folders, tmp_path,
 
 @pytest.mark.parametrize("prefetch", [0, 2])
 def test_a_passing_error_loses_and_repeats_nothing(three, prefetch, monkeypatch):
-    expected = [fields["input"] for fields, _ in itertools.islice(loader(three), 40)]
+    expected = [fields["batch"].tokens_BS for fields, _ in itertools.islice(loader(three), 40)]
     read, reads = TokenSource.document, itertools.count()
 
     def fails_once(source, number):
@@ -473,9 +476,11 @@ def test_a_passing_error_loses_and_repeats_nothing(three, prefetch, monkeypatch)
     monkeypatch.setattr(TokenSource, "document", fails_once)
     one, handed = loader(three, prefetch=prefetch), []
     with pytest.raises(OSError, match="the disk is away"):
-        handed.extend(fields["input"] for fields, _ in one)
+        handed.extend(fields["batch"].tokens_BS for fields, _ in one)
     assert handed, "the error must come after some good batches"
-    handed.extend(fields["input"] for fields, _ in itertools.islice(one, 40 - len(handed)))
+    handed.extend(
+        fields["batch"].tokens_BS for fields, _ in itertools.islice(one, 40 - len(handed))
+    )
     assert all(torch.equal(a, b) for a, b in zip(handed, expected, strict=True))
 
 

@@ -18,6 +18,7 @@ from ranks import output_of, torchrun
 from tiny_runs import TIMES, state, tiny_config
 from toy import make_data
 
+from earlyfuse.parallel import compat
 from earlyfuse.parallel.reliability.rank_consistency import Facts, differences, flattened
 from earlyfuse.parallel.reliability.watchdog import DONE, Phase, Report, find_stall
 from earlyfuse.parallel.trainer import Trainer
@@ -148,11 +149,12 @@ def train(config, factors=None, until_step=None) -> Trainer:
     trainer = config.build()
     loss_of = trainer.loss_fn.loss_of
 
-    def spoiled(*labels):
+    def spoiled(*batch):
         def loss(*head):
-            found = loss_of(*labels)(*head)
+            found = loss_of(*batch)(*head)
             factor = (factors or {}).get(trainer.step, 1.0) if torch.is_grad_enabled() else 1.0
-            return found._replace(total=found.total * factor, nll_M=found.nll_M * factor)
+            sums = found.sums | {"loss": found.sums["loss"] * factor}
+            return found._replace(total=found.total * factor, sums=sums)
 
         return loss
 
@@ -162,6 +164,11 @@ def train(config, factors=None, until_step=None) -> Trainer:
     trainer.train()
     trainer.close()
     return trainer
+
+
+@pytest.fixture
+def alone():
+    compat.join_process_group_alone()
 
 
 def test_a_skipped_step_moves_data_and_schedule_but_neither_parameters_nor_moments(tmp_path, data):
@@ -212,19 +219,33 @@ def test_the_spike_guard_skips_what_stands_out_and_remembers_across_a_restart(tm
     assert train(config("quiet")).skip.total == 0
 
 
+def judged(rule: SkipRule, loss: float, grad_norm: float) -> str:
+    """What the rule says of one more step; "" if it is taken."""
+    values = torch.tensor([loss, grad_norm], dtype=torch.float64)
+    said = []
+    rule._count = lambda what, last_checkpoint: said.append(what)
+    taken = rule.decide(1, values[0], values[1], [values])
+    rule.settle([torch.ones(1)], "none")
+    assert bool(taken) == (not said)
+    return "".join(said)
+
+
+@pytest.mark.usefixtures("alone")
 def test_the_spike_rule():
-    rule = SkipRule.Config(spike_guard=True, window=8, deviations=3.0).build()
-    steady = [2.0, 2.1, 1.9, 2.05]
-    assert [rule.reason(loss, 9.9) for loss in (100.0, 1.0, 100.0, 1.0)] == [""] * 4  # too few
-    rule.past.clear()
-    assert [rule.reason(loss, 1.0 + loss / 10) for loss in steady * 2] == [""] * 8
-    assert rule.reason(1.0, 1.2) == "", "below the mean is no spike"
-    assert "loss 9 is more than 3 standard deviations" in rule.reason(9.0, 1.2)
-    assert "gradient norm 7 is more than 3" in rule.reason(2.0, 7.0)
+    def rule(**config) -> SkipRule:
+        return SkipRule.Config(window=8, deviations=3.0, **config).build()
+
+    few = rule(spike_guard=True)
+    assert [judged(few, loss, 9.9) for loss in (100.0, 1.0, 100.0, 1.0)] == [""] * 4
+    guard, steady = rule(spike_guard=True), [2.0, 2.1, 1.9, 2.05]
+    assert [judged(guard, loss, 1.0 + loss / 10) for loss in steady * 2] == [""] * 8
+    assert judged(guard, 1.0, 1.2) == "", "below the mean is no spike"
+    assert "loss 9 is more than 3 standard deviations" in judged(guard, 9.0, 1.2)
+    assert "gradient norm 7 is more than 3" in judged(guard, 2.0, 7.0)
     # what stays is accepted: it fills the window
-    assert [bool(rule.reason(50.0, 1.2)) for _ in range(8)].count(True) < 4
-    off = SkipRule.Config().build()
-    assert off.reason(1e9, 1e9) == "" and "must be finite" in off.reason(1.0, float("inf"))
+    assert [bool(judged(guard, 50.0, 1.2)) for _ in range(8)].count(True) < 4
+    off = rule()
+    assert judged(off, 1e9, 1e9) == "" and "must be finite" in judged(off, 1.0, float("inf"))
 
 
 # ---------------------------------------------------------------- who holds the job up

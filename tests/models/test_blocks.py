@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from batches import context_of
 
 from earlyfuse.models.blocks.attention import rotate
 from earlyfuse.models.blocks.linear import NORM_EPS, RMSNorm
@@ -14,7 +15,7 @@ B, S, N, H, D = 2, 7, 3, 8, 12
 def layout_of(positions: torch.Tensor) -> ForwardContext:
     generator = torch.Generator().manual_seed(3)
     modality = torch.randint(0, 2, positions.shape, generator=generator).to(torch.uint8)
-    return ForwardContext.build(modality, positions, (0, 1), H, 100.0)
+    return context_of(modality, positions, (0, 1), H, 100.0)
 
 
 def positions_of(start: int = 0) -> torch.Tensor:

@@ -1,15 +1,20 @@
 """Causal routers: what they learn, what they leave alone, and that they never look ahead."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
+from batches import batch_of
 from op_counts import forward_and_backward
 from tiny_runs import MODELS, SHAPE, metrics, moma, run, tiny_config
 from torchtitan.distributed.activation_checkpoint import FullAC
 
 from earlyfuse.configs import decoders, stages
+from earlyfuse.models.context import ForwardSettings
+from earlyfuse.models.generate.session import CAUSAL
 from earlyfuse.models.routes import group_of_rows
-from earlyfuse.models.routing.causal import normalise_over, routing
+from earlyfuse.models.routing.causal import check_causal
 from earlyfuse.models.routing.causal_router import CausalRouter, members
 from earlyfuse.models.routing.expert_choice import ExpertChoice, expert_choice
 from earlyfuse.parallel.strategies.activation_checkpointing import checkpoint_activations
@@ -48,12 +53,11 @@ def test_under_the_causal_rule_later_tokens_and_other_rows_move_nothing():
     changed_BS = tokens_BS.clone()
     changed_BS[0, S // 2 :] = (changed_BS[0, S // 2 :] + 7) % SHAPE.vocab_size
     changed_BS[1] = (changed_BS[1] + 11) % SHAPE.vocab_size
-    inputs = [(t, (t >= 32).to(torch.uint8)) for t in (tokens_BS, changed_BS)]
-    before, after = (model(*each)[0, : S // 2] for each in inputs)
+    inputs = [batch_of(t, (t >= 32).to(torch.uint8)) for t in (tokens_BS, changed_BS)]
+    before, after = (model(each)[0, : S // 2] for each in inputs)
     assert not torch.allclose(before, after, atol=1e-3), "batch routing does look ahead"
-    with routing(model, "causal"):
-        before, after = (model(*each)[0, : S // 2] for each in inputs)
-        alone = model(tokens_BS[:1, : S // 2], modality_BS[:1, : S // 2])[0]
+    before, after = (model(each, CAUSAL)[0, : S // 2] for each in inputs)
+    alone = model(batch_of(tokens_BS[:1, : S // 2], modality_BS[:1, : S // 2]), CAUSAL)[0]
     torch.testing.assert_close(before, after, rtol=0, atol=1e-5)
     torch.testing.assert_close(before, alone, rtol=0, atol=1e-5)
 
@@ -68,9 +72,8 @@ def test_the_causal_router_selects_and_the_main_router_weighs(at_least_one, weig
     router = config.build(dim=8, experts=3, share=1.0)
     for parameter in router.parameters():
         torch.nn.init.normal_(parameter)
-    router.rule = "causal"
     x_TD, eligible_T = torch.randn(40, 8), torch.arange(40) % 4 != 0
-    row_R, offset_G1, weight_R = router(x_TD, eligible_T, None)
+    row_R, offset_G1, weight_R = router(x_TD, eligible_T, SimpleNamespace(settings=CAUSAL))
     scores_TE = F.silu(x_TD @ router.causal.w_hidden.T) @ router.causal.w_score.T
     taken = {(e, t) for t in range(40) for e in range(3) if scores_TE[t, e] > 0}
     if at_least_one:
@@ -88,23 +91,25 @@ def test_the_causal_router_selects_and_the_main_router_weighs(at_least_one, weig
 
 
 def test_a_model_without_causal_routers_is_refused_by_name():
-    refused = pytest.raises(ValueError, match=r"layers.0.*pools.0.router.*no causal.*--train-only")
-    with refused, routing(moma().build(), "causal"):
-        pass
-    with routing(decoders.dense(SHAPE).build(), "causal"):
-        pass  # looks ahead nowhere
-    wrong = pytest.raises(ValueError, match='must be "batch" or "causal"')
-    with wrong, routing(moma().build(), "both"):
-        pass
+    with pytest.raises(ValueError, match=r"layers.0.*pools.0.router.*no causal.*--train-only"):
+        check_causal(moma().build())
+    check_causal(decoders.dense(SHAPE).build())  # looks ahead nowhere
+    model = moma().build()
+    model.init_states()
+    with pytest.raises(ValueError, match="has no causal router"):
+        model(batch_of(*batch()), CAUSAL)
+    with pytest.raises(ValueError, match='must be "batch" or "causal"'):
+        ForwardSettings(rule="both")
 
 
-def test_rules_are_put_back():
-    model = causal_model()
-    routers = [m for m in model.modules() if isinstance(m, ExpertChoice)]
-    with pytest.raises(RuntimeError), routing(model, "causal"):
-        assert {r.rule for r in routers} == {"causal"} and not any(r.static for r in routers)
-        raise RuntimeError
-    assert {r.rule for r in routers} == {"batch"} and all(r.static for r in routers)
+def test_the_rule_of_one_forward_is_not_that_of_the_next():
+    model = causal_model().eval()
+    inputs = batch_of(*batch())
+    with torch.no_grad():
+        before = model(inputs)
+        model(inputs, CAUSAL)
+        assert torch.equal(before, model(inputs))
+        assert not torch.allclose(before, model(inputs, CAUSAL), atol=1e-3)
 
 
 # ---------------------------------------------------------------- learning
@@ -128,7 +133,7 @@ def losses_by_hand(model, tokens_BS, modality_BS) -> torch.Tensor:
 
     hooks = [m.register_forward_hook(note) for m in model.modules() if isinstance(m, ExpertChoice)]
     with torch.no_grad():
-        model(tokens_BS, modality_BS)
+        model(batch_of(tokens_BS, modality_BS))
     for hook in hooks:
         hook.remove()
     total = torch.zeros(())
@@ -145,7 +150,7 @@ def losses_by_hand(model, tokens_BS, modality_BS) -> torch.Tensor:
 @pytest.mark.parametrize("recomputed", [False, True])
 def test_gradients_are_those_of_the_cross_entropy_and_reach_nothing_else(recomputed):
     model = causal_model(std=0.1)
-    normalise_over([model], 64)
+    step = ForwardSettings(step_tokens=64)
     losses_by_hand(model, *batch()).backward()
     expected = {n: p.grad.clone() for n, p in model.named_parameters() if ".causal." in n}
     assert all(p.grad is None for n, p in model.named_parameters() if ".causal." not in n)
@@ -155,7 +160,7 @@ def test_gradients_are_those_of_the_cross_entropy_and_reach_nothing_else(recompu
     main = moma().build()
     main.load_state_dict(model.state_dict(), strict=False)
     for built in (model, main):
-        built(*batch()).square().sum().backward()
+        built(batch_of(*batch()), step).square().sum().backward()
     for name, parameter in model.named_parameters():
         name = name.replace("_checkpoint_wrapped_module.", "")
         if ".causal." in name:
@@ -178,12 +183,11 @@ def test_a_recomputed_block_learns_the_choice_that_it_made():
 
 def test_in_training_nothing_of_a_causal_router_reads_a_value_on_the_host():
     router = CausalRouter.Config().build(dim=8, experts=2, share=1.0).to("meta")
-    router.stats.recording = True
     x_TD = torch.randn(64, 8, device="meta")
     eligible_T = torch.zeros(64, dtype=torch.bool, device="meta")
     logits_TE = torch.randn(64, 2, device="meta", requires_grad=True)
     routes = expert_choice(logits_TE, eligible_T, 2, budget=5, capacity_factor=1.0)
-    router.learn(x_TD, routes, eligible_T).sum().backward()
+    router.learn(x_TD, routes, eligible_T, ForwardSettings(recording=True)).sum().backward()
     assert router.w_hidden.grad is not None
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from batches import batch_of
 from tiny_runs import MODELS, SHAPE
 
 from earlyfuse.configs import decoders
@@ -46,7 +47,10 @@ def test_later_tokens_do_not_move_earlier_outputs(name, several_documents):
         positions = packed(positions, [0, 5, 11])
     changed = tokens.clone()
     changed[:, 15] = (changed[:, 15] + 1) % 48
-    before, after = model(tokens, modality, positions), model(changed, modality, positions)
+    before, after = (
+        model(batch_of(tokens, modality, positions)),
+        model(batch_of(changed, modality, positions)),
+    )
     torch.testing.assert_close(before[:, :15], after[:, :15], rtol=0, atol=1e-6)
     assert (before[:, 15:] - after[:, 15:]).abs().max() > 1e-3
 
@@ -69,7 +73,10 @@ def test_later_tokens_do_not_move_earlier_outputs_of_moma_with_routing_fixed(mon
     monkeypatch.setattr(ExpertChoice, "_choose", once)
     changed = tokens.clone()
     changed[:, 15] = (changed[:, 15] + 1) % 48
-    before, after = model(tokens, modality, positions), model(changed, modality, positions)
+    before, after = (
+        model(batch_of(tokens, modality, positions)),
+        model(batch_of(changed, modality, positions)),
+    )
     torch.testing.assert_close(before[:, :15], after[:, :15], rtol=0, atol=1e-6)
     assert (before[:, 15:] - after[:, 15:]).abs().max() > 1e-3
 
@@ -78,9 +85,9 @@ def test_later_tokens_do_not_move_earlier_outputs_of_moma_with_routing_fixed(mon
 def test_packed_documents_do_not_see_each_other(name):
     model = build(MODELS[name]())
     tokens, modality, positions = batch()
-    together = model(tokens, modality, packed(positions, [0, 7]))
-    first = model(tokens[:, :7], modality[:, :7], positions[:, :7])
-    second = model(tokens[:, 7:], modality[:, 7:], positions[:, : S - 7])
+    together = model(batch_of(tokens, modality, packed(positions, [0, 7])))
+    first = model(batch_of(tokens[:, :7], modality[:, :7], positions[:, :7]))
+    second = model(batch_of(tokens[:, 7:], modality[:, 7:], positions[:, : S - 7]))
     torch.testing.assert_close(together, torch.cat([first, second], 1), rtol=0, atol=1e-5)
 
 
@@ -89,7 +96,8 @@ def test_a_document_boundary_matters():
     model = build(MODELS["dense"]())
     tokens, modality, positions = batch()
     assert (
-        model(tokens, modality, positions) - model(tokens, modality, packed(positions, [0, 7]))
+        model(batch_of(tokens, modality, positions))
+        - model(batch_of(tokens, modality, packed(positions, [0, 7])))
     ).abs().max() > 1e-3
 
 
@@ -108,7 +116,10 @@ def test_one_modality_only_equals_the_dense_model(name, modality):
     tokens, _, positions = batch()
     ids = torch.full_like(tokens, int(modality)).to(torch.uint8)
     torch.testing.assert_close(
-        untied(tokens, ids, positions), dense(tokens, ids, positions), rtol=0, atol=1e-5
+        untied(batch_of(tokens, ids, positions)),
+        dense(batch_of(tokens, ids, positions)),
+        rtol=0,
+        atol=1e-5,
     )
 
 
@@ -130,13 +141,15 @@ def test_one_expert_that_takes_everything_is_the_dense_model_with_its_weight():
         if isinstance(module, ExpertChoice):
             torch.nn.init.zeros_(module.weight)
     inputs = batch()
-    torch.testing.assert_close(moe(*inputs), dense(*inputs), rtol=0, atol=1e-5)
+    torch.testing.assert_close(moe(batch_of(*inputs)), dense(batch_of(*inputs)), rtol=0, atol=1e-5)
 
 
 def test_missing_modality_and_positions_mean_one_text_document_per_row():
     model = build(MODELS["mot"]())
     tokens, modality, positions = batch()
-    torch.testing.assert_close(model(tokens), model(tokens, torch.zeros_like(modality), positions))
+    torch.testing.assert_close(
+        model(batch_of(tokens)), model(batch_of(tokens, torch.zeros_like(modality), positions))
+    )
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -145,8 +158,9 @@ def test_a_loss_in_the_head_is_the_loss_of_the_logits(name):
     tokens, modality, positions = batch()
     labels = torch.where(positions < 5, -100, tokens.roll(-1, 1))
     objective = ChameleonObjective.Config(z_loss=0.1).build()
-    total = model(tokens, modality, positions, loss=objective.loss_of(labels, modality)).total
-    logits = model(tokens, modality, positions)
+    labelled = batch_of(tokens, modality, positions, labels_BS=labels, label_modality_BS=modality)
+    total = model(labelled, loss=objective.loss_of(labelled)).total
+    logits = model(batch_of(tokens, modality, positions))
     z = logits.logsumexp(-1)[labels != -100].square().sum()
     nll = F.cross_entropy(
         logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum"
@@ -161,9 +175,14 @@ def test_a_loss_in_the_head_is_the_loss_of_the_logits(name):
 def test_a_loss_gets_hidden_states_and_the_head_and_its_result_is_returned():
     model = build(MODELS["dense"]())
     tokens, modality, positions = batch()
-    found = model(tokens, modality, positions, loss=lambda x, w: {"logits": F.linear(x, w)})
+    found = model(
+        batch_of(tokens, modality, positions), loss=lambda x, w: {"logits": F.linear(x, w)}
+    )
     torch.testing.assert_close(
-        found["logits"], model(tokens, modality, positions).flatten(0, 1), rtol=0, atol=1e-5
+        found["logits"],
+        model(batch_of(tokens, modality, positions)).flatten(0, 1),
+        rtol=0,
+        atol=1e-5,
     )
 
 
@@ -181,8 +200,9 @@ def test_parts_one_after_another_are_the_whole(name):
     assert values.keys() == whole.state_dict().keys()
     assert all(torch.equal(values[key], value) for key, value in whole.state_dict().items())
     tokens, *others = batch()
-    activations = parts[0].eval()(tokens, *others)
-    assert torch.equal(parts[1].eval()(activations, *others), whole(tokens, *others))
+    inputs = batch_of(tokens, *others)
+    activations = parts[0].eval()(inputs)
+    assert torch.equal(parts[1].eval()(inputs, x_TD=activations), whole(inputs))
 
 
 def test_initial_values_do_not_depend_on_the_other_parameters():

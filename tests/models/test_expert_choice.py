@@ -5,11 +5,12 @@ oracle.
 import pytest
 import torch
 import torch.nn.functional as F
+from batches import context_of
 from tiny_runs import SHAPE, SHARES
 
 from earlyfuse.configs import decoders
 from earlyfuse.models.blocks.experts import ExpertPool
-from earlyfuse.models.context import ForwardContext
+from earlyfuse.models.context import ForwardContext, ForwardSettings
 from earlyfuse.models.routing.expert_choice import expert_choice, static_budget
 from earlyfuse.models.vocabulary import Modality
 
@@ -89,21 +90,18 @@ def test_a_static_budget_of_nothing_is_refused():
 
 def layer(budget: str = "static"):
     torch.manual_seed(0)
-    config = (
-        decoders.moma(SHAPE, {Modality.TEXT: 2, Modality.IMAGE: 3}, SHARES, routing_rows=1)
-        .layers[0]
-        .feed_forward
-    )
-    module = config.build()
-    for pool in module.pools:
-        pool.router.budget = budget
+    experts = {Modality.TEXT: 2, Modality.IMAGE: 3}
+    config = decoders.moma(SHAPE, experts, SHARES, routing_rows=1)
+    config = decoders.with_routers(config, budget=budget)
+    module = config.layers[0].feed_forward.build()
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return module
 
 
-def layout(modality_BS: torch.Tensor) -> ForwardContext:
-    return ForwardContext.build(modality_BS, torch.arange(T // N).expand(N, -1), (0, 1), 8, 1e4)
+def layout(modality_BS: torch.Tensor, **settings) -> ForwardContext:
+    positions_BS = torch.arange(T // N).expand(N, -1)
+    return context_of(modality_BS, positions_BS, head_dim=8, settings=ForwardSettings(**settings))
 
 
 def masked_dense(module, x_TD, modality_T):
@@ -118,7 +116,7 @@ def masked_dense(module, x_TD, modality_T):
             inside = (torch.arange(T) // length) == n
             candidates = torch.where((eligible & inside)[:, None], logits, -torch.inf)
             k = static_budget(pool.config.share, 1.0, length, len(logits.T))
-            if pool.router.budget == "exact":
+            if pool.router.config.budget == "exact":
                 k = round(int((eligible & inside).sum()) / len(logits.T))
             for e in range(len(logits.T)):
                 best = candidates[:, e].topk(k).indices
@@ -164,7 +162,7 @@ def test_routing_does_not_depend_on_which_rows_share_a_micro_batch():
     apart = [
         module(
             x[n * T // N : (n + 1) * T // N],
-            ForwardContext.build(modality[n : n + 1], torch.arange(T // N)[None], (0, 1), 8, 1e4),
+            context_of(modality[n : n + 1], torch.arange(T // N)[None], (0, 1), 8, 1e4),
         )
         for n in range(N)
     ]
@@ -181,18 +179,17 @@ def test_a_batch_that_does_not_hold_whole_routing_groups_is_refused():
 def test_statistics_count_what_the_routers_did():
     module = layer()
     stats = module.pools[1].router.stats
-    stats.recording = True
     modality = torch.zeros(T, dtype=torch.uint8)
     modality[:2] = (
         1  # routing group 0 has two image tokens, group 1 none; each expert takes one per group
     )
-    module(torch.randn(T, SHAPE.dim), layout(modality.view(N, -1)))
-    summary = stats.take()
+    module(torch.randn(T, SHAPE.dim), layout(modality.view(N, -1), recording=True))
+    summary = stats.pop()
     assert summary["filled"] == pytest.approx(3 / 6)
     assert summary["load_max"] == pytest.approx(3 / 2)
     assert 0.5 <= summary["reached"] <= 1
     assert 0 < summary["weight"] < 1
-    assert stats.take()["filled"] == 0, "take starts anew"
+    assert stats.pop()["filled"] == 0, "pop counts from 0 again"
 
 
 def test_every_expert_of_every_modality_is_a_pool_member():

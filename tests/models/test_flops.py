@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from batches import batch_of
 from tiny_runs import MODELS, SHAPE
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -45,17 +46,18 @@ def test_flops_equal_counted_matrix_products(name):
     model.init_states()
     tokens = torch.randint(0, 48, (rows, seq_len))
     modality = (torch.arange(seq_len) % 2).to(torch.uint8).expand(rows, seq_len)
+    batch = batch_of(tokens, modality, labels_BS=tokens, label_modality_BS=modality)
     # only plain matrix products are counted by the counter, and attention as its math form
     expected = sum(forward_flops(config, seq_len)) / 2 * rows * seq_len
     trained = sum(training_flops(config, seq_len)) / 2 * rows * seq_len
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        logits = model(tokens, modality)
+        logits = model(batch)
         assert counter.get_total_flops() == pytest.approx(expected, rel=1e-6)
         logits.sum().backward()
     assert counter.get_total_flops() == pytest.approx(trained, rel=0.02)
-    loss = ChameleonObjective.Config().build().loss_of(tokens, modality)
+    loss = ChameleonObjective.Config().build().loss_of(batch)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(tokens, modality, loss=loss).total.backward()
+        model(batch, loss=loss).total.backward()
     assert counter.get_total_flops() == pytest.approx(trained, rel=0.02)
 
 

@@ -14,10 +14,10 @@ from torch import nn
 from toy import VOCABULARY
 
 from earlyfuse.configs import decoders
+from earlyfuse.models.batch import MixedBatch
 from earlyfuse.models.blocks.cache import DecodeCache
 from earlyfuse.models.generate.constrained import Draft
-from earlyfuse.models.generate.session import Sampling, choose, generate
-from earlyfuse.models.routing.causal import routing
+from earlyfuse.models.generate.session import CAUSAL, Sampling, choose, generate
 from earlyfuse.models.routing.causal_router import CausalRouter
 from earlyfuse.models.vocabulary import MediaCodes, Modality, Vocabulary
 from earlyfuse.parallel.checkpoint.open_checkpoint import load_model
@@ -79,15 +79,17 @@ def test_logits_with_the_cache_equal_those_of_a_full_forward(name):
     tokens = torch.tensor([row + [PAD] * (longest - len(row)) for row in rows])
     positions = torch.arange(longest).expand_as(tokens)
     lengths = torch.tensor([len(row) for row in rows])
-    with torch.no_grad(), routing(model, "causal"):
+    with torch.no_grad():
         for step in range(steps):
-            decoding.expect(lengths, max(map(len, rows)))
+            decoding.start_step(lengths, max(map(len, rows)))
             kind = VOCABULARY.modality_of(tokens)
-            cached = model(tokens, kind, positions, cache=decoding)
+            inputs = MixedBatch.of(tokens, kind, positions_BS=positions)
+            cached = model(inputs, CAUSAL, cache=decoding)
             assert cached.shape == (len(rows), 1, VOCABULARY.size)
             for row, found in zip(rows, cached, strict=True):
                 whole = torch.tensor([row])
-                expected = model(whole, VOCABULARY.modality_of(whole))[0, -1]
+                whole = MixedBatch.of(whole, VOCABULARY.modality_of(whole))
+                expected = model(whole, CAUSAL)[0, -1]
                 assert expected.std() > 0.1, "a comparison of zeros would prove nothing"
                 torch.testing.assert_close(found[0], expected, rtol=0, atol=1e-5)
             for row, token in zip(rows, follow[step].tolist(), strict=True):
@@ -109,7 +111,7 @@ def test_cached_decoding_writes_what_reading_anew_writes(name):
 
 def test_a_document_too_long_for_its_session_is_refused():
     with pytest.raises(ValueError, match="9 tokens does not fit into the 8 slots"):
-        DecodeCache(1, 8).expect(torch.ones(1), 9)
+        DecodeCache(1, 8).start_step(torch.ones(1), 9)
 
 
 # ---------------------------------------------------------------- transformers
@@ -153,10 +155,10 @@ class Adversary(nn.Module):
         self.generator = torch.Generator().manual_seed(seed)
         self.rows: list[int] = []
 
-    def forward(self, tokens_BS, modality_BS, positions_BS=None, cache=None):
-        self.rows.append(len(tokens_BS))
-        length = tokens_BS.shape[1] if cache is None else 1
-        logits = torch.randn(len(tokens_BS), length, self.size, generator=self.generator) * 30
+    def forward(self, batch, settings, cache=None):
+        rows, length = batch.tokens_BS.shape if cache is None else (len(batch.tokens_BS), 1)
+        self.rows.append(rows)
+        logits = torch.randn(rows, length, self.size, generator=self.generator) * 30
         wild = torch.randint(0, 40, logits.shape, generator=self.generator)
         for place, value in enumerate((torch.nan, torch.inf, -torch.inf)):
             logits[wild == place] = value
@@ -322,9 +324,9 @@ class Counted(nn.Module):
         super().__init__()
         self.model, self.rows = model, []
 
-    def forward(self, tokens_BS, *rest, **options):
-        self.rows.append(len(tokens_BS))
-        return self.model(tokens_BS, *rest, **options)
+    def forward(self, batch, *rest, **options):
+        self.rows.append(len(batch.tokens_BS))
+        return self.model(batch, *rest, **options)
 
 
 def test_documents_that_have_ended_leave_the_batch(mot):
@@ -370,7 +372,8 @@ def test_guidance_weighs_the_prompt_against_an_image_of_nothing(mot):
 
     def logits(row):
         row_BS = torch.tensor([row])
-        return mot(row_BS, VOCABULARY.modality_of(row_BS))[0, -1, CODES.start : CODES.stop]
+        batch = MixedBatch.of(row_BS, VOCABULARY.modality_of(row_BS))
+        return mot(batch)[0, -1, CODES.start : CODES.stop]
 
     with torch.no_grad():
         for _ in range(BLOCK):

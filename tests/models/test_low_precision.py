@@ -4,6 +4,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+from batches import batch_of, context_of
 from exported_models import export
 from tiny_runs import MAMBAS, MODELS
 
@@ -27,7 +28,7 @@ def layout_of(groups: int = 2, present: int | None = None) -> ForwardContext:
     generator = torch.Generator().manual_seed(1)
     modality = torch.randint(0, present or groups, (ROWS, S), generator=generator)
     positions = torch.arange(S).expand(ROWS, S)
-    return ForwardContext.build(modality.to(torch.uint8), positions, tuple(range(groups)), 0, 1e4)
+    return context_of(modality.to(torch.uint8), positions, tuple(range(groups)), 0, 1e4)
 
 
 LAYERS = {
@@ -125,13 +126,13 @@ def test_every_family_computes_in_the_type_that_it_is_cast_to(name, dtype):
     model = FAMILIES[name]().build()
     model.init_states()
     tokens = torch.randint(0, 48, (2, 32), generator=torch.Generator().manual_seed(0))
-    inputs = tokens, (tokens >= 32).to(torch.uint8), torch.arange(32).expand(2, -1)
-    expected = model.eval()(*inputs)
-    assert model.to(dtype)(*inputs).dtype == dtype
+    inputs = batch_of(tokens, (tokens >= 32).to(torch.uint8))
+    expected = model.eval()(inputs)
+    assert model.to(dtype)(inputs).dtype == dtype
     # of the median token: where rounding changes a choice of experts, a token is another
-    error = (model(*inputs) - expected).abs().flatten(0, 1).amax(-1) / expected.abs().max()
+    error = (model(inputs) - expected).abs().flatten(0, 1).amax(-1) / expected.abs().max()
     assert error.median() <= (1e-5 if dtype == torch.float64 else 0.05)
-    model.train()(*inputs).square().mean().backward()
+    model.train()(inputs).square().mean().backward()
     for key, parameter in model.named_parameters():
         assert parameter.grad.dtype == dtype and parameter.grad.isfinite().all(), key
 
@@ -142,9 +143,9 @@ def test_autocast_is_refused_by_name(name):
     model.init_states()
     with torch.autocast("cpu", torch.bfloat16):
         with pytest.raises(ValueError, match=r"torch.autocast \(cpu, torch.bfloat16\) must be off"):
-            model(tokens)
+            model(batch_of(tokens))
         with torch.autocast("cpu", enabled=False):
-            assert model(tokens).dtype == torch.float32
+            assert model(batch_of(tokens)).dtype == torch.float32
 
 
 @pytest.mark.parametrize("name", ["moma_causal", "token_choice", "mixture_of_mamba"])
@@ -158,6 +159,6 @@ def test_a_model_loaded_in_bf16_keeps_scans_and_routers_in_fp32(tmp_path, name):
         assert found.dtype == wanted.dtype and torch.equal(found, wanted), key
     assert {p.dtype for p in loaded.parameters()} == {torch.float32, torch.bfloat16}
     tokens = torch.randint(0, 48, (1, 16), generator=torch.Generator().manual_seed(0))
-    assert loaded(tokens).dtype == torch.bfloat16
+    assert loaded(batch_of(tokens)).dtype == torch.bfloat16
     loaded, _ = load_model(tmp_path / "model", dtype=torch.float64)
     assert {p.dtype for p in loaded.parameters()} == {torch.float64}

@@ -9,12 +9,12 @@ from itertools import product
 
 import pytest
 import torch
+from batches import batch_of, context_of
 from tiny_runs import MAMBA_SHAPE, MAMBAS, loud
 from torch import nn
 
 from earlyfuse.configs import embedded, mamba_decoders
 from earlyfuse.configs.mamba_decoders import PROJECTIONS
-from earlyfuse.models.context import ForwardContext
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.vocabulary import Modality
 
@@ -49,12 +49,12 @@ def copies(dense: Decoder, mixture: Decoder) -> Decoder:
 def test_the_scan_is_heard_here():
     model = build(MAMBAS["mixture_of_mamba"]())
     tokens, modality, positions = batch()
-    before = model(tokens, modality, positions)
+    before = model(batch_of(tokens, modality, positions))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("A_log"):
                 parameter += 0.1
-    after = model(tokens, modality, positions)
+    after = model(batch_of(tokens, modality, positions))
     assert (before - after).norm() > 0.01 * before.norm()
 
 
@@ -64,7 +64,10 @@ def test_later_tokens_do_not_move_earlier_outputs(name):
     tokens, modality, positions = batch()
     changed = tokens.clone()
     changed[:, 15] = (changed[:, 15] + 1) % WORDS
-    before, after = model(tokens, modality, positions), model(changed, modality, positions)
+    before, after = (
+        model(batch_of(tokens, modality, positions)),
+        model(batch_of(changed, modality, positions)),
+    )
     torch.testing.assert_close(before[:, :15], after[:, :15], rtol=0, atol=1e-6)
     assert (before[:, 23] - after[:, 23]).abs().max() > 1e-3
 
@@ -76,9 +79,9 @@ def test_packed_documents_are_separate_documents(name):
     starts = [0, 2, 7, 15]  # one shorter than the convolution reaches
     for start, stop in zip(starts, [*starts[1:], S], strict=True):
         positions[:, start:stop] = torch.arange(stop - start)
-    packed = model(tokens, modality, positions)
+    packed = model(batch_of(tokens, modality, positions))
     for start, stop in zip(starts, [*starts[1:], S], strict=True):
-        alone = model(tokens[:, start:stop], modality[:, start:stop])
+        alone = model(batch_of(tokens[:, start:stop], modality[:, start:stop]))
         torch.testing.assert_close(packed[:, start:stop], alone, rtol=1e-5, atol=1e-5)
 
 
@@ -90,7 +93,7 @@ def test_a_mixture_of_copies_is_the_dense_model(shape, untied):
     dense = build(mamba_decoders.mamba(shape))
     mixture = copies(dense, mamba_decoders.mixture_of_mamba(shape, names).build())
     inputs = batch(len(shape.modalities))
-    expected, found = dense(*inputs), mixture(*inputs)
+    expected, found = dense(batch_of(*inputs)), mixture(batch_of(*inputs))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     expected.sum().backward()
     found.sum().backward()
@@ -109,11 +112,11 @@ def test_an_untied_projection_serves_its_modality_alone(name):
     model = build(mamba_decoders.mixture_of_mamba(MAMBA_SHAPE, [name]))
     tokens, _, _ = batch()
     text, image = (torch.full_like(tokens, kind, dtype=torch.uint8) for kind in (0, 1))
-    before = model(tokens, text), model(tokens, image)
+    before = model(batch_of(tokens, text)), model(batch_of(tokens, image))
     with torch.no_grad():
         for layer in model.layers.values():
             getattr(layer.mamba, name).weight[1].mul_(1.1)
-    after = model(tokens, text), model(tokens, image)
+    after = model(batch_of(tokens, text)), model(batch_of(tokens, image))
     assert torch.equal(before[0], after[0])
     assert (before[1] - after[1]).abs().max() > 1e-3
 
@@ -122,11 +125,11 @@ def test_step_bias_is_that_of_the_token_s_modality():
     model = build(mamba_decoders.mixture_of_mamba(MAMBA_SHAPE, ["dt_proj"]))
     tokens, _, _ = batch()
     text = torch.zeros_like(tokens, dtype=torch.uint8)
-    before = model(tokens, text), model(tokens, text + 1)
+    before = model(batch_of(tokens, text)), model(batch_of(tokens, text + 1))
     with torch.no_grad():
         for layer in model.layers.values():
             layer.mamba.scan.dt_bias[1].add_(0.5)
-    after = model(tokens, text), model(tokens, text + 1)
+    after = model(batch_of(tokens, text)), model(batch_of(tokens, text + 1))
     assert torch.equal(before[0], after[0])
     assert (before[1] - after[1]).abs().max() > 1e-3
 
@@ -143,14 +146,16 @@ def test_modalities_are_names_only(order):
             untied = "_proj" in name or name.endswith("dt_bias")
             parameter.copy_(ours[list(order)] if untied else ours)
     renamed = torch.tensor(order).argsort()[modality.long()].to(torch.uint8)
-    expected = model(tokens, modality, positions)
-    torch.testing.assert_close(other(tokens, renamed, positions), expected, rtol=0, atol=1e-5)
+    expected = model(batch_of(tokens, modality, positions))
+    torch.testing.assert_close(
+        other(batch_of(tokens, renamed, positions)), expected, rtol=0, atol=1e-5
+    )
 
 
 def test_a_modality_that_is_absent_gets_gradients_of_zero():
     model = build(mamba_decoders.mixture_of_mamba(THREE))
     tokens, modality, positions = batch(2)
-    model(tokens, modality, positions).square().sum().backward()
+    model(batch_of(tokens, modality, positions)).square().sum().backward()
     for name, parameter in model.named_parameters():
         if "_proj" in name or name.endswith("dt_bias"):
             assert not parameter.grad[2].any(), name
@@ -210,7 +215,7 @@ def test_blocks_take_vectors_as_well_as_tokens():
     config = mamba_decoders.mixture_of_mamba(MAMBA_SHAPE)
     model = build(config)
     _, modality, positions = batch()
-    layout = ForwardContext.build(modality, positions, config.modalities, config.head_dim, 1e4)
+    layout = context_of(modality, positions, config.modalities, config.head_dim, 1e4)
 
     def through(x_TD):
         for layer in model.layers.values():

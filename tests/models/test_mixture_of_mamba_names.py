@@ -10,6 +10,7 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
+from batches import context_of
 
 from earlyfuse.models.context import ForwardContext
 from earlyfuse.models.state_dicts.mixture_of_mamba import (
@@ -100,7 +101,7 @@ def inputs(modalities: int) -> tuple[torch.Tensor, torch.Tensor]:
 def layout_of(modality_BS: torch.Tensor, modalities: int) -> ForwardContext:
     positions_BS = torch.arange(LENGTH).expand(ROWS, LENGTH)
     ids = tuple(range(modalities))
-    return ForwardContext.build(modality_BS.to(torch.uint8), positions_BS, ids, 0, 1e4, None, None)
+    return context_of(modality_BS.to(torch.uint8), positions_BS, ids, 0, 1e4)
 
 
 @pytest.mark.parametrize("modalities", [2, 3])

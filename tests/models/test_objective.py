@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from batches import batch_of
 from toy import VOCABULARY
 
 from earlyfuse.models.objectives.next_token import ChameleonObjective
@@ -21,10 +22,9 @@ def case():
 
 
 def sums_of(x, w, labels, **config):
-    loss = (
-        ChameleonObjective.Config(**config).build().loss_of(labels, VOCABULARY.modality_of(labels))
-    )
-    return loss(x, w)
+    modality = VOCABULARY.modality_of(labels)
+    batch = batch_of(labels, labels_BS=labels, label_modality_BS=modality)
+    return ChameleonObjective.Config(**config).build().loss_of(batch)(x, w)
 
 
 def test_loss_is_cross_entropy_plus_z_loss_over_counted_labels():
@@ -43,13 +43,13 @@ def test_loss_is_cross_entropy_plus_z_loss_over_counted_labels():
 
 def test_sums_are_split_by_the_modality_of_the_label():
     x, w, labels = case()
-    sums = sums_of(x, w, labels)
+    (nll_M,) = sums_of(x, w, labels).sums["loss"]
     flat = labels.flatten()
     nll = F.cross_entropy(F.linear(x, w), flat, ignore_index=-100, reduction="none")
     image = flat >= 32
-    torch.testing.assert_close(sums.nll_M[1], nll[image].sum().detach())
-    torch.testing.assert_close(sums.nll_M[0], nll[~image].sum().detach())
-    assert sums.nll_M[2] == 0
+    torch.testing.assert_close(nll_M[1], nll[image].sum().detach())
+    torch.testing.assert_close(nll_M[0], nll[~image].sum().detach())
+    assert nll_M[2] == 0
 
 
 def test_a_batch_without_labels_costs_nothing_and_has_a_gradient():

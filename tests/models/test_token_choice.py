@@ -7,12 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from batches import context_of
 from tiny_runs import SHAPE, metrics, moma, run, tiny_config, token_choice
 
 from earlyfuse.configs import decoders
 from earlyfuse.models.blocks.experts import ExpertPool, MixtureOfExperts
 from earlyfuse.models.blocks.feed_forward import FeedForward
-from earlyfuse.models.context import ForwardContext
+from earlyfuse.models.context import ForwardContext, ForwardSettings
 from earlyfuse.models.flops import count_parameters, forward_flops
 from earlyfuse.models.routing.token_choice import TokenChoice
 from earlyfuse.models.vocabulary import Modality
@@ -20,10 +21,13 @@ from earlyfuse.models.vocabulary import Modality
 B, S = 2, 12
 T = B * S
 TEXT, IMAGE = Modality.TEXT, Modality.IMAGE
+TAKEN = torch.tensor(True)
 
 
-def layout_of(modality: torch.Tensor) -> ForwardContext:
-    return ForwardContext.build(modality.view(B, S), torch.arange(S).expand(B, S), (0, 1), 8, 1e4)
+def layout_of(modality: torch.Tensor, **settings) -> ForwardContext:
+    positions_BS = torch.arange(S).expand(B, S)
+    settings = ForwardSettings(**settings)
+    return context_of(modality.view(B, S), positions_BS, head_dim=8, settings=settings)
 
 
 def modality_of(mix: str = "balanced") -> torch.Tensor:
@@ -109,14 +113,12 @@ def test_normalised_weights_of_a_token_sum_to_the_scale(scale):
 def test_routing_reads_no_value_on_the_host():
     # tensors of the meta device have no values: whoever asks for one fails
     module = router(serves=(0, 1, 0, 0, 1, 0), top_k=2).to("meta")
-    for stats in module.stats:
-        stats.recording = True
-    layout = layout_of(modality_of())
+    layout = layout_of(modality_of(), recording=True)
     layout.group_T = layout.group_T.to("meta")
     routes = module(tokens().to("meta").requires_grad_(), None, layout)
     routes.weight_R.sum().backward()
     assert routes.row_R.shape == (2 * T,), "no row for nothing"
-    module.balance(module.load_E)
+    module.balance(module.load_E, torch.ones((), dtype=torch.bool, device="meta"))
 
 
 # ---------------------------------------------------------------- layers
@@ -214,9 +216,9 @@ def test_shared_experts_leave_the_flops_of_a_token_as_they_are(kind, shared):
 
 def test_biases_move_against_the_load_of_their_modality():
     module = router(serves=(0, 1, 0, 0, 1, 0), bias_rate=0.5)
-    module.balance(torch.tensor([1, 10, 5, 4, 30, 2]))  # means: 3 for text, 20 for image
+    module.balance(torch.tensor([1, 10, 5, 4, 30, 2]), TAKEN)  # means: 3 for text, 20 for image
     assert module.bias_E.tolist() == [0.5, 0.5, -0.5, -0.5, -0.5, 0.5]
-    module.balance(torch.tensor([0, 7, 0, 0, 7, 0]))
+    module.balance(torch.tensor([0, 7, 0, 0, 7, 0]), TAKEN)
     assert module.bias_E.tolist() == [0.5, 0.5, -0.5, -0.5, -0.5, 0.5], "even load moves nothing"
 
 
@@ -229,7 +231,7 @@ def test_balancing_evens_out_the_load():
 
     before = loads()
     for _ in range(400):
-        module.balance(loads())
+        module.balance(loads(), TAKEN)
     assert before.max() > 2 * T / 6 and loads().max() <= T / 6 + 2 and loads().min() >= T / 6 - 2
 
 
@@ -251,8 +253,8 @@ def test_a_skipped_step_moves_no_bias_and_its_load_is_forgotten(tmp_path, data, 
         config = tiny_config(tmp_path / str(skipped), data, token_choice(), steps=3)
         config.optimizer.param_groups[-1].optimizer_kwargs["lr"] = 0.0
         trainer = config.build()
-        check = trainer.skip.check
-        trainer.skip.check = lambda step, *rest: check(step, *rest) and step not in skipped
+        decide = trainer.skip.decide
+        trainer.skip.decide = lambda step, *rest: decide(step, *rest) & (step not in skipped)
         seen = []
         step = trainer.train_step
 

@@ -2,13 +2,16 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from batches import batch_of
 from tiny_runs import MAMBA_SHAPE, MAMBAS, SHAPE, SHARES, metrics, moma, run, tiny_config
 
 from earlyfuse.configs import decoders, mamba_decoders, stages
-from earlyfuse.models.routing.gumbel_noise import RouterNoise, router_noises
+from earlyfuse.models.context import ForwardSettings
+from earlyfuse.models.routing.gumbel_noise import RouterNoise, noise_of_step
 from earlyfuse.models.upcycle import shapes, upcycle
 from earlyfuse.models.vocabulary import Modality
 from earlyfuse.parallel.training.warm_start import Seed, Start, load_inherited
@@ -49,10 +52,10 @@ def child_of(parent, config):
     return model
 
 
-def outputs(model) -> torch.Tensor:
+def outputs(model, settings: ForwardSettings | None = None) -> torch.Tensor:
     tokens_BS = torch.randint(48, (2, 16), generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
-        return model(tokens_BS, (tokens_BS >= 32).to(torch.uint8))
+        return model(batch_of(tokens_BS, (tokens_BS >= 32).to(torch.uint8)), settings)
 
 
 def all_tokens(config):
@@ -293,9 +296,11 @@ def test_a_seed_tells_its_parameters_without_reading_them(seed):
 
 def noise(step: int, name: str = "router", place_T: torch.Tensor | None = None) -> torch.Tensor:
     module = RouterNoise.Config(end_step=10, temperature=2.0).build()
-    module.set_step(name, step)
+    module.name = name
     place_T = torch.arange(20_000) if place_T is None else place_T
-    return module(torch.zeros(len(place_T), 2), place_T)
+    of_step = noise_of_step([module], step, torch.device("cpu"))
+    context = SimpleNamespace(row_place_T=place_T, noise_2N=of_step)
+    return module(torch.zeros(len(place_T), 2), context)
 
 
 def test_noise_is_logistic_and_falls_to_nothing():
@@ -321,10 +326,10 @@ def test_noise_follows_the_place_of_a_token_and_nothing_else():
 def test_noise_moves_the_choice_in_training_alone():
     config = decoders.with_routers(moma(), noise=RouterNoise.Config(end_step=10))
     model, plain = filled(config), filled(moma())
-    for name, module in router_noises([model]).items():
-        module.set_step(name, 1)
-    assert not torch.allclose(outputs(model), outputs(plain), atol=1e-3)
-    torch.testing.assert_close(outputs(model.eval()), outputs(plain))
+    step = ForwardSettings(step=1)
+    assert not torch.allclose(outputs(model, step), outputs(plain), atol=1e-3)
+    torch.testing.assert_close(outputs(model), outputs(plain))
+    torch.testing.assert_close(outputs(model.eval(), step), outputs(plain))
 
 
 def test_a_step_with_noise_is_the_same_however_the_batch_is_cut(tmp_path, data, seed):

@@ -172,7 +172,7 @@ def test_the_order_of_shares_decides_nothing(tmp_path, data):
             dp_world_size=1, dp_rank=0, seq_len=32, local_batch_size=4, tokenizer=None
         )
         batches = iter(loader)
-        return loader, lambda: [next(batches)[0]["input"] for _ in range(5)]
+        return loader, lambda: [next(batches)[0]["batch"].tokens_BS for _ in range(5)]
 
     one, draw = run({"text": 0.5, "pairs": 0.5})
     _, draw_other = run({"pairs": 0.5, "text": 0.5})

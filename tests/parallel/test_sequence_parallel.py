@@ -14,8 +14,10 @@ from places import SUPPORT
 from sequence_ranks import LENGTHS, NAMES, RANKS
 from tiny_runs import MAMBA_SHAPE, MAMBAS, loud
 
+from earlyfuse.models.batch import MixedBatch
 from earlyfuse.models.blocks.cache import DecodeCache
-from earlyfuse.models.context import ForwardContext, attention_mask
+from earlyfuse.models.context import ForwardContext, ForwardSettings
+from earlyfuse.models.masks import attention_mask
 
 TOLERANCE = 1e-11  # in fp64, in the whole model, with a scan made to matter; measured: 3e-14
 
@@ -70,36 +72,37 @@ def test_documents_are_written_whole_on_every_rank():
     model = MAMBAS["hybrid"]().build()
     model.init_states()
     loud(model)
-    tokens, positions = torch.arange(12).view(2, 6), torch.arange(6).expand(2, -1)
-    expected = model(tokens)[:, -1:]
-    model.sequence_shard = Elsewhere()
+    inputs = MixedBatch.of(torch.arange(12).view(2, 6))
+    expected = model(inputs)[:, -1:]
     decoding = DecodeCache(2, slots=6)
-    decoding.expect(torch.tensor([6, 6]), 6)
-    found = model(tokens, None, positions, cache=decoding)
+    decoding.start_step(torch.tensor([6, 6]), 6)
+    found = model(inputs, ForwardSettings(sequence_shard=Elsewhere()), cache=decoding)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 def test_a_token_keeps_its_place_in_the_global_batch():
-    positions, rows = torch.arange(8).expand(2, -1), torch.tensor([5, 3])
+    batch = MixedBatch.of(torch.zeros(2, 8, dtype=torch.int64))
 
     def places(part: slice, **options) -> torch.Tensor:
-        here = positions[:, part]
-        layout = ForwardContext.build(torch.zeros_like(here), here, (0, 1), 0, 1e4, rows, **options)
-        return layout.place_T.view(2, -1)
+        settings = ForwardSettings(first_row=5, **options)
+        context = ForwardContext.build(
+            batch.part(part), settings, modalities=(0, 1), head_dim=0, rope_theta=1e4
+        )
+        return context.row_place_T.view(2, -1)
 
     assert places(slice(4, 8), sequence_shard=Elsewhere()).equal(places(slice(0, 8))[:, 4:])
 
 
 def test_the_mask_of_a_part_is_its_rows_of_the_whole_mask():
-    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0], [0, 0, 1, 2, 3, 4, 5, 6]])
-    whole = attention_mask(positions)
+    documents = torch.tensor([[1, 1, 1, 1, 2, 2, 2, 3], [1, 2, 2, 2, 2, 2, 2, 2]])
+    whole = attention_mask(documents)
     for first in (0, 2, 4, 6):
-        part = attention_mask(positions[:, first : first + 2], first)
+        part = attention_mask(documents[:, : first + 2], first)
         assert part.equal(whole[:, :, first : first + 2, : first + 2])
         assert not whole[:, :, first : first + 2, first + 2 :].any()
 
 
 def test_a_later_part_of_a_row_of_one_document_has_a_mask():
-    positions = torch.arange(8).expand(2, -1)
-    assert attention_mask(positions) is None, "plain causal attention says the same"
-    assert attention_mask(positions[:, 4:], 4).sum() == 2 * (5 + 6 + 7 + 8)
+    documents = torch.ones(2, 8)
+    assert attention_mask(documents) is None, "plain causal attention says the same"
+    assert attention_mask(documents, 4).sum() == 2 * (5 + 6 + 7 + 8)

@@ -5,11 +5,12 @@ import json
 
 import pytest
 import torch
+from batches import batch_of
 from tiny_pairs import make_pairs, pixels, png
 from toy import VOCABULARY
 
 from earlyfuse.data.tokenizers import Tokenizers
-from earlyfuse.models.batch import MixedBatch
+from earlyfuse.models.batch import MixedBatch, places_in_documents
 from earlyfuse.parallel.evaluation.eval_tasks import Ranks, Task, load_tasks
 
 WORDS = [(10,), (11, 12), (11, 13, 14)]  # two of them begin alike
@@ -22,8 +23,7 @@ def prompts(number: int) -> list[list[int]]:
 def batches(rows: int = 2, seq_len: int = 40) -> list[MixedBatch]:
     tokens = torch.randint(5, 32, (rows, seq_len), generator=torch.Generator().manual_seed(0))
     positions = torch.arange(seq_len).expand(rows, seq_len) % 15
-    zeros = torch.zeros(rows, seq_len, dtype=torch.int32)
-    return [MixedBatch(tokens, tokens, VOCABULARY.modality_of(tokens), positions, zeros)] * 2
+    return [batch_of(tokens, VOCABULARY.modality_of(tokens), positions)] * 2
 
 
 class Oracle(torch.nn.Module):
@@ -34,12 +34,14 @@ class Oracle(torch.nn.Module):
         self.words, self.weight = words, torch.nn.Parameter(torch.zeros(1))
         self.seen: list[MixedBatch] = []
 
-    def forward(self, tokens_BS, modality_BS, positions_BS):
-        self.seen.append(MixedBatch(tokens_BS, tokens_BS, modality_BS, positions_BS, tokens_BS))
-        logits = torch.zeros(*tokens_BS.shape, VOCABULARY.size)
-        for row, tokens in enumerate(tokens_BS.tolist()):
+    def forward(self, batch, settings):
+        self.seen.append(batch)
+        logits = torch.zeros(*batch.tokens_BS.shape, VOCABULARY.size)
+        place_BS = places_in_documents(batch.document_BS)
+        assert torch.equal(place_BS, batch.positions_BS)
+        for row, tokens in enumerate(batch.tokens_BS.tolist()):
             for place in range(len(tokens)):
-                start = place - int(positions_BS[row, place])
+                start = place - int(place_BS[row, place])
                 document = tokens[start : place + 1]
                 for number, prompt in enumerate(prompts(len(self.words))):
                     rest = tuple(document[len(prompt) :])

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import traffic_ranks
+from batches import batch_of, context_of
 from ranks import forked, output_of
 from tiny_runs import MAMBAS, MODELS, SHAPE, moma, tiny_config, token_choice
 from torchtitan.distributed import ParallelDims
@@ -18,7 +19,6 @@ from traffic_ranks import LAYOUTS
 from earlyfuse.configs import decoders
 from earlyfuse.configs.registry import catalogue
 from earlyfuse.models.blocks.branch import Microbatch
-from earlyfuse.models.context import ForwardContext
 from earlyfuse.models.flops import count_parameters
 from earlyfuse.models.objectives.next_token import ChameleonObjective
 from earlyfuse.models.precision import fp32_modules
@@ -228,7 +228,7 @@ def saved_bytes(block_config):
     modality_BS = torch.zeros(2, 64, dtype=torch.uint8)
     modality_BS[:, 16:48] = 1
     positions_BS = torch.arange(64).expand(2, -1)
-    layout = ForwardContext.build(modality_BS, positions_BS, (0, 1), 16, 10_000.0)
+    layout = context_of(modality_BS, positions_BS, (0, 1), 16, 10_000.0)
     shared = {t.untyped_storage().data_ptr() for t in (layout.cos_BS1H, layout.sin_BS1H)}
     shared |= {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
     kept = {}
@@ -280,7 +280,7 @@ def test_what_a_mixture_keeps_in_bf16_is_predicted(name):
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    whole = ForwardContext.build(modality_BS, positions_BS, (0, 1), 0, 10_000.0)
+    whole = context_of(modality_BS, positions_BS, (0, 1), 0, 10_000.0)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         assert block.feed_forward(x_TD, whole).requires_grad
     for tensor in (x_TD, *block.parameters()):
@@ -299,7 +299,8 @@ def test_what_the_head_keeps_is_predicted(dtype):
 
     x, w = (torch.randn(n, dim, dtype=dtype, requires_grad=True) for n in (tokens, words))
     labels = torch.arange(tokens)
-    loss = ChameleonObjective.Config().build().loss_of(labels, labels % 2)
+    batch = batch_of(labels[None], labels_BS=labels[None], label_modality_BS=labels[None] % 2)
+    loss = ChameleonObjective.Config().build().loss_of(batch)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         total = loss(x, w).total
     assert total.requires_grad

@@ -1,4 +1,4 @@
-"""Traces forward, loss and backward of every model family on fake CUDA tensors.
+"""Traces a step of every model family on fake CUDA tensors: forward, loss, backward, update.
 
 ``python tests/fake_cuda_trace.py LIBRARY CASE …`` prints a JSON object: case → list of problems. A
 problem is an op that mixes devices, copies between host and device, or makes the host wait for the
@@ -28,20 +28,27 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensorMode,
 )
+from torch.nn.attention.flex_attention import create_block_mask
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from earlyfuse.configs import decoders, mamba_decoders
+from earlyfuse.models import masks
+from earlyfuse.models.batch import MixedBatch
 from earlyfuse.models.blocks import attention
+from earlyfuse.models.context import ForwardSettings
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.objectives.next_token import ChameleonObjective
-from earlyfuse.models.routing.causal import routing
+from earlyfuse.models.objectives.sums import Losses, label_counts
 from earlyfuse.models.routing.causal_router import CausalRouter
 from earlyfuse.models.routing.gumbel_noise import RouterNoise
 from earlyfuse.models.routing.token_choice import TokenChoice
 from earlyfuse.models.vocabulary import Modality
-from earlyfuse.parallel.evaluation.validation import evaluating
+from earlyfuse.parallel.strategies import gradient_clipping
+from earlyfuse.parallel.strategies.gradient_clipping import GradientClipping
+from earlyfuse.parallel.training import skip_step
+from earlyfuse.parallel.training.skip_step import SkipRule, step_unless_skipped
 
 ROWS, SEQ_LEN, VOCABULARY = 2, 256, 256
 TEXT_IMAGE = (Modality.TEXT, Modality.IMAGE)
@@ -158,34 +165,26 @@ def trace(case: str) -> list[str]:
                 setattr(module, name, torch.nn.Parameter(parameter.to(dtype)))
         tokens_BS = torch.randint(0, VOCABULARY, (ROWS, SEQ_LEN))
         modality_BS = (tokens_BS % len(config.modalities)).to(torch.uint8)
-        positions_BS = torch.arange(SEQ_LEN).expand(ROWS, SEQ_LEN)
-        row_B = torch.arange(ROWS)
-    for module in model.modules():
-        if hasattr(module, "recording"):
-            module.recording = True
-        if isinstance(module, CausalRouter):
-            module.step_tokens = float(ROWS * SEQ_LEN)
-        if isinstance(module, RouterNoise):
-            module.set_step("layer", 1)
+        batch = MixedBatch.of(
+            tokens_BS, modality_BS, labels_BS=tokens_BS, label_modality_BS=modality_BS
+        )
     objective = ChameleonObjective(ChameleonObjective.Config())
-
-    def forward() -> torch.Tensor:
-        loss = objective.loss_of(tokens_BS, modality_BS)
-        sums = model(tokens_BS, modality_BS, positions_BS, None, loss, row_B)
-        return sums.total / (ROWS * SEQ_LEN)
+    step = ForwardSettings(step=1, step_tokens=ROWS * SEQ_LEN, recording=True)
+    validation = ForwardSettings(budgets="exact", recording=True)
+    settings = {"validation": validation, "causal": ForwardSettings(rule="causal")}
 
     try:
         with tokens_BS.fake_mode, watch, _WatchFactories(watch):
-            if form == "validation":
-                with torch.no_grad(), evaluating(model):
-                    forward()
-            elif form == "causal":
-                with torch.no_grad(), evaluating(model), routing(model, "causal"):
-                    forward()
+            if form in settings:
+                model.eval()
+                with torch.no_grad():
+                    model(batch, settings[form], loss=objective.loss_of(batch))
             else:
-                forward().backward()
+                losses = model(batch, step, loss=objective.loss_of(batch))
+                (losses.total / label_counts(batch, 1).sum()).backward()
                 without = [n for n, p in model.named_parameters() if p.grad is None]
                 watch.problems += [f"{name} has no gradient" for name in without]
+                _finish_step(model, losses)
     except (DataDependentOutputException, DynamicOutputShapeException) as wait:
         line = next(
             frame
@@ -199,10 +198,37 @@ def trace(case: str) -> list[str]:
     return list(dict.fromkeys(watch.problems))
 
 
+def _finish_step(model: Decoder, losses: Losses) -> None:
+    """What a trainer does between backward and the next step."""
+    clipping = GradientClipping([list(model.parameters())], 1.0)
+    clipping.copies[0, len(clipping.groups[0])] = torch.ones(
+        len(clipping.groups[0]), dtype=torch.int64, device="cuda"
+    )
+    (norm,) = clipping()
+    for guard in (False, True):
+        rule = SkipRule.Config(spike_guard=guard).build()
+        taken = rule.decide(1, losses.sums["loss"].sum(), norm, losses.sums.values())
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    step_unless_skipped([optimizer], taken)
+    for module in model.modules():
+        if isinstance(module, TokenChoice):
+            module.balance(module.load_E, taken)
+
+
+class _NoHostCopy:
+    """A copy to the host is read later, when the device has come so far."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        assert tensor.device.type == "cuda"
+
+
 def main(cases: list[str]) -> None:
     LIBRARY.register_guard()
     torch.cuda.get_device_capability = lambda device=None: (9, 0)  # Triton's ops, by their fakes
     attention._compiled_flex_attention = lambda: _flex_attention
+    masks.compiled_create_block_mask = lambda: create_block_mask  # eager: the same tables
+    skip_step.HostCopy = _NoHostCopy
+    gradient_clipping.dist.get_world_size = lambda: 1  # a CPU build has no NCCL to ask
     print(json.dumps({case: trace(case) for case in cases}), flush=True)
     os._exit(0)  # autograd's device threads cannot end without a device
 

@@ -68,12 +68,13 @@ def optimizer_state(trainer: Trainer) -> dict[str, torch.Tensor]:
 def spoil_losses(trainer: Trainer) -> None:
     loss_of = trainer.loss_fn.loss_of
 
-    def spoiled(*labels: torch.Tensor) -> Any:
+    def spoiled(*batch: Any) -> Any:
         def loss(*head: torch.Tensor, **shard: Any) -> Any:
-            found = loss_of(*labels)(*head, **shard)
+            found = loss_of(*batch)(*head, **shard)
             if trainer.step not in NOT_A_NUMBER or not torch.is_grad_enabled():
                 return found
-            return found._replace(total=found.total * torch.nan, nll_M=found.nll_M * torch.nan)
+            sums = found.sums | {"loss": found.sums["loss"] * torch.nan}
+            return found._replace(total=found.total * torch.nan, sums=sums)
 
         return loss
 

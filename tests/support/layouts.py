@@ -187,14 +187,20 @@ class Apart(Keeping):
         lanes = self.dataloader._lanes
         row = 0
         for inputs, labels_BS in super().batch_generator(data):
-            for tokens_S, label_S, modality_S in zip(
-                inputs["input"], labels_BS, inputs["modality_BS"], strict=True
+            batch = inputs["batch"]
+            for tokens_S, label_S, modality_S, label_modality_S in zip(
+                batch.tokens_BS,
+                batch.labels_BS,
+                batch.modality_BS,
+                batch.label_modality_BS,
+                strict=True,
             ):
                 text = lanes[row % len(lanes)] >= ROWS // 2
                 tokens_S.copy_(tokens_S % 27 + 5 if text else tokens_S % 16 + 32)
                 counted = label_S >= 0
                 label_S[counted] = label_S[counted] % 27 + 5 if text else label_S[counted] % 16 + 32
                 modality_S.fill_(0 if text else 1)
+                label_modality_S.copy_(counted * modality_S)
                 row += 1
             yield inputs, labels_BS
 
@@ -234,7 +240,7 @@ def order_of_events(trainer: Trainer) -> list[str]:
         mock.patch.object(Experts, "forward", noted("compute", Experts.forward)),
     ):
         inputs, _ = next(iter(trainer.dataloader))
-        logits = trainer.model(inputs.pop("input"), **inputs)
+        logits = trainer.model(inputs["batch"])
     logits.sum().backward()
     return events
 

@@ -3,6 +3,7 @@
 from collections import Counter
 
 import torch
+from batches import batch_of
 from tiny_runs import SHAPE
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -24,7 +25,7 @@ def forward_and_backward(built) -> tuple[Counter, Counter]:
     generator = torch.Generator().manual_seed(0)
     tokens_BS = torch.randint(SHAPE.vocab_size, (2, 16), generator=generator)
     with Ops() as forward:
-        loss = built(tokens_BS, (tokens_BS >= 32).to(torch.uint8)).square().sum()
+        loss = built(batch_of(tokens_BS, (tokens_BS >= 32).to(torch.uint8))).square().sum()
     with Ops() as backward:
         loss.backward()
     return forward.count, backward.count

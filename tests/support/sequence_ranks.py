@@ -17,10 +17,12 @@ from tiny_runs import MAMBAS, MODELS, loud
 from torch import multiprocessing
 from torch.distributed.device_mesh import init_device_mesh
 
-from earlyfuse.models.blocks.sequence_shard import FullSequence
+from earlyfuse.models.batch import MixedBatch
+from earlyfuse.models.blocks.sequence_shard import FullSequence, SequenceShard
+from earlyfuse.models.context import ForwardSettings
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.parallel.estimates.collective_counter import CollectiveCounter
-from earlyfuse.parallel.strategies.context import ContextParallelShard
+from earlyfuse.parallel.strategies.context import ContextParallelShard, positions_here
 
 WORDS = 48
 RANKS = 4
@@ -37,44 +39,39 @@ STARTS = (
 )
 
 
-def batch(length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Tokens, modalities, positions, labels of rows of ``length``: images here, text there; in the
-    last row each half is of one modality.
-    """
+def batch(length: int, rows: int = len(STARTS)) -> MixedBatch:
+    """Rows of ``length``: images here, text there; in the last row each half is of one modality."""
     generator = torch.Generator().manual_seed(length)
-    rows = len(STARTS)
-    tokens, labels = torch.randint(0, WORDS, (2, rows, length), generator=generator)
-    modality = torch.randint(0, 2, (rows, length), generator=generator).to(torch.uint8)
+    shape = (len(STARTS), length)
+    tokens, labels = torch.randint(0, WORDS, (2, *shape), generator=generator)
+    modality = torch.randint(0, 2, shape, generator=generator).to(torch.uint8)
     modality[-1] = torch.arange(length) >= length // 2
-    positions = torch.arange(length).repeat(rows, 1)
+    documents = torch.zeros(shape, dtype=torch.int32)
     for row, starts in enumerate(STARTS):
         for start in {start * length // 24 for start in starts}:
-            positions[row, start:] = torch.arange(length - start)
-    return tokens, modality, positions, labels
+            documents[row, start:] += 1
+    inputs = MixedBatch.of(tokens, modality, documents, labels_BS=labels)
+    return MixedBatch(**{name: tensor[:rows] for name, tensor in inputs.tensors().items()})
 
 
 def outputs_and_gradients(
-    model: Decoder, arguments: tuple[torch.Tensor, ...], labels: torch.Tensor
+    model: Decoder, inputs: MixedBatch, shard: SequenceShard
 ) -> list[torch.Tensor]:
     """Logits, and the gradients of a loss that gives every position another weight."""
     model.zero_grad()
-    logits = model(*arguments)
-    chosen = logits.log_softmax(-1).gather(2, labels[..., None])
+    logits = model(inputs, ForwardSettings(sequence_shard=shard))
+    chosen = logits.log_softmax(-1).gather(2, inputs.labels_BS[..., None])
     (chosen.sum() + 0.1 * logits.square().sum()).backward()
     return [logits.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
 
 
 def difference(model: Decoder, length: int, mesh) -> float:
     """The largest error, relative to the largest value of its tensor, over this mesh's ranks."""
-    *arguments, labels = batch(length)
-    model.sequence_shard = FullSequence()
-    expected, *expected_gradients = outputs_and_gradients(model, tuple(arguments), labels)
+    expected, *expected_gradients = outputs_and_gradients(model, batch(length), FullSequence())
     expected_gradients = [gradient.clone() for gradient in expected_gradients]
-    model.sequence_shard = part = ContextParallelShard(mesh)
-    size = length // part.parts
-    here = slice(part.index * size, (part.index + 1) * size)
-    arguments = [tensor[:, here] for tensor in arguments]
-    found, *gradients = outputs_and_gradients(model, tuple(arguments), labels[:, here])
+    part = ContextParallelShard(mesh)
+    here = positions_here(part, length)
+    found, *gradients = outputs_and_gradients(model, batch(length).part(here), part)
     pairs = [(found, expected[:, here])]
     for gradient, wanted in zip(gradients, expected_gradients, strict=True):
         dist.all_reduce(gradient, group=mesh.get_group())
@@ -84,12 +81,10 @@ def difference(model: Decoder, length: int, mesh) -> float:
 
 def bytes_sent(model: Decoder, length: int, mesh) -> list[tuple[str, int, int]]:
     """Collectives of one forward and backward of one row."""
-    *arguments, labels = (tensor[:1] for tensor in batch(length))
-    model.sequence_shard = part = ContextParallelShard(mesh)
-    here = slice(part.index * length // part.parts, (part.index + 1) * length // part.parts)
+    part = ContextParallelShard(mesh)
+    inputs = batch(length, rows=1).part(positions_here(part, length))
     with CollectiveCounter() as counter:
-        arguments = tuple(tensor[:, here] for tensor in arguments)
-        outputs_and_gradients(model, arguments, labels[:, here])
+        outputs_and_gradients(model, inputs, part)
     return sorted(tuple(call) for call in counter.seen)
 
 

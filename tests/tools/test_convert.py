@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from batches import batch_of
 from exported_models import (
     VOCABULARY,
     assert_equal,
@@ -22,7 +23,8 @@ from tiny_runs import MAMBA_SHAPE, MAMBAS, MODELS, SHAPE
 from earlyfuse.configs import decoders, mamba_decoders
 from earlyfuse.configs.registry import catalogue
 from earlyfuse.data.json_files import JsonObject
-from earlyfuse.models.routing.causal import routing
+from earlyfuse.models.batch import MixedBatch
+from earlyfuse.models.context import ForwardSettings
 from earlyfuse.models.state_dicts import decoder_config, meta, vocabulary_map
 from earlyfuse.models.state_dicts.tensor_map import Mapped, StateDict, TensorMap
 from earlyfuse.models.vocabulary import Modality, Vocabulary
@@ -49,7 +51,7 @@ def test_an_imported_model_has_the_logits_of_transformers(tmp_path, swin_norm, k
         assert not ours.training and vocabulary.medium(Modality.IMAGE).start == 8
         modality_BS = vocabulary.modality_of(TOKENS)
         with torch.no_grad():
-            found = ours(TOKENS, modality_BS=modality_BS)
+            found = ours(MixedBatch.of(TOKENS, modality_BS))
         torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
 
 
@@ -61,7 +63,7 @@ def test_packed_documents_have_the_logits_of_each_alone(tmp_path):
     row_BS = TOKENS[:, : sum(lengths)]
     expected = torch.cat([logits(theirs, part) for part in row_BS.split(lengths, 1)], 1)
     with torch.no_grad():
-        found = ours(row_BS, positions_BS=positions_S.expand(len(row_BS), -1))
+        found = ours(batch_of(row_BS, None, positions_S.expand(len(row_BS), -1)))
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
 
 
@@ -164,7 +166,7 @@ def test_a_tied_head_that_is_in_the_files_and_old_buffers_are_read_as_transforme
     theirs = cls.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
     model, vocabulary = load_model(tmp_path / "hf")
     with torch.no_grad():
-        found = model(TOKENS, modality_BS=vocabulary.modality_of(TOKENS))
+        found = model(MixedBatch.of(TOKENS, vocabulary.modality_of(TOKENS)))
     torch.testing.assert_close(found, logits(theirs, TOKENS), rtol=0, atol=2e-5)
 
 
@@ -269,12 +271,10 @@ def test_every_kind_of_model_goes_through_every_format_of_ours(tmp_path, kind):
     assert_same_files(tmp_path / "back", tmp_path / "ours", "config.json")
     loaded, vocabulary = load_model(tmp_path / "dcp")
     tokens = torch.randint(0, 48, (4, 24), generator=torch.Generator().manual_seed(2))
-    modality = vocabulary.modality_of(tokens)
-    for module in model.modules():
-        if hasattr(module, "budget"):
-            module.budget = "exact"
-    with torch.no_grad(), routing(loaded, "batch"):
-        assert torch.equal(loaded(tokens, modality), model(tokens, modality))
+    batch = MixedBatch.of(tokens, vocabulary.modality_of(tokens))
+    settings = ForwardSettings(budgets="exact")
+    with torch.no_grad():
+        assert torch.equal(loaded(batch, settings), model(batch, settings))
 
 
 def test_every_config_of_the_catalogue_survives_as_plain_values():

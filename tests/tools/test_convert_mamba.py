@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from batches import batch_of
 from exported_models import assert_equal, assert_same_files, export, saved, tensors_of
 from public_mambas import hugging_face, logits, mamba_ssm_state, write_mamba_ssm
 from safetensors.torch import load_file, save_file
@@ -25,7 +26,7 @@ def found_logits(folder: Path, **options) -> torch.Tensor:
     model, vocabulary = load_model(folder)
     assert not model.training
     with torch.no_grad():
-        return model(TOKENS, modality_BS=vocabulary.modality_of(TOKENS), **options)
+        return model(batch_of(TOKENS, vocabulary.modality_of(TOKENS), **options))
 
 
 def change_json(path: Path, **fields) -> None:

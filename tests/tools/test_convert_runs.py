@@ -67,10 +67,11 @@ def test_a_run_or_a_checkpoint_of_it_loads_in_one_call(trained, which, tmp_path)
 def test_loading_needs_no_launcher_and_makes_no_process_group(trained):
     code = (
         "import sys, torch\n"
+        "from earlyfuse.models.batch import MixedBatch\n"
         "from earlyfuse.parallel.checkpoint.open_checkpoint import load_model\n"
         "model, vocabulary = load_model(sys.argv[1])\n"
         "tokens = torch.arange(32).view(2, 16)\n"
-        "logits = model(tokens, modality_BS=vocabulary.modality_of(tokens))\n"
+        "logits = model(MixedBatch.of(tokens, vocabulary.modality_of(tokens)))\n"
         "assert logits.shape == (2, 16, 48) and logits.isfinite().all()\n"
         "assert not torch.distributed.is_initialized()\n"
         "assert not {'earlyfuse.parallel.trainer', 'earlyfuse.parallel.plan'} & {*sys.modules}\n"
