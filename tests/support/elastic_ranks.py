@@ -6,6 +6,7 @@ FOLDER/LAYOUT/checkpoint holds step 2 of a run by one process. Each layout resum
 then once more from its own step 4, with step 6 damaged. The first also does so with a full disk.
 """
 
+import gc
 import os
 import shutil
 from pathlib import Path
@@ -119,4 +120,5 @@ def main(folder: str, *names: str) -> None:
         if name == WITH_FULL_DISK:
             copy_run(root / name, root / f"{name}-full", 2)
             meet_a_full_disk(config_of(root / f"{name}-full", root / "data", name))
+        gc.collect()  # a trainer is in reference cycles
     torch.distributed.destroy_process_group()
