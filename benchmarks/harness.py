@@ -1,4 +1,4 @@
-"""Timing rivals fairly on a machine that other work may share.
+"""Times rivals fairly on a machine that other work may share.
 
 All rivals run in one process, round-robin, and each round starts with another one, so that a slow
 minute falls on all of them. A ratio is the median over rounds of (rival's time / first rival's time
@@ -143,12 +143,12 @@ def verify(rivals: Sequence[Rival], tolerance: float) -> None:
             if not error <= tolerance:
                 raise ValueError(
                     f"result {number} of {rival.name!r} is off from {rival.same_as!r} by "
-                    f"{error:.1e}, more than the tolerance ({tolerance:.1e}); mend it before timing"
+                    f"{error:.1e}, more than the tolerance ({tolerance:.1e}); fix it before timing"
                 )
 
 
 def updating(model: torch.nn.Module) -> Callable[[], list[torch.Tensor]]:
-    """One step of AdamW on the gradients that are there."""
+    """One AdamW step on the present gradients."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
 
     def run() -> list[torch.Tensor]:
@@ -165,7 +165,7 @@ def rms_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def environment() -> dict[str, Any]:
-    """What the numbers depend on, measured now: versions, processor, load, and two ceilings."""
+    """The setting of the numbers: versions, processor, load, and two ceilings measured now."""
     return {
         "command": " ".join(["python", *sys.argv]),
         "python": platform.python_version(),
@@ -193,19 +193,23 @@ class Report:
         self.entries.append((setting, timings))
         print(_table(setting, timings), flush=True)
 
-    def write(self, folder: Path = RESULTS) -> Path:
-        """Write ``<folder>/<name>.jsonl`` and ``.md``; returns the latter."""
-        folder.mkdir(parents=True, exist_ok=True)
+    def write(self, conclusion: str = "") -> Path:
+        """Write ``results/<name>.jsonl`` and ``.md``, which ends with ``conclusion``; returns the
+        latter.
+        """
+        RESULTS.mkdir(exist_ok=True)
         lines = [
             json.dumps({"setting": setting, **vars(timing), "environment": self.environment})
             for setting, timings in self.entries
             for timing in timings
         ]
-        (folder / f"{self.name}.jsonl").write_text("\n".join(lines) + "\n")
+        (RESULTS / f"{self.name}.jsonl").write_text("\n".join(lines) + "\n")
         header = ", ".join(f"{key}: {value}" for key, value in self.environment.items())
         tables = "\n".join(_table(setting, timings) for setting, timings in self.entries)
-        page = folder / f"{self.name}.md"
-        page.write_text(f"# {self.title}\n\n{header}\n\n{tables}")
+        page = RESULTS / f"{self.name}.md"
+        page.write_text(
+            f"# {self.title}\n\n{header}\n\n{tables}{conclusion and chr(10)}{conclusion}"
+        )
         return page
 
 
@@ -237,9 +241,72 @@ def median_and_spread(values: Sequence[float]) -> tuple[float, float]:
 
 
 def ratio(values: Sequence[float], base: Sequence[float]) -> float | None:
-    """Of two runs' times in the same rounds; none where the rounds do not agree."""
+    """Median over rounds of the ratio of two runs' times; none where the rounds do not agree."""
     median, spread = median_and_spread([a / b for a, b in zip(values, base, strict=True)])
     return median if spread <= MAX_SPREAD else None
+
+
+def at_most(what: str, ratio: float | None, goal: float) -> str:
+    """Markdown: whether a ratio meets its goal."""
+    return _goal(f"{what} ≤ {goal:.2f}", ratio, ratio is not None and ratio <= goal)
+
+
+def at_least(what: str, ratio: float | None, goal: float) -> str:
+    """Markdown: whether a ratio meets its goal."""
+    return _goal(f"{what} ≥ {goal:.2f}", ratio, ratio is not None and ratio >= goal)
+
+
+def _goal(goal: str, ratio: float | None, met: bool) -> str:
+    if ratio is None:
+        return f"- {goal}: too noisy"
+    return f"- {goal}: {'met' if met else 'missed'} ({ratio:.3f})"
+
+
+def speed(numerator: Timing, denominator: Timing) -> float | None:
+    """How many times as fast ``numerator`` is as ``denominator``, in CPU time."""
+    if numerator.cpu_ratio is None or denominator.cpu_ratio is None:
+        return None
+    return denominator.cpu_ratio / numerator.cpu_ratio
+
+
+def compare_models(
+    report: "Report",
+    setting: dict[str, Any],
+    tokens: int,
+    models: dict[str, torch.nn.Module],
+    training: Callable[[torch.nn.Module], Callable[[], Sequence[torch.Tensor]]],
+    *,
+    rounds: int,
+    same: bool = False,
+) -> tuple[str, dict[str, Timing]]:
+    """Whole models: ``training(model)`` is one batch of ``tokens``, forward and backward.
+
+    AdamW is timed by itself. ``same``: all reproduce the first. Returns a Markdown table (speed
+    with and without the optimizer) and the timings of forward and backward by name.
+    """
+    first = next(iter(models))
+    rivals = [
+        Rival(name, training(model), first if same and name != first else None)
+        for name, model in models.items()
+    ]
+    passes = compare(rivals, rounds=rounds)
+    report.add(setting | {"work": "forward and backward"}, passes)
+    updates = compare([Rival(name, updating(m)) for name, m in models.items()], rounds=rounds)
+    report.add(setting | {"work": "AdamW, fused"}, updates)
+    lines = [
+        ", ".join(f"{key} {value}" for key, value in setting.items()),
+        "",
+        "| model | parameters | tokens per CPU-s | relative to the first | with AdamW each batch |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    step = passes[0].cpu + updates[0].cpu
+    for passing, update in zip(passes, updates, strict=True):
+        count = sum(parameter.numel() for parameter in models[passing.name].parameters())
+        lines.append(
+            f"| {passing.name} | {count:,} | {tokens / passing.cpu:,.0f} "
+            f"| {_shown(speed(passing, passes[0]))} | {step / (passing.cpu + update.cpu):.3f} |"
+        )
+    return "\n".join(lines) + "\n", {timing.name: timing for timing in passes}
 
 
 def _cpu_name() -> str:

@@ -1,29 +1,22 @@
-"""A checkpoint of any layout loads on any other: the same rows, the same losses; on its own layout
-the very same run, bit for bit.
+"""A checkpoint of any layout resumes on any other with the same rows and losses, and on its own
+layout bit for bit.
 
 One process trains six steps of two models, saving every second. Each layout takes its step 2 to the
 end, and one process takes the layout's step 4 to the end again.
 """
 
-import json
 import shutil
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from elastic_layouts import (
-    LAYOUTS,
-    STEPS,
-    WITH_FULL_DISK,
-    config_of,
-    is_hybrid,
-    train,
-)
+from elastic_ranks import LAYOUTS, STEPS, WITH_FULL_DISK, config_of, is_hybrid, train
 from places import SUPPORT
 from ranks import forked, output_of
-from tiny_runs import TIMES
+from tiny_runs import metrics
 from toy import make_data
 
 from earlyfuse.parallel.checkpoint.manifest import read_manifest
@@ -60,8 +53,7 @@ def launch(root):
         names = [name for name, (count, _) in LAYOUTS.items() if count == ranks and runs(name)]
         for name in names:
             copy_step(unbroken(root, name), root / name, 2)
-        worker = SUPPORT / "elastic_worker.py"
-        return output_of(forked(ranks, worker, str(root), *names))
+        return output_of(forked(ranks, SUPPORT / "elastic_ranks.py", str(root), *names))
 
     return launch
 
@@ -73,18 +65,17 @@ def runs(name: str) -> bool:
 NO_PIPELINE = pytest.mark.skip("torchtitan 0.3's pipeline schedules need torch 2.14")
 
 
-@pytest.fixture(
-    params=[pytest.param(name, marks=() if runs(name) else NO_PIPELINE) for name in LAYOUTS]
-)
+def layouts() -> Iterator:
+    for name, (ranks, _) in LAYOUTS.items():
+        marks = [pytest.mark.slow] * (ranks > 2) + [NO_PIPELINE] * (not runs(name))
+        yield pytest.param(name, marks=marks)
+
+
+@pytest.fixture(params=layouts())
 def layout(request, launch) -> str:
     """The name of a layout whose runs are done."""
     launch(LAYOUTS[request.param][0])
     return request.param
-
-
-def logged(folder: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
 
 
 def files(folder: Path, step: int) -> dict:
@@ -102,8 +93,8 @@ def lanes(folder: Path, step: int) -> torch.Tensor:
 
 def assert_same_training(folder: Path, reference: Path, after: int) -> None:
     """Losses of every logged step beyond ``after`` to 1e-5, token counts and lanes exactly."""
-    expected = [line for line in logged(reference) if line["step"] > after]
-    found = [line for line in logged(folder) if line["step"] > after]
+    expected = [line for line in metrics(reference) if line["step"] > after]
+    found = [line for line in metrics(folder) if line["step"] > after]
     assert [(x["step"], x["kind"]) for x in found] == [(x["step"], x["kind"]) for x in expected]
     for line, wanted in zip(found, expected, strict=True):
         for name in wanted:
@@ -136,9 +127,9 @@ def test_one_process_continues_the_run_of_a_layout(layout, root, tmp_path):
 
 
 def test_on_its_own_layout_a_resumed_run_is_the_unbroken_one_bit_for_bit(layout, root):
-    """Here it has also passed over a damaged checkpoint, whose step it saves anew."""
+    """This run also skipped a damaged checkpoint, whose step it saves again."""
     assert files(root / f"{layout}-damaged", 6) == files(root / layout, 6)
-    assert logged(root / f"{layout}-damaged") == logged(root / layout)
+    assert metrics(root / f"{layout}-damaged") == metrics(root / layout)
 
 
 def test_a_damaged_file_is_refused_on_all_ranks(layout, root):

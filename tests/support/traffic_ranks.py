@@ -6,6 +6,7 @@
 ``FOLDER`` holds toy data in ``data``; rank N writes ``FOLDER/counted-N.json``.
 """
 
+import gc
 import json
 from collections import Counter
 from contextlib import contextmanager
@@ -139,6 +140,9 @@ def predicted_in_flight(config, rank):
 def main(root, *names):
     torch.set_num_threads(1)
     folder = Path(root)
-    counted = {name: counted_step(folder, name) for name in names}
+    counted = {}
+    for name in names:
+        counted[name] = counted_step(folder, name)
+        gc.collect()  # a trainer is in reference cycles
     (folder / f"counted-{dist.get_rank()}.json").write_text(json.dumps(counted))
     dist.destroy_process_group()

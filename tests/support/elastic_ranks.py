@@ -1,18 +1,66 @@
-"""What one layout does with another's checkpoint; run by test_elastic_resume.py.
+"""Layouts of ``test_elastic_resume.py``, and what each does with another's checkpoint.
 
-    ranks.py RANKS elastic_worker FOLDER LAYOUT ...
+    ranks.py RANKS elastic_ranks FOLDER LAYOUT ...
 
-FOLDER/LAYOUT/checkpoint holds step 2 of a run by one process. Each layout continues it to the end,
+FOLDER/LAYOUT/checkpoint holds step 2 of a run by one process. Each layout resumes it to the end,
 then once more from its own step 4, with step 6 damaged. The first also does so with a full disk.
 """
 
+import gc
 import os
 import shutil
 from pathlib import Path
 
 import torch
-from elastic_layouts import LAYOUTS, WITH_FULL_DISK, config_of, train
+from tiny_runs import MAMBAS, moma, tiny_config
 from torch.distributed.checkpoint.filesystem import FileSystem
+
+GLOBAL_BATCH = 8
+STEPS = 6
+
+TENSOR, EXPERT = {"tensor_parallel_degree": 2}, {"expert_parallel_degree": 2}
+PIPELINE = {"pipeline_parallel_degree": 2, "pipeline_parallel_microbatch_size": 2}
+
+# Name → ranks, fields of the parallelism config. Layouts of equal ranks share one launch.
+LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
+    "fsdp2": (2, {}),
+    "tp2": (2, TENSOR),
+    "ep2": (2, EXPERT),
+    "fsdp2-tp2": (4, TENSOR),
+    "hsdp2-fsdp2-ep2": (4, {"data_parallel_replicate_degree": 2, **EXPERT}),
+    "cp2": (2, {"context_parallel_degree": 2}),
+    "pp2": (2, PIPELINE),
+    "pp2-fsdp2": (4, PIPELINE),
+}
+
+WITH_FULL_DISK = "fsdp2"
+
+
+def config_of(folder: Path, data: Path, layout: str, *, alone: bool = False):
+    """The run of a layout, or the same by one process. Experts that choose need whole rows."""
+    degrees = LAYOUTS[layout][1]
+    model = MAMBAS["hybrid"]() if is_hybrid(layout) else moma()
+    config = tiny_config(folder, data, model, steps=STEPS)
+    config.training.global_batch_size = config.validator.batch_rows = GLOBAL_BATCH
+    config.metrics.enable_tensorboard = False
+    config.checkpoint.interval = 2
+    config.checkpoint.keep_latest_k = 0
+    for name, degree in ({} if alone else degrees).items():
+        setattr(config.parallelism, name, degree)
+    # as many micro-batches as a pipeline has stages
+    config.training.local_batch_size *= config.parallelism.pipeline_parallel_degree
+    return config
+
+
+def is_hybrid(layout: str) -> bool:
+    return layout.startswith("cp")
+
+
+def train(trainer) -> None:
+    """Train to the end, without drawing curves."""
+    trainer._finish = lambda saved: None
+    trainer.train()
+    trainer.close()
 
 
 def copy_run(source: Path, target: Path, *steps: int) -> None:
@@ -23,11 +71,6 @@ def copy_run(source: Path, target: Path, *steps: int) -> None:
             name = f"checkpoint/step-{step}"
             shutil.copytree(source / name, target / name)
     torch.distributed.barrier()
-
-
-def finish(config) -> None:
-    """Train to the end."""
-    train(config.build())
 
 
 def pass_over_a_damaged_one(config) -> None:
@@ -60,7 +103,7 @@ def meet_a_full_disk(config) -> None:
     if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
         FileSystem.create_stream = full
     try:
-        finish(config)
+        train(config.build())
     finally:
         FileSystem.create_stream = create_stream
 
@@ -71,10 +114,11 @@ def main(folder: str, *names: str) -> None:
     for name in names:
         ranks, _ = LAYOUTS[name]
         assert ranks == int(os.environ["WORLD_SIZE"])
-        finish(config_of(root / name, root / "data", name))
+        train(config_of(root / name, root / "data", name).build())
         copy_run(root / name, root / f"{name}-damaged", 4, 6)
         pass_over_a_damaged_one(config_of(root / f"{name}-damaged", root / "data", name))
         if name == WITH_FULL_DISK:
             copy_run(root / name, root / f"{name}-full", 2)
             meet_a_full_disk(config_of(root / f"{name}-full", root / "data", name))
+        gc.collect()  # a trainer is in reference cycles
     torch.distributed.destroy_process_group()
