@@ -135,9 +135,10 @@ def prepared(toys, tmp_path):
     for n, text in enumerate(SENTENCES):
         # two tracks: a row may end between them
         lists = {"texts": [None, text, None, None], "dices": [None, None, "a.dice", None],
-                 "tracks": ["b.track", None, None, "b.track"]}  # fmt: skip
+                 "tracks": ["b.track", None, None, "c.track"]}  # fmt: skip
         mixed += [(f"{n}.json", json.dumps(lists).encode()), (f"{n}.a.dice", thrown[n].tobytes()),
-                  (f"{n}.b.track", paths[n].tobytes())]  # fmt: skip
+                  (f"{n}.b.track", paths[n].tobytes()),
+                  (f"{n}.c.track", paths[n][::-1].tobytes())]  # fmt: skip
     pairs += [("bad.dice", bytes([SIDES])), ("bad.txt", b"no such side")]
     write_tar(tmp_path / "pairs.tar", pairs)
     write_tar(tmp_path / "mixed.tar", mixed)
@@ -168,7 +169,7 @@ def test_documents_hold_the_items_codes_and_vectors(prepared):
         assert (ids[modality == dice.modality] - dice.start).tolist() == sides.tolist()
         assert (ids[modality == track.modality] == track.start).all()
         assert counts[1:] == [len(sides), 2 * len(path)]
-        assert np.array_equal(source.document_vectors(number), np.concatenate([path, path]))
+        assert np.array_equal(source.document_vectors(number), np.concatenate([path, path[::-1]]))
 
 
 def test_manifest_and_report_count_the_new_modalities(prepared):
@@ -188,7 +189,7 @@ def test_batches_have_the_vectors_at_the_placeholders_and_zeros_elsewhere(prepar
     batches = validation_batches(mixture, SEQ_LEN, 4)
     there = [batch.modality_BS == Modality["track"] for batch in batches]
     vectors = [batch.vectors_BSP[mask] for batch, mask in zip(batches, there, strict=True)]
-    twice = np.concatenate([path for path in paths for _ in range(2)])
+    twice = np.concatenate([track for path in paths for track in (path, path[::-1])])
     assert torch.equal(torch.cat(vectors), torch.from_numpy(twice))
     assert batches[0].vectors_BSP.dtype == torch.float32
     for batch, mask in zip(batches, there, strict=True):
