@@ -72,17 +72,14 @@ class ExpertChoice(Router):
 
         @property
         def static(self) -> bool:
-            """With budgets from configured shares."""
             return self.budget == "static"
 
         @property
         def decides_causally(self) -> bool:
-            """By a causal router alone."""
             return self.causal is not None
 
         @property
         def rows_per_token(self) -> float:
-            """The capacity factor."""
             return self.capacity_factor
 
         def routed_rows(self, batch: Microbatch, experts: int, share: float) -> int:
@@ -95,7 +92,6 @@ class ExpertChoice(Router):
             return 0 if self.causal is None else dim // 2 * (dim + experts)
 
         def parameters(self, dim: int, experts: int) -> int:
-            """Those of the causal router too."""
             return experts * dim + self._causal_parameters(dim, experts)
 
         def flops(self, dim: int, experts: int) -> Flops:
@@ -120,12 +116,10 @@ class ExpertChoice(Router):
         self.noise = config.noise.build() if config.noise is not None else None
 
     def draws(self) -> dict[str, Draw]:
-        """See ``Config``."""
         centred = self.config.init == "centred"
         return {"weight": normal(self.config.init_gain, centred=centred)}
 
     def statistics(self) -> Sequence[RouterStats]:
-        """Of all experts."""
         return [self.stats]
 
     @property

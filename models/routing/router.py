@@ -41,7 +41,6 @@ class Router(Module):
         raise NotImplementedError
 
     def draws(self) -> dict[str, Draw]:
-        """See ``Branch.draws``."""
         return {}
 
     def balance(self, load_E: torch.Tensor) -> None:

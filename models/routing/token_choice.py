@@ -72,7 +72,6 @@ class TokenChoice(Router):
                 )
 
         def check_pool(self, name: str, groups: Sequence[int]) -> None:
-            """The pool serves all groups."""
             if groups:
                 raise ValueError(
                     f"groups ({groups}) of the {name} experts must be () with token choice; name "
@@ -80,7 +79,6 @@ class TokenChoice(Router):
                 )
 
         def check_model(self, name: str, modality_groups: int) -> None:
-            """All groups are served."""
             if self.serves and set(self.serves) != set(range(modality_groups)):
                 raise ValueError(
                     f"router.serves ({self.serves}) of the {name} experts must name each of the "
@@ -89,20 +87,16 @@ class TokenChoice(Router):
 
         @property
         def rows_per_token(self) -> float:
-            """Top k."""
             return self.top_k
 
         def routed_rows(self, batch: Microbatch, experts: int, share: float) -> int:
-            """Exact."""
             return self.top_k * batch.tokens
 
         @property
         def stats_per_token(self) -> int:
-            """Top k."""
             return self.top_k
 
         def experts_by_group(self, experts: int) -> dict[int | None, int]:
-            """By ``serves``."""
             if not self.serves:
                 return {None: experts}
             return {group: self.serves.count(group) for group in sorted(set(self.serves))}
@@ -133,11 +127,9 @@ class TokenChoice(Router):
         self.stats = ModuleList(config.new_statistics(experts).values())
 
     def draws(self) -> dict[str, Draw]:
-        """See ``Branch.draws``."""
         return {"weight": normal()}
 
     def statistics(self) -> Sequence[RouterStats]:
-        """Of the experts of each group served."""
         return self.stats
 
     def _init_self_buffers(self, *, buffer_device: torch.device | None = None) -> None:
