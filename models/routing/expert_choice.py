@@ -11,7 +11,7 @@ group, R = E·N·k rows.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -43,8 +43,6 @@ class ExpertChoice(Router):
         ``init`` "centred": of the weight, less the mean over experts, so that their directions are
         those of a simplex and they choose different tokens. ``causal``: a router for inference,
         trained along. ``noise``: in the choice, while training."""
-
-        needs_whole_rows: ClassVar[bool] = True
 
         capacity_factor: float = 1.0
         routing_rows: int = 1

@@ -54,7 +54,8 @@ class Router(Module):
 
     @dataclass(kw_only=True, slots=True)
     class Config(Module.Config):
-        needs_whole_rows: ClassVar[bool] = False  # chooses among all tokens of a row
+        # chooses among all tokens of a row: refused with context parallelism
+        needs_whole_rows: ClassVar[bool] = True
 
         @property
         def routing_rows(self) -> int:
@@ -69,7 +70,7 @@ class Router(Module):
         @property
         def decides_causally(self) -> bool:
             """Whether it can route by tokens up to the one at hand alone, as generation needs."""
-            return True
+            return False
 
         @property
         def bias_rate(self) -> float:

@@ -15,6 +15,7 @@ T tokens, D width, E experts, k experts of a token, R = T·k rows.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +47,8 @@ class TokenChoice(Router):
         ``scale`` times its sigmoid score. ``bias_rate``: what a step adds to the bias of an expert
         with less than even load, and takes from one with more, in units of a logit; 0 leaves the
         biases where they are."""
+
+        needs_whole_rows: ClassVar[bool] = False
 
         top_k: int = 1
         serves: tuple[int, ...] = ()
@@ -84,6 +87,10 @@ class TokenChoice(Router):
                     f"router.serves ({self.serves}) of the {name} experts must name each of the "
                     f"model's {modality_groups} modality groups, from 0, and no other"
                 )
+
+        @property
+        def decides_causally(self) -> bool:
+            return True
 
         @property
         def rows_per_token(self) -> float:
