@@ -314,7 +314,6 @@ class Head(Module):
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.dim))
 
     def draws(self) -> dict[str, Draw]:
-        """See ``Branch.draws``."""
         return {"weight": normal()}
 
     def forward(self, x_BSD: torch.Tensor, loss: Loss | None) -> Any:

@@ -152,6 +152,48 @@ def test_triton_is_imported_only_by_triton_implementations():
     assert offences(sources(*FOLDERS, "train.py"), allowed) == []
 
 
+# Branches and routers, and the files that may know them: their own, what composes models, what
+# writes them under public names, and what trains or loads causal routers
+CONTRACTS = ("Attention", "Mamba", "FeedForward", "MixtureOfExperts", "ExpertChoice", "TokenChoice")
+COMPOSE = (
+    "models/blocks/",
+    "models/routing/",
+    "models/state_dicts/",
+    "models/decoder.py",
+    "configs/",
+)
+
+
+def named(node):
+    """Names and last parts of dotted names in an expression."""
+    inner = list(ast.walk(node))
+    return {n.id for n in inner if isinstance(n, ast.Name)} | {
+        n.attr for n in inner if isinstance(n, ast.Attribute)
+    }
+
+
+def test_branches_and_routers_are_asked_not_recognised():
+    """No ``isinstance`` of them but where a public format or a command is about one of them; files
+    that do not compose models do not import them.
+    """
+    asked = ("models/state_dicts/chameleon.py", "configs/decoders.py")
+    found = [
+        f"{path}:{node.lineno}"
+        for file in sources(*FOLDERS)
+        for path in [file.relative_to(ROOT).as_posix()]
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func) == "isinstance"
+        and named(node.args[1]) & set(CONTRACTS)
+        and path not in asked
+    ]
+    assert found == []
+    files = [
+        f for f in sources("models", "parallel") if not str(f.relative_to(ROOT)).startswith(COMPOSE)
+    ]
+    assert offences(files, lambda _, name: name.rpartition(".")[2] not in CONTRACTS) == []
+
+
 # What unpickles, by the last part of its name, and the files that may call it, each in a safe way.
 UNPICKLES = {
     "load": (

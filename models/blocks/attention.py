@@ -62,7 +62,6 @@ class Attention(Branch):
             return self.dim * 2 * sum(self._widths())
 
         def parameters(self, group: int | None = None) -> int:
-            """Projections and norms; of one modality, a set of them."""
             norms = 2 * sum(self._widths()) if self.qk_norm else 0
             return (self._matrices() + norms) * (self.groups if group is None else 1)
 
@@ -93,11 +92,9 @@ class Attention(Branch):
             yield Collective("keys and values", "reduce_scatter", "cp", row, backward=1)
 
         def even_sizes(self, axis: Literal["tensor", "expert"]) -> dict[str, int]:
-            """Heads are split, each whole."""
             return {"heads": self.heads, "kv_heads": self.kv_heads} if axis == "tensor" else {}
 
         def refusal(self, use: Use) -> str | None:
-            """Supports all."""
             return None
 
     def __init__(self, config: Config):

@@ -135,7 +135,6 @@ class Experts(Module):
         self.w2 = nn.Parameter(torch.empty(experts, dim, hidden_dim))
 
     def draws(self) -> dict[str, Draw]:
-        """See ``Branch.draws``."""
         return DRAWS
 
     def forward(self, x_TD: torch.Tensor, routes: Routes) -> torch.Tensor:
@@ -203,7 +202,6 @@ class MixtureOfExperts(Branch):
             return self.pools[0].dim
 
         def check(self, modality_groups: int) -> None:
-            """All modality groups of the model have their experts."""
             for pool in self.pools:
                 pool.router.check_model(pool.name, modality_groups)
             for shared in self.shared:
@@ -238,7 +236,6 @@ class MixtureOfExperts(Branch):
             return [*self.pools, *self.shared]
 
         def saved(self, batch: Microbatch) -> int:
-            """What pools and shared experts keep."""
             return sum(part.saved(batch) for part in self._parts())
 
         def saved_by_selective(self, batch: Microbatch) -> int:
@@ -246,7 +243,6 @@ class MixtureOfExperts(Branch):
             return sum(shared.saved_by_selective(batch) for shared in self.shared)
 
         def collectives(self, batch: Microbatch) -> Iterator[Collective]:
-            """Those of pools and shared experts."""
             for part in self._parts():
                 yield from part.collectives(batch)
 

@@ -34,11 +34,9 @@ class FeedForward(Branch):
         groups: int = 1
 
         def parameters(self, group: int | None = None) -> int:
-            """Three matrices; of one modality, a set of them."""
             return 3 * self.dim * self.hidden_dim * (self.groups if group is None else 1)
 
         def flops(self, seq_len: int, group: int) -> Flops:
-            """Three matrices."""
             return products(self.parameters(group))
 
         def saved(self, batch: Microbatch) -> int:
@@ -51,12 +49,10 @@ class FeedForward(Branch):
             return self.hidden_dim // batch.tensor_ranks + self.dim if self.groups == 1 else 0
 
         def collectives(self, batch: Microbatch) -> Iterator[Collective]:
-            """The sums of a split region."""
             activations = batch.tokens * self.dim * batch.itemsize
             yield Collective("split activations", "all_reduce", "tp", activations, 1, 1)
 
         def even_sizes(self, axis: Literal["tensor", "expert"]) -> dict[str, int]:
-            """The inner width is split."""
             return {"hidden_dim": self.hidden_dim} if axis == "tensor" else {}
 
         def refusal(self, use: Use) -> str | None:
@@ -72,7 +68,6 @@ class FeedForward(Branch):
         self.w2 = nn.Parameter(torch.empty(*lead, config.dim, config.hidden_dim))
 
     def draws(self) -> dict[str, Draw]:
-        """See ``Branch.draws``."""
         return DRAWS
 
     def forward(self, x_TD: torch.Tensor, context: ForwardContext) -> torch.Tensor:

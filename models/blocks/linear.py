@@ -64,7 +64,6 @@ class RMSNorm(Module):
         )
 
     def draws(self) -> dict[str, Draw]:
-        """See ``Branch.draws``."""
         return {"weight": constant(1.0)}
 
     def forward(self, x_TD: torch.Tensor, context: ForwardContext) -> torch.Tensor:
@@ -127,7 +126,6 @@ class HeadNorm(Module):
         self.bias = nn.Parameter(torch.empty(shape))
 
     def draws(self) -> dict[str, Draw]:
-        """See ``Branch.draws``."""
         return {"weight": constant(1.0), "bias": constant(0.0)}
 
     def forward(self, x_TNH: torch.Tensor, context: ForwardContext) -> torch.Tensor:

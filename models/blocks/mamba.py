@@ -82,7 +82,6 @@ class Mamba(Branch):
                 raise ValueError(f"conv_width ({self.conv_width}) must be 2, 3 or 4")
 
         def check(self, modality_groups: int) -> None:
-            """Projections are shared, or one for each modality group."""
             for name in GROUPS:
                 if getattr(self, name) not in (1, modality_groups):
                     raise ValueError(
@@ -129,7 +128,6 @@ class Mamba(Branch):
             return 5 * self.inner_dim + selected + states // batch.seq_len
 
         def saved_by_selective(self, batch: Microbatch) -> int:
-            """Every second product with a shared projection."""
             return sum([outputs for _, outputs, sets in self._projections() if sets == 1][::2])
 
         def collectives(self, batch: Microbatch) -> Iterator[Collective]:
@@ -143,7 +141,6 @@ class Mamba(Branch):
             yield Collective("conv halo", "reduce_scatter", "cp", halo, backward=1)
 
         def refusal(self, use: Use) -> str | None:
-            """No tensor parallelism."""
             if use == "tensor_parallel":
                 return "it is a Mamba block, whose channels all meet in one projection; use FSDP"
             return None

@@ -48,7 +48,6 @@ class CausalRouter(Module):
         self.stats = CausalStats()
 
     def draws(self) -> dict[str, Draw]:
-        """See ``Branch.draws``."""
         return {"w_hidden": normal(), "w_score": normal()}
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:

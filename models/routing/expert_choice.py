@@ -10,7 +10,7 @@ group, R = E·N·k rows.
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -40,8 +40,6 @@ class ExpertChoice(Router):
         those of a simplex and they choose different tokens. ``causal``: a router for inference,
         trained along. ``noise``: in the choice, while training."""
 
-        needs_whole_rows: ClassVar[bool] = True
-
         capacity_factor: float = 1.0
         routing_rows: int = 1
         budget: Literal["static", "exact"] = "static"
@@ -68,17 +66,14 @@ class ExpertChoice(Router):
 
         @property
         def static(self) -> bool:
-            """With budgets from configured shares."""
             return self.budget == "static"
 
         @property
         def decides_causally(self) -> bool:
-            """By a causal router alone."""
             return self.causal is not None
 
         @property
         def rows_per_token(self) -> float:
-            """The capacity factor."""
             return self.capacity_factor
 
         def routed_rows(self, batch: Microbatch, experts: int, share: float) -> int:
@@ -91,7 +86,6 @@ class ExpertChoice(Router):
             return 0 if self.causal is None else dim // 2 * (dim + experts)
 
         def parameters(self, dim: int, experts: int) -> int:
-            """Those of the causal router too."""
             return experts * dim + self._causal_parameters(dim, experts)
 
         def flops(self, dim: int, experts: int) -> Flops:
@@ -115,7 +109,6 @@ class ExpertChoice(Router):
         self.noise = config.noise.build() if config.noise is not None else None
 
     def draws(self) -> dict[str, Draw]:
-        """See ``Config``."""
         centred = self.config.init == "centred"
         return {"weight": normal(self.config.init_gain, centred=centred)}
 

@@ -43,7 +43,6 @@ class Router(Module):
         raise NotImplementedError
 
     def draws(self) -> dict[str, Draw]:
-        """See ``Branch.draws``."""
         return {}
 
     def static(self, context: ForwardContext) -> bool:
@@ -57,7 +56,8 @@ class Router(Module):
 
     @dataclass(kw_only=True, slots=True)
     class Config(Module.Config):
-        needs_whole_rows: ClassVar[bool] = False  # chooses among all tokens of a row
+        # chooses among all tokens of a row: refused with context parallelism
+        needs_whole_rows: ClassVar[bool] = True
 
         @property
         def routing_rows(self) -> int:
@@ -72,7 +72,7 @@ class Router(Module):
         @property
         def decides_causally(self) -> bool:
             """Whether it can route by tokens up to the one at hand alone, as generation needs."""
-            return True
+            return False
 
         @property
         def bias_rate(self) -> float:

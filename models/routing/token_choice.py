@@ -15,6 +15,7 @@ T tokens, D width, E experts, k experts of a token, R = T·k rows.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +48,8 @@ class TokenChoice(Router):
         with less than even load, and takes from one with more, in units of a logit; 0 leaves the
         biases where they are."""
 
+        needs_whole_rows: ClassVar[bool] = False
+
         top_k: int = 1
         serves: tuple[int, ...] = ()
         normalise: bool = False
@@ -72,7 +75,6 @@ class TokenChoice(Router):
                 )
 
         def check_pool(self, name: str, groups: Sequence[int]) -> None:
-            """The pool serves all groups."""
             if groups:
                 raise ValueError(
                     f"groups ({groups}) of the {name} experts must be () with token choice; name "
@@ -80,7 +82,6 @@ class TokenChoice(Router):
                 )
 
         def check_model(self, name: str, modality_groups: int) -> None:
-            """All groups are served."""
             if self.serves and set(self.serves) != set(range(modality_groups)):
                 raise ValueError(
                     f"router.serves ({self.serves}) of the {name} experts must name each of the "
@@ -88,16 +89,17 @@ class TokenChoice(Router):
                 )
 
         @property
+        def decides_causally(self) -> bool:
+            return True
+
+        @property
         def rows_per_token(self) -> float:
-            """Top k."""
             return self.top_k
 
         def routed_rows(self, batch: Microbatch, experts: int, share: float) -> int:
-            """Exact."""
             return self.top_k * batch.tokens
 
         def experts_by_group(self, experts: int) -> dict[int | None, int]:
-            """By ``serves``."""
             if not self.serves:
                 return {None: experts}
             return {group: self.serves.count(group) for group in sorted(set(self.serves))}
@@ -131,7 +133,6 @@ class TokenChoice(Router):
         )
 
     def draws(self) -> dict[str, Draw]:
-        """See ``Branch.draws``."""
         return {"weight": normal()}
 
     def _init_self_buffers(self, *, buffer_device: torch.device | None = None) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import contract_runs
 import pytest
@@ -30,7 +31,13 @@ class Threshold(Router):
 
     @dataclass(kw_only=True, slots=True)
     class Config(Router.Config):
+        needs_whole_rows: ClassVar[bool] = False
+
         expected: float = 1.0
+
+        @property
+        def decides_causally(self):
+            return True
 
         @property
         def rows_per_token(self):
@@ -128,9 +135,9 @@ def test_it_generates_since_it_decides_by_the_token_alone(unbroken):
     assert written[0] == written[1]
 
 
-def test_one_that_looks_ahead_is_refused_by_name(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(Threshold.Config, "decides_causally", False)
-    monkeypatch.setattr(Threshold.Config, "needs_whole_rows", True)
+def test_one_that_does_not_say_that_it_is_causal_is_refused_by_name(data, tmp_path, monkeypatch):
+    for name in ("decides_causally", "needs_whole_rows"):
+        monkeypatch.setattr(Threshold.Config, name, getattr(Router.Config, name))
     built = model().build()
     built.init_states()
     with pytest.raises(
