@@ -17,7 +17,6 @@ n ranks compute what one rank computes on the same global batch: gradients are s
 because losses are already divided by global counts.
 """
 
-import os
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -84,11 +83,11 @@ def parallelize(
 
 
 def check_parallelism(
-    parallelism: ParallelismConfig, training: TrainingConfig, model: Decoder.Config
+    parallelism: ParallelismConfig, training: TrainingConfig, model: Decoder.Config, ranks: int
 ) -> None:
-    """Refuse what this plan cannot spread, before anything is built.
+    """Refuse what this plan cannot spread over ``ranks`` ranks, before anything is built.
 
-    Raises ``ValueError`` naming the field. The number of ranks is the launcher's.
+    Raises ``ValueError`` naming the field.
     """
     if training.enable_cpu_offload and not torch.accelerator.is_available():
         raise ValueError(
@@ -99,7 +98,9 @@ def check_parallelism(
         raise ValueError(f"parallelism.{problem}")
     for problem in context_problems(parallelism, training, model):
         raise ValueError(f"parallelism.{problem}")
-    for rule in (_unsupported, _ranks, _tensor, _experts):
+    for problem in _ranks(parallelism, ranks):
+        raise ValueError(f"parallelism.{problem}")
+    for rule in (_unsupported, _tensor, _experts):
         for problem in rule(parallelism, model):
             raise ValueError(f"parallelism.{problem}")
 
@@ -121,8 +122,7 @@ def _unsupported(parallelism: ParallelismConfig, model: Decoder.Config) -> Itera
         )
 
 
-def _ranks(parallelism: ParallelismConfig, model: Decoder.Config) -> Iterator[str]:
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+def _ranks(parallelism: ParallelismConfig, ranks: int) -> Iterator[str]:
     shard, replicate = (
         parallelism.data_parallel_shard_degree,
         parallelism.data_parallel_replicate_degree,

@@ -108,40 +108,39 @@ def test_rows_of_one_modality_travel_while_the_other_computes(results):
     assert events[:2] == ["send", "send"]
 
 
-def refusal(monkeypatch, ranks: int, model, **degrees: int) -> str:
-    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+def refusal(ranks: int, model, **degrees: int) -> str:
     config = embedded.dense()
     for name, degree in degrees.items():
         setattr(config.parallelism, f"{name}_degree", degree)
     with pytest.raises(ValueError) as error:
-        check_parallelism(config.parallelism, config.training, model)
+        check_parallelism(config.parallelism, config.training, model, ranks)
     return str(error.value)
 
 
-def test_layouts_that_cannot_work_are_refused_by_name(monkeypatch):
+def test_layouts_that_cannot_work_are_refused_by_name():
     tensor, expert = {"tensor_parallel": 2}, {"expert_parallel": 2}
     dense = decoders.dense(SHAPE)
-    assert "must make up the 1 ranks" in refusal(monkeypatch, 1, dense, **tensor)
-    assert "must make up the 6 ranks" in refusal(monkeypatch, 6, dense, data_parallel_replicate=4)
-    assert "no routed experts" in refusal(monkeypatch, 2, dense, **expert)
-    assert "must be 1 together with tensor" in refusal(monkeypatch, 4, moma(), **tensor, **expert)
-    assert "must divide the 3 ranks" in refusal(monkeypatch, 3, moma(), **expert)
-    message = refusal(monkeypatch, 4, moma(), expert_parallel=4)
+    assert "must make up the 1 ranks" in refusal(1, dense, **tensor)
+    assert "must make up the 6 ranks" in refusal(6, dense, data_parallel_replicate=4)
+    assert "no routed experts" in refusal(2, dense, **expert)
+    assert "must be 1 together with tensor" in refusal(4, moma(), **tensor, **expert)
+    assert "must divide the 3 ranks" in refusal(3, moma(), **expert)
+    message = refusal(4, moma(), expert_parallel=4)
     assert "must divide the 2 text experts" in message
-    message = refusal(monkeypatch, 4, dense, tensor_parallel=4)
+    message = refusal(4, dense, tensor_parallel=4)
     assert "must divide layers[0].attention.heads (2)" in message
 
 
 def test_rows_that_cannot_be_cut_are_refused_by_name(monkeypatch):
     context = {"context_parallel": 2}
     dense = decoders.dense(SHAPE)
-    assert "must make up the 3 ranks" in refusal(monkeypatch, 3, dense, **context)
-    assert "experts that choose among all tokens" in refusal(monkeypatch, 2, moma(), **context)
+    assert "must make up the 3 ranks" in refusal(3, dense, **context)
+    assert "experts that choose among all tokens" in refusal(2, moma(), **context)
     for other in ("tensor", "expert", "pipeline"):
         monkeypatch.setattr(torch, "__version__", TorchVersion("2.14.1"))
         degrees = context | {f"{other}_parallel": 2}
-        assert f"{other}_parallel_degree (2)" in refusal(monkeypatch, 4, token_choice(), **degrees)
-    message = refusal(monkeypatch, 3, dense, context_parallel=3)
+        assert f"{other}_parallel_degree (2)" in refusal(4, token_choice(), **degrees)
+    message = refusal(3, dense, context_parallel=3)
     assert "context_parallel_degree (3) must cut training.seq_len (" in message
     assert "multiple of 6" in message
 
@@ -149,7 +148,6 @@ def test_rows_that_cannot_be_cut_are_refused_by_name(monkeypatch):
 def pipeline_refusal(monkeypatch, model, version="2.14.1", rows=4, size=2, **fields) -> str:
     """What is said of ``rows`` a rank in parts of ``size``, in a pipeline of two ranks."""
     monkeypatch.setattr(torch, "__version__", TorchVersion(version))
-    monkeypatch.setenv("WORLD_SIZE", "2")
     config = embedded.dense()
     config.training.local_batch_size = rows
     config.parallelism.pipeline_parallel_degree = 2
@@ -157,7 +155,7 @@ def pipeline_refusal(monkeypatch, model, version="2.14.1", rows=4, size=2, **fie
     for name, value in fields.items():
         setattr(config.parallelism, name, value)
     with pytest.raises(ValueError, match=r"^parallelism\.") as error:
-        check_parallelism(config.parallelism, config.training, model)
+        check_parallelism(config.parallelism, config.training, model, ranks=2)
     return str(error.value)
 
 
@@ -182,12 +180,12 @@ def test_pipelines_that_cannot_work_are_refused_by_name(monkeypatch):
     assert "x pipeline_parallel_degree (2) x" in message and "make up the 2 ranks" in message
 
 
-def test_what_works_is_not_refused(monkeypatch):
+def test_what_works_is_not_refused():
     for ranks, cases in CASES.items():
-        monkeypatch.setenv("WORLD_SIZE", str(ranks))
         for case in filter(attrgetter("runs"), cases.values()):
             config = case.config(Path("run"), Path("data"), ranks)
-            check_parallelism(config.parallelism, config.training, BY_NAME[case.model]())
+            model = BY_NAME[case.model]()
+            check_parallelism(config.parallelism, config.training, model, ranks)
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU")
@@ -195,4 +193,4 @@ def test_cpu_offload_without_a_gpu_is_refused():
     config = embedded.dense()
     config.training.enable_cpu_offload = True
     with pytest.raises(ValueError, match=r"enable_cpu_offload .* must be False without a GPU"):
-        check_parallelism(config.parallelism, config.training, decoders.dense(SHAPE))
+        check_parallelism(config.parallelism, config.training, decoders.dense(SHAPE), ranks=1)
