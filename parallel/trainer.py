@@ -11,6 +11,7 @@ N data sources, M modality ids.
 import atexit
 import os
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -62,22 +63,21 @@ from earlyfuse.parallel.training.step_metrics import ModelStatistics, losses, wo
 from earlyfuse.parallel.training.warm_start import Start
 
 
-def resolve(config: "Trainer.Config") -> DataSet:
-    """Fill in, in place, what follows from other fields and from the data, which are returned.
+def resolve(config: "Trainer.Config") -> tuple["Trainer.Config", DataSet]:
+    """A copy of ``config`` with what follows from other fields and the data, and the data.
 
     Raises ``ValueError`` for what cannot be right, before anything is built.
     """
+    config = deepcopy(config)
     assert config.model_spec is not None, "configs always set model_spec"
-    model = config.model_spec.model
+    model, ranks = config.model_spec.model, int(os.environ.get("WORLD_SIZE", "1"))
     assert isinstance(model, Decoder.Config)
     if config.debug.seed is not None:
         model.seed = config.debug.seed
     check_config(config)
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
     check_parallelism(config.parallelism, config.training, model, ranks)
     data = DataSet(config.data)
-    data.connect(config)
-    return data
+    return data.resolve(config, ranks), data
 
 
 class Trainer(titan.Trainer):
@@ -113,8 +113,8 @@ class Trainer(titan.Trainer):
         compat.apply()
         process_group.leave_at_exit()
         self._alone = compat.join_process_group_alone()
+        config, self.data = resolve(config)
         assert config.model_spec is not None, "configs always set model_spec"
-        self.data = resolve(config)
         self.vocabulary = self.data.vocabulary
         model = config.model_spec.model
         if config.train_only == "causal_routers":

@@ -267,8 +267,8 @@ def load_model(
     ``mamba_ssm``: a module in evaluation mode, and its vocabulary.
 
     ``model(MixedBatch.of(tokens_BS, vocabulary.modality_of(tokens_BS)))`` returns logits (B, S, V).
-    ``dtype`` None keeps the types of the files; with a narrower one scans and routers stay in fp32, as in training
-    (``models/precision.py``). No launcher, no process group; ``ValueError`` says what is wrong with
+    ``dtype`` None keeps the types of the files; with a narrower one scans and routers stay in
+    fp32, as in training (``models/precision.py``). No launcher, no process group; ``ValueError`` says what is wrong with
     the folder. Experts choose by the causal rule where the model has causal routers; else by batch,
     with budgets from the actual counts, as in validation; ``ForwardSettings`` given with the batch
     change that.

@@ -4,7 +4,6 @@ Nothing is built, joined or written. Sizes and traffic are closed forms (``model
 ``communication.py``); memory is partly an estimate (``memory.py``).
 """
 
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -41,14 +40,10 @@ def describe(name: str, config: Trainer.Config, ranks: int) -> str:
 
 
 def check(config: Trainer.Config, ranks: int) -> tuple[Decoder.Config, ParallelDims]:
-    """Model and degrees of ``config`` on ``ranks`` ranks; ``ValueError`` if it cannot run on them.
-
-    The process takes itself for one of so many ranks from here on (WORLD_SIZE).
-    """
+    """Model and degrees of ``config`` on ``ranks`` ranks; ``ValueError`` if it cannot run there."""
     assert config.model_spec is not None, "configs always set model_spec"
     model = config.model_spec.model
     assert isinstance(model, Decoder.Config)
-    os.environ["WORLD_SIZE"] = str(ranks)
     check_config(config)
     check_parallelism(config.parallelism, config.training, model, ranks)
     return model, ParallelDims.from_config(config.parallelism, ranks)
@@ -160,7 +155,7 @@ def _data(config: Trainer.Config, dims: ParallelDims) -> Iterator[str]:
             return
     # what the start would refuse is refused here; only making the embedded corpus is left out
     data = DataSet(replace(config.data, folder=str(folder)))
-    data.connect(config)
+    data.resolve(config, dims.world_size)
     sources = tuple(TokenSource(folder / "train" / name) for name in data.shares)
     blend = Blend(sources, tuple(data.shares.values()), config.dataloader.media_share)
     tokens = config.training.steps * _step_tokens(config, dims)

@@ -157,7 +157,7 @@ def check_config(config: Any) -> None:
     for field, reason in UNREAD.items():
         *path, name = field.split(".")
         section = reduce(getattr, path, config)
-        value, default = getattr(section, name), _ALLOWED.get(field, _default(section, name))
+        value, default = getattr(section, name), _ALLOWED.get(field, default_of(section, name))
         if value != default:
             raise ValueError(
                 f"{field} ({shown(value)}) must be {shown(default)}, since nothing reads it: "
@@ -184,7 +184,8 @@ def check_config(config: Any) -> None:
         )
 
 
-def _default(section: Any, name: str) -> Any:
+def default_of(section: Any, name: str) -> Any:
+    """The default of field ``name`` in a config's class."""
     field = section.__dataclass_fields__[name]
     return field.default if field.default is not MISSING else field.default_factory()
 

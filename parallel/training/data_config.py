@@ -6,6 +6,7 @@ Folder: ``train/<source>/``, ``validation/<source>/``, ``tokenizers/``.
 import math
 import os
 import time
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from torchtitan.config import Configurable
 
 from earlyfuse.data.atomic import sha256_file
+from earlyfuse.data.json_files import shown
 from earlyfuse.data.media import MEDIA
 from earlyfuse.data.shards.source import TokenSource
 from earlyfuse.data.shards.writer import MANIFEST
@@ -21,6 +23,7 @@ from earlyfuse.data.vocabulary import check_same, load_vocabulary
 from earlyfuse.models.blocks.branch import Microbatch
 from earlyfuse.models.blocks.experts import ExpertPool
 from earlyfuse.models.vocabulary import Modality
+from earlyfuse.parallel.training.config_checks import default_of
 
 # where the embedded corpus is made, and the mix of its sources unless shares are given
 CORPUS, SPEECH_CORPUS = Path("runs", "data"), Path("runs", "data_speech")
@@ -102,11 +105,12 @@ class DataSet(Configurable):
             if not path.name.startswith(".")
         }
 
-    def connect(self, config: Any) -> None:
-        """Fill loader and validator of a ``Trainer.Config`` and check it against data and model.
+    def resolve(self, config: Any, ranks: int) -> Any:
+        """A copy of a ``Trainer.Config`` for ``ranks`` ranks with what follows from the data.
 
-        Raises ``ValueError`` naming the field, before anything is built.
+        Raises ``ValueError`` naming the field where config, data and model do not fit.
         """
+        config = deepcopy(config)
         train = self.sources("train")
         unknown = sorted(set(self.shares) - set(train))
         if unknown or not self.shares:
@@ -117,30 +121,36 @@ class DataSet(Configurable):
         held_out = self.sources("validation") if config.validator.enable else {}
         for folder in (*(train[name] for name in self.shares), *held_out.values()):
             self._check_tokenizers(self._source(folder))
-        training = config.training
+        training, validator = config.training, config.validator
         # ranks of one tensor- or sequence-parallel group, and of one pipeline, share their rows
-        ranks = int(os.environ.get("WORLD_SIZE", "1")) // config.parallelism.tensor_parallel_degree
+        ranks //= config.parallelism.tensor_parallel_degree
         ranks //= config.parallelism.context_parallel_degree
         ranks //= config.parallelism.pipeline_parallel_degree
         rows = training.local_batch_size * ranks
         if training.global_batch_size < 0:
             training.global_batch_size = rows
-        if config.validator.batch_rows < 0:
-            config.validator.batch_rows = rows
+        if validator.batch_rows < 0:
+            validator.batch_rows = rows
         if training.global_batch_size % rows:
             raise ValueError(
                 f"training.global_batch_size ({training.global_batch_size}) must be a multiple of "
                 f"local_batch_size times the data ranks ({rows}); change one of them"
             )
-        config.dataloader.sources = {str(train[name]): share for name, share in self.shares.items()}
-        config.dataloader.global_batch_size = training.global_batch_size
-        config.dataloader.order = sorted(self.shares, key=_place)
-        config.validator.sources = [str(folder) for folder in held_out.values()]
+        for field_name, value in {
+            "dataloader.sources": {str(train[name]): share for name, share in self.shares.items()},
+            "dataloader.order": sorted(self.shares, key=_place),
+            "dataloader.global_batch_size": training.global_batch_size,
+            "validator.sources": [str(folder) for folder in held_out.values()],
+            "validator.data_folder": str(self.folder),
+            "sampler.data_folder": str(self.folder),
+        }.items():
+            section, name = field_name.split(".")
+            _fill_in(getattr(config, section), name, value, field_name)
         config.data.folder = str(self.folder)
-        config.validator.data_folder = config.sampler.data_folder = str(self.folder)
         model = config.model_spec.model
-        self._check_model(model, training, config.validator.batch_rows)
-        _share_validation(config.validator, model, ranks)
+        self._check_model(model, training, validator.batch_rows)
+        _share_validation(validator, model, ranks)
+        return config
 
     def _source(self, folder: Path) -> TokenSource:
         """The source in ``folder``; ``ValueError`` if it is none, or unfinished."""
@@ -156,7 +166,7 @@ class DataSet(Configurable):
     def _check_tokenizers(self, source: TokenSource) -> None:
         """``ValueError`` where the tokenizers beside the data are not those of its tokens."""
         folder, manifest = self.folder / "tokenizers", source.folder / MANIFEST
-        # ids may be left free behind the last: a model of padded size, which connect compares
+        # ids may be left free behind the last: a model of padded size, which resolve compares
         size = max(self.vocabulary.size, source.vocabulary.size)
         data = replace(source.vocabulary, size=size)
         check_same(folder / VOCABULARY_FILE, self.vocabulary, data, manifest)
@@ -198,6 +208,16 @@ class DataSet(Configurable):
                     )
             if pool.router.static:  # raises where an expert would take no token
                 pool.routed_rows(Microbatch(pool.router.routing_rows, training.seq_len))
+
+
+def _fill_in(section: Any, name: str, value: Any, field_name: str) -> None:
+    given = getattr(section, name)
+    if given not in (default_of(section, name), value):
+        raise ValueError(
+            f"{field_name} ({shown(given)}) must be left out: it follows from data.folder, "
+            "data.shares and training.global_batch_size"
+        )
+    setattr(section, name, value)
 
 
 def _share_validation(validator: Any, model: Any, ranks: int) -> None:

@@ -184,8 +184,7 @@ def test_exponential_decay_falls_by_the_same_factor_in_each_step():
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_dry_run_on_64_ranks_works_without_data(name, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "1")  # put back afterwards
+def test_a_dry_run_on_64_ranks_works_without_data(name):
     page = dry_run.describe(name, catalogue()[name](), ranks=64)
     assert "none yet: prepare some (docs/data.md)" in page and "--data.folder" in page
 

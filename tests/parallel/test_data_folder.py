@@ -1,6 +1,8 @@
 """The data folder of a run: read as it was prepared, never written to, and refused by name."""
 
+import copy
 import json
+import os
 import random
 import runpy
 import shutil
@@ -44,7 +46,7 @@ def refusal(config: DataSet.Config | None = None, run=None) -> str:
     with pytest.raises(ValueError) as caught:
         dataset = DataSet(config or run.data)
         if run is not None:
-            dataset.connect(run)
+            dataset.resolve(run, ranks=1)
     return str(caught.value)
 
 
@@ -133,8 +135,7 @@ def test_a_corpus_interrupted_while_it_was_built_goes_on(tmp_path, monkeypatch):
             prepare_corpus(folder)
 
 
-def test_a_dry_run_neither_makes_the_corpus_nor_a_folder(tmp_path, no_corpus, data, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "1")
+def test_a_dry_run_neither_makes_the_corpus_nor_a_folder(tmp_path, no_corpus, data):
     assert "made at the first start" in dry_run.describe("dense", embedded.dense(), 1)
     config = embedded.dense()
     config.data.folder = "mistyped"
@@ -142,6 +143,27 @@ def test_a_dry_run_neither_makes_the_corpus_nor_a_folder(tmp_path, no_corpus, da
         dry_run.describe("dense", config, 1)
     assert not any(no_corpus.iterdir())
     assert "lanes of" in dry_run.describe("tiny", tiny_config(tmp_path, data), 1)
+
+
+def test_a_dry_run_leaves_config_and_environment_as_they_are(tmp_path, data, monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    config = tiny_config(tmp_path, data)
+    config.training.global_batch_size = -1
+    before = copy.deepcopy(config)
+    assert "32 data ranks" in dry_run.describe("tiny", config, 32)
+    assert config == before and "WORLD_SIZE" not in os.environ
+
+
+def test_resolving_fills_a_copy_and_refuses_what_it_would_overwrite(tmp_path, data):
+    config = tiny_config(tmp_path, data)
+    config.training.global_batch_size = -1
+    before = copy.deepcopy(config)
+    found = DataSet(config.data).resolve(config, ranks=4)
+    assert config == before and found.training.global_batch_size == 8
+    assert list(found.dataloader.sources.values()) == [0.5, 0.5]
+    assert DataSet(found.data).resolve(found, ranks=4) == found
+    config.dataloader.sources = {"elsewhere": 1.0}
+    assert "dataloader.sources ({'elsewhere': 1.0}) must be left out" in refusal(run=config)
 
 
 def test_shares_on_the_command_line_take_the_place_of_all_that_a_config_has(capsys):
@@ -167,7 +189,7 @@ def test_the_order_of_shares_decides_nothing(tmp_path, data):
     def run(shares):
         config = tiny_config(tmp_path / "run", data)
         config.data.shares = shares
-        DataSet(config.data).connect(config)
+        config = DataSet(config.data).resolve(config, ranks=1)
         loader = config.dataloader.build(
             dp_world_size=1, dp_rank=0, seq_len=32, local_batch_size=4, tokenizer=None
         )
@@ -206,10 +228,10 @@ def test_unfinished_and_empty_sources_are_refused_by_name(tmp_path, data, split)
     manifest.unlink()
     if split == "validation":  # of no use to a run without validation
         config.validator.enable = False
-        DataSet(config.data).connect(config)
+        DataSet(config.data).resolve(config, ranks=1)
     else:  # nor a source that the shares leave out
         config.data.shares = {"text": 1.0}
-        DataSet(config.data).connect(config)
+        DataSet(config.data).resolve(config, ranks=1)
 
 
 def empty(manifest: str) -> str:
@@ -247,7 +269,7 @@ def test_vocabulary_json_is_that_of_the_data_in_every_field(tmp_path, data):
         said = refusal(run=config)
         assert str(path) in said and "\x1b" not in said and "again" in said, (content, said)
     path.write_text(json.dumps(fields))
-    DataSet(config.data).connect(config)
+    DataSet(config.data).resolve(config, ranks=1)
 
 
 def test_a_tokenizer_exchanged_beside_its_data_is_refused(tmp_path, data):

@@ -85,7 +85,7 @@ def test_the_first_step_of_a_resume_uses_the_hyperparameters_that_the_files_stat
     kwargs = "optimizer.param_groups[1].optimizer_kwargs"
     assert changes[f"{kwargs}.weight_decay"] == (3, 0.1, 0.3)
     assert changes[f"{kwargs}.betas[0]"] == (3, 0.9, 0.8)
-    assert described["config"] == plain_config(config)
+    assert described["config"] == plain_config(trainer.config)
     assert "resumed at step 3, from here with" in capsys.readouterr().out
     saved = json.loads((tmp_path / "run" / "checkpoint" / "step-6" / SETTINGS).read_text())
     assert saved["changes"] == described["changes"]
@@ -162,7 +162,7 @@ def with_another(value, field: str):
 
 def test_every_field_of_a_config_is_applied_or_refused_or_without_effect(stopped, tmp_path, data):
     config = tiny_config(tmp_path / "unused", data, MODELS["moma_causal"]())
-    resolve(config)
+    config, _ = resolve(config)
     settings = Settings(config)
     settings.write(tmp_path)
     seen = set()

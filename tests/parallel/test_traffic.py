@@ -198,8 +198,7 @@ def test_a_node_more_makes_the_network_count(run):
     assert across.fsdp > 2 * inside.fsdp
 
 
-def test_the_doctor_prints_a_row_per_number_of_gpus_and_says_it_is_a_model(capsys, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "1")  # put back afterwards
+def test_the_doctor_prints_a_row_per_number_of_gpus_and_says_it_is_a_model(capsys):
     assert (
         main(["traffic", "moma_1_4b_moe_4t4i", "--gpus", "8", "64", "--local-batch-size", "8"]) == 0
     )
@@ -324,8 +323,7 @@ def test_memory_of_the_head_does_not_grow_with_tokens_but_by_their_gradients(run
 # ---------------------------------------------------------------- dry run
 
 
-def test_a_dry_run_writes_nothing_and_needs_no_data(tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "1")  # put back afterwards
+def test_a_dry_run_writes_nothing_and_needs_no_data(tmp_path):
     config = tiny_config(tmp_path / "run", tmp_path / "data")
     config.training.global_batch_size = -1
     page = dry_run.describe("tiny", config, ranks=8)
@@ -335,8 +333,7 @@ def test_a_dry_run_writes_nothing_and_needs_no_data(tmp_path, monkeypatch):
     assert not torch.distributed.is_initialized()
 
 
-def test_a_dry_run_tells_how_often_the_data_are_read(tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "1")
+def test_a_dry_run_tells_how_often_the_data_are_read(tmp_path):
     config = tiny_config(tmp_path / "run", make_data(tmp_path / "data"))
     config.training.global_batch_size = -1
     config.training.steps, config.validator.batch_rows = 1000, 16
@@ -346,8 +343,7 @@ def test_a_dry_run_tells_how_often_the_data_are_read(tmp_path, monkeypatch):
     assert "300 documents" in page and "epochs" in page
 
 
-def test_a_dry_run_refuses_what_a_start_would(tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "1")
+def test_a_dry_run_refuses_what_a_start_would(tmp_path):
     config = tiny_config(tmp_path / "run", make_data(tmp_path / "data"))
     config.parallelism.tensor_parallel_degree = 3
     with pytest.raises(ValueError, match="tensor_parallel_degree"):

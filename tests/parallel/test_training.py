@@ -345,12 +345,11 @@ def test_a_truncated_or_missing_shard_is_refused(tmp_path, data):
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8, 64])
-def test_any_number_of_ranks_shares_the_same_validation_rows(ranks, tmp_path, data, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+def test_any_number_of_ranks_shares_the_same_validation_rows(ranks, tmp_path, data):
     config = tiny_config(tmp_path, data)
     config.training.global_batch_size = -1
     config.validator.batch_rows, config.validator.max_batches = 4, 5
-    DataSet(config.data).connect(config)
+    config = DataSet(config.data).resolve(config, ranks)
     sources = tuple(TokenSource(folder) for folder in config.validator.sources)
     blend = Blend(sources, (0.5, 0.5))
     alone = torch.cat([batch.tokens_BS for batch in validation_batches(blend, 32, 4, 5)])

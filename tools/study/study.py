@@ -146,11 +146,9 @@ def plan(
             planned.append((run, config))
     runs = []
     for run, config in planned:
-        resolve(config)  # makes the embedded corpus once, before runs would make it together
-        settings = plain_config(config)
-        runs.append(
-            Run(run.config, run.seed, run.folder, config.training.steps, overrides, settings)
-        )
+        resolved, _ = resolve(config)  # makes the embedded corpus before runs would, together
+        steps, settings = config.training.steps, plain_config(resolved)
+        runs.append(Run(run.config, run.seed, run.folder, steps, overrides, settings))
     return runs
 
 
