@@ -110,9 +110,9 @@ def open_model(folder: str | Path) -> OpenModel:
         return _meta(folder)
     names = sorted(path.name for path in folder.iterdir())[:8] if folder.is_dir() else "no folder"
     raise ValueError(
-        f"{folder} ({names}) must hold a model: config.json with safetensors (ours, or Hugging "
-        f"Face's) or {PYTORCH_MODEL} (mamba_ssm's), {meta.PARAMS} with consolidated.*.pth (Meta's), "
-        "a run (run.json) or a checkpoint of it"
+        f"{folder} ({names}) must hold a model: config.json with safetensors (ours or Hugging "
+        f"Face's) or {PYTORCH_MODEL} (mamba_ssm's), {meta.PARAMS} with consolidated.*.pth (of "
+        "Meta), a run (run.json) or a checkpoint of it"
     )
 
 
