@@ -18,8 +18,8 @@ TOP_LEVEL = {
 # What each folder may import of earlyfuse, besides itself. tools/ and train.py may import anything.
 MAY_IMPORT = {
     "kernels": (),
-    # readers of checkpoint folders share the bounded readers, and checksums
-    "models": ("kernels", "data.json_files", "data.console", "data.atomic", "data.vocabulary"),
+    # configs of public checkpoints are parsed JSON, whose fields are checked as everywhere
+    "models": ("kernels", "data.json_files", "data.console", "data.vocabulary"),
     "data": ("models.batch", "models.vocabulary"),
     "parallel": ("data", "kernels", "models"),
     "configs": ("data", "kernels", "models", "parallel"),
@@ -192,6 +192,34 @@ def test_branches_and_routers_are_asked_not_recognised():
         f for f in sources("models", "parallel") if not str(f.relative_to(ROOT)).startswith(COMPOSE)
     ]
     assert offences(files, lambda _, name: name.rpartition(".")[2] not in CONTRACTS) == []
+
+
+# What opens, reads or lists files, by name: as a function, or as a method of a path.
+OPENS = {
+    *("open", "safe_open", "read_json", "read_json_value", "load_file", "save_file"),
+    *("read_text", "read_bytes", "write_text", "write_bytes", "iterdir", "glob", "rglob"),
+    *("is_file", "is_dir", "exists", "stat", "mkdir", "unlink", "atomic_write", "sha256_file"),
+}
+
+
+def opened(text):
+    """(line, what) for each call that touches a file."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Call):
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            if name in OPENS or ast.unparse(node.func) in ("torch.load", "torch.save"):
+                yield node.lineno, ast.unparse(node.func)
+
+
+def test_models_open_no_file():
+    text = "open(path)\nfolder.glob('*')\ntorch.load(path)\njson.loads(text)\nmodel.load(path)\n"
+    assert [line for line, _ in opened(text)] == [1, 2, 3]
+    found = [
+        f"{file.relative_to(ROOT)}:{line}: {what}"
+        for file in sources("models")
+        for line, what in opened(file.read_text())
+    ]
+    assert found == []
 
 
 # What unpickles, by the last part of its name, and the files that may call it, each in a safe way.

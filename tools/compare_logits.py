@@ -1,8 +1,8 @@
-"""Logits of two folders on the same random tokens, each computed by its own project's means.
+"""Compares logits of two folders on the same random tokens, each computed independently of ours.
 
-Hugging Face folders by transformers, and so ``mamba_ssm``'s, whose own code needs a GPU; Meta's by
-attention that turns neighbouring pairs, straight from the shards; ours by ``load_model``. In fp32,
-one model in memory at a time.
+Hugging Face and ``mamba_ssm`` (whose own code needs a GPU) by transformers; Meta by attention that
+rotates neighbouring pairs, straight from the shards; ours by ``load_model``. In fp32, one model in
+memory at a time.
 
 B rows, S positions, V vocabulary, D width, H width of a head.
 """
@@ -33,8 +33,8 @@ LARGEST_KL = 1e-6  # nats a token, where no type was changed; fp32 in another or
 
 
 def compare(left: Path, right: Path, *, exact: bool) -> None:
-    """Print the largest difference of logits and the mean KL; ``ValueError`` if ``exact`` and they
-    are too large to be rounding.
+    """Print the largest difference of logits and the mean KL; ``ValueError`` if ``exact`` and that
+    exceeds rounding.
     """
     opened = open_model(left)
     routers = opened.config.traverse(ExpertChoice.Config)
@@ -64,7 +64,7 @@ def compare(left: Path, right: Path, *, exact: bool) -> None:
 
 @torch.no_grad()
 def logits_of(folder: Path, tokens_BS: torch.Tensor, vocabulary: Vocabulary) -> torch.Tensor:
-    """(B, S) → (B, S, V) fp32, each row one document, by the means of the folder's project."""
+    """(B, S) → (B, S, V) fp32, each row one document, by the code of the folder's project."""
     opened = open_model(folder)
     if opened.format == "huggingface":
         return _by_transformers(folder, tokens_BS)
@@ -84,7 +84,7 @@ def _transformers() -> Any:
             "--verify of a Hugging Face or mamba_ssm folder needs transformers: pip install "
             "transformers"
         ) from error
-    # it tells of kernels that it lacks, and of the image encoder that nobody asks here
+    # it warns of missing kernels, and of the image encoder, which is unused here
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     return transformers
@@ -98,12 +98,12 @@ def _by_transformers(folder: Path, tokens_BS: torch.Tensor) -> torch.Tensor:
     model = transformers.ChameleonForConditionalGeneration.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
     ).eval()
-    # before its mask, which takes all image ids away
+    # before its mask on all image ids
     return model.lm_head(model.model(input_ids=tokens_BS).last_hidden_state)
 
 
 def _by_transformers_from_mamba_ssm(opened: OpenModel, tokens_BS: torch.Tensor) -> torch.Tensor:
-    """Both compute the same, and transformers reads the other's names."""
+    """transformers computes the same function and reads ``mamba_ssm``'s names."""
     transformers = _transformers()
     config = opened.config
     mixer = mamba_mixer(config, "mamba_ssm")

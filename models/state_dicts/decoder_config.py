@@ -1,11 +1,10 @@
 """A ``Decoder.Config`` as plain JSON values, and back.
 
-Every nested config becomes an object with its fields and ``kind``, the name of the class it is the
-config of. Reading is strict: what the classes do not know is refused, so that a model that this
-version cannot compute is not taken for one that it can. Branches and routers are found by name
-among the subclasses of ``Branch`` and ``Router`` that are defined by then; nothing that a file
-names is imported. Fields that a file lacks keep their defaults, which is how a model written before
-a field existed is read.
+Every nested config becomes an object with its fields and ``kind``, the name of its class. Reading
+is strict: unknown fields are refused, so that a model that this version cannot compute is not
+mistaken for one that it can. Branches and routers are found by name among the subclasses of
+``Branch`` and ``Router`` that are defined by then; nothing that a file names is imported. Fields
+that a file lacks have their defaults, so files from before a field existed can be read.
 """
 
 import dataclasses
@@ -48,7 +47,7 @@ def from_dict(fields: dict[str, Any]) -> Decoder.Config:
 
 
 def differences(left: Any, right: Any, place: str = "model") -> list[str]:
-    """Where two results of ``to_dict`` differ, as ``place: left value, right value``."""
+    """A line for each field in which two results of ``to_dict`` differ."""
     if isinstance(left, dict) and isinstance(right, dict) and left.get(KIND) == right.get(KIND):
         return [
             line
@@ -118,7 +117,7 @@ def _config(classes: tuple[type, ...], fields: Any, place: str) -> Any:
 
 
 def _typed(hint: Any, value: Any, place: str) -> Any:
-    """``value`` as the type ``hint`` says; the types are those that configs of models have."""
+    """``value`` as type ``hint``, one of those that model configs use."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:

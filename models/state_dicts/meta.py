@@ -200,12 +200,12 @@ def export_model(
             make: Callable[..., torch.Tensor] = partial(layout.part, shard, shards)
             part = layout.shard_shape(shape, shards)
             maps[shard_name(shard, theirs)] = TensorMap(part, ((ours, shape),), make)
-    params = {
+    own_params: dict[str, Any] = {
         "model_parallel_size": shards,
         "model": _model_fields(config),
         OURS: own_description(config, vocabulary),
     }
-    files = {PARAMS: params, CONSOLIDATE_PARAMS: {"model_parallel_size": shards}}
+    files = {PARAMS: own_params, CONSOLIDATE_PARAMS: {"model_parallel_size": shards}}
     return Exported(Mapped(maps, tensors), files, shards=shards)
 
 

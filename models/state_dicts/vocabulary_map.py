@@ -1,4 +1,4 @@
-"""Hugging Face's ``vocabulary_map`` (token → id) and our ``Vocabulary``.
+"""Converts between Hugging Face's ``vocabulary_map`` (token → id) and our ``Vocabulary``.
 
 An image code's token is named ``IMGIMG``, its decimal digits as letters A to J, then ``Z``: code 12
 is ``IMGIMGBCZ``. The map, not the order of the ids, says which id a code has.
@@ -50,11 +50,11 @@ def ids_of_codes(vocabulary_map: Mapping[str, int]) -> list[int]:
 
 
 def to_vocabulary(tokens: JsonObject, config: JsonObject, block: int) -> tuple[Vocabulary, str]:
-    """The vocabulary, and a remark if image codes had to be left out of it ("" if not).
+    """The vocabulary, and a remark if image codes had to be left out of it, or "".
 
-    ``tokens``: the map. ``config`` gives the ``vocab_size`` and, where the map has no name for it,
-    the ``bos_token_id`` …; ``block``: codes of one image. Images are left out where the map does
-    not say how one begins and ends, or their ids are no range.
+    ``tokens``: the map. ``config`` has ``vocab_size`` and, for sentinels that the map does not
+    name, ``bos_token_id`` …; ``block``: codes of one image. Images are left out where the map does
+    not name begin and end of one, or the ids of the codes are no range.
     """
     size = config.field("vocab_size", int, least=1)
     named = {name: tokens.field(name, int, least=0, most=size - 1) for name in tokens.values}
@@ -86,9 +86,9 @@ def released() -> Vocabulary:
 
 
 def from_vocabulary(vocabulary: Vocabulary) -> dict[str, int]:
-    """The map of a vocabulary of ours: its sentinels and image codes. Text pieces have no names.
+    """The map of our vocabulary: its sentinels and image codes, not its text pieces.
 
-    transformers needs an id for its placeholder of images; text never holds the padding.
+    transformers needs an id for its image placeholder: the padding, which is never in text.
     """
     named = {BOS: vocabulary.bos, PAD: vocabulary.pad, EOS: vocabulary.eos}
     named[PLACEHOLDER] = vocabulary.pad
@@ -100,7 +100,7 @@ def from_vocabulary(vocabulary: Vocabulary) -> dict[str, int]:
 
 
 def _first(config: JsonObject, name: str, default: int, size: int) -> int:
-    """The id that ``config`` states, the first of several."""
+    """The id in field ``name`` of ``config``, the first if it is a list."""
     value = config.values.get(name)
     if isinstance(value, list):
         value = value[0] if value else None

@@ -1,6 +1,6 @@
-"""Whether a checkpoint is of this model and this data, asked before anything is overwritten.
+"""Checks that a checkpoint is of this run's model and data, before anything is overwritten.
 
-DCP itself would fail late, or load what happens to fit.
+DCP itself would fail late, or load whatever happens to fit.
 """
 
 import json
@@ -23,9 +23,9 @@ from earlyfuse.parallel.checkpoint.layout import step_of
 
 
 def refuse_other_run(states: dict[str, Any], state_dict: dict[str, Any], reader: DcpReader) -> None:
-    """``ValueError`` naming what of model, data or step differs from the checkpoint's.
+    """``ValueError`` naming the part of model, data or step that differs from the checkpoint's.
 
-    ``states``: the manager's; ``state_dict``: what is to be loaded. Called on all ranks.
+    ``states``: the manager's; ``state_dict``: the states to load. All ranks call it.
     """
     stored = {
         key: tuple(entry.size) if isinstance(entry, TensorStorageMetadata) else None
@@ -53,11 +53,11 @@ def refuse_other_model(
 ) -> None:
     """``ValueError`` naming the parameters in which ``model`` differs from those in ``folder``.
 
-    ``wanted``: what is to be loaded. ``stored``: shapes by name, None for what is no tensor. Called
-    on all ranks.
+    ``wanted``: the tensors to load. ``stored``: shapes by name, None for other values. All ranks
+    call it.
     """
     wrong = [_difference(key, wanted[key].shape, stored.get(key)) for key in model if key in wanted]
-    # the stages of a pipeline know only what they hold
+    # a pipeline stage knows only its own layers
     everywhere: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, (list(model), [line for line in wrong if line]))
     known = {key for keys, _ in everywhere for key in keys}
@@ -73,7 +73,7 @@ def refuse_other_model(
 
 
 def refuse_other_data(loader: LaneLoader, reader: DcpReader) -> None:
-    """``ValueError`` naming what of the data differs from the checkpoint's."""
+    """``ValueError`` naming the property of the data that differs from the checkpoint's."""
     identity = data_identity(reader)
     missing = [name for name in loader.identity() if name not in identity]
     if missing:
@@ -82,7 +82,7 @@ def refuse_other_data(loader: LaneLoader, reader: DcpReader) -> None:
 
 
 def data_identity(reader: DcpReader) -> JsonObject:
-    """What a checkpoint says of the data that it was trained on."""
+    """The identity of the data that a checkpoint was trained on."""
     name = f"{DATALOADER}.identity"
     where, remedy = f"{reader.folder}: {name}", "copy the checkpoint again, or take another one"
     saved = reader.value(name)
@@ -94,8 +94,8 @@ def data_identity(reader: DcpReader) -> JsonObject:
 def refuse_other_function(here: dict[str, Any] | None, there: Any, folder: Path) -> None:
     """``ValueError`` if the model in ``folder`` computes another function of the same parameters.
 
-    ``here``: the run's own description, None if it has none; ``there``: the model's in the other
-    one's ``config.json``.
+    ``here``: the run's own description, if it has one; ``there``: the model in the folder's
+    ``config.json``.
     """
     if here is None:
         return

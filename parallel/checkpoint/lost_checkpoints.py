@@ -1,4 +1,4 @@
-"""Notices that a run has lost its checkpoints, which must not look like a run that has none yet."""
+"""Detects a run that has lost its checkpoints, so that it is not mistaken for a new one."""
 
 from pathlib import Path
 
@@ -7,14 +7,14 @@ from earlyfuse.parallel.checkpoint.layout import PARTIAL
 from earlyfuse.parallel.reporting.metrics_file import METRICS_FILE
 from earlyfuse.parallel.reporting.run_folder import CURVES, DESCRIPTION, read_config
 
-_TAIL = 1 << 20  # bytes of a log in which its last line is looked for
+_TAIL = 1 << 20  # bytes at the end of a log that are searched for its last line
 
 
 def lost_checkpoints(folder: Path, root: Path) -> str:
-    """Why the run in ``folder``, which has no checkpoint in ``root``, must not begin at step 0: it
-    has had one. "" if a kill before its first checkpoint explains that there is none.
+    """Why the run in ``folder``, which has no checkpoint in ``root``, must not begin at step 0; ""
+    if a kill before its first checkpoint explains that there is none.
 
-    A checkpoint is complete before the step after it begins, or still has its partial folder, and
+    A checkpoint is complete before the next step begins (or its partial folder is still there) and
     before the curves are drawn.
     """
     trained = _last_logged_step(folder / METRICS_FILE)

@@ -111,9 +111,9 @@ def open_model(folder: str | Path) -> OpenModel:
         return _meta(folder)
     names = sorted(path.name for path in folder.iterdir())[:8] if folder.is_dir() else "no folder"
     raise ValueError(
-        f"{folder} ({names}) must hold a model: config.json with safetensors (ours, or Hugging "
-        f"Face's) or {PYTORCH_MODEL} (mamba_ssm), {meta.PARAMS} with consolidated.*.pth (Meta), "
-        "a run (run.json) or a checkpoint of it"
+        f"{folder} ({names}) must hold a model: config.json with safetensors (ours or Hugging "
+        f"Face's) or {PYTORCH_MODEL} (mamba_ssm's), {meta.PARAMS} with consolidated.*.pth (of "
+        "Meta), a run (run.json) or a checkpoint of it"
     )
 
 
@@ -268,8 +268,8 @@ def load_model(
 
     ``model(MixedBatch.of(tokens_BS, vocabulary.modality_of(tokens_BS)))`` returns logits (B, S, V).
     ``dtype`` None keeps the types of the files; with a narrower one scans and routers stay in
-    fp32, as in training (``models/precision.py``). No launcher, no process group; ``ValueError`` says what is wrong with
-    the folder. Experts choose by the causal rule where the model has causal routers; else by batch,
+    fp32, as in training (``models/precision.py``). No launcher, no process group; ``ValueError``
+    says what is wrong with the folder. Experts choose by the causal rule where the model has causal routers; else by batch,
     with budgets from the actual counts, as in validation; ``ForwardSettings`` given with the batch
     change that.
     """

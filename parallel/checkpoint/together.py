@@ -1,6 +1,6 @@
 """Steps of a save that all ranks take together: each learns how it went on every rank."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
@@ -34,7 +34,7 @@ def run_together(
 
 
 def check_finite(
-    states: Mapping[str, Any], step: int, good: object, group: dist.ProcessGroup | None
+    states: dict[str, Any], step: int, good: object, group: dist.ProcessGroup | None
 ) -> None:
     """``RuntimeError`` on all ranks if any has a value that is not finite: a parameter that no
     token of a step used spoils no loss, and would be saved. ``good``: the last good checkpoint.

@@ -1,11 +1,12 @@
-"""Random models of ours as exported folders: for tests of conversion."""
+"""Random models of ours as exported folders, and changes to files of models: for conversion."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load
+from safetensors.torch import load, save_file
 
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.state_dicts import config_json
@@ -43,6 +44,31 @@ def write(folder: Path, tensors: dict[str, torch.Tensor], max_bytes: int = 10**9
 def saved(model: torch.nn.Module, folder: Path, **options) -> Path:
     model.save_pretrained(folder, **options)
     return folder
+
+
+def described(folder: Path) -> dict:
+    """``config.json`` of a folder."""
+    return json.loads((folder / "config.json").read_text())
+
+
+def change_json(path: Path, **changes) -> None:
+    """Set fields of a JSON file; a field set to None goes."""
+    fields = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({name: v for name, v in fields.items() if v is not None}))
+
+
+def change_tensors(path: Path, change: Callable[[dict], object]) -> None:
+    """Change the tensors of a safetensors file in place."""
+    tensors = load(path.read_bytes())
+    change(tensors)
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, path, {"format": "pt"})
+
+
+def change_state(path: Path, change: Callable[[dict], object]) -> None:
+    """Change the values in a file of ``torch.save`` in place."""
+    state = torch.load(path, weights_only=True)
+    change(state)
+    torch.save(state, path)
 
 
 def assert_same_files(left: Path, right: Path, *except_for: str) -> None:

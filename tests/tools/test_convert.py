@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import public_mambas
 import pytest
 import torch
 from batches import batch_of
@@ -11,6 +12,10 @@ from exported_models import (
     VOCABULARY,
     assert_equal,
     assert_same_files,
+    change_json,
+    change_state,
+    change_tensors,
+    described,
     export,
     saved,
     tensors_of,
@@ -25,7 +30,13 @@ from earlyfuse.configs.registry import catalogue
 from earlyfuse.data.json_files import JsonObject
 from earlyfuse.models.batch import MixedBatch
 from earlyfuse.models.context import ForwardSettings
-from earlyfuse.models.state_dicts import decoder_config, meta, vocabulary_map
+from earlyfuse.models.state_dicts import (
+    decoder_config,
+    huggingface,
+    mamba,
+    meta,
+    vocabulary_map,
+)
 from earlyfuse.models.state_dicts.tensor_map import Mapped, StateDict, TensorMap
 from earlyfuse.models.vocabulary import Modality, Vocabulary
 from earlyfuse.parallel.checkpoint.files.safetensors import write_file
@@ -34,6 +45,11 @@ from earlyfuse.tools import convert as tool
 from earlyfuse.tools.convert import convert, main
 
 TOKENS = torch.randint(0, 96, (2, 33), generator=torch.Generator().manual_seed(1))
+PUBLIC = {  # a model of transformers, and its logits
+    "chameleon": (lambda: chameleon(True, 2), logits),
+    "mamba": (lambda: public_mambas.hugging_face(False, vocab_size=96), public_mambas.logits),
+}
+both = pytest.mark.parametrize("family", PUBLIC)
 
 
 # ---------------------------------------------------------------- Hugging Face
@@ -55,10 +71,12 @@ def test_an_imported_model_has_the_logits_of_transformers(tmp_path, swin_norm, k
         torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
 
 
-def test_packed_documents_have_the_logits_of_each_alone(tmp_path):
-    theirs = chameleon(True, 2)
+@both
+def test_packed_documents_have_the_logits_of_each_alone(tmp_path, family):
+    make, logits = PUBLIC[family]
+    theirs = make()
     ours, _ = load_model(saved(theirs, tmp_path / "hf"))
-    lengths = (12, 1, 20)
+    lengths = (12, 2, 19)
     positions_S = torch.cat([torch.arange(length) for length in lengths])
     row_BS = TOKENS[:, : sum(lengths)]
     expected = torch.cat([logits(theirs, part) for part in row_BS.split(lengths, 1)], 1)
@@ -98,19 +116,20 @@ def test_there_and_back_every_byte_is_as_it_was(tmp_path):
     assert any("vqmodel" in name for name in load_file(tmp_path / "hf again" / "model.safetensors"))
 
 
-def test_our_own_model_there_and_back_keeps_all_that_the_other_format_cannot_say(tmp_path):
-    config = replace(decoders.dense(SHAPE), seed=3, init_std=0.5)
+@pytest.mark.parametrize("to", ["hf", "meta", "hf mamba", "mamba_ssm"])
+def test_our_own_model_there_and_back_keeps_all_that_the_other_format_cannot_say(tmp_path, to):
+    made = mamba_decoders.mamba(MAMBA_SHAPE) if "mamba" in to else decoders.dense(SHAPE)
+    config = replace(made, seed=3, init_std=0.5, rope_theta=7.0 if "mamba" in to else 1e4)
     config.layers[1].dropout = 0.1
     export(config, tmp_path / "ours")
-    for to in ("hf", "meta"):
-        if to == "meta":  # one row for all heads
-            even_norms(tmp_path / "ours")
-        convert(tmp_path / "ours", tmp_path / to, to)
-        convert(tmp_path / to, tmp_path / f"from {to}")
-        assert_equal(tensors_of(tmp_path / f"from {to}"), tensors_of(tmp_path / "ours"))
-        back = json.loads((tmp_path / f"from {to}" / "config.json").read_text())
-        assert back["model"] == decoder_config.to_dict(config)
-        assert Vocabulary.from_dict(back["vocabulary"]) == VOCABULARY
+    if to == "meta":  # one row for all heads
+        even_norms(tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "theirs", to.partition(" ")[0])
+    convert(tmp_path / "theirs", tmp_path / "back")
+    assert_equal(tensors_of(tmp_path / "back"), tensors_of(tmp_path / "ours"))
+    back = described(tmp_path / "back")
+    assert back["model"] == decoder_config.to_dict(config)
+    assert Vocabulary.from_dict(back["vocabulary"]) == VOCABULARY
 
 
 def even_norms(folder: Path) -> None:
@@ -121,32 +140,30 @@ def even_norms(folder: Path) -> None:
     write(folder, tensors)
 
 
-def test_sharded_folders_are_read_and_written_by_their_index(tmp_path):
-    theirs = chameleon()
+@both
+def test_sharded_folders_are_read_and_written_by_their_index(tmp_path, family):
+    theirs = PUBLIC[family][0]()
     saved(theirs, tmp_path / "hf", max_shard_size="60KB")
     assert (tmp_path / "hf" / "model.safetensors.index.json").is_file()
-    convert(tmp_path / "hf", tmp_path / "back", "hf", max_shard_bytes=50_000)
+    convert(tmp_path / "hf", tmp_path / "back", "hf", max_shard_bytes=20_000)
     index = json.loads((tmp_path / "back" / "model.safetensors.index.json").read_text())
     files = sorted(path.name for path in (tmp_path / "back").glob("*.safetensors"))
-    assert sorted(set(index["weight_map"].values())) == files and len(files) > 5
+    assert sorted(set(index["weight_map"].values())) == files and len(files) > 3
     state = theirs.state_dict()
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in state.values())
-    found = tensors_of(tmp_path / "back")
-    assert_equal(found, state)
+    assert_equal(tensors_of(tmp_path / "back"), state)
     for file in files:
         held = load_file(tmp_path / "back" / file)
-        assert len(held) == 1 or sum(t.nbytes for t in held.values()) <= 50_000
+        assert len(held) == 1 or sum(t.nbytes for t in held.values()) <= 20_000
 
 
 def test_configs_of_older_transformers_and_with_defaults_left_out_are_read(tmp_path):
     saved(chameleon(), tmp_path / "hf")
     expected, _ = load_model(tmp_path / "hf")
-    path = tmp_path / "hf" / "config.json"
-    config = json.loads(path.read_text())
-    theta = config.pop("rope_parameters")["rope_theta"]
+    theta = described(tmp_path / "hf")["rope_parameters"]["rope_theta"]
     left_out = ("hidden_act", "rms_norm_eps", "swin_norm", "tie_word_embeddings", "attention_bias")
-    config = {name: value for name, value in config.items() if name not in left_out}
-    path.write_text(json.dumps(config | {"rope_theta": theta, "rope_scaling": None}))
+    gone = dict.fromkeys((*left_out, "rope_parameters", "rope_scaling"))
+    change_json(tmp_path / "hf" / "config.json", **gone, rope_theta=theta)
     found, _ = load_model(tmp_path / "hf")
     with torch.no_grad():
         assert torch.equal(found(TOKENS), expected(TOKENS))
@@ -154,14 +171,10 @@ def test_configs_of_older_transformers_and_with_defaults_left_out_are_read(tmp_p
 
 def test_a_tied_head_that_is_in_the_files_and_old_buffers_are_read_as_transformers_does(tmp_path):
     saved(chameleon(), tmp_path / "hf")
-    path = tmp_path / "hf" / "model.safetensors"
-    tensors = load_file(path)
-    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
-    save_file(tensors, path, {"format": "pt"})
-    config = json.loads((tmp_path / "hf" / "config.json").read_text())
-    config["rope_parameters"] = {"rope_type": "default"}
-    config |= {"tie_word_embeddings": True, "rope_theta": 300.0}
-    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
+    change_tensors(tmp_path / "hf" / "model.safetensors", lambda t: t.update(old))
+    changes = {"rope_parameters": {"rope_type": "default"}, "tie_word_embeddings": True}
+    change_json(tmp_path / "hf" / "config.json", **changes, rope_theta=300.0)
     cls = pytest.importorskip("transformers").ChameleonForConditionalGeneration
     theirs = cls.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
     model, vocabulary = load_model(tmp_path / "hf")
@@ -174,15 +187,10 @@ def test_a_tied_head_is_imported_as_a_copy_and_exported_untied(tmp_path):
     theirs = chameleon()
     theirs.lm_head.weight.data.copy_(theirs.model.embed_tokens.weight.data)
     saved(theirs, tmp_path / "hf")
-    path = tmp_path / "hf" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"tie_word_embeddings": True}))
-    state = load_file(tmp_path / "hf" / "model.safetensors")
-    del state["lm_head.weight"]
-    save_file(state, tmp_path / "hf" / "model.safetensors")
+    change_json(tmp_path / "hf" / "config.json", tie_word_embeddings=True)
+    change_tensors(tmp_path / "hf" / "model.safetensors", lambda t: t.pop("lm_head.weight"))
     convert(tmp_path / "hf", tmp_path / "back", "hf")
-    assert (
-        json.loads((tmp_path / "back" / "config.json").read_text())["tie_word_embeddings"] is False
-    )
+    assert described(tmp_path / "back")["tie_word_embeddings"] is False
     assert_equal(tensors_of(tmp_path / "back"), theirs.state_dict())
 
 
@@ -198,12 +206,10 @@ def test_an_import_of_metas_shards_is_that_of_the_same_hugging_face_model(
     convert(saved(theirs, tmp_path / "hf"), tmp_path / "from hf")
     convert(write_meta(tmp_path / "meta", theirs, shards), tmp_path / "from meta", verify=True)
     assert_equal(tensors_of(tmp_path / "from meta"), tensors_of(tmp_path / "from hf"))
-    described = [
-        json.loads((tmp_path / f / "config.json").read_text()) for f in ("from hf", "from meta")
-    ]
-    assert described[0]["model"] == described[1]["model"]
+    configs = [described(tmp_path / folder) for folder in ("from hf", "from meta")]
+    assert configs[0]["model"] == configs[1]["model"]
     for name in ("bos", "eos", "pad"):
-        assert described[0]["vocabulary"][name] == described[1]["vocabulary"][name]
+        assert configs[0]["vocabulary"][name] == configs[1]["vocabulary"][name]
 
 
 def test_metas_shards_there_and_back_are_the_same_and_so_is_an_export_from_hugging_face(tmp_path):
@@ -243,10 +249,7 @@ def test_metas_two_numbers_give_the_width_of_the_feed_forward(hidden_dim):
 def test_norms_that_differ_between_shards_are_averaged(tmp_path):
     theirs = chameleon(kv_heads=2, shards=2)
     write_meta(tmp_path / "meta", theirs, 2)
-    path = tmp_path / "meta" / "consolidated.01.pth"
-    shard = torch.load(path, weights_only=True)
-    shard["norm.weight"] += 0.5
-    torch.save(shard, path)
+    change_state(tmp_path / "meta" / "consolidated.01.pth", lambda t: t["norm.weight"].add_(0.5))
     convert(tmp_path / "meta", tmp_path / "ours")
     expected = theirs.model.norm.weight.detach() + 0.25
     torch.testing.assert_close(tensors_of(tmp_path / "ours")["norm.weight"], expected)
@@ -309,7 +312,7 @@ def test_a_dtype_is_that_of_every_tensor_and_rounds_once(tmp_path):
     state = {name: tensor.bfloat16() for name, tensor in model.state_dict().items()}
     assert_equal(tensors_of(tmp_path / "bf16"), state)
     convert(tmp_path / "bf16", tmp_path / "hf", "hf")
-    assert json.loads((tmp_path / "hf" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert described(tmp_path / "hf")["dtype"] == "bfloat16"
     loaded, _ = load_model(tmp_path / "bf16")
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
     loaded, _ = load_model(tmp_path / "bf16", dtype=torch.float32)
@@ -399,16 +402,14 @@ def test_the_command_says_what_it_did_and_verifies(tmp_path, capsys):
     assert "is there already" in capsys.readouterr().err
 
 
-def test_verification_sees_a_wrong_conversion_and_nothing_is_kept(tmp_path, monkeypatch):
-    from earlyfuse.models.state_dicts import huggingface
-
-    saved(chameleon(), tmp_path / "hf")
-    right = huggingface._BLOCK_NAMES
-    wrong = right | {
-        "feed_forward.w1": "mlp.up_proj.weight",
-        "feed_forward.w3": "mlp.gate_proj.weight",
-    }
-    monkeypatch.setattr(huggingface, "_BLOCK_NAMES", wrong)
+@both
+def test_verification_sees_a_wrong_conversion_and_nothing_is_kept(tmp_path, monkeypatch, family):
+    saved(PUBLIC[family][0](), tmp_path / "hf")
+    w1, w3 = "mlp.up_proj.weight", "mlp.gate_proj.weight"
+    swapped = {"feed_forward.w1": w1, "feed_forward.w3": w3}
+    monkeypatch.setattr(huggingface, "_BLOCK_NAMES", huggingface._BLOCK_NAMES | swapped)
+    swapped = {"scan.dt_bias": "D", "scan.D": "dt_proj.bias"}
+    monkeypatch.setattr(mamba, "MIXER_NAMES", mamba.MIXER_NAMES | swapped)
     with pytest.raises(ValueError, match="other logits"):
         convert(tmp_path / "hf", tmp_path / "ours", verify=True)
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
@@ -428,32 +429,38 @@ def test_what_fails_half_way_leaves_nothing(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["ours"]
 
 
-@pytest.mark.parametrize(
-    "text, size",
-    [("5GB", 5 * 10**9), ("1.5 MiB", 3 << 19), ("700", 700), ("2kb", 2000)],
-)
-def test_sizes_of_shards_are_read(text, size):
-    assert tool.shard_bytes(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "GB", "-1GB", "0", "5 apples"])
-def test_other_sizes_are_refused(text):
-    with pytest.raises(ValueError, match="max-shard-size"):
-        tool.shard_bytes(text)
+def test_sizes_of_shards_are_read_or_refused():
+    for text, size in (("5GB", 5 * 10**9), ("1.5 MiB", 3 << 19), ("700", 700), ("2kb", 2000)):
+        assert tool.shard_bytes(text) == size
+    for text in ("", "GB", "-1GB", "0", "5 apples"):
+        with pytest.raises(ValueError, match="max-shard-size"):
+            tool.shard_bytes(text)
 
 
 # ---------------------------------------------------------------- upcycled
 
 
-@pytest.mark.parametrize("form", ["1t1i", "mot", "1x"])
+@pytest.mark.parametrize("form", ["1t1i", "mot", "1x", "mamba", "hybrid"])
 def test_what_is_upcycled_computes_what_its_parent_does(form, tmp_path):
     """Where each token has one feed-forward, or one expert whose weight is made 1."""
-    parent = export(decoders.dense(SHAPE), tmp_path / "dense").eval()
-    convert(tmp_path / "dense", tmp_path / form, upcycle=form)
-    child, vocabulary = load_model(tmp_path / form)
+    dense = decoders.dense(SHAPE)
+    if form == "mamba":
+        dense = mamba_decoders.mamba(MAMBA_SHAPE)
+    elif form == "hybrid":
+        dense = mamba_decoders.hybrid(decoders.dense(replace(SHAPE, layers=3)), "ams", untied=())
+    parent = export(dense, tmp_path / "dense")
+    untied = form in ("mamba", "hybrid")
+    convert(tmp_path / "dense", tmp_path / "new", upcycle="mixture_of_mamba" if untied else form)
+    child, vocabulary = load_model(tmp_path / "new")
     tokens = TOKENS % 48
     modality = vocabulary.modality_of(tokens)
-    torch.testing.assert_close(child(tokens, modality), parent(tokens, modality), rtol=0, atol=1e-6)
+    assert modality.any() and not modality.all()
+    with torch.no_grad():
+        expected = parent(tokens, modality)
+        torch.testing.assert_close(child(tokens, modality), expected, rtol=0, atol=1e-6)
+        if untied:
+            assert child.layers["1"].mamba.in_proj.weight.ndim == 3
+            assert torch.equal(child(tokens), parent(tokens)), "of one modality, bit for bit"
 
 
 def test_upcycled_experts_are_copies_and_routers_are_those_of_a_new_model(tmp_path):
@@ -469,25 +476,6 @@ def test_upcycled_experts_are_copies_and_routers_are_those_of_a_new_model(tmp_pa
         ):
             assert torch.equal(pool.experts.w2, theirs.w2.expand(count, -1, -1))
             assert torch.equal(pool.router.weight, fresh.router.weight)
-
-
-@pytest.mark.parametrize("kind", ["mamba", "hybrid"])
-def test_what_is_upcycled_to_mixture_of_mamba_computes_what_its_parent_does(kind, tmp_path):
-    dense = {
-        "mamba": mamba_decoders.mamba(MAMBA_SHAPE),
-        "hybrid": mamba_decoders.hybrid(decoders.dense(replace(SHAPE, layers=3)), "ams", untied=()),
-    }
-    parent = export(dense[kind], tmp_path / "dense")
-    convert(tmp_path / "dense", tmp_path / "mixture", upcycle="mixture_of_mamba")
-    child, vocabulary = load_model(tmp_path / "mixture")
-    tokens = TOKENS % 48
-    modality = vocabulary.modality_of(tokens)
-    assert modality.any() and not modality.all()
-    assert child.layers["1"].mamba.in_proj.weight.ndim == 3
-    with torch.no_grad():
-        expected = parent(tokens, modality)
-        torch.testing.assert_close(child(tokens, modality), expected, rtol=0, atol=1e-6)
-        assert torch.equal(child(tokens), parent(tokens)), "of one modality, bit for bit"
 
 
 def test_upcycling_is_refused_where_it_cannot_be(tmp_path):
