@@ -9,7 +9,7 @@ either, so there the first configuration of a list is taken.
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -81,23 +81,6 @@ def launcher(function: Callable[P, T]) -> Callable[P, T]:
         return function(*packed, **kwargs)
 
     return on_its_device(launch)
-
-
-def pointer_type(tensor_or_dtype: torch.Tensor | torch.dtype) -> str:
-    """How a Triton signature writes a pointer to this type: ``"*bf16"``."""
-    dtype = tensor_or_dtype.dtype if isinstance(tensor_or_dtype, torch.Tensor) else tensor_or_dtype
-    return "*" + _SIGNATURES[dtype]
-
-
-_SIGNATURES: Mapping[torch.dtype, str] = {
-    torch.float32: "fp32",
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.int64: "i64",
-    torch.int32: "i32",
-    torch.bool: "i1",
-    torch.uint8: "u8",
-}
 
 
 def product_precision(dtype: torch.dtype) -> str:

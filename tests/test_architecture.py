@@ -142,12 +142,10 @@ def test_test_packages_stay_in_tests(package):
 
 
 def test_triton_is_imported_only_by_triton_implementations():
-    shared = ("kernels/triton_support.py", "kernels/ahead_of_time.py")
-
     def allowed(path, name):
         if not within(name, "triton"):
             return True
-        return path.rpartition("/")[2].startswith("triton_") or path in shared
+        return path.rpartition("/")[2].startswith("triton_")
 
     assert offences(sources(*FOLDERS, "train.py"), allowed) == []
 

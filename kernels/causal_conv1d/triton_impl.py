@@ -3,23 +3,17 @@
 B rows, L tokens, D channels, W taps, V = W - 1, C chunks of tokens.
 """
 
-from collections.abc import Iterator
-from typing import Any
-
 import torch
 import triton
 
-from earlyfuse.kernels.ahead_of_time import Variant
 from earlyfuse.kernels.causal_conv1d.triton_kernels import (
-    BACKWARD_CONFIGS,
     BACKWARD_TOKENS,
-    FORWARD_CONFIGS,
     FORWARD_TOKENS,
     UNROLLED,
     backward_kernel,
     forward_kernel,
 )
-from earlyfuse.kernels.triton_support import on_its_device, pointer_type
+from earlyfuse.kernels.triton_support import on_its_device
 
 
 @on_its_device
@@ -114,66 +108,6 @@ def backward(
         sums_XD[:W].t().to(weight_DW.dtype).contiguous() if need_parameters else x_BLD.new_empty(0),
         sums_XD[W].to(weight_DW.dtype, copy=True) if need_bias else x_BLD.new_empty(0),
         dstate_BVD if need_state else x_BLD.new_empty(0),
-    )
-
-
-def variants() -> Iterator[Variant]:
-    """Every configuration in bf16, one in fp32, and one without anything that may be missing."""
-    for config in FORWARD_CONFIGS:
-        yield _forward_variant(config, torch.bfloat16, True)
-    yield _forward_variant(FORWARD_CONFIGS[0], torch.float32, True)
-    yield _forward_variant(FORWARD_CONFIGS[0], torch.bfloat16, False)
-    for config in BACKWARD_CONFIGS:
-        yield _backward_variant(config, torch.bfloat16, True)
-    yield _backward_variant(BACKWARD_CONFIGS[0], torch.float32, True)
-    yield _backward_variant(BACKWARD_CONFIGS[0], torch.bfloat16, False)
-
-
-def _forward_variant(config: triton.Config, dtype: torch.dtype, full: bool) -> Variant:
-    return _variant(
-        "forward", forward_kernel, config, dtype, full, ("x", "weight", "y", "final"), ("x",)
-    )
-
-
-def _backward_variant(config: triton.Config, dtype: torch.dtype, full: bool) -> Variant:
-    tensors = ("dy", "dfinal", "x", "weight", "dx", "dstate")
-    return _variant("backward", backward_kernel, config, dtype, full, tensors, ("dy", "x"))
-
-
-def _variant(
-    pass_name: str,
-    kernel: Any,
-    config: triton.Config,
-    dtype: torch.dtype,
-    full: bool,
-    tensors: tuple[str, ...],
-    strided: tuple[str, ...],
-) -> Variant:
-    """``full``: with bias, positions and state; ``strided``: the tensors that have strides."""
-    pointer, backward = pointer_type(dtype), kernel is backward_kernel
-    optional = {"bias": pointer, "positions": "*i64", "state": pointer}
-    strides = [f"{name}_{which}_stride" for name in strided for which in ("row", "token")]
-    return Variant(
-        name=f"causal_conv1d {pass_name} {pointer[1:]} {config.kwargs['CHANNELS']} channels, "
-        f"warps {config.num_warps}{'' if full else ', bare'}",
-        kernel=kernel,
-        types={
-            **dict.fromkeys(tensors, pointer),
-            **({"partial": "*fp32"} if backward else {}),
-            **(optional if full else {}),
-            **dict.fromkeys(("B", "L", "D", *strides), "i32"),
-        },
-        constants={
-            "W": 4,
-            "TOKENS": BACKWARD_TOKENS if backward else FORWARD_TOKENS,
-            "STEPS": UNROLLED,
-            "SILU": True,
-            **{f"HAS_{name.upper()}": full for name in optional},
-            **({} if full else dict.fromkeys(optional)),
-            **config.kwargs,
-        },
-        aligned=("D", *strides),
-        warps=config.num_warps,
     )
 
 

@@ -7,9 +7,8 @@ give other sums on each run. With ``once`` a kernel writes straight to the token
 T tokens, R routed rows, G groups, D model, F hidden.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from enum import Enum
-from itertools import product
 from typing import Any
 
 import torch
@@ -18,17 +17,10 @@ import triton.language as tl
 from triton.tools.ragged_tma import create_ragged_descriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from earlyfuse.kernels.ahead_of_time import Variant
 from earlyfuse.kernels.grouped_gemm.triton_configurations import (
     BAND,
-    FROM_SM_90,
-    HALF,
     HALF_BACKWARD,
-    HALF_GATE_UP,
-    HALF_SUMS,
-    ONE_PRODUCT,
     SINGLE,
-    tiles,
 )
 from earlyfuse.kernels.grouped_gemm.triton_kernels import (
     activation_backward_kernel,
@@ -40,7 +32,6 @@ from earlyfuse.kernels.permute.triton_impl import combine, inverse_of
 from earlyfuse.kernels.triton_support import (
     compute_type,
     launcher,
-    pointer_type,
     product_precision,
 )
 
@@ -357,82 +348,3 @@ def _common(like: torch.Tensor, groups: int) -> dict[str, Any]:
         "DOT": compute_type(like.dtype),
         "PRECISION": product_precision(like.dtype),
     }
-
-
-# ---------------------------------------------------------------- for kernels/ahead_of_time.py
-
-
-def variants() -> Iterator[Variant]:
-    """Every configuration of every kernel, with what costs most switched on; bf16 also by TMA."""
-    for dtype in (torch.bfloat16, torch.float32):
-        data, single = pointer_type(dtype), dtype == torch.float32
-        route = {"row_ptr": "*i64", "offset_ptr": "*i64", "weight_ptr": "*fp32"}
-        sizes = {"groups": "i32", "N": "i32", "K": "i32"}
-        linear = {"GATHER": True, "TRANSPOSED": True, "TWO": False, "SCATTER": True}
-        dx = {"GATHER": False, "TRANSPOSED": False, "TWO": True, "SCATTER": False}
-        matrices = ("b_ptr", "b2_ptr")
-        for name, half, flags, tiled in (
-            ("linear", HALF, linear, matrices),
-            ("dx", HALF, dx, ("a_ptr", "a2_ptr", *matrices)),
-        ):
-            pointers = dict.fromkeys(("a_ptr", "b_ptr", "a2_ptr", "b2_ptr", "out_ptr"), data)
-            yield from _variants(
-                name, rows_kernel, dtype, SINGLE if single else half,
-                pointers | route | sizes, {**flags, "WEIGHTED": name == "linear", "GROUPS": 8},
-                tiled,
-            )  # fmt: skip
-        names: tuple[str, ...] = ("x_ptr", "w1_ptr", "w3_ptr", "gate_ptr", "up_ptr", "h_ptr")
-        types = dict.fromkeys(names, data) | {"row_ptr": "*i64", "offset_ptr": "*i64"} | sizes
-        yield from _variants(
-            "gate and up", gate_up_kernel, dtype,
-            SINGLE if single else (*HALF_GATE_UP, *FROM_SM_90), types, {"KEEP": True, "GROUPS": 8},
-            ("w1_ptr", "w3_ptr"),
-        )  # fmt: skip
-        names = ("dy_ptr", "w2_ptr", "gate_ptr", "up_ptr", "dgate_ptr", "dup_ptr", "h_ptr")
-        types = dict.fromkeys(names, data) | route | sizes
-        yield from _variants(
-            "activation backward", activation_backward_kernel, dtype,
-            SINGLE if single else HALF_BACKWARD, types | {"partial_ptr": "*fp32", "rows": "i32"},
-            {"WEIGHTED": True, "NEED_WEIGHT": True, "GROUPS": 8}, ("w2_ptr",),
-        )  # fmt: skip
-        types = dict.fromkeys(("p_ptr", "q_ptr", "out_ptr"), data) | route
-        yield from _variants(
-            "dw", weight_gradient_kernel, dtype, SINGLE if single else HALF_SUMS,
-            types | {"groups": "i32", "M": "i32", "N": "i32"},
-            {"GATHER_P": False, "GATHER_Q": True, "WEIGHTED": False}, ("p_ptr",),
-        )  # fmt: skip
-
-
-def _variants(
-    name: str,
-    kernel: Any,
-    dtype: torch.dtype,
-    configs: Sequence[triton.Config],
-    types: dict[str, str],
-    flags: dict[str, Any],
-    tiled: Sequence[str],
-) -> Iterator[Variant]:
-    """``tiled``: the operands that are not gathered, which come by TMA where it is used."""
-    data = pointer_type(dtype)[1:]
-    common = {"BAND": BAND, "DOT": compute_type(dtype), "EVEN_K": True, "INDEX": tl.int32}
-    for tma, config in product((False, True) if dtype == torch.bfloat16 else (False,), configs):
-        if flags.get("TWO") and config in ONE_PRODUCT and not tma:
-            continue
-        constants = {**common, "PRECISION": product_precision(dtype), "TMA": tma}
-        constants |= {**flags, **config.kwargs}
-        shapes = tiles(constants)
-        descriptors = {name: f"tensordesc<{data}{shapes[name]}>" for name in tiled}
-        blocks = "x".join(str(config.kwargs[f"BLOCK_{axis}"]) for axis in "MNK")
-        new = tma or (kernel is gate_up_kernel and config in FROM_SM_90)
-        yield Variant(
-            name=f"grouped_gemm {name} {data} {blocks}{', TMA' if tma else ''}",
-            kernel=kernel,
-            types=types | descriptors if tma else types,
-            constants=constants,
-            aligned=tuple(name for name in ("M", "N", "K") if name in types),
-            warps=config.num_warps,
-            stages=config.num_stages,
-            tensor_cores=dtype == torch.bfloat16,
-            tma=tma,
-            oldest=90 if new else 80,
-        )

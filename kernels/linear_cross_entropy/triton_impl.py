@@ -8,17 +8,15 @@ Matrix products are cuBLAS's.
 V vocabulary, C tokens of a chunk.
 """
 
-from collections.abc import Iterator
 from functools import partial
 
 import torch
 import triton
 import triton.language as tl
 
-from earlyfuse.kernels.ahead_of_time import Variant
 from earlyfuse.kernels.linear_cross_entropy import chunked
 from earlyfuse.kernels.linear_cross_entropy.chunked import UNCOUNTED, Combine
-from earlyfuse.kernels.triton_support import on_its_device, pointer_type
+from earlyfuse.kernels.triton_support import on_its_device
 
 # One block instead of an autotuner's choice: it decides the order of sums, and the same run would
 # get other bits after a restart. A large one, for few rows are then under way at once: four of 128
@@ -103,38 +101,3 @@ def _turn(
 
 
 forward = on_its_device(partial(chunked.forward, turn=_turn))
-
-
-def variants() -> Iterator[Variant]:
-    """A whole vocabulary in bf16 and fp32; the passes apart, as shards of it take them, in bf16."""
-    yield _variant(torch.bfloat16, statistics=True, gradient=True)
-    yield _variant(torch.float32, statistics=True, gradient=True)
-    yield _variant(torch.bfloat16, statistics=True, gradient=False)
-    yield _variant(torch.bfloat16, statistics=False, gradient=True)
-
-
-def _variant(dtype: torch.dtype, statistics: bool, gradient: bool) -> Variant:
-    pointer = pointer_type(dtype)
-    parts = " and ".join(
-        name for name, has in (("statistics", statistics), ("gradient", gradient)) if has
-    )
-    given = "statistics" if statistics else "log_z"
-    return Variant(
-        name=f"linear_cross_entropy {parts} {pointer[1:]}",
-        kernel=_turn_rows,
-        types={
-            "logits": pointer,
-            "rows": "*i64",
-            given: "*fp32",
-            "z_weight": "fp32",
-            "V": "i32",
-        },
-        constants={
-            "log_z" if statistics else "statistics": None,
-            "STATISTICS": statistics,
-            "GRADIENT": gradient,
-            "BLOCK": BLOCK,
-        },
-        aligned=("V",),
-        warps=WARPS,
-    )

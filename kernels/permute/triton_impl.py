@@ -8,14 +8,11 @@ order of index; ties at the k-th key are taken by lower index.
 T tokens, R routed rows, G groups, D model.
 """
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
 
-from earlyfuse.kernels.ahead_of_time import Variant
-from earlyfuse.kernels.triton_support import launcher, pointer_type
+from earlyfuse.kernels.triton_support import launcher
 
 WIDTHS = (128, 1024)  # of a program's part of a row: narrow and wide models
 # one program per group waits at each step: few large steps. Per 4096 tokens this takes 78 barriers
@@ -225,34 +222,3 @@ def select_top_k(scores_GT: torch.Tensor, k: int) -> torch.Tensor:
 def block_of(width: int) -> int:
     """How much of a row one program takes."""
     return WIDTHS[0] if width <= WIDTHS[0] else WIDTHS[1]
-
-
-def variants() -> Iterator[Variant]:
-    """What launches may compile, for ``kernels/ahead_of_time.py``."""
-    for dtype in (torch.bfloat16, torch.float32):
-        data = pointer_type(dtype)
-        for block in WIDTHS if dtype == torch.bfloat16 else WIDTHS[1:]:
-            at = f"{data[1:]} {block}"
-            yield Variant(
-                f"permute gather {at}", _gather_kernel,
-                {"x_ptr": data, "row_ptr": "*i64", "out_ptr": data, "width": "i32"},
-                {"BLOCK": block}, aligned=("width",),
-            )  # fmt: skip
-            types = {"y_ptr": data, "order_ptr": "*i32", "begin_ptr": "*i32"}
-            yield Variant(
-                f"permute combine {at}", _combine_kernel,
-                types | {"weight_ptr": "*fp32", "out_ptr": data, "width": "i32"},
-                {"WEIGHTED": True, "BLOCK": block}, aligned=("width",),
-            )  # fmt: skip
-        types = {"dout_ptr": data, "y_ptr": data, "row_ptr": "*i64", "weight_ptr": "*fp32"}
-        yield Variant(
-            f"permute combine backward {data[1:]} {WIDTHS[1]}", _combine_backward_kernel,
-            types | {"dy_ptr": data, "dweight_ptr": "*fp32", "width": "i32"},
-            {"WEIGHTED": True, "NEED_Y": True, "NEED_WEIGHT": True, "BLOCK": WIDTHS[1]},
-            aligned=("width",),
-        )  # fmt: skip
-    yield Variant(
-        "permute select", _select_kernel,
-        {"score_ptr": "*fp32", "out_ptr": "*i64", "tokens": "i32", "k": "i32"},
-        {"BLOCK": SELECT_BLOCK, "BITS": RADIX_BITS}, warps=SELECT_WARPS,
-    )  # fmt: skip

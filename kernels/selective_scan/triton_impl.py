@@ -12,21 +12,19 @@ partial sums and are added in a fixed order: no atomics, so the same bits come o
 S segments, I chunks; the other letters as in the package.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 import triton
 
-from earlyfuse.kernels.ahead_of_time import Variant
 from earlyfuse.kernels.selective_scan.chunks import CHUNK, count_chunks
 from earlyfuse.kernels.selective_scan.triton_kernels import (
-    SIZES,
     adjoints_kernel,
     backward_kernel,
     ends_kernel,
     forward_kernel,
 )
-from earlyfuse.kernels.triton_support import INTERPRETED, on_its_device, pointer_type
+from earlyfuse.kernels.triton_support import INTERPRETED, on_its_device
 
 # N → tokens of a tile, channels of a block, warps, most registers of a thread. Chosen from the
 # compiled code (registers, loads, shuffles), one each instead of an autotuner's choice: the shape
@@ -216,63 +214,3 @@ def _plan(
 def _by_tensor_cores(dtype: torch.dtype, width: int) -> bool:
     """Whether sums over channels are products with ones, in tf32: not for fp32, nor below 16."""
     return dtype != torch.float32 and width >= 16
-
-
-# ---------------------------------------------------------------- ahead of time
-
-
-def variants() -> Iterator[Variant]:
-    """N = 16 in bf16 and fp32, and the other N in bf16, all with every option given. And in bf16
-    with N = 16: without any, and as in training, where no state is handed on.
-    """
-    for dtype, states, case in (
-        (torch.bfloat16, 16, ""),
-        (torch.bfloat16, 16, "bare"),
-        (torch.bfloat16, 16, "training"),
-        (torch.float32, 16, ""),
-        (torch.bfloat16, 32, ""),
-        (torch.bfloat16, 64, ""),
-    ):
-        absent = {"": (), "bare": _OPTIONS, "training": _STATES}[case]
-        for kernel, (tokens, width, warps, registers) in (
-            (ends_kernel, FORWARD[states]),
-            (forward_kernel, FORWARD[states]),
-            (adjoints_kernel, BACKWARD[states]),
-            (backward_kernel, BACKWARD[states]),
-        ):
-            if case == "training" and kernel in (ends_kernel, adjoints_kernel):
-                continue  # which have to do with none
-            by_tensor_cores = _by_tensor_cores(dtype, width)
-            constants: dict[str, int | None]
-            constants = {"N": states, "CHUNK": CHUNK, "TOKENS": tokens, "WIDTH": width}
-            constants |= {"GROUPS": 1 if case == "bare" else 2, "DOT": by_tensor_cores}
-            constants |= dict.fromkeys(absent)
-            names = [p.name for p in kernel.params if p.name not in constants]
-            types = {name: _type_of(name, pointer_type(dtype)) for name in names}
-            if states == WIDENED and kernel in (ends_kernel, forward_kernel):
-                types |= {name: "*fp32" for name in ("B", "C") if name in types}
-            yield Variant(
-                name=f"selective_scan {kernel.fn.__name__.removesuffix('_kernel')}, "
-                f"{str(dtype).removeprefix('torch.')}, N {states}{case and ', ' + case}",
-                kernel=kernel,
-                types=types,
-                constants={p.name: constants[p.name] for p in kernel.params if p.name in constants},
-                aligned=tuple(n for n in names if n == "channels" or n[-2:] in _AXES),
-                warps=warps,
-                stages=1,
-                registers=registers,
-                tensor_cores=by_tensor_cores and kernel is backward_kernel,
-            )
-
-
-_AXES = ("_b", "_l")
-_OPTIONS = ("skip", "z", "bias", "group", "reset", "first", "dfinal", "dskip", "dz", "dbias")
-_STATES = ("first", "dfinal")
-_NARROW = ("u", "delta", "B", "C", "z", "y", "dy", "du", "ddelta", "dz")
-
-
-def _type_of(name: str, narrow: str) -> str:
-    """Triton's word for an argument of these kernels."""
-    if name == "channels" or name in SIZES or name[-2:] in _AXES:
-        return "i32"
-    return {"group": "*u8", "reset": "*i1"}.get(name, narrow if name in _NARROW else "*fp32")

@@ -1,37 +1,42 @@
-"""Compile every Triton kernel for three GPU generations, without a GPU, and say what it takes.
+"""Compiles every Triton kernel for three GPU generations, without a GPU, and reports its resources.
 
-    python -m earlyfuse.kernels.ahead_of_time            checks all and prints the table
-    python -m earlyfuse.kernels.ahead_of_time --write    and writes it into kernels/README.md
+    python tests/support/ahead_of_time.py            checks all and prints the table
+    python tests/support/ahead_of_time.py --write    and writes it into tests/kernels/compiled.md
 
-A ``triton_impl.py`` names its kernels in ``variants()``: one ``Variant`` per specialisation that a
-launch may compile, over the list its autotuner chooses from. What a compiled kernel takes is read
-from the machine code: registers, stack and local memory (spills), shared memory, and instructions
-of the tensor cores and of the tensor memory accelerator.
+Registers, stack and local memory (spills), shared memory, tensor-core instructions and loads by the
+tensor memory accelerator are read from the machine code of each variant (``kernel_variants.py``).
 
 The table carries a fingerprint of the kernels it was made from. With it the tests know that all
-variants passed on all targets since a kernel last changed, and compile a sample again.
+variants passed on all targets since a kernel last changed, and compile only a sample again.
 """
 
 import argparse
 import ast
 import hashlib
-import importlib
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import triton
+from kernel_variants import Variant, variants
+from places import ROOT
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-PACKAGE = "earlyfuse.kernels"
-BEGIN, END = "<!-- resources: begin -->", "<!-- resources: end -->"
+KERNELS = ROOT / "kernels"
+TABLE = ROOT / "tests" / "kernels" / "compiled.md"
+INTRODUCTION = """\
+# Compiled Triton kernels
+
+Registers of a thread / KiB of shared memory of a block, with the pinned Triton. Written by
+`python tests/support/ahead_of_time.py --write`, which first checks every variant on every target.
+"""
 
 
 @dataclass(frozen=True)
@@ -56,36 +61,9 @@ TARGETS = (
 
 
 @dataclass(frozen=True)
-class Variant:
-    """One specialisation of a kernel, as a launch would compile it.
-
-    ``types``: Triton's word for each argument that is no constant ("*bf16", "i32", "fp32",
-    "tensordesc<bf16[64, 128]>").
-    ``constants``: values of ``tl.constexpr`` arguments, and None for pointers that are not given.
-    ``aligned``: integer arguments known to be multiples of 16; pointers always are.
-    ``registers``: the most that a thread may have, where the launch says so.
-    ``tensor_cores``: whether its products are meant to run on them. ``tma``: whether tiles are
-    meant to be fetched by the tensor memory accelerator. ``oldest``: the first capability that has
-    what it uses.
-    """
-
-    name: str
-    kernel: Any
-    types: Mapping[str, str]
-    constants: Mapping[str, Any] = field(default_factory=dict)
-    aligned: tuple[str, ...] = ()
-    warps: int = 4
-    stages: int = 3
-    registers: int | None = None
-    tensor_cores: bool = False
-    tma: bool = False
-    oldest: int = 80
-
-
-@dataclass(frozen=True)
 class Resources:
-    """What one variant takes on one target; instructions are counted where the variant is meant for
-    tensor cores or TMA, else 0.
+    """Resources of one variant on one target; instructions are counted only where the variant
+    must use tensor cores or TMA, else 0.
     """
 
     variant: str
@@ -95,14 +73,6 @@ class Resources:
     shared_bytes: int
     tensor_core_instructions: int
     tma_loads: int
-
-
-def variants() -> list[Variant]:
-    """All variants of all ops."""
-    folder = Path(__file__).parent
-    ops = sorted(path.parent.name for path in folder.glob("*/triton_impl.py"))
-    modules = [importlib.import_module(f"{PACKAGE}.{op}.triton_impl") for op in ops]
-    return [variant for module in modules for variant in module.variants()]
 
 
 def compiled(variant: Variant, target: Target) -> Resources:
@@ -133,9 +103,9 @@ def compiled(variant: Variant, target: Target) -> Resources:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(binary.asm["cubin"])
         usage = _cuobjdump("-res-usage", file.name)
-        # slow to print: only where something is asked of it
-        asked = variant.tensor_cores or variant.tma
-        code = _cuobjdump("-sass", file.name) if asked else ""
+        # slow to print: only where it is checked
+        checked = variant.tensor_cores or variant.tma
+        code = _cuobjdump("-sass", file.name) if checked else ""
     counts = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     return Resources(
         variant=variant.name,
@@ -154,7 +124,7 @@ def _cuobjdump(option: str, path: str) -> str:
 
 
 def all_jobs() -> list[tuple[int, Target]]:
-    """Every variant, by number, on every target that can have it."""
+    """Every variant, by number, on every target that supports it."""
     return [
         (number, target)
         for number, variant in enumerate(variants())
@@ -164,17 +134,17 @@ def all_jobs() -> list[tuple[int, Target]]:
 
 
 def sample_jobs() -> list[tuple[int, Target]]:
-    """Every variant on sm_90; on the other targets the first of each kernel."""
+    """The first variant of each kernel, with and without TMA, on every target; bf16 before fp32."""
     first: dict[tuple[Any, bool], int] = {}
     by_type = sorted(enumerate(variants()), key=lambda item: "*fp32" in item[1].types.values())
     for number, variant in by_type:
         first.setdefault((variant.kernel, variant.tma), number)
     chosen = set(first.values())
-    return [(n, t) for n, t in all_jobs() if t.capability == 90 or n in chosen]
+    return [(number, target) for number, target in all_jobs() if number in chosen]
 
 
 def compile_all(jobs: Sequence[tuple[int, Target]], workers: int | None = None) -> list[Resources]:
-    """What the ``jobs`` take, in order."""
+    """Resources of the ``jobs``, in order."""
     with ProcessPoolExecutor(workers) as pool:
         return list(pool.map(_compile_numbered, *zip(*jobs, strict=True)))
 
@@ -184,12 +154,12 @@ def _compile_numbered(number: int, target: Target) -> Resources:
 
 
 def faults(found: Sequence[Resources]) -> list[str]:
-    """What breaks a rule: spills, too much shared memory, tensor cores or TMA not used as meant."""
-    meant = {variant.name: variant for variant in variants()}
+    """Broken rules: spills, too much shared memory, tensor cores or TMA missing or unexpected."""
+    expected = {variant.name: variant for variant in variants()}
     limits = {target.name: target.shared_bytes for target in TARGETS}
     wrong = []
     for r in found:
-        at, variant = f"{r.variant} on {r.target}", meant[r.variant]
+        at, variant = f"{r.variant} on {r.target}", expected[r.variant]
         if r.spilled_bytes:
             wrong.append(f"{at}: {r.spilled_bytes} bytes spilled")
         if r.shared_bytes > limits[r.target]:
@@ -202,12 +172,12 @@ def faults(found: Sequence[Resources]) -> list[str]:
 
 
 def fingerprint() -> str:
-    """Sixteen hex digits over the variants and the code of all kernels, but not its comments."""
+    """Sixteen hex digits over the variants and the code of all kernels, without comments."""
     parts = [
         repr({name: value for name, value in vars(variant).items() if name != "kernel"})
         for variant in variants()
     ]
-    for path in sorted(Path(__file__).parent.glob("**/triton*.py")):
+    for path in sorted(KERNELS.glob("**/triton*.py")):
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.FunctionDef) and _is_kernel(node):
                 node.body = node.body[ast.get_docstring(node) is not None :]
@@ -240,26 +210,20 @@ def _table_lines(rows: dict[str, dict[str, str]], targets: list[str]) -> Iterato
 
 
 def main() -> None:
-    """Check everything; print the table, or write it between the marks in kernels/README.md."""
+    """Check everything; print the table, or write it into ``TABLE``."""
     parser = argparse.ArgumentParser(
-        prog="python -m earlyfuse.kernels.ahead_of_time",
         description="Compile every Triton kernel for sm_80, sm_90 and sm_100; no GPU is needed.",
     )
-    parser.add_argument("--write", action="store_true", help="write kernels/README.md")
+    parser.add_argument("--write", action="store_true", help=f"write {TABLE.relative_to(ROOT)}")
     arguments = parser.parse_args()
     found = compile_all(all_jobs())
     if wrong := faults(found):
         sys.exit("\n".join(wrong))
-    words = f"Kernels {fingerprint()}.\n\n{table(found)}"
-    if not arguments.write:
-        print(words, end="")
-        return
-    readme = Path(__file__).with_name("README.md")
-    before, rest = readme.read_text().split(BEGIN)
-    after = rest.split(END)[1]
-    temporary = readme.with_suffix(".part")
-    temporary.write_text(f"{before}{BEGIN}\n{words}{END}{after}")
-    temporary.rename(readme)
+    text = f"Kernels {fingerprint()}.\n\n{table(found)}"
+    if arguments.write:
+        TABLE.write_text(f"{INTRODUCTION}\n{text}")
+    else:
+        print(text, end="")
 
 
 if __name__ == "__main__":
