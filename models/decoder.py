@@ -262,6 +262,7 @@ class Decoder(BaseModel):
             x_TD = layer(x_TD, context)
         if self.norm is None or self.lm_head is None:
             return x_TD
+        assert x_TD is not None, "the first stage embeds, the others are given x_TD"
         if settings.recording:
             self.output_norm.record(x_TD)
         x_BSD = self.norm(x_TD, context).unflatten(0, batch.modality_BS.shape)

@@ -159,6 +159,6 @@ def _configs(contract: type) -> list[type]:
     """Configs of all subclasses of ``Branch`` or ``Router`` that have one of their own."""
     found: list[type] = []
     for cls in contract.__subclasses__():
-        found += [cls.Config] if "Config" in vars(cls) else []
+        found += [vars(cls)["Config"]] if "Config" in vars(cls) else []
         found += _configs(cls)
     return found

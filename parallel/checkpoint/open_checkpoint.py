@@ -269,9 +269,9 @@ def load_model(
     ``model(MixedBatch.of(tokens_BS, vocabulary.modality_of(tokens_BS)))`` returns logits (B, S, V).
     ``dtype`` None keeps the types of the files; with a narrower one scans and routers stay in
     fp32, as in training (``models/precision.py``). No launcher, no process group; ``ValueError``
-    says what is wrong with the folder. Experts choose by the causal rule where the model has causal routers; else by batch,
-    with budgets from the actual counts, as in validation; ``ForwardSettings`` given with the batch
-    change that.
+    says what is wrong with the folder. Experts choose by the causal rule where the model has causal
+    routers; else by batch, with budgets from the actual counts, as in validation;
+    ``ForwardSettings`` given with the batch change that.
     """
     opened = open_model(folder)
     with torch.device("meta"):
