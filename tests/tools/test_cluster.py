@@ -57,6 +57,7 @@ def slurm(tmp_path) -> dict[str, str]:
     variables = {
         "PATH": f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": tests,
+        "VIRTUAL_ENV": sys.prefix,  # else host.sh takes .venv, which may not be the one under test
         "OMP_NUM_THREADS": "1",
         "REQUEUED": str(tmp_path / "requeued"),
         "SLURM_JOB_ID": "77",
