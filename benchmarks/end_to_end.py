@@ -146,7 +146,7 @@ def our_trainer(folder: Path, model: Decoder.Config, z_loss: float) -> Trainer:
     config = embedded.dense()
     assert config.model_spec is not None
     config.model_spec = replace(config.model_spec, model=model)
-    config.dump_folder = str(folder / "run")
+    config.dump_folder = tempfile.mkdtemp(dir=folder)
     config.data = replace(config.data, folder=str(folder), embedded=False, shares={"chains": 1.0})
     config.dataloader.media_share = None
     config.loss = ChameleonObjective.Config(z_loss=z_loss)
