@@ -4,6 +4,7 @@ import io
 import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -232,7 +233,7 @@ def test_training_twice_in_other_processes_gives_the_same_file(tokenizer, waves)
         "features = [levels(sound(rng), 4) for _ in range(60)]\n"
         "print(SpeechTokenizer.train(features, frame_ms=40, codes=48).sha256)"
     )
-    folder = __file__.rpartition("/")[0]
+    folder = Path(__file__).parents[1] / "support"
     shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
                            cwd=folder, check=True)  # fmt: skip
     assert shown.stdout.strip() == tokenizer.sha256
