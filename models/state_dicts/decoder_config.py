@@ -155,7 +155,7 @@ def _is_config(hint: Any) -> bool:
     return isinstance(hint, type) and issubclass(hint, Configurable.Config)
 
 
-def _configs(contract: type) -> list[type]:
+def _configs(contract: Any) -> list[type]:
     """Configs of all subclasses of ``Branch`` or ``Router`` that have one of their own."""
     found: list[type] = []
     for cls in contract.__subclasses__():

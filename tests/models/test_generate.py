@@ -149,6 +149,8 @@ SPOKEN = replace(VOCABULARY, size=55, media=(*VOCABULARY.media, SPEECH))
 class Adversary(nn.Module):
     """Prefers whatever its seed says, above all what makes no document; some of it is no number."""
 
+    config = decoders.dense(SHAPE)
+
     def __init__(self, vocabulary: Vocabulary, seed: int):
         super().__init__()
         self.weight, self.size = nn.Parameter(torch.zeros(1)), vocabulary.size
@@ -322,7 +324,7 @@ class Counted(nn.Module):
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        self.model, self.rows = model, []
+        self.model, self.config, self.rows = model, model.config, []
 
     def forward(self, batch, *rest, **options):
         self.rows.append(len(batch.tokens_BS))
