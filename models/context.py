@@ -142,8 +142,8 @@ class ForwardContext:
         ``routes`` has one group; its ``row_R`` ascends. ``rows``: 1, all selected tokens one behind
         the other, or the rows of this context where each has as many selected tokens. Either way a
         block computes what it would if the other tokens were not there: documents stay apart,
-        rotary positions keep their gaps. Tokens of weight 0 only fill up: none sees them. No host
-        synchronisation but that of the mask on CPU.
+        rotary positions keep their gaps. Tokens of weight 0 only fill up: no other sees them; for
+        convolutions and scans, which they interrupt, they must come last in their row.
         """
         if self.cache is not None or self.sequence_shard.parts > 1:
             raise ValueError("select needs whole rows: no decode cache, no context parallelism")

@@ -1,7 +1,8 @@
 """Where a run's numbers go: ``metrics.jsonl``, TensorBoard and the console, all per modality.
 
 ``metrics.jsonl`` has one JSON object per logged step. ``kind`` is "train" or "validation"; modality
-names are the last part of a key (``loss/image``), and null is a number that is not finite
+names and sources are the last part of a key (``loss/image``, ``loss_by_source/pairs``; so for
+every sum of the objective), and null is a number that is not finite
 (``metrics_file.py``). A resumed run first drops what the interrupted
 one logged beyond its last checkpoint, so the file reads as if the run had never stopped.
 
@@ -35,6 +36,7 @@ from earlyfuse.parallel.reporting.metrics_file import (
 from earlyfuse.parallel.reporting.optional_files import LineFile, tolerate
 
 CLEARLY_SLOWER = 1.1
+QUIET = ("loss", "causal_loss", "z_loss", "causal_z_loss")  # shown before the others, or not at all
 
 
 class RunMetrics(MetricsProcessor):
@@ -248,9 +250,8 @@ class Console:
     def train(self, step: int, metrics: dict[str, Any]) -> None:
         """Show a training step."""
         text = (
-            f"{_losses('loss', metrics)} | grad {metrics['grad_norm']:.2f} | lr "
-            f"{metrics['lr']:.1e} | "
-            f"{metrics['tokens_per_second']:,.0f} tok/s"
+            f"{_losses('loss', metrics)}{_other_sums(metrics)} | grad {metrics['grad_norm']:.2f} | "
+            f"lr {metrics['lr']:.1e} | {metrics['tokens_per_second']:,.0f} tok/s"
         )
         if "mfu" in metrics:
             text += f" | mfu {metrics['mfu']:.1%}"
@@ -271,7 +272,8 @@ class Console:
             if name.startswith("task/")
         )
         causal = f" | {_losses('causal_loss', metrics)}" if "causal_loss" in metrics else ""
-        self._print(f"validation at step {step} | {_losses('loss', metrics)}{causal}{tasks}")
+        losses = _losses("loss", metrics) + _other_sums(metrics)
+        self._print(f"validation at step {step} | {losses}{causal}{tasks}")
 
     def close(self) -> None:
         """Leave the line as it is."""
@@ -292,13 +294,28 @@ class Console:
 
 
 def _losses(prefix: str, metrics: dict[str, float]) -> str:
+    """A sum per label, by modality and, where there are several sources, by source."""
     parts = [f"{prefix.replace('_', ' ')} {metrics[prefix]:.3f}"]
-    parts += [
-        f"{name.removeprefix(prefix + '/')} {value:.3f}"
-        for name, value in metrics.items()
-        if name.startswith(f"{prefix}/")
-    ]
+    parts += _under(f"{prefix}/", metrics)
+    sources = _under(f"{prefix}_by_source/", metrics)
+    if len(sources) > 1:
+        parts += ["by source", *sources]
     return " ".join(parts)
+
+
+def _under(prefix: str, metrics: dict[str, float]) -> list[str]:
+    return [
+        f"{name.removeprefix(prefix)} {value:.3f}"
+        for name, value in metrics.items()
+        if name.startswith(prefix)
+    ]
+
+
+def _other_sums(metrics: dict[str, float]) -> str:
+    """Sums that an objective adds to its loss; the z-loss is too small for a line."""
+    names = [name.removesuffix("/text") for name in metrics if name.endswith("/text")]
+    shown = (name for name in names if name in metrics and name not in QUIET)
+    return "".join(f" | {_losses(name, metrics)}" for name in shown)
 
 
 def _ranks(metrics: dict[str, Any]) -> str:

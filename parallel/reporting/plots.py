@@ -27,13 +27,17 @@ def plot_curves(folder: Path) -> Path:
     labels = [label for label in ("text", *MEDIA) if any(f"loss/{label}" in line for line in train)]
     tasks = sorted({key for line in validation for key in line if key.startswith("task/")})
 
-    panels = len(labels) + bool(tasks)
+    sums = added_sums(validation or train)
+
+    panels = len(labels) + len(sums) + bool(tasks)
     figure, axes = plt.subplots(
         1, max(panels, 1), figsize=(4.6 * max(panels, 1), 3.6), squeeze=False
     )
     tokens_at = {line["step"]: _tokens(line) for line in train}
     for axis, label in zip(axes[0], labels, strict=False):
         _draw_losses(axis, label, train, validation, tokens_at)
+    for axis, name in zip(axes[0][len(labels) :], sums, strict=False):
+        _draw_sum(axis, name, train, validation, tokens_at)
     if tasks:
         _draw_tasks(axes[0][-1], tasks, validation, tokens_at)
     for axis in axes[0]:
@@ -41,6 +45,19 @@ def plot_curves(folder: Path) -> Path:
         axis.xaxis.set_major_formatter(EngFormatter())
     _save(figure, folder / CURVES)
     return folder / CURVES
+
+
+def added_sums(lines: list[dict[str, Any]]) -> list[str]:
+    """Sums of an objective beside its loss, of which a modality has a part; without the z-loss."""
+    keys = dict.fromkeys(key for line in lines for key in line)
+    names = dict.fromkeys(
+        key.removesuffix(f"/{label}")
+        for label in COLOURS
+        for key in keys
+        if key.endswith(f"/{label}")
+    )
+    known = ("loss", "z_loss")
+    return [n for n in names if n in keys and n.removeprefix("causal_") not in known]
 
 
 def plot_study(
@@ -126,6 +143,30 @@ def _draw_losses(
         axis.set_title(f"{label}: held-out loss {held_out[-1][1]:.2f} nats")
     axis.set_xlabel("tokens")
     axis.set_ylabel(f"{label} loss (nats per token)")
+    axis.legend(frameon=False, fontsize=8)
+
+
+def _draw_sum(
+    axis: Any,
+    name: str,
+    train: list[dict[str, Any]],
+    validation: list[dict[str, Any]],
+    tokens_at: dict[int, float],
+) -> None:
+    for lines, style in ((train, "-"), (validation, "o")):
+        for label, colour in COLOURS.items():
+            key = f"{name}/{label}"
+            points = [
+                (tokens_at[x["step"]], x[key]) for x in lines if key in x and x["step"] in tokens_at
+            ]
+            if points:
+                held_out = ", held out" if lines is validation else ""
+                axis.plot(
+                    *zip(*points, strict=True), style, color=colour, label=f"{label}{held_out}"
+                )
+    axis.set_title(name.replace("_", " "))
+    axis.set_xlabel("tokens")
+    axis.set_ylabel(f"{name} per label")
     axis.legend(frameon=False, fontsize=8)
 
 

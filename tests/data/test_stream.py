@@ -35,7 +35,7 @@ from earlyfuse.data.shards.source import TokenSource
 from earlyfuse.data.stream.batches import Prefetcher, assemble, validation_batches
 from earlyfuse.data.stream.lanes import Blend, Lane, Shuffle
 from earlyfuse.data.stream.loader import LaneLoader
-from earlyfuse.models.batch import IGNORE_LABEL
+from earlyfuse.models.batch import IGNORE_LABEL, MixedBatch
 
 
 @pytest.fixture(scope="module")
@@ -610,3 +610,12 @@ def test_an_id_outside_the_vocabulary_is_refused(tmp_path):
     odd = write_source(tmp_path / "odd", [[BOS, 66, EOS]] * 2)
     with pytest.raises(ValueError, match="token id 66 lies outside the vocabulary of 66"):
         next(iter(loader({odd: 1.0}, prefetch=0)))
+
+
+def test_batches_are_pinned_where_there_is_a_gpu(three, monkeypatch):
+    pinned = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(MixedBatch, "pin_memory", lambda batch: pinned.append(batch) or batch)
+    for prefetch in (0, 2):
+        inputs, _ = next(iter(loader(three, prefetch=prefetch)))
+        assert any(inputs["batch"] is batch for batch in pinned)

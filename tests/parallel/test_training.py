@@ -196,7 +196,7 @@ def test_parameters_that_are_not_finite_stop_the_run_before_they_are_saved(tmp_p
         step(iterator)
 
     trainer.train_step = poisoned
-    with pytest.raises(RuntimeError, match=r"parameters on ranks \[0\] are not finite at step 2"):
+    with pytest.raises(RuntimeError, match=r"non-finite parameters on ranks \[0\] at step 2"):
         trainer.train()
     trainer.close()
     assert not (tmp_path / "checkpoint").exists()
