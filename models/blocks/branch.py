@@ -116,12 +116,6 @@ class Branch(Module):
         """Initial value of each parameter that no submodule names (``models/init_weights.py``)."""
         return {}
 
-    def statistics(self) -> Module | None:
-        """What it counts: a module whose buffers are summed over ranks, that counts while
-        ``recording``, and whose ``take()`` returns name → value and starts anew.
-        """
-        return None
-
     @dataclass(kw_only=True, slots=True)
     class Config(Module.Config):
         """Has a field or property ``dim``, the width of its input and output."""

@@ -16,7 +16,7 @@ from earlyfuse.data.media import MEDIA
 from earlyfuse.parallel.reporting.metrics_file import METRICS_FILE, TRAIN, VALIDATION, read_metrics
 from earlyfuse.parallel.reporting.run_folder import CURVES
 
-TEXT_COLOUR = "#1b6ca8"
+COLOURS = {"text": "#1b6ca8", **{label: medium.colour for label, medium in MEDIA.items()}}
 
 
 def plot_curves(folder: Path) -> Path:
@@ -24,7 +24,7 @@ def plot_curves(folder: Path) -> Path:
     lines = read_metrics(folder / METRICS_FILE)
     train = [line for line in lines if line["kind"] == TRAIN]
     validation = [line for line in lines if line["kind"] == VALIDATION]
-    labels = [label for label in ("text", *MEDIA) if any(f"loss/{label}" in line for line in train)]
+    labels = [label for label in COLOURS if any(f"loss/{label}" in line for line in train)]
     tasks = sorted({key for line in validation for key in line if key.startswith("task/")})
 
     sums = added_sums(validation or train)
@@ -116,7 +116,7 @@ def _draw_losses(
     validation: list[dict[str, Any]],
     tokens_at: dict[int, float],
 ) -> None:
-    key, colour = f"loss/{label}", MEDIA[label].colour if label in MEDIA else TEXT_COLOUR
+    key, colour = f"loss/{label}", COLOURS[label]
     points = [(tokens_at[line["step"]], line[key]) for line in train if key in line]
     axis.plot(*zip(*points, strict=True), color=colour, alpha=0.35, linewidth=1, label="training")
     held_out = [

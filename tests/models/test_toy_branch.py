@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from tiny_runs import SHAPE
 from torch import nn
-from torchtitan.protocols.module import Module
 from toy import VOCABULARY, make_data
 
 from earlyfuse.configs import decoders
@@ -18,6 +17,7 @@ from earlyfuse.models.blocks.branch import Branch, products
 from earlyfuse.models.flops import count_parameters, training_flops
 from earlyfuse.models.generate.session import Sampling, generate
 from earlyfuse.models.init_weights import constant, normal
+from earlyfuse.models.routing.router_stats import Statistics
 from earlyfuse.models.state_dicts import decoder_config
 from earlyfuse.models.upcycle import upcycle
 from earlyfuse.parallel.estimates import dry_run
@@ -49,17 +49,14 @@ class TokenShift(Branch):
     def draws(self):
         return {"gate": constant(0.5), "out": normal(residual=True)}
 
-    def statistics(self):
-        return self.gates
-
     def forward(self, x_TD, context):
         x_BSD = x_TD.unflatten(0, (context.rows, context.seq_len))
         if context.cache is None:
             before_BSD = F.pad(x_BSD, (0, 0, 1, 0))[:, :-1]
         else:
             before_BSD = context.cache.state(self, LastToken).shift(x_BSD)
-        before_BSD = before_BSD.masked_fill((context.positions_BS == 0).unsqueeze(-1), 0)
-        if self.gates.recording:
+        before_BSD = before_BSD.masked_fill((context.place_BS == 0).unsqueeze(-1), 0)
+        if context.settings.recording:
             self.gates.sums_2 += torch.stack([self.gate.detach().mean(), torch.ones(())])
         return F.linear(torch.lerp(x_BSD, before_BSD, self.gate).flatten(0, 1), self.out)
 
@@ -80,18 +77,15 @@ class LastToken:
         self.last_B1D = self.last_B1D[row_R]
 
 
-class GateStats(Module):
+class GateStats(Statistics):
+    kind = "shift"
+
     def __init__(self):
         super().__init__()
-        self.recording = False
         self.register_buffer("sums_2", torch.zeros(2), persistent=False)
 
-    def _init_self_buffers(self, *, buffer_device=None):
-        self.sums_2.zero_()
-
-    def take(self):
+    def summary(self):
         total, count = self.sums_2.tolist()
-        self.sums_2.zero_()
         return {"gate": total / max(count, 1)}
 
 
@@ -141,9 +135,9 @@ def test_two_ranks_train_as_one_and_count_what_it_counts(tmp_path, data, unbroke
     for line, expected in zip(lines, contract_runs.lines(folder), strict=True):
         if line["kind"] == "train":
             assert line["loss"] == pytest.approx(expected["loss"], rel=1e-5)
-            for place in ("layer0.shift", "layer1.shift"):
-                gate = line[f"branch/{place}/gate"]
-                assert gate == pytest.approx(expected[f"branch/{place}/gate"], rel=1e-5)
+            for place in ("layer0", "layer1"):
+                gate = line[f"shift/{place}/gate"]
+                assert gate == pytest.approx(expected[f"shift/{place}/gate"], rel=1e-5)
                 assert 0.3 < gate < 0.7
 
 

@@ -52,9 +52,6 @@ class Threshold(Router):
     def draws(self):
         return {"weight": normal(10.0)}
 
-    def statistics(self):
-        return [self.stats]
-
     def forward(self, x_TD, eligible_T, context):
         logits_TE = F.linear(x_TD.float(), self.weight)
         taken_TE = logits_TE > 0
@@ -63,7 +60,7 @@ class Threshold(Router):
         expert_R, row_R = taken_TE.t().nonzero(as_tuple=True)
         offset_G1 = F.pad(taken_TE.sum(0).cumsum(0), (1, 0))
         routes = Routes(row_R, offset_G1, logits_TE[row_R, expert_R].sigmoid())
-        if self.stats.recording:
+        if context.settings.recording:
             self.stats.record(logits_TE, eligible_T, routes)
         return routes
 
