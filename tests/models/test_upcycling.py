@@ -130,7 +130,8 @@ def test_a_mixture_of_mamba_begins_as_the_dense_mamba_it_grew_out_of(modalities,
     with torch.no_grad():
         for modality in modalities:
             alone_BS = torch.full_like(tokens_BS, modality, dtype=torch.uint8)
-            assert torch.equal(child(tokens_BS, alone_BS), parent(tokens_BS, alone_BS))
+            inputs = batch_of(tokens_BS, alone_BS)
+            assert torch.equal(child(inputs), parent(inputs))
         mixed_BS = (tokens_BS % len(modalities)).to(torch.uint8)
         expected = parent(tokens_BS, mixed_BS)
         scale = float(expected.abs().max())
