@@ -258,6 +258,7 @@ class Decoder(BaseModel):
         )
         if self.tok_embeddings is not None:
             x_TD = self.tok_embeddings(batch.tokens_BS.reshape(-1))
+        assert x_TD is not None, "a part without the embedding takes activations"
         for layer in self.layers.values():
             x_TD = layer(x_TD, context)
         if self.norm is None or self.lm_head is None:

@@ -116,11 +116,13 @@ def test_a_mixture_of_mamba_begins_as_the_dense_mamba_it_grew_out_of(modalities,
     with torch.no_grad():
         for modality in modalities:
             alone_BS = torch.full_like(tokens_BS, modality, dtype=torch.uint8)
-            assert torch.equal(child(tokens_BS, alone_BS), parent(tokens_BS, alone_BS))
+            inputs = batch_of(tokens_BS, alone_BS)
+            assert torch.equal(child(inputs), parent(inputs))
         mixed_BS = (tokens_BS % len(modalities)).to(torch.uint8)
-        expected = parent(tokens_BS, mixed_BS)
+        inputs = batch_of(tokens_BS, mixed_BS)
+        expected = parent(inputs)
         scale = float(expected.abs().max())
-        torch.testing.assert_close(child(tokens_BS, mixed_BS), expected, rtol=0, atol=1e-6 * scale)
+        torch.testing.assert_close(child(inputs), expected, rtol=0, atol=1e-6 * scale)
 
 
 def test_a_hybrid_unties_its_mamba_and_then_the_rest():
