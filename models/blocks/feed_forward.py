@@ -36,5 +36,5 @@ class FeedForward(Module):
         """(T, D) → (T, D)."""
         w1, w3, w2 = held(self.w1), held(self.w3), held(self.w2)
         if self.untied:
-            return grouped_swiglu(x_TD, w1, w3, w2, *layout.by_group, once=True)
+            return grouped_swiglu(x_TD, w1, w3, w2, *layout.by_group, unique_tokens=True)
         return F.linear(F.silu(F.linear(x_TD, w1)) * F.linear(x_TD, w3), w2)

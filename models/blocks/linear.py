@@ -43,7 +43,7 @@ class Linear(Module):
     def forward(self, x_TD: torch.Tensor, layout: Layout) -> torch.Tensor:
         """(T, D) → (T, F)."""
         if self.untied:
-            return grouped_linear(x_TD, held(self.weight), *layout.by_group, once=True)
+            return grouped_linear(x_TD, held(self.weight), *layout.by_group, unique_tokens=True)
         return F.linear(x_TD, held(self.weight))
 
 
