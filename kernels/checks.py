@@ -30,7 +30,7 @@ def rules(**types: Sequence[torch.dtype | str]) -> tuple[Rule, ...]:
     def resolved(first: torch.dtype, allowed: Sequence[torch.dtype | str]) -> list[torch.dtype]:
         wide = torch.promote_types(first, torch.float32)
         named = {SAME: first, WIDE: wide}
-        return [named.get(one, one) for one in allowed]  # type: ignore[call-overload, misc]
+        return [named[one] if isinstance(one, str) else one for one in allowed]
 
     return tuple(
         Rule(

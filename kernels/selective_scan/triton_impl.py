@@ -121,7 +121,8 @@ def selective_scan_backward(
             dh_BND = torch.addcmul(into[:, part], left[:, part], dh_BND)
         return {"state_BDN": dh_BND.mT}
     groups = 1 if bias is None else triton.next_power_of_2(bias.shape[0])
-    du, ddelta, dz = (None if t is None else torch.empty_like(dy) for t in (u, delta, z))
+    du, ddelta = (torch.empty_like(dy) for _ in range(2))
+    dz = None if z is None else torch.empty_like(dy)
     dB, dC = (A.new_empty(batch, blocks, length, states) for _ in range(2))
     dA = A.new_empty(batch, segments, states, channels)
     dskip = None if skip is None else A.new_empty(batch, segments, channels)
