@@ -20,6 +20,8 @@ result is 0). A padded row is any token with weight 0. Gradients reach ``x``, ev
 definition).
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -29,7 +31,11 @@ from earlyfuse.kernels.grouped_gemm import op, reference
 from earlyfuse.kernels.registration import needs_gradient
 
 BACKENDS = ("triton", "torch", "reference")
-_ROUTES = {"row_R": INDICES, "offset_G1": INDICES, "weight_R": (torch.float32, SAME)}
+_ROUTES: dict[str, Sequence[torch.dtype | str]] = {
+    "row_R": INDICES,
+    "offset_G1": INDICES,
+    "weight_R": (torch.float32, SAME),
+}
 _LINEAR = rules(x_TD=FLOATS, w_GFD=(SAME,), **_ROUTES)
 _SWIGLU = rules(x_TD=FLOATS, w1_GFD=(SAME,), w3_GFD=(SAME,), w2_GDF=(SAME,), **_ROUTES)
 
