@@ -167,7 +167,7 @@ class Products:
         """The operator behind ``grouped_linear`` and its gradients one at a time."""
         if part == "forward":
             return [op.grouped_linear(self.x, self.w, *self.routes, True, self.backend)]
-        need = [part == "dX", part == "dW", False]
+        need = [part == "dX", part == "dW", False, False, False]
         tensors = (self.dy, self.x, self.w)
         found = op.grouped_linear_backward(*tensors, *self.routes, True, need, self.backend)
         return [found[need.index(True)]]

@@ -50,7 +50,7 @@ class Problem:
         routes = (self.row_R, self.offset_G1, None, True)
         if part == "forward":
             return [op.grouped_linear(self.x_TD, self.w_GFD, *routes, "torch")]
-        need = [part == "dx", part == "dw", False]
+        need = [part == "dx", part == "dw", False, False, False]
         tensors = (self.dy_TF, self.x_TD, self.w_GFD)
         found = op.grouped_linear_backward(*tensors, *routes, need, "torch")
         return [found[need.index(True)]]

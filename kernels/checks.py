@@ -1,13 +1,95 @@
-"""What checks of arguments share: types, and ids where looking at them costs next to nothing."""
+"""Checks of an op's arguments: shapes and types by name, and ids where reading is free."""
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+INDICES = (torch.int64, torch.int32)
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+# types that depend on the first argument's: the same; float32, or float64 where that is float64
+SAME, WIDE = "same", "wide"
+
+
+class Rule(NamedTuple):
+    """An argument's dimensions, by letter, and its types by the type of the first argument."""
+
+    name: str
+    dims: tuple[str, ...]
+    types: dict[torch.dtype, tuple[torch.dtype, ...]]
+
+
+def rules(**types: Sequence[torch.dtype | str]) -> tuple[Rule, ...]:
+    """A rule per tensor, in order. Dimensions are read from the suffix of its name: ``w_GFD`` has
+    G, F and D, ``offset_G1`` has G + 1.
+    """
+
+    def resolved(first: torch.dtype, allowed: Sequence[torch.dtype | str]) -> list[torch.dtype]:
+        wide = torch.promote_types(first, torch.float32)
+        named = {SAME: first, WIDE: wide}
+        return [named[one] if isinstance(one, str) else one for one in allowed]
+
+    return tuple(
+        Rule(
+            name,
+            tuple(re.findall(r"[A-Z]1?", name.rpartition("_")[2])),
+            {first: tuple(resolved(first, allowed)) for first in FLOATS},
+        )
+        for name, allowed in types.items()
+    )
+
+
+def check(of: tuple[Rule, ...], tensors: Sequence, **sizes: int) -> None:
+    """Raises ``ValueError`` where a tensor breaks its rule, or disagrees with ``sizes`` or with the
+    tensors before it on the size of a dimension, or with the first on the device. None is skipped.
+    """
+    first = tensors[0]
+    if first.dtype not in FLOATS:
+        _refuse_type(of[0].name, first, FLOATS, "")
+    for rule, tensor in zip(of, tensors, strict=False):  # flags follow the tensors
+        if tensor is None:
+            continue
+        name, dims, types = rule
+        if tensor.ndim != len(dims):
+            _refuse_shape(rule, tensor, sizes)
+        for dim, size in zip(dims, tensor.shape, strict=True):
+            if dim[1:]:
+                dim, size = dim[0], size - 1
+            if sizes.setdefault(dim, size) != size:
+                _refuse_shape(rule, tensor, sizes)
+        if tensor.dtype not in types[first.dtype]:
+            depends = len(set(types.values())) > 1
+            where = f" where {of[0].name} is {first.dtype}" if depends else ""
+            _refuse_type(name, tensor, types[first.dtype], where)
+        if tensor.device != first.device:
+            raise ValueError(
+                f"{name} ({tensor.device}) must be on the device of {of[0].name} "
+                f"({first.device}); move it"
+            )
+
+
+def _refuse_shape(rule: Rule, tensor: torch.Tensor, sizes: dict[str, int]) -> None:
+    known = {dim: sizes[dim[0]] + len(dim[1:]) for dim in rule.dims if dim[0] in sizes}
+    expected = ", ".join(str(known.get(dim, dim)) for dim in rule.dims)
+    letters = ", ".join(rule.dims)
+    raise ValueError(
+        f"{rule.name} {tuple(tensor.shape)} must have the shape ({expected}), ({letters}) by its "
+        "name and the other arguments; reshape it"
+    )
+
+
+def _refuse_type(
+    name: str, tensor: torch.Tensor, allowed: Sequence[torch.dtype], where: str
+) -> None:
+    words = " or ".join(dict.fromkeys(str(one) for one in allowed))
+    raise ValueError(f"{name} ({tensor.dtype}) must be {words}{where}; cast it")
 
 
 def readable(tensor: torch.Tensor) -> bool:
-    """Whether the values of ``tensor`` are there: no device to wait for, and nothing is traced."""
+    """Whether reading values is free: on a CPU, and nothing is traced."""
     return (
         tensor.device.type == "cpu"
         and not torch.compiler.is_compiling()
@@ -16,7 +98,7 @@ def readable(tensor: torch.Tensor) -> bool:
 
 
 def check_ids(name: str, ids: torch.Tensor, count: int, counted: str) -> None:
-    """Raises ``ValueError`` unless all lie in 0 … count - 1; ``counted`` says what is counted."""
+    """Raises ``ValueError`` unless all lie in 0 … count - 1; ``counted`` names what is counted."""
     if not ids.numel() or not readable(ids):
         return
     low, high = (int(end) for end in ids.aminmax())

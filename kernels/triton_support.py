@@ -65,11 +65,20 @@ def on_its_device(function: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(function)
     def launch(*args: P.args, **kwargs: P.kwargs) -> T:
-        first: Any = next(value for value in args if isinstance(value, torch.Tensor))
-        with torch.cuda.device_of(first):
+        with torch.cuda.device_of(_first_tensor(args)):
             return function(*args, **kwargs)
 
     return launch
+
+
+def _first_tensor(values: Any) -> Any:
+    """The first tensor among the values, or in the tuples of an op's arguments among them."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            return value
+        if isinstance(value, tuple):
+            return value[0]
+    raise ValueError("no tensor among the arguments of a launch")
 
 
 def launcher(function: Callable[P, T]) -> Callable[P, T]:
@@ -77,10 +86,16 @@ def launcher(function: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(function)
     def launch(*args: P.args, **kwargs: P.kwargs) -> T:
-        packed: Any = (v.contiguous() if isinstance(v, torch.Tensor) else v for v in args)
+        packed: Any = (
+            type(v)(*map(_packed, v)) if isinstance(v, tuple) else _packed(v) for v in args
+        )
         return function(*packed, **kwargs)
 
     return on_its_device(launch)
+
+
+def _packed(value: Any) -> Any:
+    return value.contiguous() if isinstance(value, torch.Tensor) else value
 
 
 def product_precision(dtype: torch.dtype) -> str:

@@ -28,11 +28,18 @@ import torch
 
 from earlyfuse.kernels.backend import resolve
 from earlyfuse.kernels.causal_conv1d import op, reference
-from earlyfuse.kernels.checks import FLOATS
+from earlyfuse.kernels.checks import FLOATS, INDICES, SAME, check, rules
 
 __all__ = ["causal_conv1d", "causal_conv1d_step"]
 
 WIDTHS = (2, 3, 4)
+_RULES = rules(
+    x_BLD=FLOATS,
+    weight_DW=(SAME, torch.float32),
+    bias_D=(SAME, torch.float32),
+    positions_BL=INDICES,
+    initial_state_BVD=(SAME,),
+)
 
 
 def causal_conv1d(
@@ -52,11 +59,25 @@ def causal_conv1d(
     final state. Raises ``ValueError`` on wrong shapes, dtypes, devices or strides, and on an
     unavailable backend.
     """
-    _check(x_BLD, weight_DW, bias_D, positions_BL, initial_state_BVD)
+    arguments = op.Convolution(x_BLD, weight_DW, bias_D, positions_BL, initial_state_BVD, silu)
+    if weight_DW.ndim != 2 or weight_DW.shape[1] not in WIDTHS:
+        raise ValueError(
+            f"weight_DW {tuple(weight_DW.shape)} must be (D, W) with a width W of "
+            f"{', '.join(map(str, WIDTHS))}; squeeze nn.Conv1d's (D, 1, W) first"
+        )
+    check(_RULES, arguments, V=weight_DW.shape[1] - 1)
+    if x_BLD.stride(2) != 1 and x_BLD.shape[2] > 1:
+        raise ValueError(
+            f"x_BLD (strides {x_BLD.stride()}) must have stride 1 in its last dimension; pass "
+            "(rows, tokens, channels), not a transposed view"
+        )
+    if bias_D is not None and bias_D.dtype != weight_DW.dtype:
+        raise ValueError(
+            f"bias_D ({bias_D.dtype}) must have the type of weight_DW ({weight_DW.dtype}); cast it"
+        )
     chosen = resolve("causal_conv1d", backend, ("triton", "torch", "reference"), x_BLD)
-    arguments = (x_BLD, weight_DW, bias_D, positions_BL, initial_state_BVD, silu)
     if chosen == "reference":
-        return reference.causal_conv1d(*arguments)
+        return reference.causal_conv1d(arguments)
     return op.causal_conv1d(*arguments, chosen)
 
 
@@ -87,54 +108,3 @@ def causal_conv1d_step(
         backend=backend,
     )
     return y_BLD[:, 0], state_BVD
-
-
-def _check(
-    x_BLD: torch.Tensor,
-    weight_DW: torch.Tensor,
-    bias_D: torch.Tensor | None,
-    positions_BL: torch.Tensor | None,
-    state_BVD: torch.Tensor | None,
-) -> None:
-    if x_BLD.ndim != 3 or x_BLD.dtype not in FLOATS:
-        raise ValueError(
-            f"x_BLD ({tuple(x_BLD.shape)}, {x_BLD.dtype}) must be floating-point with three "
-            "dimensions (rows, tokens, channels)"
-        )
-    if x_BLD.stride(2) != 1 and x_BLD.shape[2] > 1:
-        raise ValueError(
-            f"x_BLD (strides {x_BLD.stride()}) must have its channels next to each other: stride 1 "
-            "in the last dimension; pass (rows, tokens, channels), not a transposed view"
-        )
-    B, L, D = x_BLD.shape
-    if weight_DW.ndim != 2 or weight_DW.shape[0] != D or weight_DW.shape[1] not in WIDTHS:
-        raise ValueError(
-            f"weight_DW {tuple(weight_DW.shape)} must be ({D}, W): the channels of x_BLD, and "
-            f"a width W of {', '.join(map(str, WIDTHS))}; nn.Conv1d's (D, 1, W) is squeezed first"
-        )
-    if weight_DW.dtype not in (x_BLD.dtype, torch.float32):
-        raise ValueError(
-            f"weight_DW ({weight_DW.dtype}) must be float32 or of x_BLD's {x_BLD.dtype}; cast it"
-        )
-    V = weight_DW.shape[1] - 1
-    _check_like("bias_D", bias_D, (D,), (weight_DW.dtype,), x_BLD.device)
-    _check_like("initial_state_BVD", state_BVD, (B, V, D), (x_BLD.dtype,), x_BLD.device)
-    _check_like("positions_BL", positions_BL, (B, L), (torch.int64, torch.int32), x_BLD.device)
-    _check_like("weight_DW", weight_DW, (D, V + 1), (weight_DW.dtype,), x_BLD.device)
-
-
-def _check_like(
-    name: str,
-    tensor: torch.Tensor | None,
-    shape: tuple[int, ...],
-    dtypes: tuple[torch.dtype, ...],
-    device: torch.device,
-) -> None:
-    if tensor is None:
-        return
-    if tuple(tensor.shape) != shape or tensor.dtype not in dtypes or tensor.device != device:
-        rule = " or ".join(str(dtype) for dtype in dtypes)
-        raise ValueError(
-            f"{name} ({tuple(tensor.shape)}, {tensor.dtype} on {tensor.device}) must have the "
-            f"shape {shape}, be {rule}, and lie on {device}; reshape, cast or move it"
-        )

@@ -6,16 +6,12 @@ B rows, L tokens, D channels, W taps, V = W - 1.
 import torch
 import torch.nn.functional as F
 
+from earlyfuse.kernels.causal_conv1d.op import Convolution
 
-def causal_conv1d(
-    x_BLD: torch.Tensor,
-    weight_DW: torch.Tensor,
-    bias_D: torch.Tensor | None,
-    positions_BL: torch.Tensor | None,
-    state_BVD: torch.Tensor | None,
-    silu: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+
+def causal_conv1d(arguments: Convolution) -> tuple[torch.Tensor, torch.Tensor]:
     """y[t] = silu(bias + Σ_j weight[W-1-j] · x[t-j]), and the last V inputs; see the package."""
+    x_BLD, weight_DW, bias_D, positions_BL, state_BVD, silu = arguments
     dtype = torch.promote_types(x_BLD.dtype, torch.float32)
     B, L, D = x_BLD.shape
     V = weight_DW.shape[1] - 1

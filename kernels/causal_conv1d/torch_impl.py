@@ -12,22 +12,20 @@ Pre-activations are not kept: backward makes them again, in cache.
 B rows, L tokens, D channels, W taps, V = W - 1; b rows and n tokens of a piece.
 """
 
+from collections.abc import Sequence
+
 import torch
+
+from earlyfuse.kernels.causal_conv1d.op import Convolution
 
 _aten = torch.ops.aten
 
 PIECE = 1 << 16  # elements: a few such buffers stay in the caches of one core
 
 
-def forward(
-    x_BLD: torch.Tensor,
-    weight_DW: torch.Tensor,
-    bias_D: torch.Tensor | None,
-    positions_BL: torch.Tensor | None,
-    state_BVD: torch.Tensor | None,
-    silu: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def causal_conv1d(arguments: Convolution) -> tuple[torch.Tensor, torch.Tensor]:
     """y (B, L, D) and the final state (B, V, D)."""
+    x_BLD, weight_DW, bias_D, positions_BL, state_BVD, silu = arguments
     B, L, D = x_BLD.shape
     weight_WD, bias = _taps(x_BLD, weight_DW, bias_D)
     V = weight_WD.shape[0] - 1
@@ -50,19 +48,13 @@ def forward(
     return y_BLD, final_BVD
 
 
-def backward(
-    dy_BLD: torch.Tensor,
-    dfinal_BVD: torch.Tensor,
-    x_BLD: torch.Tensor,
-    weight_DW: torch.Tensor,
-    bias_D: torch.Tensor | None,
-    positions_BL: torch.Tensor | None,
-    state_BVD: torch.Tensor | None,
-    silu: bool,
-    need: list[bool],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def causal_conv1d_backward(
+    dy_BLD: torch.Tensor, dfinal_BVD: torch.Tensor, arguments: Convolution, need: Sequence[bool]
+) -> dict[str, torch.Tensor]:
     """Gradients of x, weight, bias and initial state."""
-    need_inputs, need_parameters = need
+    x_BLD, weight_DW, bias_D, positions_BL, state_BVD, silu = arguments
+    need_x, need_weight, need_bias, _, need_state = need
+    need_inputs, need_parameters = need_x or need_state, need_weight or need_bias
     weight_WD, bias = _taps(x_BLD, weight_DW, bias_D)
     dtype, V = weight_WD.dtype, weight_WD.shape[0] - 1
     dx_BLD = x_BLD.new_empty(x_BLD.shape) if need_inputs else x_BLD.new_empty(0)
@@ -95,12 +87,12 @@ def backward(
                 carry_bVD = dwindow_bmD[:, :V].clone()
         if need_inputs:
             dstate_BVD[row] = carry_bVD
-    return (
-        dx_BLD,
-        dweight_WD.t().to(weight_DW.dtype).contiguous() if need_parameters else x_BLD.new_empty(0),
-        dbias.to(weight_DW.dtype) if need_parameters and bias_D is not None else x_BLD.new_empty(0),
-        dstate_BVD if state_BVD is not None else x_BLD.new_empty(0),
-    )
+    return {
+        "x_BLD": dx_BLD,
+        "weight_DW": dweight_WD.t(),
+        "bias_D": dbias,
+        "initial_state_BVD": dstate_BVD,
+    }
 
 
 def _convolve(

@@ -3,9 +3,12 @@
 B rows, L tokens, D channels, W taps, V = W - 1, C chunks of tokens.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 
+from earlyfuse.kernels.causal_conv1d.op import Convolution
 from earlyfuse.kernels.causal_conv1d.triton_kernels import (
     BACKWARD_TOKENS,
     FORWARD_TOKENS,
@@ -17,15 +20,9 @@ from earlyfuse.kernels.triton_support import on_its_device
 
 
 @on_its_device
-def forward(
-    x_BLD: torch.Tensor,
-    weight_DW: torch.Tensor,
-    bias_D: torch.Tensor | None,
-    positions_BL: torch.Tensor | None,
-    state_BVD: torch.Tensor | None,
-    silu: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def causal_conv1d(arguments: Convolution) -> tuple[torch.Tensor, torch.Tensor]:
     """y (B, L, D) and the final state (B, V, D)."""
+    x_BLD, weight_DW, bias_D, positions_BL, state_BVD, silu = arguments
     B, L, D = x_BLD.shape
     W = weight_DW.shape[1]
     y_BLD = x_BLD.new_empty(B, L, D)
@@ -56,21 +53,13 @@ def forward(
 
 
 @on_its_device
-def backward(
-    dy_BLD: torch.Tensor,
-    dfinal_BVD: torch.Tensor,
-    x_BLD: torch.Tensor,
-    weight_DW: torch.Tensor,
-    bias_D: torch.Tensor | None,
-    positions_BL: torch.Tensor | None,
-    state_BVD: torch.Tensor | None,
-    silu: bool,
-    need: list[bool],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def causal_conv1d_backward(
+    dy_BLD: torch.Tensor, dfinal_BVD: torch.Tensor, arguments: Convolution, need: Sequence[bool]
+) -> dict[str, torch.Tensor]:
     """Gradients of x, weight, bias and initial state; all are made, what is not needed dropped."""
+    x_BLD, weight_DW, bias_D, positions_BL, state_BVD, silu = arguments
     B, L, D = x_BLD.shape
     W = weight_DW.shape[1]
-    need_inputs, need_parameters = need
     dx_BLD = x_BLD.new_empty(B, L, D)
     dstate_BVD = dfinal_BVD.clone(memory_format=torch.contiguous_format)  # as it stays when L is 0
     chunks = triton.cdiv(L, BACKWARD_TOKENS)
@@ -101,14 +90,12 @@ def backward(
             **_flags(bias_D, positions_BL, state_BVD, silu),
         )
     sums_XD = partial_NXD.sum(0)
-    need_bias = need_parameters and bias_D is not None
-    need_state = need_inputs and state_BVD is not None
-    return (
-        dx_BLD if need_inputs else x_BLD.new_empty(0),
-        sums_XD[:W].t().to(weight_DW.dtype).contiguous() if need_parameters else x_BLD.new_empty(0),
-        sums_XD[W].to(weight_DW.dtype, copy=True) if need_bias else x_BLD.new_empty(0),
-        dstate_BVD if need_state else x_BLD.new_empty(0),
-    )
+    return {
+        "x_BLD": dx_BLD,
+        "weight_DW": sums_XD[:W].t(),
+        "bias_D": sums_XD[W].clone(),  # outputs of an op must not share memory
+        "initial_state_BVD": dstate_BVD,
+    }
 
 
 def _flags(

@@ -8,15 +8,12 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
+from earlyfuse.kernels.grouped_gemm.op import Linear, Swiglu
 
-def grouped_linear(
-    x_TD: torch.Tensor,
-    w_GFD: torch.Tensor,
-    row_R: torch.Tensor,
-    offset_G1: torch.Tensor,
-    weight_R: torch.Tensor | None = None,
-) -> torch.Tensor:
+
+def grouped_linear(arguments: Linear) -> torch.Tensor:
     """y[row] += weight · (x[row] @ w[g].T); see ``grouped_gemm`` for shapes."""
+    x_TD, w_GFD, row_R, offset_G1, weight_R, _ = arguments
     dtype = torch.promote_types(x_TD.dtype, torch.float32)
     y_TF = x_TD.new_zeros(x_TD.shape[0], w_GFD.shape[1], dtype=dtype)
     for group, rows_N, weight_N in _groups(row_R, offset_G1, weight_R):
@@ -25,16 +22,9 @@ def grouped_linear(
     return y_TF.to(x_TD.dtype)
 
 
-def grouped_swiglu(
-    x_TD: torch.Tensor,
-    w1_GFD: torch.Tensor,
-    w3_GFD: torch.Tensor,
-    w2_GDF: torch.Tensor,
-    row_R: torch.Tensor,
-    offset_G1: torch.Tensor,
-    weight_R: torch.Tensor | None = None,
-) -> torch.Tensor:
+def grouped_swiglu(arguments: Swiglu) -> torch.Tensor:
     """y[row] += weight · w2[g] (silu(w1[g] x[row]) ⊙ w3[g] x[row]); shapes in ``grouped_gemm``."""
+    x_TD, w1_GFD, w3_GFD, w2_GDF, row_R, offset_G1, weight_R, _ = arguments
     dtype = torch.promote_types(x_TD.dtype, torch.float32)
     y_TD = torch.zeros_like(x_TD, dtype=dtype)
     for group, rows_N, weight_N in _groups(row_R, offset_G1, weight_R):

@@ -26,6 +26,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from earlyfuse.kernels.grouped_gemm.op import Linear, Swiglu
 from earlyfuse.kernels.permute.torch_impl import put_rows, sums
 
 _aten = torch.ops.aten
@@ -33,20 +34,14 @@ _aten = torch.ops.aten
 LONG_RUN = 128  # tokens: for shorter ones, moving rows costs less than so many products
 
 
-def linear(
-    x_TD: torch.Tensor,
-    w_GFD: torch.Tensor,
-    row_R: torch.Tensor,
-    offset_G1: torch.Tensor,
-    weight_R: torch.Tensor | None,
-    once: bool,
-) -> torch.Tensor:
+def grouped_linear(arguments: Linear) -> torch.Tensor:
     """y[row] += weight · (x[row] @ w[g].T); see ``grouped_gemm`` for shapes."""
+    x_TD, w_GFD, row_R, offset_G1, weight_R, unique = arguments
     pieces, largest = _pieces(row_R, offset_G1)
     x_buffer = x_TD.new_empty(largest, x_TD.shape[1])
     y_buffer = x_TD.new_empty(largest, w_GFD.shape[1])
-    y_TF = sums(x_TD, x_TD.shape[0], w_GFD.shape[1], once, row_R.shape[0])
-    in_place = once and y_TF.dtype == x_TD.dtype
+    y_TF = sums(x_TD, x_TD.shape[0], w_GFD.shape[1], unique, row_R.shape[0])
+    in_place = unique and y_TF.dtype == x_TD.dtype
     w = w_GFD.unbind(0)
     for piece in pieces:
         rows_N = row_R[piece.rows]
@@ -57,29 +52,24 @@ def linear(
         if weight_R is not None:
             y_NF.mul_(weight_R[piece.rows, None])
         if not direct:
-            put_rows(y_TF, rows_N, y_NF, once)
+            put_rows(y_TF, rows_N, y_NF, unique)
     return y_TF.to(x_TD.dtype)
 
 
-def linear_backward(
-    dy_TF: torch.Tensor,
-    x_TD: torch.Tensor,
-    w_GFD: torch.Tensor,
-    row_R: torch.Tensor,
-    offset_G1: torch.Tensor,
-    weight_R: torch.Tensor | None,
-    once: bool,
-    need: Sequence[bool],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def grouped_linear_backward(
+    dy_TF: torch.Tensor, arguments: Linear, need: Sequence[bool]
+) -> dict[str, torch.Tensor]:
     """Gradients of x, w and the weights."""
-    need_x, need_w, need_weight = need
+    x_TD, w_GFD, row_R, offset_G1, weight_R, unique = arguments
+    need_x, need_w, _, _, need_weight = need
+    dy_TF = dy_TF.contiguous()
     pieces, largest = _pieces(row_R, offset_G1)
     x_buffer, dx_buffer = x_TD.new_empty(2, largest, x_TD.shape[1]).unbind(0)
     dy_buffer = x_TD.new_empty(largest, w_GFD.shape[1])
     dx_TD = x_TD.new_empty(0)
     if need_x:
-        dx_TD = sums(x_TD, x_TD.shape[0], x_TD.shape[1], once, row_R.shape[0])
-    in_place = once and dx_TD.dtype == x_TD.dtype
+        dx_TD = sums(x_TD, x_TD.shape[0], x_TD.shape[1], unique, row_R.shape[0])
+    in_place = unique and dx_TD.dtype == x_TD.dtype
     dw_GFD, dw = _gradient(w_GFD, need_w, pieces)
     dweight_R = _gradient_by_row(weight_R, need_weight, x_TD)
     w = w_GFD.unbind(0)
@@ -104,30 +94,21 @@ def linear_backward(
         if need_x and not direct:
             if weight_R is not None:
                 dx_ND.mul_(weight_R[piece.rows, None])
-            put_rows(dx_TD, rows_N, dx_ND, once)
-    return dx_TD.to(x_TD.dtype), dw_GFD, dweight_R
+            put_rows(dx_TD, rows_N, dx_ND, unique)
+    return {"x_TD": dx_TD, "w_GFD": dw_GFD, "weight_R": dweight_R}
 
 
-def swiglu(
-    x_TD: torch.Tensor,
-    w1_GFD: torch.Tensor,
-    w3_GFD: torch.Tensor,
-    w2_GDF: torch.Tensor,
-    row_R: torch.Tensor,
-    offset_G1: torch.Tensor,
-    weight_R: torch.Tensor | None,
-    once: bool,
-    keep: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def grouped_swiglu(arguments: Swiglu, keep: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """y[row] += weight · w2[g] (silu(w1[g] x[row]) ⊙ w3[g] x[row]), and both pre-activations."""
+    x_TD, w1_GFD, w3_GFD, w2_GDF, row_R, offset_G1, weight_R, unique = arguments
     pieces, largest = _pieces(row_R, offset_G1)
     rows, hidden = row_R.shape[0], w1_GFD.shape[1]
     gate_up_2RF = x_TD.new_empty(2, rows if keep else largest, hidden)
     gate_RF, up_RF = gate_up_2RF.unbind(0)
     x_buffer, y_buffer = x_TD.new_empty(2, largest, x_TD.shape[1]).unbind(0)
     h_buffer = x_TD.new_empty(largest, hidden)
-    y_TD = sums(x_TD, x_TD.shape[0], x_TD.shape[1], once, rows)
-    in_place = once and y_TD.dtype == x_TD.dtype
+    y_TD = sums(x_TD, x_TD.shape[0], x_TD.shape[1], unique, rows)
+    in_place = unique and y_TD.dtype == x_TD.dtype
     w1, w3, w2 = w1_GFD.unbind(0), w3_GFD.unbind(0), w2_GDF.unbind(0)
     for piece in pieces:
         rows_N, group = row_R[piece.rows], piece.group
@@ -144,32 +125,24 @@ def swiglu(
         if weight_R is not None:
             y_ND.mul_(weight_R[piece.rows, None])
         if not direct:
-            put_rows(y_TD, rows_N, y_ND, once)
+            put_rows(y_TD, rows_N, y_ND, unique)
     return y_TD.to(x_TD.dtype), gate_up_2RF if keep else x_TD.new_empty(0)
 
 
-def swiglu_backward(
-    dy_TD: torch.Tensor,
-    gate_up_2RF: torch.Tensor,
-    x_TD: torch.Tensor,
-    w1_GFD: torch.Tensor,
-    w3_GFD: torch.Tensor,
-    w2_GDF: torch.Tensor,
-    row_R: torch.Tensor,
-    offset_G1: torch.Tensor,
-    weight_R: torch.Tensor | None,
-    once: bool,
-    need: Sequence[bool],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def grouped_swiglu_backward(
+    dy_TD: torch.Tensor, gate_up_2RF: torch.Tensor, arguments: Swiglu, need: Sequence[bool]
+) -> dict[str, torch.Tensor]:
     """Gradients of x, w1, w3, w2 and the weights."""
-    need_x, need_w1, need_w3, need_w2, need_weight = need
+    x_TD, w1_GFD, w3_GFD, w2_GDF, row_R, offset_G1, weight_R, unique = arguments
+    need_x, need_w1, need_w3, need_w2, _, _, need_weight = need
+    dy_TD = dy_TD.contiguous()
     pieces, largest = _pieces(row_R, offset_G1)
     x_buffer, dy_buffer = x_TD.new_empty(2, largest, x_TD.shape[1]).unbind(0)
     h_buffer, dup_buffer, dgate_buffer = x_TD.new_empty(3, largest, w1_GFD.shape[1]).unbind(0)
     dx_TD = x_TD.new_empty(0)
     if need_x:
-        dx_TD = sums(x_TD, x_TD.shape[0], x_TD.shape[1], once, row_R.shape[0])
-    in_place = once and dx_TD.dtype == x_TD.dtype
+        dx_TD = sums(x_TD, x_TD.shape[0], x_TD.shape[1], unique, row_R.shape[0])
+    in_place = unique and dx_TD.dtype == x_TD.dtype
     dw1_GFD, dw1 = _gradient(w1_GFD, need_w1, pieces)
     dw3_GFD, dw3 = _gradient(w3_GFD, need_w3, pieces)
     dw2_GDF, dw2 = _gradient(w2_GDF, need_w2, pieces)
@@ -212,8 +185,9 @@ def swiglu_backward(
             if weight_N1 is not None:
                 dx_ND.mul_(weight_N1)
             if not direct:
-                put_rows(dx_TD, rows_N, dx_ND, once)
-    return dx_TD.to(x_TD.dtype), dw1_GFD, dw3_GFD, dw2_GDF, dweight_R
+                put_rows(dx_TD, rows_N, dx_ND, unique)
+    gradients = {"w1_GFD": dw1_GFD, "w3_GFD": dw3_GFD, "w2_GDF": dw2_GDF}
+    return {"x_TD": dx_TD, **gradients, "weight_R": dweight_R}
 
 
 class _Piece(NamedTuple):

@@ -2,7 +2,7 @@
 
 Where a token may have several rows, their results are written side by side and added up by token
 afterwards (``permute.combine``), in fixed order: atomic additions would need the same bytes and
-give other sums on each run. With ``once`` a kernel writes straight to the token's place.
+give other sums on each run. With ``unique_tokens`` a kernel writes straight to the token's place.
 
 T tokens, R routed rows, G groups, D model, F hidden.
 """
@@ -17,6 +17,7 @@ import triton.language as tl
 from triton.tools.ragged_tma import create_ragged_descriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from earlyfuse.kernels.grouped_gemm.op import Linear, Swiglu
 from earlyfuse.kernels.grouped_gemm.triton_configurations import (
     BAND,
     HALF_BACKWARD,
@@ -47,62 +48,40 @@ class Reading(Enum):
 
 
 @launcher
-def linear(
-    x_TD: torch.Tensor,
-    w_GFD: torch.Tensor,
-    row_R: torch.Tensor,
-    offset_G1: torch.Tensor,
-    weight_R: torch.Tensor | None,
-    once: bool,
-) -> torch.Tensor:
+def grouped_linear(arguments: Linear) -> torch.Tensor:
     """y[row] += weight · (x[row] @ w[g].T); see ``grouped_gemm`` for shapes."""
+    x_TD, w_GFD, row_R, offset_G1, weight_R, unique = arguments
     routes = (row_R, offset_G1, weight_R)
-    return _to_tokens(x_TD, w_GFD, *routes, once, gather=True, transposed=True)
+    return _to_tokens(x_TD, w_GFD, *routes, unique, gather=True, transposed=True)
 
 
 @launcher
-def linear_backward(
-    dy_TF: torch.Tensor,
-    x_TD: torch.Tensor,
-    w_GFD: torch.Tensor,
-    row_R: torch.Tensor,
-    offset_G1: torch.Tensor,
-    weight_R: torch.Tensor | None,
-    once: bool,
-    need: Sequence[bool],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def grouped_linear_backward(
+    dy_TF: torch.Tensor, arguments: Linear, need: Sequence[bool]
+) -> dict[str, torch.Tensor]:
     """Gradients of x, w and the weights."""
-    need_x, need_w, need_weight = need
-    # three tensors: outputs of an op must not share memory, empty or not
-    dx_TD, dw_GFD, dweight_R = (x_TD.new_empty(0) for _ in range(3))
+    x_TD, w_GFD, row_R, offset_G1, weight_R, unique = arguments
+    need_x, need_w, _, _, need_weight = need
+    found = {}
     if need_weight and weight_R is not None:
         dx_RD = _rows(dy_TF, w_GFD, row_R, offset_G1, None, gather=True, transposed=False)
-        dweight_R = (x_TD[row_R].float() * dx_RD.float()).sum(1).to(weight_R.dtype)
+        found["weight_R"] = (x_TD[row_R].float() * dx_RD.float()).sum(1)
         if need_x:
-            dx_TD = combine(dx_RD, *inverse_of(row_R, x_TD.shape[0]), weight_R)
+            found["x_TD"] = combine(dx_RD, *inverse_of(row_R, x_TD.shape[0]), weight_R)
     elif need_x:
         routes = (row_R, offset_G1, weight_R)
-        dx_TD = _to_tokens(dy_TF, w_GFD, *routes, once, gather=True, transposed=False)
+        found["x_TD"] = _to_tokens(dy_TF, w_GFD, *routes, unique, gather=True, transposed=False)
     if need_w:
-        dw_GFD = _weight_gradient(
+        found["w_GFD"] = _weight_gradient(
             dy_TF, x_TD, row_R, offset_G1, weight_R, gather_p=True, gather_q=True
         )
-    return dx_TD, dw_GFD, dweight_R
+    return found
 
 
 @launcher
-def swiglu(
-    x_TD: torch.Tensor,
-    w1_GFD: torch.Tensor,
-    w3_GFD: torch.Tensor,
-    w2_GDF: torch.Tensor,
-    row_R: torch.Tensor,
-    offset_G1: torch.Tensor,
-    weight_R: torch.Tensor | None,
-    once: bool,
-    keep: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def grouped_swiglu(arguments: Swiglu, keep: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """y[row] += weight · w2[g] (silu(w1[g] x[row]) ⊙ w3[g] x[row]), and both pre-activations."""
+    x_TD, w1_GFD, w3_GFD, w2_GDF, row_R, offset_G1, weight_R, unique = arguments
     groups, hidden, dim = w1_GFD.shape
     rows = row_R.shape[0]
     gate_up_2RF = x_TD.new_empty((2, rows, hidden) if keep else 0)
@@ -115,49 +94,37 @@ def swiglu(
             KEEP=keep, TMA=tma, INDEX=_index(x_TD), **_common(x_TD, groups),
         )  # fmt: skip
     y_TD = _to_tokens(
-        h_RF, w2_GDF, row_R, offset_G1, weight_R, once,
+        h_RF, w2_GDF, row_R, offset_G1, weight_R, unique,
         gather=False, transposed=True, tokens=x_TD.shape[0],
     )  # fmt: skip
     return y_TD, gate_up_2RF
 
 
 @launcher
-def swiglu_backward(
-    dy_TD: torch.Tensor,
-    gate_up_2RF: torch.Tensor,
-    x_TD: torch.Tensor,
-    w1_GFD: torch.Tensor,
-    w3_GFD: torch.Tensor,
-    w2_GDF: torch.Tensor,
-    row_R: torch.Tensor,
-    offset_G1: torch.Tensor,
-    weight_R: torch.Tensor | None,
-    once: bool,
-    need: Sequence[bool],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def grouped_swiglu_backward(
+    dy_TD: torch.Tensor, gate_up_2RF: torch.Tensor, arguments: Swiglu, need: Sequence[bool]
+) -> dict[str, torch.Tensor]:
     """Gradients of x, w1, w3, w2 and the weights."""
-    need_x, need_w1, need_w3, need_w2, need_weight = need
+    x_TD, w1_GFD, w3_GFD, w2_GDF, row_R, offset_G1, weight_R, unique = arguments
+    need_x, need_w1, need_w3, need_w2, _, _, need_weight = need
     dgate_RF, dup_RF, h_RF, dweight_R = _activation_backward(
         dy_TD, gate_up_2RF, w2_GDF, row_R, offset_G1, weight_R, need_weight
     )
+    found = {} if dweight_R is None else {"weight_R": dweight_R}
     routes = (row_R, offset_G1, None)
-    dx_TD = x_TD.new_empty(0)
     if need_x:
-        dx_TD = _to_tokens(
-            dgate_RF, w1_GFD, *routes, once, gather=False, transposed=False,
+        found["x_TD"] = _to_tokens(
+            dgate_RF, w1_GFD, *routes, unique, gather=False, transposed=False,
             tokens=x_TD.shape[0], second=(dup_RF, w3_GFD),
         )  # fmt: skip
-    gradients = [
-        _weight_gradient(p, q, *routes, gather_p=p is dy_TD, gather_q=q is x_TD)
-        if need
-        else x_TD.new_empty(0)  # each its own: outputs of an op must not share memory
-        for need, p, q in (
-            (need_w1, dgate_RF, x_TD),
-            (need_w3, dup_RF, x_TD),
-            (need_w2, dy_TD, h_RF),
-        )
-    ]
-    return dx_TD, gradients[0], gradients[1], gradients[2], dweight_R
+    for name, needed, p, q in (
+        ("w1_GFD", need_w1, dgate_RF, x_TD),
+        ("w3_GFD", need_w3, dup_RF, x_TD),
+        ("w2_GDF", need_w2, dy_TD, h_RF),
+    ):
+        if needed:
+            found[name] = _weight_gradient(p, q, *routes, gather_p=p is dy_TD, gather_q=q is x_TD)
+    return found
 
 
 # ---------------------------------------------------------------- TMA or pointers
@@ -216,8 +183,8 @@ def _activation_backward(
     offset_G1: torch.Tensor,
     weight_R: torch.Tensor | None,
     need_weight: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Weighted dgate, dup and h, (R, F) each, and the gradient of the weights (R,)."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Weighted dgate, dup and h, (R, F) each, and the gradient of the weights (R,) if needed."""
     groups, dim, hidden = w2_GDF.shape
     rows = row_R.shape[0]
     dgate_RF, dup_RF, h_RF = dy_TD.new_empty(3, rows, hidden)
@@ -234,9 +201,7 @@ def _activation_backward(
             WEIGHTED=weight_R is not None, NEED_WEIGHT=need_weight, TMA=tma,
             INDEX=_index(dy_TD), **_common(dy_TD, groups),
         )  # fmt: skip
-    dweight_R = dy_TD.new_empty(0)
-    if need_weight and weight_R is not None:
-        dweight_R = partial_NR.sum(0).to(weight_R.dtype)
+    dweight_R = partial_NR.sum(0) if need_weight else None
     return dgate_RF, dup_RF, h_RF, dweight_R
 
 
@@ -246,7 +211,7 @@ def _to_tokens(
     row_R: torch.Tensor,
     offset_G1: torch.Tensor,
     weight_R: torch.Tensor | None,
-    once: bool,
+    unique: bool,
     *,
     gather: bool,
     transposed: bool,
@@ -255,7 +220,7 @@ def _to_tokens(
 ) -> torch.Tensor:
     """The rows' products, weighted and added up by token: (T, columns of b)."""
     tokens = a.shape[0] if tokens is None else tokens
-    if once:
+    if unique:
         out = a.new_zeros(tokens, b.shape[1] if transposed else b.shape[2])
         routes = (row_R, offset_G1, weight_R)
         return _rows(
@@ -324,7 +289,7 @@ def _weight_gradient(
 
 
 def _programs(like: torch.Tensor, rows: int, groups: int, columns: int) -> Callable[[dict], tuple]:
-    """The grid: as many programs as the device runs at once, but no more than there are tiles."""
+    """The grid: as many programs as the device runs at unique, but no more than there are tiles."""
     if like.device.type != "cuda":
         return lambda blocks: (PROGRAMS_IN_INTERPRETER,)
     processors = torch.cuda.get_device_properties(like.device).multi_processor_count

@@ -28,11 +28,13 @@ import torch
 import torch.distributed as dist
 
 from earlyfuse.kernels.backend import resolve
-from earlyfuse.kernels.checks import FLOATS, check_ids, readable
+from earlyfuse.kernels.checks import FLOATS, INTEGERS, SAME, check, check_ids, readable, rules
 from earlyfuse.kernels.linear_cross_entropy import op, reference
 from earlyfuse.kernels.linear_cross_entropy.chunked import IGNORED, check_labels
 
 __all__ = ["LossSums", "VocabularyShard", "linear_cross_entropy"]
+
+_RULES = rules(x_TD=FLOATS, w_VD=(SAME,), labels_T=(torch.int64,), modality_T=INTEGERS)
 
 
 class LossSums(NamedTuple):
@@ -75,30 +77,34 @@ def linear_cross_entropy(
     parts up, as it does for every layer whose weight is cut by columns. Raises ``ValueError`` on
     wrong shapes, dtypes, devices or labels, and on an unavailable backend.
     """
-    _check(x_TD, w_VD, labels_T, shard)
-    if modality_T.shape != labels_T.shape or modality_T.device != labels_T.device:
+    check(_RULES, (x_TD, w_VD, labels_T, modality_T))
+    words = w_VD.shape[0]
+    if words == 0:
+        raise ValueError(f"w_VD {tuple(w_VD.shape)} must have at least one row")
+    if shard is not None and not 0 <= shard.first <= shard.vocabulary - words:
         raise ValueError(
-            f"modality_T ({tuple(modality_T.shape)} on {modality_T.device}) must have one entry "
-            f"per label ({tuple(labels_T.shape)} on {labels_T.device})"
+            f"shard.first ({shard.first}) must lie in [0, {shard.vocabulary - words}]: the {words} "
+            f"rows of w_VD are a part of shard.vocabulary ({shard.vocabulary})"
         )
-    if modality_T.is_floating_point() or modality_T.is_complex() or modalities < 1:
-        raise ValueError(
-            f"modality_T ({modality_T.dtype}) must be integers below modalities ({modalities}), "
-            "which must be positive"
-        )
+    if modalities < 1:
+        raise ValueError(f"modalities ({modalities}) must be positive")
     if not z_weight >= 0:  # NaN is neither
         raise ValueError(f"z_weight ({z_weight}) must not be negative; 0 turns the z-loss off")
     if readable(labels_T):
         check_ids("modality_T", modality_T[labels_T != IGNORED], modalities, "the modalities")
-    chosen = _resolve(x_TD, shard, backend)
+    chosen = resolve("linear_cross_entropy", backend, ("triton", "torch", "reference"), x_TD)
+    if chosen == "reference" and shard is not None:
+        raise ValueError(
+            "backend ('reference') needs the whole vocabulary, but shard is given; choose 'torch'"
+        )
     if chosen == "reference":
-        check_labels(labels_T, w_VD.shape[0])
+        check_labels(labels_T, words)
         nll_T, log_z_T = reference.token_losses(x_TD, w_VD, labels_T)
         total = reference.total(nll_T, log_z_T, z_weight)
     else:
         need = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (x_TD, w_VD)]
         if shard is None:
-            cut = (0, w_VD.shape[0], "", 1)
+            cut = (0, words, "", 1)
         else:
             cut = (shard.first, shard.vocabulary, shard.group.group_name, shard.group.size())
         total, nll_T, log_z_T, _, _ = op.linear_cross_entropy(
@@ -111,46 +117,3 @@ def linear_cross_entropy(
         for values_T in (nll_T, log_z_T.detach().square())
     )
     return LossSums(total, nll_M, z_M)
-
-
-def _resolve(x_TD: torch.Tensor, shard: VocabularyShard | None, backend: str) -> str:
-    chosen = resolve("linear_cross_entropy", backend, ("triton", "torch", "reference"), x_TD)
-    if chosen == "reference" and shard is not None:
-        raise ValueError(
-            "backend ('reference') needs the whole vocabulary, but shard is given; choose torch"
-        )
-    return chosen
-
-
-def _check(
-    x_TD: torch.Tensor, w_VD: torch.Tensor, labels_T: torch.Tensor, shard: VocabularyShard | None
-) -> None:
-    if x_TD.ndim != 2 or x_TD.dtype not in FLOATS:
-        raise ValueError(
-            f"x_TD ({tuple(x_TD.shape)}, {x_TD.dtype}) must be a floating-point matrix (tokens, "
-            "width); flatten batch and sequence first"
-        )
-    if w_VD.ndim != 2 or w_VD.shape[1] != x_TD.shape[1] or w_VD.shape[0] == 0:
-        raise ValueError(
-            f"w_VD {tuple(w_VD.shape)} must be a matrix (vocabulary, {x_TD.shape[1]}), the width "
-            "of x_TD, with at least one row, as nn.Linear stores it"
-        )
-    if w_VD.dtype != x_TD.dtype or w_VD.device != x_TD.device:
-        raise ValueError(
-            f"w_VD ({w_VD.dtype} on {w_VD.device}) must have the dtype and device of x_TD "
-            f"({x_TD.dtype} on {x_TD.device}); cast one of them"
-        )
-    if tuple(labels_T.shape) != (x_TD.shape[0],) or labels_T.dtype != torch.int64:
-        raise ValueError(
-            f"labels_T ({tuple(labels_T.shape)}, {labels_T.dtype}) must be int64, one per row of "
-            f"x_TD ({x_TD.shape[0]},); -100 counts nothing"
-        )
-    if labels_T.device != x_TD.device:
-        raise ValueError(
-            f"labels_T ({labels_T.device}) must be on the device of x_TD ({x_TD.device}); move it"
-        )
-    if shard is not None and not 0 <= shard.first <= shard.vocabulary - w_VD.shape[0]:
-        raise ValueError(
-            f"shard.first ({shard.first}) must lie in [0, {shard.vocabulary - w_VD.shape[0]}]: the "
-            f"{w_VD.shape[0]} rows of w_VD are a part of shard.vocabulary ({shard.vocabulary})"
-        )

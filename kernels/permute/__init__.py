@@ -19,10 +19,12 @@ CUDA) and ``reference``.
 import torch
 
 from earlyfuse.kernels.backend import resolve
-from earlyfuse.kernels.checks import FLOATS, check_ids
+from earlyfuse.kernels.checks import FLOATS, INDICES, SAME, check, check_ids, rules
 from earlyfuse.kernels.permute import op, reference
 
 BACKENDS = ("triton", "torch", "reference")
+_GATHER = rules(x_TD=FLOATS, row_R=INDICES)
+_SCATTER = rules(y_RD=FLOATS, row_R=INDICES, weight_R=(torch.float32, SAME))
 
 
 def gather_rows(x_TD: torch.Tensor, row_R: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:
@@ -31,7 +33,7 @@ def gather_rows(x_TD: torch.Tensor, row_R: torch.Tensor, *, backend: str = "auto
     Raises ``ValueError`` on wrong shapes, dtypes or devices, and on a CPU on rows that are not
     there.
     """
-    _check_rows("x_TD", x_TD, row_R)
+    check(_GATHER, (x_TD, row_R))
     check_ids("row_R", row_R, x_TD.shape[0], "the rows of x_TD")
     chosen = resolve("gather_rows", backend, BACKENDS, x_TD)
     if chosen == "reference":
@@ -52,24 +54,10 @@ def scatter_add_rows(
     Gradients reach ``y`` and ``weight_R``. Raises ``ValueError`` on wrong shapes, dtypes or
     devices, and on a CPU on rows that are not there.
     """
-    _check_rows("y_RD", y_RD, row_R)
-    if y_RD.shape[0] != row_R.shape[0]:
-        raise ValueError(
-            f"y_RD {tuple(y_RD.shape)} must have one row per entry of row_R {tuple(row_R.shape)}"
-        )
+    check(_SCATTER, (y_RD, row_R, weight_R))
     if tokens < 0:
         raise ValueError(f"tokens ({tokens}) must not be negative")
     check_ids("row_R", row_R, tokens, "the tokens")
-    if weight_R is not None and (
-        weight_R.shape != row_R.shape
-        or weight_R.device != y_RD.device
-        or weight_R.dtype not in (torch.float32, y_RD.dtype)
-    ):
-        raise ValueError(
-            f"weight_R ({tuple(weight_R.shape)}, {weight_R.dtype} on {weight_R.device}) must have "
-            f"the shape of row_R {tuple(row_R.shape)}, dtype float32 or {y_RD.dtype}, and be on "
-            f"{y_RD.device}"
-        )
     chosen = resolve("scatter_add_rows", backend, BACKENDS, y_RD)
     if chosen == "reference":
         return reference.scatter_add_rows(y_RD, row_R, tokens, weight_R)
@@ -95,19 +83,3 @@ def select_top_k(scores_GT: torch.Tensor, k: int, *, backend: str = "auto") -> t
     if chosen == "reference":
         return reference.select_top_k(scores_GT.detach(), k)
     return op.select_top_k(scores_GT.detach(), k, chosen)
-
-
-def _check_rows(name: str, tensor: torch.Tensor, row_R: torch.Tensor) -> None:
-    if tensor.ndim != 2 or tensor.dtype not in FLOATS:
-        raise ValueError(
-            f"{name} ({tuple(tensor.shape)}, {tensor.dtype}) must be a floating-point matrix "
-            "(rows, width)"
-        )
-    if row_R.ndim != 1 or row_R.dtype not in (torch.int64, torch.int32):
-        raise ValueError(
-            f"row_R ({tuple(row_R.shape)}, {row_R.dtype}) must be one-dimensional int64 or int32"
-        )
-    if row_R.device != tensor.device:
-        raise ValueError(
-            f"row_R ({row_R.device}) must be on the device of {name} ({tensor.device}); move it"
-        )

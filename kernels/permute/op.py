@@ -26,7 +26,7 @@ def gather_rows(x_TD: Tensor, row_R: Tensor, backend: str) -> Tensor:
 
 
 @gather_rows.register_fake
-def _(x_TD: Tensor, row_R: Tensor, backend: str) -> Tensor:
+def _(x_TD: Tensor, row_R: Tensor, *_: Any) -> Tensor:
     return x_TD.new_empty(row_R.shape[0], x_TD.shape[1])
 
 
@@ -55,7 +55,7 @@ def scatter_add_rows(
 
 
 @scatter_add_rows.register_fake
-def _(y_RD: Tensor, row_R: Tensor, tokens: int, weight_R: Tensor | None, backend: str) -> Tensor:
+def _(y_RD: Tensor, row_R: Tensor, tokens: int, *_: Any) -> Tensor:
     return y_RD.new_empty(tokens, y_RD.shape[1])
 
 
@@ -69,10 +69,8 @@ def scatter_add_rows_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of y and of the weights; ``y_RD`` is needed for the latter only."""
-    found = implementation(PACKAGE, backend).scatter_add_rows_backward(
-        dout_TD, y_RD, row_R, weight_R, need
-    )
-    return found[0], found[1]
+    run = implementation(PACKAGE, backend).scatter_add_rows_backward
+    return run(dout_TD, y_RD, row_R, weight_R, need)
 
 
 @scatter_add_rows_backward.register_fake
@@ -82,12 +80,12 @@ def _(
     row_R: Tensor,
     weight_R: Tensor | None,
     need: list[bool],
-    backend: str,
+    *_: Any,
 ) -> tuple[Tensor, Tensor]:
-    dy_RD = dout_TD.new_empty((row_R.shape[0], dout_TD.shape[1]) if need[0] else 0)
-    return dy_RD, dout_TD.new_empty(0) if weight_R is None or not need[1] else weight_R.new_empty(
-        weight_R.shape
-    )
+    dy_RD = dout_TD.new_empty(row_R.shape[0], dout_TD.shape[1]) if need[0] else dout_TD.new_empty(0)
+    if weight_R is None or not need[1]:
+        return dy_RD, dout_TD.new_empty(0)
+    return dy_RD, weight_R.new_empty(weight_R.shape)
 
 
 def _keep_for_scatter(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -102,13 +100,8 @@ def _scatter_backward(ctx: Any, dout_TD: Tensor) -> tuple[Tensor | None, ...]:
     dy_RD, dweight_R = scatter_add_rows_backward(
         dout_TD.contiguous(), y_RD, row_R, weight_R, need, ctx.backend
     )
-    return (
-        dy_RD if need[0] else None,
-        None,  # row_R
-        None,  # tokens
-        dweight_R if need[1] else None,
-        None,  # backend
-    )
+    # row_R, tokens; backend
+    return dy_RD if need[0] else None, None, None, dweight_R if need[1] else None, None
 
 
 scatter_add_rows.register_autograd(_scatter_backward, setup_context=_keep_for_scatter)

@@ -109,19 +109,19 @@ def add_rows(out_TD: torch.Tensor, rows_N: torch.Tensor, y_ND: torch.Tensor) -> 
         out_TD.index_put_((rows_N.long(),), y_ND, accumulate=True)
 
 
-def put_rows(out_TD: torch.Tensor, rows_N: torch.Tensor, y_ND: torch.Tensor, once: bool) -> None:
-    """``add_rows`` to zeros; ``once``: no row repeats, not even between calls."""
-    if once:
+def put_rows(out_TD: torch.Tensor, rows_N: torch.Tensor, y_ND: torch.Tensor, unique: bool) -> None:
+    """``add_rows`` to zeros; ``unique``: no row repeats, not even between calls."""
+    if unique:
         out_TD.index_copy_(0, rows_N.long(), y_ND.to(out_TD.dtype))
     else:
         add_rows(out_TD, rows_N, y_ND)
 
 
-def sums(like: torch.Tensor, tokens: int, width: int, once: bool, rows: int) -> torch.Tensor:
+def sums(like: torch.Tensor, tokens: int, width: int, unique: bool, rows: int) -> torch.Tensor:
     """Where ``put_rows`` puts all ``rows``: (tokens, width) in at least fp32, as what several rows
     add up to is rounded once. Zeros, unless each token is certain to be written.
     """
     dtype = torch.promote_types(like.dtype, torch.float32)
-    if once and rows == tokens:
+    if unique and rows == tokens:
         return like.new_empty(tokens, width, dtype=dtype)
     return like.new_zeros(tokens, width, dtype=dtype)

@@ -31,13 +31,26 @@ on CPU), ``reference`` (the definition).
 import torch
 
 from earlyfuse.kernels.backend import resolve
-from earlyfuse.kernels.checks import FLOATS, check_ids
+from earlyfuse.kernels.checks import FLOATS, INTEGERS, SAME, WIDE, check, check_ids, rules
+from earlyfuse.kernels.registration import needs_gradient
 from earlyfuse.kernels.selective_scan import op, reference
 from earlyfuse.kernels.selective_scan.reference import step_sizes
 
 BACKENDS = ("triton", "torch", "reference")
 TRITON_STATES = (16, 32, 64)
-_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_RULES = rules(
+    u_BLD=FLOATS,
+    delta_BLD=(SAME,),
+    A_DN=(WIDE,),
+    B_BLN=(SAME,),
+    C_BLN=(SAME,),
+    skip_D=(WIDE,),
+    z_BLD=(SAME,),
+    bias_GD=(WIDE,),
+    group_BL=INTEGERS,
+    reset_BL=(torch.bool,),
+    state_BDN=(WIDE,),
+)
 
 
 def selective_scan(
@@ -61,14 +74,15 @@ def selective_scan(
     there the gradient through the decay is exactly 0. Raises ``ValueError`` on wrong shapes,
     dtypes, devices or groups, and on an unavailable backend.
     """
-    options = (skip_D, z_BLD, bias_GD, group_BL, reset_BL, state_BDN)
-    inputs = (u_BLD, delta_BLD, A_DN, B_BLN, C_BLN, *options)
-    _check(*inputs)
+    arguments = op.Scan(
+        *(u_BLD, delta_BLD, A_DN, B_BLN, C_BLN),
+        *(skip_D, z_BLD, bias_GD, group_BL, reset_BL, state_BDN),
+    )
+    _check(arguments)
     name = backend_for(backend, A_DN, u_BLD)
     if name == "reference":
-        return reference.selective_scan(*inputs)
-    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-    y_BLD, final_BDN, _ = op.selective_scan(*inputs, keep, name)
+        return reference.selective_scan(arguments)
+    y_BLD, final_BDN, _ = op.selective_scan(*arguments, needs_gradient(arguments), name)
     return y_BLD, final_BDN
 
 
@@ -130,73 +144,14 @@ def backend_for(requested: str, A_DN: torch.Tensor, u_BLD: torch.Tensor) -> str:
     return resolve("selective_scan", requested, BACKENDS if fits else BACKENDS[1:], u_BLD)
 
 
-def _check(
-    u_BLD: torch.Tensor,
-    delta_BLD: torch.Tensor,
-    A_DN: torch.Tensor,
-    B_BLN: torch.Tensor,
-    C_BLN: torch.Tensor,
-    skip_D: torch.Tensor | None,
-    z_BLD: torch.Tensor | None,
-    bias_GD: torch.Tensor | None,
-    group_BL: torch.Tensor | None,
-    reset_BL: torch.Tensor | None,
-    state_BDN: torch.Tensor | None,
-) -> None:
-    if u_BLD.ndim != 3 or u_BLD.dtype not in FLOATS:
-        raise ValueError(
-            f"u_BLD ({tuple(u_BLD.shape)}, {u_BLD.dtype}) must be a floating-point tensor "
-            "(batch, tokens, channels)"
-        )
-    if A_DN.ndim != 2 or A_DN.shape[1] == 0:
-        raise ValueError(
-            f"A_DN {tuple(A_DN.shape)} must be (channels, states) with at least one state"
-        )
-    if (group_BL is not None) and bias_GD is None:
+def _check(of: op.Scan) -> None:
+    if of.group_BL is not None and of.bias_GD is None:
         raise ValueError("group_BL is given without bias_GD, whose rows it picks; give both")
-    rows = 1 if group_BL is None or bias_GD is None or not bias_GD.ndim else bias_GD.shape[0]
-    batch, length, channels = u_BLD.shape
-    states = A_DN.shape[1]
-    narrow = u_BLD.dtype
-    wide = torch.float64 if narrow == torch.float64 else torch.float32
-    for name, tensor, shape, dtypes in (
-        ("delta_BLD", delta_BLD, (batch, length, channels), (narrow,)),
-        ("A_DN", A_DN, (channels, states), (wide,)),
-        ("B_BLN", B_BLN, (batch, length, states), (narrow,)),
-        ("C_BLN", C_BLN, (batch, length, states), (narrow,)),
-        ("skip_D", skip_D, (channels,), (wide,)),
-        ("z_BLD", z_BLD, (batch, length, channels), (narrow,)),
-        ("bias_GD", bias_GD, (rows, channels), (wide,)),
-        ("group_BL", group_BL, (batch, length), _INTEGERS),
-        ("reset_BL", reset_BL, (batch, length), (torch.bool,)),
-        ("state_BDN", state_BDN, (batch, channels, states), (wide,)),
-    ):
-        if tensor is not None:
-            _check_one(name, tensor, shape, dtypes, u_BLD)
-    if group_BL is not None:
-        check_ids("group_BL", group_BL, rows, "the rows of bias_GD")
-
-
-def _check_one(
-    name: str,
-    tensor: torch.Tensor,
-    shape: tuple[int, ...],
-    dtypes: tuple[torch.dtype, ...],
-    u_BLD: torch.Tensor,
-) -> None:
-    if tuple(tensor.shape) != shape:
-        shared = name == "bias_GD" and shape[0] == 1
-        hint = " (one row: without group_BL all tokens share it)" if shared else ""
-        raise ValueError(
-            f"{name} {tuple(tensor.shape)} must have the shape {shape}{hint}, as u_BLD "
-            f"{tuple(u_BLD.shape)} and A_DN have it"
-        )
-    if tensor.dtype not in dtypes:
-        allowed = " or ".join(str(dtype) for dtype in dtypes)
-        raise ValueError(
-            f"{name} ({tensor.dtype}) must be {allowed} where u_BLD is {u_BLD.dtype}; cast it"
-        )
-    if tensor.device != u_BLD.device:
-        raise ValueError(
-            f"{name} ({tensor.device}) must be on the device of u_BLD ({u_BLD.device}); move it"
-        )
+    sizes = {}
+    if of.group_BL is None and of.bias_GD is not None:
+        sizes["G"] = 1  # all tokens share the one row
+    if of.A_DN.numel() == 0 and of.A_DN.shape[-1] == 0:
+        raise ValueError(f"A_DN {tuple(of.A_DN.shape)} must have at least one state")
+    check(_RULES, of, **sizes)
+    if of.group_BL is not None and of.bias_GD is not None:
+        check_ids("group_BL", of.group_BL, of.bias_GD.shape[0], "the rows of bias_GD")

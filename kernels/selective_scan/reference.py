@@ -3,21 +3,14 @@
 import torch
 import torch.nn.functional as F
 
+from earlyfuse.kernels.selective_scan.op import Scan
 
-def selective_scan(
-    u_BLD: torch.Tensor,
-    delta_BLD: torch.Tensor,
-    A_DN: torch.Tensor,
-    B_BLN: torch.Tensor,
-    C_BLN: torch.Tensor,
-    skip_D: torch.Tensor | None = None,
-    z_BLD: torch.Tensor | None = None,
-    bias_GD: torch.Tensor | None = None,
-    group_BL: torch.Tensor | None = None,
-    reset_BL: torch.Tensor | None = None,
-    state_BDN: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+
+def selective_scan(scan: Scan) -> tuple[torch.Tensor, torch.Tensor]:
     """See ``earlyfuse.kernels.selective_scan``."""
+    u_BLD, delta_BLD, A_DN, B_BLN, C_BLN, skip_D, z_BLD, bias_GD, group_BL, reset_BL, state_BDN = (
+        scan
+    )
     wide = torch.float64 if u_BLD.dtype == torch.float64 else torch.float32
     u, delta, B, C = (t.to(wide) for t in (u_BLD, delta_BLD, B_BLN, C_BLN))
     dt_BLD = step_sizes(delta, bias_GD, group_BL)

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from earlyfuse.kernels.selective_scan.chunks import CHUNK, count_chunks
+from earlyfuse.kernels.selective_scan.op import Scan
 from earlyfuse.kernels.selective_scan.reference import step_sizes
 
 STEP = 8192  # states of one token handled together: 16 tokens of 4 buffers are 2 MiB of fp32
@@ -65,30 +66,16 @@ class _Buffers:
             self.dhs = self.dh.unbind(0)
 
 
-def forward(
-    u_BLD: torch.Tensor,
-    delta_BLD: torch.Tensor,
-    A_DN: torch.Tensor,
-    B_BLN: torch.Tensor,
-    C_BLN: torch.Tensor,
-    skip_D: torch.Tensor | None,
-    z_BLD: torch.Tensor | None,
-    bias_GD: torch.Tensor | None,
-    group_BL: torch.Tensor | None,
-    reset_BL: torch.Tensor | None,
-    state_BDN: torch.Tensor | None,
-    keep: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def selective_scan(scan: Scan, keep: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """y, the final state, and the states before each chunk (B, I, N, D), empty unless ``keep``."""
+    u_BLD, A_DN, state_BDN = scan.u_BLD, scan.A_DN, scan.state_BDN
     batch, length, _ = u_BLD.shape
     wide = A_DN.dtype
     y_BLD = u_BLD.new_empty(u_BLD.shape)
     final_BDN = A_DN.new_empty(batch, *A_DN.shape)
     shape = (batch, count_chunks(length), *A_DN.shape[::-1]) if keep else (0,)
     starts = A_DN.new_empty(shape)
-    for lane in _lanes(
-        u_BLD, delta_BLD, A_DN, B_BLN, C_BLN, skip_D, z_BLD, bias_GD, group_BL, reset_BL
-    ):
+    for lane in _lanes(scan):
         at = lane.row, slice(None), lane.channels
         buffers = _Buffers(lane.A_NW, backward=False)
         last_NW = buffers.hs[0]
@@ -117,33 +104,24 @@ def forward(
     return y_BLD, final_BDN, starts
 
 
-def backward(
+def selective_scan_backward(
     dy_BLD: torch.Tensor | None,
     dfinal_BDN: torch.Tensor | None,
-    u_BLD: torch.Tensor,
-    delta_BLD: torch.Tensor,
-    A_DN: torch.Tensor,
-    B_BLN: torch.Tensor,
-    C_BLN: torch.Tensor,
-    skip_D: torch.Tensor | None,
-    z_BLD: torch.Tensor | None,
-    bias_GD: torch.Tensor | None,
-    group_BL: torch.Tensor | None,
-    reset_BL: torch.Tensor | None,
     starts_BIND: torch.Tensor,
-    need: list[bool],
-) -> list[torch.Tensor]:
-    """Gradients of u, delta, A, B, C, skip, z, bias, state; of size 0 where not in ``need``."""
-    inputs = (u_BLD, delta_BLD, A_DN, B_BLN, C_BLN, skip_D, z_BLD, bias_GD)
-    shapes = [(0,) if t is None else t.shape for t in inputs]
-    shapes.append((u_BLD.shape[0], *A_DN.shape))
-    # sums over tokens or channels are gathered in the wide type and rounded once
-    wide = [A_DN.new_zeros(s if n else (0,)) for s, n in zip(shapes, need, strict=True)]
-    du, ddelta, dA, dB, dC, dskip, dz, dbias, dstate = wide
+    scan: Scan,
+    need: Sequence[bool],
+) -> dict[str, torch.Tensor]:
+    """The gradients needed."""
+    A_DN, group_BL = scan.A_DN, scan.group_BL
+    # sums over tokens or channels are accumulated in the wide type and rounded once
+    gradients = {
+        name: torch.zeros_like(of, dtype=A_DN.dtype, memory_format=torch.contiguous_format)
+        for name, of, needed in zip(Scan._fields, scan, need, strict=True)
+        if of is not None and needed
+    }
+    du, ddelta, dA, dB, dC, dskip, dz, dbias, _, _, dstate = map(gradients.get, Scan._fields)
     only_state = not any(need[:-1])
-    for lane in _lanes(
-        u_BLD, delta_BLD, A_DN, B_BLN, C_BLN, skip_D, z_BLD, bias_GD, group_BL, reset_BL
-    ):
+    for lane in _lanes(scan):
         at = lane.row, slice(None), lane.channels
         dh_NW = torch.zeros_like(lane.A_NW)  # of the state after the lane's current chunk
         if dfinal_BDN is not None:
@@ -152,39 +130,37 @@ def backward(
         dy_LW = dout_LW if lane.z_LW is None else dout_LW * F.silu(lane.z_LW)
         if only_state:
             _walk_back_state(lane, dy_LW, dh_NW)
-            dstate[lane.row, lane.channels] = dh_NW.t()
-            continue
-        found = _walk_back(lane, dy_LW, dh_NW, starts_BIND[lane.row], need)
-        y_LW, dx_LW, decay_LW, dA_NW, dB_LN, dC_LN = found
-        if need[0]:
+        else:
+            found = _walk_back(lane, dy_LW, dh_NW, starts_BIND[lane.row], need)
+            y_LW, dx_LW, decay_LW, dA_NW, dB_LN, dC_LN = found
+        if du is not None:
             du[at] = torch.mul(dx_LW, lane.dt_LW)
             if lane.skip_W is not None:
                 du[at].addcmul_(dy_LW, lane.skip_W)
-        if need[1] or need[7]:
+        if ddelta is not None or dbias is not None:
             ddt_LW = decay_LW.addcmul_(dx_LW, lane.u_LW)
             # dt = softplus(v) has the derivative sigmoid(v) = 1 - exp(-dt)
             dv_LW = ddt_LW.mul_(torch.expm1(-lane.dt_LW).neg_())
-            if need[1]:
+            if ddelta is not None:
                 ddelta[at] = dv_LW
-            if need[7]:
+            if dbias is not None:
                 group_L = None if group_BL is None else group_BL[lane.row].long()
                 _add_by_group(dbias[:, lane.channels], dv_LW, group_L)
-        if need[2]:
+        if dA is not None:
             dA[lane.channels] += dA_NW.t()
-        if need[3]:
+        if dB is not None:
             dB[lane.row] += dB_LN
-        if need[4]:
+        if dC is not None:
             dC[lane.row] += dC_LN
-        if need[5]:
+        if dskip is not None:
             dskip[lane.channels] += (dy_LW * lane.u_LW).sum(0)
-        if need[6]:
+        if dz is not None:
             if lane.skip_W is not None:
                 y_LW.addcmul_(lane.skip_W, lane.u_LW)
             dz[at] = _aten.silu_backward(dout_LW * y_LW, lane.z_LW)
-        if need[8]:
+        if dstate is not None:
             dstate[lane.row, lane.channels] = dh_NW.t()
-    types = [u_BLD.dtype if t is None else t.dtype for t in inputs] + [A_DN.dtype]
-    return [t.to(dtype) for t, dtype in zip(wide, types, strict=True)]
+    return gradients
 
 
 def _add_by_group(
@@ -201,7 +177,7 @@ def _walk_back(
     dy_LW: torch.Tensor,
     dh_NW: torch.Tensor,
     starts_IND: torch.Tensor,
-    need: list[bool],
+    need: Sequence[bool],
 ) -> tuple[torch.Tensor, ...]:
     """Through the chunks from last to first, states again from their starts.
 
@@ -281,18 +257,8 @@ def _retreat(
     torch.mul(buffers.decays[0], later_NW, out=dh_NW)
 
 
-def _lanes(
-    u_BLD: torch.Tensor,
-    delta_BLD: torch.Tensor,
-    A_DN: torch.Tensor,
-    B_BLN: torch.Tensor,
-    C_BLN: torch.Tensor,
-    skip_D: torch.Tensor | None,
-    z_BLD: torch.Tensor | None,
-    bias_GD: torch.Tensor | None,
-    group_BL: torch.Tensor | None,
-    reset_BL: torch.Tensor | None,
-) -> Iterator[_Lane]:
+def _lanes(scan: Scan) -> Iterator[_Lane]:
+    u_BLD, delta_BLD, A_DN, B_BLN, C_BLN, skip_D, z_BLD, bias_GD, group_BL, reset_BL, _ = scan
     wide = A_DN.dtype
     channels, states = A_DN.shape
     width = max(1, STEP // states)

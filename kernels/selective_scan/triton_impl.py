@@ -18,6 +18,7 @@ import torch
 import triton
 
 from earlyfuse.kernels.selective_scan.chunks import CHUNK, count_chunks
+from earlyfuse.kernels.selective_scan.op import Scan
 from earlyfuse.kernels.selective_scan.triton_kernels import (
     adjoints_kernel,
     backward_kernel,
@@ -44,21 +45,11 @@ SHORTEST = 8  # chunks of a segment: the passes over segments cost about one mor
 
 
 @on_its_device
-def forward(
-    u_BLD: torch.Tensor,
-    delta_BLD: torch.Tensor,
-    A_DN: torch.Tensor,
-    B_BLN: torch.Tensor,
-    C_BLN: torch.Tensor,
-    skip_D: torch.Tensor | None,
-    z_BLD: torch.Tensor | None,
-    bias_GD: torch.Tensor | None,
-    group_BL: torch.Tensor | None,
-    reset_BL: torch.Tensor | None,
-    state_BDN: torch.Tensor | None,
-    keep: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def selective_scan(scan: Scan, keep: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """y, the final state, and the states before each chunk (B, I, N, D), empty unless ``keep``."""
+    u_BLD, delta_BLD, A_DN, B_BLN, C_BLN, skip_D, z_BLD, bias_GD, group_BL, reset_BL, state_BDN = (
+        scan
+    )
     batch, length, channels = u_BLD.shape
     states, chunks = A_DN.shape[1], count_chunks(length)
     y_BLD = torch.empty(u_BLD.shape, dtype=u_BLD.dtype, device=u_BLD.device)
@@ -91,30 +82,24 @@ def forward(
 
 
 @on_its_device
-def backward(
+def selective_scan_backward(
     dy_BLD: torch.Tensor | None,
     dfinal_BDN: torch.Tensor | None,
-    u_BLD: torch.Tensor,
-    delta_BLD: torch.Tensor,
-    A_DN: torch.Tensor,
-    B_BLN: torch.Tensor,
-    C_BLN: torch.Tensor,
-    skip_D: torch.Tensor | None,
-    z_BLD: torch.Tensor | None,
-    bias_GD: torch.Tensor | None,
-    group_BL: torch.Tensor | None,
-    reset_BL: torch.Tensor | None,
     starts_BIND: torch.Tensor,
-    need: list[bool],
-) -> list[torch.Tensor]:
-    """Gradients of u, delta, A, B, C, skip, z, bias, state; of size 0 where not in ``need``."""
+    scan: Scan,
+    need: Sequence[bool],
+) -> dict[str, torch.Tensor]:
+    """Gradients of the floating-point arguments given; all are computed."""
+    u_BLD, delta_BLD, A_DN, B_BLN, C_BLN, skip_D, z_BLD, bias_GD, group_BL, reset_BL, _ = scan
     batch, length, channels = u_BLD.shape
     states, chunks = A_DN.shape[1], count_chunks(length)
-    inputs = (u_BLD, delta_BLD, A_DN, B_BLN, C_BLN, skip_D, z_BLD, bias_GD)
     if u_BLD.numel() == 0:
-        zeros = [None if t is None else torch.zeros_like(t) for t in inputs]
-        dfirst = A_DN.new_zeros(batch, channels, states)
-        return _wanted([*zeros, dfirst if dfinal_BDN is None else dfinal_BDN.clone()], inputs, need)
+        found = {
+            name: torch.zeros_like(of)
+            for name, of in zip(Scan._fields, scan, strict=True)
+            if of is not None
+        }
+        return found if dfinal_BDN is None else found | {"state_BDN": dfinal_BDN.clone()}
     u, delta, B, C = _rows_of(u_BLD, delta_BLD, B_BLN, C_BLN)
     z, A = None if z_BLD is None else _rows_of(z_BLD)[0], A_DN.contiguous()
     skip, bias, group, reset, dfinal = _dense(skip_D, bias_GD, group_BL, reset_BL, dfinal_BDN)
@@ -134,9 +119,10 @@ def backward(
         dh_BND = torch.zeros_like(into[:, 0]) if dfinal is None else dfinal.mT
         for part in reversed(range(segments)):
             dh_BND = torch.addcmul(into[:, part], left[:, part], dh_BND)
-        return _wanted([*[None] * 8, dh_BND.mT.contiguous()], inputs, need)
+        return {"state_BDN": dh_BND.mT}
     groups = 1 if bias is None else triton.next_power_of_2(bias.shape[0])
-    du, ddelta, dz = (None if t is None else torch.empty_like(dy) for t in (u, delta, z))
+    du, ddelta = (torch.empty_like(dy) for _ in range(2))
+    dz = None if z is None else torch.empty_like(dy)
     dB, dC = (A.new_empty(batch, blocks, length, states) for _ in range(2))
     dA = A.new_empty(batch, segments, states, channels)
     dskip = None if skip is None else A.new_empty(batch, segments, channels)
@@ -152,26 +138,14 @@ def backward(
         DOT=_by_tensor_cores(u.dtype, BACKWARD[states][1]),
         **config,
     )
-    dskip = None if dskip is None else dskip.sum((0, 1))
-    dbias = None if dbias is None or bias is None else dbias.sum((0, 1))[: bias.shape[0]]
-    dA = dA.sum((0, 1)).t()
-    return _wanted([du, ddelta, dA, dB.sum(1), dC.sum(1), dskip, dz, dbias, dfirst], inputs, need)
-
-
-def _wanted(
-    gradients: list[torch.Tensor | None],
-    inputs: Sequence[torch.Tensor | None],
-    need: list[bool],
-) -> list[torch.Tensor]:
-    """Those needed, dense and in the types of their inputs; of size 0 the others."""
-    found: list[torch.Tensor] = []
-    u_BLD = inputs[0]
-    assert u_BLD is not None
-    for gradient, like, wanted in zip(gradients, (*inputs, None), need, strict=True):
-        if gradient is None or not wanted:
-            found.append(u_BLD.new_empty(0))
-        else:
-            found.append(gradient.to(gradient.dtype if like is None else like.dtype).contiguous())
+    found = {"u_BLD": du, "delta_BLD": ddelta, "A_DN": dA.sum((0, 1)).t(), "state_BDN": dfirst}
+    found |= {"B_BLN": dB.sum(1), "C_BLN": dC.sum(1)}
+    if dz is not None:
+        found["z_BLD"] = dz
+    if dskip is not None:
+        found["skip_D"] = dskip.sum((0, 1))
+    if dbias is not None and bias is not None:
+        found["bias_GD"] = dbias.sum((0, 1))[: bias.shape[0]]
     return found
 
 

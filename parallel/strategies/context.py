@@ -108,7 +108,7 @@ class _Scan(torch.autograd.Function):
         y_BSI, _, starts = op.selective_scan(*inputs, start_BIN, keep, backend)
         if keep:
             ctx.mesh, ctx.backend = mesh, backend
-            ctx.save_for_backward(*inputs, starts, decays[rank + 1 :].clone())
+            ctx.save_for_backward(*inputs, start_BIN, starts, decays[rank + 1 :].clone())
         return y_BSI
 
     @staticmethod
@@ -119,18 +119,18 @@ class _Scan(torch.autograd.Function):
 
         def gradients(dfinal_BIN: torch.Tensor | None, need: list[bool]) -> list[torch.Tensor]:
             return op.selective_scan_backward(
-                dy_BSI, dfinal_BIN, *inputs, starts, need, ctx.backend
+                dy_BSI, dfinal_BIN, starts, *inputs, need, ctx.backend
             )
 
-        dstart_BIN = gradients(None, [False] * 8 + [True])[8]
+        dstart_BIN = gradients(None, [False] * 10 + [True])[10]
         dstarts = all_gather_single(dstart_BIN.unsqueeze(0), 0, ctx.mesh)[rank + 1 :]
         dfinal_BIN = torch.zeros_like(dstart_BIN)
         for dstart_BIN, decay_BIN in zip(dstarts.flip(0), decays.flip(0), strict=True):
             dfinal_BIN = torch.addcmul(dstart_BIN, decay_BIN, dfinal_BIN)
-        need = list(ctx.needs_input_grad[2:10])
+        need = list(ctx.needs_input_grad[2:12])
         found = gradients(dfinal_BIN, [*need, False])
-        wanted = [g if n else None for g, n in zip(found[:8], need, strict=True)]
-        return (None, None, *wanted, None, None)  # mesh, keep; group, reset
+        wanted = [g if n else None for g, n in zip(found[:10], need, strict=True)]
+        return (None, None, *wanted)  # mesh, keep
 
 
 # ---------------------------------------------------------------- what cannot be cut

@@ -265,10 +265,10 @@ def test_counted_flops_are_those_of_the_taps():
 def test_what_cannot_be_convolved_is_refused():
     x, weight, bias, state = (t.detach() for t in problem(2, 6, 3, 4))
     bad = {
-        r"x_BLD .*three dimensions": (x[0], weight, {}),
-        r"x_BLD .*floating": (x.long(), weight, {}),
-        r"x_BLD .*next to each other": (torch.empty(2, 3, 6).mT, weight, {}),
-        r"weight_DW .*\(3, W\)": (x, weight[:2], {}),
+        r"x_BLD .*\(B, L, D\)": (x[0], weight, {}),
+        r"x_BLD .*float32": (x.long(), weight, {}),
+        r"x_BLD .*stride 1": (torch.empty(2, 3, 6).mT, weight, {}),
+        r"weight_DW \(2, 4\).*\(3, W\)": (x, weight[:2], {}),
         r"weight_DW .*width": (x, torch.ones(3, 5), {}),
         r"weight_DW .*float64": (x, weight.double(), {}),
         r"bias_D ": (x, weight, {"bias_D": bias[:2]}),

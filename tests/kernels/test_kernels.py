@@ -90,7 +90,7 @@ def test_fast_path_equals_the_reference_in_output_and_every_gradient(name, weigh
         expected = outputs_and_gradients(op, inputs, *rest, backend="reference")
         tokens = [token for group in ROUTES[name] for token in group]
         once = len(set(tokens)) == len(tokens)
-        actual = outputs_and_gradients(op, inputs, *rest, once=once, backend="torch")
+        actual = outputs_and_gradients(op, inputs, *rest, unique_tokens=once, backend="torch")
         assert len(actual) == len(inputs) + 1 + weighted
         for have, want in zip(actual, expected, strict=True):
             assert have.dtype == want.dtype and have.shape == want.shape
@@ -249,7 +249,7 @@ def test_rows_that_are_not_there_are_refused_by_name(rows, name):
     """Runs of them too, which a slice would cut short without a word."""
     row_R, w2_GDF = torch.tensor(rows), torch.zeros(2, 6, 5)
     for call in (
-        lambda: grouped_linear(X, W, row_R, OFFSET, once=True, backend=name),
+        lambda: grouped_linear(X, W, row_R, OFFSET, unique_tokens=True, backend=name),
         lambda: grouped_swiglu(X, W, W, w2_GDF, row_R.int(), OFFSET, backend=name),
         lambda: gather_rows(X, row_R, backend=name),
         lambda: scatter_add_rows(X[:3], row_R, 4, backend=name),
@@ -316,18 +316,18 @@ def test_repeated_calls_are_bitwise_equal():
 ROW, OFFSET, WEIGHT = torch.tensor([0, 1, 2]), torch.tensor([0, 1, 3]), torch.ones(3)
 X, W = torch.zeros(4, 6), torch.zeros(2, 5, 6)
 WRONG_LINEAR_CALLS = {
-    "x_TD.*matrix": (torch.zeros(2, 4, 6), W, ROW, OFFSET),
+    r"x_TD \(2, 4, 6\).*\(T, D\)": (torch.zeros(2, 4, 6), W, ROW, OFFSET),
     "x_TD.*int64": (torch.zeros(4, 6, dtype=torch.int64), W, ROW, OFFSET),
-    "row_R.*float32.*int64 or int32": (X, W, ROW.float(), OFFSET),
-    "offset_G1.*one-dimensional": (X, W, ROW, OFFSET[None]),
+    "row_R.*float32.*int64 or torch.int32; cast": (X, W, ROW.float(), OFFSET),
+    r"offset_G1 \(1, 3\).*\(3\)": (X, W, ROW, OFFSET[None]),
     r"offset_G1 \(\[0, 1, 2\]\).*routed rows \(3\)": (X, W, ROW, torch.tensor([0, 1, 2])),
     r"offset_G1 \(\[1, 1, 3\]\)": (X, W, ROW, torch.tensor([1, 1, 3])),
     r"offset_G1 \(\[0, 4, 3\]\)": (X, W, ROW, torch.tensor([0, 4, 3])),
-    r"w_GFD \(2, 5, 6\).*pair of offsets \(3\)": (X, W, ROW, torch.tensor([0, 1, 3, 3])),
-    r"w_GFD \(2, 5, 7\).*\(any, 6\)": (X, torch.zeros(2, 5, 7), ROW, OFFSET),
-    r"w_GFD \(5, 6\).*three dimensions": (X, torch.zeros(5, 6), ROW, OFFSET),
-    "w_GFD.*float64.*dtype": (X, W.double(), ROW, OFFSET),
-    "weight_R.*one entry per routed row": (X, W, ROW, OFFSET, torch.ones(2)),
+    r"offset_G1 \(4,\).*\(3\), \(G1\)": (X, W, ROW, torch.tensor([0, 1, 3, 3])),
+    r"w_GFD \(2, 5, 7\).*\(2, 5, 6\)": (X, torch.zeros(2, 5, 7), ROW, OFFSET),
+    r"w_GFD \(5, 6\).*\(G, F, 6\)": (X, torch.zeros(5, 6), ROW, OFFSET),
+    "w_GFD.*float64.*must be torch.float32": (X, W.double(), ROW, OFFSET),
+    r"weight_R \(2,\).*\(3\)": (X, W, ROW, OFFSET, torch.ones(2)),
     "weight_R.*float32": (X, W, ROW, OFFSET, WEIGHT.bfloat16()),
     r"row_R \(meta\).*device": (X, W, ROW.to("meta"), OFFSET),
 }
@@ -341,20 +341,20 @@ def test_a_wrong_argument_is_named_with_its_value_and_rule(message):
 
 def test_swiglu_names_the_projection_that_does_not_fit():
     w2 = torch.zeros(2, 6, 5)
-    with pytest.raises(ValueError, match=r"w3_GFD \(2, 4, 6\).*\(5, 6\)"):
+    with pytest.raises(ValueError, match=r"w3_GFD \(2, 4, 6\).*\(2, 5, 6\)"):
         grouped_swiglu(X, W, torch.zeros(2, 4, 6), w2, ROW, OFFSET)
-    with pytest.raises(ValueError, match=r"w2_GDF \(2, 5, 6\).*\(6, 5\)"):
+    with pytest.raises(ValueError, match=r"w2_GDF \(2, 5, 6\).*\(2, 6, 5\)"):
         grouped_swiglu(X, W, W, W, ROW, OFFSET)
 
 
 def test_row_movers_and_top_k_name_a_wrong_argument():
-    with pytest.raises(ValueError, match=r"y_RD \(4, 6\).*row_R \(3,\)"):
+    with pytest.raises(ValueError, match=r"row_R \(3,\).*\(4\)"):
         scatter_add_rows(X, ROW, 4)
     with pytest.raises(ValueError, match=r"tokens \(-1\)"):
         scatter_add_rows(X[:3], ROW, -1)
-    with pytest.raises(ValueError, match=r"weight_R.*shape of row_R"):
+    with pytest.raises(ValueError, match=r"weight_R \(2,\).*\(3\)"):
         scatter_add_rows(X[:3], ROW, 4, torch.ones(2))
-    with pytest.raises(ValueError, match=r"x_TD.*matrix"):
+    with pytest.raises(ValueError, match=r"x_TD \(6,\).*\(T, D\)"):
         gather_rows(X[0], ROW)
     with pytest.raises(ValueError, match=r"k \(7\) must lie in \[0, 6\]"):
         select_top_k(X, 7)

@@ -61,7 +61,7 @@ def assert_equal_to_reference(tensors, once, bound):
     for op, inputs in ((grouped_swiglu, (x, w1, w3, w2)), (grouped_linear, (x, w1))):
         rest = (row_R, offset_G1, weight_R)
         expected = outputs_and_gradients(op, inputs, *rest, backend="reference")
-        actual = outputs_and_gradients(op, inputs, *rest, once=once, backend="triton")
+        actual = outputs_and_gradients(op, inputs, *rest, unique_tokens=once, backend="triton")
         for have, want in zip(actual, expected, strict=True):
             assert have.dtype == want.dtype and have.shape == want.shape
             assert rms_ratio(have, want) < bound

@@ -264,14 +264,14 @@ def test_what_cannot_be_summed_is_refused():
     beyond = labels.clone()
     beyond[0] = 6
     bad = {
-        r"x_TD .*matrix": (x[None], w, labels, modality, {}),
-        r"w_VD .*\(vocabulary, 3\)": (x, w.T, labels, modality, {}),
+        r"x_TD .*\(T, D\)": (x[None], w, labels, modality, {}),
+        r"w_VD .*\(V, D\)": (x, w.T, labels, modality, {}),
         r"w_VD .*at least one row": (x, w[:0], labels, modality, {}),
         r"w_VD .*float64": (x, w.double(), labels, modality, {}),
         r"labels_T .*int64": (x, w, labels.int(), modality, {}),
-        r"labels_T .*one per row": (x, w, labels[:3], modality, {}),
-        r"modality_T .*one entry per label": (x, w, labels, modality[:3], {}),
-        r"modality_T .*integers": (x, w, labels, modality.float(), {}),
+        r"labels_T \(3,\).*must have the shape": (x, w, labels[:3], modality, {}),
+        r"modality_T \(3,\).*must have the shape": (x, w, labels, modality[:3], {}),
+        r"modality_T .*float32.*int64": (x, w, labels, modality.float(), {}),
         r"z_weight \(-1": (x, w, labels, modality, {"z_weight": -1.0}),
         r"z_weight \(nan": (x, w, labels, modality, {"z_weight": float("nan")}),
         r"backend \('flash'\)": (x, w, labels, modality, {"backend": "flash"}),
