@@ -174,7 +174,7 @@ def test_branches_and_routers_are_asked_not_recognised():
     """No ``isinstance`` of them but where a public format or a command is about one of them; files
     that do not compose models do not import them.
     """
-    asked = ("models/state_dicts/chameleon.py", "configs/decoders.py")
+    asked = ("models/state_dicts/plain_decoder.py", "configs/decoders.py")
     found = [
         f"{path}:{node.lineno}"
         for file in sources(*FOLDERS)

@@ -74,9 +74,5 @@ class FeedForward(Branch):
         """(T, D) → (T, D)."""
         w1, w3, w2 = to_local(self.w1), to_local(self.w3), to_local(self.w2)
         if self.untied:
-<<<<<<< HEAD
-            return grouped_swiglu(x_TD, w1, w3, w2, *context.by_group, once=True)
-=======
-            return grouped_swiglu(x_TD, w1, w3, w2, *layout.by_group, unique_tokens=True)
->>>>>>> kernels
+            return grouped_swiglu(x_TD, w1, w3, w2, *context.by_group, unique_tokens=True)
         return F.linear(F.silu(F.linear(x_TD, w1)) * F.linear(x_TD, w3), w2)

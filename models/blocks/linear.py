@@ -44,13 +44,9 @@ class Linear(Module):
     def forward(self, x_TD: torch.Tensor, context: ForwardContext) -> torch.Tensor:
         """(T, D) → (T, F)."""
         if self.untied:
-<<<<<<< HEAD
-            return grouped_linear(x_TD, to_local(self.weight), *context.by_group, once=True)
+            weight = to_local(self.weight)
+            return grouped_linear(x_TD, weight, *context.by_group, unique_tokens=True)
         return F.linear(x_TD, to_local(self.weight))
-=======
-            return grouped_linear(x_TD, held(self.weight), *layout.by_group, unique_tokens=True)
-        return F.linear(x_TD, held(self.weight))
->>>>>>> kernels
 
 
 class RMSNorm(Module):
