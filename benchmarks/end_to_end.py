@@ -59,7 +59,7 @@ NEVER = 1_000_000
 TITAN, TITAN_PLAIN = "torchtitan llama3, as it comes", "torchtitan llama3, without FSDP2"
 EQUAL, CHAMELEON, MOMA = "ours, equal to llama3", "ours, Chameleon", "ours, MoMa 4t4i"
 
-Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
+Batch = tuple[dict[str, Any], torch.Tensor]
 
 
 # ---------------------------------------------------------------- data
