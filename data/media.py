@@ -60,8 +60,9 @@ class MediaTokenizer(Protocol):
     @property
     def settings(self) -> dict[str, Any]: ...
 
-    def features(self, payload: bytes, **limits: Any) -> "np.ndarray":
-        """The bytes of a file → what is encoded. ``BadSample`` for a file that cannot be used."""
+    @property
+    def features(self) -> "Callable[..., np.ndarray]":
+        """(bytes of a file, **limits) → what is encoded. ``BadSample`` where it cannot be used."""
         ...
 
     def encode_items(self, items: "Sequence[np.ndarray]") -> "list[np.ndarray]":

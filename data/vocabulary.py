@@ -43,7 +43,7 @@ def check_same(path: Path, here: Vocabulary, data: Vocabulary, manifest: Path) -
 def _medium(fields: JsonObject) -> MediaCodes:
     fields.check_names(("modality", *_CODES))
     labels = [modality.label for modality in Modality if modality != Modality.TEXT]
-    modality = Modality[fields.field("modality", str, choices=labels)]
+    modality: Modality = Modality[fields.field("modality", str, choices=labels)]
     return MediaCodes(
         modality, **{name: fields.field(name, int, least=0, most=MOST_IDS) for name in _CODES}
     )
