@@ -62,9 +62,7 @@ class MediaTokenizer(Protocol):
 
     @property
     def features(self) -> "Callable[..., np.ndarray]":
-        """(bytes of a file, limits of the medium) → what is encoded; ``BadSample`` for a file that
-        cannot be used.
-        """
+        """(bytes of a file, **limits) → what is encoded. ``BadSample`` where it cannot be used."""
         ...
 
     def encode_items(self, items: "Sequence[np.ndarray]") -> "list[np.ndarray]":

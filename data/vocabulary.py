@@ -42,8 +42,8 @@ def check_same(path: Path, here: Vocabulary, data: Vocabulary, manifest: Path) -
 
 def _medium(fields: JsonObject) -> MediaCodes:
     fields.check_names(("modality", *_CODES))
-    media = {modality.label: modality for modality in Modality if modality != Modality.TEXT}
-    modality = media[fields.field("modality", str, choices=list(media))]
+    labels = [modality.label for modality in Modality if modality != Modality.TEXT]
+    modality: Modality = Modality[fields.field("modality", str, choices=labels)]
     return MediaCodes(
         modality, **{name: fields.field(name, int, least=0, most=MOST_IDS) for name in _CODES}
     )

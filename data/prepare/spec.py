@@ -141,9 +141,9 @@ class PrepareSpec:
                 f"tokenizers ({self.tokenizers}) must be a folder with {' or '.join(TEXT_FILES)}; "
                 "name the tokenizers folder of prepared data or of a converted checkpoint"
             )
-        given: dict[str, object] = {}
-        if self.text_tokenizer:
-            given["text_tokenizer"] = self.text_tokenizer
+        given: dict[str, object] = (
+            {"text_tokenizer": self.text_tokenizer} if self.text_tokenizer else {}
+        )
         for medium in MEDIA.values():
             if (kind := self.tokenizer_of(medium)) != medium.default:
                 given[f"{medium.label}_tokenizer"] = kind
