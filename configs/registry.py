@@ -130,9 +130,10 @@ def _import(path: Path) -> ModuleType:
         sys.path.append(str(folder))  # last: a neighbour must not hide an installed package
     spec = importlib.util.spec_from_file_location(name, path.resolve())
     assert spec is not None and spec.loader is not None, "a .py file has a loader"
+    loader = spec.loader
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
     try:
-        _run_user_code(str(path), lambda: spec.loader.exec_module(module))
+        _run_user_code(str(path), lambda: loader.exec_module(module))
     except BaseException:
         del sys.modules[name]
         raise

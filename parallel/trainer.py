@@ -64,7 +64,7 @@ from earlyfuse.parallel.training.step_metrics import (
     router_statistics,
     work_done,
 )
-from earlyfuse.parallel.training.warm_start import Start
+from earlyfuse.parallel.training.warm_start import WarmStart
 
 MODALITIES = len(Modality)
 
@@ -104,7 +104,7 @@ class Trainer(titan.Trainer):
         sampler: Sampler.Config = field(default_factory=Sampler.Config)
         skip: SkipRule.Config = field(default_factory=SkipRule.Config)
         watchdog: Watchdog.Config = field(default_factory=Watchdog.Config)
-        start: Start.Config = field(default_factory=Start.Config)
+        start: WarmStart.Config = field(default_factory=WarmStart.Config)
 
         train_only: Literal["everything", "causal_routers"] = "everything"
         """Leave all but the causal routers as they are: the second stage (docs/moma.md)."""
