@@ -6,22 +6,13 @@ stand.
 
 from dataclasses import replace
 
-from torchtitan.components.optimizer import OptimizersContainer, ParamGroupConfig
-from torchtitan.config import ParallelismConfig, TrainingConfig
-from torchtitan.config.configs import CompileConfig
-from torchtitan.protocols.model_spec import ModelSpec
-
 from earlyfuse.configs import decoders, mamba_decoders, stages
+from earlyfuse.configs.base import base_config
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.routing.causal_router import CausalRouter
 from earlyfuse.models.vocabulary import Modality
 from earlyfuse.parallel.checkpoint.manager import Checkpoints
-from earlyfuse.parallel.evaluation.validation import Validation
-from earlyfuse.parallel.plan import parallelize
-from earlyfuse.parallel.reporting.metrics import RunMetrics
-from earlyfuse.parallel.strategies.pipeline import pipeline
 from earlyfuse.parallel.trainer import Trainer
-from earlyfuse.parallel.training.data_config import DataSet
 from earlyfuse.parallel.training.lr_schedule import LearningRate
 
 IMAGE_SHARE = 0.5
@@ -134,40 +125,6 @@ def token_choice_8x() -> Trainer.Config:
     return _run("token_choice_8x", decoders.token_choice(SHAPE, 8))
 
 
-def model_spec(name: str, model: Decoder.Config) -> ModelSpec:
-    """What torchtitan's trainer is told of a model: how it is spread out, and in pipelines."""
-    return ModelSpec(
-        name="earlyfuse",
-        flavor=name,
-        model=model,
-        parallelize_fn=parallelize,
-        pipelining_fn=pipeline,
-        post_optimizer_build_fn=None,
-        state_dict_adapter=None,
-    )
-
-
-def adamw(lr: float) -> OptimizersContainer.Config:
-    """Chameleon's AdamW (arXiv 2405.09818, 2.3): 0.9/0.95, eps 1e-5, decay 0.1 except norms and
-    biases, and Mamba's rates of decay and skip.
-    """
-    settings = {"lr": lr, "betas": (0.9, 0.95), "eps": 1e-5}
-    return OptimizersContainer.Config(
-        param_groups=[
-            ParamGroupConfig(
-                pattern=r"norm|bias$|scan\.(A_log|D)$",
-                optimizer_name="AdamW",
-                optimizer_kwargs=settings | {"weight_decay": 0.0},
-            ),
-            ParamGroupConfig(
-                pattern=r".*",
-                optimizer_name="AdamW",
-                optimizer_kwargs=settings | {"weight_decay": 0.1},
-            ),
-        ]
-    )
-
-
 def _with_speech(config: Trainer.Config) -> Trainer.Config:
     """The same run on the corpus in which words and digits are spoken too."""
     config.data.speech = True
@@ -175,25 +132,16 @@ def _with_speech(config: Trainer.Config) -> Trainer.Config:
 
 
 def _run(name: str, model: Decoder.Config) -> Trainer.Config:
-    config = Trainer.Config(
-        model_spec=model_spec(name, model),
-        dump_folder=f"runs/{name}",
-        data=DataSet.Config(embedded=True),
-        optimizer=adamw(lr=4e-3),
-        lr_scheduler=LearningRate.Config(warmup_steps=60, decay_type="cosine", min_lr_factor=0.05),
-        training=TrainingConfig(
-            local_batch_size=4,
-            seq_len=256,
-            steps=900,
-            mixed_precision_param="float32",
-            disable_cuda_graphs=True,
-        ),
-        parallelism=ParallelismConfig(spmd_backend="partial_dtensor"),
-        activation_checkpoint=None,
-        compile=CompileConfig(enable=False),
-        checkpoint=Checkpoints.Config(interval=300, keep_latest_k=2),
-        metrics=RunMetrics.Config(log_freq=25),
-        validator=Validation.Config(freq=300),
+    config = base_config(name, model, lr=4e-3)
+    config.data.embedded = True
+    config.lr_scheduler = LearningRate.Config(
+        warmup_steps=60, decay_type="cosine", min_lr_factor=0.05
     )
+    training = config.training
+    training.local_batch_size, training.seq_len, training.steps = 4, 256, 900
+    training.mixed_precision_param = "float32"
+    config.checkpoint = Checkpoints.Config(interval=300, keep_latest_k=2)
+    config.metrics.log_freq = 25
+    config.validator.freq = 300
     config.dataloader.media_share = IMAGE_SHARE
     return config

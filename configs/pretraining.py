@@ -1,23 +1,18 @@
-"""What the papers' runs have in common here: prepared data of one's own, bf16, FSDP2, checkpoints.
+"""Builds presets of the papers: a model (``decoders``) and a recipe, on prepared data of your own.
 
-A preset is a model (``decoders``) and a recipe. It needs ``--data.folder``; which sources are read,
-and how much of each, follows from what the folder holds unless ``--data.shares`` says it.
+A preset needs ``--data.folder``. Sources are read in proportion to their tokens, unless
+``--data.shares`` gives other shares.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from torchtitan.config import ParallelismConfig, TrainingConfig
-from torchtitan.config.configs import CompileConfig
 from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 
-from earlyfuse.configs.embedded import adamw, model_spec
+from earlyfuse.configs.base import base_config
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.objectives.next_token import ChameleonObjective
-from earlyfuse.parallel.checkpoint.manager import Checkpoints
-from earlyfuse.parallel.evaluation.validation import Validation
-from earlyfuse.parallel.reporting.metrics import RunMetrics
 from earlyfuse.parallel.trainer import Trainer
 from earlyfuse.parallel.training.lr_schedule import LearningRate
 
@@ -53,7 +48,7 @@ def preset(
     recipe: Recipe,
     media_share: float | None = None,
 ) -> Callable[[], Trainer.Config]:
-    """A config function for the catalogue; ``title`` is its line there."""
+    """A config function; ``title`` is its line in ``--list``."""
 
     def config() -> Trainer.Config:
         return _run(name, model(), recipe, media_share)
@@ -65,29 +60,16 @@ def preset(
 def _run(
     name: str, model: Decoder.Config, recipe: Recipe, media_share: float | None
 ) -> Trainer.Config:
-    config = Trainer.Config(
-        model_spec=model_spec(name, model),
-        dump_folder=f"runs/{name}",
-        loss=ChameleonObjective.Config(z_loss=1e-5),
-        optimizer=adamw(recipe.lr),
-        lr_scheduler=LearningRate.Config(
-            warmup_steps=recipe.warmup, decay_type=recipe.decay, min_lr_factor=0.01
-        ),
-        training=TrainingConfig(
-            local_batch_size=recipe.rows_at_once,
-            global_batch_size=recipe.rows,
-            seq_len=SEQ_LEN,
-            steps=recipe.steps,
-            max_norm=1.0,
-            mixed_precision_param="bfloat16",
-            disable_cuda_graphs=True,
-        ),
-        parallelism=ParallelismConfig(spmd_backend="partial_dtensor"),
-        activation_checkpoint=RECOMPUTE[recipe.recompute],
-        compile=CompileConfig(enable=False),
-        checkpoint=Checkpoints.Config(interval=1000),
-        metrics=RunMetrics.Config(log_freq=10),
-        validator=Validation.Config(freq=1000, batch_rows=-1),
+    config = base_config(name, model, recipe.lr)
+    config.loss = ChameleonObjective.Config(z_loss=1e-5)
+    config.lr_scheduler = LearningRate.Config(
+        warmup_steps=recipe.warmup, decay_type=recipe.decay, min_lr_factor=0.01
     )
+    training = config.training
+    training.local_batch_size, training.global_batch_size = recipe.rows_at_once, recipe.rows
+    training.seq_len, training.steps = SEQ_LEN, recipe.steps
+    config.activation_checkpoint = RECOMPUTE[recipe.recompute]
+    config.checkpoint.interval = 1000
+    config.validator.freq, config.validator.batch_rows = 1000, -1
     config.dataloader.media_share = media_share
     return config

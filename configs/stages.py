@@ -1,6 +1,6 @@
-"""Second lives of a run: its causal routers trained alone, or experts grown out of its layers.
+"""Configs that continue a finished run: causal-router training (stage 2) and upcycling.
 
-Each function takes the config of a run from its beginning and makes it continue another one. The
+Each function takes the config of a new run and makes it start from another one. The
 command line does the same by hand: ``--start.run`` with any config, whose model may be a child of
 that run's (``models/upcycle.py``).
 """
@@ -8,15 +8,14 @@ that run's (``models/upcycle.py``).
 from copy import deepcopy
 from dataclasses import replace
 
-from torchtitan.components.optimizer import OptimizersContainer, ParamGroupConfig
-
 from earlyfuse.configs import decoders
+from earlyfuse.configs.optimizers import adamw
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.routing.causal_router import CausalRouter
 from earlyfuse.models.routing.gumbel_noise import RouterNoise
 from earlyfuse.parallel.trainer import Trainer
 from earlyfuse.parallel.training.lr_schedule import LearningRate
-from earlyfuse.parallel.training.warm_start import Start
+from earlyfuse.parallel.training.warm_start import WarmStart
 
 
 def causal_routers_only(
@@ -33,27 +32,14 @@ def causal_routers_only(
 
     Its defaults are those of the paper's 1.4B models; 435M: 1000 steps of warm-up, 5000 in all. The
     paper's batch is 4,194,304 tokens. AdamW and weight decay are those of the first stage: the
-    paper does not say. Data go on where ``run`` stopped, which needs its global batch.
+    paper does not say. The data continue where ``run`` stopped, which needs its global batch.
     """
     config = deepcopy(config)
     causal = CausalRouter.Config(at_least_one=at_least_one)
     _set_model(config, decoders.with_routers(_model(config), causal=causal))
-    config.start = Start.Config(run=run)
+    config.start = WarmStart.Config(run=run)
     config.train_only = "causal_routers"
-    config.optimizer = OptimizersContainer.Config(
-        param_groups=[
-            ParamGroupConfig(
-                pattern=r"\.causal\.",
-                optimizer_name="AdamW",
-                optimizer_kwargs={
-                    "lr": lr,
-                    "betas": (0.9, 0.95),
-                    "eps": 1e-5,
-                    "weight_decay": 0.1,
-                },
-            )
-        ]
-    )
+    config.optimizer = adamw(lr, r"\.causal\.", not_decayed=None)
     config.lr_scheduler = LearningRate.Config(
         warmup_steps=warmup_steps, decay_type="linear", min_lr_factor=end_lr / lr
     )
@@ -64,8 +50,8 @@ def causal_routers_only(
 def upcycled(
     config: Trainer.Config, run: str, noise_steps: int | None = None, temperature: float = 1.0
 ) -> Trainer.Config:
-    """``config`` begun with the model of ``run``, a parent of its own, and that run's place in the
-    data; schedule and optimizer anew (arXiv 2407.21770, 2.5).
+    """``config`` started from ``run``, whose model is its parent, at that run's place in the data,
+    with a new schedule and optimizer (arXiv 2407.21770, 2.5).
 
     ``noise_steps``: until when the routers' choice is noisy, falling from ``temperature``; None:
     not at all.
@@ -75,7 +61,7 @@ def upcycled(
     if noise_steps is not None:
         noise = RouterNoise.Config(end_step=noise_steps, temperature=temperature)
     _set_model(config, decoders.with_routers(_model(config), noise=noise))
-    config.start = Start.Config(run=run)
+    config.start = WarmStart.Config(run=run)
     return config
 
 

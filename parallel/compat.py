@@ -1,4 +1,4 @@
-"""All that torchtitan 0.3.0 needs to run on torch 2.13 and on machines without a GPU.
+"""Adapts torchtitan 0.3.0 to torch 2.13 and to machines without a GPU.
 
 Each entry says which event removes it. Nothing else in the project patches anything, but for the
 launcher's agent (``tools/launch.py``).
@@ -79,7 +79,7 @@ def reduce_with_plain_sums(model: nn.Module) -> None:
 
 @contextmanager
 def light_imports() -> Iterator[None]:
-    """Import torchtitan in here: a third sooner, and with as much less memory in every rank.
+    """Import torchtitan in here: 6.7 s of CPU time instead of 10.3, and less memory, in every rank.
 
     Its own text data bring Hugging Face's ``datasets`` (pandas, arrow, aiohttp), and its
     attention is compiled at import, which brings torch's inductor. A run of ours uses neither;

@@ -60,7 +60,7 @@ from earlyfuse.parallel.training.resume_settings import (
 )
 from earlyfuse.parallel.training.skip_step import SkipRule, step_unless_skipped
 from earlyfuse.parallel.training.step_metrics import ModelStatistics, losses, work_done
-from earlyfuse.parallel.training.warm_start import Start
+from earlyfuse.parallel.training.warm_start import WarmStart
 
 
 def resolve(config: "Trainer.Config") -> tuple["Trainer.Config", DataSet]:
@@ -96,7 +96,7 @@ class Trainer(titan.Trainer):
         sampler: Sampler.Config = field(default_factory=Sampler.Config)
         skip: SkipRule.Config = field(default_factory=SkipRule.Config)
         watchdog: Watchdog.Config = field(default_factory=Watchdog.Config)
-        start: Start.Config = field(default_factory=Start.Config)
+        start: WarmStart.Config = field(default_factory=WarmStart.Config)
 
         train_only: Literal["everything", "causal_routers"] = "everything"
         """Leave all but the causal routers as they are: the second stage (docs/moma.md)."""

@@ -1,4 +1,4 @@
-"""How every tool ends: one line for what the user can change, and the exit status that says so."""
+"""Runs a tool's command: one line and an exit status for what the user can change."""
 
 import sys
 from collections.abc import Callable

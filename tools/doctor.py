@@ -1,4 +1,4 @@
-"""What a config asks of a cluster, before there is one.
+"""Predicts what a config needs of a cluster.
 
 ``python -m earlyfuse.tools.doctor traffic CONFIG --gpus 8 64 1024``: bytes per step, and how long a
 step would take by a simple model. ``python -m earlyfuse.tools.doctor presets``: parameters, FLOPs

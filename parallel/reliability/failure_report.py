@@ -1,4 +1,4 @@
-"""Says why a job failed: once, last on the console, and by the rank that met the cause.
+"""Reports why a job failed: once, last on the console, by the rank that met the cause.
 
 A rank that fails takes the others along: their connections break, and each of them could report
 that. So whoever fails first enters its cause where all ranks look before its connections close: in

@@ -1,5 +1,5 @@
-"""Requests to stop: SIGTERM and SIGUSR1, to this process or to the launcher of its host; and the
-end with a parent that was killed.
+"""Handles preemption: SIGTERM and SIGUSR1, to this process or to its host's launcher, ask to stop;
+a process also ends with a parent that was killed.
 
 A launcher that must outlive the request (``tools/launch.py``) cannot pass a signal on to ranks that
 are still starting. It makes a file instead, whose path its ranks find in the environment.

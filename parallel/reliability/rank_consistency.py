@@ -1,7 +1,7 @@
-"""What all ranks of a job must have in common, looked at once, before anything is built.
+"""Checks at startup that all ranks agree on config, software versions and clocks.
 
-Another config on one rank would end in a hang or, worse, in a wrong result: it is an error. Other
-versions and a clock that is off are reported, since what follows from them is hard to trace back.
+A different config on one rank would cause a hang or, worse, a wrong result: it is an error.
+Different versions and clock skew are warnings, since their consequences are hard to trace back.
 """
 
 import json
@@ -24,7 +24,7 @@ CLOCK_ROUNDS = 3
 
 
 class Facts(NamedTuple):
-    """What one rank is made of. ``clocks``: its wall clock right after each of some barriers."""
+    """Host and software of one rank; ``clocks``: its wall clock right after each barrier."""
 
     host: str
     versions: dict[str, str]

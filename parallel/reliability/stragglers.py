@@ -1,4 +1,4 @@
-"""Which rank is slow: the ranks' own times in a logged step, compared in one small gather.
+"""Finds stragglers: compares the ranks' own times in a logged step by one small gather.
 
 Collectives make all ranks take equally long, so the wall time of a step names nobody. A rank's own
 time leaves out what it spent waiting for others. On CPU that is known: a thread that waits in a

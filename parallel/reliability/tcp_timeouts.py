@@ -1,4 +1,4 @@
-"""A connection to a host that is gone breaks within a minute, instead of a quarter of an hour.
+"""Limits TCP connections so that one to a lost host breaks within a minute, not a quarter hour.
 
 When a cable is cut or a host loses power, nobody closes its connections. Linux goes on sending for
 about 15 minutes (``net.ipv4.tcp_retries2``), and whoever waits for an answer meanwhile cannot end:

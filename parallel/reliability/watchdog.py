@@ -1,14 +1,14 @@
-"""A job that stands still ends, and says which rank held it up and where.
+"""Detects hangs: aborts a stalled job and names the rank, host, step and phase at fault.
 
-Each rank tells, from a thread of its own, where its training stands: step, phase, for how long, and
-a beat that only counts. The reports go to the job's store. A rank that has itself not moved for as
-long as it may reads those of all: the culprits are ranks without a beat (stopped, or their host is
-gone), else those furthest behind. It then writes the finding and every thread's stack into the run
-folder, kills culprits of its own host, and ends, and so the launcher ends or restarts the job. A
-rank that stands in wait for one that has said why it ends (``last_words``) ends at once.
+A thread of each rank reports where its training is: step, phase, for how long, and a beat that
+only counts. The reports go to the job's store. A rank past its own limit reads those of all: the
+culprits are ranks without a beat (stopped, or their host is gone), else those furthest behind. It
+then writes the finding and every thread's stack into the run folder, kills culprits of its own
+host, and ends, and so the launcher ends or restarts the job. A rank that waits for one that has
+reported its failure (``failure_report``) ends at once.
 
-A job that is only slow goes on: a rank waits for one that is behind as long as *that* one may take,
-and start, first step, validation and checkpoint may take longer than the phases of other steps.
+A job that is only slow continues: a rank waits for one that is behind as long as *that* one may
+take, and start, first step, validation and checkpoint may take longer than other phases.
 """
 
 import faulthandler
@@ -40,7 +40,7 @@ FOLDER = "stalls"
 
 
 class Phase(IntEnum):
-    """Where a rank can stand, in the order within a step."""
+    """Phases of a rank, in their order within a step."""
 
     START = 0
     DATA = 1
@@ -59,7 +59,7 @@ SLOW = (Phase.START, Phase.VALIDATION, Phase.CHECKPOINT)
 
 
 class Report(NamedTuple):
-    """What one rank says of itself; times in seconds of its own clock."""
+    """The report of one rank; times in seconds by its own clock."""
 
     step: int
     phase: int
@@ -78,7 +78,7 @@ class Report(NamedTuple):
 
 
 Reports = dict[int, Report | None]
-"""Of all ranks; none of a rank that has not told anything yet."""
+"""Reports by rank; None for a rank that has not reported yet."""
 
 
 class Watchdog(Configurable):
@@ -252,7 +252,7 @@ class Watchdog(Configurable):
 def find_stall(
     mine: Report, before: Reports, now: Reports, keeper: Report | None = None
 ) -> tuple[str, list[Report]]:
-    """Who holds the job up, in words, and the last reports of ranks that have stopped altogether.
+    """Finds the ranks at fault: a description, and the last reports of ranks that have stopped.
 
     ``mine``: the report of the rank that asks. ``before``, ``now``: those of all ranks at two
     times, {} if the store did not answer. ``keeper``: the last of rank 0, if the store is its own.
@@ -294,7 +294,7 @@ def _stopped(rank: int, report: Report) -> str:
 
 
 def _late(report: Report) -> bool:
-    """At its limit, but for what it may have waited since it told."""
+    """Whether it is at its limit, allowing for the time since its report."""
     return report.idle >= 0.8 * report.allowed
 
 

@@ -1,12 +1,11 @@
-"""Where a run's numbers go: ``metrics.jsonl``, TensorBoard and the console, all per modality.
+"""Logs a run's metrics to ``metrics.jsonl``, TensorBoard, Weights & Biases and the console.
 
 ``metrics.jsonl`` has one JSON object per logged step. ``kind`` is "train" or "validation"; modality
-names and sources are the last part of a key (``loss/image``, ``loss_by_source/pairs``; so for
-every sum of the objective), and null is a number that is not finite
-(``metrics_file.py``). A resumed run first drops what the interrupted
-one logged beyond its last checkpoint, so the file reads as if the run had never stopped.
+names and sources are the last part of a key (``loss/image``, ``loss_by_source/pairs``; so for every
+sum of the objective), and null is a number that is not finite (``metrics_file.py``). A resumed run
+first drops lines beyond its checkpoint, so the file reads as if the run had never stopped.
 
-With several ranks a logged step also says what the slowest of them saw (``rank_times.py``).
+With several ranks a logged step also has the times of the slowest (``stragglers.py``).
 """
 
 import sys

@@ -1,7 +1,7 @@
-"""Files that a run can do without: what cannot be written is said and counted, training goes on.
+"""Writes files that a run can do without: failures are reported and counted, training continues.
 
 That holds for metrics, pictures and the description of the run. Checkpoints have rules of their own
-(``checkpoint.py``).
+(``checkpoint/manager.py``).
 """
 
 import os

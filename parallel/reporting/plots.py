@@ -1,4 +1,4 @@
-"""Pictures: of a run, losses and task accuracy over tokens; of several, losses over FLOPs."""
+"""Plots losses and task accuracy of a run over tokens, and losses of several runs over FLOPs."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

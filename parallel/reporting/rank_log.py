@@ -1,4 +1,4 @@
-"""What each rank prints: ``<run folder>/logs/rank-N.log`` under a launcher, and one console.
+"""Redirects each rank's output to ``<run folder>/logs/rank-N.log`` under a launcher.
 
 Under a launcher (RANK is set) both output streams of the process, Python's and that of its
 libraries, go to the rank's own file, appended across restarts. Rank 0's Python output shows on the

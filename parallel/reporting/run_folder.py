@@ -1,4 +1,4 @@
-"""A run's folder: what was run (``run.json``), and whether it can be written at all."""
+"""Manages a run's folder: its description (``run.json``), its lock, and whether it is writable."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The picture of a run's samples: captions, their true images, and what the model wrote."""
+"""Draws a run's samples: captions, their true images, and what the model generated."""
 
 import textwrap
 import warnings

@@ -1,4 +1,4 @@
-"""The data of a run: a prepared folder (docs/data.md), its mix, and what must agree with the model.
+"""Finds the data of a run (docs/data.md), mixes their sources, and checks them against the model.
 
 Folder: ``train/<source>/``, ``validation/<source>/``, ``tokenizers/``.
 """
@@ -62,9 +62,8 @@ class DataSet(Configurable):
         folder = data_folder(config)
         if folder is None:
             raise ValueError(
-                "data.folder is not set, and this config brings no data: give a folder of prepared "
-                "data with --data.folder FOLDER. `python -m earlyfuse.tools.prepare build --out "
-                "FOLDER …` makes one of your shards (docs/data.md)"
+                "data.folder is required for this config: pass --data.folder FOLDER, written by "
+                "`python -m earlyfuse.tools.prepare build --out FOLDER …` (docs/data.md)"
             )
         self.folder = folder
         self._opened: dict[Path, TokenSource] = {}

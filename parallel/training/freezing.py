@@ -1,4 +1,4 @@
-"""What of a model learns: all of it, or in the second stage its causal routers alone."""
+"""Selects trainable parameters: the whole model, or in the second stage its causal routers."""
 
 import re
 from collections.abc import Callable

@@ -1,8 +1,8 @@
-"""What a resume may change: each setting is applied from the next step on, or refused by name.
+"""Compares settings at a resume: a change is applied from the next step on, or refused by name.
 
-Every checkpoint notes what of its config decides the computation, and what was changed at earlier
-resumes (``settings.json``; equal runs have equal ones, wherever they are). A resume compares them
-with its own config by the table below; so what ``run.json`` says is what is computed.
+Every checkpoint records the settings that decide the computation and the changes of earlier resumes
+(``settings.json``; equal runs have equal ones, wherever they are). A resume compares them with its
+config by the table below, so ``run.json`` always describes what is computed.
 """
 
 import json

@@ -1,11 +1,10 @@
-"""A run that begins where another one stopped, with another model: upcycled, or a second stage.
+"""Warm start: begins a run with the parameters and data position of another run's checkpoint.
 
-Taken from the other run's checkpoint: the parameters, by the map of ``models/upcycle.py``, and the
-place of every lane in the data, so that no document comes twice. Begun anew: optimizer, schedule,
-step, skip rule, and the counters of tokens and FLOPs, which count this run alone: what the other
-one took is in its own folder.
+The models may differ: upcycling and second stages map parameters by ``models/upcycle.py``. The
+position of every lane is kept, so that no document comes twice. Optimizer, schedule, step, skip
+rule and the counters of tokens and FLOPs start at zero.
 
-Every rank reads the regions that it holds, on any layout, whatever layout wrote them.
+Every rank reads its own shards, whatever layout wrote them.
 """
 
 from collections import defaultdict
@@ -40,24 +39,24 @@ from earlyfuse.parallel.checkpoint.manifest import EVERYTHING, read_manifest
 from earlyfuse.parallel.reporting.run_folder import DESCRIPTION, read_config
 
 
-class Start(Configurable):
-    """Takes over what another run has learned; nothing if ``run`` is empty."""
+class WarmStart(Configurable):
+    """Loads parameters and data position of another run; does nothing if ``run`` is empty."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(Configurable.Config):
         run: str = ""
-        """Folder of the run to begin with; its model may be a parent of this one (docs/moma.md)."""
+        """Folder of the run to start from; its model may be a parent of this one (docs/moma.md)."""
 
         step: int = -1
         """Step of its checkpoint; -1: the one completed last."""
 
         data: bool = True
-        """Go on in the data where it stopped; else from the beginning."""
+        """Continue in the data where that run stopped; otherwise start at their beginning."""
 
     def __init__(self, config: Config):
         self.config = config
 
-    def find(self, child: Decoder.Config) -> "Seed | None":
+    def find(self, child: Decoder.Config) -> "ParentCheckpoint | None":
         """The checkpoint to begin with; ``ValueError`` if there is none or it cannot become
         ``child``. Reads no tensor. All ranks call it.
         """
@@ -79,36 +78,42 @@ class Start(Configurable):
             )
         latest = step == -1
         folder_of_step = latest_checkpoint(folder.root) if latest else folder.complete(step)
-        seed = Seed(folder_of_step, described.object("model_spec").field("model", dict))
-        if found := damage_seen_by_all(seed.folder):
+        parent = ParentCheckpoint(
+            folder_of_step, described.object("model_spec").field("model", dict)
+        )
+        if found := damage_seen_by_all(parent.folder):
             raise ValueError(
-                f"checkpoint {seed.folder} is damaged: {found}. Restore the files, or begin with "
+                f"checkpoint {parent.folder} is damaged: {found}. Restore the files, or begin with "
                 "another one by --start.step"
             )
-        if self.config.data and read_manifest(seed.folder).holds != EVERYTHING:
+        if self.config.data and read_manifest(parent.folder).holds != EVERYTHING:
             raise ValueError(
-                f"checkpoint {seed.folder} holds only weights (checkpoint.last_save_model_only), "
+                f"checkpoint {parent.folder} holds only weights (checkpoint.last_save_model_only), "
                 "not where its data stood; begin with an earlier one by --start.step, or from the "
                 "beginning of the data with --start.no-data"
             )
         try:
-            inherit(seed.shapes(), seed.model, child)
+            inherit(parent.shapes(), parent.model, child)
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise ValueError(
                 f"{run / DESCRIPTION}: config.model_spec.model describes no model ({error!r}); "
                 "restore the file, or take another run"
             ) from error
-        return seed
+        return parent
 
     def take_over(
-        self, seed: "Seed", child: Decoder.Config, parts: list[Any], loader: LaneLoader
+        self,
+        parent: "ParentCheckpoint",
+        child: Decoder.Config,
+        parts: list[Any],
+        loader: LaneLoader,
     ) -> str:
         """Fill the parameters of ``parts`` in place and set the loader; returns what was done.
 
         ``ValueError`` if the data are not those of the other run. All ranks call it.
         """
         if self.config.data:
-            reader = DcpReader(seed.folder)
+            reader = DcpReader(parent.folder)
             try:
                 refuse_other_data(loader, reader)
             except ValueError as error:
@@ -116,18 +121,18 @@ class Start(Configurable):
                     f"{error}; or begin anew in the data with --start.no-data"
                 ) from error
             load_dcp({DATALOADER: loader}, reader)
-        origins = inherit(seed.shapes(), seed.model, child)
+        origins = inherit(parent.shapes(), parent.model, child)
         for part in parts:
-            load_inherited(part, origins, seed.folder)
+            load_inherited(part, origins, parent.folder)
         fresh = sum(origin is None for origin in origins.values())
         return (
-            f"begun with {seed.folder}: {len(origins) - fresh} tensors of it, {fresh} new; data "
+            f"begun with {parent.folder}: {len(origins) - fresh} tensors of it, {fresh} new; data "
             f"{'go on' if self.config.data else 'begin anew'}"
         )
 
 
 @dataclass(frozen=True)
-class Seed:
+class ParentCheckpoint:
     """A checkpoint of another run, and ``Decoder.Config.to_dict`` of its model."""
 
     folder: Path
@@ -149,7 +154,7 @@ def load_inherited(model: nn.Module, origins: dict[str, Inherited | None], folde
     regions = _Regions()
     copies: list[tuple[torch.Tensor, torch.Tensor]] = []
     for name, parameter in model.state_dict().items():
-        origin = origins.get(name)  # what routers balance with begins anew
+        origin = origins.get(name)  # router biases are not inherited: they start at zero
         if origin is None:
             continue
         local, offset = local_region(parameter)
@@ -194,7 +199,7 @@ class _Regions(SafeLoadPlanner):
     def set_up_planner(
         self, state_dict: Any, metadata: Metadata | None = None, is_coordinator: bool = False
     ) -> None:
-        """Nothing of the state dict: what is wanted is known."""
+        """Ignore the state dict: the wanted regions are known."""
         self.metadata = metadata
 
     def create_local_plan(self) -> LoadPlan:

@@ -13,8 +13,9 @@ from batches import batch_of, context_of
 from tiny_runs import MAMBA_SHAPE, MAMBAS, loud
 from torch import nn
 
-from earlyfuse.configs import embedded, mamba_decoders
+from earlyfuse.configs import mamba_decoders
 from earlyfuse.configs.mamba_decoders import PROJECTIONS
+from earlyfuse.configs.optimizers import adamw
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.vocabulary import Modality
 
@@ -231,7 +232,7 @@ def test_blocks_take_vectors_as_well_as_tokens():
 
 
 def test_rates_of_decay_skip_and_biases_are_not_decayed():
-    settings = embedded.adamw(1e-3).param_groups
+    settings = adamw(1e-3).param_groups
     undecayed = set()
     for name, _ in MAMBAS["hybrid"]().build().named_parameters():
         group = next(g for g in settings if re.search(g.pattern, name))

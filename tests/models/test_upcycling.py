@@ -14,7 +14,7 @@ from earlyfuse.models.context import ForwardSettings
 from earlyfuse.models.routing.gumbel_noise import RouterNoise, noise_of_step
 from earlyfuse.models.upcycle import shapes, upcycle
 from earlyfuse.models.vocabulary import Modality
-from earlyfuse.parallel.training.warm_start import Seed, Start, load_inherited
+from earlyfuse.parallel.training.warm_start import ParentCheckpoint, WarmStart, load_inherited
 
 DENSE, UNTIED = decoders.dense(SHAPE), decoders.moe_1t1i(SHAPE)
 MAMBA = mamba_decoders.mamba(MAMBA_SHAPE)
@@ -215,7 +215,7 @@ def test_what_cannot_grow_is_refused_by_name(parent, child, says):
 
 def test_a_checkpoint_read_in_regions_gives_what_the_map_says(seed):
     config = stages.upcycled(tiny_config(seed, seed), str(seed)).model_spec.model
-    found = Start.Config(run=str(seed)).build().find(config)
+    found = WarmStart.Config(run=str(seed)).build().find(config)
     parent = UNTIED.build()
     torch.distributed.checkpoint.load(parent.state_dict(), checkpoint_id=found.folder)
     model = filled(config, seed=1)
@@ -251,7 +251,7 @@ def test_without_its_data_a_run_begins_at_their_beginning(tmp_path, data, seed):
 def test_what_cannot_be_begun_with_is_refused_before_anything_is_written(tmp_path, data, seed):
     def refused(match: str, **fields) -> None:
         config = tiny_config(tmp_path / "out", data, moma())
-        config.start = Start.Config(**{"run": str(seed)} | fields)
+        config.start = WarmStart.Config(**{"run": str(seed)} | fields)
         if "dataloader seed" in match:
             config.dataloader.seed = 7
         with pytest.raises(ValueError, match=match.removeprefix("dataloader ")):
@@ -276,7 +276,7 @@ def test_what_cannot_be_begun_with_is_refused_before_anything_is_written(tmp_pat
 def test_a_run_of_mamba_goes_on_as_a_mixture(tmp_path, data):
     first = run(tiny_config(tmp_path / "dense", data, MAMBA, steps=2))
     config = tiny_config(tmp_path / "mixture", data, mamba_decoders.grown(MAMBA), steps=1)
-    config.start = Start.Config(run=str(tmp_path / "dense"))
+    config.start = WarmStart.Config(run=str(tmp_path / "dense"))
     second = config.build()
     seed = config.start.build().find(config.model_spec.model)
     load_inherited(second.model, upcycle(MAMBA, config.model_spec.model), seed.folder)
@@ -289,8 +289,8 @@ def test_a_run_of_mamba_goes_on_as_a_mixture(tmp_path, data):
 
 
 def test_a_seed_tells_its_parameters_without_reading_them(seed):
-    found = Start.Config(run=str(seed)).build().find(UNTIED)
-    assert isinstance(found, Seed) and found.shapes() == shapes(UNTIED)
+    found = WarmStart.Config(run=str(seed)).build().find(UNTIED)
+    assert isinstance(found, ParentCheckpoint) and found.shapes() == shapes(UNTIED)
 
 
 # ---------------------------------------------------------------- noise

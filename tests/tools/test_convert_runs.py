@@ -18,7 +18,7 @@ from earlyfuse.data.atomic import sha256_file
 from earlyfuse.parallel.checkpoint import initial_load
 from earlyfuse.parallel.checkpoint.open_checkpoint import load_model
 from earlyfuse.parallel.trainer import Trainer
-from earlyfuse.parallel.training.warm_start import Start
+from earlyfuse.parallel.training.warm_start import WarmStart
 from earlyfuse.tools.convert import convert
 from earlyfuse.tools.documents import ModelFolder
 
@@ -166,7 +166,7 @@ DAMAGED = [b"", b"{", b"[]", b"{}", b"[" * 9999, b'{"config": 1}', b"\xff"]
 def test_a_damaged_description_of_a_run_is_refused_by_file(trained, data, tmp_path, content):
     shutil.copytree(trained[0], tmp_path / "run")
     (tmp_path / "run" / "run.json").write_bytes(content)
-    start = Start.Config(run=str(tmp_path / "run"))
+    start = WarmStart.Config(run=str(tmp_path / "run"))
     for read in (
         load_model,
         ModelFolder.read,

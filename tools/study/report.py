@@ -1,4 +1,4 @@
-"""What a study says of its runs: held-out losses at FLOPs that all of them have reached.
+"""Compares the runs of a study: held-out losses at FLOPs that all of them have reached.
 
 P points of a curve, S seeds.
 """
