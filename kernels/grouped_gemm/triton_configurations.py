@@ -39,7 +39,7 @@ def _config(m: int, n: int, k: int, warps: int, stages: int, per_sm: int = 1) ->
     return triton.Config(blocks, num_warps=warps, num_stages=stages, pre_hook=_set_tiles)
 
 
-# None of these spills on sm_80, sm_90 or sm_100 (tests/test_kernels_compiled.py); half precision:
+# None of these spills on sm_80, sm_90 or sm_100 (test_kernels_compiled.py); half precision:
 HALF = (
     _config(128, 128, 64, 8, 3),
     _config(256, 128, 64, 8, 3),

@@ -231,7 +231,7 @@ def test_what_cannot_be_written_is_refused(mot):
     refused([BOS, 5, EOS], "has ended with eos")
     refused([BOS], r"new_tokens \(5\) must be at least 6", mode="image", room=5)
     refused([BOS, BEGIN, 33, 34], r"new_tokens \(2\) must be at least 3", room=2)
-    refused([BOS], r"mode \('film'\) must be one of text, interleaved, image, speech", mode="film")
+    refused([BOS], r"mode \('film'\) must be one of text, interleaved, image", mode="film")
     text_only = replace(VOCABULARY, media=())
     refused([BOS], "needs a vocabulary with image codes", mode="image", vocabulary=text_only)
     with pytest.raises(ValueError, match=r"top_p \(0\) must be in \(0, 1\]"):
