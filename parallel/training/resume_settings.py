@@ -150,7 +150,9 @@ def compared(config: dict[str, Any]) -> dict[str, Any]:
     def part(value: Any, field: str) -> Any:
         if isinstance(value, dict) and field not in _NAMED_BY_USERS:
             names = {name: f"{field}.{name}" if field else name for name in value}
-            return {n: part(value[n], inner) for n, inner in names.items() if matters(inner)}
+            parts = {n: part(value[n], inner) for n, inner in names.items() if matters(inner)}
+            # a section of which nothing matters is not a setting
+            return {n: kept for n, kept in parts.items() if kept != {} or value[n] == {}}
         if isinstance(value, list):
             return [part(inner, f"{field}[{place}]") for place, inner in enumerate(value)]
         return value

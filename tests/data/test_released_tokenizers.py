@@ -14,10 +14,11 @@ import pytest
 import torch
 from public_mambas import hugging_face, write_mamba_ssm
 from raw_shards import documents_of, quiet, spec_of, write_tar
-from tiny_runs import tiny_config
+from tiny_runs import SHAPE, tiny_config
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.trainers import BpeTrainer
 
+from earlyfuse.configs.decoders import dense
 from earlyfuse.data.console import console_stream
 from earlyfuse.data.prepare import prepare
 from earlyfuse.data.tokenizers import Tokenizers
@@ -108,12 +109,14 @@ def test_a_document_that_began_with_the_end_token_ends_with_the_next(pad):
     class Ends(torch.nn.Module):
         """Prefers the padding, then the end."""
 
+        config = dense(SHAPE)
+
         def __init__(self):
             super().__init__()
             self.weight = torch.nn.Parameter(torch.zeros(1))
 
-        def forward(self, tokens_BS, *_, **__):
-            logits = torch.zeros(len(tokens_BS), 1, 6)
+        def forward(self, batch, *_, **__):
+            logits = torch.zeros(len(batch.tokens_BS), 1, 6)
             logits[..., 0], logits[..., 2] = 1.0, 2.0
             return logits
 

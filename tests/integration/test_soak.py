@@ -30,6 +30,7 @@ ENDLESS = 1_000_000
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.skipif("SOAK_ROUNDS" not in os.environ, reason="minutes a round: set SOAK_ROUNDS"),
     pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux's /proc"),
 ]
 
@@ -188,7 +189,7 @@ def test_a_run_that_met_every_fault_is_the_undisturbed_one_bit_for_bit(jobs):
     dice = random.Random(int(os.environ.get("SOAK_SEED", "0")))
     harmed.start()
     until(lambda: harmed.last_step() > 2 * SAVE_EVERY)  # two checkpoints: one may be damaged
-    for _ in range(int(os.environ.get("SOAK_ROUNDS", "1"))):
+    for _ in range(int(os.environ["SOAK_ROUNDS"])):
         for fault in dice.sample(FAULTS, len(FAULTS)):
             time.sleep(dice.uniform(0, 5))
             begin = time.monotonic()

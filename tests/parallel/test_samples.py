@@ -126,8 +126,10 @@ def test_prompts_that_do_not_fit_a_row_are_left_out(tmp_path, data, monkeypatch)
     monkeypatch.setattr(sample_generation, "_rank", lambda: 0)
     monkeypatch.setattr(sample_generation.dist, "get_world_size", lambda: 1)
 
+    model = decoders.dense(SHAPE).build()
+
     def pairs(seq_len):
-        return config.build(model=torch.nn.Linear(1, 1), seq_len=seq_len).pairs
+        return config.build(model=model, seq_len=seq_len).pairs
 
     assert len(pairs(lengths[-1])) == 4
     assert lengths[0] < lengths[-1]

@@ -205,8 +205,10 @@ def test_parameters_that_are_not_finite_stop_the_run_before_they_are_saved(tmp_p
 def test_a_closed_trainer_draws_no_more_batches(tmp_path, data):
     config = tiny_config(tmp_path, data, steps=1)
     config.checkpoint.enable = config.validator.enable = False
+    before = set(threading.enumerate())
     trainer = run(config)
-    assert not [x for x in threading.enumerate() if x.name == "earlyfuse-prefetch"]
+    begun = set(threading.enumerate()) - before
+    assert not [thread for thread in begun if thread.name == "earlyfuse-prefetch"]
     assert trainer.dataloader.lanes[:, -1].tolist() == [1] * 4, "what was drawn ahead is forgotten"
 
 

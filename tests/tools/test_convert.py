@@ -100,7 +100,7 @@ def test_transformers_computes_an_exported_model_of_ours(tmp_path, norm_order):
     assert theirs.model.vocabulary_mapping.image_tokens == list(range(32, 48))
     tokens = TOKENS % 48
     with torch.no_grad():
-        expected = ours(tokens)
+        expected = ours(batch_of(tokens))
     torch.testing.assert_close(logits(theirs.eval(), tokens), expected, rtol=0, atol=2e-5)
 
 
@@ -166,7 +166,7 @@ def test_configs_of_older_transformers_and_with_defaults_left_out_are_read(tmp_p
     change_json(tmp_path / "hf" / "config.json", **gone, rope_theta=theta)
     found, _ = load_model(tmp_path / "hf")
     with torch.no_grad():
-        assert torch.equal(found(TOKENS), expected(TOKENS))
+        assert torch.equal(found(batch_of(TOKENS)), expected(batch_of(TOKENS)))
 
 
 def test_a_tied_head_that_is_in_the_files_and_old_buffers_are_read_as_transformers_does(tmp_path):
@@ -317,7 +317,7 @@ def test_a_dtype_is_that_of_every_tensor_and_rounds_once(tmp_path):
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
     loaded, _ = load_model(tmp_path / "bf16", dtype=torch.float32)
     with torch.no_grad():
-        assert loaded(TOKENS % 48).dtype == torch.float32
+        assert loaded(batch_of(TOKENS % 48)).dtype == torch.float32
 
 
 def test_files_are_those_that_the_library_writes(tmp_path):
@@ -456,11 +456,13 @@ def test_what_is_upcycled_computes_what_its_parent_does(form, tmp_path):
     modality = vocabulary.modality_of(tokens)
     assert modality.any() and not modality.all()
     with torch.no_grad():
-        expected = parent(tokens, modality)
-        torch.testing.assert_close(child(tokens, modality), expected, rtol=0, atol=1e-6)
+        batch = batch_of(tokens, modality)
+        expected = parent(batch)
+        torch.testing.assert_close(child(batch), expected, rtol=0, atol=1e-6)
         if untied:
             assert child.layers["1"].mamba.in_proj.weight.ndim == 3
-            assert torch.equal(child(tokens), parent(tokens)), "of one modality, bit for bit"
+            text = batch_of(tokens)
+            assert torch.equal(child(text), parent(text)), "of one modality, bit for bit"
 
 
 def test_upcycled_experts_are_copies_and_routers_are_those_of_a_new_model(tmp_path):

@@ -15,6 +15,7 @@ from toy import VOCABULARY, make_data
 
 from earlyfuse.configs import decoders
 from earlyfuse.data.atomic import sha256_file
+from earlyfuse.models.batch import MixedBatch
 from earlyfuse.parallel.checkpoint import initial_load
 from earlyfuse.parallel.checkpoint.open_checkpoint import load_model
 from earlyfuse.parallel.trainer import Trainer
@@ -213,7 +214,9 @@ def test_hugging_faces_model_is_trained_here_and_goes_back(tmp_path):
     back = transformers.ChameleonForConditionalGeneration.from_pretrained(tmp_path / "back").eval()
     ours, _ = load_model(tmp_path / "run")
     with torch.no_grad():
-        expected = ours(TOKENS)
+        expected = ours(MixedBatch.of(TOKENS))
         found = back.lm_head(back.model(input_ids=TOKENS).last_hidden_state)
-        assert not torch.allclose(start(TOKENS), expected, atol=1e-2), "nothing was learned"
+        assert not torch.allclose(start(MixedBatch.of(TOKENS)), expected, atol=1e-2), (
+            "nothing was learned"
+        )
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
