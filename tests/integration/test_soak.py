@@ -3,7 +3,7 @@ equals the undisturbed run bit for bit.
 
     SOAK_ROUNDS=20 SOAK_SEED=1 pytest tests/integration/test_soak.py
 
-One round (the default) has each fault once and takes minutes.
+A round has each fault once and takes minutes; without SOAK_ROUNDS the test is skipped.
 """
 
 import json
