@@ -87,7 +87,9 @@ class Router(Module):
         @property
         def rows_per_token(self) -> float:
             """Experts that a token takes, on average."""
-            raise NotImplementedError
+            raise NotImplementedError(
+                f"{self.kind} must say its rows per token: override Config.rows_per_token"
+            )
 
         def check_pool(self, name: str, groups: Sequence[int]) -> None:
             """``ValueError`` unless it fits a pool of these modality groups, () for all."""
