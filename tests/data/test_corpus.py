@@ -18,15 +18,11 @@ import pytest
 from PIL import Image
 
 from earlyfuse.data.documents import Document
-from earlyfuse.data.embedded import (
+from earlyfuse.data.embedded import builder, compose, digits, glyphs, speech
+from earlyfuse.data.embedded.builder import (
     SOURCES,
     CorpusPaths,
     build_corpus,
-    builder,
-    compose,
-    digits,
-    glyphs,
-    speech,
 )
 from earlyfuse.data.embedded.tasks import tasks as tasks_of
 from earlyfuse.data.prepare.embedded import prepare_corpus
@@ -95,7 +91,7 @@ def hashes(folder):
 def test_another_process_with_other_hashes_and_locale_writes_the_same_bytes(corpus, tmp_path):
     again = tmp_path / "again"
     program = (
-        "import pathlib, sys; from earlyfuse.data.embedded import build_corpus; "
+        "import pathlib, sys; from earlyfuse.data.embedded.builder import build_corpus; "
         f"build_corpus(pathlib.Path(sys.argv[1]), scale={SCALE})"
     )
     odd = {"PYTHONHASHSEED": "77", "LC_ALL": "C", "TZ": "Asia/Tokyo", "PYTHONUTF8": "0"}
