@@ -68,5 +68,5 @@ def _check_own(out: Path) -> None:
     if others:
         raise ValueError(
             f"out ({out}) holds {printable(min(others))} and no raw/{CORPUS_FILE}, so it is not "
-            "the embedded corpus; give a new or an empty folder"
+            "the embedded corpus; give a new or an empty one"
         )

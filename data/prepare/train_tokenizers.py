@@ -71,7 +71,7 @@ class _Counts(Tally):
         elif what == "text" or not documents:
             remedy = f"give other shards, or a ready {what} tokenizer"
         else:
-            remedy = f"set {what}_tokenizer to 'none' to prepare the rest alone"
+            remedy = f"give {what}_tokenizer 'none' to prepare the rest alone"
         return ValueError(
             f"the training sources hold no {what} to train a tokenizer on: {found}; {remedy}"
         )

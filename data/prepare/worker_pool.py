@@ -9,12 +9,13 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import fields
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
-from earlyfuse.data.media import MEDIA
+from earlyfuse.data.media import MEDIA, Medium
 from earlyfuse.models.vocabulary import Modality
 
 Job = TypeVar("Job")
@@ -38,7 +39,7 @@ class ProcessPool:
                 "forkserver" if "forkserver" in methods else "spawn"
             )
             context.set_forkserver_preload(["earlyfuse.data.prepare.tokenise"])
-            media = {label: _pickled(label) for label in MEDIA}
+            media = {label: _fields(label) for label in MEDIA}
             self._executor = ProcessPoolExecutor(
                 workers, context, _start_worker, (Modality.LABELS, media)
             )
@@ -83,29 +84,35 @@ def _explaining_death(result: Callable[[], Result]) -> Result:
         ) from error
 
 
-def _pickled(label: str) -> bytes:
-    """The row of a medium for workers. ``ValueError`` where they could not import its module."""
+def _fields(label: str) -> dict[str, Any]:
+    """Fields of a medium but its modality, which a worker registers before it uses the others.
+
+    Raises ``ValueError`` if workers could not import its module.
+    """
     try:
         function = MEDIA[label].module
         if function.__module__ == "__main__" and not hasattr(sys.modules["__main__"], "__file__"):
             raise ValueError(f"{function.__qualname__} is defined interactively")
-        return pickle.dumps(MEDIA[label])
+        pickle.dumps(function)
     except Exception as error:
         raise ValueError(
             f"medium {label!r} cannot be sent to worker processes ({error}); define the function "
             "`module` of its row at the top of an importable file, or set workers to 1"
         ) from error
+    names = [field.name for field in fields(Medium) if field.name != "modality"]
+    return {name: getattr(MEDIA[label], name) for name in names}
 
 
-def _start_worker(labels: list[str], media: dict[str, bytes]) -> None:
-    """``labels`` and ``media``: modalities and rows of the main process, some registered there."""
+def _start_worker(labels: list[str], media: dict[str, dict[str, Any]]) -> None:
+    """``labels``, ``media``: modalities and rows of the main process, which may have added some."""
     torch.set_num_threads(1)
     # Ctrl-C reaches the main process too, which ends its workers
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     for label in labels:
         Modality.register(label)
-    MEDIA.update({label: pickle.loads(row) for label, row in media.items()})
+    for label, values in media.items():
+        MEDIA[label] = Medium(modality=Modality[label], **values)
 
 
 def _end_with_parent() -> None:

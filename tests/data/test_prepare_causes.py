@@ -173,13 +173,13 @@ def test_sources_whose_images_are_lost_are_told_why_and_not_to_go_without(
 ):
     message = refusal(tmp_path, members(rng))
     assert f"{counted} ({tmp_path / 'raw' / '0.tar'}: {example}" in message
-    assert "'none'" not in message and "sentencepiece" not in message
+    assert "none'" not in message and "sentencepiece" not in message
 
 
 def test_sources_of_text_are_told_how_to_prepare_it_alone(rng, tmp_path):
     members = [*articles(rng, 20), ("x.txt", b"words"), ("x.json", b'{"url": "u"}')]
     message = refusal(tmp_path, members)
-    assert "21 documents without any" in message and "image_tokenizer to 'none'" in message
+    assert "21 documents without any" in message and "image_tokenizer 'none'" in message
 
 
 def test_sources_without_text_are_told_before_a_tokenizer_is_learnt(rng, tmp_path):
