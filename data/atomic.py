@@ -1,4 +1,4 @@
-"""Files that exist whole or not at all, whatever moment the process is killed."""
+"""Atomic writes: a file exists whole or not at all, whenever the process is killed."""
 
 import errno
 import hashlib
@@ -15,10 +15,10 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """A binary file that takes the place of ``path`` when the block ends without an error.
+    """Open a binary file that replaces ``path`` when the block ends without an error.
 
-    Data reach the disk before the name does, so neither a killed process nor a lost machine leaves
-    a half-written file under ``path``. A killed process may leave ``*.part``:
+    Data are synced to disk before the rename, so neither a killed process nor a crashed machine
+    leaves a partial file under ``path``. A killed process may leave ``*.part``; see
     ``remove_temporaries``.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
@@ -31,21 +31,21 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno in _NO_ROOM and error.filename is None:
-            error.filename = str(path)  # writing does not say where
+            error.filename = str(path)  # errors of writing name no file
         raise
     _sync_folder(path.parent)
 
 
 def atomic_write_bytes(path: Path, content: bytes) -> None:
-    """Put ``content`` at ``path`` in one step."""
+    """Write ``content`` to ``path`` atomically."""
     with atomic_write(path) as file:
         file.write(content)
 
 
 def atomic_write_json(path: Path, value: Any) -> None:
-    """Put ``value`` at ``path`` as JSON with sorted keys: equal values give equal bytes.
+    """Write ``value`` to ``path`` as JSON with sorted keys: equal values give equal bytes.
 
-    A file that holds these bytes already is left alone.
+    A file that holds these bytes already is not rewritten.
     """
     content = json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False).encode() + b"\n"
     if not path.exists() or path.read_bytes() != content:
@@ -53,7 +53,7 @@ def atomic_write_json(path: Path, value: Any) -> None:
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Delete what a killed process left in ``folder``."""
+    """Delete the temporary files of killed processes in ``folder``."""
     for leftover in folder.glob(f"*{TEMPORARY_SUFFIX}"):
         leftover.unlink(missing_ok=True)
 

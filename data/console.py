@@ -1,5 +1,5 @@
-"""Text for a terminal: what comes from outside cannot move the cursor or hide what stands there,
-and a console that is closed or full costs its lines, not the work of the process.
+"""Console output: text from outside cannot control the terminal, and a console that is closed or
+full loses lines instead of stopping the process.
 """
 
 import io
@@ -18,10 +18,10 @@ _COLOURS = re.compile(r"(\x1b\[[0-9;]*m)")
 
 
 def printable(text: str, keep: str = "") -> str:
-    """``text`` with control characters, surrogates and direction marks as Python escapes.
+    """Escape control characters, surrogates and direction marks in ``text`` as Python does.
 
-    ``keep``: control characters left as they are, such as ``"\\n\\t"`` for a text of several lines.
-    File names, sample keys, generated text and values of files all pass here before ``print``.
+    ``keep``: characters that are not escaped, such as ``"\\n\\t"`` for a text of several lines.
+    File names, sample keys, generated text and values from files are escaped before ``print``.
     """
     if text.isprintable():
         return text
@@ -35,7 +35,7 @@ def _escaped(letter: str) -> str:
 
 
 def error_text(error: BaseException) -> str:
-    """What ``error`` says, printable; that of an ``OSError`` with its file first."""
+    """The message of ``error``, printable; of an ``OSError`` with the file first."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         name = error.filename
         return printable(f"{os.fsdecode(name) if isinstance(name, bytes) else name}: ") + (
@@ -45,13 +45,13 @@ def error_text(error: BaseException) -> str:
 
 
 def protect_console() -> None:
-    """Replace standard output and error by ``console_stream``; the first act of every ``main``.
+    """Replace standard output and error by ``console_stream``; called first in every ``main``.
 
-    Streams that somebody else has put there (a test's, a notebook's) are left alone.
+    Streams that are not the interpreter's own (a test's, a notebook's) are not replaced.
     """
     for number, name in ((1, "stdout"), (2, "stderr")):
         stream: Any = getattr(sys, name)
-        if stream is None:  # started with the descriptor closed: no file may get its number
+        if stream is None:  # descriptor closed at start: no file may reuse it
             _open_null(number)
             setattr(sys, name, console_stream(number))
         elif _writes_to(stream, number):
@@ -62,11 +62,11 @@ def protect_console() -> None:
 
 
 def console_stream(descriptor: int, encoding: str = "utf-8", lines: bool = True) -> TextIO:
-    """A text stream to ``descriptor`` that raises nothing: what cannot be written is lost.
+    """A text stream to ``descriptor`` that never raises: output that cannot be written is lost.
 
-    Letters that ``encoding`` lacks are escaped, and so are control characters: those of
-    ``printable``, besides line breaks and tabs, and in a terminal colours and returns.
-    ``lines``: write at every end of a line, not only when the buffer is full.
+    Characters that ``encoding`` lacks are escaped, and so are those that ``printable`` escapes,
+    except line breaks and tabs, and in a terminal colours and carriage returns.
+    ``lines``: flush at every line break, not only when the buffer is full.
     """
     return _Console(
         io.BufferedWriter(_Lossy(descriptor, "w", closefd=False)),
@@ -77,7 +77,7 @@ def console_stream(descriptor: int, encoding: str = "utf-8", lines: bool = True)
 
 
 class _Lossy(io.FileIO):
-    """A descriptor that takes everything, and loses what its file does not take."""
+    """A descriptor that drops what cannot be written."""
 
     def write(self, data: Any) -> int:
         written: int | None = None
@@ -90,7 +90,7 @@ class _Console(io.TextIOWrapper):
     def write(self, text: str) -> int:
         if not self.isatty():
             super().write(printable(text, keep="\n\t"))
-        else:  # progress bars return to the begin of their line
+        else:  # progress bars use carriage returns
             parts = enumerate(_COLOURS.split(text))
             super().write(
                 "".join(part if i % 2 else printable(part, keep="\n\t\r") for i, part in parts)
@@ -99,7 +99,7 @@ class _Console(io.TextIOWrapper):
 
 
 def _writes_to(stream: Any, number: int) -> bool:
-    """Whether ``stream`` is the interpreter's own for descriptor ``number``."""
+    """True if ``stream`` is the interpreter's own for descriptor ``number``."""
     if type(stream) is not io.TextIOWrapper:
         return False
     raw = getattr(stream.buffer, "raw", stream.buffer)

@@ -1,7 +1,7 @@
-"""What every raw layout is turned into: an ordered list of text and media segments.
+"""Documents, the common form of all raw layouts: ordered lists of text and media segments.
 
-A document keeps media as the encoded bytes it was read with; decoding (and finding out that an
-image is corrupt) is the business of whoever needs pixels or samples.
+A document holds media as encoded bytes; they are decoded, and found to be corrupt, where pixels or
+samples are needed.
 """
 
 import warnings
@@ -17,9 +17,9 @@ _LONGEST_MESSAGE = 1000  # characters; a damaged file can put anything into an e
 
 @dataclass(frozen=True)
 class Segment:
-    """One stretch of one modality; ``payload`` is text, or an image or audio file's bytes.
+    """Content of one modality; ``payload`` is text, or the bytes of an image or audio file.
 
-    ``origin``: the member or entry that it comes from, for messages.
+    ``origin``: the member or entry it comes from, for messages.
     """
 
     modality: Modality
@@ -39,8 +39,8 @@ class Segment:
 class Document:
     """Segments in reading order; ``key`` is the sample's name inside its shard.
 
-    ``unused``: what else the sample holds, as (kind, name): members that no segment comes from
-    (``(".cls", "0001.cls")``) and images that are listed without their bytes.
+    ``unused``: (kind, name) of members that no segment comes from (``(".cls", "0001.cls")``) and
+    of images that are listed without their bytes.
     """
 
     key: str
@@ -52,9 +52,8 @@ class BadSample(ValueError):
     """A sample, or the rest of a shard, that cannot be used.
 
     ``cause`` is a short kebab-case name, counted per shard (``missing-member``, ``corrupt-image``,
-    ``corrupt-audio``, ``bad-json``, …); the message says what was found and where. Readers *yield*
-    it, so that a policy (skip, stop) is chosen in one place; whoever stops on it raises it. What
-    the message quotes of a file is escaped for a console here.
+    ``corrupt-audio``, ``bad-json``, …); the message says what was found and where, escaped for a
+    console. Readers *yield* it, so that the policy (skip, stop) is applied in one place.
     """
 
     def __init__(self, cause: str, message: str) -> None:
@@ -69,15 +68,15 @@ class BadSample(ValueError):
         return f"{self.message} [{self.cause}]"
 
 
-# causes of ``LostSamples``, and of nothing else
+# causes of ``LostSamples`` only
 LOST_CAUSES = ("truncated", "corrupt-tar")
 
 
 class LostSamples(BadSample):
-    """The rest of a shard, or all of it, that cannot be read; the last that a reader yields.
+    """The unreadable rest of a shard, or all of it; the last item that a reader yields.
 
-    ``size``: bytes of the archive as far as known; ``good_bytes``: up to the end of its last good
-    sample; ``sample_bytes``: mean size of the samples there were, 0 without any.
+    ``size``: bytes of the archive as far as known; ``good_bytes``: offset of the end of its last
+    good sample; ``sample_bytes``: mean size of its samples, 0 without any.
     """
 
     def __init__(
@@ -88,10 +87,10 @@ class LostSamples(BadSample):
         self.size, self.good_bytes, self.sample_bytes = size, good_bytes, sample_bytes
 
     def samples(self, expected: float = 1.0) -> int:
-        """How many are lost, by their bytes, at least one.
+        """Estimated number of lost samples, by their bytes, at least one.
 
-        ``expected``: size of the shards beside it over the size of this one; a file that was cut
-        does not know how long it was.
+        ``expected``: usual size of the source's shards over the size of this one, as the original
+        size of a truncated file is unknown.
         """
         if not self.sample_bytes:
             return 1
@@ -101,13 +100,13 @@ class LostSamples(BadSample):
 
 @dataclass
 class Tally:
-    """How often each kind of thing was met (a cause, a suffix), and the first example of each."""
+    """Counts by kind (a cause, a suffix), and the first example of each."""
 
     counts: dict[str, int] = field(default_factory=dict)
     examples: dict[str, str] = field(default_factory=dict)
 
     def add(self, kind: str, example: str, count: int = 1) -> None:
-        """``count`` more of ``kind``; ``example`` is kept where it is the first."""
+        """Add ``count`` of ``kind``; ``example`` is stored if it is the first."""
         self.counts[kind] = self.counts.get(kind, 0) + count
         self.examples.setdefault(kind, printable(example))
 
@@ -123,10 +122,10 @@ class Tally:
 
 @contextmanager
 def decoding(cause: str, what: str) -> Iterator[None]:
-    """Turns every error inside into ``BadSample(cause, what: error)``, and hushes warnings.
+    """Turn every error inside into ``BadSample(cause, what: error)``, and suppress warnings.
 
-    For calls of other people's decoders on one sample: they raise nearly anything on damaged
-    files (``MemoryError``, ``RecursionError``, ``struct.error``, ``SyntaxError`` …).
+    For third-party decoders, which raise nearly anything on damaged files (``MemoryError``,
+    ``RecursionError``, ``struct.error``, ``SyntaxError`` …).
     """
     try:
         with warnings.catch_warnings():
@@ -135,6 +134,5 @@ def decoding(cause: str, what: str) -> Iterator[None]:
     except BadSample:
         raise
     except Exception as error:
-        raise BadSample(cause, f"{what} cannot be decoded ({type(error).__name__}: {error})") from (
-            error
-        )
+        found = f"{type(error).__name__}: {error}"
+        raise BadSample(cause, f"{what} cannot be decoded ({found})") from error

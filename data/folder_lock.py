@@ -1,4 +1,4 @@
-"""One process at a time in a folder: a lock that goes with its process, however that ends."""
+"""A lock on a folder that is released when its process ends, however it ends."""
 
 import fcntl
 import os
@@ -13,9 +13,9 @@ _POLL_SECONDS = 0.1
 
 
 class FolderLock:
-    """Exclusive use of ``folder``, which must exist, among all that ask for it here.
+    """Exclusive use of ``folder``, which must exist, among all holders of a ``FolderLock``.
 
-    ``tell`` is told of waiting, and of a file system without locks, where there is no exclusion.
+    ``tell`` is called when waiting, and for a file system without locks, which has no exclusion.
     """
 
     def __init__(self, folder: Path, tell: Callable[[str], None]):
@@ -23,7 +23,7 @@ class FolderLock:
         self._descriptor: int | None = None
 
     def acquire(self, seconds: float = 0.0) -> bool:
-        """Take the lock, waiting up to ``seconds`` for it; whether the folder may be used now."""
+        """Wait up to ``seconds`` for the lock. Returns True if the folder may be used."""
         deadline, told = time.monotonic() + seconds, False
         while not self._try():
             if time.monotonic() >= deadline:
@@ -37,19 +37,19 @@ class FolderLock:
     def _try(self) -> bool:
         try:
             self._descriptor = _locked(self.folder, os.O_RDONLY)
-        except OSError:  # NFS locks only what is open for writing, which a folder cannot be
+        except OSError:  # NFS locks only files open for writing, which a folder cannot be
             try:
                 self._descriptor = _locked(self.folder / LOCK, os.O_RDWR | os.O_CREAT)
             except OSError as error:
                 self.tell(
-                    f"no lock on {printable(str(self.folder))} ({error.strerror}): see that no "
-                    "other process writes there"
+                    f"no lock on {printable(str(self.folder))} ({error.strerror}): make sure that "
+                    "no other process writes there"
                 )
                 return True
         return self._descriptor is not None
 
     def release(self) -> None:
-        """Give the lock up, if it is held."""
+        """Release the lock if it is held."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
@@ -59,7 +59,7 @@ class FolderLock:
 
 
 def _locked(path: Path, flags: int) -> int | None:
-    """A descriptor that holds the lock of ``path``; None if another has it."""
+    """A descriptor that holds the lock of ``path``; None if another process holds it."""
     descriptor = os.open(path, flags, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

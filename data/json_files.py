@@ -1,8 +1,7 @@
-"""Reads JSON that may be edited, truncated or hostile: bounded, and refused by file and field.
+"""Reads JSON that may be edited, truncated or hostile: within bounds, errors by file and field.
 
-``json.loads`` alone accepts any size and nesting, and leaves every wrong type to fail later as a
-``KeyError`` or ``TypeError`` that names no file. Every JSON file that this process did not just
-write is read here.
+``json.loads`` alone accepts any size and nesting, and wrong types fail later as a ``KeyError`` or
+``TypeError`` that names no file.
 """
 
 import json
@@ -16,7 +15,7 @@ from earlyfuse.data.console import printable
 
 MOST_BYTES = 256 << 20  # the largest tokenizer.json and shard indexes in use take about 50 MB
 MOST_NESTED = 100
-_LARGEST_WHOLE = 1 << 1000  # whole numbers beyond the range of floats are none
+_LARGEST_WHOLE = 1 << 1000  # larger whole numbers do not fit a float
 
 _REQUIRED: Any = object()
 _KINDS = {
@@ -39,10 +38,10 @@ def shown(value: Any) -> str:
 
 
 def load_json(content: bytes | str, where: str, remedy: str, *, unique_names: bool = False) -> Any:
-    """The value in ``content``; ``ValueError`` with ``where`` and ``remedy`` if it is not JSON, or
-    is nested more than ``MOST_NESTED`` deep.
+    """Parse ``content``; ``ValueError`` with ``where`` and ``remedy`` if it is not JSON, or nested
+    more than ``MOST_NESTED`` levels deep.
 
-    ``unique_names``: also if an object names a field twice, of which parsers take the last.
+    ``unique_names``: also if an object names a field twice, of which parsers use the last.
     """
     try:
         value = json.loads(content, object_pairs_hook=_unique if unique_names else None)
@@ -57,8 +56,8 @@ def load_json(content: bytes | str, where: str, remedy: str, *, unique_names: bo
 
 
 def read_json_value(path: Path, remedy: str, most_bytes: int = MOST_BYTES) -> Any:
-    """The value in the file ``path``; ``ValueError`` naming it if it cannot be read, is larger than
-    ``most_bytes`` or does not parse.
+    """Parse the file ``path``; ``ValueError`` naming it if it cannot be read, is larger than
+    ``most_bytes`` or is not JSON.
     """
     try:
         with open(path, "rb") as file:
@@ -72,16 +71,16 @@ def read_json_value(path: Path, remedy: str, most_bytes: int = MOST_BYTES) -> An
 
 def read_json(path: Path, remedy: str, most_bytes: int = MOST_BYTES) -> "JsonObject":
     """The object in the file ``path``, with typed access; ``ValueError`` as in ``read_json_value``,
-    and if the file holds another kind of value.
+    and for another kind of value.
     """
     return JsonObject.of(read_json_value(path, remedy, most_bytes), str(path), remedy)
 
 
 class JsonObject:
-    """Fields of a JSON object; each access states the type and range that it accepts.
+    """Fields of a JSON object; each access states the accepted type and range.
 
-    ``where``: the file, and the path in it, for messages. ``remedy``: what to do about a wrong
-    field, as the end of a sentence ("repeat the prepare command").
+    ``where``: the file, and the path in it, for messages. ``remedy``: the end of a sentence, what
+    to do about a wrong field ("repeat the prepare command").
     """
 
     def __init__(self, values: dict[str, Any], where: str, remedy: str):
@@ -89,7 +88,7 @@ class JsonObject:
 
     @classmethod
     def of(cls, value: Any, where: str, remedy: str) -> "JsonObject":
-        """``value`` as an object; ``ValueError`` if it is another kind of value."""
+        """``value`` as an object; ``ValueError`` for another kind of value."""
         if not isinstance(value, dict):
             raise ValueError(f"{where} must hold a JSON object, not {shown(value)}; {remedy}")
         return cls(value, where, remedy)
@@ -109,8 +108,8 @@ class JsonObject:
     ) -> Any:
         """The field ``name`` of type ``kind`` (str, int, float, bool, list, dict) within bounds.
 
-        ``float`` takes whole numbers too and only finite ones; ``int`` takes no booleans. A missing
-        field is ``default``. ``ValueError`` names file, field, value and rule.
+        ``float`` accepts whole numbers and only finite numbers; ``int`` accepts no booleans. A
+        missing field is ``default``. ``ValueError`` names file, field, value and rule.
         """
         if name not in self.values:
             if default is not _REQUIRED:
@@ -126,7 +125,7 @@ class JsonObject:
         return float(value) if kind is float else value
 
     def object(self, name: str, *, default: dict[str, Any] = _REQUIRED) -> "JsonObject":
-        """The object in field ``name``; of ``default`` if that is missing."""
+        """The object in field ``name``, or ``default``."""
         values = self.field(name, dict, default=default)
         return JsonObject(values, f"{self.where}: {name}", self.remedy)
 
@@ -149,14 +148,12 @@ class JsonObject:
         return list(values)
 
     def mapping(self, name: str, kind: type, *, least: float = -math.inf) -> dict[str, Any]:
-        """The object in field ``name``, all values of which are of type ``kind``, ``least`` or
-        more.
-        """
+        """The object in field ``name``; its values are of type ``kind`` and at least ``least``."""
         fields = self.object(name)
         return {key: fields.field(key, kind, least=least) for key in fields.values}
 
     def check_names(self, known: Collection[str]) -> None:
-        """``ValueError`` for a field outside ``known``: it would be ignored."""
+        """Raise ``ValueError`` for a field outside ``known``, which would be ignored."""
         if unknown := sorted(set(self.values) - set(known)):
             raise ValueError(
                 f"{self.where} has the unknown field {shown(unknown[0])}; {self.remedy}"
@@ -195,7 +192,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _depth_exceeds(value: Any, content: bytes | str) -> bool:
-    """Whether containers are nested deeper than ``MOST_NESTED``."""
+    """True if containers are nested deeper than ``MOST_NESTED``."""
     if isinstance(content, bytes):
         opened = content.count(b"[") + content.count(b"{")
     else:

@@ -1,9 +1,8 @@
-"""Media: one row for each kind of content besides text, and everything that differs between them.
+"""Media: one row for each kind of content besides text, with everything that differs between them.
 
 Readers of raw shards, tokenizers, ``prepare``, the stream, generation, plots and the command lines
-loop over ``MEDIA``. A medium is either *discrete*, an item being codes of its tokenizer, or
-*continuous*, an item being vectors at repetitions of one placeholder id. docs/data.md says how to
-add one.
+loop over ``MEDIA``. Items of a *discrete* medium are codes of its tokenizer; items of a
+*continuous* one are vectors at repetitions of one placeholder id. docs/data.md says how to add one.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,7 +27,7 @@ class VectorType(NamedTuple):
 
 
 class Vectors(NamedTuple):
-    """The vectors of a prepared source: their type, and the labels of the media that have them."""
+    """Vectors of a prepared source: their type, and the labels of the continuous media."""
 
     width: int
     dtype: str
@@ -38,10 +37,10 @@ class Vectors(NamedTuple):
 class MediaTokenizer(Protocol):
     """Items of one medium ↔ codes or vectors.
 
-    ``codes``: ids it needs, 1 if continuous; ``block``: positions of an item, 0 if items vary;
-    ``vectors``: their type, None if discrete; ``decodes``: whether ``to_file`` works; ``batch``:
-    items worth encoding in one call; ``settings``: plain values that say how it was made;
-    ``sha256``: of its file, recorded by manifests and checkpoints.
+    ``codes``: number of ids, 1 if continuous; ``block``: positions of an item, 0 if items vary;
+    ``vectors``: their type, None if discrete; ``decodes``: True if ``to_file`` works; ``batch``:
+    number of items to encode in one call; ``settings``: plain values it was made with; ``sha256``:
+    of its file, recorded by manifests and checkpoints.
     """
 
     kind: str
@@ -62,7 +61,7 @@ class MediaTokenizer(Protocol):
 
     @property
     def features(self) -> "Callable[..., np.ndarray]":
-        """(bytes of a file, **limits) → what is encoded. ``BadSample`` where it cannot be used."""
+        """(bytes of a file, **limits) → features. ``BadSample`` for an unusable file."""
         ...
 
     def encode_items(self, items: "Sequence[np.ndarray]") -> "list[np.ndarray]":
@@ -73,7 +72,7 @@ class MediaTokenizer(Protocol):
         self, items: "Sequence[np.ndarray]", codes: "Sequence[np.ndarray]", measured: int
     ) -> tuple[int, int]:
         """Squared error of (some of) ``items`` and its number of values; ``measured``: values
-        that were counted before in this shard.
+        counted before in this shard.
         """
         ...
 
@@ -87,7 +86,7 @@ class MediaTokenizer(Protocol):
 
 
 class Sampling(NamedTuple):
-    """What a tokenizer learns from: items until their ``size`` sums to ``budget``."""
+    """Training data of a tokenizer: items until their ``size`` sums to ``budget``."""
 
     budget: int
     read: "Callable[[bytes], np.ndarray]"
@@ -104,29 +103,29 @@ class MediumModule(Protocol):
         ...
 
     def load(self, path: Path) -> MediaTokenizer:
-        """The tokenizer in a file. ``ValueError`` naming file and field where it is none."""
+        """The tokenizer in a file. ``ValueError`` naming file and field for another file."""
         ...
 
     def check(self, spec: "PrepareSpec") -> None:
-        """``ValueError`` for options of this medium that cannot be."""
+        """Raise ``ValueError`` for invalid options of this medium."""
         ...
 
     def settings(self, spec: "PrepareSpec") -> dict[str, Any]:
-        """Settings that a tokenizer made by ``spec`` has."""
+        """Settings of a tokenizer trained by ``spec``."""
         ...
 
     def limits(self, spec: "PrepareSpec") -> dict[str, Any]:
-        """Arguments of ``MediaTokenizer.features``; they decide the tokens."""
+        """Keyword arguments of ``MediaTokenizer.features``; they decide the tokens."""
         ...
 
     def sampling(self, spec: "PrepareSpec") -> Sampling:
-        """How to sample training data for a new tokenizer."""
+        """Training data for a new tokenizer."""
         ...
 
     def train(
         self, items: "Sequence[np.ndarray]", spec: "PrepareSpec", progress: "Progress"
     ) -> tuple[MediaTokenizer, str]:
-        """A new tokenizer, and how good it is as a line for people."""
+        """A new tokenizer, and a line about its quality."""
         ...
 
 
@@ -148,18 +147,18 @@ class Medium:
 
     ====================  ======================================================================
     ``modality``          id and label
-    ``payload``           what its bytes are called in messages and causes (``corrupt-audio``)
-    ``item``              one of them
+    ``payload``           name of its bytes in messages and causes (``corrupt-audio``)
+    ``item``              name of one of them
     ``suffixes``          of members in raw shards
     ``list_name``         its list in the JSON of interleaved samples
     ``caption_fields``    JSON fields with the caption of a pair, in order of preference
     ``sentinels``         control pieces of a text tokenizer, around a block
-    ``module``            imports its code
-    ``kinds``             of tokenizer that ``prepare`` makes
-    ``default``           what ``prepare`` does unasked: one of ``kinds`` or "none"
+    ``module``            imports its code; at the top of a file, so that worker processes find it
+    ``kinds``             of tokenizer that ``prepare`` trains
+    ``default``           choice of ``prepare``: one of ``kinds`` or "none"
     ``written``           suffix of the files that generation writes
     ``colour``            in plots
-    ``always``            whether text tokenizers have its sentinels even where it is not used
+    ``always``            True if text tokenizers have its sentinels even where it is not used
     ====================  ======================================================================
     """
 

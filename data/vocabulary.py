@@ -1,18 +1,18 @@
-"""Reads the layout of ids from JSON: ``vocabulary.json``, and ``vocabulary`` of a manifest."""
+"""Reads a ``Vocabulary`` from JSON: ``vocabulary.json``, and ``vocabulary`` of a manifest."""
 
 from pathlib import Path
 
 from earlyfuse.data.json_files import JsonObject, read_json, shown
 from earlyfuse.models.vocabulary import MediaCodes, Modality, Vocabulary
 
-MOST_IDS = 1 << 24  # tables of this length are made; the largest vocabularies in use have 2**18
+MOST_IDS = 1 << 24  # length of tables; the largest vocabularies in use have 2**18
 REMEDY = "copy it again, or remove it and repeat the prepare command"
 _SIZES = ("size", "bos", "eos", "pad")
 _CODES = ("start", "count", "begin", "end", "block")
 
 
 def load_vocabulary(path: Path) -> Vocabulary:
-    """The layout in the file ``path``; ``ValueError`` as in ``read_vocabulary``."""
+    """The vocabulary in the file ``path``; ``ValueError`` as in ``read_vocabulary``."""
     return read_vocabulary(read_json(path, REMEDY))
 
 
@@ -30,7 +30,7 @@ def read_vocabulary(fields: JsonObject) -> Vocabulary:
 
 
 def check_same(path: Path, here: Vocabulary, data: Vocabulary, manifest: Path) -> None:
-    """``ValueError`` where ``here``, of the file ``path``, is not the layout of the ``data``."""
+    """Raise ``ValueError`` if ``here``, of the file ``path``, is not the vocabulary of ``data``."""
     expected = data.to_dict()
     for name, value in here.to_dict().items():
         if value != expected[name]:

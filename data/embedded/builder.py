@@ -1,4 +1,4 @@
-"""Which documents the embedded corpus has, and how its folder comes to be: whole, or not at all."""
+"""Builds the embedded corpus: its documents, and its folder, whole or not at all."""
 
 import json
 import platform
@@ -14,22 +14,21 @@ from typing import Any
 import soundfile
 from tqdm import tqdm
 
-from earlyfuse.data.atomic import atomic_write_bytes
 from earlyfuse.data.embedded import compose, digits, glyphs, prose, speech
 from earlyfuse.data.embedded.compose import Parts
-from earlyfuse.data.embedded.prompts import prompts
 from earlyfuse.data.embedded.shards import write_shards
-from earlyfuse.data.embedded.tasks import spoken_task, tasks
+from earlyfuse.data.embedded.tasks import prompts, spoken_task, tasks
 from earlyfuse.data.json_files import read_json, shown
 
 FORMAT = "earlyfuse-corpus/1"
-CORPUS_FILE = "corpus.json"  # by it a folder is known to be a corpus
+CORPUS_FILE = "corpus.json"  # identifies a folder as a corpus
 SOURCES = ("text", "glyphs", "digits", "interleaved")
 SPEECH = "speech"
 SPLITS = ("train", "validation")
 
 _SAMPLES_PER_SHARD = 2500
-_DIGIT_PASSES = 3
+_DIGIT_PASSES = {"train": 3, "validation": 1}
+_FACES = {"train": glyphs.TRAIN_FACES, "validation": glyphs.HELD_OUT_FACES}
 _INTERLEAVED = {"train": 3000, "validation": 300}
 _SPOKEN = {"train": 4000, "validation": 300}
 _SPOKEN_TASK = 15  # of each digit
@@ -57,13 +56,13 @@ _SPEECH_README = (
 
 
 def sources_of(with_speech: bool) -> tuple[str, ...]:
-    """Names of the sources that the corpus has."""
+    """Names of the sources of the corpus."""
     return (*SOURCES, SPEECH) if with_speech else SOURCES
 
 
 @dataclass(frozen=True)
 class CorpusPaths:
-    """Where things are in a finished corpus."""
+    """Paths in a finished corpus."""
 
     folder: Path
 
@@ -89,16 +88,16 @@ def build_corpus(
     with_speech: bool = False,
     progress: bool = False,
 ) -> CorpusPaths:
-    """Build the corpus in ``folder``, or find it there; ``progress`` shows a bar.
+    """Build the corpus in ``folder``, unless it is there; ``progress`` shows a bar.
 
     ``scale`` in (0, 1] is the share of documents to make, ``image_size`` a multiple of 8 pixels.
-    ``with_speech`` adds the source ``speech``, the others are the same with it and without.
-    Everything is made in a folder beside and renamed at the end: what is there is complete.
-    Raises ``ValueError`` for values out of range, when ``folder`` holds something else, and when
-    speech is to be made and espeak-ng is not installed.
+    ``with_speech`` adds the source ``speech``; the others are the same with and without it. The
+    corpus is built in another folder and renamed at the end, so an existing one is complete.
+    Raises ``ValueError`` for values out of range, for a folder that holds something else, and for
+    speech without espeak-ng.
     """
     if not 0 < scale <= 1:
-        raise ValueError(f"scale ({scale}) is a share of the corpus; it must lie in (0, 1]")
+        raise ValueError(f"scale ({scale}) must lie in (0, 1]")
     if image_size < 8 or image_size % 8:
         raise ValueError(
             f"image_size ({image_size}) must be a multiple of 8, the size of a digit scan"
@@ -108,33 +107,22 @@ def build_corpus(
     if with_speech:
         spec[SPEECH] = True
     if _is_built(folder, spec):
-        return _with_prompts(CorpusPaths(folder), spec)
+        return CorpusPaths(folder)
     synthesiser = speech.espeak_version() if with_speech else None
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as beside:
         made = Path(beside) / "corpus"
         _write(made, spec, synthesiser, progress)
         try:
-            made.rename(folder)  # takes the place of an empty folder, of no other
-        except OSError:  # another process was first
+            made.rename(folder)  # replaces an empty folder, but no other
+        except OSError:  # another process built it first
             if not _is_built(folder, spec):
                 raise
     return CorpusPaths(folder)
 
 
-def _with_prompts(paths: CorpusPaths, spec: dict[str, Any]) -> CorpusPaths:
-    """A corpus of before there were prompts gets the same that a new one has."""
-    if not paths.prompts.exists():
-        seed, scale, size = spec["seed"], spec["scale"], spec["image_size"]
-        glyphs_held_out = _glyphs(seed, scale, size)["validation"]
-        _, digits_held_out = digits.load(size, seed, scale)
-        content = prompts(digits_held_out, glyphs_held_out, seed)
-        atomic_write_bytes(paths.prompts, _json(content))
-    return paths
-
-
 def _is_built(folder: Path, spec: dict[str, Any]) -> bool:
-    """Whether ``folder`` is this corpus. ``ValueError`` when it is something else and not empty."""
+    """True if ``folder`` is this corpus. ``ValueError`` if it holds something else."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
     if not (folder / CORPUS_FILE).exists():
@@ -150,66 +138,73 @@ def _is_built(folder: Path, spec: dict[str, Any]) -> bool:
 
 
 def _write(folder: Path, spec: dict[str, Any], synthesiser: str | None, progress: bool) -> None:
-    """All files of the corpus; ``corpus.json`` is the last. ``synthesiser``: its version if there
-    is to be speech.
+    """Write all files of the corpus, ``corpus.json`` last. ``synthesiser``: version of espeak-ng
+    for a corpus with speech.
     """
     seed, scale, size = spec["seed"], spec["scale"], spec["image_size"]
     sources = sources_of(synthesiser is not None)
     total = 1 + len(SPLITS) * len(sources)
     with tqdm(total=total, desc="embedded corpus", unit="step", disable=not progress) as bar:
         text = _text(seed, scale)
-        letters = prose.frequent_words([str(parts[0]) for parts in text["train"]], _SPELLED_WORDS)
+        words = prose.frequent_words([str(parts[0]) for parts in text["train"]], _SPELLED_WORDS)
         bar.update()
         drawn = _glyphs(seed, scale, size)
         scans = dict(zip(SPLITS, digits.load(size, seed, scale), strict=True))
-        faces = {"train": glyphs.TRAIN_FACES, "validation": glyphs.HELD_OUT_FACES}
         counts: dict[str, dict[str, int]] = {}
         for split in SPLITS:
-            rng = random.Random(f"{seed}/{split}")
-            passes = _DIGIT_PASSES if split == "train" else 1
-            documents: dict[str, list[Parts]] = {
-                "text": text[split],
-                "glyphs": [compose.glyph_document(png, c, rng) for c, png in drawn[split]],
-                "digits": compose.digit_documents(scans[split], passes, rng),
-                "interleaved": compose.interleaved_documents(
-                    max(1, round(_INTERLEAVED[split] * scale)),
-                    scans[split],
-                    faces[split],
-                    letters,
-                    size,
-                    rng,
-                ),
-            }
-            for source in SOURCES:
-                rng.shuffle(documents[source])
+            documents = _documents(split, spec, text[split], drawn[split], scans[split], words)
             if synthesiser is not None:
                 documents[SPEECH] = _speech(split, seed, scale, scans[split], drawn[split])
             counts[split] = {source: len(documents[source]) for source in sources}
             for source in sources:
                 write_shards(folder / split / source, documents[source], _SAMPLES_PER_SHARD)
                 bar.update()
-        checks = tasks(scans["validation"], drawn["validation"], seed)
-        if synthesiser is not None:
-            checks["tasks"].append(_spoken_task(seed, scale))
-        _write_json(folder / "validation" / "tasks.json", checks)
-        _write_json(
-            folder / "validation" / "prompts.json",
-            prompts(scans["validation"], drawn["validation"], seed),
-        )
-        readme = _README if synthesiser is None else _README + _SPEECH_README
-        (folder / "README.md").write_text(readme, encoding="utf-8")
-        about = _description(spec, counts, drawn["train"])
-        if synthesiser is not None:
-            about["versions"] |= {
-                speech.PROGRAM: synthesiser,
-                "libsndfile": soundfile.__libsndfile_version__,
-            }
-            about["held_out_timbres"] = list(speech.HELD_OUT_TIMBRES)
-        _write_json(folder / CORPUS_FILE, about)
+    held_out = scans["validation"], drawn["validation"], seed
+    checks = tasks(*held_out)
+    about = _description(spec, counts, drawn["train"])
+    readme = _README
+    if synthesiser is not None:
+        checks["tasks"].append(_spoken_task(seed, scale))
+        readme += _SPEECH_README
+        about["versions"][speech.PROGRAM] = synthesiser
+        about["versions"]["libsndfile"] = soundfile.__libsndfile_version__
+        about["held_out_timbres"] = list(speech.HELD_OUT_TIMBRES)
+    _write_json(folder / "validation" / "tasks.json", checks)
+    _write_json(folder / "validation" / "prompts.json", prompts(*held_out))
+    (folder / "README.md").write_text(readme, encoding="utf-8")
+    _write_json(folder / CORPUS_FILE, about)
+
+
+def _documents(
+    split: str,
+    spec: dict[str, Any],
+    text: list[Parts],
+    drawn: Sequence[tuple[str, bytes]],
+    scans: Sequence[digits.Digit],
+    words: Sequence[str],
+) -> dict[str, list[Parts]]:
+    """Shuffled documents of all sources but speech. ``words``: to be spelled in glyphs."""
+    rng = random.Random(f"{spec['seed']}/{split}")
+    documents: dict[str, list[Parts]] = {
+        "text": text,
+        "glyphs": [compose.glyph_document(png, c, rng) for c, png in drawn],
+        "digits": compose.digit_documents(scans, _DIGIT_PASSES[split], rng),
+        "interleaved": compose.interleaved_documents(
+            max(1, round(_INTERLEAVED[split] * spec["scale"])),
+            scans,
+            _FACES[split],
+            words,
+            spec["image_size"],
+            rng,
+        ),
+    }
+    for source in SOURCES:
+        rng.shuffle(documents[source])
+    return documents
 
 
 def _text(seed: int, scale: float) -> dict[str, list[Parts]]:
-    """Documents by split; all of one work (a topic, a docstring) go to the same."""
+    """Documents by split; all of one work (a topic, a docstring) are in the same split."""
     documents = prose.documents(scale)
     works = sorted({name for name, _ in documents})
     held_out = set(
@@ -222,11 +217,11 @@ def _text(seed: int, scale: float) -> dict[str, list[Parts]]:
 
 
 def _glyphs(seed: int, scale: float, size: int) -> dict[str, list[tuple[str, bytes]]]:
-    """(character, PNG) by split, no image twice: slanted faces draw many signs upright."""
+    """(character, PNG) by split, without repeated images: slanted faces draw many signs upright."""
     characters = glyphs.characters()
     seen: set[bytes] = set()
     drawn: dict[str, list[tuple[str, bytes]]] = {name: [] for name in SPLITS}
-    for split, faces in (("train", glyphs.TRAIN_FACES), ("validation", glyphs.HELD_OUT_FACES)):
+    for split, faces in _FACES.items():
         for face in faces:
             rng = random.Random(f"{seed}/glyphs/{face}")
             chosen = glyphs.choose(face, characters, _GLYPHS_PER_WORD[split], rng)
@@ -275,8 +270,5 @@ def _description(
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_bytes(_json(value))
-
-
-def _json(value: dict[str, Any]) -> bytes:
-    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
+    content = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    path.write_text(content, encoding="utf-8", newline="\n")

@@ -1,8 +1,7 @@
-"""Documents composed of digit and glyph images and words, in relations that are true.
+"""Composes documents of digit and glyph images and words, in true relations.
 
 A document is a list of parts: text as ``str``, an image as its PNG ``bytes``, an ``Utterance``.
-What has to be predicted follows the media as early as the sentence allows, after words that are
-always the same.
+The words to predict follow the media as early as the sentence allows, after a constant prefix.
 """
 
 import random
@@ -33,15 +32,16 @@ def glyph_document(png: bytes, character: str, rng: random.Random) -> Parts:
 
 
 def digit_documents(digits: Sequence[Digit], passes: int, rng: random.Random) -> list[Parts]:
-    """Each digit once by itself, then ``passes - 1`` times beside another one."""
-    documents = [_ordered([digit.png], DIGIT_PREFIX + digit.word, rng) for digit in digits]
+    """Each digit once alone, then ``passes - 1`` times beside another one."""
+
+    def labelled(digit: Digit) -> Parts:
+        return _ordered([digit.png], DIGIT_PREFIX + digit.word, rng)
+
+    documents = [labelled(digit) for digit in digits]
     for _ in range(passes - 1):
         shuffled = rng.sample(digits, len(digits))
-        for pair in zip(shuffled[::2], shuffled[1::2], strict=False):
-            first, second = (
-                _ordered([digit.png], DIGIT_PREFIX + digit.word, rng) for digit in pair
-            )
-            documents.append(first + second)
+        pairs = zip(shuffled[::2], shuffled[1::2], strict=False)
+        documents += [labelled(first) + labelled(second) for first, second in pairs]
     return documents
 
 
@@ -53,7 +53,7 @@ def interleaved_documents(
     size: int,
     rng: random.Random,
 ) -> list[Parts]:
-    """``count`` sums, readings, comparisons and spellings, in a fixed proportion."""
+    """``count`` sums, readings, comparisons and spellings in fixed proportions."""
     makers: list[Callable[[], Parts]] = [
         lambda: _sum(digits, rng),
         lambda: _reading(digits, rng),
@@ -64,7 +64,7 @@ def interleaved_documents(
 
 
 def _sum(digits: Sequence[Digit], rng: random.Random) -> Parts:
-    """``[3] plus [4] makes seven``, and in half of the sums below ten an image of the answer."""
+    """``[3] plus [4] makes seven``; half of the sums below ten end with an image of the answer."""
     first, second = rng.choice(digits), rng.choice(digits)
     total = first.value + second.value
     parts: Parts = [first.png, "plus", second.png, f"makes {NUMBER_WORDS[total]}"]
@@ -84,13 +84,9 @@ def _reading(digits: Sequence[Digit], rng: random.Random) -> Parts:
 def _comparison(digits: Sequence[Digit], rng: random.Random) -> Parts:
     """``[7] is greater than [2]``."""
     first, second = rng.choice(digits), rng.choice(digits)
-    relation = (
-        "is greater than"
-        if first.value > second.value
-        else "is less than"
-        if first.value < second.value
-        else "is equal to"
-    )
+    relation = "is equal to"
+    if first.value != second.value:
+        relation = "is greater than" if first.value > second.value else "is less than"
     return [first.png, relation, second.png]
 
 

@@ -1,4 +1,4 @@
-"""Handwritten digits with their labels: the 8x8 scans that scikit-learn brings, enlarged."""
+"""Handwritten digits with their labels: the 8x8 scans of scikit-learn, enlarged."""
 
 import random
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ _SCAN = 8  # scans are 8x8 with levels 0 … 16
 
 @dataclass(frozen=True)
 class Digit:
-    """One scan as PNG, black on white, and the digit its writer meant."""
+    """One scan as PNG, black on white, and its label."""
 
     png: bytes
     value: int
@@ -28,13 +28,13 @@ class Digit:
 
 
 def load(size: int, seed: int, scale: float = 1.0) -> tuple[list[Digit], list[Digit]]:
-    """Training and held-out digits, ``HELD_OUT_PER_DIGIT`` of each chosen by ``seed``.
+    """Training and held-out digits, ``HELD_OUT_PER_DIGIT`` of each, chosen by ``seed``.
 
-    ``size`` must be a multiple of 8: each point of a scan becomes a square of equal points.
-    ``scale`` is the share of both to take, at least one of each digit. A scan that occurs twice is
-    kept once, so nothing held out is also trained on.
+    ``size`` must be a multiple of 8: each pixel of a scan becomes a square of pixels. ``scale`` is
+    the share of both to use, at least one of each digit. Duplicate scans are dropped, so nothing
+    held out is also trained on.
     """
-    from sklearn.datasets import load_digits  # takes seconds, which a finished corpus need not wait
+    from sklearn.datasets import load_digits  # takes seconds; a finished corpus does without
 
     data = load_digits()
     by_value: dict[int, dict[bytes, np.ndarray]] = {value: {} for value in range(10)}

@@ -1,7 +1,7 @@
-"""Images of characters, drawn with the typefaces that matplotlib brings, and their Unicode names.
+"""Images of characters, drawn with the typefaces of matplotlib, and their Unicode names.
 
-A character is taken when a face has an outline of its own for it. Characters that look alike to the
-pixel (Latin A, Greek Alpha, Cyrillic A) would make a name a guess: the first by code point is kept.
+A character is used if a face has an outline of its own for it. Of characters with equal pixels
+(Latin A, Greek Alpha, Cyrillic A), whose names would be a guess, the first by code point is used.
 """
 
 import io
@@ -62,7 +62,7 @@ def glyph_name(character: str) -> str:
 
 
 def script_word(character: str) -> str:
-    """First word of the name: the script, or what the sign is (``latin``, ``rightwards``)."""
+    """First word of the name: the script, or the kind of sign (``latin``, ``rightwards``)."""
     return glyph_name(character).split()[0]
 
 
@@ -77,13 +77,13 @@ def characters() -> list[str]:
 
 
 def covered(face: str, wanted: Iterable[str]) -> list[str]:
-    """Those of ``wanted`` that ``face`` draws; its outline 0 is the box for all others."""
+    """Characters of ``wanted`` that ``face`` has; outline 0 is the box for missing characters."""
     outlines = _outlines(face)
     return [character for character in wanted if outlines.get(ord(character))]
 
 
 def choose(face: str, wanted: Iterable[str], per_word: int, rng: random.Random) -> list[str]:
-    """A sample of at most ``per_word`` characters of each script word, so that no script rules."""
+    """A sample of at most ``per_word`` characters of each script word, so that none dominates."""
     by_word: dict[str, list[str]] = {}
     for character in covered(face, wanted):
         by_word.setdefault(script_word(character), []).append(character)
@@ -112,7 +112,7 @@ def glyph_pixels(face: str, character: str, size: int) -> np.ndarray:
 
 @cache
 def glyph_png(face: str, character: str, size: int) -> bytes:
-    """The same as an RGB PNG."""
+    """``glyph_pixels`` as an RGB PNG."""
     return encode_png(glyph_pixels(face, character, size))
 
 
@@ -127,8 +127,8 @@ def _path(face: str) -> Path:
     path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{face}.ttf"
     if not path.is_file():
         raise FileNotFoundError(
-            f"matplotlib brings no face {face!r} ({path}); install the matplotlib wheel from PyPI, "
-            "distributions may take its fonts out"
+            f"matplotlib has no face {face!r} ({path}); install its wheel from PyPI, as "
+            "distributions may remove its fonts"
         )
     return path
 

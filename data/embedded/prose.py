@@ -1,6 +1,6 @@
-"""English from Python itself: the language reference and the docstrings of the standard library.
+"""English text from Python: the language reference and the docstrings of the standard library.
 
-Docstrings are read from source with ``ast``; nothing is imported or run.
+Docstrings are parsed from source with ``ast``; nothing is imported or run.
 """
 
 import ast
@@ -13,22 +13,22 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-_SHORTEST = 60  # characters; below, docstrings say little
+_SHORTEST = 60  # characters of a useful docstring
 _LONGEST = 4000  # characters of one document; the reference's topics are cut at blank lines
 _NO_PROSE = frozenset(
     "encodings ensurepip idlelib lib2to3 pydoc_data test this tkinter turtledemo".split()
-)  # tkinter: some distributions leave it out
+)  # tkinter: some distributions lack it
 _RULE = re.compile(r"^[ \t]*([*=^~\"-])\1{2,}[ \t]*$\n?", re.MULTILINE)
 _CONTROL = re.compile(r"[^\n\x20-\x7e\xa0-\ud7ff\ue000-\U0010ffff]")
 _GAP = re.compile(r"\n{3,}")
 
 
 def documents(scale: float = 1.0) -> list[tuple[str, str]]:
-    """(name of the work, text) in a fixed order; one work may span several documents.
+    """(name of the work, text) in a fixed order; a work may span several documents.
 
-    ``scale`` in (0, 1] takes every ``1 / scale``-th topic and module. Names: ``reference/<topic>``
-    or the dotted name of what a docstring describes. Raises ``FileNotFoundError`` when the
-    interpreter comes without its library's source.
+    ``scale`` in (0, 1] selects every ``1 / scale``-th topic and module. Names are
+    ``reference/<topic>`` or the dotted name of the documented object. Raises ``FileNotFoundError``
+    for an interpreter without the source of its library.
     """
     step = round(1 / scale)
     found = [
@@ -87,14 +87,14 @@ def _library() -> Path:
 
 
 def _clean(text: str) -> str:
-    """Even margins, no ruled lines under headings, no control characters."""
+    """Remove indentation, ruled lines under headings and control characters."""
     text = _CONTROL.sub("", inspect.cleandoc(text))
     text = "\n".join(line.rstrip() for line in _RULE.sub("", text).split("\n"))
     return _GAP.sub("\n\n", text).strip()
 
 
 def _parts(text: str) -> list[str]:
-    """``text`` cut at blank lines, at most ``_LONGEST`` characters where the lines allow."""
+    """``text`` split at blank lines into parts of ``_LONGEST`` characters where possible."""
     parts = [""]
     for paragraph in text.split("\n\n"):
         if parts[-1] and len(parts[-1]) + len(paragraph) + 2 > _LONGEST:

@@ -1,4 +1,4 @@
-"""Writes documents as WebDataset tars of parallel lists: ``json``, and a member for each medium."""
+"""Writes documents as WebDataset tars of interleaved samples: ``json``, and its media members."""
 
 import json
 import tarfile
@@ -7,33 +7,37 @@ from pathlib import Path
 
 from webdataset import TarWriter
 
-from earlyfuse.data.embedded.compose import Parts, Utterance
+from earlyfuse.data.embedded.compose import Parts
 
 
 def write_shards(folder: Path, documents: Sequence[Parts], per_shard: int) -> None:
-    """``folder/000000.tar`` …, ``per_shard`` samples each. Bytes depend on the documents alone."""
+    """Write ``folder/000000.tar`` …, ``per_shard`` samples each; their bytes depend on the
+    documents alone.
+    """
     folder.mkdir(parents=True)
-    # no names and times of this machine
-    alike = {"user": "", "group": "", "mode": 0o644, "mtime": 0, "format": tarfile.USTAR_FORMAT}
+    # nothing of this machine or time
+    header = {"user": "", "group": "", "mode": 0o644, "mtime": 0, "format": tarfile.USTAR_FORMAT}
     for number, start in enumerate(range(0, len(documents), per_shard)):
-        with TarWriter(str(folder / f"{number:06d}.tar"), encoder=False, **alike) as tar:
+        with TarWriter(str(folder / f"{number:06d}.tar"), encoder=False, **header) as tar:
             for offset, parts in enumerate(documents[start : start + per_shard], start):
                 tar.write({"__key__": f"{offset:08d}", **_members(parts)})
 
 
 def _members(parts: Parts) -> dict[str, bytes]:
-    texts: list[str | None] = []
-    names: list[str | None] = []
-    spoken: list[str | None] = []
+    lists: dict[str, list[str | None]] = {
+        name: [None] * len(parts) for name in ("texts", "images", "audio")
+    }
     images: dict[str, bytes] = {}
     audio: dict[str, bytes] = {}
-    for part in parts:
-        texts.append(part if isinstance(part, str) else None)
-        names.append(f"{len(images)}.png" if isinstance(part, bytes) else None)
-        spoken.append(f"{len(audio)}.flac" if isinstance(part, Utterance) else None)
-        if isinstance(part, bytes):
-            images[f"{len(images)}.png"] = part
-        elif isinstance(part, Utterance):
-            audio[f"{len(audio)}.flac"] = part.flac
-    lists = {"texts": texts, "images": names} | ({"audio": spoken} if audio else {})
+    for place, part in enumerate(parts):
+        if isinstance(part, str):
+            lists["texts"][place] = part
+        elif isinstance(part, bytes):
+            lists["images"][place] = name = f"{len(images)}.png"
+            images[name] = part
+        else:
+            lists["audio"][place] = name = f"{len(audio)}.flac"
+            audio[name] = part.flac
+    if not audio:
+        del lists["audio"]
     return {"json": json.dumps(lists, ensure_ascii=False).encode(), **images, **audio}

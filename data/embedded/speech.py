@@ -1,7 +1,7 @@
-"""Spoken digits and glyph names, synthesised by espeak-ng, a program that has to be installed.
+"""Spoken digits and glyph names, synthesised by espeak-ng, which has to be installed.
 
-Voices of validation are never heard in training. For one version of espeak-ng an utterance is the
-same each time; the corpus records which it was.
+Voices of validation do not occur in training. Utterances are reproducible for one version of
+espeak-ng, which the corpus records.
 """
 
 import io
@@ -26,7 +26,7 @@ from earlyfuse.data.embedded.glyphs import glyph_name
 
 PROGRAM = "espeak-ng"
 SPOKEN_PREFIX = "spoken: "
-# "en" is British: of "en-gb" espeak-ng ignores the timbre
+# "en" is British: with "en-gb", espeak-ng ignores the timbre
 ACCENTS = ("en-us", "en", "en-gb-x-rp", "en-gb-scotland", "en-029")
 TIMBRES = ("m1", "m2", "m4", "m5", "m6", "m7", "f1", "f2", "f4", "f5")
 HELD_OUT_TIMBRES = ("m3", "f3")
@@ -37,7 +37,7 @@ _AT_ONCE = 4
 
 @dataclass(frozen=True)
 class Voice:
-    """How espeak-ng is to speak."""
+    """Parameters of espeak-ng."""
 
     name: str
     speed: int
@@ -45,17 +45,16 @@ class Voice:
 
 
 def espeak_version() -> str:
-    """What ``espeak-ng --version`` says.
+    """Output of ``espeak-ng --version``.
 
-    Raises ``ValueError`` where it is not installed, or lacks a voice: it would speak with another.
+    Raises ``ValueError`` if it is not installed, or lacks a voice, which it would replace silently.
     """
     if shutil.which(PROGRAM) is None:
         raise ValueError(
-            f"the corpus with speech needs the program {PROGRAM}, which is not installed (not on "
-            f"PATH); install it (Debian, Ubuntu: apt-get install {PROGRAM}), or ask for the corpus "
-            "without speech"
+            f"the corpus with speech needs {PROGRAM}, which is not on PATH; install it (Debian, "
+            f"Ubuntu: apt-get install {PROGRAM}), or build the corpus without speech"
         )
-    there = {*_told("--voices=en").split(), *_told("--voices=variant").split()}
+    there = {*_output("--voices=en").split(), *_output("--voices=variant").split()}
     wanted = [*ACCENTS, *(f"!v/{timbre}" for timbre in (*TIMBRES, *HELD_OUT_TIMBRES))]
     missing = [voice for voice in wanted if voice not in there]
     if missing:
@@ -63,15 +62,15 @@ def espeak_version() -> str:
             f"{PROGRAM} has no voices {', '.join(missing)}; install it with all its data (Debian, "
             "Ubuntu: apt-get install espeak-ng espeak-ng-data)"
         )
-    return _told("--version").partition("  Data at")[0].strip()
+    return _output("--version").partition("  Data at")[0].strip()
 
 
-def _told(question: str) -> str:
+def _output(question: str) -> str:
     return subprocess.run([PROGRAM, question], capture_output=True, text=True, check=True).stdout
 
 
 def speak(text: str, voice: Voice) -> Utterance:
-    """``text`` as FLAC of 16 bits. ``RuntimeError`` with what espeak-ng said if it did not."""
+    """``text`` as 16-bit FLAC. ``RuntimeError`` with the message of espeak-ng if it fails."""
     command = [PROGRAM, "-v", voice.name, "-s", str(voice.speed), "-p", str(voice.pitch)]
     spoken = subprocess.run([*command, "-z", "--stdout", "--", text], capture_output=True)
     if spoken.returncode or not spoken.stdout:
@@ -92,9 +91,7 @@ def speech_documents(
     timbres: Sequence[str],
     rng: random.Random,
 ) -> list[Parts]:
-    """``count`` documents: a spoken digit or glyph name with its words, half of them with its image
-    too.
-    """
+    """``count`` documents: a spoken digit or glyph name and its words, half of them with image."""
     said: list[tuple[str, Voice]] = []
     rest: list[tuple[bytes | None, str]] = []
     for _ in range(count):
@@ -134,6 +131,6 @@ def _voice(timbres: Sequence[str], rng: random.Random) -> Voice:
 
 
 def _spoken(said: Sequence[tuple[str, Voice]]) -> list[Utterance]:
-    """In the order of ``said``; other processes do the work, several at once."""
+    """Utterances in the order of ``said``, synthesised by several processes at once."""
     with ThreadPoolExecutor(_AT_ONCE) as threads:
         return list(threads.map(lambda what: speak(*what), said))

@@ -7,14 +7,14 @@
     <out>/<split>/<source>/  manifest.json and shards (data/shards/writer.py);
                              split: train, validation
 
-Every file appears whole or not at all, and says what it was made from; so the process may be killed
-at any moment, and the same call goes on where it ended, with the same bytes as without the
-interruption. Tokenizers learn from training data only, and stay once made: more sources can join a
-folder later, and more shards a source. Nothing that is there is replaced unasked.
+Every file is written atomically and records what it was made from; so the process may be killed at
+any moment, and repeating the call resumes and ends with the same bytes as without the interruption.
+Tokenizers are trained on training data only and never retrained: more sources can be added to a
+folder later, and more shards to a source. Existing data are replaced only on request.
 
-The parts: ``spec`` (what to prepare, and what is refused), ``present`` (what is there already),
-``tokenizers`` (which there are to be), ``learn`` (making them), ``tokenise`` (the work on one
-shard), ``pool`` (processes), ``report`` (what is in a prepared folder).
+The parts: ``spec`` (specification and its refusals), ``existing_shards`` (protects earlier data),
+``tokenizers`` and ``train_tokenizers``, ``tokenise`` (work on one shard), ``worker_pool``,
+``report`` (description of a prepared folder).
 """
 
 import math
@@ -34,7 +34,7 @@ from earlyfuse.data.prepare.bad_samples import lost, skipped
 from earlyfuse.data.prepare.existing_shards import (
     SplitGuard,
     check_replaced,
-    made_shards,
+    existing_shards,
     raw_hashes,
 )
 from earlyfuse.data.prepare.progress import Progress
@@ -42,17 +42,12 @@ from earlyfuse.data.prepare.spec import SPLITS, PrepareSpec, Source
 from earlyfuse.data.prepare.tokenise import ShardJob, recipe_of, tokenise_shard
 from earlyfuse.data.prepare.tokenizers import check_existing, make_tokenizers
 from earlyfuse.data.prepare.worker_pool import ProcessPool
-from earlyfuse.data.shards.writer import (
-    MANIFEST,
-    ShardRecord,
-    shard_name,
-    write_manifest,
-)
+from earlyfuse.data.shards.writer import MANIFEST, ShardRecord, shard_name, write_manifest
 from earlyfuse.data.tokenizers import Tokenizers
 
 __all__ = ["PrepareSpec", "prepare"]
 
-# a rate of bad samples means something from this many samples on, or at the end of a source
+# samples from which on a rate of bad samples is judged before the end of a source
 _SAMPLES_TO_JUDGE = 1000
 _NAMED_SHARDS = 5
 
@@ -60,63 +55,54 @@ _NAMED_SHARDS = 5
 def prepare(
     spec: PrepareSpec, progress: Progress | None = None, *, wait: bool = False
 ) -> dict[str, dict[str, Any]]:
-    """Make ``spec.out`` what ``spec`` says. Returns ``{"train/text": manifest, …}``.
+    """Prepare ``spec.out`` as ``spec`` says. Returns ``{"train/text": manifest, …}``.
 
-    ``wait``: for another prepare that is writing there to end, in place of refusing.
+    ``wait``: wait for another prepare that is writing there, instead of refusing.
 
-    Raises before anything is written: ``FileNotFoundError`` for shards that are not there,
-    ``ValueError`` for a folder prepared with other tokenizers, ``PermissionError`` or another
-    ``OSError`` for one that cannot be written, ``RuntimeError`` for one that another prepare is
-    writing, or that has a source of the same name from other raw shards. Raises later:
-    ``ValueError`` on too many bad samples, too little data for a tokenizer, or a validation shard
-    that is a copy of a training shard of this call or an earlier one.
+    Raises before anything is written: ``FileNotFoundError`` for missing shards, ``ValueError`` for
+    a folder prepared with other tokenizers or a source made from other raw shards,
+    ``PermissionError`` or another ``OSError`` for an unwritable folder, ``RuntimeError`` for one
+    that another prepare is writing. Raises later: ``ValueError`` on too many bad samples, too
+    little data for a tokenizer, or a validation shard that is a copy of a training shard of this
+    call or an earlier one.
     """
     progress = progress or Progress()
     sources = spec.sources()
     check_existing(spec)
     _check_writable(spec.out)
     with _only_one(spec.out, progress, wait), ProcessPool(spec.workers) as pool:
-        hashes, guard = _check_present(spec, sources)
+        hashes, guard = _check_sources(spec, sources)
         remove_temporaries(spec.out)
         for source in sources:
             for line in source.unused:
                 progress.tell(f"{source.label}: not read, in {line}")
         tokenizers = make_tokenizers(spec, sources, pool, progress)
         jobs = {source.label: _jobs(spec, source, tokenizers) for source in sources}
-        done = {
-            source.label: _complete_shards(jobs[source.label], hashes[source.label])
-            for source in sources
-        }
-        waiting = [
-            job
-            for source in sources
-            for job in jobs[source.label]
-            if job.number not in done[source.label]
-        ]
-        fresh = pool.map(tokenise_shard, waiting)
+        done = {label: _complete_shards(jobs[label], hashes[label]) for label in jobs}
+        missing = [job for label in jobs for job in jobs[label] if job.number not in done[label]]
+        new_records = pool.map(tokenise_shard, missing)
+        shards = sum(map(len, jobs.values()))
+        if len(missing) < shards:
+            progress.tell(f"{shards - len(missing)} of {shards} shards are complete already")
         manifests = {}
-        shards = sum(len(source.shards) for source in sources)
-        if len(waiting) < shards:
-            progress.tell(f"{shards - len(waiting)} of {shards} shards are complete already")
-        with progress.bar("tokenising", max(1, len(waiting)), "shard") as advance:
-            documents = 0
+        documents = 0
+        with progress.bar("tokenising", max(1, len(missing)), "shard") as advance:
             for source in sources:
                 records = []
                 bad_rate = _BadRate(spec, source)
                 for job in jobs[source.label]:
                     record = done[source.label].get(job.number)
                     if record is None:
-                        record = next(fresh)
+                        record = next(new_records)
                         documents += record.documents
                         advance(1, f"{documents} documents")
                     records.append(record)
                     bad_rate.check(record)
                     if record.documents:
-                        _keep_apart(guard, source, record, job.folder)
+                        _check_split(guard, source, record, job.folder)
                 _tell_lost(source, records, progress)
-                folder = spec.out / source.split / source.name
                 manifests[source.label] = write_manifest(
-                    folder,
+                    spec.out / source.split / source.name,
                     tokenizers.vocabulary,
                     tokenizers.hashes,
                     records,
@@ -125,26 +111,26 @@ def prepare(
     return manifests
 
 
-def _check_present(
+def _check_sources(
     spec: PrepareSpec, sources: list[Source]
 ) -> tuple[dict[str, dict[Path, str]], SplitGuard]:
-    """Refuse what would replace or repeat data of ``spec.out``.
+    """Raise ``ValueError`` for what would replace or repeat data of ``spec.out``.
 
-    Returns SHA-256 of the raw shards of sources that are there already, and what watches over the
-    splits from here on.
+    Returns the SHA-256 of the raw shards of sources that exist already, and the guard of the
+    splits for new shards.
     """
     asked = {source.label: source for source in sources}
     hashes: dict[str, dict[Path, str]] = {label: {} for label in asked}
     others = {}
     for split in SPLITS:
         for folder in sorted((spec.out / split).glob("*/")):
-            label, made = f"{split}/{folder.name}", made_shards(folder)
+            label, existing = f"{split}/{folder.name}", existing_shards(folder)
             source = asked.get(label)
             if source is None:
-                others[label] = [shard for shard in made if shard.finished]
-            elif made:
+                others[label] = [shard for shard in existing if shard.finished]
+            elif existing:
                 hashes[label] = raw_hashes(source.shards)
-                check_replaced(spec, source, made, hashes[label])
+                check_replaced(spec, source, existing, hashes[label])
     guard = SplitGuard(others)
     for source in sources if others else ():
         hashes[source.label] = hashes[source.label] or raw_hashes(source.shards)
@@ -176,11 +162,10 @@ def _jobs(spec: PrepareSpec, source: Source, tokenizers: Tokenizers) -> list[Sha
 
 
 def _complete_shards(jobs: list[ShardJob], hashes: dict[Path, str]) -> dict[int, ShardRecord]:
-    """Shards of an earlier call that were made from the same bytes in the same way, by number.
-    ``hashes``: SHA-256 of the raw shards, if there are any of an earlier call.
+    """Records of shards that an earlier call made from the same bytes in the same way, by number.
 
-    Everything else that an earlier call left in the folder goes, the manifest first: from here
-    until the new one is written the folder is not a data set.
+    ``hashes``: SHA-256 of the raw shards, where they are known. All other files of an earlier call
+    are deleted, the manifest first: until the new one is written the folder is not a data set.
     """
     folder = jobs[0].folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -205,17 +190,17 @@ def _usable_record(job: ShardJob, raw_sha256: str | None) -> ShardRecord | None:
     record = ShardRecord.load(job.folder, job.number)
     if record is None or record.recipe != job.recipe or record.raw != job.raw_name:
         return None
-    ends_it = {"stop": bool(record.drops), "skip": lost(record.drops) > 0}
-    if ends_it.get(job.on_bad, False):
-        return None  # skipped then, to be met now
+    stops = {"stop": bool(record.drops), "skip": lost(record.drops) > 0}
+    if stops.get(job.on_bad, False):
+        return None  # dropped under another policy; this one is to stop at it
     return record if record.raw_sha256 == (raw_sha256 or sha256_file(job.raw)) else None
 
 
-def _keep_apart(guard: SplitGuard, source: Source, record: ShardRecord, folder: Path) -> None:
+def _check_split(guard: SplitGuard, source: Source, record: ShardRecord, folder: Path) -> None:
     try:
         guard.check(source, record.raw, record.raw_sha256, record.sha256)
     except ValueError as error:
-        (folder / record.name).with_suffix(".json").unlink()  # another may take its place
+        (folder / record.name).with_suffix(".json").unlink()  # another shard may replace it
         raise ValueError(
             f"{error}. The source is unfinished, and runs refuse its folder: repeat the command "
             f"with other shards, or remove {printable(str(folder))}"
@@ -231,7 +216,7 @@ class _BadRate:
         self.worst = ShardRecord("", "", "", 0, "")
 
     def check(self, record: ShardRecord) -> None:
-        """The next shard: judged together with those before it."""
+        """Judge the next shard together with those before it."""
         own = skipped(record.drops)
         if own > skipped(self.worst.drops):
             self.worst = record
@@ -239,15 +224,14 @@ class _BadRate:
         self.seen += own + record.documents
         self.shards += 1
         last = self.shards == len(self.source.shards)
-        spec, bad, seen, worst = self.spec, self.bad, self.seen, self.worst
-        if bad <= spec.max_bad_rate * seen or not (last or seen >= _SAMPLES_TO_JUDGE):
-            return
-        causes = Tally(worst.drops, worst.examples)
-        raise ValueError(
-            f"{self.source.label}: {bad} of {seen} samples are bad, a rate of {bad / seen:.3f}, "
-            f"above max_bad_rate ({spec.max_bad_rate}); most are in shard "
-            f"{printable(worst.raw)}: {printable(str(causes))}. Mend it, or raise max_bad_rate"
-        )
+        most, bad, seen, worst = self.spec.max_bad_rate, self.bad, self.seen, self.worst
+        if bad > most * seen and (last or seen >= _SAMPLES_TO_JUDGE):
+            causes = printable(str(Tally(worst.drops, worst.examples)))
+            raise ValueError(
+                f"{self.source.label}: {bad} of {seen} samples are bad, a rate of "
+                f"{bad / seen:.3f}, above max_bad_rate ({most}); most are in shard "
+                f"{printable(worst.raw)}: {causes}. Mend it, or raise max_bad_rate"
+            )
 
 
 def _tell_lost(source: Source, records: list[ShardRecord], progress: Progress) -> None:
@@ -268,14 +252,13 @@ def _check_writable(out: Path) -> None:
         probe.touch()
         probe.unlink(missing_ok=True)
     except OSError as error:
-        raise type(error)(
-            f"out ({out}) cannot be written ({error.strerror}); choose another folder"
-        ) from error
+        what = f"out ({out}) cannot be written ({error.strerror}); choose another folder"
+        raise type(error)(what) from error
 
 
 @contextmanager
 def _only_one(out: Path, progress: Progress, wait: bool) -> Iterator[None]:
-    """Refuse a second prepare on the folder, or let it ``wait``."""
+    """Lock the folder. ``RuntimeError`` if another prepare holds the lock, unless ``wait``."""
     lock = FolderLock(out, progress.tell)
     if not lock.acquire(math.inf if wait else 0.0):
         raise RuntimeError(f"out ({out}) is being written by another prepare; wait for it to end")

@@ -9,34 +9,36 @@ POLICIES = ("skip", "stop", "skip-shards")
 
 
 def count_bad(bad: BadSample, on_bad: str, shard: Path, name: str, expected: float) -> int:
-    """How many samples ``bad``, found in ``shard``, stands for.
+    """Number of samples that ``bad``, found in ``shard``, stands for.
 
-    ``expected``: see ``LostSamples.samples``. Raises ``ValueError`` that calls the shard ``name``
-    where the policy ``on_bad`` says to end.
+    ``expected``: see ``LostSamples.samples``. Raises ``ValueError``, which calls the shard
+    ``name``, where the policy ``on_bad`` is to stop.
     """
     what = f"shard {printable(name)}: {without_path(bad, shard)} [{bad.cause}]"
-    is_lost = isinstance(bad, LostSamples)
-    count = bad.samples(expected) if isinstance(bad, LostSamples) else 1
-    if on_bad == "stop" and not is_lost:
-        raise ValueError(f"{what}; on_bad is 'stop': mend the sample, or choose 'skip'") from bad
-    if is_lost and on_bad != "skip-shards":
+    if not isinstance(bad, LostSamples):
+        if on_bad == "stop":
+            remedy = "on_bad is 'stop': mend the sample, or choose 'skip'"
+            raise ValueError(f"{what}; {remedy}") from bad
+        return 1
+    count = bad.samples(expected)
+    if on_bad != "skip-shards":
         raise ValueError(
-            f"{what}; about {count:,} {'sample is' if count == 1 else 'samples are'} "
-            "lost: fetch or write the shard again, or choose on_bad 'skip-shards' to go on without"
+            f"{what}; about {count:,} {'sample is' if count == 1 else 'samples are'} lost: fetch "
+            "or write the shard again, or choose on_bad 'skip-shards'"
         ) from bad
     return count
 
 
 def without_path(bad: BadSample, shard: Path) -> str:
-    """Its message without the path of ``shard``: records do not depend on where shards lie."""
+    """The message without the path of ``shard``: records do not depend on where shards are."""
     return bad.message.removeprefix(f"{printable(str(shard))}: ")
 
 
 def skipped(drops: dict[str, int]) -> int:
-    """Samples among ``drops`` that were there, and bad."""
+    """Number of bad samples in ``drops``, without those of lost shards."""
     return sum(count for cause, count in drops.items() if cause not in LOST_CAUSES)
 
 
 def lost(drops: dict[str, int]) -> int:
-    """Samples among ``drops`` that went with the rest of their shards: an estimate."""
+    """Estimated number of samples in ``drops`` that were lost with the rest of their shards."""
     return sum(drops.get(cause, 0) for cause in LOST_CAUSES)

@@ -1,8 +1,8 @@
-"""What a prepared folder holds already, before anything in it is written: never another's data.
+"""Protects the data in a prepared folder, before anything in it is written.
 
-A source is known by the SHA-256 of the raw shards that its manifest and records name. One made of
-others than are asked for is not replaced unasked, and no shard is in training and validation,
-whichever command put it there.
+A source is identified by the SHA-256 of the raw shards that its manifest and records name. A source
+made from other raw shards is replaced only on request, and no shard is in both training and
+validation, whichever command put it there.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,8 +17,10 @@ from earlyfuse.data.shards.writer import MANIFEST, ShardRecord, read_manifest
 
 
 @dataclass(frozen=True)
-class Made:
-    """A tokenised shard that is there: the SHA-256 of its raw shard and of its tokens."""
+class ExistingShard:
+    """A tokenised shard: name and SHA-256 of its raw shard, SHA-256 of its tokens, whether it has
+    bad samples, and whether a manifest names it.
+    """
 
     raw: str
     raw_sha256: str
@@ -27,27 +29,25 @@ class Made:
     finished: bool
 
 
-def made_shards(folder: Path) -> list[Made]:
-    """Shards of the source in ``folder`` that hold documents, as manifest and records say.
+def existing_shards(folder: Path) -> list[ExistingShard]:
+    """Shards with documents in the folder of a source, from its manifest and records.
 
-    ``ValueError`` naming the manifest if that is damaged.
+    Raises ``ValueError`` naming a damaged manifest.
     """
-    found: dict[str, Made] = {}
+    found: dict[str, ExistingShard] = {}
     if (folder / MANIFEST).exists():
         manifest = read_manifest(folder)
         for shard in manifest["shards"]:
             if shard["documents"]:
                 dropped = shard["raw"] in manifest["drops_by_shard"]
-                found[shard["name"]] = Made(
-                    shard["raw"], shard["raw_sha256"], shard["sha256"], dropped, True
-                )
+                hashes = shard["raw_sha256"], shard["sha256"]
+                found[shard["name"]] = ExistingShard(shard["raw"], *hashes, dropped, finished=True)
     for path in sorted(folder.glob("shard-*.json")):
         number = path.stem.removeprefix("shard-")
         record = ShardRecord.read(folder, int(number)) if number.isdecimal() else None
         if record is not None and record.documents and record.name not in found:
-            found[record.name] = Made(
-                record.raw, record.raw_sha256, record.sha256, bool(record.drops), False
-            )
+            hashes, dropped = (record.raw_sha256, record.sha256), bool(record.drops)
+            found[record.name] = ExistingShard(record.raw, *hashes, dropped, finished=False)
     return list(found.values())
 
 
@@ -58,50 +58,52 @@ def raw_hashes(shards: Sequence[Path]) -> dict[Path, str]:
 
 
 def check_replaced(
-    spec: PrepareSpec, source: Source, made: Sequence[Made], hashes: Mapping[Path, str]
+    spec: PrepareSpec,
+    source: Source,
+    existing: Sequence[ExistingShard],
+    hashes: Mapping[Path, str],
 ) -> None:
-    """``ValueError`` if ``source`` is there, made of raw shards that are not among those asked for.
+    """Raise ``ValueError`` if ``source`` exists, made from raw shards not among ``hashes``.
 
-    More shards may join it. Of an unfinished source, a shard with bad samples may be mended.
+    More shards may be added. Of an unfinished source, a shard with bad samples may be mended.
     """
     asked = set(hashes.values())
     lost = [
         shard
-        for shard in made
+        for shard in existing
         if shard.raw_sha256 not in asked and (shard.finished or not shard.dropped)
     ]
     if not lost or spec.replace:
         return
-    folder = spec.out / source.split / source.name
     raise ValueError(
-        f"source {source.label} is in {spec.out} already, made of {len(made)} raw shards, of which "
-        f"{len(lost)} ({printable(lost[0].raw)}{', …' if len(lost) > 1 else ''}) are not among the "
-        f"{len(hashes)} asked for ({printable(str(source.shards[0]))}"
+        f"source {source.label} is in {spec.out} already, made of {len(existing)} raw shards, of "
+        f"which {len(lost)} ({printable(lost[0].raw)}{', …' if len(lost) > 1 else ''}) are not "
+        f"among the {len(hashes)} asked for ({printable(str(source.shards[0]))}"
         f"{', …' if len(hashes) > 1 else ''}): it would be lost. Give another source name or "
-        f"another --out, or remove {folder}, or pass --replace"
+        f"--out, or remove {spec.out / source.split / source.name}, or pass --replace"
     )
 
 
 class SplitGuard:
-    """Raises ``ValueError`` for validation on a copy of what training sees, under any name.
+    """Raises ``ValueError`` for validation on a copy of a training shard, or the reverse.
 
-    ``others``: shards by label (``train/text``) of sources in the folder that are not made now. Two
-    shards are copies if their files are, or all their tokens (one packed otherwise).
+    ``others``: shards by label (``train/text``) of sources in the folder that are not built now.
+    Two shards are copies if their files are equal, or all their tokens (compressed differently).
     """
 
-    def __init__(self, others: Mapping[str, Iterable[Made]]) -> None:
+    def __init__(self, others: Mapping[str, Iterable[ExistingShard]]) -> None:
         self._seen: dict[str, dict[str, str]] = {split: {} for split in SPLITS}
         for label, shards in others.items():
             for shard in shards:
                 self._note(label, shard.raw, shard.raw_sha256, shard.sha256)
 
     def check_raw(self, source: Source, hashes: Mapping[Path, str]) -> None:
-        """The raw shards of ``source``, before any is tokenised; ``hashes``: SHA-256 of each."""
+        """Check the raw shards of ``source`` before tokenising; ``hashes``: SHA-256 of each."""
         for raw, shard in zip(source.raw_names, source.shards, strict=True):
             self._refuse(source, raw, hashes[shard], "bytes")
 
     def check(self, source: Source, raw: str, raw_sha256: str, sha256: str) -> None:
-        """A tokenised shard of ``source``; one of no documents need not be shown."""
+        """Check a tokenised shard of ``source`` that has documents."""
         self._refuse(source, raw, raw_sha256, "bytes")
         self._refuse(source, raw, sha256, "documents")
         self._note(source.label, raw, raw_sha256, sha256)

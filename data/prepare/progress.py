@@ -1,4 +1,4 @@
-"""What prepare says while it works: one bar in a terminal, plain lines elsewhere."""
+"""Progress of prepare: one bar in a terminal, plain lines elsewhere."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -13,41 +13,42 @@ _PLAIN_LINES = 10
 
 
 class Progress:
-    """Writes to ``file``, standard error unless given otherwise."""
+    """Writes to ``file``, by default standard error."""
 
     def __init__(self, file: TextIO | None = None) -> None:
         self.file = sys.stderr if file is None else file
 
     def tell(self, line: str) -> None:
-        """One line; a bar that is shown stays below it."""
+        """Write one line above the bar, if one is shown."""
         tqdm.write(printable(line), file=self.file)
 
     @contextmanager
     def steps(self, name: str, total: int) -> Iterator[Callable[[int, float], None]]:
-        """Gives ``show(step, loss)``."""
+        """Yield ``show(step, loss)``."""
         with self.bar(name, total, "step") as advance:
             yield lambda step, loss: advance(1, f"loss {loss:.4f}")
 
     @contextmanager
     def bar(self, name: str, total: int, unit: str) -> Iterator[Callable[[int, str], None]]:
-        """Gives ``advance(by, note)``: a bar in a terminal, about ten lines elsewhere."""
-        if self.file.isatty():
-            with tqdm(
-                total=total, desc=printable(name), unit=unit, file=self.file, dynamic_ncols=True
-            ) as shown:
+        """Yield ``advance(by, note)``, which moves a bar or prints about ten lines in all."""
+        terminal = self.file.isatty()
+        with tqdm(
+            total=total,
+            desc=printable(name),
+            unit=unit,
+            file=self.file,
+            dynamic_ncols=True,
+            disable=not terminal,
+        ) as shown:
+            done = 0
 
-                def advance(by: int, note: str) -> None:
+            def advance(by: int, note: str) -> None:
+                nonlocal done
+                before, done = done, done + by
+                if terminal:
                     shown.set_postfix_str(printable(note), refresh=False)
                     shown.update(by)
+                elif before * _PLAIN_LINES // total != done * _PLAIN_LINES // total:
+                    self.tell(f"{name}: {done} of {total} {unit}s, {note}")
 
-                yield advance
-            return
-        done = 0
-
-        def advance_plainly(by: int, note: str) -> None:
-            nonlocal done
-            before, done = done, done + by
-            if before * _PLAIN_LINES // total != done * _PLAIN_LINES // total:
-                self.tell(f"{name}: {done} of {total} {unit}s, {note}")
-
-        yield advance_plainly
+            yield advance

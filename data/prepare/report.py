@@ -1,4 +1,4 @@
-"""What is in a prepared folder, as a page of text."""
+"""Describes a prepared folder as a page of text."""
 
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,9 @@ _WORST_SHARDS = 10
 
 
 def describe(out: Path) -> str:
-    """Documents, tokens per modality, drops by cause and shard, tokenizers and how good they are.
+    """Documents, tokens per modality, drops by cause and shard, tokenizers and their quality.
 
-    Raises ``FileNotFoundError`` when ``out`` was not prepared, ``ValueError`` for a damaged file.
+    Raises ``FileNotFoundError`` if ``out`` was not prepared, ``ValueError`` for a damaged file.
     """
     folders = [folder for split in SPLITS for folder in sorted((out / split).glob("*/"))]
     if not (out / "tokenizers").is_dir() or not folders:
@@ -37,9 +37,8 @@ def describe(out: Path) -> str:
         path = out / "tokenizers" / VOCABULARY_FILE
         check_same(path, tokenizers.vocabulary, data, folder / MANIFEST)
     lines = [*_tokenizer_lines(tokenizers), ""]
-    lines += _table(
-        [_heading(tokenizers), *(_row(folder, manifest, tokenizers) for folder, manifest in done)]
-    )
+    rows = [_row(folder, manifest, tokenizers) for folder, manifest in done]
+    lines += _table([_heading(tokenizers), *rows])
     lines += [
         f"{f.parent.name}/{f.name}: unfinished" for f in folders if not (f / MANIFEST).exists()
     ]
@@ -69,28 +68,27 @@ def _heading(tokenizers: Tokenizers) -> list[str]:
 
 
 def _row(folder: Path, manifest: dict[str, Any], tokenizers: Tokenizers) -> list[str]:
+    labels = [modality.label for modality in tokenizers.vocabulary.modalities]
     row = [
         f"{folder.parent.name}/{folder.name}",
         str(len(manifest["shards"])),
         f"{manifest['documents']:,}",
+        *(f"{manifest['tokens'][label]:,}" for label in labels),
+        f"{sum(manifest['drops'].values()):,}",
     ]
-    labels = [modality.label for modality in tokenizers.vocabulary.modalities]
-    row += [f"{manifest['tokens'][label]:,}" for label in labels]
-    row.append(f"{sum(manifest['drops'].values()):,}")
     for label, tokenizer in tokenizers.media.items():
-        there = manifest["tokens"][label] > 0
-        error = manifest.get(f"{label}_squared_error")  # not without a decoder
-        quality = MEDIA[label].module().quality
-        row.append("-" if error is None else f"{quality(error):.1f}")
+        error = manifest.get(f"{label}_squared_error")  # absent without a decoder
+        row.append("-" if error is None else f"{MEDIA[label].module().quality(error):.1f}")
         if tokenizer.vectors is None:
-            row += _usage(folder, manifest, label) if there else ("-", "-")
+            used = manifest["tokens"][label] > 0
+            row += _usage(folder, manifest, label) if used else ("-", "-")
         if not tokenizer.block:
             row.append(str(manifest.get("longest", {}).get(label, "-")))
     return row
 
 
 def _usage(folder: Path, manifest: dict[str, Any], label: str) -> tuple[str, str]:
-    """Codes of a medium that occur in all shards, and their perplexity."""
+    """Number of codes of a medium that occur in the source, and their perplexity."""
     codes = Vocabulary.from_dict(manifest["vocabulary"]).medium(Modality[label])
     counts = np.zeros(codes.count, dtype=np.int64)
     for tokens in TokenSource(folder).runs():
@@ -101,45 +99,37 @@ def _usage(folder: Path, manifest: dict[str, Any], label: str) -> tuple[str, str
 
 
 def _drop_lines(label: str, manifest: dict[str, Any]) -> list[str]:
-    examples = manifest.get("examples", {})
+    drops, examples = manifest["drops"], manifest.get("examples", {})
     lines = []
-    if manifest["drops"]:
-        lines += ["", f"{label} dropped: {_causes(manifest['drops'])}"]
+    if drops:
+        lines += ["", f"{label} dropped: {_causes(drops)}"]
         lines += [
-            f"  first {cause}: {examples[cause]}" for cause in _known(manifest["drops"], examples)
+            f"  first {cause}: {examples[cause]}" for cause in sorted(drops.keys() & examples)
         ]
-        by_shard = sorted(
-            manifest["drops_by_shard"].items(), key=lambda item: -sum(item[1].values())
-        )
-        lines += [f"  {shard}: {_causes(drops)}" for shard, drops in by_shard[:_WORST_SHARDS]]
+        by_shard = sorted(manifest["drops_by_shard"].items(), key=lambda item: -_total(item[1]))
+        lines += [f"  {shard}: {_causes(own)}" for shard, own in by_shard[:_WORST_SHARDS]]
         hidden = len(by_shard) - _WORST_SHARDS
         lines += [f"  and {hidden} shards more"] if hidden > 0 else []
-        if samples := lost(manifest["drops"]):
-            broken = sum(lost(drops) > 0 for _, drops in by_shard)
+        if samples := lost(drops):
+            broken = sum(lost(own) > 0 for _, own in by_shard)
             lines.append(
                 f"  {broken} of {len(manifest['shards'])} shards end early: about {samples:,} "
                 f"samples are lost, counted as {' or '.join(LOST_CAUSES)}"
             )
     if unused := manifest.get("unused"):
         lines += ["", f"{label} unused: {Tally(unused, examples)}"]
-    return [printable(line) for line in lines]
+    return lines
 
 
 def _causes(drops: dict[str, int]) -> str:
     return ", ".join(f"{cause} {count}" for cause, count in sorted(drops.items()))
 
 
-def _known(drops: dict[str, int], examples: dict[str, str]) -> list[str]:
-    return [cause for cause in sorted(drops) if examples.get(cause)]
+def _total(drops: dict[str, int]) -> int:
+    return sum(drops.values())
 
 
 def _table(rows: list[list[str]]) -> list[str]:
-    """Columns as wide as their widest cell: the first flush left, numbers flush right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join(
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
+    """Aligned columns: the first flush left, numbers flush right."""
+    first, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
+    return ["  ".join([name.ljust(first), *map(str.rjust, cells, widths)]) for name, *cells in rows]

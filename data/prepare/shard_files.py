@@ -1,13 +1,15 @@
-"""Finding shards: files, folders of tars, glob and brace patterns; what is no shard is named."""
+"""Finds raw shards: files, folders of tars, glob and brace patterns; names files that are none."""
 
 import glob
+import math
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
 from pathlib import Path
+
+from braceexpand import braceexpand
 
 from earlyfuse.data.raw.file_kinds import other_kind
 from earlyfuse.data.raw.safety import checked_shard
@@ -15,18 +17,17 @@ from earlyfuse.data.raw.safety import checked_shard
 ENDINGS = (".tar", ".tar.gz", ".tgz")
 _MOST_SHARDS = 1_000_000  # of one pattern
 _SHOWN = 3
-_RANGE = re.compile(r"(-?\d{1,18})\.\.(-?\d{1,18})(?:\.\.(-?\d{1,18}))?")
-_LETTERS = re.compile(r"([a-zA-Z])\.\.([a-zA-Z])")
+_RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?\}")
 
 Paths = str | Path | Sequence[str | Path]
 
 
 def find_shards(label: str, paths: Paths) -> tuple[Path, ...]:
-    """Files of ``paths``, one or several: each sorted by name, without repeats.
+    """Files of ``paths``, one or several: each sorted by name, without repetitions.
 
-    Braces are expanded as webdataset does (``{000000..000002}``, ``{a,b}``), then glob patterns.
-    Raises ``FileNotFoundError`` where nothing is, ``PermissionError`` for what may not be read,
-    ``ValueError`` for URLs, commands and unfit braces.
+    Braces are expanded as by webdataset (``{000000..000002}``, ``{a,b}``), then glob patterns.
+    Raises ``FileNotFoundError`` where nothing is found, ``PermissionError`` for unreadable files,
+    ``ValueError`` for URLs, commands and unbalanced braces.
     """
     shards: list[Path] = []
     for path in _several(paths):
@@ -35,8 +36,8 @@ def find_shards(label: str, paths: Paths) -> tuple[Path, ...]:
 
 
 def check_kinds(label: str, shards: Sequence[Path], failed: bool) -> None:
-    """Raises ``ValueError`` for shards that are no tars, with what they are; ``failed``: lets those
-    pass that a failed download left.
+    """Raise ``ValueError`` for shards that are no tars, naming their format; ``failed``: accept
+    what a failed download leaves.
     """
     with ThreadPoolExecutor() as threads:
         found = zip(shards, threads.map(other_kind, shards), strict=True)
@@ -48,7 +49,7 @@ def check_kinds(label: str, shards: Sequence[Path], failed: bool) -> None:
 
 
 def unused_files(paths: Paths) -> list[str]:
-    """A line for each folder in ``paths`` that holds more than shards: how many of which ending."""
+    """A line for each folder in ``paths`` with other files than shards: how many of each ending."""
     lines = []
     for folder in dict.fromkeys(str(path) for path in _several(paths)):
         if os.path.isdir(folder) and (others := _others(folder)):
@@ -56,97 +57,50 @@ def unused_files(paths: Paths) -> list[str]:
     return lines
 
 
-def expand_braces(pattern: str) -> Iterator[str]:
-    """Names that ``pattern`` stands for, as bash and webdataset expand it: ``{000..127}``,
-    ``{0..10..2}``, ``{a..c}``, ``{a,b}``, nested or several. Raises ``ValueError``.
-    """
-    opening = pattern.find("{")
-    while opening >= 0:
-        closing = _closing(pattern, opening)
-        alternatives = _alternatives(pattern[opening + 1 : closing])
-        if alternatives is not None:
-            for middle in alternatives:
-                for rest in expand_braces(pattern[closing + 1 :]):
-                    yield pattern[:opening] + middle + rest
-            return
-        opening = pattern.find("{", opening + 1)
-    yield pattern
-
-
-def _closing(pattern: str, opening: int) -> int:
-    depth = 0
-    for at in range(opening, len(pattern)):
-        depth += {"{": 1, "}": -1}.get(pattern[at], 0)
-        if depth == 0:
-            return at
-    raise ValueError("a brace is opened and not closed; write a range as {000..127}")
-
-
-def _alternatives(inner: str) -> Iterable[str] | None:
-    """What braces around ``inner`` stand for; none where they are only letters of a name."""
-    if found := _RANGE.fullmatch(inner):
-        first, last = int(found[1]), int(found[2])
-        padded = any(re.match("-?0[0-9]", end) for end in found.groups()[:2])
-        width = max(len(found[1]), len(found[2])) if padded else 0
-        step = max(1, abs(int(found[3] or 1)))
-        numbers = range(first, last + 1, step) if first <= last else range(first, last - 1, -step)
-        return (f"{number:0{width}d}" for number in numbers)
-    if found := _LETTERS.fullmatch(inner):
-        ends = ord(found[1]), ord(found[2])
-        letters = [chr(code) for code in range(min(ends), max(ends) + 1)]
-        return letters if ends[0] <= ends[1] else letters[::-1]
-    parts, depth, begin = [], 0, 0
-    for at, letter in enumerate(inner):
-        depth += {"{": 1, "}": -1}.get(letter, 0)
-        if letter == "," and depth == 0:
-            parts.append(inner[begin:at])
-            begin = at + 1
-    if not parts:
-        return None
-    return (name for part in [*parts, inner[begin:]] for name in expand_braces(part))
-
-
 def _several(paths: Paths) -> Sequence[str | Path]:
     return [paths] if isinstance(paths, str | Path) else paths
 
 
-def _expanded(label: str, path: str) -> Iterator[str]:
-    """Names that ``path`` stands for. ``FileNotFoundError`` where one of its braces has none."""
-    if os.path.lexists(path) or "{" not in path:
-        names = [path]
-    else:
-        try:
-            names = list(islice(expand_braces(path), _MOST_SHARDS + 1))
-        except ValueError as error:
-            raise ValueError(f"{label}: shards {path}: {error}") from error
-        if len(names) > _MOST_SHARDS:
+def _expanded(label: str, path: str) -> list[str]:
+    """Files that ``path`` matches. ``FileNotFoundError`` where one of its braces matches none."""
+    names = [path]
+    if "{" in path and not os.path.lexists(path):
+        sizes = [
+            1 + abs(int(last) - int(first)) // max(1, abs(int(step or 1)))
+            for first, last, step in _RANGE.findall(path)
+        ]
+        if math.prod(sizes) > _MOST_SHARDS:
             raise ValueError(f"{label}: {path} stands for more than {_MOST_SHARDS:,} shards")
-    matches = {name: _matches(label, name) for name in dict.fromkeys(names)}
+        try:
+            names = list(dict.fromkeys(braceexpand(path, escape=False)))
+        except ValueError as error:
+            raise ValueError(
+                f"{label}: shards {path}: {error}; write a range as {{000..127}}"
+            ) from error
+    matches = {name: _matches(label, name) for name in names}
     missing = [name for name, found in matches.items() if not found]
     if not missing:
-        return iter([match for found in matches.values() for match in found])
-    advice = "give a file, a folder of tars, or a pattern with * or {000..127}"
+        return [match for found in matches.values() for match in found]
     if len(names) > 1:
         shown = ", ".join(missing[:_SHOWN]) + (", …" if len(missing) > _SHOWN else "")
         raise FileNotFoundError(
             f"{label}: {len(missing)} of the {len(names)} shards of {path} do not exist: {shown}; "
-            "correct the range, or use * for those that are there"
+            "correct the range, or use * for those that exist"
         )
+    advice = "give a file, a folder of tars, or a pattern with * or {000..127}"
     if os.path.isdir(path):
-        others = _others(path)
-        advice = f"the folder holds {_listed(others) if others else 'nothing'}; {advice}"
+        advice = f"the folder holds {_listed(_others(path)) or 'nothing'}; {advice}"
     raise FileNotFoundError(f"{label}: no shard (.tar, .tar.gz) at {path}; {advice}")
 
 
 def _matches(label: str, path: str) -> list[str]:
     if os.path.isdir(path):
-        # hidden ones are passed over, as by patterns: macOS leaves "._a.tar" beside a.tar
+        # hidden files are skipped, as by patterns: macOS leaves "._a.tar" beside a.tar
         return [os.path.join(path, name) for name in _names(label, path) if _is_shard_name(name)]
     if not os.path.lexists(path) and glob.has_magic(path):
         found = sorted(glob.glob(path, recursive=True))
-        # folders on the way of ** are none; one that is called a shard is refused by name
+        # ** also matches folders, which are skipped; one called like a shard is refused by name
         return [m for m in found if not os.path.isdir(m) or _is_shard_name(os.path.basename(m))]
-    # URLs and commands go on, to be refused with their own reason
     return [path] if os.path.lexists(path) or ":" in path else []
 
 
@@ -154,9 +108,8 @@ def _names(label: str, folder: str) -> list[str]:
     try:
         return sorted(os.listdir(folder))
     except OSError as error:
-        raise type(error)(
-            f"{label}: folder {folder} cannot be read ({error.strerror}); make it readable"
-        ) from error
+        what = f"{label}: folder {folder} cannot be read ({error.strerror}); make it readable"
+        raise type(error)(what) from error
 
 
 def _is_shard_name(name: str) -> bool:
@@ -164,7 +117,7 @@ def _is_shard_name(name: str) -> bool:
 
 
 def _others(folder: str) -> dict[str, list[str]]:
-    """Names in ``folder`` that are no shards, by what they are."""
+    """Names in ``folder`` that are no shards, by their kind."""
     others: dict[str, list[str]] = defaultdict(list)
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         if _is_shard_name(entry.name):

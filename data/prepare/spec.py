@@ -1,9 +1,9 @@
-"""What to prepare, and the refusals that come before anything is written."""
+"""Specification of a preparation, and the refusals that precede any writing."""
 
 import os
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,12 +19,15 @@ SPLITS = ("train", "validation")
 
 @dataclass(frozen=True)
 class Source:
-    """One folder to write, ``<out>/<split>/<name>``, and the raw shards it is made from."""
+    """A folder to write, ``<out>/<split>/<name>``, and the raw shards it is made from.
+
+    ``unused``: descriptions of the other files in the folders of the shards.
+    """
 
     split: str
     name: str
     shards: tuple[Path, ...]
-    unused: tuple[str, ...] = ()  # what its folders hold besides shards
+    unused: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
@@ -33,45 +36,44 @@ class Source:
 
     @property
     def raw_names(self) -> list[str]:
-        """What manifests call the shards: paths below the folder that all of them share."""
+        """Names of the shards in manifests: paths relative to their common folder."""
         shared = os.path.commonpath([shard.parent for shard in self.shards])
         return [Path(os.path.relpath(shard, shared)).as_posix() for shard in self.shards]
 
     def expected_sizes(self) -> list[float]:
-        """For each shard how many times larger the usual shard of the source is, at least 1;
-        compressed ones beside compressed ones.
+        """For each shard, the median size of the source's shards over its own size, at least 1;
+        compressed shards are compared with compressed ones.
         """
         sizes = [max(1, shard.stat().st_size) for shard in self.shards]
         packed = [shard.name.lower().endswith("gz") for shard in self.shards]
+        pairs = list(zip(sizes, packed, strict=True))
         usual = {
-            kind: statistics.median(
-                size for size, own in zip(sizes, packed, strict=True) if own == kind
-            )
+            kind: statistics.median(size for size, own in pairs if own == kind)
             for kind in set(packed)
         }
-        return [max(1.0, usual[kind] / size) for size, kind in zip(sizes, packed, strict=True)]
+        return [max(1.0, usual[kind] / size) for size, kind in pairs]
 
 
 @dataclass(frozen=True)
 class PrepareSpec:
-    """A whole preparation. Raises ``ValueError`` on values that cannot be, when it is built.
+    """A whole preparation. Raises ``ValueError`` on values out of range, when it is built.
 
     ``train`` and ``validation``: source name → shards, as files, folders of tars or patterns (glob,
     braces).
-    ``tokenizers``: a folder of ready ones, as a prepared folder or an import holds it; all of them
-    are taken, with their vocabulary. Else ``text_tokenizer``: a sentencepiece .model or a Hugging
-    Face tokenizer.json; none: learn ``text_vocab`` pieces.
-    ``image_tokenizer``: "kmeans", "vqvae" or "none" (text only), or the file of a ready one. A new
-    one cuts images of ``image_size`` pixels into patches of ``patch`` and learns ``codes`` codes.
+    ``tokenizers``: folder of ready tokenizers, as a prepared folder or an import has it; all of
+    them are used, with their vocabulary. Else ``text_tokenizer``: a sentencepiece .model or a
+    Hugging Face tokenizer.json; none: train one of ``text_vocab`` pieces.
+    ``image_tokenizer``: "kmeans", "vqvae", "none" (text only), or the file of a ready one. A new
+    one splits images of ``image_size`` pixels into patches of ``patch`` and learns ``codes`` codes.
     ``speech_tokenizer``: "none", "kmeans" or the file of a ready one; a new one learns
     ``speech_codes`` codes of ``speech_frame_ms`` each. An utterance above ``speech_seconds`` is a
-    bad sample: it is never cut, and has to fit a row of training.
+    bad sample: utterances are never split, and have to fit a row of training.
     ``media_tokenizers``: the same choice for media without a field of their own, by label.
-    ``layout``, ``image_first``: see ``read_documents``. ``on_bad``: "skip" counts a bad sample and
-    goes on, while at most ``max_bad_rate`` of a source's samples are bad, and ends at a shard that
-    cannot be read to its end; "skip-shards" counts what such a shard lost, by estimate and outside
-    that rate, and goes on with what was read before; "stop" ends at the first bad sample.
-    ``replace``: make anew also sources that are there, of other raw shards than these.
+    ``layout``, ``image_first``: see ``read_documents``. ``on_bad``: "skip" counts bad samples, up
+    to the share ``max_bad_rate`` of a source, and stops at a shard that cannot be read to its end;
+    "skip-shards" counts the samples such a shard lost, by estimate and outside that rate, and uses
+    the rest; "stop" stops at the first bad sample.
+    ``replace``: rebuild existing sources that were made from other raw shards.
     """
 
     out: Path
@@ -100,15 +102,24 @@ class PrepareSpec:
 
     def __post_init__(self) -> None:
         check_vocabulary_size(self.text_vocab)
-        _check_one_of("layout", self.layout, ("auto", *LAYOUTS))
-        _check_one_of("on_bad", self.on_bad, POLICIES)
-        for medium in MEDIA.values():
-            given = self.tokenizer_of(medium)
-            if given not in (*medium.kinds, "none") and not Path(given).is_file():
+        for name, known in (("layout", ("auto", *LAYOUTS)), ("on_bad", POLICIES)):
+            if getattr(self, name) not in known:
                 raise ValueError(
-                    f"{medium.label}_tokenizer ({given}) must be one of "
-                    f"{', '.join((*medium.kinds, 'none'))} or the file of a prepared tokenizer; no "
-                    "such file is there"
+                    f"{name} ({getattr(self, name)}) must be one of {', '.join(known)}"
+                )
+        for name in ("image_first", "max_bad_rate"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} ({getattr(self, name)}) must lie in [0, 1]")
+        if self.workers < 1:
+            raise ValueError(f"workers ({self.workers}) must be at least 1")
+        if not self.train:
+            raise ValueError("train names no source to train tokenizers on; give at least one")
+        for medium in MEDIA.values():
+            given, kinds = self.tokenizer_of(medium), (*medium.kinds, "none")
+            if given not in kinds and not Path(given).is_file():
+                raise ValueError(
+                    f"{medium.label}_tokenizer ({given}) must be one of {', '.join(kinds)} or an "
+                    "existing tokenizer file"
                 )
             medium.module().check(self)
         if unknown := self.media_tokenizers.keys() - MEDIA.keys():
@@ -120,38 +131,24 @@ class PrepareSpec:
                 f"text_tokenizer ({self.text_tokenizer}) must be an existing .model or "
                 "tokenizer.json file"
             )
-        self._check_tokenizers()
-        for name in ("image_first", "max_bad_rate"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(
-                    f"{name} ({getattr(self, name)}) is a share; it must lie in [0, 1]"
-                )
-        if self.workers < 1:
-            raise ValueError(f"workers ({self.workers}) must be at least 1")
-        if not self.train:
-            raise ValueError(
-                "train names no source; tokenizers are learnt from it: give at least one"
-            )
+        if self.tokenizers is not None:
+            self._check_tokenizers(self.tokenizers)
 
-    def _check_tokenizers(self) -> None:
-        if self.tokenizers is None:
-            return
-        if not text_file(self.tokenizers).is_file():
+    def _check_tokenizers(self, folder: Path) -> None:
+        if not text_file(folder).is_file():
             raise ValueError(
-                f"tokenizers ({self.tokenizers}) must be a folder with {' or '.join(TEXT_FILES)}; "
-                "name the tokenizers folder of prepared data or of a converted checkpoint"
+                f"tokenizers ({folder}) must be a folder with {' or '.join(TEXT_FILES)}; name the "
+                "tokenizers folder of prepared data or of a converted checkpoint"
             )
-        given: dict[str, object] = (
-            {"text_tokenizer": self.text_tokenizer} if self.text_tokenizer else {}
-        )
+        given: dict[str, object] = {}
+        if self.text_tokenizer:
+            given["text_tokenizer"] = self.text_tokenizer
         for medium in MEDIA.values():
             if (kind := self.tokenizer_of(medium)) != medium.default:
                 given[f"{medium.label}_tokenizer"] = kind
         if given:
-            raise ValueError(
-                f"tokenizers ({self.tokenizers}) names all tokenizers; leave out "
-                + " and ".join(f"{name} ({value})" for name, value in given.items())
-            )
+            others = " and ".join(f"{name} ({value})" for name, value in given.items())
+            raise ValueError(f"tokenizers ({folder}) names all tokenizers; leave out {others}")
 
     def tokenizer_of(self, medium: Medium) -> str:
         """A kind, "none" or a file."""
@@ -160,7 +157,7 @@ class PrepareSpec:
 
     @property
     def media(self) -> list[Medium]:
-        """Those that get a tokenizer; unknown where ``tokenizers`` brings them."""
+        """Media that get a tokenizer; unknown where ``tokenizers`` brings them."""
         return [medium for medium in MEDIA.values() if self.tokenizer_of(medium) != "none"]
 
     def sources(self) -> list[Source]:
@@ -170,15 +167,12 @@ class PrepareSpec:
         no tar, an unfit name, or a shard that is in both splits.
         """
         found = [
-            self._source(split, _checked_name(name), paths)
+            self._source(split, name, paths)
             for split in SPLITS
             for name, paths in getattr(self, split).items()
         ]
         trained = {
-            shard.resolve()
-            for source in found
-            if source.split == "train"
-            for shard in source.shards
+            s.resolve() for source in found if source.split == "train" for s in source.shards
         }
         for source in found:
             shared = [s for s in source.shards if s.resolve() in trained]
@@ -190,6 +184,10 @@ class PrepareSpec:
         return found
 
     def _source(self, split: str, name: str, paths: Paths) -> Source:
+        if not re.fullmatch(r"[\w-]+", name):
+            raise ValueError(
+                f"source name ({name!r}) must be letters, digits, '_' and '-': it names a folder"
+            )
         label = f"{split}/{name}"
         shards = find_shards(label, paths)
         check_kinds(label, shards, failed=self.on_bad == "skip-shards")
@@ -199,20 +197,6 @@ class PrepareSpec:
                 raw_name.encode()
             except UnicodeEncodeError as error:
                 raise ValueError(
-                    f"{label}: shard {raw_name!r} has a name that is not UTF-8, and manifests "
-                    "name their shards; rename it"
+                    f"{label}: shard {raw_name!r} has a name that is not UTF-8; rename it"
                 ) from error
         return source
-
-
-def _checked_name(name: str) -> str:
-    if not re.fullmatch(r"[\w-]+", name):
-        raise ValueError(
-            f"source name ({name!r}) must be letters, digits, '_' and '-': it names a folder"
-        )
-    return name
-
-
-def _check_one_of(name: str, value: str, known: Sequence[str]) -> None:
-    if value not in known:
-        raise ValueError(f"{name} ({value}) must be one of {', '.join(known)}")

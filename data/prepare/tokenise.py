@@ -1,6 +1,7 @@
 """Documents → token ids: ``[bos] segments [eos]``, a media item as begin, codes, end.
 
-The work on one raw shard, the unit that ``prepare`` hands to a process and restarts.
+``tokenise_shard`` is the unit of work that ``prepare`` gives to a process, and repeats after an
+interruption.
 """
 
 import hashlib
@@ -31,12 +32,12 @@ from earlyfuse.data.shards.writer import (
 from earlyfuse.data.tokenizers import Tokenizers
 from earlyfuse.models.vocabulary import Modality
 
-_WAITING_DOCUMENTS = 1024  # of a shard, whose media are encoded together
+_BATCH_DOCUMENTS = 1024  # whose media are encoded together
 
 
 @dataclass(frozen=True)
 class ShardJob:
-    """One raw shard to tokenise: ``raw`` is its path, ``raw_name`` what manifests call it."""
+    """One raw shard to tokenise: ``raw`` is its path, ``raw_name`` its name in manifests."""
 
     raw: Path
     raw_name: str
@@ -60,13 +61,13 @@ class _Item:
     encoded: np.ndarray | None = None
 
 
-_Part = list[int] | _Item  # text ids, or an item that waits to be encoded with others
+_Part = list[int] | _Item  # text ids, or an item to be encoded with others
 
 
 def recipe_of(
     tokenizers: Tokenizers, layout: str, image_first: float, limits: dict[str, dict[str, Any]]
 ) -> str:
-    """Hash of everything besides the raw shard that decides its tokens."""
+    """Hash of everything that decides the tokens besides the raw shard."""
     parts = [
         FORMAT,
         *(f"{kind}={sha}" for kind, sha in sorted(tokenizers.hashes.items())),
@@ -79,9 +80,9 @@ def recipe_of(
 
 
 def tokenise_shard(job: ShardJob) -> ShardRecord:
-    """Read, tokenise and write one shard. Its record, written last, says that it is complete.
+    """Read, tokenise and write one shard; its record, written last, marks it complete.
 
-    Raises ``ValueError`` naming shard and cause where the policy ``on_bad`` says to end.
+    Raises ``ValueError`` naming shard and cause where the policy ``on_bad`` is to stop.
     """
     tokenizers = _loaded(job.tokenizers, job.recipe)
     record = ShardRecord(
@@ -92,19 +93,24 @@ def tokenise_shard(job: ShardJob) -> ShardRecord:
         raw_sha256=sha256_file(job.raw),
     )
     documents = read_documents(job.raw, job.layout, image_first=job.image_first)
-    tokenised = tokenise(_judged(documents, job, record), tokenizers, job, record)
+    tokenised = tokenise(documents, tokenizers, job, record)
     write_shard(job.folder, record, tokenised, tokenizers.vocabulary, tokenizers.vectors)
     return record
 
 
 def tokenise(
-    documents: Iterable[Document], tokenizers: Tokenizers, job: ShardJob, record: ShardRecord
+    documents: Iterable[Document | BadSample],
+    tokenizers: Tokenizers,
+    job: ShardJob,
+    record: ShardRecord,
 ) -> Iterator[Tokenised]:
-    """Each good document; ``record`` counts the others."""
-    waiting: list[list[_Part]] = []
+    """Yield each good document; ``record`` counts the others."""
+    batch: list[list[_Part]] = []
     items: dict[str, int] = defaultdict(int)
     for document in documents:
         try:
+            if isinstance(document, BadSample):
+                raise document
             parts = _parts(document, tokenizers, job.limits)
         except BadSample as bad:
             _drop(bad, job, record)
@@ -112,26 +118,16 @@ def tokenise(
         for kind, name in document.unused:
             record.unused[kind] = record.unused.get(kind, 0) + 1
             record.examples.setdefault(kind, printable(name))
-        waiting.append(parts)
+        batch.append(parts)
         for part in parts:
             if isinstance(part, _Item):
                 items[part.medium.label] += 1
         full = any(items[label] >= tokenizers.media[label].batch for label in items)
-        if full or len(waiting) >= _WAITING_DOCUMENTS:
-            yield from _finish(waiting, tokenizers, record)
-            waiting = []
+        if full or len(batch) >= _BATCH_DOCUMENTS:
+            yield from _encode_batch(batch, tokenizers, record)
+            batch = []
             items.clear()
-    yield from _finish(waiting, tokenizers, record)
-
-
-def _judged(
-    documents: Iterable[Document | BadSample], job: ShardJob, record: ShardRecord
-) -> Iterator[Document]:
-    for document in documents:
-        if isinstance(document, BadSample):
-            _drop(document, job, record)
-        else:
-            yield document
+    yield from _encode_batch(batch, tokenizers, record)
 
 
 def _drop(bad: BadSample, job: ShardJob, record: ShardRecord) -> None:
@@ -169,15 +165,15 @@ def _part(segment: Segment, tokenizers: Tokenizers, limits: dict[str, dict[str, 
         return _Item(medium, tokenizer.features(segment.payload, **limits[label]))
 
 
-def _finish(
-    waiting: list[list[_Part]], tokenizers: Tokenizers, record: ShardRecord
+def _encode_batch(
+    batch: list[list[_Part]], tokenizers: Tokenizers, record: ShardRecord
 ) -> Iterator[Tokenised]:
-    """Encode all waiting items, a medium in one call, and put the documents together."""
+    """Encode all items of a batch, each medium in one call, and assemble the documents."""
     vocabulary = tokenizers.vocabulary
-    items = [part for parts in waiting for part in parts if isinstance(part, _Item)]
+    items = [part for parts in batch for part in parts if isinstance(part, _Item)]
     for label in tokenizers.media:
         _encode([item for item in items if item.medium.label == label], tokenizers, record)
-    for parts in waiting:
+    for parts in batch:
         ids = [vocabulary.bos]
         counts = dict.fromkeys(vocabulary.modalities, 0)
         vectors: list[np.ndarray] = []
@@ -188,7 +184,7 @@ def _finish(
             assert part.encoded is not None, "all items are encoded above"
             medium = vocabulary.medium(part.medium.modality)
             codes = part.encoded
-            if codes.ndim == 2:  # vectors, which stand at the medium's placeholder
+            if codes.ndim == 2:  # vectors, at repetitions of the placeholder
                 vectors.append(codes)
                 codes = np.zeros(len(codes), np.int64)
             ids += [medium.begin, *(codes + medium.start).tolist(), medium.end]
@@ -203,7 +199,7 @@ def _finish(
 
 
 def _encode(items: list[_Item], tokenizers: Tokenizers, record: ShardRecord) -> None:
-    """Fill in codes or vectors of items of one medium; ``record`` measures the tokenizer."""
+    """Encode items of one medium in place; ``record`` gets the tokenizer's error."""
     if not items:
         return
     label = items[0].medium.label
@@ -220,5 +216,5 @@ def _encode(items: list[_Item], tokenizers: Tokenizers, record: ShardRecord) -> 
 
 @lru_cache(maxsize=2)
 def _loaded(folder: Path, recipe: str) -> Tokenizers:
-    """Once a process; ``recipe`` tells new tokenizers at an old place apart."""
+    """Cached per process; ``recipe`` distinguishes new tokenizers in the same folder."""
     return Tokenizers.load(folder)

@@ -1,4 +1,4 @@
-"""The tokenizers of a prepared folder: made there once, from training data, and then kept."""
+"""The tokenizers of a prepared folder: made once, from training data, and never replaced."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -7,7 +7,7 @@ from earlyfuse.data.atomic import atomic_write_bytes, atomic_write_json, remove_
 from earlyfuse.data.media import MEDIA, MediaTokenizer, Medium
 from earlyfuse.data.prepare.progress import Progress
 from earlyfuse.data.prepare.spec import PrepareSpec, Source
-from earlyfuse.data.prepare.train_tokenizers import Sample, learn_medium, learn_text
+from earlyfuse.data.prepare.train_tokenizers import TrainingShards, train_medium, train_text
 from earlyfuse.data.prepare.worker_pool import ProcessPool
 from earlyfuse.data.shards.writer import MANIFEST, read_manifest
 from earlyfuse.data.tokenizers import (
@@ -23,9 +23,8 @@ from earlyfuse.models.vocabulary import Vocabulary
 
 
 def check_existing(spec: PrepareSpec) -> None:
-    """Refuse a folder prepared with other tokenizers than ``spec`` asks for; writes nothing.
-
-    Raises ``ValueError`` that names both.
+    """Raise ``ValueError``, naming both, for a folder prepared with other tokenizers than ``spec``
+    asks for; writes nothing.
     """
     folder = spec.out / "tokenizers"
     asked: dict[str, MediaTokenizer] = {}
@@ -34,7 +33,12 @@ def check_existing(spec: PrepareSpec) -> None:
         asked_text: TextTokenizer | None = ready.text
         asked = ready.media
         wanted = list(asked)
-        _check_vocabulary(spec, folder / VOCABULARY_FILE, ready)
+        stored = folder / VOCABULARY_FILE
+        if stored.exists() and load_vocabulary(stored) != ready.vocabulary:
+            raise ValueError(
+                f"out ({spec.out}) was prepared with another vocabulary ({stored}) than that of "
+                f"tokenizers ({spec.tokenizers}); ask for the same, or choose another folder"
+            )
     else:
         wanted = [medium.label for medium in spec.media]
         given = spec.text_tokenizer
@@ -43,48 +47,43 @@ def check_existing(spec: PrepareSpec) -> None:
             if spec.tokenizer_of(medium) not in medium.kinds:
                 asked[medium.label] = medium.module().load(Path(spec.tokenizer_of(medium)))
     if text_file(folder).exists():
-        _check_text(spec, TextTokenizer.load(text_file(folder), wanted), asked_text)
-    there = load_media(folder)
-    for label, tokenizer in there.items():
+        text = TextTokenizer.load(text_file(folder), wanted)
+        if asked_text is not None and asked_text.sha256 != text.sha256:
+            _refuse(spec, "text", text.sha256, asked_text.sha256)
+        if asked_text is None and text.size != spec.text_vocab:
+            made_with = f"{text.sha256} of {text.size} pieces"
+            _refuse(spec, "text", made_with, f"one of {spec.text_vocab} pieces")
+    existing = load_media(folder)
+    for label, tokenizer in existing.items():
         _check_medium(spec, MEDIA[label], tokenizer, asked.get(label))
     for path in sorted(spec.out.glob(f"*/*/{MANIFEST}")):
-        _check_manifest(spec, path.parent, folder, there, wanted)
-
-
-def _check_text(spec: PrepareSpec, there: TextTokenizer, asked: TextTokenizer | None) -> None:
-    if asked is not None and asked.sha256 != there.sha256:
-        _refuse(spec, "text", there.sha256, asked.sha256)
-    if asked is None and there.size != spec.text_vocab:
-        made = f"{there.sha256} of {there.size} pieces"
-        _refuse(spec, "text", made, f"one of {spec.text_vocab} pieces")
+        _check_manifest(spec, path.parent, folder, existing, wanted)
 
 
 def _check_medium(
-    spec: PrepareSpec, medium: Medium, there: MediaTokenizer, asked: MediaTokenizer | None
+    spec: PrepareSpec, medium: Medium, existing: MediaTokenizer, asked: MediaTokenizer | None
 ) -> None:
-    """``there``: the folder's tokenizer; ``asked``: a ready one, else ``spec`` has its kind."""
-    made = f"{there.sha256} ({there.kind}, {there.settings})"
+    """``asked``: a ready tokenizer; without one ``spec`` names a kind to train, or none."""
     kind = spec.tokenizer_of(medium)
     if asked is not None:
-        if asked.sha256 != there.sha256:
-            _refuse(spec, medium.label, made, asked.sha256)
+        same, wanted = asked.sha256 == existing.sha256, asked.sha256
     elif spec.tokenizers is not None:
-        _refuse(spec, medium.label, made, f"none ({spec.tokenizers})")
+        same, wanted = False, f"none ({spec.tokenizers})"
     elif kind == "none":
-        _refuse(spec, medium.label, made, kind)
+        same, wanted = False, kind
     else:
         settings = medium.module().settings(spec)
-        differs = any(there.settings.get(key) != value for key, value in settings.items())
-        if there.kind != kind or differs:
-            _refuse(spec, medium.label, made, f"{kind}, {settings}")
+        same = existing.kind == kind and settings.items() <= existing.settings.items()
+        wanted = f"{kind}, {settings}"
+    if not same:
+        made_with = f"{existing.sha256} ({existing.kind}, {existing.settings})"
+        _refuse(spec, medium.label, made_with, wanted)
 
 
 def make_tokenizers(
     spec: PrepareSpec, sources: Sequence[Source], pool: ProcessPool, progress: Progress
 ) -> Tokenizers:
-    """Those in ``<out>/tokenizers``; absent ones are copied there or learnt from the training
-    ``sources`` first.
-    """
+    """Load ``<out>/tokenizers``; missing ones are copied there or trained on ``sources`` first."""
     folder = spec.out / "tokenizers"
     folder.mkdir(exist_ok=True)
     remove_temporaries(folder)
@@ -95,7 +94,7 @@ def make_tokenizers(
                 atomic_write_bytes(folder / name, (spec.tokenizers / name).read_bytes())
         return _with_vocabulary(folder)
     train = [source for source in sources if source.split == "train"]
-    sample = Sample(
+    shards = TrainingShards(
         shards=tuple(shard for source in train for shard in source.shards),
         expected_sizes=tuple(size for source in train for size in source.expected_sizes()),
         on_bad=spec.on_bad,
@@ -108,14 +107,14 @@ def make_tokenizers(
             ready = TextTokenizer.load(spec.text_tokenizer)
             ready.save(folder / ready.file_name)
         else:
-            progress.tell(f"text tokenizer: learning {spec.text_vocab} pieces")
+            progress.tell(f"text tokenizer: training {spec.text_vocab} pieces")
             labels = tuple(medium.label for medium in spec.media)
-            job = (sample, spec.text_vocab, labels, text_file(folder))
-            text_ready = pool.start(learn_text, job)
+            job = (shards, spec.text_vocab, labels, text_file(folder))
+            text_ready = pool.start(train_text, job)
     for medium in spec.media:
         if not (folder / medium.file).exists():
             if (kind := spec.tokenizer_of(medium)) in medium.kinds:
-                tokenizer = learn_medium(medium, spec, sample, progress)
+                tokenizer = train_medium(medium, spec, shards, progress)
             else:
                 tokenizer = medium.module().load(Path(kind))
             atomic_write_bytes(folder / medium.file, tokenizer.to_bytes())
@@ -125,18 +124,10 @@ def make_tokenizers(
 
 
 def _with_vocabulary(folder: Path) -> Tokenizers:
-    """The tokenizers of ``folder``, their vocabulary stored beside them."""
+    """Load the tokenizers of ``folder`` and store their vocabulary beside them."""
     tokenizers = Tokenizers.load(folder)
     atomic_write_json(folder / VOCABULARY_FILE, tokenizers.vocabulary.to_dict())
     return tokenizers
-
-
-def _check_vocabulary(spec: PrepareSpec, stored: Path, asked: Tokenizers) -> None:
-    if stored.exists() and load_vocabulary(stored) != asked.vocabulary:
-        raise ValueError(
-            f"out ({spec.out}) was prepared with another vocabulary ({stored}) than that of "
-            f"tokenizers ({spec.tokenizers}); ask for the same, or choose another folder"
-        )
 
 
 def _check_manifest(
@@ -146,7 +137,7 @@ def _check_manifest(
     media: dict[str, MediaTokenizer],
     wanted: Sequence[str],
 ) -> None:
-    """``media``: tokenizers that are there; ``wanted``: media that ``spec`` has one for."""
+    """``media``: existing tokenizers; ``wanted``: labels of the media that ``spec`` asks for."""
     manifest, stored = read_manifest(folder), tokenizers / VOCABULARY_FILE
     recorded = manifest["tokenizers"]
     if stored.exists():
@@ -163,8 +154,8 @@ def _check_manifest(
     hashes |= {label: tokenizer.sha256 for label, tokenizer in media.items()}
     for kind in sorted(recorded.keys() | hashes.keys()):
         if recorded.get(kind) != hashes.get(kind):
-            made = f"{recorded.get(kind)} ({folder})"
-            _refuse(spec, kind, made, f"{hashes.get(kind)} ({tokenizers})")
+            made_with = f"{recorded.get(kind)} ({folder})"
+            _refuse(spec, kind, made_with, f"{hashes.get(kind)} ({tokenizers})")
 
 
 def _refuse(spec: PrepareSpec, kind: str, made_with: str, asked: str) -> None:

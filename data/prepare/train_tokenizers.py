@@ -1,9 +1,9 @@
-"""Learning tokenizers from a part of the training data."""
+"""Trains tokenizers on a part of the training data."""
 
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from time import perf_counter
 
@@ -17,33 +17,34 @@ from earlyfuse.data.prepare.spec import PrepareSpec
 from earlyfuse.data.raw import read_documents
 from earlyfuse.data.tokenizers.text import TextTokenizer
 
-_CHARACTERS_A_PIECE = 4096  # of training data that the text tokenizer sees
-# a shard whose first documents hold nothing of the modality (images in books) is not read further
+_CHARACTERS_A_PIECE = 4096  # of training data for the text tokenizer
+# documents after which a shard without any of the modality is given up (images in books)
 _FRUITLESS_DOCUMENTS = 1000
 _DOCUMENTS = "documents"
-_METADATA = "unused .json"  # beside images and text as most tools write it: no loss
+_METADATA = "unused .json"  # beside images and text, as most tools write it: no loss
 
 
 @dataclass
-class Seen(Tally):
-    """Documents, bad samples by cause and what good ones do not use; ``shard`` is read now."""
+class _Counts(Tally):
+    """Documents read, bad samples by cause, and members that good samples do not use.
+
+    ``shard``: the one being read.
+    """
 
     shard: Path = Path()
 
     @contextmanager
     def decoded(self, document: Document, origin: str) -> Iterator[None]:
-        """Counts a medium that cannot be decoded; it counts again when its shard is tokenised."""
+        """Count an item that cannot be decoded."""
         try:
             yield
         except BadSample as bad:
-            self.add(
-                bad.cause,
-                f"{self.shard}: sample {document.key!r}: {origin}: {bad.message}",
-            )
+            where = f"{self.shard}: sample {document.key!r}: {origin}"
+            self.add(bad.cause, f"{where}: {bad.message}")
 
     @contextmanager
-    def stated(self) -> Iterator[None]:
-        """Adds what was lost to an error about too little data."""
+    def explaining(self) -> Iterator[None]:
+        """Add what was not used to an error about too little data."""
         try:
             yield
         except ValueError as error:
@@ -55,29 +56,30 @@ class Seen(Tally):
             ) from error
 
     def lost(self) -> Tally:
-        """All but the documents."""
+        """All counts but that of documents."""
         counts = {kind: count for kind, count in self.counts.items() if kind != _DOCUMENTS}
         return Tally(counts, self.examples)
 
     def nothing(self, what: str) -> ValueError:
-        """The error for sources without any ``what`` that a tokenizer could learn from."""
+        """The error for sources without any ``what`` to train a tokenizer on."""
         documents, lost = self.counts.get(_DOCUMENTS, 0), self.lost()
         found = f"{documents} documents without any" if documents else "no document"
-        message = f"the training sources hold no {what} that can be learnt from: {found}"
         if lost.counts:
-            message += f"; not used, with the first of each: {lost}"
+            found += f"; not used, with the first of each: {lost}"
         if lost.counts.keys() - {_METADATA}:
-            message += "; mend these samples, or write them in another layout (docs/data.md)"
+            remedy = "mend these samples, or write them in another layout (docs/data.md)"
         elif what == "text" or not documents:
-            message += f"; give other shards, or a ready {what} tokenizer"
+            remedy = f"give other shards, or a ready {what} tokenizer"
         else:
-            message += f"; give {what}_tokenizer 'none' to prepare the rest alone"
-        return ValueError(message)
+            remedy = f"give {what}_tokenizer 'none' to prepare the rest alone"
+        return ValueError(
+            f"the training sources hold no {what} to train a tokenizer on: {found}; {remedy}"
+        )
 
 
 @dataclass(frozen=True)
-class Sample:
-    """Which documents tokenizers learn from. ``expected_sizes``: of ``shards``, see ``Source``."""
+class TrainingShards:
+    """Shards that tokenizers are trained on. ``expected_sizes``: see ``Source``."""
 
     shards: tuple[Path, ...]
     expected_sizes: tuple[float, ...]
@@ -86,87 +88,73 @@ class Sample:
     image_first: float
 
     def documents(
-        self, budget: int, size_of: Callable[[Document], int], seen: Seen
+        self, budget: int, size_of: Callable[[Document], int], counts: _Counts
     ) -> Iterator[Document]:
-        """Documents until their sizes reach ``budget``, which the shards share equally.
+        """Documents until their sizes sum to ``budget``, which is divided equally among the shards.
 
-        What a shard leaves over goes to the ones behind it; so a small corpus is read whole. Shards
-        that begin fruitlessly are read to their end only where nothing else is found.
+        The shards that follow get what a shard leaves over, so a small corpus is read whole. Only
+        where the first documents of all shards have no size are shards read to their end.
         """
-        left, fruitless = budget, []
-        for number in range(len(self.shards)):
-            share = left // (len(self.shards) - number)
-            taken = yield from self._of_shard(
-                number, share, size_of, seen, most=_FRUITLESS_DOCUMENTS
-            )
-            if taken is None:
-                fruitless.append(number)
-            left -= taken or 0
+        left = yield from self._read(budget, size_of, counts, _FRUITLESS_DOCUMENTS)
         if left == budget:
-            for place, number in enumerate(fruitless):
-                share = left // (len(fruitless) - place)
-                taken = yield from self._of_shard(
-                    number, share, size_of, seen, skip=_FRUITLESS_DOCUMENTS
-                )
-                left -= taken or 0
+            counts.counts.clear()
+            counts.examples.clear()
+            yield from self._read(budget, size_of, counts, None)
 
-    def _of_shard(
-        self,
-        number: int,
-        share: int,
-        size_of: Callable[[Document], int],
-        seen: Seen,
-        skip: int = 0,
-        most: int | None = None,
-    ) -> Generator[Document, None, int | None]:
-        """What was taken of shard ``number``; none where ``most`` documents came first in which
-        there is nothing.
+    def _read(
+        self, left: int, size_of: Callable[[Document], int], counts: _Counts, fruitless: int | None
+    ) -> Generator[Document, None, int]:
+        """Read each shard up to its share of ``left``, or ``fruitless`` documents of no size.
+
+        Returns what is left of the budget.
         """
-        taken, shard = 0, self.shards[number]
-        seen.shard = shard
-        documents = read_documents(shard, self.layout, image_first=self.image_first)
-        for place, document in enumerate(islice(documents, skip, None)):
-            if taken >= share:
-                break
-            if taken == 0 and place == most:
-                return None
-            if isinstance(document, LostSamples) and self.on_bad == "skip":
-                count_bad(document, self.on_bad, shard, shard.name, self.expected_sizes[number])
-            if isinstance(document, BadSample):
-                seen.add(document.cause, document.message)
-                continue
-            seen.add(_DOCUMENTS, f"{shard}: {document.key}")
-            for kind, name in document.unused:
-                seen.add(f"unused {kind}", f"{shard}: {name}")
-            taken += size_of(document)
-            yield document
-        return taken
+        for number, (shard, expected) in enumerate(
+            zip(self.shards, self.expected_sizes, strict=True)
+        ):
+            share, taken = left // (len(self.shards) - number), 0
+            counts.shard = shard
+            documents = read_documents(shard, self.layout, image_first=self.image_first)
+            for place, document in enumerate(documents):
+                if taken >= share or (taken == 0 and place == fruitless):
+                    break
+                if isinstance(document, LostSamples) and self.on_bad == "skip":
+                    count_bad(document, self.on_bad, shard, shard.name, expected)
+                if isinstance(document, BadSample):
+                    counts.add(document.cause, document.message)
+                    continue
+                counts.add(_DOCUMENTS, f"{shard}: {document.key}")
+                for kind, name in document.unused:
+                    counts.add(f"unused {kind}", f"{shard}: {name}")
+                taken += size_of(document)
+                yield document
+            left -= taken
+        return left
 
 
-def learn_text(job: tuple[Sample, int, tuple[str, ...], Path]) -> None:
-    """A job of a ``ProcessPool``: documents, pieces, labels of media, file to write.
+def train_text(job: tuple[TrainingShards, int, tuple[str, ...], Path]) -> None:
+    """A job of a ``ProcessPool``: shards, number of pieces, labels of media, file to write.
 
-    ``ValueError`` without text to learn from.
+    Raises ``ValueError`` without text to train on.
     """
-    sample, pieces, media, path = job
-    seen = Seen()
-    documents = sample.documents(
-        pieces * _CHARACTERS_A_PIECE, lambda d: sum(map(len, _texts(d))), seen
+    shards, pieces, media, path = job
+    counts = _Counts()
+    documents = shards.documents(
+        pieces * _CHARACTERS_A_PIECE, lambda d: sum(map(len, _texts(d))), counts
     )
     texts = (text for d in documents for text in _texts(d))
     first = next(texts, None)
     if first is None:
-        raise seen.nothing("text")
-    with seen.stated():
+        raise counts.nothing("text")
+    with counts.explaining():
         TextTokenizer.train(chain([first], texts), pieces, media).save(path)
 
 
-def learn_medium(
-    medium: Medium, spec: PrepareSpec, sample: Sample, progress: Progress
+def train_medium(
+    medium: Medium, spec: PrepareSpec, shards: TrainingShards, progress: Progress
 ) -> MediaTokenizer:
-    """The tokenizer of ``medium`` that ``spec`` asks for. ``ValueError`` without data for it."""
+    """Train the tokenizer of ``medium`` that ``spec`` asks for. ``ValueError`` without data."""
     began = perf_counter()
-    module, seen = medium.module(), Seen()
+    module, counts = medium.module(), _Counts()
     sampling = module.sampling(spec)
     items: list[np.ndarray] = []
 
@@ -175,15 +163,15 @@ def learn_medium(
         for segment in document.segments:
             if segment.modality == medium.modality:
                 assert isinstance(segment.payload, bytes), "of media"
-                with seen.decoded(document, segment.origin):
+                with counts.decoded(document, segment.origin):
                     items.append(sampling.read(segment.payload))
         return sum(map(sampling.size, items[before:]))
 
-    for _ in sample.documents(sampling.budget, size_of, seen):
-        pass  # its items are taken when they are counted
+    for _ in shards.documents(sampling.budget, size_of, counts):
+        pass  # ``size_of`` collects the items
     if not items:
-        raise seen.nothing(medium.label)
-    with seen.stated():
+        raise counts.nothing(medium.label)
+    with counts.explaining():
         tokenizer, quality = module.train(items, spec, progress)
     progress.tell(f"{medium.label} tokenizer: {quality}, {perf_counter() - began:.1f} s")
     return tokenizer

@@ -1,7 +1,7 @@
-"""Raw shards to documents: ordinary WebDataset tars in the layouts that people have.
+"""Raw shards to documents: ordinary WebDataset tars in common layouts.
 
 ``read_documents`` is the whole interface. The parts: ``archive`` (tar members to complete samples),
-``layouts`` (samples to documents), ``members`` (what a sample holds), ``safety`` (what is refused
+``layouts`` (samples to documents), ``members`` (contents of a sample), ``safety`` (what is refused
 unread).
 """
 
@@ -27,7 +27,7 @@ from earlyfuse.data.raw.safety import checked_shard
 
 LAYOUTS = ("pairs", "interleaved", "mmc4", "text")
 _RICHEST_FIRST = ("mmc4", "interleaved", "pairs", "text")
-_LOOKAHEAD = 16  # samples of a shard that decide what one without a layout of its own lacks
+_LOOKAHEAD = 16  # samples of a shard that decide its usual layout
 
 Parser = Callable[[Sample], Document]
 
@@ -37,22 +37,20 @@ def read_documents(
 ) -> Iterator[Document | BadSample]:
     """Documents of one ``.tar`` or ``.tar.gz`` in order, a ``BadSample`` for each unusable one.
 
-    ``layout`` is one of ``LAYOUTS``, or ``auto``: each sample is read in the layout that it has.
-    One that has none is a bad sample of the layout of the shard's first samples, and so is a text
-    alone where these are pairs: a caption that lost its image.
+    ``layout`` is one of ``LAYOUTS``, or ``auto``: the layout of each sample is recognised. A sample
+    without one is a bad sample of the layout of the shard's first samples, and so is a text alone
+    where these are pairs: a caption that lost its image.
     ``image_first`` is the share of pairs in which the image or utterance leads (Chameleon: 0.5);
-    the hash of the key decides which, so it does not depend on order or process.
+    the hash of the key decides, so the choice does not depend on order or process.
 
-    A cut file yields the documents known to be complete, then one ``BadSample("truncated")``.
+    A truncated file yields the documents known to be complete, then one ``BadSample("truncated")``.
     Raises at the call ``ValueError`` (unknown layout, ``image_first`` outside [0, 1], a URL or
     ``pipe:`` command as shard) and ``FileNotFoundError``.
     """
     if layout != "auto" and layout not in LAYOUTS:
         raise ValueError(f"layout {layout!r} must be 'auto' or one of {', '.join(LAYOUTS)}")
     if not 0 <= image_first <= 1:
-        raise ValueError(
-            f"image_first ({image_first}) is a share of documents; it must lie in [0, 1]"
-        )
+        raise ValueError(f"image_first ({image_first}) must lie in [0, 1]")
     return _documents(checked_shard(shard), layout, image_first)
 
 
@@ -83,7 +81,7 @@ def _documents(shard: Path, layout: str, image_first: float) -> Iterator[Documen
 
 
 def _recognising(first: list[Sample | BadSample], parsers: dict[str, Parser]) -> Parser:
-    """The parser of a shard with these ``first`` samples, which looks at each sample."""
+    """A parser that recognises the layout of each sample; ``first``: the shard's first samples."""
     usable = [s for s in first if isinstance(s, Sample) and s.problem is None]
     found = {_layout_of(sample) for sample in usable}
     usual = next((layout for layout in _RICHEST_FIRST if layout in found), None)
@@ -102,15 +100,15 @@ def _recognising(first: list[Sample | BadSample], parsers: dict[str, Parser]) ->
             sample,
             "foreign-layout",
             f"its members are {_some(sample.members)}, none of the layouts {', '.join(LAYOUTS)}; "
-            "a pair is KEY.jpg and KEY.txt one behind the other, and KEY ends at the first dot. "
-            f"The shard begins with members {shard_members}, json fields {shard_fields}",
+            "a pair is KEY.jpg and KEY.txt, adjacent, and KEY ends at the first dot. The shard "
+            f"begins with members {shard_members}, json fields {shard_fields}",
         )
 
     return parse
 
 
 def _fields_of(sample: Sample) -> dict[str, Any]:
-    """The fields of the ``json`` member for a first look: empty when it cannot be read."""
+    """The fields of the ``json`` member, empty if it cannot be read."""
     try:
         return json_fields(sample)
     except BadSample:
@@ -119,10 +117,10 @@ def _fields_of(sample: Sample) -> dict[str, Any]:
 
 def _layout_of(sample: Sample) -> str | None:
     members, fields = sample.members, _fields_of(sample)
-    if isinstance(fields.get("text_list"), list) and isinstance(fields.get("image_info"), list):
+    lists = {name for name, value in fields.items() if isinstance(value, list)}
+    if lists >= {"text_list", "image_info"}:
         return "mmc4"
-    media = any(isinstance(fields.get(medium.list_name), list) for medium in MEDIA.values())
-    if isinstance(fields.get("texts"), list) and media:
+    if "texts" in lists and lists & {medium.list_name for medium in MEDIA.values()}:
         return "interleaved"
     if media_members(sample):
         return "pairs" if "txt" in members or "json" in members else None
@@ -134,7 +132,7 @@ def _layout_of(sample: Sample) -> str | None:
 
 
 def _some(names: Iterable[str], limit: int = 12) -> str:
-    """Distinct names in order of appearance, the first few of them."""
+    """The first distinct names in order of appearance."""
     distinct = list(dict.fromkeys(names))
     more = f" and {len(distinct) - limit} more" if len(distinct) > limit else ""
     return ", ".join(distinct[:limit]) + more or "none"

@@ -1,8 +1,8 @@
 """Samples of a WebDataset tar: members grouped by key, and only groups known to be complete.
 
-``webdataset`` hands on a last sample that lacks members when its shard was cut. Here a sample is
-handed on only when the header of another sample, or the block of zeros that ends an archive, has
-been read after it; whatever ends otherwise ends with one ``LostSamples``.
+``webdataset`` also returns the last sample of a truncated shard, without some of its members. Here
+a sample is returned only once the header of another sample, or the zero block that ends an archive,
+has been read after it; an archive that ends in any other way yields one ``LostSamples`` at the end.
 
 Left out: random access, sparse members, compression other than gzip, and unpacking to disk.
 """
@@ -22,17 +22,17 @@ from earlyfuse.data.raw.file_kinds import is_gzip, other_kind
 from earlyfuse.data.raw.safety import member_problem
 from earlyfuse.data.raw.tar_members import Member, read_members
 
-# bytes of a sample that are held in memory; an hour of CD audio or a scanned book stay below it
+# bytes of a sample in memory; an hour of CD audio or a scanned book stay below it
 MOST_SAMPLE_BYTES = 1 << 30
-_MEMBER_COST = 512  # of a member that holds nothing
+_MEMBER_COST = 512  # counted for each member beside its bytes
 
 
 @dataclass
 class Sample:
     """Members with one key: ``members`` maps what follows a file name's first dot to the bytes.
 
-    ``problem`` is set when the sample must not be used, whatever its layout; its members are not
-    held then. ``bytes``: what all its members need.
+    ``problem``: why the sample must not be used, whatever its layout; it has no members then.
+    ``bytes``: size of all its members.
     """
 
     key: str
@@ -40,13 +40,18 @@ class Sample:
     problem: BadSample | None = None
     bytes: int = 0
 
+    def spoil(self, problem: BadSample) -> None:
+        """Mark the sample as unusable, for the first problem that it has, and free its bytes."""
+        self.problem = self.problem or problem
+        self.members.clear()
+
 
 def read_samples(shard: Path) -> Iterator[Sample | BadSample]:
-    """Samples in file order, and one ``LostSamples`` at the end for what lies behind a break.
+    """Samples in file order, and one ``LostSamples`` at the end if the shard is broken.
 
     Causes of the break: ``truncated`` (the file ends before the archive does) and ``corrupt-tar``;
-    of a gzip file either takes the whole shard. A sample that cannot be used while the shard goes
-    on carries its ``problem`` instead: ``unsafe-member``, ``duplicate-key``, ``too-large``,
+    of a gzip file either loses the whole shard. A sample that cannot be used while the rest of the
+    shard can has a ``problem`` instead: ``unsafe-member``, ``duplicate-key``, ``too-large``,
     ``unsupported-member``, ``corrupt-header``, ``corrupt-array``.
     """
     count = good_bytes = size = 0
@@ -64,13 +69,13 @@ def read_samples(shard: Path) -> Iterator[Sample | BadSample]:
     elif what := other_kind(shard):
         yield LostSamples(cause, f"{shard} is {what.text}", size, 0, 0)
     elif is_gzip(shard):
-        yield _whole_loss(shard, cause, message)
+        yield LostSamples(cause, message, *_gzip_loss(shard))
     else:
         yield LostSamples(cause, message, size, 0, 0)
 
 
-def _whole_loss(shard: Path, cause: str, message: str) -> LostSamples:
-    """A gzip file that nothing is taken from, and how much it would have been."""
+def _gzip_loss(shard: Path) -> tuple[float, int, float]:
+    """Estimated size, good bytes and bytes of a sample of a gzip file that is lost as a whole."""
     count = good_bytes = 0
     with open_unverified(shard) as stream:
         try:
@@ -78,40 +83,42 @@ def _whole_loss(shard: Path, cause: str, message: str) -> LostSamples:
                 count, good_bytes = count + 1, stream.offset
         except BrokenArchive:
             pass
-        size = stream.offset / max(stream.share_read, 1e-9)
-    return LostSamples(cause, message, size, 0, good_bytes / count if count else 0)
+        size = stream.offset * shard.stat().st_size / max(1, stream.file.tell())
+    return size, 0, good_bytes / count if count else 0
 
 
 def _samples(stream: ArchiveStream, shard: Path) -> Iterator[Sample | BadSample]:
-    """Complete samples in order. Raises ``BrokenArchive`` in place of the one that is not."""
+    """Complete samples in order. Raises ``BrokenArchive`` in place of the first incomplete one."""
     finished: set[str] = set()
     sample: Sample | None = None
-    nameless: BadSample | None = None  # a member that no sample has answered for yet
+    nameless: BadSample | None = None  # a member without a name, of the sample before or after it
     for member in read_members(stream):
-        if member is not None and member.name is None:
-            # it may belong to the sample before it or to the one behind it
+        if member is None:  # the end of an archive
+            if sample is not None:
+                yield sample
+                finished.add(sample.key)
+            if nameless is not None and (sample is None or sample.problem is not nameless):
+                yield nameless
+            sample = nameless = None
+            continue
+        if member.name is None:
             nameless = _at(shard, member)
             if sample is not None:
-                _spoil(sample, nameless)
+                sample.spoil(nameless)
             continue
-        key, name = _split_name(member.name) if member and member.name else (None, "")
-        if sample is not None and (member is None or key not in (None, sample.key)):
+        key, name = _split_name(member.name)
+        if key is None:
+            continue
+        if sample is not None and key != sample.key:
             yield sample
             finished.add(sample.key)
-            if member is None and sample.problem is nameless:
-                nameless = None
             sample = None
-        if member is None and nameless is not None:
-            yield nameless
-            nameless = None
-        if member is None or key is None:
-            continue
         if sample is None:
             sample = Sample(key)
             if key in finished:
-                _spoil(sample, _duplicate(shard, f"key {key!r} occurs again"))
+                sample.spoil(_duplicate(shard, f"key {key!r} occurs again"))
         if nameless is not None:
-            _spoil(sample, nameless)
+            sample.spoil(nameless)
             nameless = None
         _add(sample, name, member, stream, shard)
 
@@ -120,27 +127,21 @@ def _add(sample: Sample, name: str, member: Member, stream: ArchiveStream, shard
     where = f"{shard}: member {member.name!r}"
     sample.bytes += member.size + _MEMBER_COST
     if member.problem is not None:
-        _spoil(sample, _at(shard, member))
+        sample.spoil(_at(shard, member))
     elif not name:
         what = f"{where} has no extension, so it belongs to no sample"
-        _spoil(sample, BadSample("foreign-layout", what))
+        sample.spoil(BadSample("foreign-layout", what))
     elif name in sample.members:
-        _spoil(sample, _duplicate(shard, f"member {member.name!r} occurs twice"))
+        sample.spoil(_duplicate(shard, f"member {member.name!r} occurs twice"))
     elif sample.bytes > MOST_SAMPLE_BYTES:
         what = f"{where} has {member.size:,} bytes; a sample may have {MOST_SAMPLE_BYTES:,} in all"
-        _spoil(sample, BadSample("too-large", what))
+        sample.spoil(BadSample("too-large", what))
     elif sample.problem is None:
         data = stream.read(member.size)
         sample.members[name] = data
         if problem := member_problem(name, data):
             cause, reason = problem
-            _spoil(sample, BadSample(cause, f"{where} {reason}; remove it from the shard"))
-
-
-def _spoil(sample: Sample, problem: BadSample) -> None:
-    """Mark ``sample`` as unusable, for the first problem that it has, and let go of its bytes."""
-    sample.problem = sample.problem or problem
-    sample.members.clear()
+            sample.spoil(BadSample(cause, f"{where} {reason}; remove it from the shard"))
 
 
 def _at(shard: Path, member: Member) -> BadSample:
@@ -150,17 +151,14 @@ def _at(shard: Path, member: Member) -> BadSample:
 
 
 def _duplicate(shard: Path, what: str) -> BadSample:
-    return BadSample(
-        "duplicate-key",
-        f"{shard}: {what}; members of one sample must follow one another, and samples must not be "
-        "mixed: sort the tar by name, or rename one of them",
-    )
+    remedy = "members of one sample must be adjacent: sort the tar by name, or rename one of them"
+    return BadSample("duplicate-key", f"{shard}: {what}; {remedy}")
 
 
 def _split_name(path: str) -> tuple[str | None, str]:
-    """Key and member name, cut at the file's first dot; no key for hidden or ``__meta__`` files.
+    """Key and member name, split at the file's first dot; no key for hidden or ``__meta__`` files.
 
-    Names of members are in lower case, as webdataset reads them: ``JPG`` is ``jpg``.
+    Member names are in lower case, as webdataset reads them: ``JPG`` is ``jpg``.
     """
     folder, slash, file = path.rpartition("/")
     stem, _, name = file.partition(".")

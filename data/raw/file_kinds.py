@@ -1,4 +1,4 @@
-"""What a file is that was given as a shard and is no tar, by its content and not by its name."""
+"""Names the format of a file that was given as a shard and is no tar, from its content."""
 
 import re
 import tarfile
@@ -15,9 +15,10 @@ _UNPACK_IT = "only gzip is read: unpack it, or compress the tar with gzip"
 _COLLECT = "a shard is a .tar of such files, each with its text under the same name"
 _FETCH_AGAIN = "fetch the shard again"
 _PULL = "run git lfs pull"
+_NEVER_OPENED = "it can run code and is not opened: write a .tar"
 _FAILED = (_FETCH_AGAIN, _PULL)
 
-# where, what stands there, what that is, remedy; the first that fits is taken
+# offset, bytes there, format, remedy; the first match is taken
 _MAGIC = (
     (0, b"PAR1", "a parquet file", _PACK_IT),
     (0, b"PARE", "an encrypted parquet file", _PACK_IT),
@@ -28,6 +29,8 @@ _MAGIC = (
     (0, b"\x89HDF\r\n\x1a\n", "an HDF5 file", _PACK_IT),
     (0, b"SQLite format 3\0", "an SQLite database", _PACK_IT),
     (0, b"\x93NUMPY", "a numpy array", _PACK_IT),
+    (0, b"\xff\xfe", "text in UTF-16", _PACK_IT),
+    (0, b"\xfe\xff", "text in UTF-16", _PACK_IT),
     (0, b"\x28\xb5\x2f\xfd", "compressed with zstd", _UNPACK_IT),
     (4, b"1AY&SY", "compressed with bzip2", _UNPACK_IT),
     (0, b"\xfd7zXZ\0", "compressed with xz", _UNPACK_IT),
@@ -50,31 +53,24 @@ _MAGIC = (
     (4, b"ftyp", "an MP4 file", _COLLECT),
     (0, b"\x1a\x45\xdf\xa3", "a Matroska or WebM file", _COLLECT),
     (0, b"%PDF", "a PDF document", _COLLECT),
-    (
-        5,
-        b'\0\0\0{"',
-        "a safetensors file",
-        "give it to the option it belongs to",
-    ),
-    (0, b"\x80\x02", "a Python pickle", "it can run code and is not opened: write a .tar"),
-    (0, b"\x80\x04", "a Python pickle", "it can run code and is not opened: write a .tar"),
+    (5, b'\0\0\0{"', "a safetensors file", "give it to the option it belongs to"),
+    (0, b"\x80\x02", "a Python pickle", _NEVER_OPENED),
+    (0, b"\x80\x04", "a Python pickle", _NEVER_OPENED),
     (0, b"version https://git-lfs", "a git-lfs pointer, not the data", _PULL),
-    (0, b"\xff\xfe", "text in UTF-16", _PACK_IT),
-    (0, b"\xfe\xff", "text in UTF-16", _PACK_IT),
 )
 _CONTROLS = re.compile(r"[\0-\x08\x0e-\x1a\x1c-\x1f]")
 
 
 def is_gzip(path: Path) -> bool:
-    """Whether the file begins as gzip does."""
+    """True if the file begins with gzip's magic bytes."""
     with open(path, "rb") as file:
         return file.read(len(GZIP_MAGIC)) == GZIP_MAGIC
 
 
 @dataclass(frozen=True)
 class OtherKind:
-    """What a file is in place of a tar, as the end of a sentence with the formats that are read and
-    what to do. ``failed``: what a download that failed leaves, so that there was a shard once.
+    """Format of a file that is no tar. ``text``: the end of a sentence, with a remedy; ``failed``:
+    True for what a failed download leaves in place of a shard.
     """
 
     text: str
@@ -82,7 +78,7 @@ class OtherKind:
 
 
 def other_kind(path: Path) -> OtherKind | None:
-    """None for a tar, and for a file that only its damage tells from a tar."""
+    """The format of ``path``; none for a tar, and for content that is not recognised."""
     with open(path, "rb") as file:
         head = file.read(_BLOCK)
         if _is_tar(head):
@@ -101,7 +97,7 @@ def other_kind(path: Path) -> OtherKind | None:
 
 
 def _described(head: bytes) -> tuple[str, str]:
-    """What begins so, and a remedy; empty for bytes that say nothing."""
+    """Format of a file that begins with ``head``, and a remedy; empty if not recognised."""
     if not head:
         return "an empty file", _FETCH_AGAIN
     if head.startswith(b"PK\3\4"):
@@ -128,7 +124,7 @@ def _described(head: bytes) -> tuple[str, str]:
 
 
 def _is_tar(block: bytes) -> bool:
-    """Whether this is a tar header, or the zeros that an empty archive consists of."""
+    """True for a tar header, and for the zeros of an empty archive."""
     if len(block) < _BLOCK:
         return False
     try:
@@ -139,7 +135,7 @@ def _is_tar(block: bytes) -> bool:
 
 
 def _inflated(head: bytes) -> bytes:
-    """The beginning of what the gzip file holds, as far as it is whole."""
+    """The first inflated bytes of a gzip file, empty if they are damaged."""
     try:
         return zlib.decompressobj(31).decompress(head, _HEAD)
     except zlib.error:
@@ -147,7 +143,7 @@ def _inflated(head: bytes) -> bytes:
 
 
 def _as_text(head: bytes) -> str | None:
-    if len(head) == _HEAD:  # a letter may be cut
+    if len(head) == _HEAD:  # a character may be incomplete
         head = head[:-4] + head[-4:].rstrip(bytes(range(0x80, 0x100)))
     try:
         text = head.decode()

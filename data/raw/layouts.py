@@ -4,7 +4,7 @@
 layout         members of one sample
 =============  ==================================================================================
 pairs          an image (jpg, jpeg, png, webp) or an utterance (wav, flac), and ``txt``, else
-               ``caption`` in ``json``, else of an utterance ``text`` there
+               ``caption`` in ``json``, else, of an utterance, ``text`` there
 interleaved    ``json`` with lists ``texts``, ``images`` and ``audio`` of one length, null in all
                but one of them at each place, and a member for each name (OBELICS, Energon);
                ``images`` or ``audio`` may be absent. With ``matched_text_indices``, images stand
@@ -14,12 +14,12 @@ mmc4           ``json`` with ``text_list`` and ``image_info``, images in it as b
 text           ``txt``, else ``text`` in ``json``
 =============  ==================================================================================
 
-A member is named by what stands behind its key, or by its whole file name. Texts and names that a
-data frame wrote where it had none (``nan``, ``None`` …) count as null. What a sample holds and its
-document does not use is listed in ``Document.unused``.
+A member is named by what follows its key, or by its whole file name. Texts and names that a data
+frame writes for missing values (``nan``, ``None`` …) count as null. Members that no segment comes
+from are listed in ``Document.unused``.
 
 Parsers raise ``BadSample``: ``missing-member``, ``bad-json``, ``not-utf8``, ``empty-text``,
-``corrupt-image`` (base64 that is none), ``unsupported-media`` (video, audio in other containers),
+``corrupt-image`` (invalid base64), ``unsupported-media`` (video, other audio containers),
 ``foreign-layout``.
 """
 
@@ -43,23 +43,20 @@ from earlyfuse.data.raw.members import (
 )
 from earlyfuse.models.vocabulary import Modality
 
-WITHOUT_BYTES = "image_info without its image"  # a kind of ``Document.unused``
+_IMAGE_WITHOUT_BYTES = "image_info without its image"  # a kind of ``Document.unused``
 
 
 def parse_pair(sample: Sample, image_first: float) -> Document:
-    """An item of a medium and its caption; the medium leads for a share ``image_first`` of keys, by
-    their hash.
+    """A media item and its caption; the item leads in a share ``image_first`` of keys, decided by
+    the hash of the key.
     """
     media = media_members(sample)
     if not media:
-        raise bad(
-            sample,
-            "missing-member",
-            f"no {payloads()} among {listed(sample.members)}; a pair is one member such as .jpg or "
-            ".wav and its caption in .txt or .json",
-        )
+        what = f"no {payloads()} among {listed(sample.members)}; a pair is one member such as .jpg "
+        raise bad(sample, "missing-member", f"{what}or .wav and its caption in .txt or .json")
     if len(media) > 1:
-        what = f"a pair has one {items()}, this one {listed(name for _, name in media)}"
+        items = " or ".join(medium.item for medium in MEDIA.values())
+        what = f"a pair has one {items}, this one {listed(name for _, name in media)}"
         raise bad(sample, "foreign-layout", what)
     ((medium, name),) = media
     caption, origin = _caption(sample, medium.caption_fields)
@@ -71,7 +68,7 @@ def parse_pair(sample: Sample, image_first: float) -> Document:
 
 
 def media_members(sample: Sample) -> list[tuple[Medium, str]]:
-    """Medium and name of the members that are an item of one, by their suffix."""
+    """(medium, name) of each member whose name is a suffix of a medium."""
     return [
         (medium, suffix)
         for medium in MEDIA.values()
@@ -81,13 +78,8 @@ def media_members(sample: Sample) -> list[tuple[Medium, str]]:
 
 
 def payloads() -> str:
-    """``image or audio``: what a member can be."""
+    """``image or audio``: the kinds of media member, for messages."""
     return " or ".join(medium.payload for medium in MEDIA.values())
-
-
-def items() -> str:
-    """``image or utterance``."""
-    return " or ".join(medium.item for medium in MEDIA.values())
 
 
 def _caption(sample: Sample, names: tuple[str, ...]) -> tuple[str, str]:
@@ -97,9 +89,10 @@ def _caption(sample: Sample, names: tuple[str, ...]) -> tuple[str, str]:
         caption = decoded_text(sample, "txt").strip()
         if caption and not is_missing(caption):
             return caption, "txt"
-        found = "txt is empty"
-        if caption:
-            found = f"txt holds {caption!r}, as programs write a caption that is missing"
+        found = f"txt holds {caption!r}, a missing value" if caption else "txt is empty"
+    elif "json" not in sample.members:
+        what = f"neither txt nor json holds a caption; the members are {listed(sample.members)}"
+        raise bad(sample, "missing-member", what)
     if "json" in sample.members:
         fields = json_fields(sample)
         for name in names:
@@ -108,13 +101,8 @@ def _caption(sample: Sample, names: tuple[str, ...]) -> tuple[str, str]:
                 caption = _text(sample, f"json field {name!r}", value).strip()
                 if caption:
                     return caption, "json"
-        found += (
-            f"; json has no text in {' or '.join(map(repr, names))}, its fields are "
-            f"{listed(fields)}"
-        )
-    elif "txt" not in sample.members:
-        what = f"neither txt nor json holds a caption; the members are {listed(sample.members)}"
-        raise bad(sample, "missing-member", what)
+        wanted = " or ".join(map(repr, names))
+        found += f"; json has no text in {wanted}, its fields are {listed(fields)}"
     raise bad(sample, "empty-text", found)
 
 
@@ -127,7 +115,7 @@ def parse_interleaved(sample: Sample) -> Document:
     lists = {medium: _optional(fields, medium.list_name) for medium in MEDIA.values()}
     columns = {m: names for m, names in lists.items() if any(n is not None for n in names)}
     image = MEDIA[Modality.IMAGE.label]
-    heard = columns.keys() - {image}
+    only_images = columns.keys() <= {image}
     if image.list_name in fields or not any(
         isinstance(fields.get(medium.list_name), list) for medium in MEDIA.values()
     ):
@@ -136,16 +124,12 @@ def parse_interleaved(sample: Sample) -> Document:
         sum(entry is not None for entry in row) <= 1
         for row in zip(texts, *columns.values(), strict=True)
     )
-    if not parallel and "matched_text_indices" in fields and not heard:
+    if not parallel and "matched_text_indices" in fields and only_images:
         return _matched(sample, fields, texts, columns[image])
     if not parallel:
-        raise bad(
-            sample,
-            "foreign-layout",
-            f"texts ({len(texts)}) and "
-            + " and ".join(f"{m.list_name} ({len(names)})" for m, names in columns.items())
-            + " must be of one length, with null in all but one of them at each place",
-        )
+        found = " and ".join(f"{m.list_name} ({len(names)})" for m, names in columns.items())
+        what = f"texts ({len(texts)}) and {found} must be of one length, with null in all but one"
+        raise bad(sample, "foreign-layout", f"{what} of them at each place")
     segments: list[Segment] = []
     for text, *names in zip(texts, *columns.values(), strict=True):
         for medium, name in zip(columns, names, strict=True):
@@ -173,9 +157,7 @@ def _matched(
 
 
 def parse_mmc4(sample: Sample) -> Document:
-    """Images stand before the text at their ``matched_text_index``; those that are not there are
-    listed as unused.
-    """
+    """Each image before the text at its ``matched_text_index``; missing images are ``unused``."""
     fields = json_fields(sample)
     texts = _list(sample, fields, "text_list")
     placed: list[tuple[Segment, Any]] = []
@@ -190,14 +172,15 @@ def parse_mmc4(sample: Sample) -> Document:
         elif member is not None:
             image = Segment(Modality.IMAGE, sample.members[member], member)
         else:
-            absent.append((WITHOUT_BYTES, f"{sample.key}.json image_info[{place}] {shown(name)}"))
+            where = f"{sample.key}.json image_info[{place}] {shown(name)}"
+            absent.append((_IMAGE_WITHOUT_BYTES, where))
             continue
         placed.append((image, info.get("matched_text_index")))
     return _document(sample, _placed(sample, texts, placed), ("json",), absent)
 
 
 def parse_text(sample: Sample) -> Document:
-    """One stretch of text, kept as it is."""
+    """One text segment, unchanged."""
     if "txt" in sample.members:
         text, origin = decoded_text(sample, "txt"), "txt"
     elif "json" in sample.members:
@@ -215,7 +198,7 @@ def parse_text(sample: Sample) -> Document:
 
 
 def _placed(sample: Sample, texts: list[Any], placed: list[tuple[Segment, Any]]) -> list[Segment]:
-    """Texts in order, each image before the text whose index it has."""
+    """Texts in order, each image before the text at its index."""
     before: dict[int, list[Segment]] = {}
     for image, index in placed:
         if type(index) is not int or not 0 <= index < len(texts):
@@ -229,7 +212,7 @@ def _placed(sample: Sample, texts: list[Any], placed: list[tuple[Segment, Any]])
 
 
 def _text_entry(sample: Sample, text: object) -> list[Segment]:
-    """An entry of a list of texts, if it holds any."""
+    """The segment of an entry in a list of texts, if it is not empty."""
     if text in (None, ""):
         return []
     return [Segment(Modality.TEXT, _text(sample, "an entry of the texts", text), "json")]
@@ -241,9 +224,7 @@ def _document(
     read: Iterable[str] = (),
     absent: Iterable[tuple[str, str]] = (),
 ) -> Document:
-    """``read``: members that were looked at beside those of the segments; ``absent``: entries of
-    lists without their image.
-    """
+    """``read``: members used besides those of the segments; ``absent``: listed, missing images."""
     if not segments:
         raise bad(sample, "empty-text", f"no text and no media in {listed(sample.members)}")
     used = {*read, *(segment.origin for segment in segments)}
@@ -266,12 +247,11 @@ def _medium(sample: Sample, medium: Medium, name: object) -> Segment:
 
 
 def _list(sample: Sample, fields: dict[str, Any], name: str) -> list[Any]:
-    """The list ``name``, with null where a data frame had nothing."""
-    value = fields.get(name)
-    if not isinstance(value, list):
+    """The list ``name``, with null for missing values."""
+    if not isinstance(fields.get(name), list):
         what = f"json field {name!r} must be a list; the fields are {listed(fields)}"
         raise bad(sample, "foreign-layout", what)
-    return [None if is_missing(item) else item for item in value]
+    return _optional(fields, name)
 
 
 def _optional(fields: dict[str, Any], name: str) -> list[Any]:

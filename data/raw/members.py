@@ -1,4 +1,4 @@
-"""Members of one raw sample: found by name, decoded to text, JSON or bytes, and counted if unused.
+"""Members of one raw sample: found by name, decoded to text, JSON or bytes.
 
 Errors are ``BadSample``: ``missing-member``, ``bad-json``, ``not-utf8``, ``corrupt-image``.
 """
@@ -15,35 +15,32 @@ from earlyfuse.data.raw.archive import Sample
 
 _BYTES_LITERAL = re.compile(r"b(['\"])(.*)\1", re.DOTALL)
 _DATA_URL = re.compile(r"data:[^,]*;base64,", re.IGNORECASE)
-_SPACE = re.compile(r"\s|\\[nr]")  # a bytes literal spells its line breaks
-# what data frames and ``str()`` write for a value that is not there
+_SPACE = re.compile(r"\s|\\[nr]")  # a bytes literal spells out its line breaks
+# what data frames and ``str()`` write for a missing value
 _MISSING = frozenset({"None", "nan", "NaN", "null", "NULL", "<NA>"})
 
 
 def is_missing(value: object) -> bool:
-    """Whether ``value`` says that there is none: null, NaN, or a word such as ``nan``."""
+    """True for null, NaN, and words for them such as ``nan``."""
     if isinstance(value, str):
         return value.strip() in _MISSING
     return value is None or value != value
 
 
 def find_member(sample: Sample, name: object) -> str | None:
-    """The member that ``name`` stands for: its name behind the key, or that of the whole file, with
-    or without folders. Case is no matter.
+    """The member called ``name``: what follows the key, or the whole file name, with or without
+    folders, in upper or lower case.
     """
     if not isinstance(name, str):
         return None
     name, key = name.lower(), sample.key.lower()
-    names = [name] + [
-        name[len(start) :]
-        for start in (f"{key}.", f"{key.rpartition('/')[2]}.")
-        if name.startswith(start)
-    ]
+    prefixes = ("", f"{key}.", f"{key.rpartition('/')[2]}.")
+    names = [name.removeprefix(prefix) for prefix in prefixes if name.startswith(prefix)]
     return next((candidate for candidate in names if candidate in sample.members), None)
 
 
 def unused_members(sample: Sample, used: Collection[str]) -> list[tuple[str, str]]:
-    """(kind, file name) of the members outside ``used``; the kind is the last suffix."""
+    """(last suffix, file name) of each member outside ``used``."""
     return [
         (f".{name.rpartition('.')[2]}", f"{sample.key}.{name}")
         for name in sample.members
@@ -67,13 +64,13 @@ def json_fields(sample: Sample) -> dict[str, Any]:
 
 @lru_cache(maxsize=1)
 def _parsed(content: bytes) -> Any:
-    """Kept for the parser after the look that chose it. To be left unchanged."""
+    """Parsed JSON, read-only: cached because choosing a parser and parsing both read it."""
     text = content.decode("utf-8-sig")
     return load_json(text, "json", "write the member again", unique_names=True)
 
 
 def decoded_text(sample: Sample, name: str) -> str:
-    """The member ``name``, which is UTF-8."""
+    """The member ``name`` as text, decoded from UTF-8."""
     try:
         return sample.members[name].decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -81,8 +78,8 @@ def decoded_text(sample: Sample, name: str) -> str:
 
 
 def decoded_base64(sample: Sample, value: object) -> bytes:
-    """Bytes of base64 as people write it: in lines, as a data URL, in the alphabet of URLs, without
-    padding, as a bytes literal (``b'…'``).
+    """Decode base64 in its usual variants: in lines, as a data URL, URL-safe, without padding, as a
+    bytes literal (``b'…'``).
     """
     if not isinstance(value, str):
         raise bad(sample, "corrupt-image", "image_base64 is not a string")
@@ -97,11 +94,11 @@ def decoded_base64(sample: Sample, value: object) -> bytes:
 
 
 def bad(sample: Sample, cause: str, what: str) -> BadSample:
-    """``BadSample`` that names the sample."""
+    """A ``BadSample`` whose message names the sample."""
     return BadSample(cause, f"sample {sample.key!r}: {what}")
 
 
 def listed(names: Iterable[str]) -> str:
-    """The first names in order, for a message."""
+    """The first of ``names`` in alphabetical order, for a message."""
     shown = sorted(names)
     return ", ".join(shown[:8]) + (", …" if len(shown) > 8 else "") or "nothing"

@@ -1,7 +1,7 @@
-"""What a shard must not hold and where it must not come from: things that run code when opened.
+"""Refuses shards and members that could run code when they are opened.
 
-earlyfuse opens none of these itself; they are refused because the next tool to meet the shard may
-(webdataset's decoders unpickle ``.pyd`` and ``.pth`` members, its ``pipe:`` runs a shell).
+earlyfuse opens none of these itself; they are refused because other tools may (webdataset's
+decoders unpickle ``.pyd`` and ``.pth`` members, its ``pipe:`` runs a shell).
 """
 
 import io
@@ -28,26 +28,22 @@ _KINDS = (
     (stat.S_ISCHR, "a device"),
     (stat.S_ISBLK, "a device"),
 )
+_GIVE = "give the path of a .tar or .tar.gz file"
 _SCHEME = re.compile(r"(?i)([a-z][a-z0-9+.-]+):")
 
 
 def checked_shard(shard: Path | str) -> Path:
-    """``shard`` as the path of an existing local file.
+    """Return ``shard`` as the path of a readable local file.
 
     Raises ``ValueError`` for ``pipe:`` commands and URLs, ``FileNotFoundError`` for no plain file,
-    ``PermissionError`` for one that may not be read.
+    ``PermissionError`` for an unreadable one.
     """
     text = str(shard)
     scheme = _SCHEME.match(text)
     if scheme and scheme[1].lower() == "pipe":
-        raise ValueError(
-            f"shard {text!r} would run a shell command; run it yourself and give the tar's path"
-        )
+        raise ValueError(f"shard {text!r} would run a shell command; give the path of a tar")
     if scheme and text[scheme.end() :].startswith("/"):
-        raise ValueError(
-            f"shard {text!r} is a URL, and shards are read from local files only; "
-            "fetch it first and give its path"
-        )
+        raise ValueError(f"shard {text!r} is a URL; fetch it and give the path of the local file")
     path = Path(shard)
     try:
         mode = os.stat(path).st_mode
@@ -58,22 +54,20 @@ def checked_shard(shard: Path | str) -> Path:
         problem = type(error) if isinstance(error, PermissionError) else FileNotFoundError
         raise problem(f"shard {text!r} {_unreadable(path, error)}") from error
     kind = next((name for is_kind, name in _KINDS if is_kind(mode)), "something else")
-    raise FileNotFoundError(
-        f"shard {text!r} is not a plain file but {kind}; give the path of a .tar or .tar.gz file"
-    )
+    raise FileNotFoundError(f"shard {text!r} is not a plain file but {kind}; {_GIVE}")
 
 
 def _unreadable(path: Path, error: OSError | ValueError) -> str:
     if path.is_symlink():
         return f"is a symbolic link to {os.readlink(path)!r}, which cannot be read; mend the link"
     if isinstance(error, FileNotFoundError | NotADirectoryError):
-        return "does not exist; give the path of a .tar or .tar.gz file"
+        return f"does not exist; {_GIVE}"
     reason = error.strerror if isinstance(error, OSError) else error
     return f"cannot be read ({reason}); make it readable, or leave it out"
 
 
 def member_problem(name: str, data: bytes) -> tuple[str, str] | None:
-    """Cause and reason why a sample with a member called ``name`` must not be used, if any."""
+    """Cause and reason why a sample with this member must not be used, if there is one."""
     *_, suffix = parts = name.lower().split(".")
     packed = suffix == "gz" and len(parts) > 1
     if packed:
@@ -92,7 +86,7 @@ def member_problem(name: str, data: bytes) -> tuple[str, str] | None:
 
 
 def _array_heads(data: bytes, suffix: str) -> Iterator[bytes]:
-    """Of each array in a .npy or .npz as many bytes as a header may take."""
+    """The first bytes of each array in a .npy or .npz, as many as a header may have."""
     if suffix == "npy":
         yield data[:_MOST_HEADER]
         return
@@ -113,7 +107,7 @@ def _inflated_heads(data: bytes, suffix: str) -> Iterator[bytes]:
 
 
 def _has_objects(head: bytes) -> bool:
-    """Whether an array that begins with ``head`` holds Python objects."""
+    """True if an array that begins with ``head`` holds Python objects."""
     stream = io.BytesIO(head)
     version = np.lib.format.read_magic(stream)
     if version == (1, 0):

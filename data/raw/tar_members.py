@@ -1,9 +1,10 @@
-"""Members of a tar, one header at a time: v7, ustar, GNU and pax archives, also end to end.
+"""Members of a tar, one header at a time: v7, ustar, GNU and pax archives, also concatenated.
 
-Header blocks are parsed by ``tarfile``; its reader is not used because it takes a truncated header,
-an end at a member's boundary and a proper end for the same thing. What precedes a member (long
-names, pax records, sparse maps) is applied to it. A member that cannot be used has a ``problem``
-and is passed over by its size; ``BrokenArchive`` is left for what loses the place in the file.
+Header blocks are parsed by ``tarfile``; its reader is not used because it does not distinguish a
+truncated header, a file that ends between members, and a proper end of archive. Headers that
+describe the next member (long names, pax records, sparse maps) are applied to it. A member that
+cannot be used has a ``problem`` and is skipped by its size; ``BrokenArchive`` is raised only where
+the position of the next header is lost.
 """
 
 import tarfile
@@ -15,19 +16,21 @@ from earlyfuse.data.raw.archive_stream import ArchiveStream, BrokenArchive
 
 _BLOCK = 512
 _MOST_EXTENDED = 16 << 20  # bytes of a pax header or long name; real ones reach some 100 KB
-# zeros behind an archive: tapes pad to a MiB, a download that never came to the end has more
+# zeros behind an archive: tapes pad to a MiB; a preallocated, unfinished download has more
 _MOST_PADDING = 2 << 20
-_PAX = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
-_EXTENDED = (*_PAX, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+_EXTENDED = (
+    *(tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE),
+    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
+)
 _PLAIN = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 _LINKS = (*(tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE),)
-# directories, with GNU's list of their files; volume labels
+# directories, also with GNU's list of their files; volume labels
 _NO_MEMBERS = (tarfile.DIRTYPE, b"D", b"V")
 
 
 @dataclass(frozen=True)
 class Member:
-    """One entry, its ``size`` bytes next in the stream; what is not read of them is skipped.
+    """One entry, whose ``size`` bytes are next in the stream; those that are not read are skipped.
 
     ``name`` is none where the header that states it cannot be read. ``problem``: why the member
     must not be used.
@@ -38,23 +41,13 @@ class Member:
     problem: BadSample | None = None
 
 
-@dataclass
-class _Extension:
-    """What the headers before a member state about it."""
-
-    records: dict[str, str] = field(default_factory=dict)
-    long_name: str = ""
-    unreadable: str = ""  # why one of them gave nothing
-    found: bool = False
-
-
 def read_members(stream: ArchiveStream) -> Iterator[Member | None]:
-    """Files, links and devices in order; ``None`` where an end-of-archive block lies.
+    """Files, links and devices in order; ``None`` at an end-of-archive block.
 
-    Archives put end to end are read on; what else is behind an end is padding, unless a header
+    Concatenated archives are read on; anything else behind an end is padding, unless a header
     follows in it. Raises ``BrokenArchive``.
     """
-    everywhere: dict[str, str] = {}  # records of global pax headers
+    global_records: dict[str, str] = {}
     extension = _Extension()
     ended_at: int | None = None
     while True:
@@ -62,30 +55,44 @@ def read_members(stream: ArchiveStream) -> Iterator[Member | None]:
         block = stream.read(_BLOCK)
         if len(block) < _BLOCK:
             if ended_at is None:
-                raise _ends_early(stream)
+                raise _truncated(stream)
             return
         if not extension.found and not block.strip(b"\0"):
             if ended_at is None:
                 yield None
                 ended_at = at
             elif at - ended_at > _MOST_PADDING:
-                raise BrokenArchive(
-                    "truncated", f"nothing but zeros follow byte {ended_at:,}, far past padding"
-                )
+                what = f"nothing but zeros follow byte {ended_at:,}, far past padding"
+                raise BrokenArchive("truncated", what)
             continue
         header = _parsed(block)
         if isinstance(header, tarfile.HeaderError):
             if ended_at is None or _header_follows(stream):
-                raise BrokenArchive(
-                    "corrupt-tar", f"there is no tar header at byte {at:,} ({header})"
-                )
+                what = f"there is no tar header at byte {at:,} ({header})"
+                raise BrokenArchive("corrupt-tar", what)
             return
         ended_at = None
-        if header.type in _EXTENDED:
-            _extend(extension, everywhere, header, stream)
-            continue
-        yield from _member(header, block, extension, everywhere, stream)
-        extension = _Extension()
+        if header.type == tarfile.XGLTYPE:  # an archive may end behind a global header
+            _read_extension(header, stream, global_records, extension)
+        elif header.type in _EXTENDED:
+            extension.found = True
+            _read_extension(header, stream, extension.records, extension)
+        else:
+            if header.type == tarfile.GNUTYPE_SPARSE:
+                _skip_sparse_map(block, stream)
+            extension.records = global_records | extension.records
+            yield from _member(header, extension, stream)
+            extension = _Extension()
+
+
+@dataclass
+class _Extension:
+    """What the headers before a member state about it."""
+
+    records: dict[str, str] = field(default_factory=dict)
+    long_name: str = ""
+    unreadable: str = ""  # what could not be read in them
+    found: bool = False
 
 
 def _parsed(block: bytes) -> tarfile.TarInfo | tarfile.HeaderError:
@@ -97,7 +104,7 @@ def _parsed(block: bytes) -> tarfile.TarInfo | tarfile.HeaderError:
 
 
 def _header_follows(stream: ArchiveStream) -> bool:
-    """Whether an archive goes on behind this block: then it was a header, now damaged."""
+    """True if the archive continues behind this block, which then was a header, now damaged."""
     while len(block := stream.read(_BLOCK)) == _BLOCK:
         if block[257:262] == b"ustar" and isinstance(_parsed(block), tarfile.TarInfo):
             return True
@@ -105,17 +112,11 @@ def _header_follows(stream: ArchiveStream) -> bool:
 
 
 def _member(
-    header: tarfile.TarInfo,
-    block: bytes,
-    extension: _Extension,
-    everywhere: dict[str, str],
-    stream: ArchiveStream,
+    header: tarfile.TarInfo, extension: _Extension, stream: ArchiveStream
 ) -> Iterator[Member]:
-    """The member that ``header`` begins, then the way past its data; none for directories."""
-    records = {**everywhere, **extension.records}
+    """Yield the member that ``header`` begins, none for directories, and skip its data."""
+    records = extension.records
     sparse = header.type == tarfile.GNUTYPE_SPARSE
-    if sparse:
-        _skip_sparse_map(block, stream)
     sparse = sparse or any(name.startswith("GNU.sparse.") for name in records)
     name: str | None = (
         records.get("GNU.sparse.name") or records.get("path") or extension.long_name or header.name
@@ -127,81 +128,69 @@ def _member(
         else:
             unreadable = f"a pax size of {digits[:20]!r}"
     holds_data = header.type not in tarfile.SUPPORTED_TYPES or header.isreg()
-    size = size if holds_data else 0
-    end = stream.offset - (-size // _BLOCK) * _BLOCK
+    end = _end_of_data(stream, size if holds_data else 0)
     if stream.size is not None and end > stream.size:
-        early = _ends_early(stream)
+        early = _truncated(stream)
         yield Member(name, 0, BadSample(early.cause, str(early)))  # ends the sample before it
         raise early
     if header.type not in _NO_MEMBERS:
         problem = _problem(header.type, sparse, name, unreadable)
-        yield Member(None if unreadable else name, size, problem)
+        yield Member(None if unreadable else name, size if holds_data else 0, problem)
     stream.skip(end - stream.offset)
     if stream.offset < end:
-        raise _ends_early(stream)
+        raise _truncated(stream)
 
 
 def _problem(kind: bytes, sparse: bool, name: str | None, unreadable: str) -> BadSample | None:
     if unreadable:
         return BadSample("corrupt-header", f"the headers before member {name!r} hold {unreadable}")
-    if sparse:
-        return BadSample(
-            "unsupported-member", f"member {name!r} is sparse; write it as a plain file"
-        )
     if kind in _LINKS:
         return BadSample("unsafe-member", f"member {name!r} is a link or device, not a file")
-    if kind not in _PLAIN:
-        what = "a part of a file of several volumes" if kind == b"M" else f"of tar type {kind!r}"
-        return BadSample("unsupported-member", f"member {name!r} is {what}, not a plain file")
-    return None
+    if kind in _PLAIN and not sparse:
+        return None
+    what = f"of tar type {kind!r}"
+    if sparse or kind == b"M":
+        what = "sparse" if sparse else "a part of a file of several volumes"
+    return BadSample("unsupported-member", f"member {name!r} is {what}; write it as a plain file")
 
 
 def _skip_sparse_map(block: bytes, stream: ArchiveStream) -> None:
-    """Pass over what an old GNU sparse header (``block``) has no room for."""
+    """Skip the blocks that continue the map of an old GNU sparse header (``block``)."""
     more = block[482]
     while more:
         block = stream.read(_BLOCK)
         if len(block) < _BLOCK:
-            raise _ends_early(stream)
+            raise _truncated(stream)
         more = block[504]
 
 
-def _extend(
-    extension: _Extension,
-    everywhere: dict[str, str],
-    header: tarfile.TarInfo,
-    stream: ArchiveStream,
+def _read_extension(
+    header: tarfile.TarInfo, stream: ArchiveStream, records: dict[str, str], extension: _Extension
 ) -> None:
-    """Take up an extended header, whose content is next in the stream."""
-    records = everywhere if header.type == tarfile.XGLTYPE else extension.records
-    extension.found |= header.type != tarfile.XGLTYPE  # an archive may end behind a global one
-    end = stream.offset - (-header.size // _BLOCK) * _BLOCK
+    """Add an extended header, whose content is next in the stream, to ``records`` or a name."""
+    end = _end_of_data(stream, header.size)
     if stream.size is not None and end > stream.size:
-        raise _ends_early(stream)
+        raise _truncated(stream)
     if header.size > _MOST_EXTENDED:
         extension.unreadable = f"{header.size:,} bytes of pax records or name, above 16 MiB"
     else:
         content = stream.read(header.size)
         if len(content) < header.size:
-            raise _ends_early(stream)
+            raise _truncated(stream)
         if header.type == tarfile.GNUTYPE_LONGNAME:
             extension.long_name = _text(content.split(b"\0", 1)[0])
         elif header.type != tarfile.GNUTYPE_LONGLINK:
             try:
-                records = _pax_records(content)
+                records.update(_pax_records(content))
             except ValueError:
                 extension.unreadable = "pax records that cannot be parsed"
-            else:
-                (everywhere if header.type == tarfile.XGLTYPE else extension.records).update(
-                    records
-                )
     stream.skip(end - stream.offset)
 
 
 def _pax_records(content: bytes) -> dict[str, str]:
-    """``<length> <key>=<value>\\n``, those that place a member: its path, size and sparse map.
+    """Parse ``<length> <key>=<value>\\n`` records that place a member: path, size, sparse map.
 
-    An empty value takes back what a global header said. Raises ``ValueError``.
+    An empty value revokes that of a global header. Raises ``ValueError``.
     """
     records: dict[str, str] = {}
     at = 0
@@ -224,6 +213,11 @@ def _text(name: bytes) -> str:
     return name.decode("utf-8", "backslashreplace")
 
 
-def _ends_early(stream: ArchiveStream) -> BrokenArchive:
+def _end_of_data(stream: ArchiveStream, size: int) -> int:
+    """Offset of the block behind ``size`` bytes that are next in the stream."""
+    return stream.offset - (-size // _BLOCK) * _BLOCK
+
+
+def _truncated(stream: ArchiveStream) -> BrokenArchive:
     at = stream.offset if stream.size is None else stream.size
     return BrokenArchive("truncated", f"it ends at byte {at:,}, before its archive does")

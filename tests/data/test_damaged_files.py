@@ -63,12 +63,28 @@ def damaged(content: bytes):
                 yield json.dumps(value).encode()
 
 
-def refused_or_read(path, read, allowed: int) -> None:
-    """``read`` meets every damage of ``path`` with a ValueError that names it and what to do, but
-    for ``allowed`` that are as good as the whole file.
-    """
-    whole, taken = path.read_bytes(), []
-    for content in damaged(whole):
+@pytest.mark.parametrize(
+    ("file", "allowed"),
+    [
+        # "name", "prefix" and a first candidate that is no answer may be any other words; an empty
+        # list of tasks, or one item less, is a file of its own
+        ("validation/tasks.json", 5),
+        ("validation/prompts.json", 3),
+        ("train/pairs/manifest.json", 1),  # as before manifests had the hash of all
+        ("tokenizers/vocabulary.json", 0),
+    ],
+)
+def test_json_is_refused_by_file_and_remedy(data, file, allowed):
+    """Every damage, but for ``allowed`` ones that are as good as the whole file."""
+    path = data / file
+    readers = {
+        "tasks.json": lambda: load_tasks(data),
+        "prompts.json": lambda: load_pairs(path, Tokenizers.load(data / "tokenizers")),
+    }
+    read = readers.get(path.name, lambda: describe(data))
+    read()
+    taken = []
+    for content in damaged(path.read_bytes()):
         path.write_bytes(content)
         try:
             read()
@@ -78,27 +94,7 @@ def refused_or_read(path, read, allowed: int) -> None:
             assert path.name in said and str(path.parent) in said, (content[:200], said)
             assert "\x1b" not in said and "\ud800" not in said and len(said) < 1000, said
             assert "again" in said or "remove" in said or "another" in said, said
-    path.write_bytes(whole)
-    read()
     assert len(taken) <= allowed, taken
-
-
-def test_tasks(data):
-    # "name", "prefix" and a first candidate that is no answer may be any other words; an empty list
-    # of tasks, or one item less, is a file of its own
-    refused_or_read(data / "validation" / "tasks.json", lambda: load_tasks(data), allowed=5)
-
-
-def test_prompts(data):
-    tokenizers = Tokenizers.load(data / "tokenizers")
-    path = data / "validation" / "prompts.json"
-    refused_or_read(path, lambda: load_pairs(path, tokenizers), allowed=3)
-
-
-def test_inspect_and_its_manifest(data):
-    path = data / "train" / "pairs" / "manifest.json"
-    # without the hash of all, a manifest of before there was one
-    refused_or_read(path, lambda: describe(data), allowed=1)
 
 
 @pytest.mark.parametrize("suffix", [".tar", ".index.npy", ".crc.npy"])
@@ -112,8 +108,3 @@ def test_inspect_on_damaged_shards_is_one_line(data, suffix, capsys):
         assert status == 2
         said = capsys.readouterr().err
         assert len(said.splitlines()) == 1 and path.name in said and "again" in said
-
-
-def test_inspect_names_what_of_the_vocabulary_is_wrong(data):
-    path = data / "tokenizers" / "vocabulary.json"
-    refused_or_read(path, lambda: describe(data), allowed=0)

@@ -1,6 +1,5 @@
 """prepare: the right tokens, and a command line that says what it does."""
 
-import hashlib
 import io
 import json
 import os
@@ -30,7 +29,7 @@ from earlyfuse.tools import prepare as command
 
 
 def test_documents_come_back_out_of_the_tokens(raw, prepared):
-    """Text exactly, images as their tokenizer codes them, in reading order."""
+    """Text exactly, images as their tokenizer encodes them, in reading order."""
     tokenizers = Tokenizers.load(prepared / "tokenizers")
     text, image, vocabulary = tokenizers.text, tokenizers.image, tokenizers.vocabulary
     expected = []
@@ -52,7 +51,7 @@ def test_documents_come_back_out_of_the_tokens(raw, prepared):
         assert counts == [len(ids) - 4, 4]
 
 
-def test_manifest_states_what_is_there(prepared):
+def test_manifest_states_what_is_there_and_shards_are_tars_of_arrays(prepared):
     for folder in (prepared / "train").iterdir():
         manifest = read_manifest(folder)
         documents = list(documents_of(folder))
@@ -62,6 +61,10 @@ def test_manifest_states_what_is_there(prepared):
         for shard in manifest["shards"]:
             assert sha256_file(folder / shard["name"]) == shard["sha256"]
             assert (folder / shard["name"]).stat().st_size == shard["bytes"]
+            with tarfile.open(folder / shard["name"]) as tar:
+                arrays = [np.load(io.BytesIO(tar.extractfile(m).read())) for m in tar]
+            assert sum(map(len, arrays)) == sum(shard["tokens"].values())
+            assert all(array.dtype == np.uint16 for array in arrays)
         assert manifest["tokenizers"] == {
             "text": sha256_file(prepared / "tokenizers" / "text.model"),
             "image": sha256_file(prepared / "tokenizers" / "image.safetensors"),
@@ -69,14 +72,10 @@ def test_manifest_states_what_is_there(prepared):
         recorded = json.loads((prepared / "tokenizers" / "vocabulary.json").read_text())
         assert manifest["vocabulary"] == recorded
         assert Vocabulary.from_dict(recorded).size == 330 + 16
-
-
-def test_shards_are_ordinary_tars_of_arrays(prepared):
-    with tarfile.open(prepared / "train" / "books" / "shard-000000.tar") as tar:
-        arrays = [np.load(io.BytesIO(tar.extractfile(m).read())) for m in tar.getmembers()]
-    first = read_manifest(prepared / "train" / "books")["shards"][0]
-    assert sum(map(len, arrays)) == sum(first["tokens"].values())
-    assert all(array.dtype == np.uint16 for array in arrays)
+        # fields of what is dropped or not used are absent where nothing is
+        assert not manifest.keys() & {"unused", "examples"}
+        record = json.loads((folder / "shard-000000.json").read_bytes())
+        assert not record.keys() & {"unused", "examples"}
 
 
 @pytest.mark.parametrize("codes", [65536 - 300, 65536 - 299])
@@ -120,6 +119,15 @@ def test_tokenizers_see_training_data_only(raw, prepared, tmp_path):
     assert contents(tmp_path / "out" / "tokenizers") == contents(prepared / "tokenizers")
 
 
+def test_ready_tokenizers_are_copied_not_trained(raw, prepared, tmp_path):
+    changes = {
+        "text_tokenizer": prepared / "tokenizers" / "text.model",
+        "image_tokenizer": str(prepared / "tokenizers" / "image.safetensors"),
+    }
+    prepare(spec_of(raw, tmp_path, **changes), quiet())
+    assert contents(tmp_path) == contents(prepared)
+
+
 def test_text_only(raw, tmp_path):
     spec = spec_of(raw, tmp_path, image_tokenizer="none", max_bad_rate=1.0)
     manifests = prepare(spec, quiet())
@@ -142,33 +150,28 @@ def test_a_vqvae_can_take_the_place_of_kmeans(raw, tmp_path):
 
 
 def test_inspect_prints_documents_tokens_and_tokenizers(prepared, capsys):
-    assert command.main(["inspect", str(prepared)]) == 0
+    (prepared / "train" / "zz").mkdir()
+    try:
+        assert command.main(["inspect", str(prepared)]) == 0
+    finally:
+        (prepared / "train" / "zz").rmdir()
     page = capsys.readouterr().out
     manifest = read_manifest(prepared / "train" / "pairs")
     line = next(line for line in page.splitlines() if line.startswith("train/pairs"))
-    cells = line.split()
-    assert cells[1:5] == ["2", "60", f"{manifest['tokens']['text']:,}", "240"]
-    for sha in manifest["tokenizers"].values():
-        assert sha in page
-    (prepared / "train" / "zz").mkdir()
-    try:
-        assert "train/zz: unfinished" in describe(prepared)
-    finally:
-        (prepared / "train" / "zz").rmdir()
+    assert line.split()[1:5] == ["2", "60", f"{manifest['tokens']['text']:,}", "240"]
+    for said in (*manifest["tokenizers"].values(), "train/zz: unfinished"):
+        assert said in page
 
 
 def test_mistakes_on_the_command_line_end_in_one_line(tmp_path, capsys):
     assert command.main(["inspect", str(tmp_path / "none")]) == 2
     assert command.main(["build", "--out", str(tmp_path), "--train", "no-equals"]) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 2
-    assert (
-        "holds no prepared data" in lines[0]
-        and "source (no-equals) must be NAME=SHARDS" in lines[1]
-    )
+    missing, source = capsys.readouterr().err.splitlines()
+    assert "holds no prepared data" in missing
+    assert "source (no-equals) must be NAME=SHARDS" in source
 
 
-def test_help_states_the_defaults_and_imports_nothing_heavy(tmp_path):
+def test_help_states_the_defaults_and_imports_nothing_heavy():
     program = (
         "import sys\nfrom earlyfuse.tools import prepare\n"
         "try: prepare.main(['build', '--help'])\n"
@@ -176,14 +179,12 @@ def test_help_states_the_defaults_and_imports_nothing_heavy(tmp_path):
     )
     shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout
     assert "heavy []" in shown
-    defaults = {
-        name: str(field.default) for name, field in PrepareSpec.__dataclass_fields__.items()
-    }
     for name in ("text_vocab", "image_tokenizer", "image_size", "patch", "codes", "vq_steps",
                  "layout", "image_first", "on_bad", "max_bad_rate", "seed"):  # fmt: skip
         option = "--" + name.replace("_", "-")
         described = " ".join(shown[shown.rindex(option + " ") :].split("--")[1].split())
-        assert f"({defaults[name]}" in described, (option, described)
+        default = PrepareSpec.__dataclass_fields__[name].default
+        assert f"({default}" in described, (option, described)
 
 
 def test_progress_is_plain_lines_off_a_terminal():
@@ -205,8 +206,3 @@ def test_an_interrupted_write_leaves_the_old_file_alone(tmp_path):
         assert path.read_bytes() == b"old"
         raise KeyboardInterrupt
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"file": b"old"}
-
-
-def test_hash_of_a_file_is_sha256(tmp_path):
-    (tmp_path / "x").write_bytes(b"abc" * 100_000)
-    assert sha256_file(tmp_path / "x") == hashlib.sha256(b"abc" * 100_000).hexdigest()

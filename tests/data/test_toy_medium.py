@@ -5,13 +5,13 @@ vectors of three numbers.
 """
 
 import hashlib
-import io
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from raw_shards import quiet, write_tar
+from raw_shards import contents, quiet, write_tar
 
 from earlyfuse.data.documents import BadSample
 from earlyfuse.data.media import MEDIA, Medium, Sampling, VectorType
@@ -86,8 +86,18 @@ class ToyModule:
         return mean_squared_error
 
 
-def row(label, vectors=None):
-    module = ToyModule(vectors)
+MODULES = {"dice": ToyModule(None), "track": ToyModule(VectorType(WIDTH, "float16"))}
+
+
+def dice_module():
+    return MODULES["dice"]
+
+
+def track_module():
+    return MODULES["track"]
+
+
+def row(label, module):
     return Medium(
         modality=Modality.register(label),
         payload=label,
@@ -96,7 +106,7 @@ def row(label, vectors=None):
         list_name=f"{label}s",
         caption_fields=("caption",),
         sentinels=(f"<{label}>", f"</{label}>"),
-        module=lambda: module,
+        module=module,
         kinds=("toy",),
         default="none",
         written=label,
@@ -104,11 +114,14 @@ def row(label, vectors=None):
     )
 
 
-@pytest.fixture
-def toys(monkeypatch):
-    monkeypatch.setattr(Modality, "LABELS", [*Modality.LABELS])
-    for medium in (row("dice"), row("track", VectorType(WIDTH, "float16"))):
-        monkeypatch.setitem(MEDIA, medium.label, medium)
+@pytest.fixture(scope="module")
+def toys():
+    """Registered at run time, as a user's own script does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Modality, "LABELS", [*Modality.LABELS])
+        for medium in (row("dice", dice_module), row("track", track_module)):
+            patch.setitem(MEDIA, medium.label, medium)
+        yield
 
 
 def dice(rng):
@@ -120,40 +133,48 @@ def track(rng):
     return rng.integers(-99, 99, (rng.integers(2, 9), WIDTH)).astype(np.float32)
 
 
-@pytest.fixture
-def prepared(toys, tmp_path):
+def toy_spec(out, *shards, **changes):
+    tokenizers = {"image_tokenizer": "none", "media_tokenizers": {"dice": "toy", "track": "toy"}}
+    fields = {"text_vocab": 330, "max_bad_rate": 0.1, "workers": 1, **tokenizers, **changes}
+    return PrepareSpec(out, {shard.stem: shard for shard in shards}, **fields)
+
+
+@pytest.fixture(scope="module")
+def prepared(toys, tmp_path_factory):
     """Sources of dice (pairs), of both media (interleaved), and of text alone; what was written."""
+    folder = tmp_path_factory.mktemp("toys")
     rng = np.random.default_rng(0)
     thrown = [dice(rng) for _ in SENTENCES]
     paths = [track(rng) for _ in SENTENCES]
-    pairs = [
-        (f"{n}.{name}", content)
-        for n, text in enumerate(SENTENCES)
-        for name, content in (("dice", thrown[n].tobytes()), ("txt", text.encode()))
-    ]
-    mixed = []
+    pairs, mixed = [("bad.dice", bytes([SIDES])), ("bad.txt", b"no such side")], []
+    # two tracks: a row may end between them
+    names = {"dices": [None, None, "a.dice", None], "tracks": ["b.track", None, None, "c.track"]}
     for n, text in enumerate(SENTENCES):
-        # two tracks: a row may end between them
-        lists = {"texts": [None, text, None, None], "dices": [None, None, "a.dice", None],
-                 "tracks": ["b.track", None, None, "c.track"]}  # fmt: skip
-        mixed += [(f"{n}.json", json.dumps(lists).encode()), (f"{n}.a.dice", thrown[n].tobytes()),
-                  (f"{n}.b.track", paths[n].tobytes()),
-                  (f"{n}.c.track", paths[n][::-1].tobytes())]  # fmt: skip
-    pairs += [("bad.dice", bytes([SIDES])), ("bad.txt", b"no such side")]
-    write_tar(tmp_path / "pairs.tar", pairs)
-    write_tar(tmp_path / "mixed.tar", mixed)
-    write_tar(tmp_path / "text.tar", [(f"{n}.txt", s.encode()) for n, s in enumerate(SENTENCES)])
-    spec = PrepareSpec(
-        tmp_path / "out",
-        {name: tmp_path / f"{name}.tar" for name in ("pairs", "mixed", "text")},
-        text_vocab=330,
-        image_tokenizer="none",
-        media_tokenizers={"dice": "toy", "track": "toy"},
-        max_bad_rate=0.1,
-        workers=1,
-    )
-    prepare(spec, quiet())
-    return tmp_path / "out", thrown, paths
+        sides, path = thrown[n].tobytes(), paths[n]
+        pairs += [(f"{n}.dice", sides), (f"{n}.txt", text.encode())]
+        lists = {"texts": [None, text, None, None], **names}
+        mixed += [(f"{n}.json", json.dumps(lists).encode()), (f"{n}.a.dice", sides)]
+        mixed += [(f"{n}.b.track", path.tobytes()), (f"{n}.c.track", path[::-1].tobytes())]
+    texts = [(f"{n}.txt", s.encode()) for n, s in enumerate(SENTENCES)]
+    samples = {"pairs": pairs, "mixed": mixed, "text": texts}
+    shards = [write_tar(folder / f"{name}.tar", members) for name, members in samples.items()]
+    prepare(toy_spec(folder / "out", *shards), quiet())
+    return folder / "out", thrown, paths
+
+
+def test_worker_processes_know_a_medium_registered_at_run_time(prepared, tmp_path):
+    out, _, _ = prepared
+    shards = [out.parent / f"{name}.tar" for name in ("pairs", "mixed", "text")]
+    prepare(toy_spec(tmp_path / "out", *shards, workers=2), quiet())
+    assert contents(tmp_path / "out") == contents(out)
+
+
+def test_a_medium_that_workers_cannot_import_is_refused_by_name(prepared, tmp_path, monkeypatch):
+    shard = prepared[0].parent / "text.tar"
+    spec = toy_spec(tmp_path / "out", shard, workers=2)
+    monkeypatch.setitem(MEDIA, "dice", row("dice", lambda: MODULES["dice"]))
+    with pytest.raises(ValueError, match=r"medium 'dice' cannot be sent .*workers to 1"):
+        prepare(spec, quiet())
 
 
 def test_documents_hold_the_items_codes_and_vectors(prepared):
@@ -229,36 +250,24 @@ def test_a_resumed_stream_goes_on_with_the_same_codes_and_vectors(prepared):
     unbroken.close()
 
 
-def test_damaged_vectors_are_refused_by_document(prepared):
-    out, _, _ = prepared
-    path = out / "train" / "mixed" / "shard-000000.vectors.npy"
+def test_damaged_vectors_are_refused_by_document(prepared, tmp_path):
+    folder = shutil.copytree(prepared[0] / "train" / "mixed", tmp_path / "mixed")
+    path = folder / "shard-000000.vectors.npy"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    source = TokenSource(out / "train" / "mixed")
+    source = TokenSource(folder)
     with pytest.raises(ValueError, match="checksum"):
         source.document(len(source) - 1)
     with pytest.raises(ValueError, match=r"vectors\.npy: SHA-256"):
         source.verify()
     path.write_bytes(content[:-2])
     with pytest.raises(ValueError, match=r"vectors\.npy is truncated"):
-        TokenSource(out / "train" / "mixed")
+        TokenSource(folder)
 
 
-def test_without_a_continuous_medium_shards_are_of_format_1(toys, tmp_path):
-    stream = io.BytesIO(np.array([0, 1, 2], np.uint8))
-    write_tar(tmp_path / "a.tar", [(f"{n}.txt", s.encode()) for n, s in enumerate(SENTENCES)]
-              + [("x.dice", stream.getvalue()), ("x.txt", b"three sides")])  # fmt: skip
-    spec = PrepareSpec(
-        tmp_path / "out",
-        {"a": tmp_path / "a.tar"},
-        text_vocab=330,
-        layout="auto",
-        image_tokenizer="none",
-        media_tokenizers={"dice": "toy"},
-        max_bad_rate=1.0,
-        workers=1,
-    )
-    manifest = prepare(spec, quiet())["train/a"]
+def test_without_a_continuous_medium_shards_are_of_format_1(prepared, tmp_path):
+    spec = toy_spec(tmp_path, prepared[0].parent / "pairs.tar", media_tokenizers={"dice": "toy"})
+    manifest = prepare(spec, quiet())["train/pairs"]
     assert manifest["format"] == "earlyfuse-tokens/1" and "vectors" not in manifest
-    assert not list((tmp_path / "out").rglob("*.vectors.npy"))
+    assert not list(tmp_path.rglob("*.vectors.npy"))

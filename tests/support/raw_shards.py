@@ -33,10 +33,14 @@ def sentence(rng):
     return " ".join(rng.choice(WORDS, 12)) + ".\n"
 
 
-def write_tar(path, members):
+def write_tar(path, members, format=tarfile.PAX_FORMAT):
+    """``members``: (name, content), which is bytes or the header of a link or folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
+    with tarfile.open(path, "w", format=format) as tar:
         for name, content in members:
+            if isinstance(content, tarfile.TarInfo):
+                tar.addfile(content)
+                continue
             info = tarfile.TarInfo(name)
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
