@@ -20,10 +20,10 @@ def visible(
     query_span: torch.Tensor | None = None,
     key_span: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Whether places ``query`` of a row see places ``key``: same document, and not later.
+    """True where positions ``query`` of a row see positions ``key``: same document, not later.
 
-    With spans, an objective that is bidirectional inside media also sees later positions of the
-    same span. A padding token sees itself alone. All tensors broadcast.
+    With spans, for objectives that are bidirectional inside media, also later positions of the same
+    span. A padding token sees itself alone. All tensors broadcast.
     """
     seen = key <= query
     if query_span is not None and key_span is not None:
@@ -35,12 +35,11 @@ def visible(
 def attention_mask(
     document_BL: torch.Tensor, first: int = 0, span_BL: torch.Tensor | None = None
 ) -> "torch.Tensor | BlockMask | None":
-    """The mask of the positions from ``first`` on, over all of the row up to the last of them.
+    """The mask of positions from ``first`` on, over their whole row up to the last.
 
-    ``document_BL``: see ``MixedBatch``. ``span_BL``: of an objective that is bidirectional inside
-    media. On CUDA a FlexAttention ``BlockMask``; elsewhere a boolean (B, 1, S, L) tensor for SDPA,
-    or None where every row is whole and one document, and plain causal attention says the same at
-    less cost.
+    ``span_BL``: for an objective that is bidirectional inside media. On CUDA a FlexAttention
+    ``BlockMask``; elsewhere a boolean (B, 1, S, L) tensor for SDPA, or None (plain causal) where
+    every row is whole and one document.
     """
     rows, upto = document_BL.shape
     if document_BL.device.type == "cuda":
@@ -70,5 +69,5 @@ def attention_mask(
 
 @cache
 def compiled_create_block_mask() -> Any:
-    """``create_block_mask``, compiled: eager, it holds several S × L tables of 64-bit integers."""
+    """``create_block_mask``, compiled: eager, it allocates several S × L tables of int64."""
     return torch.compile(create_block_mask)

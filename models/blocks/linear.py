@@ -1,9 +1,8 @@
-"""Projections and norms in two forms: shared by all tokens, or untied by modality.
+"""Projections and norms, shared by all tokens or untied by modality.
 
-Both forms are called alike, ``module(x_TD, context)``, so that a block is written once and its
-parameters are shared or untied by ``groups`` in its config: 1 is shared, M holds one set per
-modality group (arXiv 2411.04996, section 2). T tokens, D width in, F width out, G groups, N heads,
-H head width.
+``groups`` of a config is the number of parameter sets: 1 is shared, M one per modality group (arXiv
+2411.04996, section 2). Both forms are called as ``module(x_TD, context)``. T tokens, D width in, F
+width out, G groups, N heads, H head width.
 """
 
 from dataclasses import dataclass
@@ -13,15 +12,29 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
 from torchtitan.protocols.module import Module
 
 from earlyfuse.kernels.grouped_gemm import grouped_linear
+from earlyfuse.models.blocks.branch import Matrix
 from earlyfuse.models.blocks.indexed_parameters import scaled_by_group
-from earlyfuse.models.blocks.local_shard import to_local
 from earlyfuse.models.context import ForwardContext
 from earlyfuse.models.init_weights import Draw, constant
 
 NORM_EPS = 1e-5
+
+
+def parameter(groups: int, *shape: int) -> nn.Parameter:
+    """Uninitialised parameter of ``shape``, or (groups, *shape) untied by modality."""
+    return nn.Parameter(torch.empty(groups, *shape) if groups > 1 else torch.empty(shape))
+
+
+def to_local(parameter: torch.Tensor) -> torch.Tensor:
+    """This rank's shard of a parameter under tensor or expert parallelism, else all of it.
+
+    Layers take their sizes from the shard, not from their config.
+    """
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 class Linear(Module):
@@ -35,11 +48,14 @@ class Linear(Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        shape = (config.out_features, config.in_features)
         self.untied = config.groups > 1
-        self.weight = nn.Parameter(
-            torch.empty(config.groups, *shape) if self.untied else torch.empty(shape)
-        )
+        self.weight = parameter(config.groups, config.out_features, config.in_features)
+
+    @classmethod
+    def of(cls, matrix: Matrix) -> "Linear":
+        """The projection by a matrix of a branch."""
+        inputs, outputs, groups, _ = matrix
+        return cls(cls.Config(in_features=inputs, out_features=outputs, groups=groups))
 
     def forward(self, x_TD: torch.Tensor, context: ForwardContext) -> torch.Tensor:
         """(T, D) → (T, F)."""
@@ -60,9 +76,7 @@ class RMSNorm(Module):
     def __init__(self, config: Config):
         super().__init__()
         self.untied = config.groups > 1
-        self.weight = nn.Parameter(
-            torch.empty(config.groups, config.dim) if self.untied else torch.empty(config.dim)
-        )
+        self.weight = parameter(config.groups, config.dim)
 
     def draws(self) -> dict[str, Draw]:
         return {"weight": constant(1.0)}
@@ -83,7 +97,7 @@ def _divided_by_rms(x_TD: torch.Tensor) -> torch.Tensor:
 
 
 class _DividedByRms(torch.autograd.Function):
-    """x / rms(x), fp32. torch has no CPU kernel for it; what it composes takes twice as long."""
+    """x / rms(x), fp32: torch has no fused CPU kernel, and its composition takes twice as long."""
 
     @staticmethod
     def forward(ctx: Any, x_TD: torch.Tensor) -> torch.Tensor:
@@ -106,9 +120,8 @@ class _DividedByRms(torch.autograd.Function):
 class HeadNorm(Module):
     """Chameleon's qk-norm: LayerNorm over each head with a weight and bias of its own per head.
 
-    Weight and bias (N, H), or (G, N, H) untied by modality. Public checkpoints share one row
-    between the heads of a model-parallel shard, so rows may differ between heads (arXiv 2405.09818,
-    2.3).
+    Weight and bias (N, H), or (G, N, H) untied by modality. Rows differ between heads: public
+    checkpoints share one between the heads of a model-parallel shard (arXiv 2405.09818, 2.3).
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -119,12 +132,9 @@ class HeadNorm(Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        shape: tuple[int, ...] = (config.heads, config.head_dim)
         self.untied = config.groups > 1
-        if self.untied:
-            shape = (config.groups, *shape)
-        self.weight = nn.Parameter(torch.empty(shape))
-        self.bias = nn.Parameter(torch.empty(shape))
+        self.weight = parameter(config.groups, config.heads, config.head_dim)
+        self.bias = parameter(config.groups, config.heads, config.head_dim)
 
     def draws(self) -> dict[str, Draw]:
         return {"weight": constant(1.0), "bias": constant(0.0)}

@@ -23,7 +23,7 @@ from earlyfuse.models.blocks.cache import DecodeCache
 from earlyfuse.models.context import ForwardSettings
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.generate.constrained import Draft, Mode, allowed_ids
-from earlyfuse.models.routing.causal import check_causal
+from earlyfuse.models.routing.router import check_causal
 from earlyfuse.models.vocabulary import Vocabulary
 
 CAUSAL = ForwardSettings(rule="causal")

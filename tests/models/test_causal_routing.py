@@ -14,9 +14,9 @@ from earlyfuse.configs import decoders, stages
 from earlyfuse.models.context import ForwardSettings
 from earlyfuse.models.generate.session import CAUSAL
 from earlyfuse.models.routes import group_of_rows
-from earlyfuse.models.routing.causal import check_causal
 from earlyfuse.models.routing.causal_router import CausalRouter, members
 from earlyfuse.models.routing.expert_choice import ExpertChoice, expert_choice
+from earlyfuse.models.routing.router import check_causal
 from earlyfuse.parallel.strategies.activation_checkpointing import checkpoint_activations
 
 S = 16

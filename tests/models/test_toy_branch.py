@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import contract_runs
 import pytest
@@ -13,7 +14,7 @@ from torch import nn
 from toy import VOCABULARY, make_data
 
 from earlyfuse.configs import decoders
-from earlyfuse.models.blocks.branch import Branch, products
+from earlyfuse.models.blocks.branch import Branch, Matrix
 from earlyfuse.models.flops import count_parameters, training_flops
 from earlyfuse.models.generate.session import Sampling, generate
 from earlyfuse.models.init_weights import constant, normal
@@ -31,14 +32,16 @@ class TokenShift(Branch):
     class Config(Branch.Config):
         dim: int
 
-        def flops(self, seq_len, group):
-            return products(self.dim**2)
+        supports: ClassVar = ("decoding",)
+
+        def matrices(self):
+            return [Matrix(self.dim, self.dim)]
+
+        def vectors(self):
+            return [(self.dim, 1)]
 
         def saved(self, batch):
             return 3 * self.dim
-
-        def refusal(self, use):
-            return None if use == "decoding" else Branch.Config.refusal(self, use)
 
     def __init__(self, config):
         super().__init__()
@@ -57,7 +60,7 @@ class TokenShift(Branch):
             before_BSD = context.cache.state(self, LastToken).shift(x_BSD)
         before_BSD = before_BSD.masked_fill((context.place_BS == 0).unsqueeze(-1), 0)
         if context.settings.recording:
-            self.gates.sums_2 += torch.stack([self.gate.detach().mean(), torch.ones(())])
+            self.gates.add(self.gate.detach().mean(), torch.ones(()))
         return F.linear(torch.lerp(x_BSD, before_BSD, self.gate).flatten(0, 1), self.out)
 
 
@@ -81,11 +84,10 @@ class GateStats(Statistics):
     kind = "shift"
 
     def __init__(self):
-        super().__init__()
-        self.register_buffer("sums_2", torch.zeros(2), persistent=False)
+        super().__init__(sums=2)
 
     def summary(self):
-        total, count = self.sums_2.tolist()
+        total, count = self.sums_K.tolist()
         return {"gate": total / max(count, 1)}
 
 
@@ -94,8 +96,7 @@ class Silent(TokenShift):
 
     @dataclass(kw_only=True, slots=True)
     class Config(TokenShift.Config):
-        def refusal(self, use):
-            return Branch.Config.refusal(self, use)
+        supports: ClassVar = ()
 
 
 def model(kind=TokenShift):
