@@ -9,7 +9,7 @@ are not published, and those here are taken to be right because they make 34.3 B
 from functools import partial
 
 from earlyfuse.configs.decoders import Shape, dense
-from earlyfuse.configs.pretraining import VOCABULARY, Recipe, preset
+from earlyfuse.configs.presets.recipe import VOCABULARY, Recipe, preset
 
 CHAMELEON_7B = Shape(
     dim=4096,

@@ -12,7 +12,7 @@ from functools import partial
 
 from earlyfuse.configs.mamba_decoders import MambaShape, mamba, mixture_of_mamba
 from earlyfuse.configs.presets.mixture_of_transformers import RECIPES as TRANSFORMER_RECIPES
-from earlyfuse.configs.pretraining import VOCABULARY, Recipe, preset
+from earlyfuse.configs.presets.recipe import VOCABULARY, Recipe, preset
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.vocabulary import Modality
 

@@ -9,14 +9,14 @@ Chameleon-34B. Not in the paper: the inner width, which its totals put at two th
 here at the nearest multiple of 16, as matrix units and tensor parallelism want; among which tokens
 an expert chooses: here 6 rows, what a GPU of its 256 had, and 2 at 1.4B, so that a step can be
 spread over more of them; the share of image tokens, here half, kept by the loader's quota; what
-``pretraining.Recipe`` takes from Chameleon.
+``recipe.Recipe`` takes from Chameleon.
 """
 
 from collections.abc import Callable
 from functools import partial
 
 from earlyfuse.configs.decoders import Shape, dense, moe, moe_1t1i, moma
-from earlyfuse.configs.pretraining import VOCABULARY, Recipe, preset
+from earlyfuse.configs.presets.recipe import VOCABULARY, Recipe, preset
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.vocabulary import Modality
 

@@ -263,9 +263,9 @@ class MixtureOfExperts(Branch):
                 for pool in self.pools:
                     if pool.router.needs_whole_rows:
                         return (
-                            f"experts of its pool {pool.name} choose among all tokens of a row "
-                            f"({pool.router.kind}), of which a rank has a part; use token choice, "
-                            "or data_parallel_shard_degree and activation checkpointing"
+                            f"its pool {pool.name} has experts that choose among all tokens of a "
+                            f"row ({pool.router.kind}), of which a rank has a part; use token "
+                            "choice, or data_parallel_shard_degree and activation checkpointing"
                         )
             return None
 
