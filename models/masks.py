@@ -1,6 +1,6 @@
 """Attention masks: who sees whom, defined once.
 
-B rows, S positions here, L positions of a row up to the last one here.
+B rows, S positions here, L positions of their row up to the last.
 """
 
 from functools import cache
@@ -41,23 +41,12 @@ def attention_mask(
     ``BlockMask``; elsewhere a boolean (B, 1, S, L) tensor for SDPA, or None (plain causal) where
     every row is whole and one document.
     """
-    rows, upto = document_BL.shape
     if document_BL.device.type == "cuda":
-
-        def mask_mod(
-            b: torch.Tensor, h: torch.Tensor, query: torch.Tensor, key: torch.Tensor
-        ) -> torch.Tensor:
-            query = query + first
-            spans = () if span_BL is None else (span_BL[b, query], span_BL[b, key])
-            return visible(query, key, document_BL[b, query], document_BL[b, key], *spans)
-
-        return compiled_create_block_mask()(
-            mask_mod, rows, None, upto - first, upto, device=document_BL.device
-        )
+        return block_mask(document_BL, first, span_BL)
     one_document = (document_BL == document_BL[:, :1]) & (document_BL != PADDING)
     if first == 0 and span_BL is None and bool(one_document.all()):
         return None
-    place_L = torch.arange(upto, device=document_BL.device)
+    place_L = torch.arange(document_BL.shape[1], device=document_BL.device)
     pairs = [
         value
         for value_BL in (document_BL, span_BL)
@@ -65,6 +54,23 @@ def attention_mask(
         for value in (value_BL[:, None, first:, None], value_BL[:, None, None, :])
     ]
     return visible(place_L[first:, None], place_L, *pairs)
+
+
+def block_mask(
+    document_BL: torch.Tensor, first: int = 0, span_BL: torch.Tensor | None = None
+) -> BlockMask:
+    """``attention_mask`` for FlexAttention, built without S × L tables."""
+
+    def mask_mod(
+        b: torch.Tensor, h: torch.Tensor, query: torch.Tensor, key: torch.Tensor
+    ) -> torch.Tensor:
+        query = query + first
+        spans = () if span_BL is None else (span_BL[b, query], span_BL[b, key])
+        return visible(query, key, document_BL[b, query], document_BL[b, key], *spans)
+
+    rows, upto = document_BL.shape
+    create = compiled_create_block_mask()
+    return create(mask_mod, rows, None, upto - first, upto, device=document_BL.device)
 
 
 @cache
