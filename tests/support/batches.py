@@ -1,10 +1,12 @@
 """Batches, contexts and models of a few tensors, for tests of models."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from tiny_runs import loud
+from torch import nn
 
 from earlyfuse.models.batch import MixedBatch
 from earlyfuse.models.context import ForwardContext
@@ -66,3 +68,31 @@ def built(config: Decoder.Config, seed: int = 0) -> Decoder:
     model.init_states()
     loud(model)
     return model.eval()
+
+
+def assert_same_function(
+    module: nn.Module, context: ForwardContext, oracle: Callable, x: torch.Tensor
+) -> None:
+    """``module(x, context)`` equals ``oracle(x)``, and so do their gradients of ``x`` and of all
+    parameters of ``module``, each of which has one.
+    """
+    results = []
+    for function in (lambda y: module(y, context), oracle):
+        module.zero_grad()
+        y = x.clone().requires_grad_()
+        out = function(y)
+        out.backward(torch.linspace(-1, 1, out.numel()).view_as(out))
+        results.append([out.detach(), y.grad, *(p.grad for p in module.parameters())])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5)
+
+
+MIXES = ("balanced", "one image", "no image")
+
+
+def modality_of(mix: str, tokens: int) -> torch.Tensor:
+    """(T,) uint8: every third token, the fourth alone, or none is an image's."""
+    modality_T = torch.zeros(tokens, dtype=torch.uint8)
+    if mix != "no image":
+        modality_T[[3] if mix == "one image" else torch.arange(0, tokens, 3)] = 1
+    return modality_T
