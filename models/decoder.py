@@ -98,9 +98,8 @@ class Block(Module):
         super().__init__()
         self.norm_order, self.dropout = config.norm_order, config.dropout
         self.branches = tuple(config.branches)
-        norm = RMSNorm.Config(dim=config.dim, groups=config.norm_groups)
         for name, branch in config.branches.items():
-            self.add_module(f"{name}_norm", norm.build())
+            self.add_module(f"{name}_norm", RMSNorm(config.dim, config.norm_groups))
             self.add_module(name, branch.build())
 
     def forward(self, x_TD: torch.Tensor, context: ForwardContext) -> torch.Tensor:
@@ -140,30 +139,30 @@ class Decoder(BaseModel):
                     raise ValueError(
                         f"dim ({layer.dim}) of layers[{index}] must equal dim ({self.dim})"
                     )
-                for name, branch in layer.branches.items():
-                    try:
-                        branch.check(len(self.modalities))
-                    except ValueError as error:
-                        raise ValueError(f"layers[{index}].{name}: {error}") from None
+            for name, branch in self.named_branches():
+                try:
+                    branch.check(len(self.modalities))
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from None
             if len({layer.attention.head_dim for layer in self.layers if layer.attention}) > 1:
                 raise ValueError("head_dim must be equal in all layers: they share rotary angles")
 
-        def branches(self) -> Iterator[Branch.Config]:
-            """All branches of all layers, in order."""
-            for layer in self.layers:
-                yield from layer.branches.values()
+        def named_branches(self) -> Iterator[tuple[str, Branch.Config]]:
+            """All branches in order, named ``layers[3].attention``."""
+            for index, layer in enumerate(self.layers):
+                for name, branch in layer.branches.items():
+                    yield f"layers[{index}].{name}", branch
 
         @property
         def branch_count(self) -> int:
             """Number of branches, each of which writes into the residual."""
-            return len(list(self.branches()))
+            return len(list(self.named_branches()))
 
         def even_sizes(self, axis: Literal["tensor", "expert"]) -> dict[str, int]:
             """``Branch.Config.even_sizes`` of all branches, by place and name."""
             return {
-                f"layers[{index}].{name}.{size}": value
-                for index, layer in enumerate(self.layers)
-                for name, branch in layer.branches.items()
+                f"{name}.{size}": value
+                for name, branch in self.named_branches()
                 for size, value in branch.even_sizes(axis).items()
             }
 
@@ -171,10 +170,9 @@ class Decoder(BaseModel):
             """``ValueError`` beginning with ``refused``, with the reason of the first branch that
             refuses ``use``.
             """
-            for index, layer in enumerate(self.layers):
-                for name, branch in layer.branches.items():
-                    if reason := branch.refusal(use):
-                        raise ValueError(f"{refused}: layers[{index}].{name}: {reason}")
+            for name, branch in self.named_branches():
+                if reason := branch.refusal(use):
+                    raise ValueError(f"{refused}: {name}: {reason}")
 
         @property
         def head_dim(self) -> int:
@@ -194,12 +192,11 @@ class Decoder(BaseModel):
         super().__init__()
         self.config = config
         self.default_settings = ForwardSettings()
-        sizes = {"dim": config.dim, "vocab_size": config.vocab_size}
-        self.tok_embeddings: Embedding | None = Embedding.Config(**sizes).build()
+        self.tok_embeddings: Embedding | None = Embedding(config.vocab_size, config.dim)
         # by index: a block keeps its name on any pipeline stage
         self.layers = ModuleDict({str(i): layer.build() for i, layer in enumerate(config.layers)})
-        self.norm: RMSNorm | None = RMSNorm.Config(dim=config.dim).build()
-        self.lm_head: Head | None = Head.Config(**sizes).build()
+        self.norm: RMSNorm | None = RMSNorm(config.dim)
+        self.lm_head: Head | None = Head(config.vocab_size, config.dim)
         self.noises = name_noises(self)
         self.output_norm = OutputNorm()
 
@@ -268,14 +265,9 @@ class Embedding(Module):
 
     tensor_split: ClassVar = {"weight": -1}
 
-    @dataclass(kw_only=True, slots=True)
-    class Config(Module.Config):
-        vocab_size: int
-        dim: int
-
-    def __init__(self, config: Config):
+    def __init__(self, vocab_size: int, dim: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.dim))
+        self.weight = nn.Parameter(torch.empty(vocab_size, dim))
 
     def draws(self) -> dict[str, Draw]:
         """Unit scale: Adam's steps are as large as small rows, and learning is slow."""
@@ -291,14 +283,9 @@ class Head(Module):
 
     tensor_split: ClassVar = {"weight": -2}
 
-    @dataclass(kw_only=True, slots=True)
-    class Config(Module.Config):
-        vocab_size: int
-        dim: int
-
-    def __init__(self, config: Config):
+    def __init__(self, vocab_size: int, dim: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.dim))
+        self.weight = nn.Parameter(torch.empty(vocab_size, dim))
 
     def draws(self) -> dict[str, Draw]:
         return {"weight": normal()}

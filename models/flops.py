@@ -58,6 +58,6 @@ def mean_training_flops(config: Decoder.Config, seq_len: int) -> float:
 
 def _flops(config: Decoder.Config, seq_len: int) -> list[Flops]:
     found = [products(float(config.vocab_size * config.dim)) for _ in config.modalities]
-    for branch in config.branches():
+    for _, branch in config.named_branches():
         found = [flops + branch.flops(seq_len, group) for group, flops in enumerate(found)]
     return found

@@ -110,11 +110,10 @@ class Attention(Branch):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.wq, self.wk, self.wv, self.wo = map(Linear.of, config.matrices())
+        self.wq, self.wk, self.wv, self.wo = map(Linear, config.matrices())
         if config.qk_norm:
             for name, heads in (("q_norm", config.heads), ("k_norm", config.kv_heads)):
-                norm = HeadNorm.Config(heads=heads, head_dim=config.head_dim, groups=config.groups)
-                self.add_module(name, norm.build())
+                self.add_module(name, HeadNorm(heads, config.head_dim, config.groups))
 
     def draws(self) -> dict[str, Draw]:
         """``wo`` writes into the residual."""

@@ -1,11 +1,10 @@
 """Projections and norms, shared by all tokens or untied by modality.
 
-``groups`` of a config is the number of parameter sets: 1 is shared, M one per modality group (arXiv
+``groups`` is the number of parameter sets: 1 is shared, M one per modality group (arXiv
 2411.04996, section 2). Both forms are called as ``module(x_TD, context)``. T tokens, D width in, F
 width out, G groups, N heads, H head width.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -40,22 +39,10 @@ def to_local(parameter: torch.Tensor) -> torch.Tensor:
 class Linear(Module):
     """x W^T, without bias. Weight (F, D), or (G, F, D) untied by modality."""
 
-    @dataclass(kw_only=True, slots=True)
-    class Config(Module.Config):
-        in_features: int
-        out_features: int
-        groups: int = 1
-
-    def __init__(self, config: Config):
+    def __init__(self, matrix: Matrix):
         super().__init__()
-        self.untied = config.groups > 1
-        self.weight = parameter(config.groups, config.out_features, config.in_features)
-
-    @classmethod
-    def of(cls, matrix: Matrix) -> "Linear":
-        """The projection by a matrix of a branch."""
-        inputs, outputs, groups, _ = matrix
-        return cls(cls.Config(in_features=inputs, out_features=outputs, groups=groups))
+        self.untied = matrix.groups > 1
+        self.weight = parameter(matrix.groups, matrix.outputs, matrix.inputs)
 
     def forward(self, x_TD: torch.Tensor, context: ForwardContext) -> torch.Tensor:
         """(T, D) → (T, F)."""
@@ -68,15 +55,10 @@ class Linear(Module):
 class RMSNorm(Module):
     """x / rms(x) · weight, in fp32. Weight (D,), or (G, D) untied by modality."""
 
-    @dataclass(kw_only=True, slots=True)
-    class Config(Module.Config):
-        dim: int
-        groups: int = 1
-
-    def __init__(self, config: Config):
+    def __init__(self, dim: int, groups: int = 1):
         super().__init__()
-        self.untied = config.groups > 1
-        self.weight = parameter(config.groups, config.dim)
+        self.untied = groups > 1
+        self.weight = parameter(groups, dim)
 
     def draws(self) -> dict[str, Draw]:
         return {"weight": constant(1.0)}
@@ -124,17 +106,11 @@ class HeadNorm(Module):
     checkpoints share one between the heads of a model-parallel shard (arXiv 2405.09818, 2.3).
     """
 
-    @dataclass(kw_only=True, slots=True)
-    class Config(Module.Config):
-        heads: int
-        head_dim: int
-        groups: int = 1
-
-    def __init__(self, config: Config):
+    def __init__(self, heads: int, head_dim: int, groups: int = 1):
         super().__init__()
-        self.untied = config.groups > 1
-        self.weight = parameter(config.groups, config.heads, config.head_dim)
-        self.bias = parameter(config.groups, config.heads, config.head_dim)
+        self.untied = groups > 1
+        self.weight = parameter(groups, heads, head_dim)
+        self.bias = parameter(groups, heads, head_dim)
 
     def draws(self) -> dict[str, Draw]:
         return {"weight": constant(1.0), "bias": constant(0.0)}

@@ -124,7 +124,7 @@ class Mamba(Branch):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        in_proj, x_proj, dt_proj, out_proj = map(Linear.of, config.matrices())
+        in_proj, x_proj, dt_proj, out_proj = map(Linear, config.matrices())
         self.in_proj = in_proj
         self.conv = Conv(config.inner_dim, config.conv_width)
         self.x_proj, self.dt_proj = x_proj, dt_proj

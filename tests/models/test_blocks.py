@@ -33,7 +33,7 @@ def test_rotation_is_that_of_complex_numbers_and_so_is_its_gradient():
 
 @pytest.mark.parametrize("groups", [1, 2])
 def test_rms_norm_and_its_gradients_are_those_of_the_definition(groups):
-    norm = RMSNorm.Config(dim=D, groups=groups).build()
+    norm = RMSNorm(D, groups)
     norm.weight.data = normal(*norm.weight.shape, seed=2).detach()
     x, dy = normal(B * S, D), normal(B * S, D, seed=1).detach()
     with torch.no_grad():
