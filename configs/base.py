@@ -1,4 +1,4 @@
-"""The part of a run that all configs share; a config of your own starts here too."""
+"""The base run of all configs, also of your own."""
 
 from torchtitan.config import ParallelismConfig, TrainingConfig
 from torchtitan.config.configs import CompileConfig

@@ -18,7 +18,7 @@ DRY_RUN = "--dry-run"
 COMMON_FIELDS = (
     ("dump_folder", "run folder: checkpoints, metrics, curves; the same folder resumes"),
     ("data.folder", "prepared data (python -m earlyfuse.tools.prepare); none: the config's own"),
-    ("data.shares", "NAME=SHARE of the tokens for each source; none: by what they have"),
+    ("data.shares", "NAME=SHARE of the tokens for each source; none: in proportion to size"),
     ("training.steps", "optimizer steps"),
     ("training.seq_len", "positions in a row"),
     ("training.local_batch_size", "rows per rank and micro-batch"),
@@ -27,10 +27,10 @@ COMMON_FIELDS = (
     ("lr_scheduler.warmup_steps", "steps of linear warm-up"),
     ("lr_scheduler.decay_type", "linear, cosine, sqrt or exponential; decay_ratio: share of steps"),
     ("dataloader.seed", "order of the documents"),
-    ("debug.seed", "first values and dropout"),
+    ("debug.seed", "initial values and dropout"),
     ("checkpoint.interval", "steps between checkpoints"),
     ("validator.freq", "steps between validations"),
-    ("sampler.number", "held-out prompts written at each validation; --sampler.no-enable: none"),
+    ("sampler.number", "held-out prompts continued at each validation; --sampler.no-enable: none"),
     ("metrics.log_freq", "steps between logged lines"),
     ("compile.enable", "torch.compile per block"),
 )
@@ -55,7 +55,7 @@ def help_text(name: str, config: Trainer.Config) -> str:
     lines = [
         "usage: python train.py [CONFIG] [--FIELD VALUE ...]",
         "",
-        f"Trains CONFIG (default {DEFAULT}) on whatever device is there; the same command resumes.",
+        f"Trains CONFIG (default {DEFAULT}) on GPUs or CPU; the same command resumes.",
         "CONFIG is a name of --list, or FILE.py:NAME for a function of your own (docs/presets.md).",
         f"Fields most often changed, with their values in {name}:",
         "",
@@ -66,17 +66,16 @@ def help_text(name: str, config: Trainer.Config) -> str:
     ]
     lines += [
         "",
-        "  --list [FILE.py]     name the configs, or those of a file of your own",
+        "  --list [FILE.py]     list the configs, or those in a file of your own",
         "  --help-all           every field of the config",
-        "  --dry-run [RANKS]    what the run would take on so many ranks; nothing is started",
+        "  --dry-run [RANKS]    estimate the run on so many ranks without starting it",
     ]
     return "\n".join(lines)
 
 
 def take_dry_run(arguments: list[str]) -> int | None:
-    """Remove ``--dry-run [RANKS]`` from ``arguments``: the ranks, the launcher's if not given.
-
-    None without it; ``ValueError`` if there is no positive number of ranks.
+    """Removes ``--dry-run [RANKS]`` from ``arguments`` and returns the ranks, by default the
+    launcher's; None without it.
     """
     if DRY_RUN not in arguments:
         return None
@@ -93,8 +92,8 @@ def take_dry_run(arguments: list[str]) -> int | None:
 def _shares(
     field_type: tyro.constructors.PrimitiveTypeInfo,
 ) -> tyro.constructors.PrimitiveConstructorSpec[dict[str, float]] | None:
-    """``--data.shares NAME=SHARE …``: in place of all that the config has, which tyro alone would
-    offer one by one.
+    """``--data.shares NAME=SHARE …`` replaces all shares of the config; tyro alone would offer each
+    as a field.
     """
     if field_type.type != dict[str, float]:
         return None
@@ -125,7 +124,7 @@ def _named_shares(words: list[str]) -> dict[str, float]:
 def override(config: Trainer.Config, arguments: list[str]) -> Trainer.Config:
     """``config`` with ``--section.field value`` applied; exits with a message on a wrong one.
 
-    Under a launcher the message is a ``ValueError``, so that one rank can speak for all.
+    Under a launcher raises the message as ``ValueError``, for one rank to report.
     """
     ConfigManager()  # registers torchtitan's rules for its own field types
     options: dict[str, Any] = {"registry": custom_registry, "prog": "train.py"}

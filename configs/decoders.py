@@ -1,13 +1,13 @@
-"""Model configs by composition: one decoder, differing only in what its feed-forward is made of.
+"""Model configs by composition: one decoder with different feed-forwards.
 
 ``moe_8x``, ``1t1i``, ``4t4i`` are MoMa's names (arXiv 2407.21770, 4.1): expert choice over all
-tokens, one feed-forward per modality, four text and four image experts. All have the same FLOPs per
-token as the dense model of the same shape, but for their routers: where a token takes n experts,
-shared ones counted, each has an n-th of the shape's inner width.
+tokens, one feed-forward per modality, four text and four image experts. Apart from routers, all
+have the FLOPs per token of the dense model of the same shape: where a token takes n experts, shared
+ones included, each has an n-th of the shape's inner width.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,7 +24,7 @@ from earlyfuse.models.vocabulary import Modality
 
 @dataclass(frozen=True)
 class Shape:
-    """What all variants of a size share. ``hidden_dim`` is the width inside one SwiGLU."""
+    """Sizes that all variants share. ``hidden_dim`` is the inner width of one SwiGLU."""
 
     dim: int
     layers: int
@@ -49,38 +49,28 @@ class Shared:
 
 
 def dense(shape: Shape) -> Decoder.Config:
-    """Chameleon: every token meets the same parameters."""
-    return _decoder(shape, lambda: FeedForward.Config(dim=shape.dim, hidden_dim=shape.hidden_dim))
+    """Chameleon: every token uses the same parameters."""
+    return _decoder(shape, _feed_forward(shape))
 
 
 def moe_1t1i(shape: Shape) -> Decoder.Config:
     """One feed-forward per modality, everything else shared."""
-    groups = len(shape.modalities)
-    return _decoder(
-        shape, lambda: FeedForward.Config(dim=shape.dim, hidden_dim=shape.hidden_dim, groups=groups)
-    )
+    return _decoder(shape, _feed_forward(shape, len(shape.modalities)))
 
 
 def mixture_of_transformers(shape: Shape) -> Decoder.Config:
     """All parameters of a block untied by modality; attention over the whole sequence."""
     groups = len(shape.modalities)
-    return _decoder(
-        shape,
-        lambda: FeedForward.Config(dim=shape.dim, hidden_dim=shape.hidden_dim, groups=groups),
-        groups=groups,
-    )
+    return _decoder(shape, _feed_forward(shape, groups), groups)
 
 
 def moe(
     shape: Shape, experts: int = 8, *, routing_rows: int = 1, shared: Shared = Shared()
 ) -> Decoder.Config:
     """Expert choice over all tokens, whatever their modality."""
-
-    def pools(width: int) -> list[ExpertPool.Config]:
-        router = ExpertChoice.Config(routing_rows=routing_rows)
-        return [_for_all(shape, width, experts, router)]
-
-    return _decoder(shape, lambda: _mixture(shape, 1, pools, shared))
+    width = _expert_width(shape, 1, shared)
+    pool = _pool_for_all(shape, width, experts, ExpertChoice.Config(routing_rows=routing_rows))
+    return _decoder(shape, _mixture(shape, [pool], width, shared))
 
 
 def moma(
@@ -91,43 +81,35 @@ def moma(
     routing_rows: int = 1,
     shared: Shared = Shared(),
 ) -> Decoder.Config:
-    """MoMa: experts of each modality choose among the tokens of theirs.
+    """MoMa: experts of each modality choose among its tokens.
 
-    ``shares``: the part of all tokens that has each modality, from which the static budgets follow.
-    Raises ``ValueError`` when the shares do not sum to 1, or experts and modalities do not match.
+    ``shares``: the part of all tokens that has each modality, from which static budgets follow.
+    ``ValueError`` if the shares do not sum to 1, or experts and modalities do not match.
     """
-    if set(experts) != set(shape.modalities) or set(shares) != set(shape.modalities):
-        raise ValueError(
-            f"experts {_named(experts)} and shares {_named(shares)} must be given for exactly the "
-            "modalities "
-            f"{[m.label for m in shape.modalities]}"
-        )
+    _check_modalities(shape, experts=experts, shares=shares)
     if abs(sum(shares.values()) - 1) > 1e-6:
         raise ValueError(
             f"shares {_named(shares)} must sum to 1, not {sum(shares.values()):.6g}; rescale them"
         )
-
-    def pools(width: int) -> list[ExpertPool.Config]:
-        return [
-            ExpertPool.Config(
-                name=modality.label,
-                dim=shape.dim,
-                hidden_dim=width,
-                experts=experts[modality],
-                groups=(group,),
-                share=shares[modality],
-                router=ExpertChoice.Config(routing_rows=routing_rows),
-            )
-            for group, modality in enumerate(shape.modalities)
-        ]
-
-    return _decoder(shape, lambda: _mixture(shape, 1, pools, shared))
+    width = _expert_width(shape, 1, shared)
+    pools = [
+        ExpertPool.Config(
+            name=modality.label,
+            dim=shape.dim,
+            hidden_dim=width,
+            experts=experts[modality],
+            groups=(group,),
+            share=shares[modality],
+            router=ExpertChoice.Config(routing_rows=routing_rows),
+        )
+        for group, modality in enumerate(shape.modalities)
+    ]
+    return _decoder(shape, _mixture(shape, pools, width, shared))
 
 
 def with_routers(model: Decoder.Config, **fields: Any) -> Decoder.Config:
-    """A copy of ``model`` whose expert-choice routers have these ``fields`` of
-    ``ExpertChoice.Config``: causal routers, noise, how weights are made. ``ValueError`` without
-    such routers.
+    """A copy of ``model`` with these ``fields`` of ``ExpertChoice.Config`` in all its routers:
+    causal routers, noise, weights … ``ValueError`` without such routers.
     """
     model = deepcopy(model)
     pools = [
@@ -152,48 +134,37 @@ def token_choice(
     router: TokenChoice.Config | None = None,
 ) -> Decoder.Config:
     """Each token takes its ``router.top_k`` experts: of all, or of those of its modality where
-    ``experts`` says how many each has.
+    ``experts`` gives their number for each.
 
-    ``router``: top k, weights and balance; which experts serve what is filled in.
+    ``router``: top k, weights and balance; ``serves`` is filled in.
     """
     router = router or TokenChoice.Config()
-    if isinstance(experts, int):
-        total = experts
-    else:
-        if set(experts) != set(shape.modalities):
-            raise ValueError(
-                f"experts {_named(experts)} must be given for exactly the modalities "
-                f"{[m.label for m in shape.modalities]}"
-            )
-        total = sum(experts.values())
-        router = replace(router, serves=_spread(experts, shape.modalities))
-
-    def pools(width: int) -> list[ExpertPool.Config]:
-        return [_for_all(shape, width, total, router)]
-
-    return _decoder(shape, lambda: _mixture(shape, router.top_k, pools, shared))
+    if isinstance(experts, dict):
+        _check_modalities(shape, experts=experts)
+        router = replace(router, serves=_interleaved(experts, shape.modalities))
+        experts = sum(experts.values())
+    width = _expert_width(shape, router.top_k, shared)
+    pool = _pool_for_all(shape, width, experts, router)
+    return _decoder(shape, _mixture(shape, [pool], width, shared))
 
 
-def grown(parent: Decoder.Config, form: str, *, routing_rows: int = 1) -> Decoder.Config:
-    """What a dense or 1t1i ``parent`` is upcycled to: the same but for its feed-forwards, and for
-    attention and norms in "mot".
+def grown(parent: Decoder.Config, form: str) -> Decoder.Config:
+    """The sparse model that a dense or 1t1i ``parent`` is upcycled to: other feed-forwards, and in
+    "mot" untied attention and norms.
 
     ``form``: "1t1i", "mot", "8x" or the like, or experts of each modality by their first letters,
-    as "4t4i". Experts start alike, with the routers of the smallest jump (docs/moma.md). Raises
+    as "4t4i". Experts start alike, with the routers of the smallest jump (docs/moma.md).
     ``ValueError`` for other forms and parents.
     """
     labels = [Modality(modality).label for modality in parent.modalities]
-    counts = re.fullmatch("".join(rf"(\d+){label[0]}" for label in labels), form)
-    agnostic = re.fullmatch(r"(\d+)x", form)
-    if not (counts or agnostic or form == "mot"):
+    number = r"([1-9]\d{0,3})"
+    by_modality = re.fullmatch("".join(number + label[0] for label in labels), form)
+    for_all = re.fullmatch(number + "x", form)
+    if not (by_modality or for_all or form == "mot"):
         raise ValueError(
-            f"form ({form!r}) must be mot, a number of experts as 8x, those of each modality, as "
-            f"{''.join(f'4{label[0]}' for label in labels)}, or mixture_of_mamba"
+            f"form ({form!r}) must be mot, mixture_of_mamba, a number of experts as 8x, or those "
+            f"of each modality, as {''.join(f'4{label[0]}' for label in labels)}, from 1 to 9999"
         )
-    found = counts or agnostic
-    numbers = found.groups() if found else ()
-    if any(not 1 <= len(number) <= 4 or int(number) == 0 for number in numbers):
-        raise ValueError(f"form ({form!r}) must have 1 to 9999 experts; give other numbers")
     if not any(layer.feed_forward for layer in parent.layers):
         raise ValueError(f"{form} unties feed-forwards, and the parent has none")
     child = deepcopy(parent)
@@ -206,30 +177,41 @@ def grown(parent: Decoder.Config, form: str, *, routing_rows: int = 1) -> Decode
             if layer.attention is None:
                 raise ValueError("mot unties attention, and the parent has a layer without it")
             layer.attention.groups = layer.norm_groups = len(labels)
-        if (counts is None and agnostic is None) or (counts and set(counts.groups()) == {"1"}):
+        if form == "mot" or (by_modality and set(by_modality.groups()) == {"1"}):
             layer.feed_forward.groups = len(labels)
             continue
         experts = partial(
             ExpertPool.Config,
             dim=layer.feed_forward.dim,
             hidden_dim=layer.feed_forward.hidden_dim,
-            router=ExpertChoice.Config(
-                routing_rows=routing_rows, init="centred", weights="normalised"
-            ),
+            router=ExpertChoice.Config(init="centred", weights="normalised"),
         )
-        if agnostic:
-            pools = [experts(name="all", experts=int(agnostic[1]))]
+        if for_all:
+            pools = [experts(name="all", experts=int(for_all[1]))]
         else:
-            assert counts is not None
+            assert by_modality is not None, "the form is one of three"
             pools = [
                 experts(name=label, experts=int(count), groups=(group,), share=1 / len(labels))
-                for group, (label, count) in enumerate(zip(labels, counts.groups(), strict=True))
+                for group, (label, count) in enumerate(
+                    zip(labels, by_modality.groups(), strict=True)
+                )
             ]
         layer.feed_forward = MixtureOfExperts.Config(pools=pools)
     return child
 
 
-def _for_all(
+def _check_modalities(shape: Shape, **given: Mapping[Modality, float]) -> None:
+    if any(set(values) != set(shape.modalities) for values in given.values()):
+        shown = " and ".join(f"{name} {_named(values)}" for name, values in given.items())
+        labels = [modality.label for modality in shape.modalities]
+        raise ValueError(f"{shown} must be given for exactly the modalities {labels}")
+
+
+def _named(values: Mapping[Modality, float]) -> dict[str, float]:
+    return {modality.label: value for modality, value in values.items()}
+
+
+def _pool_for_all(
     shape: Shape, width: int, experts: int, router: ExpertChoice.Config | TokenChoice.Config
 ) -> ExpertPool.Config:
     return ExpertPool.Config(
@@ -237,9 +219,9 @@ def _for_all(
     )
 
 
-def _spread(experts: dict[Modality, int], modalities: tuple[Modality, ...]) -> tuple[int, ...]:
-    """The modality group of each expert, every group spread evenly over the whole: equal parts of
-    all experts, as ranks hold them, are equal parts of each modality's.
+def _interleaved(experts: dict[Modality, int], modalities: tuple[Modality, ...]) -> tuple[int, ...]:
+    """The modality group of each expert, interleaved evenly: equal parts of all experts, as ranks
+    have them, are equal parts of each modality's.
     """
     places = [
         ((number + 0.5) / experts[modality], group)
@@ -249,10 +231,8 @@ def _spread(experts: dict[Modality, int], modalities: tuple[Modality, ...]) -> t
     return tuple(group for _, group in sorted(places))
 
 
-def _mixture(
-    shape: Shape, routed: int, pools: Callable[[int], list[ExpertPool.Config]], shared: Shared
-) -> MixtureOfExperts.Config:
-    """``pools`` of a width, and shared experts, that together cost what one feed-forward does."""
+def _expert_width(shape: Shape, routed: int, shared: Shared) -> int:
+    """Inner width with which all experts of a token together cost what one feed-forward does."""
     taken = routed + shared.everyone + shared.by_modality
     if shape.hidden_dim % taken:
         raise ValueError(
@@ -260,54 +240,51 @@ def _mixture(
             f"token takes ({routed} routed, {shared.everyone} of everyone, {shared.by_modality} of "
             "its modality), which share it; change one of them"
         )
-    width = shape.hidden_dim // taken
-    sizes = [
-        (shared.everyone * width, 1),
-        (shared.by_modality * width, len(shape.modalities)),
-    ]
+    return shape.hidden_dim // taken
+
+
+def _feed_forward(shape: Shape, groups: int = 1) -> FeedForward.Config:
+    return FeedForward.Config(dim=shape.dim, hidden_dim=shape.hidden_dim, groups=groups)
+
+
+def _mixture(
+    shape: Shape, pools: list[ExpertPool.Config], width: int, shared: Shared
+) -> MixtureOfExperts.Config:
+    sizes = ((shared.everyone, 1), (shared.by_modality, len(shape.modalities)))
     return MixtureOfExperts.Config(
-        pools=pools(width),
+        pools=pools,
         shared=[
-            FeedForward.Config(dim=shape.dim, hidden_dim=hidden_dim, groups=groups)
-            for hidden_dim, groups in sizes
-            if hidden_dim
+            FeedForward.Config(dim=shape.dim, hidden_dim=experts * width, groups=groups)
+            for experts, groups in sizes
+            if experts
         ],
     )
 
 
 def _decoder(
-    shape: Shape,
-    feed_forward: Callable[[], FeedForward.Config | MixtureOfExperts.Config],
-    groups: int = 1,
+    shape: Shape, feed_forward: FeedForward.Config | MixtureOfExperts.Config, groups: int = 1
 ) -> Decoder.Config:
     if shape.dim % shape.heads:
         raise ValueError(
             f"dim ({shape.dim}) must be a multiple of heads ({shape.heads}); change one of them"
         )
-    layers = [
-        Block.Config(
-            attention=Attention.Config(
-                dim=shape.dim,
-                heads=shape.heads,
-                kv_heads=shape.kv_heads or shape.heads,
-                head_dim=shape.dim // shape.heads,
-                groups=groups,
-            ),
-            feed_forward=feed_forward(),
-            norm_order=shape.norm_order,
-            norm_groups=groups,
-            dropout=shape.dropout,
-        )
-        for _ in range(shape.layers)
-    ]
+    layer = Block.Config(
+        attention=Attention.Config(
+            dim=shape.dim,
+            heads=shape.heads,
+            kv_heads=shape.kv_heads or shape.heads,
+            head_dim=shape.dim // shape.heads,
+            groups=groups,
+        ),
+        feed_forward=feed_forward,
+        norm_order=shape.norm_order,
+        norm_groups=groups,
+        dropout=shape.dropout,
+    )
     return Decoder.Config(
         dim=shape.dim,
         vocab_size=shape.vocab_size,
-        layers=layers,
+        layers=[deepcopy(layer) for _ in range(shape.layers)],
         modalities=tuple(int(m) for m in shape.modalities),
         init_std=shape.init_std,
     )
-
-
-def _named(values: Mapping[Modality, float]) -> dict[str, float]:
-    return {modality.label: value for modality, value in values.items()}

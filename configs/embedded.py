@@ -1,7 +1,6 @@
 """Runs on the embedded corpus: minutes on two CPU cores, the same code as anywhere.
 
-All variants share shape, data, optimizer and schedule, so their losses can be compared as they
-stand.
+All variants share shape, data, optimizer and schedule, so their losses are comparable.
 """
 
 from dataclasses import replace
@@ -21,7 +20,7 @@ SHARES = {Modality.TEXT: 1 - IMAGE_SHARE, Modality.IMAGE: IMAGE_SHARE}
 SHAPE = decoders.Shape(
     dim=192, layers=4, heads=4, hidden_dim=384, vocab_size=2560, norm_order="pre"
 )
-# Scans cost most on a CPU, so these are smaller: 6 minutes, not 20. Compare them with one another.
+# Smaller, since scans are slow on a CPU: 6 minutes, not 20. Comparable with one another only.
 MAMBA_SHAPE = mamba_decoders.MambaShape(dim=128, layers=2, vocab_size=SHAPE.vocab_size)
 SPEECH_SHAPE = replace(MAMBA_SHAPE, vocab_size=2816, modalities=tuple(Modality))
 
@@ -102,7 +101,7 @@ def _moma_4t4i() -> Decoder.Config:
 
 
 def _upcycled_4t4i() -> Decoder.Config:
-    """The routers with which the loss jumps least at step 0 (docs/moma.md)."""
+    """Routers with the smallest jump of the loss at step 0 (docs/moma.md)."""
     return decoders.with_routers(_moma_4t4i(), init="centred", weights="normalised")
 
 
@@ -126,7 +125,7 @@ def token_choice_8x() -> Trainer.Config:
 
 
 def _with_speech(config: Trainer.Config) -> Trainer.Config:
-    """The same run on the corpus in which words and digits are spoken too."""
+    """The same run on the corpus with spoken words and digits."""
     config.data.speech = True
     return config
 

@@ -13,13 +13,13 @@ from earlyfuse.models.blocks.mamba import Mamba
 from earlyfuse.models.decoder import Block, Decoder
 from earlyfuse.models.vocabulary import Modality
 
-FORM = "mixture_of_mamba"  # what ``grown`` is called where models are upcycled by name
+FORM = "mixture_of_mamba"  # name of ``grown`` in tools/convert --upcycle
 PROJECTIONS = ("in_proj", "x_proj", "dt_proj", "out_proj")
 
 
 @dataclass(frozen=True)
 class MambaShape:
-    """What all variants of a size share. ``layers``: pairs of Mamba blocks."""
+    """Sizes that all variants share. ``layers``: pairs of Mamba blocks."""
 
     dim: int
     layers: int
@@ -34,14 +34,12 @@ class MambaShape:
 
 
 def mamba(shape: MambaShape) -> Decoder.Config:
-    """Dense: every token meets the same parameters."""
+    """Dense: every token uses the same parameters."""
     return mixture_of_mamba(shape, untied=())
 
 
 def mixture_of_mamba(shape: MambaShape, untied: Collection[str] = PROJECTIONS) -> Decoder.Config:
-    """A set of each of the ``untied`` projections for each modality, of ``PROJECTIONS``; the others
-    are shared. ``ValueError`` for unknown ones.
-    """
+    """The ``untied`` ones of ``PROJECTIONS`` are untied by modality, the others shared."""
     blocks = [
         Block.Config(mamba=mixer(shape, untied), norm_order=shape.norm_order, dropout=shape.dropout)
         for _ in range(2 * shape.layers)
@@ -65,9 +63,9 @@ def hybrid(
 ) -> Decoder.Config:
     """Layers of ``transformer``, of any kind, some with Mamba in place of attention.
 
-    ``pattern``, repeated over its layers, has a letter for each: "a" leaves the layer as it is, "m"
-    has Mamba in place of its attention, "s" is Mamba alone, without the feed-forward. ``untied`` as
-    in ``mixture_of_mamba``. ``ValueError`` for other letters.
+    ``pattern``, repeated over its layers, has a letter for each: "a" keeps the layer, "m" has Mamba
+    in place of attention, "s" Mamba alone, without the feed-forward. ``untied``: see
+    ``mixture_of_mamba``.
     """
     if not pattern or set(pattern) - set("ams"):
         raise ValueError(
@@ -89,10 +87,8 @@ def hybrid(
 
 
 def grown(parent: Decoder.Config, untied: Collection[str] = PROJECTIONS) -> Decoder.Config:
-    """What a dense Mamba or hybrid ``parent`` is upcycled to: the same, with a set of each of the
-    ``untied`` projections for each modality. Those that the parent unties stay so.
-
-    ``ValueError`` for unknown projections, and where there is none to untie.
+    """The model that a dense Mamba or hybrid ``parent`` is upcycled to: the same with these
+    projections ``untied`` too. ``ValueError`` if there is none to untie.
     """
     _check_known(untied)
     child = deepcopy(parent)

@@ -1,4 +1,4 @@
-"""Finds configs: those of this project by name, a user's own as ``FILE.py:NAME``."""
+"""Finds configs by name: this project's, or a user's own as ``FILE.py:NAME``."""
 
 import importlib.util
 import inspect
@@ -113,7 +113,7 @@ def _required_parameters(function: Callable[..., Any]) -> list[str]:
 
 
 def _import(path: Path) -> ModuleType:
-    """Import a user's file once, with the modules beside it importable by name or relatively."""
+    """Imports a user's file once; modules beside it can be imported by name or relatively."""
     if not path.is_file():
         raise ValueError(
             f"config file ({path}) does not exist; give its path from the current folder, as in "
@@ -141,7 +141,7 @@ def _import(path: Path) -> ModuleType:
 
 
 def _run_user_code(file: str, action: Callable[[], Any]) -> Any:
-    """Call ``action``; ``ValueError`` with file and line of what a user's code raises."""
+    """Calls ``action``; errors of a user's code become a ``ValueError`` with file and line."""
     try:
         return action()
     except (Exception, SystemExit) as error:

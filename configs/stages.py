@@ -1,8 +1,7 @@
 """Configs that continue a finished run: causal-router training (stage 2) and upcycling.
 
-Each function takes the config of a new run and makes it start from another one. The
-command line does the same by hand: ``--start.run`` with any config, whose model may be a child of
-that run's (``models/upcycle.py``).
+Each function returns a copy of a config that starts from another run, as ``--start.run`` does on
+the command line: its model may be a child of that run's (``models/upcycle.py``).
 """
 
 from copy import deepcopy
@@ -30,9 +29,9 @@ def causal_routers_only(
 ) -> Trainer.Config:
     """The second stage of MoMa (arXiv 2407.21770, 2.4 and table 6) on the finished ``run``.
 
-    Its defaults are those of the paper's 1.4B models; 435M: 1000 steps of warm-up, 5000 in all. The
-    paper's batch is 4,194,304 tokens. AdamW and weight decay are those of the first stage: the
-    paper does not say. The data continue where ``run`` stopped, which needs its global batch.
+    Defaults are those of the paper's 1.4B models; 435M: 1000 warm-up steps, 5000 in all. The
+    paper's batch is 4,194,304 tokens; AdamW and weight decay, not in the paper, are those of the
+    first stage. The data continue where ``run`` stopped, which requires its global batch.
     """
     config = deepcopy(config)
     causal = CausalRouter.Config(at_least_one=at_least_one)
@@ -50,11 +49,10 @@ def causal_routers_only(
 def upcycled(
     config: Trainer.Config, run: str, noise_steps: int | None = None, temperature: float = 1.0
 ) -> Trainer.Config:
-    """``config`` started from ``run``, whose model is its parent, at that run's place in the data,
-    with a new schedule and optimizer (arXiv 2407.21770, 2.5).
+    """``config`` started from its parent ``run``, at that run's position in the data, with a new
+    schedule and optimizer (arXiv 2407.21770, 2.5).
 
-    ``noise_steps``: until when the routers' choice is noisy, falling from ``temperature``; None:
-    not at all.
+    ``noise_steps``: steps of router noise, falling from ``temperature``; None: no noise.
     """
     config = deepcopy(config)
     noise = None

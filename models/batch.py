@@ -3,7 +3,6 @@
 B rows, S positions of a row, P numbers in a continuous vector.
 """
 
-import builtins
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
@@ -82,14 +81,13 @@ class MixedBatch:
         return self._map(lambda _, tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "MixedBatch":
-        """The same batch in page-locked host memory, from which a GPU copies in the background."""
+        """The same batch in page-locked host memory, for non-blocking copies."""
         return self._map(lambda _, tensor: tensor.pin_memory())
 
-    def part(self, positions: builtins.slice) -> "MixedBatch":
-        """These positions of every row; views.
+    def part(self, positions: slice) -> "MixedBatch":
+        """Views of these positions of every row.
 
-        ``document_BS`` stays that of the whole rows: what a position may see, and where states are
-        reset, depends on what came before.
+        ``document_BS`` keeps whole rows: masks and state resets depend on earlier positions.
         """
         return self._map(lambda name, t: t if name == "document_BS" else t[:, positions])
 
@@ -103,9 +101,9 @@ class MixedBatch:
 
 
 def places_in_documents(document_BS: torch.Tensor) -> torch.Tensor:
-    """(B, S) int64: how many tokens of the same document stand before each token in its row.
+    """(B, S) int64: number of tokens of the same document before each token in its row.
 
-    A document begins where the number changes; each padding token is a document of its own.
+    A document begins where the number changes; each padding token is its own document.
     """
     place_S = torch.arange(document_BS.shape[1], device=document_BS.device)
     begins_BS = torch.ones_like(document_BS, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""ForwardContext: what every layer needs to know about a batch and a step, worked out once.
+"""ForwardContext: what every layer needs to know about a batch and a step, computed once.
 
 B rows, S positions, L positions of a row up to the last one here, T = B·S tokens, R selected
 tokens, N routers with noise, H width of a head.
@@ -13,6 +13,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from earlyfuse.models.batch import PADDING, MixedBatch, places_in_documents
 from earlyfuse.models.blocks.cache import DecodeCache
 from earlyfuse.models.blocks.sequence_shard import FullSequence, SequenceShard
+from earlyfuse.models.field_checks import check_choices
 from earlyfuse.models.masks import attention_mask
 from earlyfuse.models.routes import Routes, by_modality
 
@@ -22,15 +23,14 @@ class ForwardSettings:
     """What belongs to a step or call rather than to the model or the batch.
 
     ``rule``            how experts choose: "batch", the top tokens of each routing group; "causal",
-                        by the causal routers, so that no output depends on later tokens or on other
-                        rows. Models without expert choice compute the same under both
-    ``budgets``         "configured", as each router's config says, or "exact", from actual counts,
-                        for which the host waits
+                        by the causal routers, so that no output depends on later tokens or other
+                        rows. Both are the same for models without expert choice
+    ``budgets``         "configured" in each router, or "exact", from counts that the host waits for
     ``step``            training step, from 1, for router noise; 0: no noise
-    ``step_tokens``     tokens of the step over all ranks and micro-batches, by which losses of
-                        causal routers are divided; None: those of the batch
+    ``step_tokens``     tokens of the step over all ranks and micro-batches, which normalise losses
+                        of causal routers; None: those of the batch
     ``first_row``       number of the batch's first row in the global batch
-    ``recording``       routers and the last block add up statistics
+    ``recording``       routers and the last block record statistics
     ``sequence_shard``  which part of each row the batch holds
     """
 
@@ -43,28 +43,23 @@ class ForwardSettings:
     sequence_shard: SequenceShard = field(default_factory=FullSequence)
 
     def __post_init__(self) -> None:
-        for name, allowed in (("rule", ("batch", "causal")), ("budgets", ("configured", "exact"))):
-            if getattr(self, name) not in allowed:
-                first, second = allowed
-                raise ValueError(
-                    f'{name} ({getattr(self, name)!r}) must be "{first}" or "{second}"'
-                )
+        check_choices(self, rule=("batch", "causal"), budgets=("configured", "exact"))
 
 
 @dataclass
 class ForwardContext:
-    """Where each token sits (row, document, position, modality), and the settings of the forward.
+    """Row, document, position and modality of each token, and the settings of the forward.
 
     ``group_T``       (T,) int64: modality group of each token; indexes untied parameters
     ``by_group``      the same as routes, every token once
     ``cos_BS1H``, ``sin_BS1H``  (B, S, 1, H) fp32: see ``rotary_angles``; H is 0 without attention
-    ``mask``          who sees whom: see ``attention_mask``; None too without attention
+    ``mask``          see ``attention_mask``; None without attention
     ``document_BS``   (B, S): see ``MixedBatch``
     ``place_BS``      (B, S) int64: tokens of the same document before each one; convolutions and
                       scans are reset where it is 0
     ``row_place_T``   (T,) int64: row of the global batch · its length + position in the row
-    ``noise_2N``      key and scale of the noise of each router that has some: see ``RouterNoise``
-    ``cache``         states of the tokens read before, while decoding
+    ``noise_2N``      key and scale of each router's noise: see ``RouterNoise``
+    ``cache``         states of earlier tokens, while decoding
     """
 
     rows: int
@@ -83,7 +78,7 @@ class ForwardContext:
 
     @property
     def sequence_shard(self) -> SequenceShard:
-        """Which part of each row is here, and how to reach the rest."""
+        """The part of each row on this rank, and how to reach the rest."""
         return self.settings.sequence_shard
 
     @classmethod
@@ -98,9 +93,8 @@ class ForwardContext:
         cache: DecodeCache | None = None,
         noise_2N: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> "ForwardContext":
-        """The context of ``batch``; with ``cache``, of the next tokens of the documents in it.
-
-        ``head_dim`` 0: no layer attends. While decoding, a row is one whole document.
+        """The context of ``batch``; with ``cache``, of the next tokens of its documents, where a
+        row is one whole document. ``head_dim`` 0: no attention.
         """
         settings = settings or ForwardSettings()
         if cache is not None:
@@ -137,18 +131,18 @@ class ForwardContext:
         )
 
     def select(self, routes: Routes, rows: int = 1) -> "ForwardContext":
-        """The context of the tokens of ``routes`` alone, for a block that runs on nothing else.
+        """The context of the tokens of ``routes`` alone, for a block that runs on a selection.
 
-        ``routes`` has one group; its ``row_R`` ascends. ``rows``: 1, all selected tokens one behind
-        the other, or the rows of this context where each has as many selected tokens. Either way a
-        block computes what it would if the other tokens were not there: documents stay apart,
-        rotary positions keep their gaps. Tokens of weight 0 only fill up: no other sees them; for
-        convolutions and scans, which they interrupt, they must come last in their row.
+        ``routes`` has one group; its ``row_R`` ascends. ``rows``: 1, all selected tokens in a row,
+        or the rows of this context if each has equally many selected tokens. Either way a block
+        computes what it would without the other tokens: documents stay separate, rotary positions
+        keep their gaps. Tokens of weight 0 are padding, which no other token sees; they interrupt
+        convolutions and scans, so they must come last in their row.
         """
         if self.cache is not None or self.sequence_shard.parts > 1:
             raise ValueError("select needs whole rows: no decode cache, no context parallelism")
         row_R = routes.row_R
-        # documents of different rows may now share one
+        # documents of different rows may now share a row
         document_R = self.document_BS.flatten()[row_R] + (row_R // self.seq_len << 32)
         padding_R = self.document_BS.flatten()[row_R] == PADDING
         if routes.weight_R is not None:
@@ -175,9 +169,9 @@ class ForwardContext:
 
 
 def group_of_modality(modality_T: torch.Tensor, modalities: tuple[int, ...]) -> torch.Tensor:
-    """(T,) ids → (T,) int64 index into ``modalities``; ids that the model lacks join group 0."""
+    """(T,) ids → (T,) int64 index into ``modalities``; unknown ids join group 0."""
     group_T = torch.zeros_like(modality_T, dtype=torch.int64)
-    for group, modality in enumerate(modalities):  # no table: copying one over waits for the device
+    for group, modality in enumerate(modalities):  # the host would wait to copy a table over
         group_T = group_T.masked_fill(modality_T == modality, group)
     return group_T
 
@@ -187,12 +181,11 @@ def rotary_angles(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and signed sin, (B, S, 1, head_dim) fp32, of position / theta^(2i/head_dim).
 
-    Angle i belongs to dimensions i and i + head_dim/2 (RoFormer 15, in halves): cos is written
-    twice, sin as -sin, then sin.
+    Angle i belongs to dimensions i and i + head_dim/2 (RoFormer 15, in halves): cos is repeated,
+    sin is -sin, then sin.
     """
-    exponent_H = (
-        torch.arange(0, head_dim, 2, device=positions_BS.device, dtype=torch.float32) / head_dim
-    )
+    even_H = torch.arange(0, head_dim, 2, device=positions_BS.device, dtype=torch.float32)
+    exponent_H = even_H / head_dim
     angle_BS1H = positions_BS.float()[:, :, None, None] * theta**-exponent_H
     cos, sin = angle_BS1H.cos(), angle_BS1H.sin()
     return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)

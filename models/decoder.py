@@ -1,13 +1,12 @@
 """The decoder: embeddings → blocks → head, over one sequence of text, image and speech tokens.
 
-This is Chameleon's transformer (arXiv 2405.09818): RMSNorm, SwiGLU, RoPE, qk-norm, untied head. Its
-relatives differ only in what their blocks are composed of: ``Attention`` or ``Mamba``,
-``FeedForward`` or ``MixtureOfExperts``, shared or modality-untied, or any other ``Branch``.
+Chameleon's transformer (arXiv 2405.09818): RMSNorm, SwiGLU, RoPE, qk-norm, untied head. Variants
+differ only in the branches of their blocks: ``Attention`` or ``Mamba``, ``FeedForward`` or
+``MixtureOfExperts``, shared or untied by modality, or any other ``Branch``.
 
 B rows, S positions, T = B·S tokens, D width, V vocabulary.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -25,35 +24,31 @@ from earlyfuse.models.blocks.cache import DecodeCache
 from earlyfuse.models.blocks.experts import MixtureOfExperts
 from earlyfuse.models.blocks.feed_forward import FeedForward
 from earlyfuse.models.blocks.indexed_parameters import embedding
-from earlyfuse.models.blocks.linear import RMSNorm
-from earlyfuse.models.blocks.local_shard import to_local
+from earlyfuse.models.blocks.linear import RMSNorm, to_local
 from earlyfuse.models.blocks.mamba import Mamba
 from earlyfuse.models.context import ForwardContext, ForwardSettings
+from earlyfuse.models.field_checks import check_choices, check_positive
 from earlyfuse.models.init_weights import Draw, init_weights, normal
 from earlyfuse.models.precision import refuse_autocast
 from earlyfuse.models.routing.gumbel_noise import name_noises, noise_of_step
 from earlyfuse.models.routing.router_stats import OutputNorm
 
-# of hidden states (T, D) and the head's weight (V, D): what an objective wants in place of logits;
-# where the weight has been cut over ranks, which part this is comes as ``shard``
+# called as loss(hidden_TD, weight_VD) in the head; with ``shard`` under tensor parallelism
 Loss = Callable[..., Any]
-
 
 EXTRA = "extra_branches"
 BRANCHES = ("attention", "mamba", EXTRA, "feed_forward")  # in the order in which they run
 
 
 class Block(Module):
-    """A residual block: runs the configured branches in order, each with its own norm. Attention
-    and feed-forward in a transformer, a mixer alone in Mamba.
+    """A residual block: runs the configured branches in order, each with its own norm.
 
-    ``norm_order`` "pre": x + f(norm(x)); "swin": x + norm(f(x)), the order of Chameleon-34B and
-    MoMa.
+    ``norm_order`` "pre": x + f(norm(x)); "swin": x + norm(f(x)), as in Chameleon-34B and MoMa.
     """
 
     @dataclass(kw_only=True, slots=True)
     class Config(Module.Config):
-        """``extra_branches``: name → any other branch. Parameters are called after the names."""
+        """``extra_branches``: name → any other branch; its parameters have that name."""
 
         attention: Attention.Config | None = None
         mamba: Mamba.Config | None = None
@@ -64,12 +59,11 @@ class Block(Module):
         dropout: float = 0.0
 
         def __post_init__(self) -> None:
-            if self.norm_order not in ("pre", "swin"):
-                raise ValueError(f'norm_order ({self.norm_order!r}) must be "pre" or "swin"')
+            check_choices(self, norm_order=("pre", "swin"))
             if not 0 <= self.dropout < 1:
                 raise ValueError(f"dropout ({self.dropout}) must be in [0, 1)")
             if not self.branches:
-                raise ValueError(f"a block must have one of {', '.join(BRANCHES)}, or several")
+                raise ValueError(f"a block must have at least one of {', '.join(BRANCHES)}")
             for name in self.extra_branches:
                 if name in BRANCHES or not name.isidentifier() or name.endswith("_norm"):
                     raise ValueError(f"{EXTRA} must have names of their own, not {name!r}")
@@ -87,11 +81,11 @@ class Block(Module):
 
         @property
         def dim(self) -> int:
-            """Width of what goes through the block."""
+            """Width of the block's input and output."""
             return next(iter(self.branches.values())).dim
 
         def traverse(self, config_cls: type, *, recurse: bool = False, _prefix: str = "") -> Any:
-            """torchtitan's, which does not look into dicts."""
+            """torchtitan's, extended to the dict of extra branches."""
             yield from Module.Config.traverse(self, config_cls, recurse=recurse, _prefix=_prefix)
             for name, branch in self.extra_branches.items():
                 at = f"{_prefix}.{name}" if _prefix else name
@@ -104,9 +98,8 @@ class Block(Module):
         super().__init__()
         self.norm_order, self.dropout = config.norm_order, config.dropout
         self.branches = tuple(config.branches)
-        norm = RMSNorm.Config(dim=config.dim, groups=config.norm_groups)
         for name, branch in config.branches.items():
-            self.add_module(f"{name}_norm", norm.build())
+            self.add_module(f"{name}_norm", RMSNorm(config.dim, config.norm_groups))
             self.add_module(name, branch.build())
 
     def forward(self, x_TD: torch.Tensor, context: ForwardContext) -> torch.Tensor:
@@ -138,60 +131,56 @@ class Decoder(BaseModel):
         seed: int = 0
 
         def __post_init__(self) -> None:
-            for name in ("rope_theta", "init_std"):
-                if not 0 < getattr(self, name) < math.inf:
-                    raise ValueError(f"{name} ({getattr(self, name)}) must be positive and finite")
+            check_positive(self, "rope_theta", "init_std")
             if not self.layers:
                 raise ValueError("layers must hold at least one block")
             for index, layer in enumerate(self.layers):
                 if layer.dim != self.dim:
                     raise ValueError(
-                        f"layers[{index}] has branches of dim ({layer.dim}), which must equal dim "
-                        f"({self.dim})"
+                        f"dim ({layer.dim}) of layers[{index}] must equal dim ({self.dim})"
                     )
-                for name, branch in layer.branches.items():
-                    try:
-                        branch.check(len(self.modalities))
-                    except ValueError as error:
-                        raise ValueError(f"layers[{index}].{name}: {error}") from None
+            for name, branch in self.named_branches():
+                try:
+                    branch.check(len(self.modalities))
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from None
             if len({layer.attention.head_dim for layer in self.layers if layer.attention}) > 1:
-                raise ValueError(
-                    "head_dim must be the same in all layers: they share rotary angles"
-                )
+                raise ValueError("head_dim must be equal in all layers: they share rotary angles")
 
-        def branches(self) -> Iterator[Branch.Config]:
-            """All branches of all layers, in order."""
-            for layer in self.layers:
-                yield from layer.branches.values()
+        def named_branches(self) -> Iterator[tuple[str, Branch.Config]]:
+            """All branches in order, named ``layers[3].attention``."""
+            for index, layer in enumerate(self.layers):
+                for name, branch in layer.branches.items():
+                    yield f"layers[{index}].{name}", branch
 
         @property
         def branch_count(self) -> int:
-            """How many branches write into the residual."""
-            return len(list(self.branches()))
+            """Number of branches, each of which writes into the residual."""
+            return len(list(self.named_branches()))
 
         def even_sizes(self, axis: Literal["tensor", "expert"]) -> dict[str, int]:
-            """Those of all branches (``Branch.Config.even_sizes``), by place and name."""
+            """``Branch.Config.even_sizes`` of all branches, by place and name."""
             return {
-                f"layers[{index}].{name}.{size}": value
-                for index, layer in enumerate(self.layers)
-                for name, branch in layer.branches.items()
+                f"{name}.{size}": value
+                for name, branch in self.named_branches()
                 for size, value in branch.even_sizes(axis).items()
             }
 
         def check_use(self, use: Use, refused: str) -> None:
-            """``ValueError`` that ``refused``, naming the first branch that cannot be used so."""
-            for index, layer in enumerate(self.layers):
-                for name, branch in layer.branches.items():
-                    if reason := branch.refusal(use):
-                        raise ValueError(f"{refused}: layers[{index}].{name}: {reason}")
+            """``ValueError`` beginning with ``refused``, with the reason of the first branch that
+            refuses ``use``.
+            """
+            for name, branch in self.named_branches():
+                if reason := branch.refusal(use):
+                    raise ValueError(f"{refused}: {name}: {reason}")
 
         @property
         def head_dim(self) -> int:
-            """Width of an attention head, the same in all layers; 0 if none attends."""
+            """Width of an attention head, equal in all layers; 0 without attention."""
             return next((layer.attention.head_dim for layer in self.layers if layer.attention), 0)
 
         def update_from_config(self, *, config: Any, **kwargs: Any) -> None:
-            """Nothing to take over: a run's sequence length does not shape this model."""
+            """Does nothing: the model does not depend on the run's sequence length."""
 
         def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, float]:
             """Parameters, and training FLOPs of a token, the mean over modality groups."""
@@ -203,21 +192,17 @@ class Decoder(BaseModel):
         super().__init__()
         self.config = config
         self.default_settings = ForwardSettings()
-        sizes = {"dim": config.dim, "vocab_size": config.vocab_size}
-        self.tok_embeddings: Embedding | None = Embedding.Config(**sizes).build()
-        # by index, so that a block keeps its name wherever it is held
+        self.tok_embeddings: Embedding | None = Embedding(config.vocab_size, config.dim)
+        # by index: a block keeps its name on any pipeline stage
         self.layers = ModuleDict({str(i): layer.build() for i, layer in enumerate(config.layers)})
-        self.norm: RMSNorm | None = RMSNorm.Config(dim=config.dim).build()
-        self.lm_head: Head | None = Head.Config(**sizes).build()
+        self.norm: RMSNorm | None = RMSNorm(config.dim)
+        self.lm_head: Head | None = Head(config.vocab_size, config.dim)
         self.noises = name_noises(self)
         self.output_norm = OutputNorm()
 
     def keep(self, blocks: range) -> None:
-        """Keep only these blocks, in place: the embedding with the first, norm and head with the
-        last.
-
-        Such a part takes the activations of the part before it as ``x_TD``, and returns its own
-        unless it has the head.
+        """Keeps only these blocks, in place, as a pipeline stage: the embedding with the first,
+        norm and head with the last. A stage takes ``x_TD`` of the one before and returns its own.
         """
         for index in range(len(self.config.layers)):
             if index not in blocks:
@@ -236,13 +221,11 @@ class Decoder(BaseModel):
         cache: DecodeCache | None = None,
         x_TD: torch.Tensor | None = None,
     ) -> Any:
-        """Logits (B, S, V) of the next tokens. With ``loss``, its result instead, and no logits.
+        """Returns logits (B, S, V), or with ``loss`` its result, never materialising logits.
 
-        With ``cache``, only the logits after each row's last token, (B, 1, V); the tokens are added
-        to it. ``settings``: of the step or call; ``default_settings`` if None. ``x_TD``: in place
-        of the embedding, for a part of the blocks.
-
-        Raises ``ValueError`` under ``torch.autocast``.
+        ``settings``: of the step or call, by default ``default_settings``. With ``cache``, appends
+        the tokens to it and returns logits after each row's last token only, (B, 1, V). ``x_TD``:
+        activations of the previous pipeline stage. ``ValueError`` under ``torch.autocast``.
         """
         settings, config = settings or self.default_settings, self.config
         device = batch.modality_BS.device
@@ -258,12 +241,11 @@ class Decoder(BaseModel):
         )
         if self.tok_embeddings is not None:
             x_TD = self.tok_embeddings(batch.tokens_BS.reshape(-1))
-        assert x_TD is not None, "a part without the embedding takes activations"
+        assert x_TD is not None, "a stage without the embedding takes activations"
         for layer in self.layers.values():
             x_TD = layer(x_TD, context)
         if self.norm is None or self.lm_head is None:
             return x_TD
-        assert x_TD is not None, "the first stage embeds, the others are given x_TD"
         if settings.recording:
             self.output_norm.record(x_TD)
         x_BSD = self.norm(x_TD, context).unflatten(0, batch.modality_BS.shape)
@@ -283,17 +265,12 @@ class Embedding(Module):
 
     tensor_split: ClassVar = {"weight": -1}
 
-    @dataclass(kw_only=True, slots=True)
-    class Config(Module.Config):
-        vocab_size: int
-        dim: int
-
-    def __init__(self, config: Config):
+    def __init__(self, vocab_size: int, dim: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.dim))
+        self.weight = nn.Parameter(torch.empty(vocab_size, dim))
 
     def draws(self) -> dict[str, Draw]:
-        """With small rows, Adam's steps are as large as the rows, and learning is slow."""
+        """Unit scale: Adam's steps are as large as small rows, and learning is slow."""
         return {"weight": normal(std=1.0)}
 
     def forward(self, tokens_T: torch.Tensor) -> torch.Tensor:
@@ -306,14 +283,9 @@ class Head(Module):
 
     tensor_split: ClassVar = {"weight": -2}
 
-    @dataclass(kw_only=True, slots=True)
-    class Config(Module.Config):
-        vocab_size: int
-        dim: int
-
-    def __init__(self, config: Config):
+    def __init__(self, vocab_size: int, dim: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.dim))
+        self.weight = nn.Parameter(torch.empty(vocab_size, dim))
 
     def draws(self) -> dict[str, Draw]:
         return {"weight": normal()}
@@ -321,8 +293,7 @@ class Head(Module):
     def forward(self, x_BSD: torch.Tensor, loss: Loss | None) -> Any:
         """(B, S, D) → logits (B, S, V), or ``loss`` of (B·S, D) and the weight.
 
-        The loss is computed in here because here all of the weight is at hand, however it is spread
-        over ranks elsewhere.
+        The loss is computed in this module because FSDP has gathered its weight here.
         """
         weight_VD = to_local(self.weight)
         return F.linear(x_BSD, weight_VD) if loss is None else loss(x_BSD.flatten(0, 1), weight_VD)

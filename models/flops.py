@@ -1,14 +1,12 @@
-"""Parameters and FLOPs in closed form, per modality: sums of what each branch says of itself.
+"""Parameters and FLOPs in closed form, per modality: sums over the branches of a model.
 
-Convention: a multiply-add is 2 FLOPs; matrix products count, and Mamba's convolutions and scans (no
-norms, softmax, routing sort); the head counts, the embedding lookup does not; attention is counted
-over the full S × S square, as in PaLM's appendix B, without the causal half; training is 3 × the
-matrix products of the forward pass, without recomputation, less the gradient that causal routers do
-not give to their input, and what convolutions and scans take both ways (kernels/*/README.md).
-Expert choice: a pool of E experts with capacity factor c gives its tokens c experts on average; its
-routers, main and causal, score every token of the batch. Token choice gives each token its top k.
-In a second stage, where all but the causal routers is frozen, a step takes about two thirds of what
-is counted here.
+Convention: a multiply-add is 2 FLOPs. Counted are matrix products, Mamba's convolutions and scans,
+and the head; not norms, softmax, routing sorts and the embedding lookup. Attention counts the full
+S × S square, as in PaLM's appendix B. Training is 3 × the matrix products of the forward pass,
+without recomputation, less the gradient that causal routers do not give to their input, and
+convolutions and scans both ways (kernels/*/README.md). With expert choice a token gets c experts on
+average, c the capacity factor, with token choice its top k; routers score every token. The second
+stage, which trains causal routers alone, takes about two thirds of what is counted here.
 """
 
 from dataclasses import dataclass
@@ -19,14 +17,16 @@ from earlyfuse.models.decoder import Decoder
 
 @dataclass(frozen=True)
 class Parameters:
-    """``total`` of the model; ``active`` of a token by group, with embedding row and full head."""
+    """``total`` of the model; ``active`` per modality group, those that a token uses: its embedding
+    row and the full head included.
+    """
 
     total: int
     active: tuple[int, ...]
 
 
 def count_parameters(config: Decoder.Config) -> Parameters:
-    """Parameters of the model and those that one token of each modality group meets."""
+    """Parameters of the model, and of one token of each modality group."""
     head = config.vocab_size * config.dim + config.dim  # with the last norm
     total = config.vocab_size * config.dim + head
     active = [config.dim + head for _ in config.modalities]
@@ -58,6 +58,6 @@ def mean_training_flops(config: Decoder.Config, seq_len: int) -> float:
 
 def _flops(config: Decoder.Config, seq_len: int) -> list[Flops]:
     found = [products(float(config.vocab_size * config.dim)) for _ in config.modalities]
-    for branch in config.branches():
+    for _, branch in config.named_branches():
         found = [flops + branch.flops(seq_len, group) for group, flops in enumerate(found)]
     return found

@@ -1,12 +1,10 @@
 """Draws initial values of parameters.
 
-Each module that owns parameters names them in ``draws()``: (name in the module) → draw; those of
-Mamba and of routers are in ``blocks/mamba.py`` and ``routing``. A parameter that no module names
-raises.
-
-Values are drawn in blocks of rows, each from a generator seeded by the model's seed, the
-parameter's name and the block's place: they depend neither on the order of construction, nor on
-other parameters, nor on the number of ranks, and a rank draws only the blocks of its shard.
+Each module with parameters names them in ``draws()``: (name in the module) → draw; a parameter that
+no module names raises. Values are drawn in blocks of rows, each from a generator seeded by the
+model's seed, the parameter's name and the block's place: they depend neither on the order of
+construction, nor on other parameters, nor on the number of ranks, and a rank draws only the blocks
+of its shard.
 """
 
 import zlib
@@ -23,7 +21,9 @@ BLOCK_ROWS = 256
 
 
 class Scales(NamedTuple):
-    """``std`` of a matrix; ``branches`` of the model, by whose number writers are scaled down."""
+    """``std`` of a matrix; ``branches`` of the model, the square root of which divides the matrices
+    that write into the residual.
+    """
 
     std: float
     branches: int
@@ -39,10 +39,9 @@ Values = Callable[[tuple[int, int], torch.Generator], torch.Tensor]
 def init_weights(
     model: nn.Module, *, std: float, branches: int, seed: int, only: Container[str] | None = None
 ) -> None:
-    """Fills all parameters of ``model``, or ``only`` those of these names, in place.
+    """Fills all parameters of ``model``, or ``only`` these, in place.
 
-    ``branches``: how many of the model write into the residual. ``ValueError`` names a parameter
-    that has no draw.
+    ``branches``: see ``Scales``. ``ValueError`` names a parameter that has no draw.
     """
     draws: dict[str, Draw] = {}
     for prefix, module in model.named_modules():
@@ -73,8 +72,8 @@ def normal(
 ) -> Draw:
     """Normal(0, gain · std), truncated at ±3 of these; ``std`` None: the model's.
 
-    ``residual``: writes into the residual, divided by sqrt(branches). ``centred``: each column less
-    its mean over the rows of a block.
+    ``residual``: divided by sqrt(branches). ``centred``: each column less its mean over the rows
+    of a block.
     """
 
     def draw(parameter: torch.Tensor, seed: str, scales: Scales) -> None:
@@ -92,9 +91,7 @@ def normal(
 
 
 def uniform(inputs: int | None = None, *, residual: bool = False) -> Draw:
-    """Uniform in ±1 / sqrt(inputs of an output), by default the last dimension; ``residual`` as in
-    ``normal``.
-    """
+    """Uniform in ±1 / sqrt(inputs), by default the last dimension; ``residual``: see ``normal``."""
 
     def draw(parameter: torch.Tensor, seed: str, scales: Scales) -> None:
         bound = (inputs or parameter.shape[-1]) ** -0.5
@@ -109,9 +106,7 @@ def uniform(inputs: int | None = None, *, residual: bool = False) -> Draw:
 
 
 def fill(parameter: torch.Tensor, values: Values, seed: str, *, vector: bool = False) -> None:
-    """Fills the last two dimensions in blocks of rows; of a ``vector``, the last as rows of one
-    column.
-    """
+    """Fills matrices (the last two dimensions) in blocks of rows; a ``vector`` is a column."""
     local, offset = local_shard(parameter)
     shape = tuple(parameter.shape)
     if vector:
@@ -134,7 +129,7 @@ def fill(parameter: torch.Tensor, values: Values, seed: str, *, vector: bool = F
 
 
 def local_shard(parameter: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
-    """This rank's shard of a parameter, and where it begins in each dimension."""
+    """This rank's shard of a parameter, and its offset in each dimension."""
     if not isinstance(parameter, DTensor):
         return parameter, (0,) * parameter.ndim
     _, offset = compute_local_shape_and_global_offset(

@@ -1,6 +1,6 @@
 """Attention masks: who sees whom, defined once.
 
-B rows, S positions here, L positions of a row up to the last one here.
+B rows, S positions here, L positions of their row up to the last.
 """
 
 from functools import cache
@@ -20,10 +20,10 @@ def visible(
     query_span: torch.Tensor | None = None,
     key_span: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Whether places ``query`` of a row see places ``key``: same document, and not later.
+    """True where positions ``query`` of a row see positions ``key``: same document, not later.
 
-    With spans, an objective that is bidirectional inside media also sees later positions of the
-    same span. A padding token sees itself alone. All tensors broadcast.
+    With spans, for objectives that are bidirectional inside media, also later positions of the same
+    span. A padding token sees itself alone. All tensors broadcast.
     """
     seen = key <= query
     if query_span is not None and key_span is not None:
@@ -35,30 +35,18 @@ def visible(
 def attention_mask(
     document_BL: torch.Tensor, first: int = 0, span_BL: torch.Tensor | None = None
 ) -> "torch.Tensor | BlockMask | None":
-    """The mask of the positions from ``first`` on, over all of the row up to the last of them.
+    """The mask of positions from ``first`` on, over their whole row up to the last.
 
-    ``document_BL``: see ``MixedBatch``. ``span_BL``: of an objective that is bidirectional inside
-    media. On CUDA a FlexAttention ``BlockMask``; elsewhere a boolean (B, 1, S, L) tensor for SDPA,
-    or None where every row is whole and one document, and plain causal attention says the same at
-    less cost.
+    ``span_BL``: for an objective that is bidirectional inside media. On CUDA a FlexAttention
+    ``BlockMask``; elsewhere a boolean (B, 1, S, L) tensor for SDPA, or None (plain causal) where
+    every row is whole and one document.
     """
-    rows, upto = document_BL.shape
     if document_BL.device.type == "cuda":
-
-        def mask_mod(
-            b: torch.Tensor, h: torch.Tensor, query: torch.Tensor, key: torch.Tensor
-        ) -> torch.Tensor:
-            query = query + first
-            spans = () if span_BL is None else (span_BL[b, query], span_BL[b, key])
-            return visible(query, key, document_BL[b, query], document_BL[b, key], *spans)
-
-        return compiled_create_block_mask()(
-            mask_mod, rows, None, upto - first, upto, device=document_BL.device
-        )
+        return block_mask(document_BL, first, span_BL)
     one_document = (document_BL == document_BL[:, :1]) & (document_BL != PADDING)
     if first == 0 and span_BL is None and bool(one_document.all()):
         return None
-    place_L = torch.arange(upto, device=document_BL.device)
+    place_L = torch.arange(document_BL.shape[1], device=document_BL.device)
     pairs = [
         value
         for value_BL in (document_BL, span_BL)
@@ -68,7 +56,24 @@ def attention_mask(
     return visible(place_L[first:, None], place_L, *pairs)
 
 
+def block_mask(
+    document_BL: torch.Tensor, first: int = 0, span_BL: torch.Tensor | None = None
+) -> BlockMask:
+    """``attention_mask`` for FlexAttention, built without S × L tables."""
+
+    def mask_mod(
+        b: torch.Tensor, h: torch.Tensor, query: torch.Tensor, key: torch.Tensor
+    ) -> torch.Tensor:
+        query = query + first
+        spans = () if span_BL is None else (span_BL[b, query], span_BL[b, key])
+        return visible(query, key, document_BL[b, query], document_BL[b, key], *spans)
+
+    rows, upto = document_BL.shape
+    create = compiled_create_block_mask()
+    return create(mask_mod, rows, None, upto - first, upto, device=document_BL.device)
+
+
 @cache
 def compiled_create_block_mask() -> Any:
-    """``create_block_mask``, compiled: eager, it holds several S × L tables of 64-bit integers."""
+    """``create_block_mask``, compiled: eager, it allocates several S × L tables of int64."""
     return torch.compile(create_block_mask)

@@ -1,10 +1,21 @@
-"""Parameters that stay in fp32 whatever a model computes in, and the refusal of autocast.
+"""Which parts of a model compute in fp32 whatever its dtype, and the refusal of autocast.
 
-A module whose class says ``keeps_fp32``: scans and routers.
+Sums, exponents and comparisons are computed ``wide``. Modules whose class sets ``keeps_fp32``
+(scans, routers) keep their parameters in fp32 too.
 """
 
 import torch
 from torch import nn
+
+
+def wide_type(dtype: torch.dtype) -> torch.dtype:
+    """fp32, or ``dtype`` where that is wider."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def wide(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` in its ``wide_type``."""
+    return tensor.to(wide_type(tensor.dtype))
 
 
 def fp32_modules(model: nn.Module) -> list[nn.Module]:
@@ -13,7 +24,7 @@ def fp32_modules(model: nn.Module) -> list[nn.Module]:
 
 
 def fp32_parameters(model: nn.Module) -> dict[str, str]:
-    """Name of each parameter of theirs → name of its module."""
+    """Name of each parameter of ``fp32_modules`` → name of its module."""
     return {
         f"{prefix}.{name}": prefix
         for prefix, module in model.named_modules()
@@ -23,8 +34,8 @@ def fp32_parameters(model: nn.Module) -> dict[str, str]:
 
 
 def refuse_autocast(device_type: str) -> None:
-    """``ValueError`` where ``torch.autocast`` is on: it knows neither the kernels here, which it
-    would leave in fp32 or hand two types at once, nor what must stay in fp32.
+    """``ValueError`` under ``torch.autocast``, which knows neither the kernels here nor what must
+    stay in fp32.
     """
     if not torch.amp.is_autocast_available(device_type):
         return
@@ -32,6 +43,6 @@ def refuse_autocast(device_type: str) -> None:
         dtype = torch.get_autocast_dtype(device_type)
         raise ValueError(
             f"torch.autocast ({device_type}, {dtype}) must be off around a Decoder, whose layers "
-            "choose what is computed in fp32; cast the model itself (model.to(dtype), or "
-            "load_model(folder, dtype=dtype)), and train with training.mixed_precision_param"
+            "choose what is computed in fp32; cast the model (model.to(dtype), or "
+            "load_model(folder, dtype=dtype)), or train with training.mixed_precision_param"
         )

@@ -2,8 +2,7 @@
 
 Every system of the papers picks rows, runs a function on them and adds the result back with a
 weight. Makers of routes: ``by_modality`` below (built once per batch) and ``models/routing``;
-consumers:
-``kernels.grouped_gemm`` and ``kernels.permute``, which take the three tensors and nothing else.
+consumers: ``kernels.grouped_gemm`` and ``kernels.permute``, which take the three tensors alone.
 
 T tokens (B rows × S positions, flattened), R routed rows, G groups.
 """
@@ -32,9 +31,8 @@ def by_modality(group_T: torch.Tensor, groups: int) -> Routes:
     ``group_T`` (T,) integer group of each token, in ``0 … groups-1``. No host synchronisation.
     """
     row_T = torch.argsort(group_T, stable=True)
-    count_G = (
-        group_T.unsqueeze(0) == torch.arange(groups, device=group_T.device).unsqueeze(1)
-    ).sum(1)
+    group_G1 = torch.arange(groups, device=group_T.device).unsqueeze(1)
+    count_G = (group_T.unsqueeze(0) == group_G1).sum(1)
     return Routes(row_T, torch.nn.functional.pad(count_G.cumsum(0), (1, 0)))
 
 

@@ -1,9 +1,9 @@
-"""Upcycling: where each tensor of a sparse model comes from in the denser one that it grows out of.
+"""Upcycling: where each tensor of a sparse model comes from in its denser parent.
 
-Each feed-forward becomes all experts of its modality group; what is shared becomes one copy for
-each modality where the child unties it; routers are new (MoMa, arXiv 2407.21770, 2.5; sparse
-upcycling, arXiv 2212.05055). The same map takes a finished model to its second stage, where nothing
-but the causal routers is new. Each branch maps its own tensors (``Branch.Config.inherit``).
+Each feed-forward becomes all experts of its modality group; shared parameters become one copy per
+modality where the child unties them; routers are new (MoMa, arXiv 2407.21770, 2.5; sparse
+upcycling, arXiv 2212.05055). The same map starts the second stage, in which only causal routers are
+new. Each branch maps its own tensors (``Branch.Config.inherit``).
 
 =====================  ===========================================================================
 parent                 children
@@ -20,16 +20,16 @@ from typing import Any
 
 import torch
 
-from earlyfuse.models.blocks.branch import Inherited, Shape, same_or_untied
+from earlyfuse.models.blocks.branch import Inherited, Parent, Shape, same_or_untied
 from earlyfuse.models.decoder import EXTRA, Decoder
 
 _NO_BRANCH = ("norm_order", "norm_groups", "dropout", "kind", "param_init", "sharding_config")
 
 
 def upcycle(parent: Decoder.Config, child: Decoder.Config) -> dict[str, Inherited | None]:
-    """Parameter of ``child`` → where it comes from in ``parent``; None: fresh, as initialised.
+    """Parameter of ``child`` → its origin in ``parent``; None: as initialised.
 
-    ``ValueError`` lists what of the parent has no place in the child, or the other way round.
+    ``ValueError`` lists tensors of either that have no counterpart in the other.
     """
     return inherit(shapes(parent), parent.to_dict(), child)
 
@@ -37,7 +37,7 @@ def upcycle(parent: Decoder.Config, child: Decoder.Config) -> dict[str, Inherite
 def inherit(
     parent: Mapping[str, Shape], description: Mapping[str, Any], child: Decoder.Config
 ) -> dict[str, Inherited | None]:
-    """``upcycle`` from what a checkpoint holds: shapes, and ``Decoder.Config.to_dict`` of it."""
+    """``upcycle`` from the contents of a checkpoint: shapes, and ``Decoder.Config.to_dict``."""
     problems = list(_differences(description, child))
     found: dict[str, Inherited | None] = {}
     for name, shape in shapes(child).items():
@@ -66,7 +66,7 @@ def shapes(config: Decoder.Config) -> dict[str, Shape]:
 
 
 def _differences(parent: Mapping[str, Any], child: Decoder.Config) -> Iterator[str]:
-    """What must be the same for the child to compute what the parent does."""
+    """Fields that must be equal for the child to compute what the parent does, and are not."""
     fields = child.to_dict()
     if len(parent["layers"]) != len(fields["layers"]):
         yield f"layers ({len(fields['layers'])}) must be those of the parent"
@@ -95,7 +95,7 @@ def _differences(parent: Mapping[str, Any], child: Decoder.Config) -> Iterator[s
 
 
 def _branches(layer: Mapping[str, Any]) -> dict[str, Any]:
-    """Name → fields of a described layer's branches, in order."""
+    """Name → fields of the branches of a layer, in order."""
     found: dict[str, Any] = {}
     for name, fields in layer.items():
         if name == EXTRA:
@@ -106,8 +106,8 @@ def _branches(layer: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _unties(value: Any) -> bool:
-    """Whether any part of a description has parameters of single modalities: ``groups``,
-    ``norm_groups`` … above 1, or a pool of some groups.
+    """True if any part of a description unties parameters by modality: ``groups``, ``norm_groups``
+    … above 1, or a pool of some groups.
     """
     if isinstance(value, Mapping):
         return any(
@@ -124,14 +124,13 @@ def _origin(
     description: Mapping[str, Any],
     child: Decoder.Config,
 ) -> Inherited | None:
-    """Where one parameter comes from; ``ValueError`` if that is nowhere."""
+    """The origin of one parameter; ``ValueError`` if it has none."""
     first, *path = name.split(".")
-    if first == "layers":
-        branch = child.layers[int(path[0])].branches.get(path[1])
-        if branch is not None:
-            layers = description["layers"][int(path[0]) :]
-            above = _branches(layers[0]).get(path[1]) if layers else None
-            if above is None:
-                raise ValueError(f"{name} is not in the parent")
-            return branch.inherit(name, shape, parent, above, len(child.modalities))
-    return same_or_untied(name, shape, parent)
+    branch = child.layers[int(path[0])].branches.get(path[1]) if first == "layers" else None
+    if branch is None:
+        return same_or_untied(name, shape, parent)
+    layers = description["layers"][int(path[0]) :]
+    above = _branches(layers[0]).get(path[1]) if layers else None
+    if above is None:
+        raise ValueError(f"{name} is not in the parent")
+    return branch.inherit(name, shape, Parent(parent, above), len(child.modalities))

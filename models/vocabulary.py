@@ -1,8 +1,8 @@
 """Modalities, and the layout of one vocabulary of text pieces and media codes.
 
-An early-fusion model has one embedding and one head, and only its id tells an image code from a
-text piece: the layout is the contract between tokenizers, data and models. Sentinels (begin and end
-of an image …) count as text, as in Chameleon.
+An early-fusion model has one embedding and one head, and only the id distinguishes an image code
+from a text piece: the layout is the contract between tokenizers, data and models. Sentinels (begin
+and end of an image …) count as text, as in Chameleon.
 """
 
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
-if TYPE_CHECKING:  # tables of media are read by command lines, which do not need torch
+if TYPE_CHECKING:  # command lines read tables of media without torch
     import torch
 
 
@@ -86,10 +86,9 @@ class MediaCodes:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """ForwardContext of all ids ``0 … size-1``: text pieces wherever no medium's codes lie.
+    """Layout of all ids ``0 … size-1``: text pieces wherever no medium has codes.
 
-    Raises ``ValueError`` when code ranges leave the vocabulary or overlap, or a sentinel lies among
-    codes.
+    ``ValueError`` if code ranges leave the vocabulary or overlap, or a sentinel is among codes.
     """
 
     size: int
@@ -123,11 +122,11 @@ class Vocabulary:
 
     @property
     def modalities(self) -> tuple[Modality, ...]:
-        """Modalities that occur, in id order; text is always the first."""
+        """Its modalities in id order, text first."""
         return (Modality.TEXT, *sorted(m.modality for m in self.media))
 
     def medium(self, modality: Modality) -> MediaCodes:
-        """The codes of ``modality``; ``KeyError`` names the ones that exist."""
+        """The codes of ``modality``; ``KeyError`` if there are none."""
         for media in self.media:
             if media.modality == modality:
                 return media
@@ -136,9 +135,7 @@ class Vocabulary:
         )
 
     def modality_of(self, tokens: "torch.Tensor") -> "torch.Tensor":
-        """Modality of each id: any shape, integer → same shape, uint8. Ids outside the vocabulary
-        count as text.
-        """
+        """Modality of each id, uint8 of the same shape; ids outside the vocabulary are text."""
         import torch
 
         modality = torch.zeros_like(tokens, dtype=torch.uint8)

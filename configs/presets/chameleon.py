@@ -2,14 +2,14 @@
 
 From the paper: norm orders, dropout, batches, warm-up, 9.2 T tokens. The learning rate decays
 exponentially "to 0"; here to a hundredth of its peak. 7B has the shape of the public checkpoint.
-34B: grouped queries and the norm order are the paper's; its width, layers, heads and inner width
-are not published, and those here are taken to be right because they make 34.3 B parameters.
+34B: grouped queries and the norm order are the paper's; width, layers, heads and inner width are
+not published, and those here are chosen because they give 34.3 B parameters.
 """
 
 from functools import partial
 
 from earlyfuse.configs.decoders import Shape, dense
-from earlyfuse.configs.pretraining import VOCABULARY, Recipe, preset
+from earlyfuse.configs.presets.recipe import VOCABULARY, Recipe, preset
 
 CHAMELEON_7B = Shape(
     dim=4096,

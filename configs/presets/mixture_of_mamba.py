@@ -1,18 +1,18 @@
 """Mixture-of-Mamba and dense Mamba (arXiv 2501.16295), on data of your own
 
 The Chameleon setting (text and discrete image tokens) and the one with speech, five sizes each. Two
-Mamba blocks stand for a transformer layer of ``mixture_of_transformers``, whose sizes' names these
-have; batches, steps and rates are taken from there too, since the paper's are not established.
+Mamba blocks replace a transformer layer of ``mixture_of_transformers``, from which the names of
+sizes, batches, steps and rates are taken, since the paper's are not established.
 
-``transfusion`` has the decoders of the third setting, text and continuous image patches; the
-objective that trains them is not here yet.
+``transfusion`` returns the decoders of the third setting, text and continuous image patches, whose
+objective is not implemented yet.
 """
 
 from functools import partial
 
 from earlyfuse.configs.mamba_decoders import MambaShape, mamba, mixture_of_mamba
 from earlyfuse.configs.presets.mixture_of_transformers import RECIPES as TRANSFORMER_RECIPES
-from earlyfuse.configs.pretraining import VOCABULARY, Recipe, preset
+from earlyfuse.configs.presets.recipe import VOCABULARY, Recipe, preset
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.vocabulary import Modality
 

@@ -5,14 +5,14 @@ the paper's other baseline, four experts that choose among all tokens.
 
 From the paper: widths, layers, 4096 tokens a row, the norm after each branch. Not established:
 heads, here of 64 numbers at 37M, else MoMa's; batches and steps, here such that a run takes 0.17 to
-0.38 T tokens, the paper's range; all else is Chameleon's recipe (``pretraining.Recipe``), with its
+0.38 T tokens, the paper's range; all else is Chameleon's recipe (``recipe.Recipe``), with its
 learning rate decayed linearly.
 """
 
 from functools import partial
 
 from earlyfuse.configs.decoders import Shape, dense, mixture_of_transformers, moe
-from earlyfuse.configs.pretraining import VOCABULARY, Recipe, preset
+from earlyfuse.configs.presets.recipe import VOCABULARY, Recipe, preset
 
 SIZES = {
     "37m": Shape(dim=256, layers=4, heads=4, hidden_dim=768, vocab_size=VOCABULARY),

@@ -5,18 +5,17 @@ experts that choose among all tokens; 1t1i, one feed-forward per modality; 4t4i,
 many text and image experts.
 
 From the paper: widths, layers, heads, steps, batches, learning rates (tables 1 and 5), the norms of
-Chameleon-34B. Not in the paper: the inner width, which its totals put at two thirds of 4 · dim,
-here at the nearest multiple of 16, as matrix units and tensor parallelism want; among which tokens
-an expert chooses: here 6 rows, what a GPU of its 256 had, and 2 at 1.4B, so that a step can be
-spread over more of them; the share of image tokens, here half, kept by the loader's quota; what
-``pretraining.Recipe`` takes from Chameleon.
+Chameleon-34B. Not in the paper: the inner width, two thirds of 4 · dim by its totals, here the
+nearest multiple of 16 for matrix units and tensor parallelism; the routing group, here 6 rows, the
+local batch of its 256 GPUs, and 2 at 1.4B, so that a step fits more ranks; the share of image
+tokens, here half, by the loader's quota; what ``recipe.Recipe`` takes from Chameleon.
 """
 
 from collections.abc import Callable
 from functools import partial
 
 from earlyfuse.configs.decoders import Shape, dense, moe, moe_1t1i, moma
-from earlyfuse.configs.pretraining import VOCABULARY, Recipe, preset
+from earlyfuse.configs.presets.recipe import VOCABULARY, Recipe, preset
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.vocabulary import Modality
 

@@ -17,7 +17,17 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from earlyfuse.models.blocks.branch import Branch, Collective, Flops, Microbatch, Use, products
+from earlyfuse.models.blocks.branch import (
+    ALL_USES,
+    Branch,
+    Collective,
+    Flops,
+    Matrix,
+    Microbatch,
+    Use,
+    products,
+    sums_of_split_region,
+)
 from earlyfuse.models.blocks.cache import KVCache
 from earlyfuse.models.blocks.linear import HeadNorm, Linear
 from earlyfuse.models.context import ForwardContext
@@ -36,6 +46,7 @@ class Attention(Branch):
     @dataclass(kw_only=True, slots=True)
     class Config(Branch.Config):
         inherited_fields: ClassVar[tuple[str, ...]] = ("heads", "kv_heads", "head_dim", "qk_norm")
+        supports: ClassVar[tuple[Use, ...]] = ALL_USES
 
         dim: int
         heads: int
@@ -55,19 +66,23 @@ class Attention(Branch):
 
         def _widths(self, tensor_ranks: int = 1) -> tuple[int, int]:
             """Width of all query heads, and of all key heads, on one of the ranks."""
-            heads = self.heads * self.head_dim, self.kv_heads * self.head_dim
-            return heads[0] // tensor_ranks, heads[1] // tensor_ranks
+            width, kv_width = self.heads * self.head_dim, self.kv_heads * self.head_dim
+            return width // tensor_ranks, kv_width // tensor_ranks
 
-        def _matrices(self) -> int:
-            return self.dim * 2 * sum(self._widths())
+        def matrices(self) -> list[Matrix]:
+            """wq, wk, wv, wo."""
+            width, kv_width = self._widths()
+            q, k = (Matrix(self.dim, outputs, self.groups, True) for outputs in (width, kv_width))
+            return [q, k, k, Matrix(width, self.dim, self.groups)]
 
-        def parameters(self, group: int | None = None) -> int:
-            norms = 2 * sum(self._widths()) if self.qk_norm else 0
-            return (self._matrices() + norms) * (self.groups if group is None else 1)
+        def vectors(self) -> list[tuple[int, int]]:
+            """Weights and biases of the two norms."""
+            return [(2 * sum(self._widths()), self.groups)] if self.qk_norm else []
 
         def flops(self, seq_len: int, group: int) -> Flops:
             """Projections, and scores and sums over the whole row."""
-            return products(self._matrices() + 2 * seq_len * self._widths()[0])
+            attended = products(2 * seq_len * self._widths()[0])
+            return Branch.Config.flops(self, seq_len, group) + attended
 
         def saved(self, batch: Microbatch) -> int:
             """Input; q and k before and after their norm, and rotated; v; the output, twice;
@@ -79,14 +94,12 @@ class Attention(Branch):
             return (1 + normed) * (width + kv_width) + kv_width + 2 * width + others
 
         def saved_by_selective(self, batch: Microbatch) -> int:
-            """The output, and of shared projections wq's and wv's."""
-            width, kv_width = self._widths(batch.tensor_ranks)
-            return width + (width + kv_width if self.groups == 1 else 0)
+            projections = Branch.Config.saved_by_selective(self, batch)
+            return self._widths(batch.tensor_ranks)[0] + projections
 
         def collectives(self, batch: Microbatch) -> Iterator[Collective]:
             """The sums of a split region; keys and values of the whole row."""
-            activations = batch.tokens * self.dim * batch.itemsize
-            yield Collective("split activations", "all_reduce", "tp", activations, 1, 1)
+            yield sums_of_split_region(batch, self.dim)
             row = batch.context_ranks * batch.tokens * 2 * self._widths()[1] * batch.itemsize
             yield Collective("keys and values", "all_gather", "cp", row, forward=1)
             yield Collective("keys and values", "reduce_scatter", "cp", row, backward=1)
@@ -94,30 +107,13 @@ class Attention(Branch):
         def even_sizes(self, axis: Literal["tensor", "expert"]) -> dict[str, int]:
             return {"heads": self.heads, "kv_heads": self.kv_heads} if axis == "tensor" else {}
 
-        def refusal(self, use: Use) -> str | None:
-            return None
-
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        width, kv_width, groups = (
-            config.heads * config.head_dim,
-            config.kv_heads * config.head_dim,
-            config.groups,
-        )
-        self.wq = Linear.Config(in_features=config.dim, out_features=width, groups=groups).build()
-        self.wk = Linear.Config(
-            in_features=config.dim, out_features=kv_width, groups=groups
-        ).build()
-        self.wv = Linear.Config(
-            in_features=config.dim, out_features=kv_width, groups=groups
-        ).build()
-        self.wo = Linear.Config(in_features=width, out_features=config.dim, groups=groups).build()
+        self.wq, self.wk, self.wv, self.wo = map(Linear, config.matrices())
         if config.qk_norm:
-            norm = HeadNorm.Config(heads=config.heads, head_dim=config.head_dim, groups=groups)
-            self.q_norm = norm.build()
-            norm.heads = config.kv_heads
-            self.k_norm = norm.build()
+            for name, heads in (("q_norm", config.heads), ("k_norm", config.kv_heads)):
+                self.add_module(name, HeadNorm(heads, config.head_dim, config.groups))
 
     def draws(self) -> dict[str, Draw]:
         """``wo`` writes into the residual."""

@@ -6,10 +6,11 @@ what cannot be sharded, decoding, upcycling. ``init_weights``, ``flops``, ``para
 ``parallel/strategies`` and ``upcycle`` ask and know no branch by name.
 
 A new one is a subclass of ``Branch`` in a file of your own, put into
-``Block.Config.extra_branches``. It must say ``draws``, ``flops`` and ``saved``; what else it leaves
-out is counted from its parameters, or refused by its name.
+``Block.Config.extra_branches``. It must define ``draws``, ``matrices`` and ``saved``; parameters
+and FLOPs follow from its matrices; uses not in its ``supports`` are refused by its name.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -22,12 +23,13 @@ from earlyfuse.models.init_weights import Draw
 Shape = tuple[int, ...]
 Kind = Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all", "receive"]
 Use = Literal["tensor_parallel", "context_parallel", "decoding"]
+ALL_USES: tuple[Use, ...] = ("tensor_parallel", "context_parallel", "decoding")
 FP32, INT64 = 4, 8
 
 
 class Microbatch(NamedTuple):
-    """What one rank computes at once: ``rows`` of ``seq_len`` positions, in a dtype of
-    ``itemsize`` bytes, and the ranks with which it shares layers, rows and experts.
+    """One rank's micro-batch: ``rows`` of ``seq_len`` positions, in a dtype of ``itemsize`` bytes,
+    and the number of ranks that share its layers, rows and experts.
     """
 
     rows: int
@@ -43,6 +45,23 @@ class Microbatch(NamedTuple):
         return self.rows * self.seq_len
 
 
+class Matrix(NamedTuple):
+    """A weight (outputs, inputs) that every token is multiplied by, in ``groups`` sets.
+
+    ``split_outputs``: tensor parallelism shards its outputs.
+    """
+
+    inputs: int
+    outputs: int
+    groups: int = 1
+    split_outputs: bool = False
+
+    @property
+    def size(self) -> int:
+        """Elements of one set."""
+        return self.inputs * self.outputs
+
+
 class Flops(NamedTuple):
     """FLOPs of one token; a multiply-add is 2."""
 
@@ -54,7 +73,7 @@ class Flops(NamedTuple):
 
 
 def products(multiply_adds: float) -> Flops:
-    """Matrix products: backward computes two for each of forward."""
+    """FLOPs of matrix products, of which backward computes two for each of forward."""
     return Flops(2 * multiply_adds, 4 * multiply_adds)
 
 
@@ -74,12 +93,27 @@ class Collective(NamedTuple):
     kept: bool = False
 
 
+def sums_of_split_region(batch: Microbatch, dim: int) -> Collective:
+    """The all-reduces around a tensor-parallel branch: outputs in forward, inputs in backward."""
+    size = batch.tokens * dim * batch.itemsize
+    return Collective("split activations", "all_reduce", "tp", size, 1, 1)
+
+
+class Parent(NamedTuple):
+    """The model that another one is upcycled from: shapes of all its parameters, and the config of
+    the branch at the same place as plain values.
+    """
+
+    shapes: Mapping[str, Shape]
+    branch: Mapping[str, Any]
+
+
 @dataclass(frozen=True)
 class Inherited:
     """A tensor of an upcycled child, made of the parent's ``name`` of ``shape``.
 
-    ``parts``: None, the tensor as it is; else for each place along the child's first dimension the
-    parent's place along its own, or None for all of the parent's tensor.
+    ``parts``: None, the tensor as it is; else for each index of the child's first dimension an
+    index of the parent's, or None for all of the parent's tensor.
     """
 
     name: str
@@ -87,7 +121,7 @@ class Inherited:
     parts: tuple[int | None, ...] | None = None
 
     def make(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The child's tensor, of the parent's."""
+        """The child's tensor, from the parent's."""
         if self.parts is None:
             return tensor
         return torch.stack([tensor if part is None else tensor[part] for part in self.parts])
@@ -117,37 +151,52 @@ class Branch(Module):
         return {}
 
     @dataclass(kw_only=True, slots=True)
-    class Config(Module.Config):
-        """Has a field or property ``dim``, the width of its input and output."""
+    class Config(Module.Config, ABC):
+        """Has a field or property ``dim``, the width of its input and output.
 
-        # fields in which an upcycled model must equal its parent
+        ``inherited_fields``: those in which an upcycled model must equal its parent.
+        """
+
         inherited_fields: ClassVar[tuple[str, ...]] = ()
+        supports: ClassVar[tuple[Use, ...]] = ()
+
+        @abstractmethod
+        def matrices(self) -> list[Matrix]:
+            """The matrices that every token is multiplied by, in the order of computation."""
+
+        @abstractmethod
+        def saved(self, batch: Microbatch) -> int:
+            """Elements per token that autograd keeps, an estimate for ``parallel/estimates``."""
+
+        def vectors(self) -> list[tuple[int, int]]:
+            """(elements, sets) of the parameters that are not in ``matrices``."""
+            return []
 
         def check(self, modality_groups: int) -> None:
             """``ValueError`` unless the branch fits a model of so many modality groups."""
 
         def parameters(self, group: int | None = None) -> int:
             """Number of parameters; with ``group``, of those that a token of that modality group
-            meets.
+            uses.
             """
-            with torch.device("meta"):
-                return sum(p.numel() for p in self.build().parameters())
+            sizes = [(matrix.size, matrix.groups) for matrix in self.matrices()] + self.vectors()
+            return sum(size * (sets if group is None else 1) for size, sets in sizes)
 
         def flops(self, seq_len: int, group: int) -> Flops:
-            """FLOPs of a token of a modality group in rows of ``seq_len``; conventions are in
-            ``models/flops.py``.
+            """FLOPs of a token of a modality group in rows of ``seq_len``; ``models/flops.py`` has
+            the conventions.
             """
-            raise NotImplementedError(f"{self.kind} must say its FLOPs: override Config.flops")
-
-        def saved(self, batch: Microbatch) -> int:
-            """Elements per token that autograd keeps, an estimate for ``parallel/estimates``."""
-            raise NotImplementedError(f"{self.kind} must say what it keeps: override Config.saved")
+            return products(sum(matrix.size for matrix in self.matrices()))
 
         def saved_by_selective(self, batch: Microbatch) -> int:
-            """The same under selective activation checkpointing, which saves the output of
-            attention and of every second plain matrix product.
+            """Elements per token kept under selective activation checkpointing, which saves the
+            output of attention and of every second plain matrix product.
             """
-            return 0
+            plain = [matrix for matrix in self.matrices() if matrix.groups == 1]
+            return sum(
+                matrix.outputs // (batch.tensor_ranks if matrix.split_outputs else 1)
+                for matrix in plain[::2]
+            )
 
         def collectives(self, batch: Microbatch) -> Iterator[Collective]:
             """What tensor, expert and context parallelism send."""
@@ -159,22 +208,18 @@ class Branch(Module):
 
         def refusal(self, use: Use) -> str | None:
             """Why the branch cannot be used in that way; None if it can."""
+            if use in self.supports:
+                return None
             return f"{self.kind} does not say how it works with {use.replace('_', ' ')}"
 
         def inherit(
-            self,
-            name: str,
-            shape: Shape,
-            parent: Mapping[str, Shape],
-            description: Mapping[str, Any],
-            modality_groups: int,
+            self, name: str, shape: Shape, parent: Parent, modality_groups: int
         ) -> Inherited | None:
-            """Where upcycling takes a parameter from; None: it is drawn anew.
+            """Where upcycling takes the parameter ``name``, a full name, from; None: it is drawn.
 
-            ``name``, and the names in ``parent``, are whole; ``description``: the parent's branch
-            as plain values. ``ValueError`` if the parent has no such tensor.
+            ``ValueError`` if the parent has no such tensor.
             """
-            return same_or_untied(name, shape, parent)
+            return same_or_untied(name, shape, parent.shapes)
 
         @property
         def kind(self) -> str:

@@ -1,14 +1,13 @@
-"""Decode cache: per-layer state for incremental decoding, so that no token is read twice.
+"""Decode cache: per-layer state for incremental decoding.
 
-``DecodeCache`` travels in the ``ForwardContext``. A block looks up its own state there,
-``context.cache.state(self, Kind)``, created when it first asks. A kind of state is a class like
-``KVCache`` below: built from the cache, filled by its block; ``select`` drops the rows of documents
-that have ended.
+``DecodeCache`` travels in the ``ForwardContext``. A block looks up its state there,
+``context.cache.state(self, Kind)``, created at its first call. A kind of state is a class like
+``KVCache`` below: built from the cache, filled by its block; ``select`` drops rows.
 
 A row holds one document, and the cache counts its tokens: the slot of a token is its number,
 whatever its rotary position. Rows are filled from the left, so prompts of different lengths end at
-different places: ``real_B`` says where. A state overwrites what it took in behind that place before
-any token may see it; a state that sums over positions must leave it out.
+different places, ``real_B``. What a state stored after that place it overwrites before any token
+may see it; a state that sums over positions must leave it out.
 
 B rows, S positions of this call, L slots, K key/value heads, H width of a head, D width.
 """
@@ -43,12 +42,13 @@ class DecodeCache:
     def start_step(
         self, real_B: torch.Tensor, longest: int, restart_B: torch.Tensor | None = None
     ) -> None:
-        """Before each forward: how many tokens of each row are real (from the left), how long the
-        longest document will be after it, and which rows (bool) begin another document.
+        """Call before each forward. ``real_B``: real tokens of each row, from the left;
+        ``longest``: tokens of the longest document after it; ``restart_B`` bool: rows that begin
+        another document.
         """
         if longest > self.slots:
             raise ValueError(
-                f"a document of {longest} tokens does not fit into the {self.slots} slots of this "
+                f"a document of {longest} tokens does not fit into the {self.slots} slots of the "
                 "cache; create it with more"
             )
         if self.read_B is None or self.real_B is None:
@@ -65,13 +65,13 @@ class DecodeCache:
         return self.read_B[:, None] + torch.arange(seq_len, device=self.read_B.device)
 
     def mask(self, seq_len: int) -> torch.Tensor:
-        """Which slots each token of this call may see, (B, 1, S, longest) bool."""
+        """(B, 1, S, longest) bool: slots that each token of this call may see."""
         self.slot_BS = self.places(seq_len)
         slot_L = torch.arange(self.longest, device=self.slot_BS.device)
         return slot_L <= self.slot_BS[:, None, :, None]
 
     def state(self, block: nn.Module, kind: Callable[["DecodeCache"], S]) -> S:
-        """The state of ``block``; ``kind(self)`` at first."""
+        """The state of ``block``, created by ``kind(self)``."""
         if block not in self._states:
             self._states[block] = kind(self)
         return self._states[block]  # type: ignore[return-value]
@@ -106,7 +106,7 @@ class KVCache:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Add keys and values of this call; returns all so far, (B, longest, K, H)."""
         if self.keys_BKLH is None or self.values_BKLH is None:
-            # zeros: a slot that no token may see has a weight of 0, and 0 · NaN is NaN
+            # zeros: masked slots have weight 0, and 0 · NaN is NaN
             rows, _, heads, width = k_BSKH.shape
             self.keys_BKLH = k_BSKH.new_zeros(rows, heads, self.cache.slots, width)
             self.values_BKLH = torch.zeros_like(self.keys_BKLH)
@@ -114,10 +114,8 @@ class KVCache:
         row_B1 = torch.arange(len(slot_BS), device=slot_BS.device).unsqueeze(1)
         self.keys_BKLH[row_B1, :, slot_BS] = k_BSKH
         self.values_BKLH[row_B1, :, slot_BS] = v_BSKH
-        return (
-            self.keys_BKLH[:, :, :longest].transpose(1, 2),
-            self.values_BKLH[:, :, :longest].transpose(1, 2),
-        )
+        keys_BKLH, values_BKLH = self.keys_BKLH[:, :, :longest], self.values_BKLH[:, :, :longest]
+        return keys_BKLH.transpose(1, 2), values_BKLH.transpose(1, 2)
 
     def select(self, row_R: torch.Tensor) -> None:
         """See ``State``."""

@@ -1,9 +1,9 @@
 """Mixture of modality-aware experts: MoMa's feed-forward (arXiv 2407.21770, section 2.2).
 
-An ``ExpertPool`` is a number of SwiGLU experts and the router that brings tokens to them; a
-``MixtureOfExperts`` is a list of pools, and of feed-forwards shared by all tokens or by all of a
-modality. One pool of expert choice per modality is MoMa (``4t4i``: four text and four image
-experts); a single one over all modalities is plain expert choice (``moe_8x``).
+An ``ExpertPool`` is a number of SwiGLU experts and their router; a ``MixtureOfExperts`` is a list
+of pools, and of feed-forwards shared by all tokens or by all of a modality. One pool of expert
+choice per modality is MoMa (``4t4i``: four text and four image experts); a single one over all
+modalities is plain expert choice (``moe_8x``).
 
 T tokens, D width, E experts of the pool, F inner width, R routed rows.
 """
@@ -18,21 +18,26 @@ from torchtitan.protocols.module import Module, ModuleList
 
 from earlyfuse.kernels.grouped_gemm import grouped_swiglu
 from earlyfuse.models.blocks.branch import (
+    ALL_USES,
     FP32,
     INT64,
     Branch,
     Collective,
     Flops,
     Inherited,
+    Matrix,
     Microbatch,
+    Parent,
     Shape,
     Use,
     products,
     same_or_untied,
+    sums_of_split_region,
 )
 from earlyfuse.models.blocks.feed_forward import DRAWS, TENSOR_SPLIT, FeedForward
-from earlyfuse.models.blocks.local_shard import to_local
+from earlyfuse.models.blocks.linear import to_local
 from earlyfuse.models.context import ForwardContext
+from earlyfuse.models.field_checks import check_positive
 from earlyfuse.models.init_weights import Draw
 from earlyfuse.models.routes import Routes
 from earlyfuse.models.routing.expert_choice import ExpertChoice
@@ -40,16 +45,16 @@ from earlyfuse.models.routing.router import Router
 
 
 class ExpertPool(Module):
-    """E experts for the tokens of some modality groups, and the router that brings them together.
+    """E experts for the tokens of some modality groups, and their router.
 
     Output of a token: Σ over the experts that it is routed to of weight · SwiGLU(x); zero if there
-    is none (MoMa eq. 1). Parameters: those of the router and of ``Experts``.
+    is none (MoMa eq. 1).
     """
 
     @dataclass(kw_only=True, slots=True)
     class Config(Module.Config):
-        """``groups``: indices of the modality groups served, () for all. ``share``: the part of all
-        tokens that they make up in the data, from which static budgets follow."""
+        """``groups``: indices of the modality groups served, () for all. ``share``: their part of
+        all tokens in the data, from which static budgets follow."""
 
         name: str
         dim: int
@@ -66,12 +71,7 @@ class ExpertPool(Module):
                     f"share ({self.share}) of the {self.name} experts must be in (0, 1]; "
                     "give the part of all tokens that has this modality"
                 )
-            for name in ("experts", "hidden_dim"):
-                if getattr(self, name) <= 0:
-                    raise ValueError(
-                        f"{name} ({getattr(self, name)}) of the {self.name} experts must be "
-                        "positive"
-                    )
+            check_positive(self, "experts", "hidden_dim", of=f" of the {self.name} experts")
 
         @property
         def expert_parameters(self) -> int:
@@ -79,11 +79,11 @@ class ExpertPool(Module):
             return 3 * self.dim * self.hidden_dim
 
         def serves(self, group: int) -> bool:
-            """Whether tokens of a modality group come here."""
+            """True if tokens of the modality group are routed here."""
             return not self.groups or group in self.groups
 
         def routed_rows(self, batch: Microbatch) -> int:
-            """Rows that the experts take of a micro-batch, on average."""
+            """Rows of a micro-batch that are routed to the experts, on average."""
             return self.router.routed_rows(batch, self.experts, self.share)
 
         def saved(self, batch: Microbatch) -> int:
@@ -94,13 +94,14 @@ class ExpertPool(Module):
 
         def collectives(self, batch: Microbatch) -> Iterator[Collective]:
             """The sums of a split region; rows to and from the ranks of their experts."""
-            rows, width = self.routed_rows(batch), self.dim * batch.itemsize
-            yield Collective("split activations", "all_reduce", "tp", batch.tokens * width, 1, 1)
+            rows = self.routed_rows(batch)
+            yield sums_of_split_region(batch, self.dim)
             yield Collective("split activations", "all_reduce", "tp", rows * FP32, backward=1)
             if not self.router.static:
                 counts = batch.expert_ranks * self.experts * INT64
                 yield Collective("expert counts", "all_gather", "ep", counts, forward=1)
-            yield Collective("expert rows", "all_to_all", "ep", rows * width, 2, 2, kept=True)
+            size = rows * self.dim * batch.itemsize
+            yield Collective("expert rows", "all_to_all", "ep", size, 2, 2, kept=True)
 
     def __init__(self, config: Config):
         super().__init__()
@@ -139,31 +140,30 @@ class Experts(Module):
 
     def forward(self, x_TD: torch.Tensor, routes: Routes) -> torch.Tensor:
         """(T, D) → (T, D): for each token the weighted sum over the experts it is routed to."""
-        return grouped_swiglu(
-            x_TD, to_local(self.w1), to_local(self.w3), to_local(self.w2), *routes
-        )
+        w1, w3, w2 = to_local(self.w1), to_local(self.w3), to_local(self.w2)
+        return grouped_swiglu(x_TD, w1, w3, w2, *routes)
 
 
 class TokenDispatcher(Protocol):
-    """How tokens reach the ranks of their experts, and results come back; may work in the
-    background between its calls.
+    """Sends tokens to the ranks of their experts, and results back; may work in the background
+    between its calls.
     """
 
     def send(self, x_TD: torch.Tensor, routes: Routes, static: bool) -> Any:
-        """Send the routed rows off. ``static``: every rank has the same number of rows."""
+        """Send the routed rows. ``static``: every rank has the same number of rows."""
 
     def receive(self, sent: Any) -> tuple[torch.Tensor, Routes]:
-        """The rows (T', D) for the experts held here, and their routes."""
+        """The rows (T', D) for this rank's experts, and their routes."""
 
     def send_back(self, y_TD: torch.Tensor, sent: Any) -> Any:
-        """Return what the experts made of them, (T', D)."""
+        """Return the experts' outputs (T', D)."""
 
     def combine(self, returned: Any) -> torch.Tensor:
-        """Results of this rank's own tokens, weighted and added up, (T, D)."""
+        """Weighted sums of the outputs for this rank's own tokens, (T, D)."""
 
 
 class LocalDispatcher:
-    """All experts are here."""
+    """All experts are on this rank."""
 
     def send(self, x_TD: torch.Tensor, routes: Routes, static: bool) -> Any:
         return x_TD, routes
@@ -179,14 +179,14 @@ class LocalDispatcher:
 
 
 class MixtureOfExperts(Branch):
-    """The sum of its pools and shared experts; of disjoint modalities, each token meets those of
-    its own.
-    """
+    """The sum of pools of routed experts and of shared experts."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(Branch.Config):
         """``shared``: experts that every token takes, with weight 1: ``groups=1`` the same for all
         tokens, else one for each modality group."""
+
+        supports: ClassVar[tuple[Use, ...]] = ALL_USES
 
         pools: list[ExpertPool.Config]
         shared: list[FeedForward.Config] = field(default_factory=list)
@@ -211,9 +211,13 @@ class MixtureOfExperts(Branch):
                         f"or {modality_groups}, one for each modality group of the model"
                     )
 
+        def matrices(self) -> list[Matrix]:
+            """Those of shared experts: a token uses some of the pools' alone."""
+            return [matrix for shared in self.shared for matrix in shared.matrices()]
+
         def parameters(self, group: int | None = None) -> int:
-            """Experts and routers; of one modality, those that a token takes, on average."""
-            found = float(sum(shared.parameters(group) for shared in self.shared))
+            """Experts and routers; of one modality, the experts that a token takes on average."""
+            found = float(Branch.Config.parameters(self, group))
             for pool in self.pools:
                 if group is None or pool.serves(group):
                     taken = pool.experts if group is None else pool.router.rows_per_token
@@ -223,9 +227,7 @@ class MixtureOfExperts(Branch):
 
         def flops(self, seq_len: int, group: int) -> Flops:
             """Experts that a token takes, on average; every router scores every token."""
-            found = Flops(0, 0)
-            for shared in self.shared:
-                found += shared.flops(seq_len, group)
+            found = Branch.Config.flops(self, seq_len, group)
             for pool in self.pools:
                 found += pool.router.flops(pool.dim, pool.experts)
                 if pool.serves(group):
@@ -238,16 +240,12 @@ class MixtureOfExperts(Branch):
         def saved(self, batch: Microbatch) -> int:
             return sum(part.saved(batch) for part in self._parts())
 
-        def saved_by_selective(self, batch: Microbatch) -> int:
-            """Of shared experts alone: those of pools are one grouped product."""
-            return sum(shared.saved_by_selective(batch) for shared in self.shared)
-
         def collectives(self, batch: Microbatch) -> Iterator[Collective]:
             for part in self._parts():
                 yield from part.collectives(batch)
 
         def even_sizes(self, axis: Literal["tensor", "expert"]) -> dict[str, int]:
-            """Inner widths are split, or experts are spread, those of each modality evenly."""
+            """Inner widths, or numbers of experts of each modality."""
             if axis == "tensor":
                 widths = {f"{pool.name}.hidden_dim": pool.hidden_dim for pool in self.pools}
                 shared = enumerate(self.shared)
@@ -260,60 +258,48 @@ class MixtureOfExperts(Branch):
             }
 
         def refusal(self, use: Use) -> str | None:
-            """No context parallelism where a router chooses among all tokens of a row."""
+            """Refuses context parallelism where a router chooses among all tokens of a row."""
             if use == "context_parallel":
                 for pool in self.pools:
                     if pool.router.needs_whole_rows:
                         return (
                             f"its pool {pool.name} has experts that choose among all tokens of a "
-                            f"row ({pool.router.kind}), and no rank has a whole one; use token "
-                            "choice, or data_parallel_shard_degree and activation checkpointing "
-                            "for long rows"
+                            f"row ({pool.router.kind}), of which a rank has a part; use token "
+                            "choice, or data_parallel_shard_degree and activation checkpointing"
                         )
             return None
 
         def inherit(
-            self,
-            name: str,
-            shape: Shape,
-            parent: Mapping[str, Shape],
-            description: Mapping[str, Any],
-            modality_groups: int,
+            self, name: str, shape: Shape, parent: Parent, modality_groups: int
         ) -> Inherited | None:
             """Experts from experts of the same pool, or from a feed-forward; routers from a router
             of the same shape, else none.
             """
             head, _, rest = name.partition(".pools.")
             if not rest:
-                return same_or_untied(name, shape, parent)
+                return same_or_untied(name, shape, parent.shapes)
             number, _, leaf = rest.partition(".")
             if leaf.startswith("router."):
-                return Inherited(name, shape) if parent.get(name) == shape else None
-            if "pools" in description:
-                return self._from_experts(name, shape, parent, description["pools"])
-            source = f"{head}.{leaf.removeprefix('experts.')}"
-            pool = self.pools[int(number)]
-            return _from_feed_forward(name, source, shape, parent, pool, modality_groups)
+                return Inherited(name, shape) if parent.shapes.get(name) == shape else None
+            if "pools" in parent.branch:
+                return self._from_experts(name, shape, parent)
+            source, pool = f"{head}.{leaf.removeprefix('experts.')}", self.pools[int(number)]
+            served = pool.groups or tuple(range(modality_groups))
+            return _from_feed_forward(name, shape, source, parent.shapes, served)
 
-        def _from_experts(
-            self,
-            name: str,
-            shape: Shape,
-            parent: Mapping[str, Shape],
-            above: list[Mapping[str, Any]],
-        ) -> Inherited:
+        def _from_experts(self, name: str, shape: Shape, parent: Parent) -> Inherited:
             """Each expert of the parent becomes the same number of experts of the same pool."""
             ours = [pool.groups for pool in self.pools]
-            theirs = [tuple(pool["groups"]) for pool in above]
+            theirs = [tuple(pool["groups"]) for pool in parent.branch["pools"]]
             if theirs != ours:
                 raise ValueError(
                     f"the pools of {name} serve the groups {ours}, those of the parent {theirs}"
                 )
-            whole = parent[name]
-            if whole[1:] != shape[1:] or shape[0] % whole[0]:
-                raise ValueError(f"{name} is {shape}, in the parent {whole}")
+            whole = parent.shapes[name]
             if whole == shape:
                 return Inherited(name, whole)
+            if whole[1:] != shape[1:] or shape[0] % whole[0]:
+                raise ValueError(f"{name} is {shape}, in the parent {whole}")
             copies = shape[0] // whole[0]
             return Inherited(name, whole, tuple(place // copies for place in range(shape[0])))
 
@@ -325,8 +311,8 @@ class MixtureOfExperts(Branch):
     def forward(self, x_TD: torch.Tensor, context: ForwardContext) -> torch.Tensor:
         """(T, D) → (T, D).
 
-        In turns over the pools: while the rows of one travel, another one computes, first of all
-        the shared experts, whose tokens stay.
+        Overlaps communication and computation: while rows of one pool travel, another pool or the
+        shared experts, whose tokens stay, compute.
         """
         sent = [
             pool.dispatcher.send(x_TD, pool.route(x_TD, context), pool.router.static(context))
@@ -344,12 +330,7 @@ class MixtureOfExperts(Branch):
 
 
 def _from_feed_forward(
-    name: str,
-    source: str,
-    shape: Shape,
-    parent: Mapping[str, Shape],
-    pool: ExpertPool.Config,
-    modality_groups: int,
+    name: str, shape: Shape, source: str, parent: Mapping[str, Shape], served: tuple[int, ...]
 ) -> Inherited:
     """All experts of a pool from one feed-forward: the only one, or that of their modality."""
     theirs = parent.get(source)
@@ -359,10 +340,9 @@ def _from_feed_forward(
         return Inherited(source, theirs, (None,) * shape[0])
     if theirs[1:] != shape[1:]:
         raise ValueError(f"an expert of {name} is {shape[1:]}, {source} of the parent {theirs}")
-    served = pool.groups or tuple(range(modality_groups))
     if len(served) > 1:
         raise ValueError(
-            f"the {pool.name} experts of {name} serve {len(served)} modalities, and {source} of "
-            "the parent has a feed-forward for each; begin with a dense parent"
+            f"all experts of {name} serve {len(served)} modalities, and {source} of the parent has "
+            "a feed-forward for each; begin with a dense parent"
         )
     return Inherited(source, theirs, (served[0],) * shape[0])

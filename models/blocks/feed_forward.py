@@ -9,11 +9,18 @@ from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from earlyfuse.kernels.grouped_gemm import grouped_swiglu
-from earlyfuse.models.blocks.branch import Branch, Collective, Flops, Microbatch, Use, products
-from earlyfuse.models.blocks.local_shard import to_local
+from earlyfuse.models.blocks.branch import (
+    ALL_USES,
+    Branch,
+    Collective,
+    Matrix,
+    Microbatch,
+    Use,
+    sums_of_split_region,
+)
+from earlyfuse.models.blocks.linear import parameter, to_local
 from earlyfuse.models.context import ForwardContext
 from earlyfuse.models.init_weights import Draw, normal
 
@@ -29,43 +36,34 @@ class FeedForward(Branch):
 
     @dataclass(kw_only=True, slots=True)
     class Config(Branch.Config):
+        supports: ClassVar[tuple[Use, ...]] = ALL_USES
+
         dim: int
         hidden_dim: int
         groups: int = 1
 
-        def parameters(self, group: int | None = None) -> int:
-            return 3 * self.dim * self.hidden_dim * (self.groups if group is None else 1)
-
-        def flops(self, seq_len: int, group: int) -> Flops:
-            return products(self.parameters(group))
+        def matrices(self) -> list[Matrix]:
+            """w1, w3, w2."""
+            up = Matrix(self.dim, self.hidden_dim, self.groups, split_outputs=True)
+            return [up, up, Matrix(self.hidden_dim, self.dim, self.groups)]
 
         def saved(self, batch: Microbatch) -> int:
             """Gate, SiLU of it, up and their product; gate and up alone in the grouped product."""
             copies = 2 if self.groups > 1 else 4
             return copies * self.hidden_dim // batch.tensor_ranks
 
-        def saved_by_selective(self, batch: Microbatch) -> int:
-            """Of shared matrices, the products with w1 and w2."""
-            return self.hidden_dim // batch.tensor_ranks + self.dim if self.groups == 1 else 0
-
         def collectives(self, batch: Microbatch) -> Iterator[Collective]:
-            activations = batch.tokens * self.dim * batch.itemsize
-            yield Collective("split activations", "all_reduce", "tp", activations, 1, 1)
+            yield sums_of_split_region(batch, self.dim)
 
         def even_sizes(self, axis: Literal["tensor", "expert"]) -> dict[str, int]:
             return {"hidden_dim": self.hidden_dim} if axis == "tensor" else {}
 
-        def refusal(self, use: Use) -> str | None:
-            """Supports all: tokens are independent."""
-            return None
-
     def __init__(self, config: Config):
         super().__init__()
         self.untied = config.groups > 1
-        lead = (config.groups,) if self.untied else ()
-        self.w1 = nn.Parameter(torch.empty(*lead, config.hidden_dim, config.dim))
-        self.w3 = nn.Parameter(torch.empty(*lead, config.hidden_dim, config.dim))
-        self.w2 = nn.Parameter(torch.empty(*lead, config.dim, config.hidden_dim))
+        self.w1, self.w3, self.w2 = (
+            parameter(matrix.groups, matrix.outputs, matrix.inputs) for matrix in config.matrices()
+        )
 
     def draws(self) -> dict[str, Draw]:
         return DRAWS

@@ -1,7 +1,7 @@
-"""Parameters of which each token picks a row, with gradients summed over tokens in fp32.
+"""Parameters indexed by token, with gradients summed over tokens in fp32.
 
-Plain indexing, ``weight[index_T]``, has the same values, but backward adds up token by token in the
-weight's own type: in bf16 such a sum stands still after a few hundred tokens.
+Plain indexing, ``weight[index_T]``, has the same values, but its backward accumulates in the
+weight's dtype: in bf16 such a sum stops growing after a few hundred tokens.
 
 T tokens, G groups, V vocabulary, D width; "..." the shape of one token, such as (D,) or (N, H).
 """
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from earlyfuse.models.blocks.wide import wide, wide_type
+from earlyfuse.models.precision import wide, wide_type
 
 
 def scaled_by_group(
@@ -33,16 +33,16 @@ def embedding(tokens_T: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
 
 def sums_by_group(values: torch.Tensor, group_T: torch.Tensor, groups: int) -> torch.Tensor:
     """(T, ...) → (G, ...), fp32 at least: sums over the tokens of each group; 0 of an empty one."""
-    if values.device.type != "cpu":  # rows added to one another there are a race of atomics
+    if values.device.type != "cpu":  # index_add_ uses atomics there: no fixed order
         return masked_sums(values, group_T, groups)
     sums = values.new_zeros(groups, *values.shape[1:], dtype=wide_type(values.dtype))
     return sums.index_add_(0, group_T, wide(values))
 
 
 def masked_sums(values: torch.Tensor, group_T: torch.Tensor, groups: int) -> torch.Tensor:
-    """``sums_by_group`` as one reduction for each of the few groups, always in the same order.
+    """``sums_by_group`` as one reduction per group, in a fixed order.
 
-    A product with a one-hot matrix would carry what is not finite in one group into all of them.
+    A product with a one-hot matrix would spread non-finite values of one group to all.
     """
     dtype = wide_type(values.dtype)
     lead = (-1,) + (1,) * (values.ndim - 1)
@@ -51,7 +51,7 @@ def masked_sums(values: torch.Tensor, group_T: torch.Tensor, groups: int) -> tor
 
 
 class _ScaledByGroup(torch.autograd.Function):
-    """Keeps its input, not the weight of each token."""
+    """Saves its input for backward, not the weight of each token."""
 
     @staticmethod
     def forward(

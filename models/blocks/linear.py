@@ -1,45 +1,48 @@
-"""Projections and norms in two forms: shared by all tokens, or untied by modality.
+"""Projections and norms, shared by all tokens or untied by modality.
 
-Both forms are called alike, ``module(x_TD, context)``, so that a block is written once and its
-parameters are shared or untied by ``groups`` in its config: 1 is shared, M holds one set per
-modality group (arXiv 2411.04996, section 2). T tokens, D width in, F width out, G groups, N heads,
-H head width.
+``groups`` is the number of parameter sets: 1 is shared, M one per modality group (arXiv
+2411.04996, section 2). Both forms are called as ``module(x_TD, context)``. T tokens, D width in, F
+width out, G groups, N heads, H head width.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
 from torchtitan.protocols.module import Module
 
 from earlyfuse.kernels.grouped_gemm import grouped_linear
+from earlyfuse.models.blocks.branch import Matrix
 from earlyfuse.models.blocks.indexed_parameters import scaled_by_group
-from earlyfuse.models.blocks.local_shard import to_local
 from earlyfuse.models.context import ForwardContext
 from earlyfuse.models.init_weights import Draw, constant
 
 NORM_EPS = 1e-5
 
 
+def parameter(groups: int, *shape: int) -> nn.Parameter:
+    """Uninitialised parameter of ``shape``, or (groups, *shape) untied by modality."""
+    return nn.Parameter(torch.empty(groups, *shape) if groups > 1 else torch.empty(shape))
+
+
+def to_local(parameter: torch.Tensor) -> torch.Tensor:
+    """This rank's shard of a parameter under tensor or expert parallelism, else all of it.
+
+    Layers take their sizes from the shard, not from their config.
+    """
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
 class Linear(Module):
     """x W^T, without bias. Weight (F, D), or (G, F, D) untied by modality."""
 
-    @dataclass(kw_only=True, slots=True)
-    class Config(Module.Config):
-        in_features: int
-        out_features: int
-        groups: int = 1
-
-    def __init__(self, config: Config):
+    def __init__(self, matrix: Matrix):
         super().__init__()
-        shape = (config.out_features, config.in_features)
-        self.untied = config.groups > 1
-        self.weight = nn.Parameter(
-            torch.empty(config.groups, *shape) if self.untied else torch.empty(shape)
-        )
+        self.untied = matrix.groups > 1
+        self.weight = parameter(matrix.groups, matrix.outputs, matrix.inputs)
 
     def forward(self, x_TD: torch.Tensor, context: ForwardContext) -> torch.Tensor:
         """(T, D) → (T, F)."""
@@ -52,17 +55,10 @@ class Linear(Module):
 class RMSNorm(Module):
     """x / rms(x) · weight, in fp32. Weight (D,), or (G, D) untied by modality."""
 
-    @dataclass(kw_only=True, slots=True)
-    class Config(Module.Config):
-        dim: int
-        groups: int = 1
-
-    def __init__(self, config: Config):
+    def __init__(self, dim: int, groups: int = 1):
         super().__init__()
-        self.untied = config.groups > 1
-        self.weight = nn.Parameter(
-            torch.empty(config.groups, config.dim) if self.untied else torch.empty(config.dim)
-        )
+        self.untied = groups > 1
+        self.weight = parameter(groups, dim)
 
     def draws(self) -> dict[str, Draw]:
         return {"weight": constant(1.0)}
@@ -83,7 +79,7 @@ def _divided_by_rms(x_TD: torch.Tensor) -> torch.Tensor:
 
 
 class _DividedByRms(torch.autograd.Function):
-    """x / rms(x), fp32. torch has no CPU kernel for it; what it composes takes twice as long."""
+    """x / rms(x), fp32: torch has no fused CPU kernel, and its composition takes twice as long."""
 
     @staticmethod
     def forward(ctx: Any, x_TD: torch.Tensor) -> torch.Tensor:
@@ -106,25 +102,15 @@ class _DividedByRms(torch.autograd.Function):
 class HeadNorm(Module):
     """Chameleon's qk-norm: LayerNorm over each head with a weight and bias of its own per head.
 
-    Weight and bias (N, H), or (G, N, H) untied by modality. Public checkpoints share one row
-    between the heads of a model-parallel shard, so rows may differ between heads (arXiv 2405.09818,
-    2.3).
+    Weight and bias (N, H), or (G, N, H) untied by modality. Rows differ between heads: public
+    checkpoints share one between the heads of a model-parallel shard (arXiv 2405.09818, 2.3).
     """
 
-    @dataclass(kw_only=True, slots=True)
-    class Config(Module.Config):
-        heads: int
-        head_dim: int
-        groups: int = 1
-
-    def __init__(self, config: Config):
+    def __init__(self, heads: int, head_dim: int, groups: int = 1):
         super().__init__()
-        shape: tuple[int, ...] = (config.heads, config.head_dim)
-        self.untied = config.groups > 1
-        if self.untied:
-            shape = (config.groups, *shape)
-        self.weight = nn.Parameter(torch.empty(shape))
-        self.bias = nn.Parameter(torch.empty(shape))
+        self.untied = groups > 1
+        self.weight = parameter(groups, heads, head_dim)
+        self.bias = parameter(groups, heads, head_dim)
 
     def draws(self) -> dict[str, Draw]:
         return {"weight": constant(1.0), "bias": constant(0.0)}

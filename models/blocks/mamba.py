@@ -1,9 +1,9 @@
 """Mamba-1's mixer (arXiv 2312.00752), its projections shared or untied by modality.
 
-With all four untied this is Mixture-of-Mamba (arXiv 2501.16295); convolution, rates of decay and
-skip are shared by all modalities, so that one recurrent state runs through the mixed sequence.
-Projections sort tokens by modality and put them back inside their kernels; only the convolution
-and the scan need the order of the sequence.
+With all four untied this is Mixture-of-Mamba (arXiv 2501.16295); convolution, decay rates and skip
+are shared by all modalities, so that one recurrent state runs through the mixed sequence. Untied
+projections sort tokens by modality inside their kernels; only convolution and scan need the order
+of the sequence.
 
 B rows, S positions, T = B·S tokens, D width, I inner width, N states, R rank of the step sizes,
 W taps, V = W - 1, G modality groups.
@@ -22,29 +22,16 @@ from earlyfuse.kernels.causal_conv1d import causal_conv1d
 from earlyfuse.kernels.selective_scan import selective_scan
 from earlyfuse.kernels.selective_scan.chunks import count_chunks
 from earlyfuse.kernels.selective_scan.op import BACKWARD_FLOPS, FORWARD_FLOPS
-from earlyfuse.models.blocks.branch import (
-    FP32,
-    Branch,
-    Collective,
-    Flops,
-    Microbatch,
-    Use,
-    products,
-)
+from earlyfuse.models.blocks.branch import FP32, Branch, Collective, Flops, Matrix, Microbatch, Use
 from earlyfuse.models.blocks.cache import DecodeCache
-from earlyfuse.models.blocks.linear import Linear
-from earlyfuse.models.blocks.wide import wide
+from earlyfuse.models.blocks.linear import Linear, parameter
 from earlyfuse.models.context import ForwardContext
-from earlyfuse.models.init_weights import (
-    Draw,
-    Scales,
-    constant,
-    fill,
-    local_shard,
-    uniform,
-)
+from earlyfuse.models.field_checks import check_at_least
+from earlyfuse.models.init_weights import Draw, Scales, constant, fill, local_shard, uniform
+from earlyfuse.models.precision import wide
 
 WIDTHS = (2, 3, 4)  # of the convolution's kernels
+GROUPS = ("in_proj_groups", "x_proj_groups", "dt_proj_groups", "out_proj_groups")
 SHORTEST_STEP, LONGEST_STEP, STEP_FLOOR = 1e-3, 1e-1, 1e-4
 
 
@@ -52,17 +39,18 @@ class Mamba(Branch):
     """x, z = in(h); u = silu(conv(x)); Δ, B, C = x_proj(u); out(scan(u, Δ, B, C) · silu(z)).
 
     Δ is of rank R and widened by dt_proj, whose bias the scan adds in fp32. State and convolution
-    begin anew with each document.
+    restart with each document.
     """
 
     @dataclass(kw_only=True, slots=True)
     class Config(Branch.Config):
-        """``…_groups``: how many sets of a projection there are, 1 for all tokens, or one for each
-        modality group; the four are the ablation of arXiv 2501.16295."""
+        """``…_groups``: sets of a projection, 1 for all tokens, or one for each modality group; the
+        four are the ablation of arXiv 2501.16295."""
 
         inherited_fields: ClassVar[tuple[str, ...]] = (
             *("inner_dim", "states", "dt_rank", "conv_width"),
         )
+        supports: ClassVar[tuple[Use, ...]] = ("context_parallel", "decoding")
 
         dim: int
         inner_dim: int
@@ -75,9 +63,7 @@ class Mamba(Branch):
         out_proj_groups: int = 1
 
         def __post_init__(self) -> None:
-            for name in ("dim", "inner_dim", "dt_rank", "states", *GROUPS):
-                if getattr(self, name) < 1:
-                    raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
+            check_at_least(self, 1, "dim", "inner_dim", "dt_rank", "states", *GROUPS)
             if self.conv_width not in WIDTHS:
                 raise ValueError(f"conv_width ({self.conv_width}) must be 2, 3 or 4")
 
@@ -89,46 +75,36 @@ class Mamba(Branch):
                         f"{modality_groups}, one for each modality group"
                     )
 
-        def _projections(self) -> list[tuple[int, int, int]]:
-            """(inputs, outputs, sets) of each projection."""
+        def matrices(self) -> list[Matrix]:
+            """in_proj, x_proj, dt_proj, out_proj."""
             inner, selected = self.inner_dim, self.dt_rank + 2 * self.states
             return [
-                (self.dim, 2 * inner, self.in_proj_groups),
-                (inner, selected, self.x_proj_groups),
-                (self.dt_rank, inner, self.dt_proj_groups),
-                (inner, self.dim, self.out_proj_groups),
+                Matrix(self.dim, 2 * inner, self.in_proj_groups),
+                Matrix(inner, selected, self.x_proj_groups),
+                Matrix(self.dt_rank, inner, self.dt_proj_groups),
+                Matrix(inner, self.dim, self.out_proj_groups),
             ]
 
-        def parameters(self, group: int | None = None) -> int:
-            """Projections, one set of them for one modality, and vectors: convolution with its
-            bias, A, D, and for each set of ``dt_proj`` the bias of step sizes.
-            """
-            projections = [
-                (i * o, sets if group is None else 1) for i, o, sets in self._projections()
-            ]
-            biases = self.dt_proj_groups if group is None else 1
-            vectors = self.inner_dim * (self.conv_width + 1 + self.states + 1 + biases)
-            return sum(size * sets for size, sets in projections) + vectors
+        def vectors(self) -> list[tuple[int, int]]:
+            """Convolution with its bias, A and D; the bias of the step sizes."""
+            shared = self.inner_dim * (self.conv_width + 1 + self.states + 1)
+            return [(shared, 1), (self.inner_dim, self.dt_proj_groups)]
 
         def flops(self, seq_len: int, group: int) -> Flops:
             """Projections, convolution and scan (kernels/*/README.md)."""
             scan, taps = self.inner_dim * self.states, 2 * self.inner_dim * self.conv_width
             # backward, once each: of the inputs, of the taps, and what SiLU's derivative recomputes
             recurrences = Flops(FORWARD_FLOPS * scan + taps, BACKWARD_FLOPS * scan + 3 * taps)
-            return products(sum(i * o for i, o, _ in self._projections())) + recurrences
+            return Branch.Config.flops(self, seq_len, group) + recurrences
 
         def saved(self, batch: Microbatch) -> int:
-            """x and z, u, step sizes, the gated output; what x_proj selects; in fp32, the states
-            before each chunk, and what other ranks leave of a state.
+            """x and z, u, step sizes, the gated output; outputs of x_proj; in fp32, the states
+            before each chunk, and the states that other ranks send.
             """
-            wide = FP32 // batch.itemsize
             kept = count_chunks(batch.seq_len) + batch.context_ranks - 1
-            states = wide * self.inner_dim * self.states * kept
+            states = FP32 // batch.itemsize * self.inner_dim * self.states * kept
             selected = self.dt_rank + 2 * self.states
             return 5 * self.inner_dim + selected + states // batch.seq_len
-
-        def saved_by_selective(self, batch: Microbatch) -> int:
-            return sum([outputs for _, outputs, sets in self._projections() if sets == 1][::2])
 
         def collectives(self, batch: Microbatch) -> Iterator[Collective]:
             """Inputs of the convolution, and states of the scan, from the ranks before."""
@@ -143,25 +119,22 @@ class Mamba(Branch):
         def refusal(self, use: Use) -> str | None:
             if use == "tensor_parallel":
                 return "it is a Mamba block, whose channels all meet in one projection; use FSDP"
-            return None
+            return Branch.Config.refusal(self, use)
 
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        inner, rank, states = config.inner_dim, config.dt_rank, config.states
-        self.in_proj = _linear(config.dim, 2 * inner, config.in_proj_groups)
-        self.conv = Conv(inner, config.conv_width)
-        self.x_proj = _linear(inner, rank + 2 * states, config.x_proj_groups)
-        self.dt_proj = _linear(rank, inner, config.dt_proj_groups)
-        self.scan = Scan(inner, states, config.dt_proj_groups)
-        self.out_proj = _linear(inner, config.dim, config.out_proj_groups)
+        in_proj, x_proj, dt_proj, out_proj = map(Linear, config.matrices())
+        self.in_proj = in_proj
+        self.conv = Conv(config.inner_dim, config.conv_width)
+        self.x_proj, self.dt_proj = x_proj, dt_proj
+        self.scan = Scan(config.inner_dim, config.states, config.dt_proj_groups)
+        self.out_proj = out_proj
 
     def draws(self) -> dict[str, Draw]:
         """Uniform, as in arXiv 2312.00752 and its code; ``out_proj`` writes into the residual."""
-        projections = dict.fromkeys(
-            ("in_proj.weight", "x_proj.weight", "dt_proj.weight"), uniform()
-        )
-        return projections | {"out_proj.weight": uniform(residual=True)}
+        inner = dict.fromkeys(("in_proj.weight", "x_proj.weight", "dt_proj.weight"), uniform())
+        return inner | {"out_proj.weight": uniform(residual=True)}
 
     def forward(self, x_TD: torch.Tensor, context: ForwardContext) -> torch.Tensor:
         """(T, D) → (T, D)."""
@@ -178,18 +151,8 @@ class Mamba(Branch):
         return self.out_proj(y_BSI.flatten(0, 1), context)
 
 
-GROUPS = ("in_proj_groups", "x_proj_groups", "dt_proj_groups", "out_proj_groups")
-
-
-def _linear(in_features: int, out_features: int, groups: int) -> Linear:
-    config = Linear.Config(in_features=in_features, out_features=out_features, groups=groups)
-    return config.build()
-
-
 class Conv(Module):
-    """Causal depthwise convolution and SiLU. Weight (I, W), the last tap the token's own; bias
-    (I,).
-    """
+    """Causal depthwise convolution and SiLU. Weight (I, W), the token's own tap last; bias (I,)."""
 
     def __init__(self, inner: int, width: int):
         super().__init__()
@@ -220,8 +183,8 @@ class Scan(Module):
     """The selective scan, skip and gate, with its fp32 parameters: ``A_log`` (I, N), ``D`` (I,),
     ``dt_bias`` (I,), or (G, I) untied by modality.
 
-    A module of its own, so that they stay in fp32 where all else computes in bf16: rates are
-    exponents, and their errors add up over a document.
+    A separate module, so that they stay in fp32 in a bf16 model: rates are exponents, and their
+    errors accumulate over a document.
     """
 
     keeps_fp32 = True
@@ -231,9 +194,7 @@ class Scan(Module):
         self.A_log = nn.Parameter(torch.empty(inner, states))
         self.D = nn.Parameter(torch.empty(inner))
         self.untied = groups > 1
-        self.dt_bias = nn.Parameter(
-            torch.empty(groups, inner) if self.untied else torch.empty(inner)
-        )
+        self.dt_bias = parameter(groups, inner)
 
     def draws(self) -> dict[str, Draw]:
         """Mamba's: rates -1 … -N for each channel, skip 1, step sizes log-uniform."""
@@ -284,9 +245,8 @@ def _draw_step_bias(parameter: torch.Tensor, seed: str, scales: Scales) -> None:
 
 
 class MambaCache:
-    """What a mixer keeps of the tokens read: the convolution's last inputs and the scan's state.
-
-    Both hold what the last *real* token of each row left behind.
+    """Decode state of a mixer: the convolution's last inputs and the scan's state, both after the
+    last *real* token of each row.
     """
 
     def __init__(self, cache: DecodeCache):
@@ -295,7 +255,7 @@ class MambaCache:
         self.state_BIN: torch.Tensor | None = None
 
     def inputs(self, x_BSI: torch.Tensor, taps: int) -> torch.Tensor:
-        """The convolution's ``taps`` inputs before this call, (B, V, I); takes in ``x_BSI``."""
+        """The convolution's ``taps`` inputs before this call, (B, V, I); appends ``x_BSI``."""
         if self.inputs_BVI is None:
             self.inputs_BVI = x_BSI.new_zeros(x_BSI.shape[0], taps, x_BSI.shape[2])
         before_BVI, real_B = self.inputs_BVI, self.cache.real_B
@@ -306,7 +266,7 @@ class MambaCache:
         return before_BVI
 
     def steps(self, delta_BSI: torch.Tensor) -> torch.Tensor:
-        """Step sizes that are 0 behind the real tokens, where the state must stay as it is."""
+        """Step sizes, 0 after the last real token, so that the state does not change there."""
         seq_len, real_B = delta_BSI.shape[1], self.cache.real_B
         if seq_len == 1 or real_B is None:
             return delta_BSI

@@ -2,8 +2,8 @@
 
 A layer that looks along a row asks its ``SequenceShard`` for what other ranks have: attention for
 keys and values, a convolution for the inputs before, a scan for the state before. Rows are split in
-order into slices of equal length; masks and resets need no communication. ``FullSequence``: the
-whole row is here. ``parallel/strategies/context.py`` has ``ContextParallelShard``.
+order into slices of equal length; masks and resets need no communication. The default is
+``FullSequence``; ``parallel/strategies/context.py`` has ``ContextParallelShard``.
 
 B rows, S positions here, K key/value heads, H width of a head, I channels, V inputs before.
 """
@@ -16,7 +16,7 @@ from earlyfuse.kernels.selective_scan import selective_scan
 
 
 class SequenceShard(Protocol):
-    """``index``: which of the ``parts`` of a row is here, from 0."""
+    """``index``: which of the ``parts`` of a row this rank has, from 0."""
 
     index: int
     parts: int
@@ -24,21 +24,21 @@ class SequenceShard(Protocol):
     def keys_and_values(
         self, k_BSKH: torch.Tensor, v_BSKH: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Those from the start of the row to the last position here, (B, (index + 1) S, K, H)."""
+        """Keys and values from the start of the row to this slice, (B, (index + 1) S, K, H)."""
 
     def inputs_before(self, x_BSI: torch.Tensor, count: int) -> torch.Tensor | None:
-        """The last ``count`` inputs before the first position here, (B, V, I), zeros where the row
-        has not begun; None where that is at the start of the row.
+        """The last ``count`` inputs before this slice, (B, V, I), zeros before the row; None in the
+        first slice.
         """
 
     def scan(self, *inputs: torch.Tensor | None) -> torch.Tensor:
-        """The outputs here of a scan over the row. ``inputs``: all arguments of
-        ``selective_scan``, in its order, but the state.
+        """Outputs of this slice of a scan over the row. ``inputs``: arguments of
+        ``selective_scan`` in its order, without the state.
         """
 
 
 class FullSequence:
-    """All positions are here."""
+    """Whole rows are on this rank."""
 
     index, parts = 0, 1
 

@@ -1,14 +1,11 @@
-"""The grammar of a vocabulary: what may follow in a document that is being written.
+"""Constrained decoding: which tokens may follow in a document, by the grammar of the vocabulary.
 
     document = bos (text piece | media block)* eos
     media block = begin, codes, end
 
-Begin and end of a document may be one id, as GPT-2's and GPT-NeoX's ``<|endoftext|>`` is: the
-first token begins the document, the next such token ends it.
-
-A block has exactly ``MediaCodes.block`` codes, or any number from 1 where that is 0. Nothing here
-looks at a model: whatever it prefers, what is allowed is a document, or the beginning of one that
-can be continued.
+bos and eos may be one id, as GPT-2's and GPT-NeoX's ``<|endoftext|>``: the first token begins the
+document, the next such token ends it. A block has exactly ``MediaCodes.block`` codes, or any number
+from 1 where that is 0. Whatever a model prefers, the result is a document or the beginning of one.
 
 V vocabulary.
 """
@@ -22,15 +19,15 @@ import torch
 
 from earlyfuse.models.vocabulary import MediaCodes, Modality, Vocabulary
 
-Mode = str  # "text", "interleaved" or the label of a medium: one block of it
-DOCUMENT_MODES = ("text", "interleaved")  # they write to the end of the document
+Mode = str  # "text", "interleaved", or the label of a medium for one block of it
+DOCUMENT_MODES = ("text", "interleaved")  # to the end of the document
 
 
 class Allowed(NamedTuple):
-    """What the next token may be.
+    """Choices for the next token.
 
-    ``text``: a text piece or the end of the document; ``begin``: the beginning of one of these
-    media; ``codes``: one of this medium's codes; ``end``: the end of its block.
+    ``text``: a text piece or eos; ``begin``: begin of one of these media; ``codes``: a code of this
+    medium; ``end``: the end of its block.
     """
 
     text: bool = False
@@ -41,7 +38,7 @@ class Allowed(NamedTuple):
 
 @lru_cache(maxsize=64)
 def allowed_ids(vocabulary: Vocabulary, allowed: Allowed) -> torch.Tensor:
-    """(V,) bool; not to be written to."""
+    """(V,) bool, cached: do not write to it."""
     allowed_V = torch.zeros(vocabulary.size, dtype=torch.bool)
     if allowed.text:
         allowed_V |= vocabulary.modality_of(torch.arange(vocabulary.size)) == Modality.TEXT
@@ -57,12 +54,11 @@ def allowed_ids(vocabulary: Vocabulary, allowed: Allowed) -> torch.Tensor:
 
 
 class Draft:
-    """A document that is being written: its tokens, where in the grammar it stands, whether it is
-    ``done``.
+    """A document being written: its tokens, its state in the grammar, and whether it is ``done``.
 
-    ``mode``: "text" writes text to the end of the document, "interleaved" anything; the label of a
-    medium ("image", "speech") one block of it, to its end. ``room``: tokens that may be added; no
-    block is begun that would not fit.
+    ``mode``: "text" writes text to the end of the document, "interleaved" anything, the label of a
+    medium ("image", "speech") one block of it. ``room``: tokens that may be added; no block is
+    begun that would not fit.
     """
 
     def __init__(self, vocabulary: Vocabulary, prompt: Sequence[int], mode: Mode, room: int):
@@ -72,22 +68,22 @@ class Draft:
         self.begun = 0  # where the open block begins
         self.done = False
         _check_request(vocabulary, prompt, mode, room)
-        # a prompt may hold anything, whatever is to be written behind it
+        # prompts may have any content, whatever the mode
         self.mode: Mode = "interleaved"
         self.room = sys.maxsize
         for token in prompt:
             if not self._fits(token):
                 raise ValueError(
-                    f"token {len(self.tokens)} of the prompt ({token}) cannot stand there: "
+                    f"token {len(self.tokens)} of the prompt ({token}) is not allowed there: "
                     f"{self._expected()}"
                 )
             self.write(token)
         if self.done:
-            raise ValueError("nothing can be written behind a prompt that has ended with eos")
+            raise ValueError("a prompt that has ended with eos cannot be continued")
         self.prompt, self.mode, self.room = len(prompt), mode, room
         self.done = room == 0
         if self.medium is not None:
-            # those of a block that varies in length: it may end after the code it has, or the first
+            # a block of any length may end after its first code
             missing = self.medium.block - self._codes() if self.medium.block else not self._codes()
             _check_room(room, missing + 1)
         elif mode not in DOCUMENT_MODES:
@@ -97,16 +93,16 @@ class Draft:
 
     @property
     def written(self) -> list[int]:
-        """The tokens behind the prompt."""
+        """The tokens after the prompt."""
         return self.tokens[self.prompt :]
 
     @property
     def unconditional(self) -> list[int]:
-        """The same document as if nothing stood before the open block: bos and the block so far."""
+        """bos and the open block so far: the document without its prompt, for guidance."""
         return [self.tokens[0], *(self.tokens[self.begun :] if self.medium is not None else ())]
 
     def allowed(self) -> Allowed:
-        """What may be written next."""
+        """Choices for the next token."""
         medium = self.medium
         if medium is None:
             return Allowed(text=True, begin=self._openable())
@@ -141,9 +137,9 @@ class Draft:
         return tuple(m for m in self.vocabulary.media if self.room >= max(m.block, 1) + 2)
 
     def _fits(self, token: int) -> bool:
-        """Whether the prompt may go on so."""
+        """True if the prompt may continue with ``token``."""
         if not self.tokens:
-            return True  # bos, as checked
+            return True  # bos, already checked
         if self.done or not 0 <= token < self.vocabulary.size:
             return False
         return bool(allowed_ids(self.vocabulary, self.allowed())[token])
@@ -178,6 +174,4 @@ def _check_request(vocabulary: Vocabulary, prompt: Sequence[int], mode: str, roo
 
 def _check_room(room: int, needed: int) -> None:
     if room < needed:
-        raise ValueError(
-            f"new_tokens ({room}) must be at least {needed}, to write the block to its end"
-        )
+        raise ValueError(f"new_tokens ({room}) must be at least {needed} to complete the block")

@@ -1,12 +1,12 @@
-"""Writing documents: text, images, speech, mixed, from the next-token logits of a ``Decoder``.
+"""Samples documents (text, images, speech, mixed) from the next-token logits of a ``Decoder``.
 
-Each step reads the tokens just written, masks what the grammar of the vocabulary
-(``models/generate/constrained.py``) does not allow, and draws. What has been read stays in the
-blocks' states (``models/blocks/cache.py``). Experts are chosen by the causal rule: routing by
-batch would look at what is not written yet.
+Each step reads the tokens just written, masks what the grammar of the vocabulary does not allow
+(``models/generate/constrained.py``), and draws. A decode cache keeps the state of earlier tokens
+(``models/blocks/cache.py``). Experts are chosen by the causal rule: batch routing would need tokens
+that are not written yet.
 
-Every document draws from a seed of its own and is routed token by token, so what is written does
-not depend on what else is in the batch; documents that have ended leave it.
+Every document has its own seed and is routed token by token, so it does not depend on the others in
+the batch; finished documents leave it.
 
 B documents, R rows of the model (2 B with guidance), S positions, V vocabulary.
 """
@@ -14,7 +14,6 @@ B documents, R rows of the model (2 B with guidance), S positions, V vocabulary.
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from math import inf
 
 import torch
 
@@ -22,8 +21,9 @@ from earlyfuse.models.batch import MixedBatch
 from earlyfuse.models.blocks.cache import DecodeCache
 from earlyfuse.models.context import ForwardSettings
 from earlyfuse.models.decoder import Decoder
+from earlyfuse.models.field_checks import check_at_least
 from earlyfuse.models.generate.constrained import Draft, Mode, allowed_ids
-from earlyfuse.models.routing.causal import check_causal
+from earlyfuse.models.routing.router import check_causal
 from earlyfuse.models.vocabulary import Vocabulary
 
 CAUSAL = ForwardSettings(rule="causal")
@@ -33,10 +33,10 @@ CAUSAL = ForwardSettings(rule="causal")
 class Sampling:
     """How tokens are drawn.
 
-    ``temperature``: 0 takes the most likely. ``top_p``: from the fewest tokens that have this much
-    of the probability (arXiv 1904.09751); 1: all. ``top_k``: from so many at most; 0: all.
-    ``guidance``: the logits of codes are u + guidance · (c - u), with u those after nothing but
-    begin-of-document and the image so far (classifier-free guidance, arXiv 2207.12598); 1: off.
+    ``temperature``: 0 takes the most likely token. ``top_p``: nucleus sampling (arXiv 1904.09751);
+    1: off. ``top_k``: from the k most likely; 0: off. ``guidance``: classifier-free guidance (arXiv
+    2207.12598) of codes, u + guidance · (c - u), with u the logits after begin-of-document and the
+    block so far alone; 1: off.
     """
 
     temperature: float = 1.0
@@ -45,18 +45,9 @@ class Sampling:
     guidance: float = 1.0
 
     def __post_init__(self) -> None:
-        for name, right, rule in (
-            (
-                "temperature",
-                0 <= self.temperature < inf,
-                "must not be negative or infinite; 0 is greedy",
-            ),
-            ("top_p", 0 < self.top_p <= 1, "must be in (0, 1]; 1 is off"),
-            ("top_k", self.top_k >= 0, "must not be negative; 0 is off"),
-            ("guidance", 0 <= self.guidance < inf, "must not be negative or infinite; 1 is off"),
-        ):
-            if not right:
-                raise ValueError(f"{name} ({getattr(self, name)}) {rule}")
+        check_at_least(self, 0, "temperature", "top_k", "guidance")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p ({self.top_p}) must be in (0, 1]; 1 is off")
 
 
 @torch.no_grad()
@@ -73,18 +64,16 @@ def generate(
     unused: Sequence[int] = (),
     agree: Callable[[torch.Tensor], torch.Tensor] = lambda tokens_B: tokens_B,
 ) -> list[list[int]]:
-    """What is written behind each of ``prompts``, at most ``new_tokens`` (of each, or one for all).
+    """Returns the continuation of each prompt, at most ``new_tokens`` (of each, or one for all).
 
-    ``prompts``: token ids from begin-of-document on. ``mode``: "text" to the end of the document,
-    "image" or "speech" one block with its sentinels, "interleaved" all to the end of the document.
-    ``seeds``
-    of the documents, 0 … B-1 if not given. ``cache`` off reads everything again for each token.
-    ``unused``: ids that no document has, such as padding rows of an embedding; never written.
-    ``agree``: where several ranks write the same, makes the tokens of a step (B,) those of one of
-    them.
+    ``prompts``: token ids from begin-of-document on. ``mode``: "text" or "interleaved" to the end
+    of the document, "image" or "speech" one block with its sentinels. ``seeds``: of the documents,
+    by default 0 … B-1. ``cache=False`` reads the whole document for each token. ``unused``: ids
+    that are never written, such as padding rows of an embedding. ``agree``: makes the tokens (B,)
+    of a step equal on all ranks that write the same documents.
 
-    Raises ``ValueError`` for prompts that are no beginning of a document, blocks that do not fit
-    into ``new_tokens``, and models whose experts have no causal rule.
+    ``ValueError`` for prompts that do not begin a document, blocks that do not fit into
+    ``new_tokens``, and models whose experts have no causal rule.
     """
     check_causal(model)
     sampling = sampling or Sampling()
@@ -102,7 +91,7 @@ def generate(
     reader = _Cached(model, vocabulary, longest) if cache else _Rereading(model, vocabulary)
     was_training = model.training
     model.eval()
-    # each token makes another shape: compiled blocks would be compiled again and again
+    # shapes change with each token: compiled blocks would recompile
     eager = torch.compiler.set_stance("force_eager") if cache else nullcontext()
     try:
         with eager:
@@ -121,7 +110,7 @@ def _write(
     unused: Sequence[int],
     agree: Callable[[torch.Tensor], torch.Tensor],
 ) -> None:
-    """Write all drafts to their end."""
+    """Writes all drafts to their end."""
     going = [(draft, draw) for draft, draw in zip(drafts, draws, strict=True) if not draft.done]
     while going:
         rows = [draft.tokens for draft, _ in going]
@@ -150,9 +139,9 @@ def choose(
     """One allowed token for each row, (B,) int64.
 
     ``logits_BV`` any float, finite or not; ``allowed_BV`` bool, some in each row; ``draw_B``
-    float64 in [0, 1): where in the distribution of its row each token is taken.
+    float64 in [0, 1): the point of the row's cumulative distribution.
     """
-    # in float64: sums over a large vocabulary decide between tokens
+    # float64: cumulative sums over a large vocabulary
     scores_BV = logits_BV.float().nan_to_num(nan=torch.finfo(torch.float32).min).double()
     scores_BV = scores_BV.masked_fill(~allowed_BV, -torch.inf)
     if sampling.temperature == 0:
@@ -169,7 +158,7 @@ def choose(
         share_BV = share_BV * kept_BV
     up_to_BV = share_BV.cumsum(-1)
     total_B1 = up_to_BV[:, -1:]
-    # rounded up to the total, a draw would take a token behind all that have a share
+    # below the total: rounding up would take a token of probability 0 at the end
     below_B1 = torch.nextafter(total_B1, torch.zeros_like(total_B1))
     target_B1 = torch.minimum(draw_B.to(total_B1.device).unsqueeze(1) * total_B1, below_B1)
     place_B1 = torch.searchsorted(up_to_BV, target_B1, right=True)
@@ -178,12 +167,12 @@ def choose(
 
 
 def _draws(seed: int, count: int) -> torch.Tensor:
-    """Numbers in [0, 1), float64 on the host; the first ones are the same for any ``count``."""
+    """Numbers in [0, 1), float64 on the host; a larger ``count`` only appends."""
     return torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def _guide(logits_RV: torch.Tensor, in_block: Sequence[bool], guidance: float) -> torch.Tensor:
-    """Rows with their prompts, then without → (B, V): guided where a code is next."""
+    """Logits with prompts, then without → (B, V), guided where a code is next."""
     with_prompt_BV, without_BV = logits_RV.float().chunk(2)
     guided_BV = without_BV + guidance * (with_prompt_BV - without_BV)
     in_block_B1 = torch.tensor(in_block, device=guided_BV.device).unsqueeze(1)
@@ -191,21 +180,21 @@ def _guide(logits_RV: torch.Tensor, in_block: Sequence[bool], guidance: float) -
 
 
 class _Rereading:
-    """Logits after rows of tokens by a whole forward over them."""
+    """Next-token logits by a full forward over all rows."""
 
     def __init__(self, model: Decoder, vocabulary: Vocabulary):
         self.model, self.vocabulary = model, vocabulary
         self.device = next(model.parameters()).device
 
     def read(self, rows: list[list[int]]) -> torch.Tensor:
-        """Logits (R, V) of what comes after each row."""
+        """Next-token logits (R, V) of each row."""
         tokens_RS, real_R = self._padded(rows)
         batch = MixedBatch.of(tokens_RS, self.vocabulary.modality_of(tokens_RS))
         logits_RSV = self.model(batch, CAUSAL)
         return logits_RSV[torch.arange(len(rows), device=self.device), real_R - 1]
 
     def select(self, kept: list[int]) -> None:
-        """Nothing is cached of any row."""
+        """Keeps these rows; nothing is cached."""
 
     def _padded(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """(R, S), filled from the left, and the length of each row, (R,)."""
@@ -216,7 +205,7 @@ class _Rereading:
 
 
 class _Cached(_Rereading):
-    """The same with a decode cache: of rows that were read before, only the last token is new.
+    """The same with a decode cache: reads the last token of each row, after the first call.
 
     A row may also begin another document, with its first token.
     """
@@ -228,7 +217,7 @@ class _Cached(_Rereading):
         self.cache: DecodeCache | None = None
 
     def read(self, rows: list[list[int]]) -> torch.Tensor:
-        """Logits (R, V) of what comes after each row."""
+        """Next-token logits (R, V) of each row."""
         if self.cache is None:
             self.cache = DecodeCache(len(rows), self.slots)
             new = rows
@@ -245,6 +234,6 @@ class _Cached(_Rereading):
         return self.model(batch, CAUSAL, cache=self.cache).squeeze(1)
 
     def select(self, kept: list[int]) -> None:
-        """Drop the other rows."""
+        """Keeps the cache of these rows."""
         if self.cache is not None and kept:
             self.cache.select(torch.tensor(kept, device=self.device))

@@ -1,12 +1,12 @@
-"""Causal routers: which experts a token meets when later tokens are not there yet.
+"""Causal routers: predict expert choice from the current token alone, for causal inference.
 
-Expert choice compares a token with the whole of its routing group. When tokens come one by one, an
-auxiliary router decides from the token alone (MoMa, arXiv 2407.21770, 2.4):
+Expert choice compares a token with the whole of its routing group. In generation later tokens do
+not exist yet, and an auxiliary router decides from the token alone (MoMa, arXiv 2407.21770, 2.4):
 
     score(x) = sigmoid(silu(x W1ᵀ) W2ᵀ)          selected where score > 0.5, i.e. its logit > 0
 
-It learns, by binary cross-entropy, what the batch's choice was; the main router still supplies the
-weight. Its input is detached: it never moves the main model.
+It is trained by binary cross-entropy on the batch's choice; the main router still supplies the
+weight. Its input is detached: it never changes the main model. ``ForwardSettings.rule`` selects it.
 
 T tokens, D width, E experts, R routed rows.
 """
@@ -20,9 +20,9 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torchtitan.protocols.module import Module
 
-from earlyfuse.models.blocks.wide import wide
 from earlyfuse.models.context import ForwardSettings
 from earlyfuse.models.init_weights import Draw, normal
+from earlyfuse.models.precision import wide
 from earlyfuse.models.routes import Routes, group_of_rows
 from earlyfuse.models.routing.router_stats import CausalStats
 
@@ -36,7 +36,7 @@ class CausalRouter(Module):
     @dataclass(kw_only=True, slots=True)
     class Config(Module.Config):
         """``at_least_one``: a token that no expert would take goes to the one of its highest score;
-        the paper lets it pass by."""
+        in the paper it gets none."""
 
         at_least_one: bool = False
 
@@ -60,7 +60,7 @@ class CausalRouter(Module):
     ) -> Routes:
         """Routes by the causal rule. ``main_TE``: logits of the main router, for the weights.
 
-        As many rows as come out: their number goes to the host.
+        The number of rows is data-dependent: the host waits for it.
         """
         logits_TE = self(x_TD)
         taken_TE = logits_TE > 0
@@ -80,12 +80,12 @@ class CausalRouter(Module):
         eligible_T: torch.Tensor | None,
         settings: ForwardSettings,
     ) -> torch.Tensor:
-        """The weights (R,) of ``routes``, which now carry this router's loss into the graph.
+        """The weights (R,) of ``routes``, through which this router's loss joins the graph.
 
         Loss: binary cross-entropy between its scores and which expert took which token, summed over
         experts, divided by the tokens of a whole step that the pool expects (share · step_tokens):
-        a constant, so that ranks and micro-batches add up. Rows of weight 0 that no token fills are
-        no members. No host synchronisation. In evaluation it is only counted.
+        a constant, so that ranks and micro-batches add up. In evaluation it is only recorded. No
+        host synchronisation.
         """
         assert routes.weight_R is not None, "expert choice always weighs its rows"
         if not (self.training or settings.recording):
@@ -105,10 +105,15 @@ class CausalRouter(Module):
         return _Carry.apply(routes.weight_R, bce_TE.sum() / (self.share * tokens))
 
 
+def causal_routers(model: nn.Module) -> list[CausalRouter]:
+    """All causal routers of a model, in order."""
+    return [module for module in model.modules() if isinstance(module, CausalRouter)]
+
+
 def members(
     routes: Routes, eligible_T: torch.Tensor | None, tokens: int, experts: int
 ) -> torch.Tensor:
-    """(T, E) bool: which expert took which token; rows of ineligible tokens only pad."""
+    """(T, E) bool: which expert took which token; rows of ineligible tokens are padding."""
     row_R, offset_G1, _ = routes
     real_R = torch.ones_like(row_R, dtype=torch.bool) if eligible_T is None else eligible_T[row_R]
     member_TE = torch.zeros(tokens, experts, dtype=torch.bool, device=row_R.device)
@@ -116,7 +121,7 @@ def members(
 
 
 class _Carry(torch.autograd.Function):
-    """The first argument; the second, a scalar loss, gets gradient 1 whenever it has one."""
+    """Returns the first argument; the second, a scalar loss, gets gradient 1."""
 
     @staticmethod
     def forward(ctx: Any, carrier: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:

@@ -1,14 +1,13 @@
 """Expert choice: each expert takes its top k tokens of a routing group (arXiv 2407.21770, 2.2).
 
 A routing group is a fixed number of rows of the global batch, so the function computed does not
-depend on ranks, micro-batches or accumulation, and routing needs no communication. Selection sees a
-whole group at once, hence also later tokens: not causal.
+depend on ranks, micro-batches or accumulation, and routing needs no communication. Selection looks
+at a whole group, later tokens included: it is not causal.
 
 T tokens, D width, N routing groups of L = T/N tokens, E experts, k tokens an expert takes in a
 group, R = E·N·k rows.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,9 +17,10 @@ from torch import nn
 
 from earlyfuse.kernels.permute import select_top_k
 from earlyfuse.models.blocks.branch import FP32, Flops, Microbatch
-from earlyfuse.models.blocks.wide import wide
 from earlyfuse.models.context import ForwardContext
+from earlyfuse.models.field_checks import check_choices, check_positive
 from earlyfuse.models.init_weights import Draw, normal
+from earlyfuse.models.precision import wide
 from earlyfuse.models.routes import Routes, group_of_rows
 from earlyfuse.models.routing.causal_router import CausalRouter
 from earlyfuse.models.routing.gumbel_noise import RouterNoise
@@ -34,11 +34,11 @@ class ExpertChoice(Router):
     @dataclass(kw_only=True, slots=True)
     class Config(Router.Config):
         """``capacity_factor``: experts that a token gets on average. ``routing_rows``: rows of the
-        batch among which one choice is made. ``budget``: see ``expert_choice``. ``weights``:
-        "sigmoid" scores as in MoMa eq. 1, or "normalised" to a sum of 1 over a token's experts.
-        ``init`` "centred": of the weight, less the mean over experts, so that their directions are
-        those of a simplex and they choose different tokens. ``causal``: a router for inference,
-        trained along. ``noise``: in the choice, while training."""
+        batch in a routing group. ``budget``: see ``expert_choice``. ``weights``: "sigmoid" scores
+        (MoMa eq. 1), or "normalised" to a sum of 1 over a token's experts. ``init`` "centred": the
+        weight less its mean over experts, whose directions then form a simplex, so that they choose
+        different tokens. ``causal``: a router for inference, trained along. ``noise``: in the
+        choice, while training."""
 
         capacity_factor: float = 1.0
         routing_rows: int = 1
@@ -50,19 +50,13 @@ class ExpertChoice(Router):
         noise: RouterNoise.Config | None = None
 
         def __post_init__(self) -> None:
-            for name in ("routing_rows", "capacity_factor", "init_gain"):
-                if not 0 < getattr(self, name) < math.inf:
-                    raise ValueError(f"{name} ({getattr(self, name)}) must be positive and finite")
-            for name, allowed in (
-                ("budget", ("static", "exact")),
-                ("weights", ("sigmoid", "normalised")),
-                ("init", ("normal", "centred")),
-            ):
-                if getattr(self, name) not in allowed:
-                    first, second = allowed
-                    raise ValueError(
-                        f'{name} ({getattr(self, name)!r}) must be "{first}" or "{second}"'
-                    )
+            check_positive(self, "routing_rows", "capacity_factor", "init_gain")
+            check_choices(
+                self,
+                budget=("static", "exact"),
+                weights=("sigmoid", "normalised"),
+                init=("normal", "centred"),
+            )
 
         @property
         def static(self) -> bool:
@@ -77,16 +71,14 @@ class ExpertChoice(Router):
             return self.capacity_factor
 
         def routed_rows(self, batch: Microbatch, experts: int, share: float) -> int:
-            """By the static rule; with exact budgets, that is the average."""
+            """By the static rule, which is the average of exact budgets."""
             group_tokens = self.routing_rows * batch.seq_len
             budget = static_budget(share, self.capacity_factor, group_tokens, experts)
             return experts * budget * (batch.rows // self.routing_rows)
 
-        def _causal_parameters(self, dim: int, experts: int) -> int:
-            return 0 if self.causal is None else dim // 2 * (dim + experts)
-
         def parameters(self, dim: int, experts: int) -> int:
-            return experts * dim + self._causal_parameters(dim, experts)
+            causal = 0 if self.causal is None else dim // 2 * (dim + experts)
+            return experts * dim + causal
 
         def flops(self, dim: int, experts: int) -> Flops:
             """Causal routers give no gradient to their input."""
@@ -95,7 +87,7 @@ class ExpertChoice(Router):
             return Flops(flops.forward, flops.backward - spared)
 
         def saved(self, dim: int, experts: int, itemsize: int) -> int:
-            """And of the causal router, its hidden width before and after SiLU, and logits."""
+            """Also the causal router's hidden units before and after SiLU, and its logits."""
             causal = 0 if self.causal is None else 2 * (dim // 2) + 2 * experts
             return Router.Config.saved(self, dim, experts, itemsize) + FP32 // itemsize * causal
 
@@ -113,7 +105,7 @@ class ExpertChoice(Router):
         return {"weight": normal(self.config.init_gain, centred=centred)}
 
     def static(self, context: ForwardContext) -> bool:
-        """Whether every rank routes the same number of rows, known beforehand."""
+        """True unless budgets are exact or the rule is causal."""
         settings = context.settings
         exact = settings.rule == "causal" or settings.budgets == "exact"
         return self.config.budget == "static" and not exact
@@ -121,7 +113,6 @@ class ExpertChoice(Router):
     def forward(
         self, x_TD: torch.Tensor, eligible_T: torch.Tensor | None, context: ForwardContext
     ) -> Routes:
-        """Which of the tokens (T, D) each expert takes, and their weights."""
         # router in fp32: ties in bf16 would reorder the top-k
         x_TD = wide(x_TD)
         logits_TE = F.linear(x_TD, wide(self.weight))
@@ -146,8 +137,8 @@ class ExpertChoice(Router):
         config = self.config
         if context.rows % config.routing_rows:
             raise ValueError(
-                f"batch of {context.rows} rows cannot be cut into routing groups of routing_rows "
-                f"({config.routing_rows}); make the local batch size a multiple of it"
+                f"a batch of {context.rows} rows cannot be split into routing groups of "
+                f"routing_rows ({config.routing_rows}); make the local batch size a multiple of it"
             )
         budget = None
         if self.static(context):
@@ -168,11 +159,11 @@ class ExpertChoice(Router):
 
 
 def normalised(routes: Routes, tokens: int) -> Routes:
-    """``routes`` whose weights sum to 1 over the experts of each token that has any.
+    """``routes`` with weights that sum to 1 over the experts of each token that has any.
 
-    A token of one expert then has weight 1, whatever its score: only tokens of several experts
-    teach the router. If all experts are equal, so is every routed token's output to that of one of
-    them, which un-normalised sigmoid weights do not preserve.
+    The weight of a token with one expert is 1 whatever its score, so only tokens of several experts
+    train the router. Equal experts give every routed token the output of one of them, which sigmoid
+    weights do not: upcycling uses this.
     """
     row_R, offset_G1, weight_R = routes
     assert weight_R is not None, "expert choice always weighs its rows"
@@ -195,20 +186,22 @@ def expert_choice(
 ) -> Routes:
     """Routes of the tokens that the experts choose; weights are sigmoid scores (MoMa eq. 1).
 
-    ``logits_TE``   (T, E) fp32 raw router outputs; selection and ties (lower index first) use these
-                    unless ``selected_by_TE``, of the same shape, is given: weights always do
-    ``eligible_T``  (T,) bool, tokens that may be chosen; None means all
-    ``budget``      k for the static rule: always k rows per expert and group; those that no
-                    eligible token fills have weight 0. None for the paper's exact rule,
-                    k = round(capacity_factor · eligible tokens of the group / E), which needs the
-                    counts on the host.
+    ``logits_TE``       (T, E) fp32 raw router outputs, for the weights
+    ``eligible_T``      (T,) bool, tokens that may be chosen; None: all
+    ``budget``          k of the static rule: k rows per expert and group, of weight 0 where no
+                        eligible token is left. None: the paper's exact rule, k =
+                        round(capacity_factor · eligible tokens of the group / E), a number that
+                        the host waits for
+    ``selected_by_TE``  (T, E) what tokens are selected by, lower index first in ties; None: logits
     """
-    scores_ENL = _scores_by_expert(
-        logits_TE if selected_by_TE is None else selected_by_TE, eligible_T, routing_groups
-    )
-    if budget is not None:
-        return _static(logits_TE, scores_ENL, eligible_T, budget)
-    return _exact(logits_TE, scores_ENL, capacity_factor)
+    # fp32 of a model in fp64 too
+    scores_TE = (logits_TE if selected_by_TE is None else selected_by_TE).detach().float()
+    if eligible_T is not None:
+        scores_TE = scores_TE.masked_fill(~eligible_T.unsqueeze(1), -torch.inf)
+    scores_ENL = scores_TE.t().reshape(logits_TE.shape[1], routing_groups, -1)
+    if budget is None:
+        return _exact(logits_TE, scores_ENL, capacity_factor)
+    return _static(logits_TE, scores_ENL, eligible_T, budget)
 
 
 def static_budget(share: float, capacity_factor: float, group_tokens: int, experts: int) -> int:
@@ -220,10 +213,8 @@ def static_budget(share: float, capacity_factor: float, group_tokens: int, exper
     if not 0 < budget <= group_tokens:
         raise ValueError(
             f"each of {experts} experts would take {budget} of the {group_tokens} tokens of a "
-            "routing group "
-            f"(share {share}, capacity_factor {capacity_factor}); it must be between 1 and "
-            f"{group_tokens}: "
-            "raise share, routing_rows or seq_len, or use fewer experts"
+            f"routing group (share {share}, capacity_factor {capacity_factor}); it must be between "
+            f"1 and {group_tokens}: raise share, routing_rows or seq_len, or use fewer experts"
         )
     return budget
 
@@ -235,15 +226,12 @@ def _static(
     budget: int,
 ) -> Routes:
     experts, routing_groups, length = scores_ENL.shape
-    chosen_ENk = select_top_k(scores_ENL.flatten(0, 1), budget).view(
-        experts, routing_groups, budget
-    )
-    start_N1 = torch.arange(routing_groups, device=logits_TE.device).unsqueeze(1) * length
+    device, per_expert = logits_TE.device, routing_groups * budget
+    chosen_ENk = select_top_k(scores_ENL.flatten(0, 1), budget).view(experts, routing_groups, -1)
+    start_N1 = torch.arange(routing_groups, device=device).unsqueeze(1) * length
     row_R = (chosen_ENk + start_N1).flatten()
-    offset_G1 = torch.arange(experts + 1, device=logits_TE.device) * (routing_groups * budget)
-    expert_R = torch.arange(experts, device=logits_TE.device).repeat_interleave(
-        routing_groups * budget
-    )
+    offset_G1 = torch.arange(experts + 1, device=device) * per_expert
+    expert_R = torch.arange(experts, device=device).repeat_interleave(per_expert)
     weight_R = logits_TE[row_R, expert_R].sigmoid()
     if eligible_T is not None:
         weight_R = weight_R * eligible_T[row_R]
@@ -263,13 +251,3 @@ def _exact(logits_TE: torch.Tensor, scores_ENL: torch.Tensor, capacity_factor: f
     offset_G1 = torch.arange(experts + 1, device=row_R.device) * per_expert
     expert_R = torch.arange(experts, device=row_R.device).repeat_interleave(per_expert)
     return Routes(row_R, offset_G1, logits_TE[row_R, expert_R].sigmoid())
-
-
-def _scores_by_expert(
-    logits_TE: torch.Tensor, eligible_T: torch.Tensor | None, routing_groups: int
-) -> torch.Tensor:
-    """(T, E) → (E, N, L) fp32 without gradient; ineligible tokens score -inf."""
-    scores_TE = logits_TE.detach().float()  # of a model in fp64 too
-    if eligible_T is not None:
-        scores_TE = scores_TE.masked_fill(~eligible_T.unsqueeze(1), -torch.inf)
-    return scores_TE.t().reshape(logits_TE.shape[1], routing_groups, -1)

@@ -1,13 +1,12 @@
 """Gumbel-sigmoid noise in a router's choice: exploration after upcycling (arXiv 2407.21770, 2.5).
 
 sigmoid(x + G' - G'') with independent Gumbel samples G', G''; their difference is logistic noise.
-Here it moves which tokens an expert takes, not the weight that they get: experts that are copies of
-one another find different tokens, while a token's output stays that of inference, and the router's
-gradient is that of its own score. The paper says neither which of the two it does, nor a
-temperature, nor when the noise ends.
+It moves which tokens an expert takes, not their weights: experts that are copies of one another
+find different tokens, while a token's output is that of inference, and the router's gradient that
+of its own score. The paper states neither this, nor a temperature, nor when the noise ends.
 
-A sample is a hash of (step, router, expert, place of the token in the global batch): the same on
-any number of ranks, in any micro-batch, after a resume, and whenever a block is recomputed.
+A sample is a hash of (step, router, expert, position of the token in the global batch): the same on
+any number of ranks, in any micro-batch, after a resume, and when a block is recomputed.
 
 T tokens, E experts, N routers with noise.
 """
@@ -27,13 +26,12 @@ from earlyfuse.models.context import ForwardContext
 class RouterNoise(Module):
     """Logistic noise for the logits of one router, by a key for each step.
 
-    ``name`` and ``number``: of this router among those of the model with noise (``name_noises``).
+    ``name`` and ``number`` identify it among the noises of a model (``name_noises``).
     """
 
     @dataclass(kw_only=True, slots=True)
     class Config(Module.Config):
-        """``temperature``: scale of the noise at first; it falls linearly to 0 at ``end_step``, so
-        that the choice does not jump there."""
+        """``temperature``: initial scale of the noise; it falls linearly to 0 at ``end_step``."""
 
         end_step: int
         temperature: float = 1.0
@@ -49,14 +47,14 @@ class RouterNoise(Module):
         super().__init__()
         self.config = config
         self.name, self.number = "", 0
-        # a tensor: as a number in Python it would make every block a compiled graph of its own
+        # a tensor: a Python number would compile every block separately
         self.register_buffer("index_1", torch.zeros(1, dtype=torch.int64), persistent=False)
 
     def _init_self_buffers(self, *, buffer_device: torch.device | None = None) -> None:
         self.index_1.fill_(self.number)
 
     def key(self, step: int) -> int:
-        """64 bits that decide the noise of ``step``."""
+        """64-bit key of the noise of ``step``."""
         digest = hashlib.blake2b(f"{self.name}/{step}".encode(), digest_size=8).digest()
         return int.from_bytes(digest, "little", signed=True)
 
@@ -90,7 +88,7 @@ def noise_of_step(
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Keys (N,) int64 and scales (N,) fp32 of ``step``; None without noise or before the first.
 
-    Filled in on the device: copies from the host would be waited for.
+    Filled in on the device: the host would wait for copies.
     """
     if not noises or not step:
         return None
@@ -100,7 +98,7 @@ def noise_of_step(
 
 
 def _scrambled(value: torch.Tensor) -> torch.Tensor:
-    """Every bit of an int64 into all bits of the result: the finaliser of splitmix64."""
+    """Hash of an int64: the finaliser of splitmix64."""
     value = value + _signed(0x9E3779B97F4A7C15)
     value = (value ^ _shifted(value, 30)) * _signed(0xBF58476D1CE4E5B9)
     value = (value ^ _shifted(value, 27)) * _signed(0x94D049BB133111EB)
@@ -108,7 +106,7 @@ def _scrambled(value: torch.Tensor) -> torch.Tensor:
 
 
 def _shifted(value: torch.Tensor, bits: int) -> torch.Tensor:
-    """Right shift of an int64 as if it had no sign."""
+    """Logical right shift of an int64."""
     return (value >> bits) & ((1 << (64 - bits)) - 1)
 
 

@@ -1,4 +1,4 @@
-"""The contract of a router: what brings tokens to the experts of a pool, said about itself.
+"""The contract of a router: what assigns tokens to the experts of a pool, and says about itself.
 
 The module makes ``Routes``; its ``Config`` answers what it costs and what it needs. ``ExpertPool``,
 ``flops``, ``parallel/estimates``, ``parallel/strategies`` and the metrics ask and know no router by
@@ -7,11 +7,13 @@ name. A new one is a subclass of ``Router`` in a file of your own, given as ``Ex
 T tokens, D width, E experts of the pool.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import nn
 from torchtitan.protocols.module import Module
 
 from earlyfuse.models.blocks.branch import FP32, Flops, Microbatch, products
@@ -27,37 +29,44 @@ NO_CAUSAL_ROUTER = (
 )
 
 
-class Router(Module):
+class Router(Module, ABC):
     """Built with ``dim``, ``experts`` and ``share``, the part of all tokens that the pool serves.
 
-    What it counts for the metrics is in ``Statistics`` among its submodules (``router_stats.py``).
+    Metrics are ``Statistics`` among its submodules (``router_stats.py``).
     """
 
     keeps_fp32 = True  # rounded weights choose other experts than those of an exported model
     config: "Router.Config"
 
+    @abstractmethod
     def forward(
         self, x_TD: torch.Tensor, eligible_T: torch.Tensor | None, context: ForwardContext
     ) -> Routes:
         """Routes and weights of the tokens (T, D) among which ``eligible_T`` may be routed."""
-        raise NotImplementedError
 
     def draws(self) -> dict[str, Draw]:
         return {}
 
     def static(self, context: ForwardContext) -> bool:
-        """Whether every rank routes the same number of rows to each expert."""
+        """True if every rank routes the same number of rows to each expert."""
         return False
 
     def balance(self, load_E: torch.Tensor, taken: torch.Tensor) -> None:
-        """After a step, where ``Config.bias_rate`` is not 0: ``load_E`` sums the buffer of this
-        name over all ranks; ``taken`` bool: whether the step was, decided on the device.
+        """Called after a step if ``Config.bias_rate`` is not 0. ``load_E``: the buffer of this name
+        summed over all ranks; ``taken`` bool: False if the step was skipped.
         """
 
     @dataclass(kw_only=True, slots=True)
-    class Config(Module.Config):
-        # chooses among all tokens of a row: refused with context parallelism
+    class Config(Module.Config, ABC):
+        """``needs_whole_rows``: chooses among all tokens of a row, so context parallelism is
+        refused."""
+
         needs_whole_rows: ClassVar[bool] = True
+
+        @property
+        @abstractmethod
+        def rows_per_token(self) -> float:
+            """Experts that a token takes, on average."""
 
         @property
         def routing_rows(self) -> int:
@@ -66,30 +75,23 @@ class Router(Module):
 
         @property
         def static(self) -> bool:
-            """Whether training routes the same number of rows to each expert on every rank."""
+            """True if training routes the same number of rows to each expert on every rank."""
             return False
 
         @property
         def decides_causally(self) -> bool:
-            """Whether it can route by tokens up to the one at hand alone, as generation needs."""
+            """True if it can route by the present and earlier tokens alone, as generation needs."""
             return False
 
         @property
         def bias_rate(self) -> float:
-            """By how much ``Router.balance`` moves selection biases after each step; 0: none."""
+            """Step size of ``Router.balance``; 0: never called."""
             return 0.0
 
         @property
         def causal(self) -> CausalRouter.Config | None:
             """An auxiliary router for inference, trained along."""
             return None
-
-        @property
-        def rows_per_token(self) -> float:
-            """Experts that a token takes, on average."""
-            raise NotImplementedError(
-                f"{self.kind} must say its rows per token: override Config.rows_per_token"
-            )
 
         def check_pool(self, name: str, groups: Sequence[int]) -> None:
             """``ValueError`` unless it fits a pool of these modality groups, () for all."""
@@ -98,11 +100,11 @@ class Router(Module):
             """``ValueError`` unless it fits a pool in a model of so many modality groups."""
 
         def experts_by_group(self, experts: int) -> dict[int | None, int]:
-            """Modality group → its experts, in order; None: of all groups."""
+            """Modality group → number of its experts, in order; None: experts of all groups."""
             return {None: experts}
 
         def routed_rows(self, batch: Microbatch, experts: int, share: float) -> int:
-            """Rows that the experts take of a micro-batch, on average."""
+            """Rows of a micro-batch that are routed to the experts, on average."""
             return round(self.rows_per_token * share * batch.tokens)
 
         def parameters(self, dim: int, experts: int) -> int:
@@ -110,16 +112,23 @@ class Router(Module):
             return experts * dim
 
         def flops(self, dim: int, experts: int) -> Flops:
-            """FLOPs of a token, which every router of a layer scores."""
+            """FLOPs of a token; every router of a layer scores every token."""
             return products(self.parameters(dim, experts))
+
+        def saved(self, dim: int, experts: int, itemsize: int) -> int:
+            """Elements of ``itemsize`` bytes per token that autograd keeps: the fp32 copy of its
+            input.
+            """
+            return FP32 // itemsize * dim if itemsize < FP32 else 0
 
         @property
         def kind(self) -> str:
             """Name of the class that this configures."""
             return type(self).__qualname__.removesuffix(".Config")
 
-        def saved(self, dim: int, experts: int, itemsize: int) -> int:
-            """Elements of ``itemsize`` bytes that autograd keeps per token: the fp32 copy of its
-            input.
-            """
-            return FP32 // itemsize * dim if itemsize < FP32 else 0
+
+def check_causal(model: nn.Module) -> None:
+    """``ValueError`` if a router of ``model`` has no causal rule (``ForwardSettings.rule``)."""
+    for name, module in model.named_modules():
+        if isinstance(module, Router) and not module.config.decides_causally:
+            raise ValueError(f"{name} {NO_CAUSAL_ROUTER}")

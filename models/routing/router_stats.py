@@ -1,7 +1,9 @@
 """Router statistics: summed on the device, read when a step is logged.
 
-T tokens, E experts, R routed rows.
+T tokens, E experts, R routed rows, K sums.
 """
+
+from abc import ABC, abstractmethod
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,7 @@ from torchtitan.protocols.module import Module
 from earlyfuse.models.routes import Routes
 
 
-class Statistics(Module):
+class Statistics(Module, ABC):
     """Sums over recorded forwards, in buffers, and the metrics that follow from them.
 
     The trainer finds all of a model's by this class, sums their buffers over ranks and calls
@@ -21,35 +23,43 @@ class Statistics(Module):
     kind: str
     group: int | None = None
 
+    def __init__(self, sums: int):
+        super().__init__()
+        self.register_buffer("sums_K", torch.zeros(sums), persistent=False)
+
     def _init_self_buffers(self, *, buffer_device: torch.device | None = None) -> None:
         for buffer in self.buffers(recurse=False):
             buffer.zero_()
 
+    def add(self, *values: torch.Tensor) -> None:
+        """Add one tensor to each of ``sums_K``, summed. No host synchronisation."""
+        self.sums_K += torch.stack([value.sum().float() for value in values])
+
     def pop(self) -> dict[str, float]:
-        """Metrics since the last call; counts from 0 again. Waits for the device."""
+        """Metrics since the last call; resets the sums. Waits for the device."""
         summary = self.summary()
         self._init_self_buffers()
         return summary
 
+    @abstractmethod
     def summary(self) -> dict[str, float]:
         """Name → value, from the present sums."""
-        raise NotImplementedError
 
 
 class RouterStats(Statistics):
-    """Sums over recorded forwards, on the device: what a router did.
+    """What a router did.
 
-    ``load_E`` counts real tokens taken by each expert. ``sums_6``: eligible tokens, eligible tokens
-    that some expert took, rows, rows of real tokens, their weights, squared logits.
+    ``load_E``: real tokens of each expert. ``sums_K``: eligible tokens, those that some expert
+    took, rows, rows of real tokens, their weights, squared logits. ``per_token``: experts that a
+    token takes.
     """
 
     kind = "router"
 
     def __init__(self, experts: int, per_token: int = 1, group: int | None = None):
-        super().__init__()
-        self.per_token, self.group = per_token, group  # per_token: experts that a token takes
+        super().__init__(sums=6)
+        self.per_token, self.group = per_token, group
         self.register_buffer("load_E", torch.zeros(experts), persistent=False)
-        self.register_buffer("sums_6", torch.zeros(6), persistent=False)
 
     @torch.no_grad()
     def record(
@@ -59,8 +69,8 @@ class RouterStats(Statistics):
         routes: Routes,
         own_E: torch.Tensor | None = None,
     ) -> None:
-        """Add one forward's routing; of some experts alone, if ``own_E`` numbers them, whose tokens
-        are the eligible ones. No host synchronisation.
+        """Add one forward's routing; with ``own_E``, of these experts alone, whose tokens are the
+        eligible ones. No host synchronisation.
         """
         row_R, offset_G1, weight_R = routes
         assert weight_R is not None, "routers always weigh their rows"
@@ -72,20 +82,16 @@ class RouterStats(Statistics):
         load_E, rows_E = upto_R1[offset_G1].diff(), offset_G1.diff()
         if own_E is not None:
             logits_TE, load_E, rows_E = logits_TE[:, own_E], load_E[own_E], rows_E[own_E]
-        squares = (logits_TE.square().mean(1) * eligible).sum()
+        squares_T = logits_TE.square().mean(1) * eligible
         self.load_E += load_E
-        weights = (weight_R * real_R).sum()
-        self.sums_6 += torch.stack(
-            [eligible.sum(), reached_T.sum(), rows_E.sum(), real_R.sum(), weights, squares]
-        )
+        self.add(eligible, reached_T, rows_E, real_R, weight_R * real_R, squares_T)
 
     def summary(self) -> dict[str, float]:
-        """``load_min``, ``load_max``: least and most loaded expert relative to an even share of
-        what the eligible tokens take; ``reached``: share of eligible tokens with an expert;
-        ``filled``: share of the budget used; ``weight``: mean weight of a chosen token;
-        ``logit_rms``.
+        """``load_min``, ``load_max``: least and most loaded expert relative to an even share;
+        ``reached``: share of eligible tokens with an expert; ``filled``: share of the budget used;
+        ``weight``: mean weight of a chosen token; ``logit_rms``.
         """
-        eligible, reached, rows, real, weight, squares = self.sums_6.tolist()
+        eligible, reached, rows, real, weight, squares = self.sums_K.tolist()
         even = max(eligible, 1) * self.per_token / len(self.load_E)
         load = (self.load_E / even).tolist()
         return {
@@ -99,18 +105,16 @@ class RouterStats(Statistics):
 
 
 class CausalStats(Statistics):
-    """Precision and recall of a causal router against the batch's choice, summed over recorded
-    forwards, on the device.
+    """Precision and recall of a causal router against the batch's choice.
 
-    ``sums_5``: decisions (eligible tokens times experts), their cross-entropy in nats, members of
-    the batch's choice, those that the router takes, those that both have.
+    ``sums_K``: decisions (eligible tokens times experts), their cross-entropy in nats, rows of the
+    batch's choice, rows that the router takes, rows of both.
     """
 
     kind = "causal"
 
     def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("sums_5", torch.zeros(5), persistent=False)
+        super().__init__(sums=5)
 
     @torch.no_grad()
     def record(
@@ -125,16 +129,14 @@ class CausalStats(Statistics):
         decided_TE = torch.ones_like(taken_TE)
         if eligible_T is not None:
             decided_TE = decided_TE & eligible_T[:, None]
-        both_TE = taken_TE & member_TE
-        counts = [decided_TE, bce_TE, member_TE, taken_TE & decided_TE, both_TE]
-        self.sums_5 += torch.stack([count.sum().float() for count in counts])
+        self.add(decided_TE, bce_TE, member_TE, taken_TE & decided_TE, taken_TE & member_TE)
 
     def summary(self) -> dict[str, float]:
-        """``bce``: nats per decision; ``precision``: share of what it takes that the batch took;
-        ``recall``: share of what the batch took that it takes; ``taken``: share of all decisions
-        in which it takes a token (the batch takes capacity_factor / E of them).
+        """``bce``: nats per decision; ``precision``: share of the router's rows that the batch
+        chose; ``recall``: share of the batch's rows that the router takes; ``taken``: share of all
+        decisions that take a token (of the batch: capacity_factor / E).
         """
-        decisions, bce, member, taken, both = self.sums_5.tolist()
+        decisions, bce, member, taken, both = self.sums_K.tolist()
         return {
             "bce": bce / max(decisions, 1),
             "precision": both / max(taken, 1),
@@ -145,24 +147,21 @@ class CausalStats(Statistics):
 
 class OutputNorm(Statistics):
     """Mean norm of the last block's outputs: it grows before Chameleon diverges (arXiv 2405.09818,
-    2.3).
-
-    ``sums_2``: norms, tokens.
+    2.3). ``sums_K``: norms, tokens.
     """
 
     kind = "output_norm"
 
     def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("sums_2", torch.zeros(2), persistent=False)
+        super().__init__(sums=2)
 
     @torch.no_grad()
     def record(self, x_TD: torch.Tensor) -> None:
         """Add one forward. No host synchronisation."""
         norms_T = torch.linalg.vector_norm(x_TD.float(), dim=-1)
-        self.sums_2 += torch.stack([norms_T.sum(), norms_T.new_full((), norms_T.numel())])
+        self.add(norms_T, torch.ones_like(norms_T))
 
     def summary(self) -> dict[str, float]:
         """The mean, without a name of its own."""
-        total, tokens = self.sums_2.tolist()
+        total, tokens = self.sums_K.tolist()
         return {"": total / max(tokens, 1)}

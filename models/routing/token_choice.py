@@ -1,13 +1,12 @@
-"""Token choice: each token takes its top k experts, by itself, hence causally.
+"""Token choice: each token takes its top k experts by itself, hence causally.
 
-Sigmoid scores with a bias per expert that counts in the selection alone and is moved towards even
-load after each step, instead of an auxiliary loss (arXiv 2408.15664; 2412.19437, 2.1.2).
+Sigmoid scores with a bias per expert that affects the selection alone and is moved towards even
+load after each step, in place of an auxiliary loss (arXiv 2408.15664; 2412.19437, 2.1.2).
 
-Modality enters as in MoMa: an expert may serve one modality group only, and is then chosen by
-tokens of that group alone. All experts are one pool all the same: each token has exactly k rows, so
-no number of rows depends on the batch, nothing waits for the device, and no row is padding or
-dropped. Pools apart would each have as many rows as the batch has tokens of their modality, which
-only the device knows.
+As in MoMa, an expert may serve one modality group only, and is then chosen by tokens of that group
+alone. All experts are still one pool: each token has exactly k rows, so no number of rows depends
+on the batch, the host does not wait, and no row is padded or dropped. Separate pools would have as
+many rows as the batch has tokens of their modality, a number that only the device knows.
 
 T tokens, D width, E experts, k experts of a token, R = T·k rows.
 """
@@ -24,9 +23,10 @@ from torchtitan.protocols.module import ModuleList
 
 from earlyfuse.kernels.permute import select_top_k
 from earlyfuse.models.blocks.branch import Microbatch
-from earlyfuse.models.blocks.wide import wide
 from earlyfuse.models.context import ForwardContext
+from earlyfuse.models.field_checks import check_at_least
 from earlyfuse.models.init_weights import Draw, normal
+from earlyfuse.models.precision import wide
 from earlyfuse.models.routes import Routes
 from earlyfuse.models.routing.router import Router
 from earlyfuse.models.routing.router_stats import RouterStats
@@ -36,17 +36,16 @@ class TokenChoice(Router):
     """The router of a pool whose experts are chosen by the tokens.
 
     Parameter: ``weight`` (E, D). ``bias_E`` fp32: added to the logits in selection, saved in
-    checkpoints. ``load_E`` int64: rows of each expert in the training forwards of a step
-    (``parallel/training/expert_bias.py`` sums it over ranks and calls ``balance``).
+    checkpoints. ``load_E`` int64: rows of each expert in a step's training forwards, which
+    ``parallel/training/expert_bias.py`` sums over ranks and passes to ``balance``.
     """
 
     @dataclass(kw_only=True, slots=True)
     class Config(Router.Config):
-        """``top_k``: experts of a token. ``serves``: the modality group that each expert serves, ()
-        if all serve all. ``normalise``: weights of a token's experts sum to ``scale``; else each is
-        ``scale`` times its sigmoid score. ``bias_rate``: what a step adds to the bias of an expert
-        with less than even load, and takes from one with more, in units of a logit; 0 leaves the
-        biases where they are."""
+        """``top_k``: experts of a token. ``serves``: the modality group of each expert, () if all
+        serve all. ``normalise``: weights of a token's experts sum to ``scale``; else each is
+        ``scale`` times its sigmoid score. ``bias_rate``: step of the biases, in units of a logit,
+        up for experts below even load and down above; 0: none."""
 
         needs_whole_rows: ClassVar[bool] = False
 
@@ -57,9 +56,8 @@ class TokenChoice(Router):
         bias_rate: float = 0.001
 
         def __post_init__(self) -> None:
-            for name, least in (("top_k", 1), ("bias_rate", 0)):
-                if not least <= getattr(self, name) < math.inf:
-                    raise ValueError(f"{name} ({getattr(self, name)}) must be at least {least}")
+            check_at_least(self, 1, "top_k")
+            check_at_least(self, 0, "bias_rate")
             if not 0 < self.scale < math.inf:
                 raise ValueError(f"scale ({self.scale}) must be positive; 1 leaves weights alone")
             for group in set(self.serves):
@@ -70,8 +68,8 @@ class TokenChoice(Router):
                     )
             if self.normalise and self.top_k == 1:
                 raise ValueError(
-                    "normalise (True) needs top_k (1) of at least 2: a single weight would always "
-                    "be the same, and the router would not learn"
+                    "normalise (True) needs top_k (1) of at least 2: a single weight would be "
+                    "constant, and the router would not learn"
                 )
 
         def check_pool(self, name: str, groups: Sequence[int]) -> None:
@@ -126,8 +124,7 @@ class TokenChoice(Router):
         self.register_buffer("bias_E", torch.zeros(experts))
         self.register_buffer("load_E", torch.zeros(experts, dtype=torch.int64), persistent=False)
         self.register_buffer("serves_E", torch.tensor(config.serves), persistent=False)
-        # one for each modality group served, in order
-        groups = config.experts_by_group(experts).items()
+        groups = config.experts_by_group(experts).items()  # in order
         self.stats = ModuleList(
             [RouterStats(count, config.top_k, group) for group, count in groups]
         )
@@ -143,7 +140,6 @@ class TokenChoice(Router):
     def forward(
         self, x_TD: torch.Tensor, eligible_T: torch.Tensor | None, context: ForwardContext
     ) -> Routes:
-        """The experts that each of the tokens (T, D) takes, and their weights."""
         assert eligible_T is None, "ExpertPool.Config refuses groups with token choice"
         # router in fp32: ties in bf16 would reorder the top-k
         logits_TE = F.linear(wide(x_TD), wide(self.weight))
@@ -154,31 +150,24 @@ class TokenChoice(Router):
         routes = token_choice(logits_TE, scores_TE, config.top_k, config.normalise, config.scale)
         if self.training and config.bias_rate:
             self.load_E += routes.offset_G1.diff()
-        self._record(logits_TE, context, routes)
+        if context.settings.recording:
+            self._record(logits_TE, context, routes)
         return routes
 
-    def static(self, context: ForwardContext) -> bool:
-        """No: ranks send different numbers of rows to an expert."""
-        return False
-
     def _record(self, logits_TE: torch.Tensor, context: ForwardContext, routes: Routes) -> None:
-        if not context.settings.recording:
-            return
         if not self.config.serves:
             self.stats[0].record(logits_TE, None, routes)
             return
         by_group_E = self.serves_E.argsort(stable=True).split([len(s.load_E) for s in self.stats])
-        for group, own_E, stats in zip(
-            sorted(set(self.config.serves)), by_group_E, self.stats, strict=True
-        ):
-            stats.record(logits_TE, context.group_T == group, routes, own_E)
+        for own_E, stats in zip(by_group_E, self.stats, strict=True):
+            stats.record(logits_TE, context.group_T == stats.group, routes, own_E)
 
     @torch.no_grad()
     def balance(self, load_E: torch.Tensor, taken: torch.Tensor) -> None:
-        """Move the biases by one step towards even load; ``load_E`` is that of all ranks.
+        """Moves the biases one step towards even load among the experts of a modality group.
 
-        Even among the experts of the same modality group. An expert at the mean stays; so do all
-        where ``taken``, a bool tensor, is false. No host synchronisation.
+        ``load_E``: of all ranks. An expert at the mean keeps its bias; all do where ``taken``, a
+        bool tensor, is False. No host synchronisation.
         """
         load_E = load_E.double()
         mean_E = load_E.mean().expand_as(load_E)
@@ -192,13 +181,13 @@ class TokenChoice(Router):
 def token_choice(
     logits_TE: torch.Tensor, scores_TE: torch.Tensor, top_k: int, normalise: bool, scale: float
 ) -> Routes:
-    """Routes of every token to the ``top_k`` experts of its highest scores; lower index in ties.
+    """Routes of every token to its ``top_k`` experts of the highest scores, lower index in ties.
 
-    ``logits_TE``  (T, E) fp32, from which weights follow: scale · sigmoid, or divided by their sum
-                   over the token's experts (``normalise``)
-    ``scores_TE``  (T, E) fp32 without gradient, by which experts are chosen; -inf: may not be
+    ``logits_TE``  (T, E) fp32; weights are scale · sigmoid, or scale · sigmoid / their sum over the
+                   token's experts (``normalise``)
+    ``scores_TE``  (T, E) fp32 without gradient, to choose by; -inf: never
     """
-    # one row of a few scores per token: torch's own top-k, the Triton one is for a few long rows
+    # many short rows: torch's top-k, as the Triton one is for a few long rows
     chosen_Tk = select_top_k(scores_TE, top_k, backend="torch")
     weight_Tk = logits_TE.gather(1, chosen_Tk).sigmoid()
     if normalise:

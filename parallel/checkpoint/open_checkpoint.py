@@ -23,11 +23,10 @@ from torch import nn
 from torchtitan.protocols.module import Module
 
 from earlyfuse.data.json_files import JsonObject, read_json, shown
-from earlyfuse.models.blocks.wide import wide_type
 from earlyfuse.models.context import ForwardSettings
 from earlyfuse.models.decoder import Decoder
-from earlyfuse.models.precision import fp32_parameters
-from earlyfuse.models.routing.causal import causal_routers
+from earlyfuse.models.precision import fp32_parameters, wide_type
+from earlyfuse.models.routing.causal_router import causal_routers
 from earlyfuse.models.state_dicts import huggingface, huggingface_mamba, mamba, mamba_ssm, meta
 from earlyfuse.models.state_dicts.config_json import CONFIG, FORMAT, REMEDY, read_description
 from earlyfuse.models.state_dicts.plain_decoder import tensor_shapes

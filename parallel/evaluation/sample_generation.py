@@ -22,7 +22,7 @@ from earlyfuse.data.json_files import read_json
 from earlyfuse.data.tokenizers import Tokenizers
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.generate.session import Sampling, generate
-from earlyfuse.models.routing.causal import check_causal
+from earlyfuse.models.routing.router import check_causal
 from earlyfuse.models.vocabulary import Modality, Vocabulary
 from earlyfuse.parallel.evaluation.eval_tasks import decoded
 from earlyfuse.parallel.reporting import rank_log

@@ -8,7 +8,7 @@ import torch
 from torchtitan.components.optimizer import OptimizersContainer
 
 from earlyfuse.models.decoder import Decoder
-from earlyfuse.models.routing.causal import causal_routers
+from earlyfuse.models.routing.causal_router import causal_routers
 
 CAUSAL = ".causal."
 

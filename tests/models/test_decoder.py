@@ -1,111 +1,28 @@
-"""Properties of the decoder: what may look at what, and which models are the same function."""
+"""Properties of the decoder: which models are the same function, losses, stages, initial values.
+
+``test_visibility.py`` has what may look at what.
+"""
+
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from batches import batch_of
+from batches import built, random_batch, with_modality
 from tiny_runs import MODELS, SHAPE
 
 from earlyfuse.configs import decoders
-from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.objectives.next_token import ChameleonObjective
 from earlyfuse.models.routing.expert_choice import ExpertChoice
 from earlyfuse.models.vocabulary import Modality
 
-B, S = 2, 24
+ONE_EACH = {Modality.TEXT: 1, Modality.IMAGE: 1}
 
 
-def build(config: Decoder.Config, seed: int = 0) -> Decoder:
-    config.seed = seed
-    config.init_std = 0.2  # large enough that a wrong mask or route is seen in fp32
-    model = config.build()
-    model.init_states()
-    return model.eval()
-
-
-def batch(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(0, 48, (B, S), generator=generator)
-    modality = torch.randint(0, 2, (B, S), generator=generator).to(torch.uint8)
-    positions = torch.arange(S).expand(B, S).clone()
-    return tokens, modality, positions
-
-
-def packed(positions: torch.Tensor, starts: list[int]) -> torch.Tensor:
-    positions = positions.clone()
-    for start, stop in zip(starts, [*starts[1:], S], strict=True):
-        positions[:, start:stop] = torch.arange(stop - start)
-    return positions
-
-
-@pytest.mark.parametrize("name", ["dense", "mot", "token_choice"])
-@pytest.mark.parametrize("several_documents", [False, True])
-def test_later_tokens_do_not_move_earlier_outputs(name, several_documents):
-    model = build(MODELS[name]())
-    tokens, modality, positions = batch()
-    if several_documents:
-        positions = packed(positions, [0, 5, 11])
-    changed = tokens.clone()
-    changed[:, 15] = (changed[:, 15] + 1) % 48
-    before, after = (
-        model(batch_of(tokens, modality, positions)),
-        model(batch_of(changed, modality, positions)),
-    )
-    torch.testing.assert_close(before[:, :15], after[:, :15], rtol=0, atol=1e-6)
-    assert (before[:, 15:] - after[:, 15:]).abs().max() > 1e-3
-
-
-def test_later_tokens_do_not_move_earlier_outputs_of_moma_with_routing_fixed(monkeypatch):
-    model = build(MODELS["moma"]())
-    tokens, modality, positions = batch()
-    chosen = {}
-    choose = ExpertChoice._choose
-
-    def once(router, logits, eligible, layout):
-        """The first forward's choice of rows, with the weights of the present logits."""
-        routes = choose(router, logits, eligible, layout)
-        row, offset, _ = chosen.setdefault(router, routes)
-        expert = torch.repeat_interleave(torch.arange(logits.shape[1]), offset.diff())
-        return routes._replace(
-            row_R=row, offset_G1=offset, weight_R=logits[row, expert].sigmoid() * eligible[row]
-        )
-
-    monkeypatch.setattr(ExpertChoice, "_choose", once)
-    changed = tokens.clone()
-    changed[:, 15] = (changed[:, 15] + 1) % 48
-    before, after = (
-        model(batch_of(tokens, modality, positions)),
-        model(batch_of(changed, modality, positions)),
-    )
-    torch.testing.assert_close(before[:, :15], after[:, :15], rtol=0, atol=1e-6)
-    assert (before[:, 15:] - after[:, 15:]).abs().max() > 1e-3
-
-
-@pytest.mark.parametrize("name", ["dense", "mot", "token_choice"])
-def test_packed_documents_do_not_see_each_other(name):
-    model = build(MODELS[name]())
-    tokens, modality, positions = batch()
-    together = model(batch_of(tokens, modality, packed(positions, [0, 7])))
-    first = model(batch_of(tokens[:, :7], modality[:, :7], positions[:, :7]))
-    second = model(batch_of(tokens[:, 7:], modality[:, 7:], positions[:, : S - 7]))
-    torch.testing.assert_close(together, torch.cat([first, second], 1), rtol=0, atol=1e-5)
-
-
-def test_a_document_boundary_matters():
-    """The test above could not fail if the mask were never used."""
-    model = build(MODELS["dense"]())
-    tokens, modality, positions = batch()
-    assert (
-        model(batch_of(tokens, modality, positions))
-        - model(batch_of(tokens, modality, packed(positions, [0, 7])))
-    ).abs().max() > 1e-3
-
-
-@pytest.mark.parametrize("name", ["mot", "moe_1t1i"])
+@pytest.mark.parametrize("make", [decoders.mixture_of_transformers, decoders.moe_1t1i])
 @pytest.mark.parametrize("modality", [Modality.TEXT, Modality.IMAGE])
-def test_one_modality_only_equals_the_dense_model(name, modality):
-    configs = {"mot": decoders.mixture_of_transformers, "moe_1t1i": decoders.moe_1t1i}
-    untied, dense = build(configs[name](SHAPE), seed=3), build(decoders.dense(SHAPE))
+def test_one_modality_only_equals_the_dense_model(make, modality):
+    untied, dense = built(make(SHAPE), seed=3), built(decoders.dense(SHAPE))
     shapes = {key: value.shape for key, value in dense.state_dict().items()}
     dense.load_state_dict(
         {
@@ -113,54 +30,35 @@ def test_one_modality_only_equals_the_dense_model(name, modality):
             for key, value in untied.state_dict().items()
         }
     )
-    tokens, _, positions = batch()
-    ids = torch.full_like(tokens, int(modality)).to(torch.uint8)
-    torch.testing.assert_close(
-        untied(batch_of(tokens, ids, positions)),
-        dense(batch_of(tokens, ids, positions)),
-        rtol=0,
-        atol=1e-5,
-    )
+    inputs = with_modality(random_batch(), modality)
+    torch.testing.assert_close(untied(inputs), dense(inputs), rtol=0, atol=1e-5)
 
 
 def test_one_expert_that_takes_everything_is_the_dense_model_with_its_weight():
     """moe with one expert and all tokens: each gets sigmoid(0) = 1/2 of the dense feed-forward."""
-    config = decoders.moe(SHAPE, experts=1)
-    moe, dense = build(config), build(decoders.dense(SHAPE))
-    state = moe.state_dict()
-    for key in list(state):
-        if key.endswith("router.weight"):
-            state.pop(key)
+    moe, dense = built(decoders.moe(SHAPE, experts=1)), built(decoders.dense(SHAPE))
     renamed = {}
-    for key, value in state.items():
+    for key, value in moe.state_dict().items():
         if ".pools.0." in key:
             value = value[0] / 2 if key.endswith("w2") else value[0]
-        renamed[key.replace(".pools.0.experts.", ".")] = value
+        if not key.endswith("router.weight"):
+            renamed[key.replace(".pools.0.experts.", ".")] = value
     dense.load_state_dict(renamed)
     for module in moe.modules():
         if isinstance(module, ExpertChoice):
             torch.nn.init.zeros_(module.weight)
-    inputs = batch()
-    torch.testing.assert_close(moe(batch_of(*inputs)), dense(batch_of(*inputs)), rtol=0, atol=1e-5)
-
-
-def test_missing_modality_and_positions_mean_one_text_document_per_row():
-    model = build(MODELS["mot"]())
-    tokens, modality, positions = batch()
-    torch.testing.assert_close(
-        model(batch_of(tokens)), model(batch_of(tokens, torch.zeros_like(modality), positions))
-    )
+    torch.testing.assert_close(moe(random_batch()), dense(random_batch()), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_loss_in_the_head_is_the_loss_of_the_logits(name):
-    model = build(MODELS[name]()).train()
-    tokens, modality, positions = batch()
-    labels = torch.where(positions < 5, -100, tokens.roll(-1, 1))
+    model, batch = built(MODELS[name]()).train(), random_batch()
+    labels = batch.tokens_BS.roll(-1, 1)
+    labels[:, :5] = -100
+    labelled = replace(batch, labels_BS=labels, label_modality_BS=batch.modality_BS)
     objective = ChameleonObjective.Config(z_loss=0.1).build()
-    labelled = batch_of(tokens, modality, positions, labels_BS=labels, label_modality_BS=modality)
     total = model(labelled, loss=objective.loss_of(labelled)).total
-    logits = model(batch_of(tokens, modality, positions))
+    logits = model(batch)
     z = logits.logsumexp(-1)[labels != -100].square().sum()
     nll = F.cross_entropy(
         logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum"
@@ -173,76 +71,81 @@ def test_a_loss_in_the_head_is_the_loss_of_the_logits(name):
 
 
 def test_a_loss_gets_hidden_states_and_the_head_and_its_result_is_returned():
-    model = build(MODELS["dense"]())
-    tokens, modality, positions = batch()
-    found = model(
-        batch_of(tokens, modality, positions), loss=lambda x, w: {"logits": F.linear(x, w)}
-    )
-    torch.testing.assert_close(
-        found["logits"],
-        model(batch_of(tokens, modality, positions)).flatten(0, 1),
-        rtol=0,
-        atol=1e-5,
-    )
+    model, batch = built(MODELS["dense"]()), random_batch()
+    found = model(batch, loss=lambda x, w: {"logits": F.linear(x, w)})["logits"]
+    torch.testing.assert_close(found, model(batch).flatten(0, 1), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_parts_one_after_another_are_the_whole(name):
-    """Initialised by themselves, as stages of a pipeline are."""
-    whole, parts = build(MODELS[name]()), [MODELS[name]().build() for _ in range(2)]
+def test_stages_one_after_another_are_the_whole(name):
+    """Each initialised by itself, as in a pipeline."""
+    whole, stages = MODELS[name]().build(), [MODELS[name]().build() for _ in range(2)]
+    whole.init_states()
     values: dict[str, torch.Tensor] = {}
-    for blocks, part in zip((range(1), range(1, 2)), parts, strict=True):
-        part.config.init_std = whole.config.init_std
-        part.keep(blocks)
-        part.init_states()
-        assert values.keys().isdisjoint(part.state_dict())
-        values |= part.state_dict()
+    for blocks, stage in zip((range(1), range(1, 2)), stages, strict=True):
+        stage.keep(blocks)
+        stage.init_states()
+        assert values.keys().isdisjoint(stage.state_dict())
+        values |= stage.state_dict()
     assert values.keys() == whole.state_dict().keys()
     assert all(torch.equal(values[key], value) for key, value in whole.state_dict().items())
-    tokens, *others = batch()
-    inputs = batch_of(tokens, *others)
-    activations = parts[0].eval()(inputs)
-    assert torch.equal(parts[1].eval()(inputs, x_TD=activations), whole(inputs))
+    first, second = (stage.eval() for stage in stages)
+    batch = random_batch()
+    assert torch.equal(second(batch, x_TD=first(batch)), whole.eval()(batch))
 
 
-def test_initial_values_do_not_depend_on_the_other_parameters():
-    """wq of layer 0 is the same tensor in a dense model and in MoMa: seeds go by name."""
-    dense, moma = build(MODELS["dense"]()), build(MODELS["moma"]())
+def test_initial_values_follow_from_seed_and_name_alone():
+    """wq of layer 0 is the same tensor in a dense model and in MoMa."""
+    dense, moma = built(MODELS["dense"]()), built(MODELS["moma"]())
     wq = dense.layers["0"].attention.wq.weight
     assert torch.equal(wq, moma.layers["0"].attention.wq.weight)
     assert not torch.equal(wq, dense.layers["1"].attention.wq.weight)
-    assert not torch.equal(
-        dense.tok_embeddings.weight, build(MODELS["dense"](), seed=1).tok_embeddings.weight
-    )
+    other = built(MODELS["dense"](), seed=1).layers["0"].attention.wq.weight
+    assert not torch.equal(wq, other)
 
 
-def test_initial_values_follow_the_table():
-    config = decoders.dense(
-        decoders.Shape(dim=128, layers=8, heads=2, hidden_dim=256, vocab_size=512)
-    )
-    model = config.build()
+def test_initial_values_have_the_scales_of_their_draws():
+    shape = decoders.Shape(dim=128, layers=8, heads=2, hidden_dim=256, vocab_size=512)
+    model = decoders.dense(shape).build()
     model.init_states()
     block = model.layers["3"]
-    assert model.tok_embeddings.weight.std().item() == pytest.approx(0.98, rel=0.02)
-    assert block.attention.wq.weight.std().item() == pytest.approx(0.02, rel=0.05)
-    assert block.feed_forward.w2.std().item() == pytest.approx(0.02 / 4, rel=0.05)
-    assert block.attention.wo.weight.std().item() == pytest.approx(0.02 / 4, rel=0.05)
+    for weight, std in (
+        (model.tok_embeddings.weight, 0.98),
+        (block.attention.wq.weight, 0.02),
+        (block.feed_forward.w2, 0.02 / 4),
+        (block.attention.wo.weight, 0.02 / 4),
+    ):
+        assert weight.std().item() == pytest.approx(std, rel=0.05)
     assert (block.attention_norm.weight == 1).all()
     assert (block.attention.q_norm.bias == 0).all()
 
 
-def test_wrong_shapes_are_refused_when_the_config_is_built():
-    with pytest.raises(ValueError, match=r"heads \(3\) must be a multiple of kv_heads \(2\)"):
-        decoders.dense(
-            decoders.Shape(dim=48, layers=1, heads=3, kv_heads=2, hidden_dim=8, vocab_size=8)
-        )
-    with pytest.raises(ValueError, match="must sum to 1"):
-        decoders.moma(
-            SHAPE, {Modality.TEXT: 1, Modality.IMAGE: 1}, {Modality.TEXT: 0.5, Modality.IMAGE: 0.4}
-        )
-    with pytest.raises(ValueError, match=r"share \(0\).*must be in \(0, 1\]"):
-        decoders.moma(
-            SHAPE, {Modality.TEXT: 1, Modality.IMAGE: 1}, {Modality.TEXT: 1, Modality.IMAGE: 0}
-        )
-    with pytest.raises(ValueError, match="exactly the modalities"):
-        decoders.moma(SHAPE, {Modality.TEXT: 1}, {Modality.TEXT: 1})
+@pytest.mark.parametrize(
+    ("make", "rule"),
+    [
+        (
+            lambda: decoders.dense(replace(SHAPE, dim=48, heads=3, kv_heads=2)),
+            r"heads \(3\) must be a multiple of kv_heads \(2\)",
+        ),
+        (
+            lambda: decoders.moma(SHAPE, ONE_EACH, {Modality.TEXT: 0.5, Modality.IMAGE: 0.4}),
+            "must sum to 1",
+        ),
+        (
+            lambda: decoders.moma(SHAPE, ONE_EACH, {Modality.TEXT: 1, Modality.IMAGE: 0}),
+            r"share \(0\).*must be in \(0, 1\]",
+        ),
+        (
+            lambda: decoders.moma(SHAPE, {Modality.TEXT: 1}, {Modality.TEXT: 1}),
+            r"experts \{'text': 1\} and shares .* exactly the modalities",
+        ),
+        (
+            lambda: replace(decoders.dense(SHAPE), rope_theta=0),
+            r"rope_theta \(0\) must be positive",
+        ),
+        (lambda: decoders.dense(replace(SHAPE, norm_order="post")), 'must be "pre" or "swin"'),
+    ],
+)
+def test_impossible_shapes_are_refused_when_the_config_is_built(make, rule):
+    with pytest.raises(ValueError, match=rule):
+        make()

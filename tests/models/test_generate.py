@@ -1,4 +1,4 @@
-"""Generation: cached = read anew, documents are whole, and each is written by itself."""
+"""Generation: the cache changes nothing, documents are whole, and each is independent."""
 
 import re
 from dataclasses import replace
@@ -50,7 +50,7 @@ FORMS = (
 
 
 def built(name: str) -> nn.Module:
-    """A model with opinions: logits differ by more than rounding."""
+    """A model whose logits differ by more than rounding."""
     model = FORMS[name]().build()
     model.init_states()
     generator = torch.Generator().manual_seed(0)
@@ -215,29 +215,34 @@ def test_each_mode_writes_what_it_says(seed):
     assert re.fullmatch(r"ccc>(t{8}|t*e)", spelled(texts[1]))
 
 
-def test_what_cannot_be_written_is_refused(mot):
-    def refused(prompt, match, mode="interleaved", room=12, vocabulary=VOCABULARY):
-        with pytest.raises(ValueError, match=match):
-            generate(mot, vocabulary, [prompt], new_tokens=room, mode=mode)
+@pytest.mark.parametrize(
+    ("prompt", "options", "rule"),
+    [
+        ([], {}, "begin with begin-of-document .0., not with nothing"),
+        ([5, 6], {}, "begin with begin-of-document .0., not with 5"),
+        ([BOS, 5, BOS], {}, r"token 2 of the prompt \(0\) is not allowed there: text or"),
+        ([BOS, 33], {}, r"token 1 of the prompt \(33\)"),
+        ([BOS, END], {}, r"token 1 of the prompt \(4\)"),
+        ([BOS, 48], {}, r"token 1 of the prompt \(48\)"),
+        ([BOS, BEGIN, 33, 7], {}, "it is in a block of image with 1 codes of 4 so far"),
+        ([BOS, 5, EOS, 6], {}, "the document has ended"),
+        ([BOS, 5, EOS], {}, "has ended with eos"),
+        ([BOS], {"mode": "image", "new_tokens": 5}, r"new_tokens \(5\) must be at least 6"),
+        ([BOS, BEGIN, 33, 34], {"new_tokens": 2}, r"new_tokens \(2\) must be at least 3"),
+        ([BOS], {"mode": "film"}, r"mode \('film'\) must be one of text, interleaved, image"),
+        ([BOS], {"mode": "speech"}, "needs a vocabulary with speech codes"),
+        ([BOS], {"seeds": [0, 1]}, r"seeds \(2\) must be as many as prompts \(1\)"),
+    ],
+)
+def test_impossible_requests_are_refused(mot, prompt, options, rule):
+    with pytest.raises(ValueError, match=rule):
+        generate(mot, VOCABULARY, [prompt], **{"new_tokens": 12} | options)
 
-    refused([], "begin with begin-of-document .0., not with nothing")
-    refused([5, 6], "begin with begin-of-document .0., not with 5")
-    refused([BOS, 5, BOS], r"token 2 of the prompt \(0\) cannot stand there: text or")
-    refused([BOS, 33], r"token 1 of the prompt \(33\)")
-    refused([BOS, END], r"token 1 of the prompt \(4\)")
-    refused([BOS, 48], r"token 1 of the prompt \(48\)")
-    refused([BOS, BEGIN, 33, 7], "it is in a block of image with 1 codes of 4 so far")
-    refused([BOS, 5, EOS, 6], "the document has ended")
-    refused([BOS, 5, EOS], "has ended with eos")
-    refused([BOS], r"new_tokens \(5\) must be at least 6", mode="image", room=5)
-    refused([BOS, BEGIN, 33, 34], r"new_tokens \(2\) must be at least 3", room=2)
-    refused([BOS], r"mode \('film'\) must be one of text, interleaved, image", mode="film")
-    text_only = replace(VOCABULARY, media=())
-    refused([BOS], "needs a vocabulary with image codes", mode="image", vocabulary=text_only)
-    with pytest.raises(ValueError, match=r"top_p \(0\) must be in \(0, 1\]"):
-        Sampling(top_p=0)
-    with pytest.raises(ValueError, match=r"seeds \(2\) must be as many as prompts \(1\)"):
-        generate(mot, VOCABULARY, [[BOS]], new_tokens=3, seeds=[0, 1])
+
+@pytest.mark.parametrize("field", ["temperature", "top_p", "top_k", "guidance"])
+def test_impossible_sampling_is_refused(field):
+    with pytest.raises(ValueError, match=rf"{field} \(-1\)"):
+        Sampling(**{field: -1})
 
 
 def test_a_block_of_any_length_may_be_finished_at_once_but_not_left_empty():
@@ -303,20 +308,14 @@ def test_more_room_only_adds(mot):
     assert [tokens[:9] for tokens in long] == short
 
 
-def test_what_is_written_does_not_move_the_global_random_state(mot):
+def test_generation_leaves_the_random_state_and_the_mode_of_the_model(mot):
     torch.manual_seed(3)
     expected = torch.rand(3)
-    torch.manual_seed(3)
-    generate(mot, VOCABULARY, PROMPTS, new_tokens=5)
-    assert torch.equal(torch.rand(3), expected)
-
-
-def test_the_model_is_left_as_it_was(mot):
     for training in (True, False):
+        torch.manual_seed(3)
         mot.train(training)
-        generate(mot, VOCABULARY, [[BOS]], new_tokens=3)
-        assert mot.training is training
-    mot.eval()
+        generate(mot, VOCABULARY, [[BOS]], new_tokens=5)
+        assert torch.equal(torch.rand(3), expected) and mot.training is training
 
 
 class Counted(nn.Module):
@@ -331,74 +330,50 @@ class Counted(nn.Module):
         return self.model(batch, *rest, **options)
 
 
-def test_documents_that_have_ended_leave_the_batch(mot):
-    counted = Counted(mot)
-    generate(counted, VOCABULARY, [[BOS], [BOS, BEGIN, 32, 33]], new_tokens=6, mode="image")
-    assert counted.rows == [2, 2, 2, 1, 1]
-    counted.rows.clear()
-    sampling = Sampling(guidance=2.0)
-    generate(
-        counted,
-        VOCABULARY,
-        [[BOS], [BOS, BEGIN, 32, 33]],
-        new_tokens=6,
-        mode="image",
-        sampling=sampling,
-    )
-    assert counted.rows == [4, 4, 4, 2, 2]
+@pytest.mark.parametrize(("guidance", "rows"), [(1.0, [2, 2, 2, 1, 1]), (2.0, [4, 4, 4, 2, 2])])
+def test_finished_documents_leave_the_batch(mot, guidance, rows):
+    counted, prompts = Counted(mot), [[BOS], [BOS, BEGIN, 32, 33]]
+    sampling = Sampling(guidance=guidance)
+    generate(counted, VOCABULARY, prompts, new_tokens=6, mode="image", sampling=sampling)
+    assert counted.rows == rows
 
 
 # ---------------------------------------------------------------- guidance
 
 
-def test_guidance_of_one_is_none(mot):
-    counted = Counted(mot)
-    plain = generate(mot, VOCABULARY, PROMPTS, new_tokens=20)
-    guided = generate(counted, VOCABULARY, PROMPTS, new_tokens=20, sampling=Sampling(guidance=1.0))
-    assert guided == plain and max(counted.rows) == len(PROMPTS)
-
-
 def test_guidance_weighs_the_prompt_against_an_image_of_nothing(mot):
     prompt, scale = [BOS, 9, 10, 11], 2.5
-    (tokens,) = generate(
-        mot,
-        VOCABULARY,
-        [prompt],
-        new_tokens=6,
-        mode="image",
-        sampling=Sampling(temperature=0, guidance=scale),
-    )
-    plain = generate(mot, VOCABULARY, [prompt], new_tokens=6, mode="image", sampling=GREEDY)
+    options = {"new_tokens": 6, "mode": "image"}
+    guided = Sampling(temperature=0, guidance=scale)
+    (tokens,) = generate(mot, VOCABULARY, [prompt], sampling=guided, **options)
+    plain = generate(mot, VOCABULARY, [prompt], sampling=GREEDY, **options)
     assert [tokens] != plain, "a scale that changes nothing would prove nothing"
-    block = [BEGIN]
 
     def logits(row):
         row_BS = torch.tensor([row])
         batch = MixedBatch.of(row_BS, VOCABULARY.modality_of(row_BS))
         return mot(batch)[0, -1, CODES.start : CODES.stop]
 
+    block = [BEGIN]
     with torch.no_grad():
         for _ in range(BLOCK):
             with_prompt, without = logits(prompt + block), logits([BOS, *block])
-            guided = without + scale * (with_prompt - without)
-            block.append(CODES.start + int(guided.argmax()))
+            block.append(CODES.start + int((without + scale * (with_prompt - without)).argmax()))
     assert tokens == [*block, END]
 
 
 def test_guidance_leaves_text_alone(mot):
-    texts = [
-        generate(
-            mot, VOCABULARY, PROMPTS, new_tokens=20, mode="text", sampling=Sampling(guidance=scale)
-        )
-        for scale in (1.0, 3.0)
-    ]
-    assert texts[0] == texts[1]
-    # interleaved, up to the first image
-    mixed = [
-        generate(mot, VOCABULARY, [[BOS]] * 8, new_tokens=20, sampling=Sampling(guidance=scale))
-        for scale in (1.0, 3.0)
-    ]
-    for one, other in zip(*mixed, strict=True):
+    """Text documents whole, interleaved ones up to the first image."""
+
+    def written(prompts, mode):
+        for scale in (1.0, 3.0):
+            sampling = Sampling(guidance=scale)
+            yield generate(mot, VOCABULARY, prompts, new_tokens=20, mode=mode, sampling=sampling)
+
+    plain, guided = written(PROMPTS, "text")
+    assert plain == guided
+    plain, guided = written([[BOS]] * 8, "interleaved")
+    for one, other in zip(plain, guided, strict=True):
         until = one.index(BEGIN) if BEGIN in one else len(one)
         assert one[:until] == other[:until]
-    assert mixed[0] != mixed[1]
+    assert plain != guided

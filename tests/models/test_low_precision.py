@@ -1,6 +1,7 @@
 """Precision below fp32: what is rounded, and what is not whatever a model is cast to."""
 
 from copy import deepcopy
+from functools import partial
 
 import pytest
 import torch
@@ -8,10 +9,11 @@ from batches import batch_of, context_of
 from exported_models import export
 from tiny_runs import MAMBAS, MODELS
 
+from earlyfuse.models.blocks.branch import Matrix
 from earlyfuse.models.blocks.feed_forward import FeedForward
 from earlyfuse.models.blocks.indexed_parameters import masked_sums, sums_by_group
 from earlyfuse.models.blocks.linear import HeadNorm, Linear, RMSNorm
-from earlyfuse.models.blocks.mamba import Mamba
+from earlyfuse.models.blocks.mamba import GROUPS, Mamba
 from earlyfuse.models.context import ForwardContext
 from earlyfuse.models.decoder import Embedding
 from earlyfuse.parallel.checkpoint.open_checkpoint import load_model
@@ -32,15 +34,14 @@ def layout_of(groups: int = 2, present: int | None = None) -> ForwardContext:
 
 
 LAYERS = {
-    "rms_norm": lambda groups: RMSNorm.Config(dim=D, groups=groups),
-    "head_norm": lambda groups: HeadNorm.Config(heads=2, head_dim=D // 2, groups=groups),
-    "linear": lambda groups: Linear.Config(in_features=D, out_features=8, groups=groups),
-    "feed_forward": lambda groups: FeedForward.Config(dim=D, hidden_dim=8, groups=groups),
+    "rms_norm": partial(RMSNorm, D),
+    "head_norm": partial(HeadNorm, 2, D // 2),
+    "linear": lambda groups: Linear(Matrix(D, 8, groups)),
+    "feed_forward": lambda groups: FeedForward.Config(dim=D, hidden_dim=8, groups=groups).build(),
     "mamba": lambda groups: Mamba.Config(
-        dim=D, inner_dim=D, dt_rank=2, states=2, **dict.fromkeys(PROJECTIONS, groups)
-    ),
+        dim=D, inner_dim=D, dt_rank=2, states=2, **dict.fromkeys(GROUPS, groups)
+    ).build(),
 }
-PROJECTIONS = ("in_proj_groups", "x_proj_groups", "dt_proj_groups", "out_proj_groups")
 
 
 def gradients(layer, x, dy, *others):
@@ -71,7 +72,7 @@ def errors(layer, x, *others) -> dict[str, float]:
 def test_gradients_in_bf16_are_those_in_fp32_rounded(name, groups):
     x = torch.randn(T, D, generator=torch.Generator().manual_seed(0)).bfloat16()
     x = x.view(T, 2, -1) if name == "head_norm" else x
-    found = errors(LAYERS[name](groups).build(), x, layout_of(max(groups, 2)))
+    found = errors(LAYERS[name](groups), x, layout_of(max(groups, 2)))
     assert {key: error for key, error in found.items() if not error <= BOUND} == {}
 
 
@@ -79,7 +80,7 @@ def test_gradients_in_bf16_are_those_in_fp32_rounded(name, groups):
 def test_gradients_of_frequent_words_in_bf16_are_those_in_fp32_rounded(words):
     tokens = torch.randint(0, words, (T,), generator=torch.Generator().manual_seed(0))
     tokens[::4] = 0  # what begins or ends something is every so many tokens
-    found = errors(Embedding.Config(vocab_size=words, dim=D).build(), tokens)
+    found = errors(Embedding(words, D), tokens)
     assert found["weight"] <= BOUND
 
 
@@ -97,7 +98,7 @@ def test_sums_by_group_are_of_their_own_tokens_alone(sums):
 
 def test_untied_norms_compile_into_one_graph_and_read_nothing_on_the_host():
     layout, x = layout_of(), torch.randn(T, 2, D // 2, requires_grad=True)
-    norms = LAYERS["rms_norm"](2).build(), LAYERS["head_norm"](2).build()
+    norms = LAYERS["rms_norm"](2), LAYERS["head_norm"](2)
     for parameter in (p for norm in norms for p in norm.parameters()):
         torch.nn.init.normal_(parameter)
 

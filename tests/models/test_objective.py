@@ -7,6 +7,8 @@ from batches import batch_of
 from toy import VOCABULARY
 
 from earlyfuse.models.objectives.next_token import ChameleonObjective
+from earlyfuse.models.objectives.sums import label_counts
+from earlyfuse.models.vocabulary import Modality
 
 B, S, D, V = 2, 10, 6, VOCABULARY.size
 
@@ -44,12 +46,21 @@ def test_loss_is_cross_entropy_plus_z_loss_over_counted_labels():
 def test_sums_are_split_by_the_modality_of_the_label():
     x, w, labels = case()
     (nll_M,) = sums_of(x, w, labels).sums["loss"]
-    flat = labels.flatten()
-    nll = F.cross_entropy(F.linear(x, w), flat, ignore_index=-100, reduction="none")
-    image = flat >= 32
-    torch.testing.assert_close(nll_M[1], nll[image].sum().detach())
-    torch.testing.assert_close(nll_M[0], nll[~image].sum().detach())
-    assert nll_M[2] == 0
+    nll = F.cross_entropy(F.linear(x, w), labels.flatten(), ignore_index=-100, reduction="none")
+    image = labels.flatten() >= 32
+    expected = [nll[~image].sum(), nll[image].sum(), torch.zeros(())]
+    torch.testing.assert_close(nll_M, torch.stack(expected).detach())
+
+
+def test_a_modality_registered_at_run_time_has_a_loss(monkeypatch):
+    monkeypatch.setattr(Modality, "LABELS", [*Modality.LABELS])
+    depth = Modality.register("depth")
+    x, w, labels = case()
+    modality = torch.full_like(labels, depth, dtype=torch.uint8)
+    batch = batch_of(labels, labels_BS=labels, label_modality_BS=modality)
+    losses = ChameleonObjective.Config(z_loss=0.0).build().loss_of(batch)(x, w)
+    assert losses.sums["loss"].tolist() == [[0, 0, 0, pytest.approx(losses.total.item())]]
+    assert label_counts(batch, 1).tolist() == [[0, 0, 0, 2 * S - 3]]
 
 
 def test_a_batch_without_labels_costs_nothing_and_has_a_gradient():

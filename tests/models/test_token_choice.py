@@ -3,11 +3,12 @@ even out the load.
 """
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from batches import context_of
+from batches import MIXES, assert_same_function, context_of, modality_of
 from tiny_runs import SHAPE, metrics, moma, run, tiny_config, token_choice
 
 from earlyfuse.configs import decoders
@@ -24,17 +25,14 @@ TEXT, IMAGE = Modality.TEXT, Modality.IMAGE
 TAKEN = torch.tensor(True)
 
 
-def layout_of(modality: torch.Tensor, **settings) -> ForwardContext:
+MODALITY = modality_of("balanced", T)
+SERVES = (0, 1, 0, 0, 1, 0)
+
+
+def layout_of(modality: torch.Tensor = MODALITY, **settings) -> ForwardContext:
     positions_BS = torch.arange(S).expand(B, S)
     settings = ForwardSettings(**settings)
     return context_of(modality.view(B, S), positions_BS, head_dim=8, settings=settings)
-
-
-def modality_of(mix: str = "balanced") -> torch.Tensor:
-    modality = torch.zeros(T, dtype=torch.uint8)
-    if mix != "no image":
-        modality[[3] if mix == "one image" else torch.arange(0, T, 3)] = 1
-    return modality
 
 
 def tokens(seed: int = 1) -> torch.Tensor:
@@ -55,34 +53,28 @@ def layer(**fields) -> MixtureOfExperts:
     return module
 
 
-def chosen(routes) -> list[list[int]]:
-    """Experts of each token, in order."""
-    expert_R = torch.repeat_interleave(
-        torch.arange(len(routes.offset_G1) - 1), routes.offset_G1.diff()
-    )
-    taken: list[list[int]] = [[] for _ in range(T)]
-    for expert, row in zip(expert_R.tolist(), routes.row_R.tolist(), strict=True):
-        taken[row].append(expert)
-    return taken
-
-
 def weights_TE(routes) -> torch.Tensor:
     experts = len(routes.offset_G1) - 1
     expert_R = torch.repeat_interleave(torch.arange(experts), routes.offset_G1.diff())
     return torch.zeros(T, experts).index_put((routes.row_R, expert_R), routes.weight_R)
 
 
+def chosen(routes) -> list[list[int]]:
+    """Experts of each token, in order."""
+    return [row.nonzero().flatten().tolist() for row in weights_TE(routes)]
+
+
 # ---------------------------------------------------------------- routes
 
 
-@pytest.mark.parametrize("serves", [(), (0, 1, 0, 0, 1, 0)])
+@pytest.mark.parametrize("serves", [(), SERVES])
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_each_token_takes_the_best_experts_that_serve_it(serves, top_k):
-    module, x, modality = router(serves=serves, top_k=top_k), tokens(), modality_of()
-    routes = module(x, None, layout_of(modality))
+    module, x = router(serves=serves, top_k=top_k), tokens()
+    routes = module(x, None, layout_of())
     logits = x @ module.weight.T
     for token, experts in enumerate(chosen(routes)):
-        candidates = [e for e in range(6) if not serves or serves[e] == modality[token]]
+        candidates = [e for e in range(6) if not serves or serves[e] == MODALITY[token]]
         best = sorted(candidates, key=lambda e: (-logits[token, e].item(), e))[:top_k]
         assert experts == sorted(best)
     torch.testing.assert_close(weights_TE(routes), logits.sigmoid() * (weights_TE(routes) > 0))
@@ -91,29 +83,28 @@ def test_each_token_takes_the_best_experts_that_serve_it(serves, top_k):
 def test_ties_go_to_the_lower_index():
     module = router(serves=(1, 0, 0, 1, 0, 1), top_k=2)
     torch.nn.init.zeros_(module.weight)
-    modality = modality_of()
-    taken = chosen(module(tokens(), None, layout_of(modality)))
-    assert taken == [[0, 3] if m else [1, 2] for m in modality.tolist()]
+    taken = chosen(module(tokens(), None, layout_of()))
+    assert taken == [[0, 3] if m else [1, 2] for m in MODALITY.tolist()]
 
 
 def test_the_bias_decides_who_is_chosen_but_not_the_weight():
     module, x = router(), tokens()
     module.bias_E.copy_(torch.tensor([0.0, 0, 9, 0, 0, 0]))
-    routes = module(x, None, layout_of(modality_of()))
+    routes = module(x, None, layout_of())
     assert chosen(routes) == [[2]] * T
     torch.testing.assert_close(routes.weight_R, (x @ module.weight[2]).sigmoid())
 
 
 @pytest.mark.parametrize("scale", [1.0, 4.9])
 def test_normalised_weights_of_a_token_sum_to_the_scale(scale):
-    routes = router(top_k=3, normalise=True, scale=scale)(tokens(), None, layout_of(modality_of()))
+    routes = router(top_k=3, normalise=True, scale=scale)(tokens(), None, layout_of())
     torch.testing.assert_close(weights_TE(routes).sum(1), torch.full((T,), scale))
 
 
 def test_routing_reads_no_value_on_the_host():
     # tensors of the meta device have no values: whoever asks for one fails
-    module = router(serves=(0, 1, 0, 0, 1, 0), top_k=2).to("meta")
-    layout = layout_of(modality_of(), recording=True)
+    module = router(serves=SERVES, top_k=2).to("meta")
+    layout = layout_of(recording=True)
     layout.group_T = layout.group_T.to("meta")
     routes = module(tokens().to("meta").requires_grad_(), None, layout)
     routes.weight_R.sum().backward()
@@ -148,41 +139,29 @@ def masked_dense(module, x_TD, modality_T):
 
 
 @pytest.mark.parametrize("fields", [{}, {"top_k": 1, "normalise": False}])
-@pytest.mark.parametrize("mix", ["balanced", "one image", "no image"])
+@pytest.mark.parametrize("mix", MIXES)
 def test_routed_layer_equals_the_masked_dense_oracle(fields, mix):
     """With experts that nobody chooses, and batches without a modality, gradients included."""
-    module, modality = layer(**fields), modality_of(mix)
-    results = []
-    for function in (
-        lambda y: module(y, layout_of(modality)),
-        lambda y: masked_dense(module, y, modality),
-    ):
-        module.zero_grad()
-        y = tokens().requires_grad_()
-        out = function(y)
-        out.backward(torch.linspace(-1, 1, out.numel()).view_as(out))
-        results.append([out.detach(), y.grad, *(p.grad for p in module.parameters())])
-    assert all(gradient is not None for gradient in results[0]), "used or not"
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
+    module, modality = layer(**fields), modality_of(mix, T)
+    oracle = partial(masked_dense, module, modality_T=modality)
+    assert_same_function(module, layout_of(modality), oracle, tokens())
 
 
 def test_shared_experts_are_added_to_what_the_pools_give():
     config = moma(shared=decoders.Shared(everyone=1, by_modality=2)).layers[0].feed_forward
     assert [(s.hidden_dim, s.groups) for s in config.shared] == [(12, 1), (24, 2)]
-    module, modality, x = config.build(), modality_of(), tokens()
+    module, x, context = config.build(), tokens(), layout_of()
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    together = module(x, layout_of(modality))
+    together = module(x, context)
     alone = replace(config, shared=[]).build()
     alone.load_state_dict(module.state_dict(), strict=False)
-    expected = alone(x, layout_of(modality))
     everyone, own = module.shared
-    expected += everyone(x, layout_of(modality))
+    expected = alone(x, context) + everyone(x, context)
     for group in (0, 1):
         one = FeedForward.Config(dim=SHAPE.dim, hidden_dim=24).build()
         one.load_state_dict({name: p[group] for name, p in own.state_dict().items()})
-        expected += one(x, layout_of(modality)) * (modality == group)[:, None]
+        expected += one(x, context) * (group == MODALITY)[:, None]
     torch.testing.assert_close(together, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -192,30 +171,27 @@ SHARED = [decoders.Shared(), decoders.Shared(1, 0), decoders.Shared(0, 2), decod
 @pytest.mark.parametrize("shared", SHARED)
 @pytest.mark.parametrize("kind", ["moe", "moma", "token choice"])
 def test_shared_experts_leave_the_flops_of_a_token_as_they_are(kind, shared):
-    shape = replace(SHAPE, hidden_dim=120)
-    experts, shares = {TEXT: 4, IMAGE: 4}, {TEXT: 0.7, IMAGE: 0.3}
-    config = {
-        "moe": lambda: decoders.moe(shape, 8, shared=shared),
-        "moma": lambda: decoders.moma(shape, experts, shares, shared=shared),
-        "token choice": lambda: decoders.token_choice(
-            shape, experts, shared=shared, router=TokenChoice.Config(top_k=2)
-        ),
-    }[kind]()
-    dense, routers = decoders.dense(shape), 2 * 8 * shape.dim * shape.layers
-    expected = [flops + routers for flops in forward_flops(dense, 64)]
+    shape, experts = replace(SHAPE, hidden_dim=120), {TEXT: 4, IMAGE: 4}
+    if kind == "moe":
+        config = decoders.moe(shape, 8, shared=shared)
+    elif kind == "moma":
+        config = decoders.moma(shape, experts, {TEXT: 0.7, IMAGE: 0.3}, shared=shared)
+    else:
+        router = TokenChoice.Config(top_k=2)
+        config = decoders.token_choice(shape, experts, shared=shared, router=router)
+    dense, layers = decoders.dense(shape), shape.dim * shape.layers
+    expected = [flops + 2 * 8 * layers for flops in forward_flops(dense, 64)]
     assert forward_flops(config, 64) == pytest.approx(expected)
-    for active, whole in zip(
-        count_parameters(config).active, count_parameters(dense).active, strict=True
-    ):
-        served = 8 if kind == "moe" else 4 if kind == "moma" else 8
-        assert active == whole + served * shape.dim * shape.layers
+    served = 4 if kind == "moma" else 8
+    expected = [active + served * layers for active in count_parameters(dense).active]
+    assert list(count_parameters(config).active) == expected
 
 
 # ---------------------------------------------------------------- balance
 
 
 def test_biases_move_against_the_load_of_their_modality():
-    module = router(serves=(0, 1, 0, 0, 1, 0), bias_rate=0.5)
+    module = router(serves=SERVES, bias_rate=0.5)
     module.balance(torch.tensor([1, 10, 5, 4, 30, 2]), TAKEN)  # means: 3 for text, 20 for image
     assert module.bias_E.tolist() == [0.5, 0.5, -0.5, -0.5, -0.5, 0.5]
     module.balance(torch.tensor([0, 7, 0, 0, 7, 0]), TAKEN)
@@ -223,7 +199,7 @@ def test_biases_move_against_the_load_of_their_modality():
 
 
 def test_balancing_evens_out_the_load():
-    module, layout = router(bias_rate=0.01), layout_of(modality_of())
+    module, layout = router(bias_rate=0.01), layout_of()
     x = tokens() + 1.0  # a common direction, along which one expert is ahead
 
     def loads() -> torch.Tensor:
@@ -236,7 +212,7 @@ def test_balancing_evens_out_the_load():
 
 
 def test_only_training_counts_the_load():
-    module, layout = router(top_k=2), layout_of(modality_of())
+    module, layout = router(top_k=2), layout_of()
     module(tokens(), None, layout)
     assert module.load_E.sum() == 2 * T
     module.eval()(tokens(), None, layout)
@@ -244,34 +220,25 @@ def test_only_training_counts_the_load():
     assert "load_E" not in module.state_dict() and "bias_E" in module.state_dict()
 
 
-def biases(trainer) -> torch.Tensor:
-    return torch.cat([b for n, b in trainer.model.named_buffers() if n.endswith("bias_E")])
+def test_a_skipped_step_moves_no_bias_and_its_load_is_discarded(tmp_path, data):
+    def buffers(trainer, leaf):
+        return torch.cat([b for n, b in trainer.model.named_buffers() if n.endswith(leaf)])
 
+    config = tiny_config(tmp_path, data, token_choice(), steps=3)
+    config.optimizer.param_groups[-1].optimizer_kwargs["lr"] = 0.0
+    trainer = config.build()
+    decide, step, seen = trainer.skip.decide, trainer.train_step, []
+    trainer.skip.decide = lambda number, *rest: decide(number, *rest) & (number != 2)
 
-def test_a_skipped_step_moves_no_bias_and_its_load_is_forgotten(tmp_path, data, monkeypatch):
-    def biases_after(skipped):
-        config = tiny_config(tmp_path / str(skipped), data, token_choice(), steps=3)
-        config.optimizer.param_groups[-1].optimizer_kwargs["lr"] = 0.0
-        trainer = config.build()
-        decide = trainer.skip.decide
-        trainer.skip.decide = lambda step, *rest: decide(step, *rest) & (step not in skipped)
-        seen = []
-        step = trainer.train_step
+    def noting(batches):
+        step(batches)
+        assert not buffers(trainer, "router.load_E").any(), "the next step counts from 0"
+        seen.append(buffers(trainer, "bias_E").clone())
 
-        def noting(batches):
-            step(batches)
-            counts = [b for n, b in trainer.model.named_buffers() if n.endswith("router.load_E")]
-            assert counts and not torch.cat(counts).any(), "the next step counts anew"
-            seen.append(biases(trainer).clone())
-
-        trainer.train_step = noting
-        trainer.train()
-        trainer.close()
-        return seen
-
-    plain, one_less = biases_after(()), biases_after((2,))
-    assert torch.equal(one_less[1], one_less[0]) and not torch.equal(plain[1], plain[0])
-    assert not torch.equal(one_less[2], one_less[1])
+    trainer.train_step = noting
+    trainer.train()
+    trainer.close()
+    assert seen[0].any() and torch.equal(seen[1], seen[0]) and not torch.equal(seen[2], seen[1])
 
 
 def test_load_is_told_by_modality(tmp_path, data):
@@ -289,22 +256,27 @@ def test_load_is_told_by_modality(tmp_path, data):
 # ---------------------------------------------------------------- what is refused
 
 
-def test_what_cannot_be_chosen_is_refused():
-    def refused(message, **fields):
-        with pytest.raises(ValueError, match=message):
-            TokenChoice.Config(**fields).build(dim=4, experts=4, share=1.0)
+@pytest.mark.parametrize(
+    ("fields", "rule"),
+    [
+        ({"top_k": 0}, r"top_k \(0\) must be at least 1"),
+        ({"top_k": 5}, r"top_k \(5\) must be at most the number of experts \(4\)"),
+        ({"top_k": 2, "serves": (0, 0, 0, 1)}, r"top_k \(2\).* serve modality group 1 \(1\)"),
+        ({"serves": (0, 1)}, r"serves .* for each of the 4 experts"),
+        ({"scale": 0}, r"scale \(0\) must be positive"),
+        ({"bias_rate": -1}, r"bias_rate \(-1\) must be at least 0"),
+        ({"normalise": True}, r"normalise \(True\) needs top_k \(1\)"),
+    ],
+)
+def test_impossible_routers_are_refused(fields, rule):
+    with pytest.raises(ValueError, match=rule):
+        TokenChoice.Config(**fields).build(dim=4, experts=4, share=1.0)
 
-    refused(r"top_k \(0\) must be at least 1", top_k=0)
-    refused(r"top_k \(5\) must be at most the number of experts \(4\)", top_k=5)
-    refused(r"top_k \(2\).* serve modality group 1 \(1\)", top_k=2, serves=(0, 0, 0, 1))
-    refused(r"serves .* for each of the 4 experts", serves=(0, 1))
-    refused(r"scale \(0\) must be positive", scale=0)
-    refused(r"bias_rate \(-1\) must be at least 0", bias_rate=-1)
-    refused(r"normalise \(True\) needs top_k \(1\)", normalise=True)
+
+def test_pools_by_modality_are_refused():
+    options = {"name": "text", "dim": 4, "hidden_dim": 4, "experts": 4}
     with pytest.raises(ValueError, match=r"groups \(\(0,\)\) .* router.serves"):
-        ExpertPool.Config(
-            name="text", dim=4, hidden_dim=4, experts=4, groups=(0,), router=TokenChoice.Config()
-        )
+        ExpertPool.Config(**options, groups=(0,), router=TokenChoice.Config())
 
 
 def test_experts_that_leave_a_modality_out_are_refused():

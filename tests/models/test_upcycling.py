@@ -1,12 +1,14 @@
-"""Upcycling: the child computes what its parent did, and the run goes on where that stopped."""
+"""Upcycling: the child computes what its parent did, and the run continues in its data."""
 
 import math
+import shutil
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
-from batches import batch_of
+from batches import batch_of, random_batch, with_modality
 from tiny_runs import MAMBA_SHAPE, MAMBAS, SHAPE, SHARES, metrics, moma, run, tiny_config
 
 from earlyfuse.configs import decoders, mamba_decoders, stages
@@ -18,6 +20,10 @@ from earlyfuse.parallel.training.warm_start import ParentCheckpoint, WarmStart, 
 
 DENSE, UNTIED = decoders.dense(SHAPE), decoders.moe_1t1i(SHAPE)
 MAMBA = mamba_decoders.mamba(MAMBA_SHAPE)
+THREE_LAYERS = decoders.dense(replace(SHAPE, layers=3))
+THREE_EXPERTS, FOUR_EXPERTS = (
+    decoders.moma(SHAPE, dict.fromkeys(SHARES, count), SHARES, routing_rows=2) for count in (3, 4)
+)
 MOT, MIXED = decoders.mixture_of_transformers(SHAPE), decoders.moe(SHAPE, 4, routing_rows=2)
 
 
@@ -75,31 +81,27 @@ def all_tokens(config):
         (DENSE, UNTIED),
         (DENSE, MOT),
         (UNTIED, MOT),
-        (
-            all_tokens(moma()),
-            all_tokens(
-                decoders.moma(SHAPE, {Modality.TEXT: 4, Modality.IMAGE: 4}, SHARES, routing_rows=2)
-            ),
-        ),
+        (all_tokens(moma()), all_tokens(FOUR_EXPERTS)),
     ],
     ids=["dense-moma", "dense-moe", "1t1i-moma", "dense-1t1i", "dense-mot", "1t1i-mot", "2-4"],
 )
 def test_a_child_that_routes_every_token_everywhere_is_its_parent(parent, child):
     model = filled(parent)
-    if any(".experts." in name for name in shapes(parent)):
-        # experts that differ, all of them at work: equal weights make both sums means
-        for name, parameter in model.named_parameters():
-            if ".router." in name:
-                torch.nn.init.zeros_(parameter)
+    sparse = any(".experts." in name for name in shapes(parent))
+    if sparse:  # experts that differ, all of them used: equal weights make both sums means
+        silence_routers(model)
     grown = child_of(model, child)
-    if any(".experts." in name for name in shapes(parent)):
-        for name, parameter in grown.named_parameters():
-            if ".router." in name:
-                torch.nn.init.zeros_(parameter)
+    if sparse:
+        silence_routers(grown)
     expected = outputs(model)
-    torch.testing.assert_close(
-        outputs(grown), expected, rtol=1e-6, atol=1e-6 * expected.abs().max()
-    )
+    atol = 1e-6 * float(expected.abs().max())
+    torch.testing.assert_close(outputs(grown), expected, rtol=1e-6, atol=atol)
+
+
+def silence_routers(model):
+    for name, parameter in model.named_parameters():
+        if ".router." in name:
+            torch.nn.init.zeros_(parameter)
 
 
 @pytest.mark.parametrize("untied", ABLATIONS, ids="+".join)
@@ -112,31 +114,31 @@ def test_a_mixture_of_mamba_begins_as_the_dense_mamba_it_grew_out_of(modalities,
     assert config == mamba_decoders.mixture_of_mamba(shape, untied)
     child = child_of(parent, config)
     assert all(upcycle(parent.config, config).values()), "nothing is new"
-    tokens_BS = torch.randint(48, (2, 16), generator=torch.Generator().manual_seed(5))
+    mixed = random_batch(len(modalities))
     with torch.no_grad():
         for modality in modalities:
-            alone_BS = torch.full_like(tokens_BS, modality, dtype=torch.uint8)
-            inputs = batch_of(tokens_BS, alone_BS)
-            assert torch.equal(child(inputs), parent(inputs))
-        mixed_BS = (tokens_BS % len(modalities)).to(torch.uint8)
-        inputs = batch_of(tokens_BS, mixed_BS)
-        expected = parent(inputs)
-        scale = float(expected.abs().max())
-        torch.testing.assert_close(child(inputs), expected, rtol=0, atol=1e-6 * scale)
+            alone = with_modality(mixed, modality)
+            assert torch.equal(child(alone), parent(alone))
+        expected = parent(mixed)
+        atol = 1e-6 * float(expected.abs().max())
+        torch.testing.assert_close(child(mixed), expected, rtol=0, atol=atol)
 
 
 def test_a_hybrid_unties_its_mamba_and_then_the_rest():
-    """What is untied in the parent stays with its modality."""
-    dense = decoders.dense(replace(SHAPE, layers=3))
-    parent = filled(mamba_decoders.hybrid(dense, "ams", untied=["in_proj"]))
-    grown = mamba_decoders.grown(parent.config)
-    child = child_of(parent, grown)
-    expected = outputs(parent)
-    scale = float(expected.abs().max())
-    torch.testing.assert_close(outputs(child), expected, rtol=0, atol=1e-6 * scale)
-    again = child_of(child, decoders.grown(grown, "1t1i"))
-    assert again.layers["0"].feed_forward.w1.ndim == 3
-    torch.testing.assert_close(outputs(again), expected, rtol=0, atol=1e-6 * scale)
+    """Parameters that the parent unties keep their modality."""
+    parent = filled(mamba_decoders.hybrid(THREE_LAYERS, "ams", untied=["in_proj"]))
+    expected, model = outputs(parent), parent
+    for form in (mamba_decoders.grown, partial(decoders.grown, form="1t1i")):
+        model = child_of(model, form(model.config))
+        atol = 1e-6 * float(expected.abs().max())
+        torch.testing.assert_close(outputs(model), expected, rtol=0, atol=atol)
+    assert model.layers["0"].feed_forward.w1.ndim == 3
+
+
+@pytest.mark.parametrize("form", ["0x", "4i4t", "4t", "12345x"])
+def test_unknown_forms_are_refused(form):
+    with pytest.raises(ValueError, match=rf"form \('{form}'\) must be .* 4t4i, from 1 to 9999"):
+        decoders.grown(DENSE, form)
 
 
 def test_a_seed_grows_into_any_number_of_experts_of_each_modality():
@@ -153,6 +155,11 @@ def test_a_seed_grows_into_any_number_of_experts_of_each_modality():
     assert fresh == {name for name in shapes(child.config) if ".router." in name}
 
 
+MIXTURE, HYBRID = MAMBAS["mixture_of_mamba"](), MAMBAS["hybrid"]()
+EIGHT_STATES = mamba_decoders.mamba(replace(MAMBA_SHAPE, states=8))
+WIDER = decoders.moma(replace(SHAPE, hidden_dim=64), dict.fromkeys(SHARES, 2), SHARES)
+
+
 @pytest.mark.parametrize(
     ("parent", "child", "says"),
     [
@@ -160,52 +167,18 @@ def test_a_seed_grows_into_any_number_of_experts_of_each_modality():
         (MOT, moma(), r"attention_norm.weight is \(32,\), in the parent \(2, 32\)"),
         (moma(), DENSE, r"feed_forward.w1 is not in the parent"),
         (MIXED, moma(), "the pools of .* serve the groups"),
-        (
-            DENSE,
-            decoders.moma(replace(SHAPE, hidden_dim=64), dict.fromkeys(SHARES, 2), SHARES),
-            r"an expert of .*w1 is \(64, 32\), .* of the parent \(48, 32\)",
-        ),
+        (DENSE, WIDER, r"an expert of .*w1 is \(64, 32\), .* of the parent \(48, 32\)"),
         (DENSE, decoders.dense(replace(SHAPE, heads=4)), r"attention.heads \(4\) must be .* \(2\)"),
         (DENSE, decoders.dense(replace(SHAPE, norm_order="pre")), "norm_order"),
-        (DENSE, decoders.dense(replace(SHAPE, layers=3)), r"layers \(3\)"),
-        (
-            DENSE,
-            MAMBAS["hybrid"](),
-            r"layers \(3\)",
-        ),
-        (
-            decoders.dense(replace(SHAPE, layers=3)),
-            MAMBAS["hybrid"](),
-            r"layers\[1\] is made of mamba and feed_forward, in the parent of attention and feed",
-        ),
-        (
-            MAMBA,
-            DENSE,
-            r"layers\[0\] is made of attention and feed_forward, in the parent of mamba",
-        ),
-        (
-            MAMBA,
-            mamba_decoders.mamba(replace(MAMBA_SHAPE, states=8)),
-            r"layers\[0\].mamba.states \(8\) must be that of the parent \(16\)",
-        ),
-        (
-            MAMBAS["mixture_of_mamba"](),
-            MAMBA,
-            r"in_proj.weight is \(128, 32\), in the parent \(2, 128, 32\)",
-        ),
-        (
-            MAMBAS["mixture_of_mamba"](),
-            replace(MAMBAS["mixture_of_mamba"](), modalities=(0, 2)),
-            r"modalities \(\[0, 2\]\) must be that of the parent \(\[0, 1\]\)",
-        ),
-        (
-            decoders.moma(SHAPE, dict.fromkeys(SHARES, 3), SHARES, routing_rows=2),
-            decoders.moma(SHAPE, dict.fromkeys(SHARES, 4), SHARES, routing_rows=2),
-            r"w1 is \(4, 48, 32\), in the parent \(3, 48, 32\)",
-        ),
+        (DENSE, THREE_LAYERS, r"layers \(3\)"),
+        (THREE_LAYERS, HYBRID, r"layers\[1\] is made of mamba and .*, in the parent of attention"),
+        (MAMBA, EIGHT_STATES, r"mamba.states \(8\) .* \(16\)"),
+        (MIXTURE, MAMBA, r"in_proj.weight is \(128, 32\), in the parent \(2, 128, 32\)"),
+        (MIXTURE, replace(MIXTURE, modalities=(0, 2)), r"modalities \(\[0, 2\]\) .* \(\[0, 1\]\)"),
+        (THREE_EXPERTS, FOUR_EXPERTS, r"w1 is \(4, 48, 32\), in the parent \(3, 48, 32\)"),
     ],
 )
-def test_what_cannot_grow_is_refused_by_name(parent, child, says):
+def test_impossible_parents_are_refused_by_name(parent, child, says):
     with pytest.raises(ValueError, match=says):
         upcycle(parent, child)
 
@@ -248,28 +221,21 @@ def test_without_its_data_a_run_begins_at_their_beginning(tmp_path, data, seed):
     assert run(config).dataloader.lanes[:, -1].tolist() == [1] * 4
 
 
-def test_what_cannot_be_begun_with_is_refused_before_anything_is_written(tmp_path, data, seed):
-    def refused(match: str, **fields) -> None:
+def test_impossible_starts_are_refused_before_anything_is_written(tmp_path, data, seed):
+    def refused(match: str, data_seed: int = 0, **fields) -> None:
         config = tiny_config(tmp_path / "out", data, moma())
         config.start = WarmStart.Config(**{"run": str(seed)} | fields)
-        if "dataloader seed" in match:
-            config.dataloader.seed = 7
-        with pytest.raises(ValueError, match=match.removeprefix("dataloader ")):
+        config.dataloader.seed = data_seed
+        with pytest.raises(ValueError, match=match):
             run(config)
         assert not (tmp_path / "out" / "run.json").exists()
 
     refused(r"start.run \(.*nowhere\) must be the folder of a run", run=str(tmp_path / "nowhere"))
     refused(r"start.step \(5\) must be a step with a checkpoint in .*: \[3\]", step=5)
-    refused(r"dataloader seed of the data \(7\).*begin anew in the data with --start.no-data")
-    damaged = tmp_path / "damaged"
-    damaged.mkdir()
-    (damaged / "run.json").write_text((seed / "run.json").read_text())
-    (damaged / "checkpoint").mkdir()
-    for folder in (seed / "checkpoint").glob("step-*"):
-        copy = damaged / "checkpoint" / folder.name
-        copy.mkdir()
-        for file in folder.iterdir():
-            (copy / file.name).write_bytes(file.read_bytes()[: None if "man" in file.name else -1])
+    refused(r"seed of the data \(7\).*--start.no-data", data_seed=7)
+    damaged = shutil.copytree(seed, tmp_path / "damaged")
+    for file in damaged.glob("checkpoint/step-*/*.distcp"):
+        file.write_bytes(file.read_bytes()[:-1])
     refused("is damaged: .* bytes instead of", run=str(damaged))
 
 

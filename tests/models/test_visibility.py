@@ -1,63 +1,79 @@
-"""Who sees whom follows from documents and spans; rotary positions decide nothing of it."""
+"""Visibility follows from documents and spans, not from rotary positions; masks; selections."""
+
+from dataclasses import replace
 
 import pytest
 import torch
-from batches import batch_of
-from tiny_runs import MAMBAS, MODELS, loud
+from batches import WORDS, batch_of, built, random_batch
+from tiny_runs import MAMBAS, MODELS, moma
+from torch.nn.attention.flex_attention import create_block_mask
+from torch.profiler import profile
 
+from earlyfuse.models import masks
 from earlyfuse.models.batch import MixedBatch, places_in_documents
 from earlyfuse.models.context import ForwardContext
-from earlyfuse.models.masks import attention_mask
+from earlyfuse.models.masks import attention_mask, block_mask
 from earlyfuse.models.routes import Routes
+from earlyfuse.models.routing.expert_choice import ExpertChoice
 
 B, S = 2, 12
 DOCUMENTS = torch.tensor([[1] * 5 + [2] * 4 + [0] * 3, [1] * 2 + [2] * 10], dtype=torch.int32)
-FORMS = {name: (MODELS | MAMBAS)[name] for name in ("dense", "mot", "mixture_of_mamba", "hybrid")}
-
-
-def built(name: str) -> torch.nn.Module:
-    config = FORMS[name]()
-    config.init_std = 0.2
-    model = config.build()
-    model.init_states()
-    loud(model)
-    return model.eval()
+SPANS = torch.tensor([[0, 1, 1, 1, 0, 1, 1, 2, 2, 0, 0, 0], [0] * 2 + [1] * 5 + [2] * 5])
+PLACE = torch.arange(S).expand(B, S)
+FORMS = {name: MODELS[name] for name in ("dense", "mot", "token_choice")} | MAMBAS
 
 
 def inputs(document_BS: torch.Tensor = DOCUMENTS, **fields: torch.Tensor) -> MixedBatch:
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, 48, document_BS.shape, generator=generator)
-    return MixedBatch.of(tokens, (tokens >= 24).to(torch.uint8), document_BS, **fields)
+    return random_batch(rows=B, seq_len=S, document_BS=document_BS, **fields)
 
 
 def moved_by(model: torch.nn.Module, batch: MixedBatch, row: int, place: int) -> torch.Tensor:
     """(S,) bool: which outputs of a row another token at ``place`` moves."""
-    before = model(batch)
     tokens = batch.tokens_BS.clone()
-    tokens[row, place] = (tokens[row, place] + 1) % 48
-    changed = MixedBatch(**(batch.tensors() | {"tokens_BS": tokens}))
-    return ((model(changed) - before)[row].abs() > 1e-6).any(-1)
+    tokens[row, place] = (tokens[row, place] + 1) % WORDS
+    return ((model(replace(batch, tokens_BS=tokens)) - model(batch))[row].abs() > 1e-6).any(-1)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", FORMS)
-def test_rotary_positions_do_not_decide_who_sees_whom(name):
-    """All zero, falling, far apart, or going on over a boundary."""
-    model, place = built(name), torch.arange(S).expand(B, S)
-    for positions in (place * 0, 50 - place, place * 100, place):
+def test_a_token_moves_itself_and_later_tokens_of_its_document_whatever_the_positions(name):
+    """Rotary positions all zero, falling, far apart, or continuing over a boundary."""
+    model = built(FORMS[name]())
+    for positions in (PLACE * 0, 50 - PLACE, PLACE * 100, PLACE):
         batch = inputs(positions_BS=positions)
         for row, at in ((0, 0), (0, 3), (0, 5), (1, 1), (1, 2)):
             moved = moved_by(model, batch, row, at)
-            same_document = DOCUMENTS[row] == DOCUMENTS[row, at]
-            assert not (moved & ~(same_document & (place[row] >= at))).any()
-            assert moved[at]
+            later = (DOCUMENTS[row] == DOCUMENTS[row, at]) & (PLACE[row] >= at)
+            assert not (moved & ~later).any()
+            assert moved[at] and moved[at + 1] == later[at + 1]
+
+
+@torch.no_grad()
+def test_later_tokens_do_not_move_earlier_outputs_of_moma_with_routing_fixed(monkeypatch):
+    model, chosen, choose = built(moma()), {}, ExpertChoice._choose
+
+    def once(router, logits, eligible, context):
+        """The first forward's choice of rows, with the weights of the present logits."""
+        row, offset, _ = chosen.setdefault(router, choose(router, logits, eligible, context))
+        expert = torch.repeat_interleave(torch.arange(logits.shape[1]), offset.diff())
+        return Routes(row, offset, logits[row, expert].sigmoid() * eligible[row])
+
+    monkeypatch.setattr(ExpertChoice, "_choose", once)
+    moved = moved_by(model, inputs(torch.ones(B, S, dtype=torch.int32)), 0, 7)
+    assert not moved[:7].any() and moved[7:].all()
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", FORMS)
-def test_padding_is_finite_and_moves_nothing(name):
-    model, batch = built(name), inputs()
-    assert model(batch).isfinite().all()
+def test_packed_documents_equal_separate_ones_and_padding_moves_nothing(name):
+    """One document is shorter than Mamba's convolution."""
+    model, batch = built(FORMS[name]()), inputs()
+    packed = model(batch)
+    for row, start, stop in ((0, 0, 5), (0, 5, 9), (1, 0, 2), (1, 2, 12)):
+        part = slice(row, row + 1), slice(start, stop)
+        alone = model(batch_of(batch.tokens_BS[part], batch.modality_BS[part]))[0]
+        torch.testing.assert_close(packed[row, start:stop], alone, rtol=1e-5, atol=2e-5)
+    assert packed.isfinite().all()
     assert moved_by(model, batch, 0, 10).nonzero().flatten().tolist() == [10]
 
 
@@ -66,16 +82,42 @@ def test_places_count_the_tokens_of_the_same_document():
     assert places_in_documents(DOCUMENTS).tolist() == expected
 
 
-def test_a_mask_is_the_definition():
-    span = torch.tensor([[0, 1, 1, 1, 0, 1, 1, 2, 2, 0, 0, 0], [0] * 2 + [1] * 5 + [2] * 5])
-    for spans in (None, span):
-        mask = attention_mask(DOCUMENTS, span_BL=spans)
-        for b in range(B):
-            for q in range(S):
-                for k in range(S):
-                    same = DOCUMENTS[b, q] == DOCUMENTS[b, k] and DOCUMENTS[b, q] != 0
-                    both = spans is not None and spans[b, q] == spans[b, k] != 0
-                    assert bool(mask[b, 0, q, k]) == bool((same and (k <= q or both)) or q == k)
+# ---------------------------------------------------------------- masks
+
+
+@pytest.mark.parametrize("span", [None, SPANS], ids=["causal", "spans"])
+@pytest.mark.parametrize("first", [0, 4])
+def test_masks_are_the_definition(monkeypatch, span, first):
+    mask = attention_mask(DOCUMENTS, first, span)
+    for b in range(B):
+        for q in range(first, S):
+            for k in range(S):
+                same = DOCUMENTS[b, q] == DOCUMENTS[b, k] and DOCUMENTS[b, q] != 0
+                both = span is not None and span[b, q] == span[b, k] != 0
+                expected = (same and (k <= q or both)) or q == k
+                assert bool(mask[b, 0, q - first, k]) == bool(expected)
+    monkeypatch.setattr(masks, "compiled_create_block_mask", lambda: _create_token_mask)
+    assert block_mask(DOCUMENTS, first, span).to_dense()[..., : S - first, :S].bool().equal(mask)
+
+
+def _create_token_mask(*arguments, **options):
+    return create_block_mask(*arguments, **options, BLOCK_SIZE=1)
+
+
+def test_block_masks_are_built_without_tables_of_all_pairs():
+    """The compiled builder allocates less than a byte per pair; eager, eight."""
+    document_BL = torch.arange(1024)[None].div(300, rounding_mode="floor").int() + 1
+    block_mask(document_BL)  # compiles
+    with profile(profile_memory=True) as profiled:
+        block_mask(document_BL)
+    assert max(event.self_cpu_memory_usage for event in profiled.events()) < 1024**2 // 8
+
+
+def test_cuda_uses_the_block_mask(monkeypatch):
+    monkeypatch.setattr(masks, "block_mask", lambda *arguments: arguments)
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+        document_BL = torch.empty(B, S, dtype=torch.int32, device="cuda")
+        assert attention_mask(document_BL, 4) == (document_BL, 4, None)
 
 
 # ---------------------------------------------------------------- a selection of tokens
@@ -89,42 +131,37 @@ def context(batch: MixedBatch, model: torch.nn.Module) -> ForwardContext:
 
 @torch.no_grad()
 @pytest.mark.parametrize("rows", [1, B])
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", ["dense", "mot", "mixture_of_mamba", "hybrid"])
 def test_a_block_on_a_selection_is_the_block_on_rows_without_the_other_tokens(name, rows):
-    """Positions keep their gaps, documents stay apart, and rows may lose different numbers."""
-    model, batch = built(name), inputs()
+    """Positions keep their gaps, documents stay separate, and rows may lose different numbers."""
+    model, batch = built(FORMS[name]()), inputs()
     x_TD = torch.randn(B * S, model.config.dim, generator=torch.Generator().manual_seed(1))
     kept = [[0, 2, 3, 5, 8, 10], [0, 1, 2, 5, 6, 11] if rows == B else [1, 4, 11]]
     row_R = torch.tensor([row * S + place for row in range(B) for place in kept[row]])
-    routes = Routes(row_R, torch.tensor([0, len(row_R)]))
-    selected = context(batch, model).select(routes, rows)
+    selected = context(batch, model).select(Routes(row_R, torch.tensor([0, len(row_R)])), rows)
     for layer in model.layers.values():
-        found_RD = layer(x_TD[row_R], selected)
         expected = []
         for row in range(B):
-            alone = MixedBatch(
-                **{n: t[row : row + 1, kept[row]] for n, t in batch.tensors().items()}
-            )
-            expected.append(layer(x_TD[row * S :][kept[row]], context(alone, model)))
-        torch.testing.assert_close(found_RD, torch.cat(expected), rtol=0, atol=1e-5)
+            fields = {n: t[row : row + 1, kept[row]] for n, t in batch.tensors().items()}
+            alone = context(MixedBatch(**fields), model)
+            expected.append(layer(x_TD[row * S :][kept[row]], alone))
+        found_RD = layer(x_TD[row_R], selected)
+        torch.testing.assert_close(found_RD, torch.cat(expected), rtol=0, atol=2e-5)
 
 
 @torch.no_grad()
-def test_rows_of_weight_zero_only_fill_a_selection_up():
-    model, batch = built("hybrid"), inputs(torch.ones(B, S, dtype=torch.int32))
+def test_rows_of_weight_zero_are_padding_of_a_selection():
+    model, batch = built(FORMS["hybrid"]()), inputs(torch.ones(B, S, dtype=torch.int32))
     x_TD = torch.randn(B * S, model.config.dim, generator=torch.Generator().manual_seed(1))
     row_R, weight_R = torch.tensor([1, 2, 4, 7]), torch.tensor([1.0, 0, 1, 1])
-    whole = context(batch, model)
-    filled = whole.select(Routes(row_R, torch.tensor([0, 4]), weight_R))
-    real = weight_R > 0
+    whole, real = context(batch, model), weight_R > 0
+    padded = whole.select(Routes(row_R, torch.tensor([0, 4]), weight_R))
     without = whole.select(Routes(row_R[real], torch.tensor([0, 3])))
-    for name, layer in model.layers.items():
-        if not hasattr(layer, "mamba"):  # a scan would have to be told to pass them over
-            found = layer(x_TD[row_R], filled)[real]
-            torch.testing.assert_close(found, layer(x_TD[row_R[real]], without), msg=name)
+    layer = model.layers["0"]  # attention: scans are interrupted by padding
+    found = layer(x_TD[row_R], padded)[real]
+    torch.testing.assert_close(found, layer(x_TD[row_R[real]], without))
 
 
 def test_a_batch_keeps_the_documents_of_whole_rows_in_its_parts():
-    batch = batch_of(torch.arange(24).view(B, S))
-    part = batch.part(slice(6, 12))
+    part = batch_of(torch.arange(24).view(B, S)).part(slice(6, 12))
     assert part.tokens_BS.shape == (B, 6) and part.document_BS.shape == (B, S)

@@ -1,8 +1,8 @@
 """Traces a step of every model family on fake CUDA tensors: forward, loss, backward, update.
 
-``python tests/fake_cuda_trace.py LIBRARY CASE …`` prints a JSON object: case → list of problems. A
-problem is an op that mixes devices, copies between host and device, or makes the host wait for the
-device. ``LIBRARY`` is ``fake_cuda.cpp``, compiled.
+``python tests/support/fake_cuda_trace.py LIBRARY CASE …`` prints a JSON object: case → list of
+problems. A problem is an op that mixes devices, copies between host and device, or makes the host
+wait for the device. ``LIBRARY`` is ``fake_cuda.cpp``, compiled.
 
 Real CUDA kernels are stood in for by the fakes of our ops and by SDPA for FlexAttention, which
 torch compiles.
@@ -15,7 +15,6 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 if __name__ == "__main__":
@@ -23,6 +22,7 @@ if __name__ == "__main__":
 
 import torch
 import torch.nn.functional as F
+from tiny_runs import MAMBA_SHAPE, MAMBAS, MODELS, SHAPE, moma
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -41,8 +41,6 @@ from earlyfuse.models.context import ForwardSettings
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.objectives.next_token import ChameleonObjective
 from earlyfuse.models.objectives.sums import Losses, label_counts
-from earlyfuse.models.routing.causal_router import CausalRouter
-from earlyfuse.models.routing.gumbel_noise import RouterNoise
 from earlyfuse.models.routing.token_choice import TokenChoice
 from earlyfuse.models.vocabulary import Modality
 from earlyfuse.parallel.strategies import gradient_clipping
@@ -50,50 +48,27 @@ from earlyfuse.parallel.strategies.gradient_clipping import GradientClipping
 from earlyfuse.parallel.training import skip_step
 from earlyfuse.parallel.training.skip_step import SkipRule, step_unless_skipped
 
-ROWS, SEQ_LEN, VOCABULARY = 2, 256, 256
-TEXT_IMAGE = (Modality.TEXT, Modality.IMAGE)
-SHAPE = decoders.Shape(dim=64, layers=2, heads=4, hidden_dim=128, vocab_size=VOCABULARY)
-MAMBA = mamba_decoders.MambaShape(dim=64, layers=1, vocab_size=VOCABULARY)
-
-
-def moma(modalities: tuple[Modality, ...] = TEXT_IMAGE, **routers: Any) -> Decoder.Config:
-    shape = replace(SHAPE, modalities=modalities)
-    shares = {modality: 1 / len(modalities) for modality in modalities}
-    model = decoders.moma(shape, dict.fromkeys(modalities, 2), shares)
-    return decoders.with_routers(model, **routers) if routers else model
-
-
-FAMILIES: dict[str, Callable[[], Decoder.Config]] = {
-    "dense": partial(decoders.dense, SHAPE),
-    "dense_dropout": partial(decoders.dense, replace(SHAPE, dropout=0.1)),
-    "moe_1t1i": partial(decoders.moe_1t1i, SHAPE),
-    "mixture_of_transformers": partial(decoders.mixture_of_transformers, SHAPE),
-    "moe_8x": partial(decoders.moe, SHAPE),
-    "moma": moma,
-    "moma_speech": partial(moma, tuple(Modality)),
-    "moma_causal": partial(moma, causal=CausalRouter.Config()),
-    "moma_noise_normalised": partial(
-        moma, noise=RouterNoise.Config(end_step=10), weights="normalised", init="centred"
-    ),
-    "moma_shared": lambda: decoders.moma(
-        replace(SHAPE, hidden_dim=192),
-        dict.fromkeys(TEXT_IMAGE, 2),
-        dict.fromkeys(TEXT_IMAGE, 0.5),
-        shared=decoders.Shared(1, 1),
-    ),
-    "moma_exact": partial(moma, budget="exact"),
-    "token_choice": partial(decoders.token_choice, SHAPE, 4),
-    "token_choice_by_modality": lambda: decoders.token_choice(
-        SHAPE, dict.fromkeys(TEXT_IMAGE, 2), router=TokenChoice.Config(top_k=2, normalise=True)
-    ),
-    "mamba": partial(mamba_decoders.mamba, MAMBA),
-    "mixture_of_mamba": partial(mamba_decoders.mixture_of_mamba, MAMBA),
-    "mixture_of_mamba_speech": lambda: mamba_decoders.mixture_of_mamba(
-        replace(MAMBA, modalities=tuple(Modality))
-    ),
-    "hybrid_mot": lambda: mamba_decoders.hybrid(decoders.mixture_of_transformers(SHAPE), "am"),
-    "hybrid_moma": lambda: mamba_decoders.hybrid(moma(), "ams"),
-}
+ROWS, SEQ_LEN = 2, 256
+SPEECH = tuple(Modality)
+FAMILIES: dict[str, Callable[[], Decoder.Config]] = (
+    MODELS
+    | MAMBAS
+    | {
+        "dense_dropout": lambda: decoders.dense(replace(SHAPE, dropout=0.1)),
+        "moe_1t1i": lambda: decoders.moe_1t1i(SHAPE),
+        "moma_speech": lambda: decoders.moma(
+            replace(SHAPE, modalities=SPEECH),
+            dict.fromkeys(SPEECH, 2),
+            dict.fromkeys(SPEECH, 1 / 3),
+        ),
+        "moma_exact": lambda: decoders.with_routers(moma(), budget="exact"),
+        "token_choice_all": lambda: decoders.token_choice(SHAPE, 4),
+        "mixture_of_mamba_speech": lambda: mamba_decoders.mixture_of_mamba(
+            replace(MAMBA_SHAPE, modalities=SPEECH)
+        ),
+        "hybrid_moma": lambda: mamba_decoders.hybrid(moma(replace(SHAPE, layers=3)), "ams"),
+    }
+)
 
 
 class _Watch(TorchDispatchMode):
@@ -163,7 +138,7 @@ def trace(case: str) -> list[str]:
         for module in model.modules():  # fake parameters cannot be cast in place
             for name, parameter in module.named_parameters(recurse=False):
                 setattr(module, name, torch.nn.Parameter(parameter.to(dtype)))
-        tokens_BS = torch.randint(0, VOCABULARY, (ROWS, SEQ_LEN))
+        tokens_BS = torch.randint(0, SHAPE.vocab_size, (ROWS, SEQ_LEN))
         modality_BS = (tokens_BS % len(config.modalities)).to(torch.uint8)
         batch = MixedBatch.of(
             tokens_BS, modality_BS, labels_BS=tokens_BS, label_modality_BS=modality_BS

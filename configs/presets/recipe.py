@@ -24,12 +24,12 @@ RECOMPUTE = {"none": None, "selective": SelectiveAC.Config(), "full": FullAC.Con
 
 @dataclass(frozen=True)
 class Recipe:
-    """How long, in which batches and at which learning rates a paper trained.
+    """Steps, batches and learning rates of a paper.
 
-    ``rows`` of 4096 tokens in a step; ``rows_at_once``: on one rank, in a micro-batch. The learning
-    rate rises for ``warmup`` steps to ``lr`` and ends at a hundredth of it. Optimizer: AdamW
-    0.9/0.95, eps 1e-5, weight decay 0.1 except norms and biases, clipping at 1, z-loss 1e-5
-    (arXiv 2405.09818, 2.3), also where a paper on Chameleon's recipe does not repeat them.
+    ``rows`` of 4096 tokens per step; ``rows_at_once``: per rank and micro-batch. The learning rate
+    rises for ``warmup`` steps to ``lr`` and ends at a hundredth of it. Optimizer: AdamW 0.9/0.95,
+    eps 1e-5, weight decay 0.1 except norms and biases, clipping at 1, z-loss 1e-5 (arXiv
+    2405.09818, 2.3), also where a paper that follows Chameleon does not repeat them.
     """
 
     steps: int
