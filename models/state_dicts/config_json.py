@@ -18,13 +18,13 @@ def describe(
     config: Decoder.Config, vocabulary: Vocabulary, source: dict[str, Any]
 ) -> dict[str, Any]:
     """Returns the content of ``config.json``. ``source``: plain values on the weights' origin."""
-    return {
-        "format": FORMAT,
-        "version": VERSION,
-        "model": decoder_config.to_dict(config),
-        "vocabulary": vocabulary.to_dict(),
-        "source": source,
-    }
+    model = own_description(config, vocabulary)
+    return {"format": FORMAT, "version": VERSION, **model, "source": source}
+
+
+def own_description(config: Decoder.Config, vocabulary: Vocabulary) -> dict[str, Any]:
+    """Returns everything about the model; also written to a field of public configs."""
+    return {"model": decoder_config.to_dict(config), "vocabulary": vocabulary.to_dict()}
 
 
 def read_description(raw: JsonObject) -> tuple[Decoder.Config, Vocabulary, dict[str, Any]]:
@@ -34,18 +34,22 @@ def read_description(raw: JsonObject) -> tuple[Decoder.Config, Vocabulary, dict[
             f"{raw.where}: version ({shown(raw.values.get('version'))}) must be {VERSION}; read it "
             "with the earlyfuse that wrote it"
         )
+    return *read_own_description(raw), dict(raw.object("source").values)
+
+
+def read_own_description(raw: JsonObject) -> tuple[Decoder.Config, Vocabulary]:
+    """Inverse of ``own_description``; ``ValueError`` names the file and the field."""
     vocabulary = read_vocabulary(raw.object("vocabulary"))
-    config = read_decoder(raw.object("model"))
+    config = _read_decoder(raw.object("model"))
     if vocabulary.size != config.vocab_size:
         raise ValueError(
             f"{raw.where}: vocab_size of the model ({config.vocab_size}) must equal the size of "
             f"its vocabulary ({vocabulary.size}); {raw.remedy}"
         )
-    return config, vocabulary, dict(raw.object("source").values)
+    return config, vocabulary
 
 
-def read_decoder(fields: JsonObject) -> Decoder.Config:
-    """Returns the model in ``fields``; ``ValueError`` names the file and the field."""
+def _read_decoder(fields: JsonObject) -> Decoder.Config:
     fields.field("rope_theta", float, default=1.0, least=SMALLEST)
     known = {int(modality) for modality in Modality}
     if not set(fields.items("modalities", int) if "modalities" in fields else ()) <= known:

@@ -14,7 +14,7 @@ from earlyfuse.models.blocks.feed_forward import FeedForward
 from earlyfuse.models.blocks.linear import NORM_EPS
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.state_dicts import huggingface_mamba
-from earlyfuse.models.state_dicts.config_json import CONFIG
+from earlyfuse.models.state_dicts.config_json import CONFIG, own_description
 from earlyfuse.models.state_dicts.plain_decoder import (
     chameleon_block,
     chameleon_parts,
@@ -26,9 +26,8 @@ from earlyfuse.models.state_dicts.public_config import (
     OURS,
     Exported,
     Imported,
-    own_description,
     positive,
-    read_own_description,
+    read_ours,
     refuse_others,
     sizes,
     with_dtype,
@@ -128,18 +127,22 @@ def _read_config(raw: JsonObject) -> tuple[Decoder.Config, Vocabulary, str]:
     dim, hidden_dim = sizes(given, "hidden_size", "intermediate_size")
     heads, kv_heads = sizes(given, "num_attention_heads", "num_key_value_heads")
     layers, vocab_size = sizes(given, "num_hidden_layers", "vocab_size")
-    norm_order = "swin" if given.field("swin_norm", bool) else "pre"
+    block = chameleon_block(
+        dim=dim,
+        heads=heads,
+        kv_heads=kv_heads,
+        hidden_dim=hidden_dim,
+        norm_order="swin" if given.field("swin_norm", bool) else "pre",
+    )
     config = plain_decoder(
-        chameleon_block(
-            dim=dim, heads=heads, kv_heads=kv_heads, hidden_dim=hidden_dim, norm_order=norm_order
-        ),
+        block,
         layers=layers,
         vocab_size=vocab_size,
         rope_theta=positive(rope if "rope_theta" in rope else given, "rope_theta"),
         init_std=given.field("initializer_range", float, least=0),
     )
     if OURS in raw:
-        return *read_own_description(raw, config), ""
+        return *read_ours(raw, config), ""
     tokens = given.object("vocabulary_map")
     return config, *to_vocabulary(tokens, given, _codes_per_image(given))
 

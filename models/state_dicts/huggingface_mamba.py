@@ -12,7 +12,7 @@ from earlyfuse.models.blocks.linear import NORM_EPS
 from earlyfuse.models.blocks.mamba import Mamba
 from earlyfuse.models.decoder import Block, Decoder
 from earlyfuse.models.state_dicts import mamba
-from earlyfuse.models.state_dicts.config_json import CONFIG
+from earlyfuse.models.state_dicts.config_json import CONFIG, own_description
 from earlyfuse.models.state_dicts.plain_decoder import (
     function_differences,
     mamba_mixer,
@@ -22,9 +22,8 @@ from earlyfuse.models.state_dicts.public_config import (
     OURS,
     Exported,
     Imported,
-    own_description,
     positive,
-    read_own_description,
+    read_ours,
     refuse_others,
     sizes,
     with_dtype,
@@ -62,7 +61,7 @@ def import_model(raw: JsonObject, entries: Mapping[str, Entry]) -> Imported:
     """
     config = _read_config(raw)
     if OURS in raw:
-        config, vocabulary = read_own_description(raw, config)
+        config, vocabulary = read_ours(raw, config)
     else:
         given = without_nulls(raw, _DEFAULTS)
         vocabulary, _ = to_vocabulary(JsonObject({}, "", ""), given, 1)

@@ -29,6 +29,7 @@ from earlyfuse.data.json_files import JsonObject, shown
 from earlyfuse.models.blocks.linear import NORM_EPS
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.state_dicts import vocabulary_map
+from earlyfuse.models.state_dicts.config_json import own_description
 from earlyfuse.models.state_dicts.plain_decoder import (
     chameleon_block,
     chameleon_parts,
@@ -39,9 +40,8 @@ from earlyfuse.models.state_dicts.public_config import (
     OURS,
     Exported,
     Imported,
-    own_description,
     positive,
-    read_own_description,
+    read_ours,
     refuse_others,
     sizes,
 )
@@ -166,7 +166,7 @@ def import_model(
         sources = tuple((shard_name(shard, theirs), part) for shard in range(shards))
         maps[ours] = TensorMap(shape, sources, layout.join)
     if OURS in params:
-        config, vocabulary = read_own_description(params, config)
+        config, vocabulary = read_ours(params, config)
         remark = ""
     else:
         vocabulary, remark = _vocabulary(params, config.vocab_size, tokens)

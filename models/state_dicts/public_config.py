@@ -5,10 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from earlyfuse.data.json_files import JsonObject, shown
-from earlyfuse.data.vocabulary import read_vocabulary
 from earlyfuse.models.decoder import Decoder
-from earlyfuse.models.state_dicts import decoder_config
-from earlyfuse.models.state_dicts.config_json import SMALLEST, read_decoder
+from earlyfuse.models.state_dicts.config_json import SMALLEST, read_own_description
 from earlyfuse.models.state_dicts.plain_decoder import agreed
 from earlyfuse.models.state_dicts.tensor_map import TensorMaps, Tensors
 from earlyfuse.models.vocabulary import Vocabulary
@@ -49,18 +47,10 @@ class Exported:
     shards: int = 1
 
 
-def own_description(config: Decoder.Config, vocabulary: Vocabulary) -> dict[str, Any]:
-    """Returns everything about the model, for the field ``OURS`` of a public config."""
-    return {"model": decoder_config.to_dict(config), "vocabulary": vocabulary.to_dict()}
-
-
-def read_own_description(
-    raw: JsonObject, theirs: Decoder.Config
-) -> tuple[Decoder.Config, Vocabulary]:
-    """Reads ``own_description`` in ``raw``; ``ValueError`` if it contradicts the public fields."""
-    ours = raw.object(OURS)
-    config = agreed(read_decoder(ours.object("model")), theirs, raw.where)
-    return config, read_vocabulary(ours.object("vocabulary"))
+def read_ours(raw: JsonObject, theirs: Decoder.Config) -> tuple[Decoder.Config, Vocabulary]:
+    """Reads our description in ``raw``; ``ValueError`` if it contradicts the public fields."""
+    config, vocabulary = read_own_description(raw.object(OURS))
+    return agreed(config, theirs, raw.where), vocabulary
 
 
 def with_dtype(carried: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
