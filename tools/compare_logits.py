@@ -1,6 +1,6 @@
-"""Compares logits of two folders on the same random tokens, each computed independently of ours.
+"""Compares the logits of two folders on random tokens; public formats by code independent of ours.
 
-Hugging Face and ``mamba_ssm`` (whose own code needs a GPU) by transformers; Meta by attention that
+Hugging Face and ``mamba_ssm`` (whose own code needs a GPU) by transformers; Meta by a forward that
 rotates neighbouring pairs, straight from the shards; ours by ``load_model``. In fp32, one model in
 memory at a time.
 
@@ -29,12 +29,12 @@ from earlyfuse.parallel.checkpoint.files.torch_save import PYTORCH_MODEL, MetaSh
 from earlyfuse.parallel.checkpoint.open_checkpoint import OpenModel, load_model, open_model
 
 SEQ_LEN = 64
-LARGEST_KL = 1e-6  # nats a token, where no type was changed; fp32 in another order gives 1e-9
+LARGEST_KL = 1e-6  # nats per token, without --dtype; another order of fp32 sums gives 1e-9
 
 
 def compare(left: Path, right: Path, *, exact: bool) -> None:
-    """Print the largest difference of logits and the mean KL; ``ValueError`` if ``exact`` and that
-    exceeds rounding.
+    """Prints the largest difference of logits and the mean KL; ``ValueError`` if ``exact`` and the
+    KL exceeds rounding.
     """
     opened = open_model(left)
     routers = opened.config.traverse(ExpertChoice.Config)
@@ -44,8 +44,8 @@ def compare(left: Path, right: Path, *, exact: bool) -> None:
     logits = [logits_of(folder, tokens_BS, opened.vocabulary) for folder in (left, right)]
     if not logits[0].isfinite().all():
         raise ValueError(
-            f"{left} itself has logits that are no numbers: some of its weights are NaN, infinite "
-            "or damaged, so that nothing can be compared; take another checkpoint, or drop --verify"
+            f"{left} itself has logits that are no numbers: some weights are NaN, infinite or "
+            "damaged; take another checkpoint, or drop --verify"
         )
     difference = (logits[0] - logits[1]).abs().max().item()
     first, second = (values.double().log_softmax(-1) for values in logits)
@@ -58,13 +58,13 @@ def compare(left: Path, right: Path, *, exact: bool) -> None:
     if not kl <= (LARGEST_KL if exact else float("inf")):
         raise ValueError(
             f"the converted model has other logits (KL {kl:.2e}, at most {LARGEST_KL:.0e}); "
-            "nothing was kept. Please report this with both configs"
+            "nothing was kept; report this with both configs"
         )
 
 
 @torch.no_grad()
 def logits_of(folder: Path, tokens_BS: torch.Tensor, vocabulary: Vocabulary) -> torch.Tensor:
-    """(B, S) → (B, S, V) fp32, each row one document, by the code of the folder's project."""
+    """Returns fp32 logits (B, S, V), each row one document, by the code of the folder's project."""
     opened = open_model(folder)
     if opened.format == "huggingface":
         return _by_transformers(folder, tokens_BS)
@@ -84,7 +84,7 @@ def _transformers() -> Any:
             "--verify of a Hugging Face or mamba_ssm folder needs transformers: pip install "
             "transformers"
         ) from error
-    # it warns of missing kernels, and of the image encoder, which is unused here
+    # it warns of missing kernels and of the unused image encoder
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     return transformers
@@ -98,12 +98,12 @@ def _by_transformers(folder: Path, tokens_BS: torch.Tensor) -> torch.Tensor:
     model = transformers.ChameleonForConditionalGeneration.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
     ).eval()
-    # before its mask on all image ids
+    # not model(…): that masks all image ids
     return model.lm_head(model.model(input_ids=tokens_BS).last_hidden_state)
 
 
 def _by_transformers_from_mamba_ssm(opened: OpenModel, tokens_BS: torch.Tensor) -> torch.Tensor:
-    """transformers computes the same function and reads ``mamba_ssm``'s names."""
+    """Computes logits by transformers: the same function, with ``mamba_ssm``'s names."""
     transformers = _transformers()
     config = opened.config
     mixer = mamba_mixer(config, "mamba_ssm")
@@ -128,7 +128,7 @@ def _by_transformers_from_mamba_ssm(opened: OpenModel, tokens_BS: torch.Tensor) 
 
 
 def _by_pairs(config: Decoder.Config, shards: MetaShards, tokens_BS: torch.Tensor) -> torch.Tensor:
-    """Logits straight from Meta's layout: shard by shard, neighbouring pairs rotated."""
+    """Computes logits straight from Meta's layout: shard by shard, rotating neighbours."""
     count, head_dim = shards.count, config.head_dim
 
     def read(shard: int, name: str) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Conversion of models between earlyfuse, Hugging Face, ``mamba_ssm``, Meta's files and DCP.
 
 ``python -m earlyfuse.tools.convert SRC DST [--to FORMAT] [--dtype TYPE] [--max-shard-size SIZE]
-[--upcycle FORM] [--verify]``. The format of SRC is recognised. DST is written whole or not at all.
+[--upcycle FORM] [--verify]``. The format of SRC is detected; DST is written whole or not at all.
 docs/conversion.md describes the formats and what is refused.
 """
 
@@ -45,18 +45,18 @@ def convert(
     upcycle: str | None = None,
     verify: bool = False,
 ) -> list[str]:
-    """Convert; returns remarks on what the target format leaves out.
+    """Converts a folder; returns remarks on what the target format leaves out.
 
-    ``dtype`` None keeps the types of the source. ``upcycle``: the form that a dense source becomes,
+    ``dtype`` None keeps the dtypes of the source. ``upcycle``: the sparse form of a dense source,
     "1t1i", "mot", "8x", "4t4i" … or "mixture_of_mamba"; its logits differ, so it is not verified.
-    Raises ``ValueError`` before anything is written if the source is damaged, foreign or not what
-    its config says, if the target format cannot express the model, or if ``destination`` exists;
-    and after, with nothing left, if ``verify`` finds other logits.
+    ``ValueError`` before anything is written if the source is damaged, foreign or not what its
+    config says, if the target format cannot express the model, or if ``destination`` exists; and
+    after, with nothing left, if ``verify`` finds other logits.
     """
     if destination.exists() or destination.is_symlink():
-        raise ValueError(f"{destination} is there already; give another DST, or remove it")
+        raise ValueError(f"{destination} exists already; give another DST, or remove it")
     if upcycle is not None and verify:
-        raise ValueError("--verify compares the same model, and --upcycle makes another; drop one")
+        raise ValueError("--verify needs equal logits, and --upcycle changes them; drop one")
     opened = open_model(source)
     manifest = opened.folder / MANIFEST
     if manifest.is_file() and (found := damage(opened.folder, read_manifest(opened.folder).files)):
@@ -74,14 +74,14 @@ def convert(
 
 
 def _upcycled(opened: OpenModel, form: str) -> OpenModel:
-    """The model that ``opened`` is upcycled to, computed from its tensors one by one."""
+    """Upcycles ``opened``; tensors are computed one by one when they are read."""
     parent = opened.config
     there = opened.vocabulary.modalities
     missing = [m.label for m in map(Modality, parent.modalities) if m not in there]
     if missing:
         raise ValueError(
-            f"--upcycle {form} unties modalities, and the vocabulary of {opened.folder} has no "
-            f"{' and '.join(missing)} codes"
+            f"--upcycle {form} unties modalities, but the vocabulary of {opened.folder} has no "
+            f"{' and '.join(missing)} codes; convert a model that has them"
         )
     untied = form == mamba_decoders.FORM
     child = mamba_decoders.grown(parent) if untied else decoders.grown(parent, form)
@@ -109,7 +109,7 @@ def _upcycled(opened: OpenModel, form: str) -> OpenModel:
 
 @contextmanager
 def _new_folder(destination: Path) -> Iterator[Path]:
-    """A folder under a temporary name that becomes ``destination`` when the block succeeds."""
+    """Yields a temporary folder, renamed to ``destination`` when the block succeeds."""
     temporary = destination.with_name(f"{destination.name}.part")
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
@@ -118,7 +118,7 @@ def _new_folder(destination: Path) -> Iterator[Path]:
         if not temporary.is_dir():
             raise _unwritten(destination, error) from error
         raise ValueError(
-            f"{temporary} is there: another conversion writes it, or one was killed; remove it"
+            f"{temporary} exists: another conversion writes it, or one was killed; remove it"
         ) from None
     try:
         yield temporary
@@ -135,8 +135,8 @@ def _new_folder(destination: Path) -> Iterator[Path]:
 
 def _unwritten(destination: Path, error: OSError) -> OSError:
     return OSError(
-        f"{destination} could not be written, and nothing of it was kept: {error}; free some "
-        "space, or give another DST"
+        f"{destination} could not be written, and nothing was kept: {error}; free some space, or "
+        "give another DST"
     )
 
 
@@ -144,7 +144,7 @@ def _unwritten(destination: Path, error: OSError) -> OSError:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; 0 on success, 2 with what to change where it cannot."""
+    """Runs the command; returns 0, or 2 with what to change on stderr."""
     return run_command(
         "convert", lambda: _convert(arguments), interrupted="stopped; nothing was written"
     )
@@ -171,7 +171,7 @@ def _convert(arguments: Sequence[str] | None) -> None:
 
 
 def shard_bytes(text: str) -> int:
-    """Bytes of ``5GB``, ``200MB``, ``2GiB`` or a plain number."""
+    """Returns the bytes of ``5GB``, ``200MB``, ``2GiB`` or a plain number."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B)?", text.strip().upper())
     size = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
     if size <= 0:
@@ -190,7 +190,7 @@ def _parser() -> argparse.ArgumentParser:
     add("source", type=Path, metavar="SRC", help="folder of a model, a run or one of its step-N")
     add("destination", type=Path, metavar="DST", help="folder to create; must not exist")
     add("--to", choices=list(TARGETS), default="earlyfuse", help="format of DST (earlyfuse)")
-    add("--dtype", choices=list(DTYPES), help="type of the decoder's tensors (unchanged)")
+    add("--dtype", choices=list(DTYPES), help="dtype of the decoder's tensors (unchanged)")
     add("--max-shard-size", default=MAX_SHARD_SIZE, help=f"of safetensors ({MAX_SHARD_SIZE})")
     add(
         "--upcycle",

@@ -1,7 +1,7 @@
-"""Converts documents between files that people give and take, and tokens of a model.
+"""Converts documents between files of a user and tokens of a model.
 
-A document is a list of segments: ``{"text": …}``, or ``{"image": path}`` and the like for each
-medium. Its tokenizers are those that its model was trained with: the checkpoint has their hashes.
+A document is a list of segments: ``{"text": …}``, or ``{"image": path}`` and so on for each medium.
+The tokenizers must be those that the model was trained with: its checkpoint has their hashes.
 """
 
 from collections.abc import Sequence
@@ -36,10 +36,10 @@ _REMEDY = "copy it again"
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """What is known of the model in a run, checkpoint or exported folder, besides its parameters.
+    """Training data of the model in a run, checkpoint or exported folder.
 
-    ``seq_len``: positions of the rows that it was trained on, and ``data``, the folder of its data:
-    None if there is no run. ``hashes``: those of the tokenizers it was trained with, {} if unknown.
+    ``seq_len``: positions of the training rows, and ``data``, the folder of the data: None without
+    a run. ``hashes``: those of the tokenizers that the model was trained with, {} if unknown.
     """
 
     folder: Path
@@ -49,7 +49,7 @@ class ModelFolder:
 
     @classmethod
     def read(cls, folder: Path) -> "ModelFolder":
-        """Look into ``folder``; a checkpoint is looked at in its run."""
+        """Reads ``folder``; of a checkpoint, also its run."""
         is_checkpoint = (folder / METADATA).exists()
         run_folder = run_of(folder) if is_checkpoint else folder
         if not is_run(run_folder):
@@ -61,7 +61,7 @@ class ModelFolder:
         return cls(folder, seq_len, data, _recorded_hashes(checkpoint))
 
     def tokenizers(self, vocabulary: Vocabulary, given: Path | None) -> Tokenizers:
-        """Those of the model: ``given``, else beside it, else in the data folder of its run.
+        """Loads the model's tokenizers: ``given``, else beside it, else in the data of its run.
 
         ``ValueError`` if there are none, or they are not those that the model was trained with.
         """
@@ -72,8 +72,8 @@ class ModelFolder:
         if not found:
             raise ValueError(
                 f"no tokenizers ({' or '.join(TEXT_FILES)}) in {' or '.join(map(str, places))}; "
-                "name the folder that has those of the model's data with --tokenizers, and convert "
-                "a public model first: that brings its own along"
+                "give the folder of the model's tokenizers with --tokenizers, and convert a public "
+                "model first: that imports its own"
             )
         tokenizers = Tokenizers.load(found[0])
         for kind in sorted(self.hashes.keys() | tokenizers.hashes.keys() if self.hashes else ()):
@@ -81,21 +81,21 @@ class ModelFolder:
             if here != trained:
                 raise ValueError(
                     f"the {kind} tokenizer in {found[0]} ({here}) is not the one that the model "
-                    f"was trained with ({trained}); name the folder that has it with --tokenizers"
+                    f"was trained with ({trained}); give the folder that has it with --tokenizers"
                 )
         theirs = asdict(tokenizers.vocabulary)
         for name, value in asdict(vocabulary).items():
             if theirs[name] != value:
                 raise ValueError(
                     f"the vocabulary of the tokenizers in {found[0]} is not the model's: {name} is "
-                    f"{shown(theirs[name])} instead of {shown(value)}; name the folder that has "
-                    "the model's tokenizers with --tokenizers"
+                    f"{shown(theirs[name])} instead of {shown(value)}; give the folder of the "
+                    "model's tokenizers with --tokenizers"
                 )
         return tokenizers
 
 
 def _recorded_hashes(checkpoint: Path) -> dict[str, str]:
-    """Modality label → SHA-256 of the tokenizers, as a checkpoint or an exported folder says."""
+    """Reads modality label → SHA-256 of the tokenizers from a checkpoint or exported folder."""
     if (checkpoint / CONFIG).is_file():
         config = read_json(checkpoint / CONFIG, _REMEDY)
         if config.values.get("format") != FORMAT:
@@ -113,7 +113,7 @@ def _recorded_hashes(checkpoint: Path) -> dict[str, str]:
 
 
 def read_prompts(path: Path) -> list[list[Segment]]:
-    """One JSON list of segments a line; media by their path from the folder of the file."""
+    """Reads one JSON list of segments per line; paths of media are relative to the file."""
     documents = []
     with open(path, "rb") as file:
         encoded = file.read(MOST_BYTES + 1)
@@ -122,18 +122,18 @@ def read_prompts(path: Path) -> list[list[Segment]]:
     try:
         content = encoded.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} must be UTF-8, and is not: {error}; save it as UTF-8") from error
-    # lines end with \n alone: str.splitlines would also cut at U+2028, which JSON texts may hold
+        raise ValueError(f"{path} must be UTF-8: {error}; save it as UTF-8") from error
+    # not splitlines: it would also split at U+2028, which JSON texts may contain
     for number, line in enumerate(content.split("\n"), 1):
         if line.strip():
             documents.append(_segments(line, f"{path}, line {number}", path.parent))
     if not documents:
-        raise ValueError(f"{path} holds no prompts; write one JSON list of segments a line")
+        raise ValueError(f"{path} holds no prompts; write one JSON list of segments per line")
     return documents
 
 
 def _segments(line: str, where: str, folder: Path) -> list[Segment]:
-    """The segments of a line of prompts; media by their path from ``folder``."""
+    """Parses a line of prompts; paths of media are relative to ``folder``."""
     segments = load_json(line, where, "correct that line")
     right = isinstance(segments, list) and all(
         isinstance(s, dict)
@@ -156,7 +156,7 @@ def _segments(line: str, where: str, folder: Path) -> list[Segment]:
 
 
 def to_tokens(segments: Sequence[Segment], tokenizers: Tokenizers) -> list[int]:
-    """Begin-of-document and the segments, as training data are tokenised."""
+    """Tokenises begin-of-document and the segments, as in training data."""
     vocabulary = tokenizers.vocabulary
     tokens = [vocabulary.bos]
     for segment in segments:
@@ -184,7 +184,7 @@ def _medium(kind: str, path: str, tokenizers: Tokenizers) -> MediaCodes:
 
 
 def _codes(kind: str, path: str, tokenizers: Tokenizers) -> np.ndarray:
-    """Codes of a file, counted from the first of its medium."""
+    """Encodes a file; codes count from 0."""
     try:
         tokenizer = tokenizers.media[kind]
         return tokenizer.encode_items([tokenizer.features(Path(path).read_bytes())])[0]
@@ -198,7 +198,7 @@ def _codes(kind: str, path: str, tokenizers: Tokenizers) -> np.ndarray:
 def to_segments(
     tokens: Sequence[int], tokenizers: Tokenizers, folder: Path, stem: str
 ) -> list[Segment]:
-    """What was written; media go to ``folder``/``stem``-0.png, -1.wav … and are named by that."""
+    """Decodes generated tokens; media are written to ``folder``/``stem``-0.png, -1.wav …."""
     vocabulary = tokenizers.vocabulary
     tokens = [token for token in tokens if token not in (vocabulary.bos, vocabulary.eos)]
     modality_T = vocabulary.modality_of(torch.tensor(tokens, dtype=torch.int64)).tolist()
@@ -207,7 +207,7 @@ def to_segments(
     for modality, run in groupby(zip(modality_T, tokens, strict=True), key=lambda pair: pair[0]):
         ids = [token for _, token in run]
         if modality == Modality.TEXT:
-            text = tokenizers.text.decode(ids)  # sentinels of media give nothing
+            text = tokenizers.text.decode(ids)  # sentinels of media decode to nothing
             segments += [{"text": text}] if text else []
             continue
         medium = medium_of(modality)

@@ -1,16 +1,16 @@
 """torchrun, with a graceful stop.
 
-``python -m earlyfuse.tools.launch --nproc-per-node 8 train.py moma_4t4i …`` takes what ``torchrun``
-takes. SIGTERM or SIGUSR1 to it, on any host of the job, lets all ranks finish their step, save and
-end; it then exits 0, and the same command resumes. ``torchrun`` itself would pass SIGTERM on, wait
-30 s (``--shutdown-timeout``) and exit 1 in every case; of SIGUSR1 it would die at once. SIGINT
-(Ctrl-C) stays what it is there: an end without a checkpoint.
+``python -m earlyfuse.tools.launch --nproc-per-node 8 train.py moma_4t4i …`` takes the arguments of
+``torchrun``. On SIGTERM or SIGUSR1 to it, on any host of the job, all ranks finish their step, save
+and exit; it then exits 0, and the same command resumes. ``torchrun`` itself would forward SIGTERM,
+wait 30 s (``--shutdown-timeout``) and exit 1 in every case, and die of SIGUSR1 at once. SIGINT
+(Ctrl-C) ends the job without a checkpoint, as there.
 
-The request outlives restarts: ranks that are started while it stands do one step, save and end.
+A request outlives restarts: ranks that start after it do one step, save and exit.
 
-A job whose config is refused (status 2 of any rank) is not restarted, and the launcher ends with 2:
-the same command would end the same way. What a rank said of its end is not repeated; of ranks that
-could say nothing, the launcher says the signal. It takes the place of torch's agent for that.
+A job whose config is refused (status 2 of any rank) is not restarted, and the launcher exits 2: the
+same command would fail again. Errors that ranks have reported are not repeated; for ranks killed by
+a signal, the launcher prints the signal. Both need a subclass of torch's agent.
 """
 
 import logging
@@ -27,23 +27,23 @@ from earlyfuse.data.console import protect_console
 from earlyfuse.parallel.reliability import preemption, tcp_timeouts
 from earlyfuse.parallel.reliability.preemption import SIGNALS, STOP_FILE
 
-# what torchrun itself still answers; the signals of a graceful stop are not among them
+# signals that torchrun still handles; those of a graceful stop are not among them
 ABRUPT = "SIGINT,SIGHUP,SIGQUIT"
-REFUSED, FAILED, INTERRUPTED = 2, 1, 130  # exit statuses, as ``train.py`` has them
+REFUSED, FAILED, INTERRUPTED = 2, 1, 130  # exit statuses, as of ``train.py``
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run ``torchrun`` with ``arguments``; returns the exit status."""
+    """Runs ``torchrun`` with ``arguments``; returns the exit status."""
     protect_console()
     with tempfile.TemporaryDirectory(prefix="earlyfuse-") as folder:
         request = Path(folder) / "stop"
         os.environ[STOP_FILE] = str(request)
         # a new store for each attempt: in one shared with the launcher, restarted ranks find the
-        # addresses of those that are gone and fail to connect
+        # addresses of dead ranks and fail to connect
         os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
 
         def ask(number: int, frame: FrameType | None) -> None:
-            with suppress(OSError):  # the folder is gone when the job has ended
+            with suppress(OSError):  # the folder is gone after the job
                 request.touch()
 
         for number in SIGNALS:
@@ -65,7 +65,7 @@ def _run(arguments: list[str]) -> int:
     from torch.distributed.launcher import api
 
     class Agent(LocalElasticAgent):
-        """Restarts ranks that failed, but none that were refused."""
+        """Restarts ranks that failed, unless they were refused."""
 
         def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
             result = super()._monitor_workers(worker_group)
@@ -74,7 +74,7 @@ def _run(arguments: list[str]) -> int:
             return result
 
     api.LocalElasticAgent = Agent  # type: ignore[misc]
-    # the ranks have said why they end; torch's words would follow theirs
+    # the ranks have reported their errors; torch would repeat them
     for name in ("api", "errors.error_handler"):
         logger = logging.getLogger(f"torch.distributed.elastic.multiprocessing.{name}")
         logger.setLevel(logging.CRITICAL)
@@ -84,7 +84,7 @@ def _run(arguments: list[str]) -> int:
         statuses = {rank: failure.exitcode for rank, failure in sorted(error.failures.items())}
         if REFUSED in statuses.values():
             return REFUSED
-        _say_signals(statuses)
+        _print_signals(statuses)
         return FAILED
     except SignalException as error:
         print(f"launch: stopped by {error.sigval.name}, without a checkpoint", file=sys.stderr)
@@ -92,8 +92,8 @@ def _run(arguments: list[str]) -> int:
     return 0
 
 
-def _say_signals(statuses: dict[int, int]) -> None:
-    """Name the ranks that a signal has ended, unless others failed first and said why."""
+def _print_signals(statuses: dict[int, int]) -> None:
+    """Names the ranks that a signal has killed, unless others failed first and said why."""
     killed = {rank: -status for rank, status in statuses.items() if status < 0}
     unasked = {rank: number for rank, number in killed.items() if number != signal.SIGTERM}
     for rank, number in (unasked or killed).items():

@@ -1,10 +1,9 @@
 """A ``Decoder.Config`` as plain JSON values, and back.
 
-Every nested config becomes an object with its fields and ``kind``, the name of its class. Reading
-is strict: unknown fields are refused, so that a model that this version cannot compute is not
-mistaken for one that it can. Branches and routers are found by name among the subclasses of
-``Branch`` and ``Router`` that are defined by then; nothing that a file names is imported. Fields
-that a file lacks have their defaults, so files from before a field existed can be read.
+A nested config becomes an object of its fields and ``kind``, the name of its class. Reading is
+strict: unknown fields are refused, since this version cannot compute what they ask for. Branches
+and routers are found by name among the defined subclasses of ``Branch`` and ``Router``; nothing
+that a file names is imported. Missing fields have their defaults, so older files can be read.
 """
 
 import dataclasses
@@ -20,18 +19,18 @@ from earlyfuse.models.decoder import EXTRA, Decoder
 from earlyfuse.models.routing.router import Router
 
 KIND = "kind"
-_LARGEST = (1 << 63) - 1  # of whole numbers
+_LARGEST = (1 << 63) - 1  # whole number
 # torchtitan's own fields of every module's config: callables and meshes, None in all our models
 _NOT_WRITTEN = ("param_init", "sharding_config")
 
 
 def to_dict(config: Configurable.Config) -> dict[str, Any]:
-    """Plain JSON values; ``from_dict`` is the inverse."""
+    """Returns plain JSON values; ``from_dict`` is the inverse."""
     fields: dict[str, Any] = {KIND: _kind(type(config))}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if field.name == EXTRA and not value:
-            continue  # as in files from before there were any
+            continue  # absent in files from before the field existed
         if field.name not in _NOT_WRITTEN:
             fields[field.name] = _plain(value, field.name)
         elif value is not None:
@@ -47,7 +46,7 @@ def from_dict(fields: dict[str, Any]) -> Decoder.Config:
 
 
 def differences(left: Any, right: Any, place: str = "model") -> list[str]:
-    """A line for each field in which two results of ``to_dict`` differ."""
+    """Lists a line for each field in which two results of ``to_dict`` differ."""
     if isinstance(left, dict) and isinstance(right, dict) and left.get(KIND) == right.get(KIND):
         return [
             line
@@ -64,7 +63,7 @@ def differences(left: Any, right: Any, place: str = "model") -> list[str]:
 
 
 def _kind(config: type) -> str:
-    """``FeedForward`` of the class ``FeedForward.Config``."""
+    """Returns ``FeedForward`` for the class ``FeedForward.Config``."""
     return config.__qualname__.removesuffix(".Config")
 
 
@@ -76,10 +75,10 @@ def _plain(value: Any, name: str) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item, name) for key, item in value.items()}
     if isinstance(value, int) and not isinstance(value, bool):
-        return int(value)  # of an IntEnum, too
+        return int(value)  # also of an IntEnum
     if value is None or isinstance(value, str | float | bool):
         return value
-    raise ValueError(f"{name} ({value!r}) is no plain value and cannot be written")
+    raise ValueError(f"{name} ({value!r}) cannot be written: it is not a plain value")
 
 
 def _config(classes: tuple[type, ...], fields: Any, place: str) -> Any:
@@ -88,8 +87,8 @@ def _config(classes: tuple[type, ...], fields: Any, place: str) -> Any:
     by_kind = {_kind(cls): cls for cls in classes}
     if fields[KIND] not in by_kind:
         raise ValueError(
-            f"{place}.{KIND} ({shown(fields[KIND])}) must be one of {sorted(by_kind)}; it was "
-            "written by another version of earlyfuse, or for another model"
+            f"{place}.{KIND} ({shown(fields[KIND])}) must be one of {sorted(by_kind)}; read it "
+            "with the version of earlyfuse that wrote it"
         )
     cls = by_kind[fields[KIND]]
     hints = typing.get_type_hints(cls)
@@ -104,8 +103,8 @@ def _config(classes: tuple[type, ...], fields: Any, place: str) -> Any:
     missing = sorted(required - set(fields))
     if unknown or missing:
         raise ValueError(
-            f"{place} ({fields[KIND]}) has unknown fields {shown(unknown)} and lacks {missing}; it "
-            "was written by another version of earlyfuse: read it with that one"
+            f"{place} ({fields[KIND]}) has unknown fields {shown(unknown)} and lacks {missing}; "
+            "read it with the version of earlyfuse that wrote it"
         )
     return cls(
         **{
@@ -117,7 +116,7 @@ def _config(classes: tuple[type, ...], fields: Any, place: str) -> Any:
 
 
 def _typed(hint: Any, value: Any, place: str) -> Any:
-    """``value`` as type ``hint``, one of those that model configs use."""
+    """Returns ``value`` as type ``hint``, one of the types in model configs."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:
@@ -156,7 +155,7 @@ def _is_config(hint: Any) -> bool:
 
 
 def _configs(contract: Any) -> list[type]:
-    """Configs of all subclasses of ``Branch`` or ``Router`` that have one of their own."""
+    """Lists the configs of all subclasses of ``contract``, ``Branch`` or ``Router``."""
     found: list[type] = []
     for cls in contract.__subclasses__():
         found += [vars(cls)["Config"]] if "Config" in vars(cls) else []

@@ -1,18 +1,20 @@
 """Hugging Face's Chameleon: ``config.json`` and names, both ways.
 
-Shapes, per-head rows of the qk-norms and pairing of rotary dimensions are ours, so tensors only
-change their names. Reads what transformers writes since version 5 (``rope_parameters``) and wrote
-before (``rope_theta``, ``rope_scaling``), with or without defaults; writes for version 5.
+Tensors only change their names: shapes, per-head rows of the qk-norms and pairing of rotary
+dimensions are the same. Reads configs of transformers 5 (``rope_parameters``) and before
+(``rope_theta``, ``rope_scaling``), with or without defaults; writes those of version 5.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
 from earlyfuse.data.json_files import JsonObject, shown
+from earlyfuse.models.blocks.attention import Attention
+from earlyfuse.models.blocks.feed_forward import FeedForward
 from earlyfuse.models.blocks.linear import NORM_EPS
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.state_dicts import huggingface_mamba
-from earlyfuse.models.state_dicts.config_json import CONFIG
+from earlyfuse.models.state_dicts.config_json import CONFIG, own_description
 from earlyfuse.models.state_dicts.plain_decoder import (
     chameleon_block,
     chameleon_parts,
@@ -24,10 +26,10 @@ from earlyfuse.models.state_dicts.public_config import (
     OURS,
     Exported,
     Imported,
-    check_numbers,
-    own_description,
-    read_own_description,
+    positive,
+    read_ours,
     refuse_others,
+    sizes,
     with_dtype,
     without_nulls,
 )
@@ -37,7 +39,7 @@ from earlyfuse.models.vocabulary import Modality, Vocabulary
 
 MODEL_TYPE, ARCHITECTURE = "chameleon", "ChameleonForConditionalGeneration"
 _VQ_PREFIX = "model.vqmodel."  # of the image tokenizer
-_ROPE = "rotary_emb.inv_freq"  # ends buffers in old files; they follow from the config
+_ROPE = "rotary_emb.inv_freq"  # suffix of buffers in old files; they follow from the config
 
 # transformers leaves out fields that have their default
 _DEFAULTS: dict[str, Any] = {
@@ -51,15 +53,12 @@ _DEFAULTS: dict[str, Any] = {
     "max_position_embeddings": 4096,
     "initializer_range": 0.02,
     "rms_norm_eps": 1e-5,
+    "rope_theta": 10_000.0,
     "bos_token_id": 1,
     "eos_token_id": 2,
     "swin_norm": False,
     "vocabulary_map": {},
 }
-_NUMBERS = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
-    *("num_attention_heads", "num_key_value_heads"),
-)
 _VQ_DEFAULTS: dict[str, Any] = {"resolution": 512, "channel_multiplier": [1, 1, 2, 2, 4]}
 
 _NAMES = {
@@ -85,7 +84,7 @@ _BLOCK_NAMES = {
 
 
 def name_of(ours: str) -> str:
-    """Hugging Face's name of a parameter of ours."""
+    """Returns Hugging Face's name of a parameter of ours."""
     if not ours.startswith("layers."):
         return _NAMES[ours]
     _, number, name = ours.split(".", 2)
@@ -93,9 +92,9 @@ def name_of(ours: str) -> str:
 
 
 def import_model(raw: JsonObject, entries: Mapping[str, Entry]) -> Imported:
-    """The model that ``raw`` (``config.json``) describes, ``entries`` being its tensors.
+    """Imports the model that ``raw`` (``config.json``) describes, with the tensors ``entries``.
 
-    ``ValueError`` names what it has that we do not compute.
+    ``ValueError`` names what is not supported.
     """
     config, vocabulary, remark = _read_config(raw)
     maps = {name: renamed(name_of(name), shape) for name, shape in tensor_shapes(config).items()}
@@ -118,56 +117,48 @@ def import_model(raw: JsonObject, entries: Mapping[str, Entry]) -> Imported:
 
 
 def _read_config(raw: JsonObject) -> tuple[Decoder.Config, Vocabulary, str]:
-    """The decoder, its vocabulary, and a remark on the vocabulary, or ""."""
-    refuse_unknown(raw)
+    """Returns the decoder, its vocabulary, and a remark on the vocabulary, or ""."""
     given = without_nulls(raw, _DEFAULTS)
     if raw.values.get("num_key_value_heads", 0) is None:
         given.values["num_key_value_heads"] = given.values["num_attention_heads"]
-    rope = _rope(given)
-    if "rope_theta" not in rope:
-        rope.values["rope_theta"] = given.values.get("rope_theta", 10_000.0)
-    check_numbers(given, _NUMBERS)
-    check_numbers(rope, ("rope_theta",))
+    name = "rope_parameters" if given.values.get("rope_parameters") else "rope_scaling"
+    rope = given.object(name, default={})
+    _refuse_unknown(given, rope.values)
+    dim, hidden_dim = sizes(given, "hidden_size", "intermediate_size")
+    heads, kv_heads = sizes(given, "num_attention_heads", "num_key_value_heads")
+    layers, vocab_size = sizes(given, "num_hidden_layers", "vocab_size")
     block = chameleon_block(
-        dim=given.field("hidden_size", int),
-        heads=given.field("num_attention_heads", int),
-        kv_heads=given.field("num_key_value_heads", int),
-        hidden_dim=given.field("intermediate_size", int),
+        dim=dim,
+        heads=heads,
+        kv_heads=kv_heads,
+        hidden_dim=hidden_dim,
         norm_order="swin" if given.field("swin_norm", bool) else "pre",
     )
     config = plain_decoder(
         block,
-        layers=given.field("num_hidden_layers", int),
-        vocab_size=given.field("vocab_size", int),
-        rope_theta=rope.field("rope_theta", float),
+        layers=layers,
+        vocab_size=vocab_size,
+        rope_theta=positive(rope if "rope_theta" in rope else given, "rope_theta"),
         init_std=given.field("initializer_range", float, least=0),
     )
     if OURS in raw:
-        return *read_own_description(raw, config), ""
+        return *read_ours(raw, config), ""
     tokens = given.object("vocabulary_map")
     return config, *to_vocabulary(tokens, given, _codes_per_image(given))
 
 
-def _rope(given: JsonObject) -> JsonObject:
-    """Settings of the rotary positions, by their names since version 5 or before."""
-    name = "rope_parameters" if given.values.get("rope_parameters") else "rope_scaling"
-    rope = given.object(name, default={})
-    return JsonObject(dict(rope.values), rope.where, rope.remedy)
-
-
-def refuse_unknown(raw: JsonObject) -> None:
-    """``ValueError`` if the config is of another architecture, or has what we do not compute."""
-    given = without_nulls(raw, _DEFAULTS)
-    found = given.values.get("model_type")
+def _refuse_unknown(given: JsonObject, rope: Mapping[str, Any]) -> None:
+    """``ValueError`` if the config is of another architecture, or has unsupported settings."""
+    values = given.values
+    found = values.get("model_type")
     if found != MODEL_TYPE:
+        reason = huggingface_mamba.RELATIVES.get(
+            str(found), "they lack Chameleon's norms on queries and keys, or its attention"
+        )
         raise ValueError(
             f"{given.where}: model_type ({shown(found)}) must be {MODEL_TYPE!r} or "
-            f"{huggingface_mamba.MODEL_TYPE!r}; other architectures are not converted: "
-            + huggingface_mamba.RELATIVES.get(
-                str(found), "they lack Chameleon's norms on queries and keys, or its attention"
-            )
+            f"{huggingface_mamba.MODEL_TYPE!r}; other architectures are not converted: {reason}"
         )
-    rope, values = _rope(given).values, given.values
     wanted = {
         "hidden_act": (values.get("hidden_act"), "silu"),
         "attention_bias": (values.get("attention_bias", False), False),
@@ -183,12 +174,12 @@ def refuse_unknown(raw: JsonObject) -> None:
 def export_model(
     config: Decoder.Config, vocabulary: Vocabulary, tensors: Tensors, carried: JsonObject | None
 ) -> Exported:
-    """Their tensors and config of our model.
+    """Exports a model of ours as Hugging Face's tensors and config.
 
-    ``carried``: the config that the model came with; it goes back as it was if it still describes
+    ``carried``: the config that the model came with; written back unchanged if it still describes
     the model. ``ValueError`` says why the format cannot express the model.
     """
-    chameleon_parts(config, "Hugging Face's Chameleon")
+    attention, feed_forward = chameleon_parts(config, "Hugging Face's Chameleon")
     shapes = tensor_shapes(config)
     maps = {name_of(name): renamed(name, shape) for name, shape in shapes.items()}
     theirs = Mapped(maps, tensors)
@@ -198,17 +189,20 @@ def export_model(
         if fields.get("tie_word_embeddings"):
             fields["tie_word_embeddings"] = False
     else:
-        fields = config_fields(config, vocabulary, dtype or "float32")
+        fields = _config_fields(config, attention, feed_forward, vocabulary)
+        fields["dtype"] = dtype or "float32"
     return Exported(theirs, {CONFIG: fields})
 
 
-def config_fields(config: Decoder.Config, vocabulary: Vocabulary, dtype: str) -> dict[str, Any]:
-    """``config.json`` of a Chameleon of ours; ``dtype`` such as "bfloat16"."""
-    attention, feed_forward = chameleon_parts(config, "Hugging Face's Chameleon")
+def _config_fields(
+    config: Decoder.Config,
+    attention: Attention.Config,
+    feed_forward: FeedForward.Config,
+    vocabulary: Vocabulary,
+) -> dict[str, Any]:
     return {
         "model_type": MODEL_TYPE,
         "architectures": [ARCHITECTURE],
-        "dtype": dtype,
         "vocab_size": config.vocab_size,
         "hidden_size": config.dim,
         "intermediate_size": feed_forward.hidden_dim,
@@ -244,7 +238,9 @@ def _codes_per_image(given: JsonObject) -> int:
 
 
 def _vq_config(vocabulary: Vocabulary) -> dict[str, Any]:
-    """A small image encoder: transformers makes one of random weights, as none is exported."""
+    """Describes a small image encoder: transformers makes one of random weights, as none is
+    exported.
+    """
     images = Modality.IMAGE in vocabulary.modalities
     return {
         "num_embeddings": vocabulary.medium(Modality.IMAGE).count if images else 1,

@@ -1,6 +1,6 @@
-"""Hugging Face's Mamba: ``config.json``, both ways. Names are in ``mamba``.
+"""Hugging Face's Mamba: ``config.json``, both ways; names are in ``mamba``.
 
-The vocabulary has all rows of the embedding: ``vocab_size`` there counts rows of padding.
+Every row of the embedding is a token id: ``vocab_size`` includes rows of padding.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from earlyfuse.models.blocks.linear import NORM_EPS
 from earlyfuse.models.blocks.mamba import Mamba
 from earlyfuse.models.decoder import Block, Decoder
 from earlyfuse.models.state_dicts import mamba
-from earlyfuse.models.state_dicts.config_json import CONFIG
+from earlyfuse.models.state_dicts.config_json import CONFIG, own_description
 from earlyfuse.models.state_dicts.plain_decoder import (
     function_differences,
     mamba_mixer,
@@ -22,10 +22,10 @@ from earlyfuse.models.state_dicts.public_config import (
     OURS,
     Exported,
     Imported,
-    check_numbers,
-    own_description,
-    read_own_description,
+    positive,
+    read_ours,
     refuse_others,
+    sizes,
     with_dtype,
     without_nulls,
 )
@@ -53,19 +53,15 @@ _DEFAULTS: dict[str, Any] = {
     "use_conv_bias": True,
     "tie_word_embeddings": True,
 }
-_NUMBERS = (
-    *("vocab_size", "intermediate_size", "num_hidden_layers", "state_size"),
-    *("conv_kernel", "time_step_rank"),
-)
 
 
 def import_model(raw: JsonObject, entries: Mapping[str, Entry]) -> Imported:
-    """The model that ``raw`` (``config.json``) describes; its vocabulary is text alone, unless
-    earlyfuse wrote the config. ``ValueError`` names what it has that we do not compute.
+    """Imports the model that ``raw`` (``config.json``) describes; its vocabulary is text only,
+    unless earlyfuse wrote the config. ``ValueError`` names what is not supported.
     """
     config = _read_config(raw)
     if OURS in raw:
-        config, vocabulary = read_own_description(raw, config)
+        config, vocabulary = read_ours(raw, config)
     else:
         given = without_nulls(raw, _DEFAULTS)
         vocabulary, _ = to_vocabulary(JsonObject({}, "", ""), given, 1)
@@ -92,28 +88,20 @@ def _read_config(raw: JsonObject) -> Decoder.Config:
         "rms_norm": (values.get("rms_norm", True), True),
         "quantization_config": (values.get("quantization_config"), None),
     }
-    refuse_others(given, wanted, "our mixer supports nothing else")
-    check_numbers(given, ("hidden_size", "expand"))
-    width = given.field("hidden_size", int)
+    refuse_others(given, wanted, "the mixer supports nothing else")
+    (width,) = sizes(given, "hidden_size")
     if values["time_step_rank"] == "auto":
         values["time_step_rank"] = ceil(width / 16)
-    values.setdefault("intermediate_size", int(given.field("expand", float) * width))
-    check_numbers(given, _NUMBERS)
-    block = Block.Config(
-        mamba=Mamba.Config(
-            dim=width,
-            inner_dim=given.field("intermediate_size", int),
-            dt_rank=given.field("time_step_rank", int),
-            states=given.field("state_size", int),
-            conv_width=given.field("conv_kernel", int),
-        )
+    values.setdefault("intermediate_size", int(positive(given, "expand") * width))
+    inner_dim, dt_rank = sizes(given, "intermediate_size", "time_step_rank")
+    states, conv_width = sizes(given, "state_size", "conv_kernel")
+    layers, vocab_size = sizes(given, "num_hidden_layers", "vocab_size")
+    mixer = Mamba.Config(
+        dim=width, inner_dim=inner_dim, dt_rank=dt_rank, states=states, conv_width=conv_width
     )
-    return plain_decoder(
-        block,
-        layers=given.field("num_hidden_layers", int),
-        vocab_size=given.field("vocab_size", int),
-        init_std=given.field("initializer_range", float, least=0),
-    )
+    init_std = given.field("initializer_range", float, least=0)
+    block = Block.Config(mamba=mixer)
+    return plain_decoder(block, layers=layers, vocab_size=vocab_size, init_std=init_std)
 
 
 def _is(raw: JsonObject, name: str) -> bool:
@@ -123,10 +111,8 @@ def _is(raw: JsonObject, name: str) -> bool:
 def export_model(
     config: Decoder.Config, vocabulary: Vocabulary, tensors: Tensors, carried: JsonObject | None
 ) -> Exported:
-    """Their tensors and config of our model, without the head if it equals the embedding.
-
-    ``carried``: the config that the model came with. ``ValueError`` says why the format cannot
-    express the model.
+    """Exports a model of ours as Hugging Face's tensors and config, without a head that equals the
+    embedding. ``carried`` and ``ValueError`` as in ``huggingface.export_model``.
     """
     mixer = mamba_mixer(config, "Hugging Face's Mamba")
     tied = mamba.is_tied(tensors)

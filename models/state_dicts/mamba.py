@@ -1,9 +1,9 @@
-"""Names of tensors in public Mamba checkpoints, shared by Hugging Face and ``mamba_ssm``.
+"""Tensor names of public Mamba checkpoints, shared by Hugging Face and ``mamba_ssm``.
 
-Both name all tensors alike but for the embedding. Values are ours; there, the convolution's weight
-has a dimension of 1 between channels and taps, and the bias of the step sizes belongs to their
-projection. The head is usually tied to the embedding there, and here never: a tied one is imported
-as a copy, and equal ones are exported tied.
+They differ in the name of the embedding only. Values are the same as ours; the public convolution
+weight has a dimension of 1 between channels and taps, and the bias of the step sizes belongs to
+their projection. Public heads are usually tied to the embedding, ours never: a tied head is
+imported as a copy, and a head equal to the embedding is exported tied.
 """
 
 import hashlib
@@ -14,13 +14,7 @@ import torch
 
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.state_dicts.plain_decoder import tensor_shapes
-from earlyfuse.models.state_dicts.tensor_map import (
-    Entry,
-    Shape,
-    TensorMap,
-    Tensors,
-    renamed,
-)
+from earlyfuse.models.state_dicts.tensor_map import Entry, Shape, TensorMap, Tensors, renamed
 
 EMBEDDING, HEAD = "tok_embeddings.weight", "lm_head.weight"
 # our name of a mixer's parameter → its name in all public Mamba code
@@ -43,7 +37,7 @@ MAMBA_2 = (
 
 
 def name_of(ours: str, embedding: str) -> str:
-    """Public name of a parameter of ours; ``embedding``: "embeddings", or "embedding"."""
+    """Returns the public name of our parameter; ``embedding``: "embeddings" or "embedding"."""
     if not ours.startswith("layers."):
         return {
             EMBEDDING: f"backbone.{embedding}.weight",
@@ -56,16 +50,15 @@ def name_of(ours: str, embedding: str) -> str:
 
 
 def import_map(ours: str, theirs: str, shape: Shape) -> TensorMap:
-    """The parameter ``ours`` of ``shape`` from theirs."""
+    """Maps their tensor to our parameter ``ours`` of ``shape``."""
     if ours.endswith("conv.weight"):
-        return TensorMap(
-            shape, ((theirs, (shape[0], 1, shape[1])),), lambda weight: weight.squeeze(1)
-        )
+        sources = ((theirs, (shape[0], 1, shape[1])),)
+        return TensorMap(shape, sources, lambda weight: weight.squeeze(1))
     return renamed(theirs, shape)
 
 
 def export_map(ours: str, shape: Shape) -> TensorMap:
-    """Theirs from the parameter ``ours`` of ``shape``."""
+    """Maps our parameter ``ours`` of ``shape`` to their tensor."""
     if ours.endswith("conv.weight"):
         wide = (shape[0], 1, shape[1])
         return TensorMap(wide, ((ours, shape),), lambda weight: weight.unsqueeze(1))
@@ -80,10 +73,11 @@ def import_maps(
     tied: bool,
     conv_bias: bool,
 ) -> dict[str, TensorMap]:
-    """Our tensors from theirs, which are ``entries``.
+    """Maps the public tensors ``entries`` to ours; ``ValueError`` if they are of a Mamba-2.
 
     ``tied``: the head may be absent and is then the embedding. Without ``conv_bias``, ours is 0.
     """
+    refuse_mamba_2(entries, "the checkpoint")
     maps = {
         name: import_map(name, name_of(name, embedding), shape)
         for name, shape in tensor_shapes(config).items()
@@ -99,7 +93,7 @@ def import_maps(
 def export_maps(
     config: Decoder.Config, *, embedding: str, tied: bool, conv_bias: bool
 ) -> dict[str, TensorMap]:
-    """Theirs from ours: without the head if it is ``tied``, without biases unless ``conv_bias``."""
+    """Maps our tensors to theirs: without a ``tied`` head, without biases unless ``conv_bias``."""
     return {
         name_of(name, embedding): export_map(name, shape)
         for name, shape in tensor_shapes(config).items()
@@ -116,9 +110,9 @@ def refuse_mamba_2(entries: Mapping[str, Entry], where: str) -> None:
 
 
 def is_tied(tensors: Tensors) -> bool:
-    """Whether our embedding and head are equal bit for bit; reads one of them at a time."""
-    one, other = tensors.entries[EMBEDDING], tensors.entries[HEAD]
-    return one == other and _digest(tensors, EMBEDDING) == _digest(tensors, HEAD)
+    """True if our embedding and head are equal bit for bit; reads one of them at a time."""
+    same_entry = tensors.entries[EMBEDDING] == tensors.entries[HEAD]
+    return same_entry and _digest(tensors, EMBEDDING) == _digest(tensors, HEAD)
 
 
 def _digest(tensors: Tensors, name: str) -> bytes:
@@ -127,7 +121,7 @@ def _digest(tensors: Tensors, name: str) -> bytes:
 
 
 def has_conv_bias(tensors: Tensors) -> bool:
-    """Whether any bias of our convolutions is not 0."""
+    """True if any bias of our convolutions is not 0."""
     return any(
         bool(tensors.read(name).any()) for name in tensors.entries if name.endswith("conv.bias")
     )

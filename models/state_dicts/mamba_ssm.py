@@ -1,8 +1,7 @@
-"""Checkpoints of ``mamba_ssm``: ``config.json``, both ways. Names are in ``mamba``.
+"""Checkpoints of ``mamba_ssm``: ``config.json``, both ways; names are in ``mamba``.
 
-Its readers refuse fields that they do not know, so our own description of a model goes into
-``earlyfuse.json`` beside it. Rows of the embedding are ``vocab_size`` rounded up to
-``pad_vocab_size_multiple``; all of them are token ids here.
+Its readers refuse unknown fields, so our description of a model is in ``earlyfuse.json`` beside it.
+The embedding has ``vocab_size`` rows rounded up to ``pad_vocab_size_multiple``; each is a token id.
 """
 
 from collections.abc import Mapping
@@ -24,8 +23,9 @@ from earlyfuse.models.state_dicts.plain_decoder import (
 from earlyfuse.models.state_dicts.public_config import (
     Exported,
     Imported,
-    check_numbers,
+    positive,
     refuse_others,
+    sizes,
     without_nulls,
 )
 from earlyfuse.models.state_dicts.tensor_map import Entry, Mapped, Tensors
@@ -41,7 +41,7 @@ _MIXER_DEFAULTS: dict[str, Any] = {
     "dt_rank": "auto",
     "conv_bias": True,
 }
-# fields of the mixer that do not change what it computes: initial values, and a choice of kernels
+# mixer fields without effect on the function: initial values, and a choice of kernels
 _NOT_COMPUTED = {
     *("dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor"),
     *("use_fast_path", "device", "dtype"),
@@ -49,59 +49,52 @@ _NOT_COMPUTED = {
 
 
 def is_config(raw: JsonObject) -> bool:
-    """Whether a ``config.json`` is ``mamba_ssm``'s."""
+    """True if a ``config.json`` is ``mamba_ssm``'s."""
     return "model_type" not in raw and "d_model" in raw and "n_layer" in raw
 
 
 def import_model(
     raw: JsonObject, entries: Mapping[str, Entry], beside: JsonObject | None
 ) -> Imported:
-    """The model that ``raw`` (``config.json``) describes; ``beside``: our ``earlyfuse.json``.
-
-    ``ValueError`` names what it has that we do not compute.
+    """Imports the model that ``raw`` (``config.json``) describes; ``beside``: our
+    ``earlyfuse.json``. ``ValueError`` names what is not supported.
     """
     config, vocabulary, remark = _read_config(raw)
     if beside is not None:
         written, vocabulary, _ = read_description(beside)
         config, remark = agreed(written, config, raw.where), ""
-    maps = mamba.import_maps(
-        config,
-        entries,
-        embedding=_EMBEDDING,
-        tied=_is_tied(raw),
-        conv_bias=_has_conv_bias(raw),
-    )
+    tied, conv_bias = _is_tied(raw), _has_conv_bias(raw)
+    maps = mamba.import_maps(config, entries, embedding=_EMBEDDING, tied=tied, conv_bias=conv_bias)
     carried = raw.values if beside is None else {}
     return Imported(config, vocabulary, maps, carried=carried, remark=remark)
 
 
 def _read_config(raw: JsonObject) -> tuple[Decoder.Config, Vocabulary, str]:
-    """The decoder, a vocabulary of text alone, and a remark on its padding, or ""."""
+    """Returns the decoder, a text-only vocabulary, and a remark on its padding, or ""."""
     given, mixer = without_nulls(raw, _DEFAULTS), _mixer(raw)
     _refuse_unknown(given, mixer)
-    check_numbers(given, ("d_model", "n_layer", "vocab_size", "pad_vocab_size_multiple"))
-    width, multiple = given.field("d_model", int), given.field("pad_vocab_size_multiple", int)
+    width, layers = sizes(given, "d_model", "n_layer")
+    size, multiple = sizes(given, "vocab_size", "pad_vocab_size_multiple")
     if mixer.values["dt_rank"] == "auto":
         mixer.values["dt_rank"] = ceil(width / 16)
-    check_numbers(mixer, ("d_state", "d_conv", "expand", "dt_rank"))
-    size = given.field("vocab_size", int)
-    rows = -(-size // multiple) * multiple
+    states, conv_width, dt_rank = sizes(mixer, "d_state", "d_conv", "dt_rank")
     block = Block.Config(
         mamba=Mamba.Config(
             dim=width,
-            inner_dim=int(mixer.field("expand", float) * width),
-            dt_rank=mixer.field("dt_rank", int),
-            states=mixer.field("d_state", int),
-            conv_width=mixer.field("d_conv", int),
+            inner_dim=int(positive(mixer, "expand") * width),
+            dt_rank=dt_rank,
+            states=states,
+            conv_width=conv_width,
         )
     )
-    config = plain_decoder(block, layers=given.field("n_layer", int), vocab_size=rows)
+    rows = -(-size // multiple) * multiple
     remark = f"the last {rows - size} of {rows} token ids are padding" if rows > size else ""
+    config = plain_decoder(block, layers=layers, vocab_size=rows)
     return config, Vocabulary(rows, 0, 0, 0), remark
 
 
 def _is_tied(raw: JsonObject) -> bool:
-    """Whether the head may be absent from the files."""
+    """True if the head may be absent from the files."""
     return bool(without_nulls(raw, {}).field("tie_embeddings", bool, default=True))
 
 
@@ -117,7 +110,7 @@ def _mixer(raw: JsonObject) -> JsonObject:
 def _refuse_unknown(given: JsonObject, mixer: JsonObject) -> None:
     kind = mixer.values.get("layer", "Mamba1")
     if kind != "Mamba1":
-        reason = mamba.MAMBA_2 if kind == "Mamba2" else "its recurrence is another"
+        reason = mamba.MAMBA_2 if kind == "Mamba2" else "its recurrence is different"
         raise ValueError(f"{mixer.where}: layer ({shown(kind)}) must be 'Mamba1'. {reason}")
     values = given.values
     for name, value, ours, reason in (
@@ -125,8 +118,8 @@ def _refuse_unknown(given: JsonObject, mixer: JsonObject) -> None:
         ("attn_layer_idx", values.get("attn_layer_idx") or [], [], "attention is not supported"),
         ("d_intermediate", values.get("d_intermediate", 0), 0, "MLPs are not supported"),
         ("norm_epsilon", values.get("norm_epsilon", NORM_EPS), NORM_EPS, "ours is fixed"),
-        ("bidirectional", values.get("bidirectional", False), False, "our scan goes forward"),
-        ("ssm_cfg.bias", mixer.values.get("bias") or False, False, "our projections have none"),
+        ("bidirectional", values.get("bidirectional", False), False, "the scan runs forward"),
+        ("ssm_cfg.bias", mixer.values.get("bias") or False, False, "the projections have none"),
     ):
         refuse_others(given, {name: (value, ours)}, reason)
     mixer.check_names({*_MIXER_DEFAULTS, *_NOT_COMPUTED, "layer", "bias"})
@@ -135,10 +128,8 @@ def _refuse_unknown(given: JsonObject, mixer: JsonObject) -> None:
 def export_model(
     config: Decoder.Config, vocabulary: Vocabulary, tensors: Tensors, carried: JsonObject | None
 ) -> Exported:
-    """Their tensors and config of our model.
-
-    A head that equals the embedding is an alias of it, as in their own files. ``carried``: the
-    config that the model came with. ``ValueError`` says why the format cannot express the model.
+    """Exports a model of ours as ``mamba_ssm``'s tensors and config; a head that equals the
+    embedding is an alias of it. ``carried`` and ``ValueError`` as in ``huggingface.export_model``.
     """
     mixer = mamba_mixer(config, "mamba_ssm")
     tied = mamba.is_tied(tensors)

@@ -1,6 +1,6 @@
 """Meta's original Chameleon files: ``params.json`` and the layout of their shards, both ways.
 
-Each ``consolidated.NN.pth`` is the part of one of n model-parallel ranks (arXiv 2405.09818; layout
+Each ``consolidated.NN.pth`` is the shard of one of n model-parallel ranks (arXiv 2405.09818; layout
 as in the public files):
 
 ==========================================  ========================================================
@@ -8,14 +8,14 @@ tensor                                      in shard i of n
 ==========================================  ========================================================
 tok_embeddings, wo, w2                      part i of dimension 1
 output, wq, wk, wv, w1, w3                  part i of dimension 0
-attention_norm, ffn_norm, norm              all of it, in every shard; their mean is read
-q_normalization, k_normalization            one row of head_dim: that of all heads of this shard
+attention_norm, ffn_norm, norm              replicated; the mean over shards is read
+q_normalization, k_normalization            one row of head_dim, for all heads of the shard
 ==========================================  ========================================================
 
-Rotary positions rotate neighbours there, (0, 1), (2, 3) …, and halves here, (0, h/2) …, so rows of
+Meta's rotary positions rotate neighbours, (0, 1), (2, 3) …, ours halves, (0, h/2) …, so rows of
 wq and wk and the values of the qk-norms are reordered within each head.
 
-Tensor ``name`` of shard i is ``0i/name`` here.
+Tensor ``name`` of shard i is called ``0i/name`` here.
 """
 
 from collections.abc import Callable, Mapping
@@ -29,6 +29,7 @@ from earlyfuse.data.json_files import JsonObject, shown
 from earlyfuse.models.blocks.linear import NORM_EPS
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.state_dicts import vocabulary_map
+from earlyfuse.models.state_dicts.config_json import own_description
 from earlyfuse.models.state_dicts.plain_decoder import (
     chameleon_block,
     chameleon_parts,
@@ -39,10 +40,10 @@ from earlyfuse.models.state_dicts.public_config import (
     OURS,
     Exported,
     Imported,
-    check_numbers,
-    own_description,
-    read_own_description,
+    positive,
+    read_ours,
     refuse_others,
+    sizes,
 )
 from earlyfuse.models.state_dicts.tensor_map import (
     Entry,
@@ -57,11 +58,12 @@ from earlyfuse.models.vocabulary import Vocabulary
 PARAMS, CONSOLIDATE_PARAMS = "params.json", "consolidate_params.json"
 TEXT_TOKENIZER = "text_tokenizer.json"
 ROPE = "rope.freqs"  # in some files; follows from the config
+_TARGET = "Meta's Chameleon"
 
 
 @dataclass(frozen=True)
 class ShardLayout:
-    """How one of our tensors is sharded: part i of dimension ``dim``, or replicated.
+    """How one of our tensors is sharded: along dimension ``dim``, or replicated.
 
     ``heads``: rotary heads along dimension 0, reordered within each; 0 for none. ``row``: a shard
     has one row for all its heads.
@@ -72,7 +74,7 @@ class ShardLayout:
     row: bool = False
 
     def shard_shape(self, shape: Shape, shards: int) -> Shape:
-        """Shape in a shard of a tensor that has ``shape`` here."""
+        """Returns the shape in a shard of a tensor that has ``shape`` here."""
         if self.row:
             return shape[1:]
         if self.dim is None:
@@ -80,7 +82,7 @@ class ShardLayout:
         return (*shape[: self.dim], shape[self.dim] // shards, *shape[self.dim + 1 :])
 
     def join(self, *parts: torch.Tensor) -> torch.Tensor:
-        """Ours from the shards."""
+        """Returns our tensor from the shards."""
         if self.row:
             rows_SH = to_halves(torch.stack(parts).flatten(), len(parts)).view(len(parts), -1)
             return rows_SH.repeat_interleave(self.heads // len(parts), 0)
@@ -92,7 +94,7 @@ class ShardLayout:
         return to_halves(whole, self.heads) if self.heads else whole
 
     def part(self, shard: int, shards: int, tensor: torch.Tensor) -> torch.Tensor:
-        """Shard ``shard`` from ours."""
+        """Returns shard ``shard`` of our tensor."""
         if self.row:
             return to_pairs(tensor[shard * len(tensor) // shards], 1)
         if self.dim is None:
@@ -103,7 +105,7 @@ class ShardLayout:
 
 
 def to_halves(tensor: torch.Tensor, heads: int) -> torch.Tensor:
-    """Neighbours (2i, 2i + 1) of each head, along dimension 0, to places i and i + head_dim/2."""
+    """Moves neighbours (2i, 2i + 1) of each head, along dimension 0, to i and i + head_dim/2."""
     return tensor.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(tensor.shape)
 
 
@@ -113,13 +115,13 @@ def to_pairs(tensor: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def layouts(config: Decoder.Config) -> dict[str, tuple[str, ShardLayout]]:
-    """Our name → Meta's name and layout, for every tensor."""
-    attention, _ = chameleon_parts(config, "Meta's Chameleon")
-    heads = {"q": attention.heads, "k": attention.kv_heads}
+    """Returns our name → Meta's name and layout, for every tensor."""
+    attention, _ = chameleon_parts(config, _TARGET)
+    q, k = attention.heads, attention.kv_heads
     block = {
         "attention_norm.weight": ("attention_norm.weight", ShardLayout()),
-        "attention.wq.weight": ("attention.wq.weight", ShardLayout(0, heads["q"])),
-        "attention.wk.weight": ("attention.wk.weight", ShardLayout(0, heads["k"])),
+        "attention.wq.weight": ("attention.wq.weight", ShardLayout(0, q)),
+        "attention.wk.weight": ("attention.wk.weight", ShardLayout(0, k)),
         "attention.wv.weight": ("attention.wv.weight", ShardLayout(0)),
         "attention.wo.weight": ("attention.wo.weight", ShardLayout(1)),
         "feed_forward_norm.weight": ("ffn_norm.weight", ShardLayout()),
@@ -127,10 +129,10 @@ def layouts(config: Decoder.Config) -> dict[str, tuple[str, ShardLayout]]:
         "feed_forward.w3": ("feed_forward.w3.weight", ShardLayout(0)),
         "feed_forward.w2": ("feed_forward.w2.weight", ShardLayout(1)),
     }
-    for which, count in heads.items():
+    for which, heads in (("q", q), ("k", k)):
         for leaf in ("weight", "bias"):
             theirs = f"attention.{which}_normalization.{leaf}"
-            layout = ShardLayout(heads=count, row=True)
+            layout = ShardLayout(heads=heads, row=True)
             block[f"attention.{which}_norm.{leaf}"] = (theirs, layout)
     found = {
         "tok_embeddings.weight": ("tok_embeddings.weight", ShardLayout(1)),
@@ -144,17 +146,17 @@ def layouts(config: Decoder.Config) -> dict[str, tuple[str, ShardLayout]]:
 
 
 def shard_name(shard: int, name: str) -> str:
-    """Name of tensor ``name`` of a shard, here."""
+    """Returns the name here of tensor ``name`` of a shard."""
     return f"{shard:02d}/{name}"
 
 
 def import_model(
     params: JsonObject, entries: Mapping[str, Entry], shards: int, tokens: JsonObject | None
 ) -> Imported:
-    """The model that ``params`` (``params.json`` with ``consolidate_params.json``) and the shapes
-    of the first shard describe. ``tokens``: token → id of its text tokenizer.
+    """Imports the model that ``params`` (``params.json`` with ``consolidate_params.json``) and the
+    shapes of the first shard describe. ``tokens``: token → id of its text tokenizer.
 
-    ``ValueError`` names what is missing, or what we do not compute.
+    ``ValueError`` names what is missing or not supported.
     """
     config = _read_config(params, entries, shards)
     maps, where = {}, layouts(config)
@@ -164,7 +166,7 @@ def import_model(
         sources = tuple((shard_name(shard, theirs), part) for shard in range(shards))
         maps[ours] = TensorMap(shape, sources, layout.join)
     if OURS in params:
-        config, vocabulary = read_own_description(params, config)
+        config, vocabulary = read_ours(params, config)
         remark = ""
     else:
         vocabulary, remark = _vocabulary(params, config.vocab_size, tokens)
@@ -181,56 +183,6 @@ def _vocabulary(params: JsonObject, size: int, tokens: JsonObject | None) -> tup
     text_only = JsonObject(vocabulary_map.TEXT_ONLY, "the released vocabulary", params.remedy)
     vocabulary, _ = vocabulary_map.to_vocabulary(text_only, rows, 1)
     return vocabulary, f"no {TEXT_TOKENIZER} was found"
-
-
-def export_model(
-    config: Decoder.Config, vocabulary: Vocabulary, tensors: Tensors, carried: JsonObject | None
-) -> Exported:
-    """Meta's shards and configs of our model: as many shards as it came with, else the fewest.
-
-    ``ValueError`` says why the format cannot express the model.
-    """
-    shapes, where = tensor_shapes(config), layouts(config)
-    preferred = 1 if carried is None else carried.field("shards", int, default=1, least=1)
-    shards = _possible_shards(config, tensors, preferred)
-    maps = {}
-    for shard in range(shards):
-        for ours, shape in shapes.items():
-            theirs, layout = where[ours]
-            make: Callable[..., torch.Tensor] = partial(layout.part, shard, shards)
-            part = layout.shard_shape(shape, shards)
-            maps[shard_name(shard, theirs)] = TensorMap(part, ((ours, shape),), make)
-    own_params: dict[str, Any] = {
-        "model_parallel_size": shards,
-        "model": _model_fields(config),
-        OURS: own_description(config, vocabulary),
-    }
-    files = {PARAMS: own_params, CONSOLIDATE_PARAMS: {"model_parallel_size": shards}}
-    return Exported(Mapped(maps, tensors), files, shards=shards)
-
-
-def _possible_shards(config: Decoder.Config, tensors: Tensors, preferred: int) -> int:
-    """A number of shards in which the heads of each have the same qk-norm row: ``preferred``, or
-    the smallest. ``ValueError`` if there is none.
-    """
-    attention, feed_forward = chameleon_parts(config, "Meta's Chameleon")
-    heads = (attention.heads, attention.kv_heads)
-    divisible = (*heads, config.vocab_size, feed_forward.hidden_dim, config.dim)
-    possible = [n for n in range(1, attention.kv_heads + 1) if not any(d % n for d in divisible)]
-    for name, (_, layout) in layouts(config).items():
-        if layout.row and possible:
-            norm_NH = tensors.read(name)
-            possible = [n for n in possible if _rows_equal(norm_NH.unflatten(0, (n, -1)))]
-    if not possible:
-        raise ValueError(
-            "Meta's layout cannot express this model: its qk-norms differ between heads, and a "
-            "shard of Meta's has one row for all its heads. Export it with --to hf"
-        )
-    return preferred if preferred in possible else possible[0]
-
-
-def _rows_equal(rows_SNH: torch.Tensor) -> bool:
-    return torch.equal(rows_SNH, rows_SNH[:, :1].expand_as(rows_SNH))
 
 
 def _read_config(params: JsonObject, entries: Mapping[str, Entry], shards: int) -> Decoder.Config:
@@ -251,15 +203,16 @@ def _read_config(params: JsonObject, entries: Mapping[str, Entry], shards: int) 
     }
     refuse_others(given, wanted, "Chameleon's always is")
     values["n_kv_heads"] = values.get("n_kv_heads") or values["n_heads"]
-    check_numbers(given, ("dim", "n_layers", "n_heads", "n_kv_heads", "rope_theta"))
+    dim, layers, heads, kv_heads = sizes(given, "dim", "n_layers", "n_heads", "n_kv_heads")
+    rope_theta = positive(given, "rope_theta")
     block = chameleon_block(
-        dim=given.field("dim", int),
-        heads=given.field("n_heads", int),
-        kv_heads=given.field("n_kv_heads", int),
+        dim=dim,
+        heads=heads,
+        kv_heads=kv_heads,
         hidden_dim=hidden.shape[0] * shards,
         norm_order="swin" if given.field("swin_norm", bool, default=False) else "pre",
     )
-    check_layers(values["n_layers"], f"{given.where}: n_layers", entries)
+    check_layers(layers, f"{given.where}: n_layers", entries)
     for name in ("dim", "n_heads", "n_kv_heads"):
         if values[name] % shards:
             raise ValueError(
@@ -267,17 +220,29 @@ def _read_config(params: JsonObject, entries: Mapping[str, Entry], shards: int) 
                 f"model_parallel_size is {shown(values.get('model_parallel_size'))}: is a file "
                 "missing?"
             )
-    return plain_decoder(
-        block,
-        layers=values["n_layers"],
-        vocab_size=output.shape[0] * shards,
-        rope_theta=given.field("rope_theta", float),
-    )
+    vocab_size = output.shape[0] * shards
+    return plain_decoder(block, layers=layers, vocab_size=vocab_size, rope_theta=rope_theta)
 
 
-def _model_fields(config: Decoder.Config) -> dict[str, Any]:
-    attention, feed_forward = chameleon_parts(config, "Meta's Chameleon")
-    return {
+def export_model(
+    config: Decoder.Config, vocabulary: Vocabulary, tensors: Tensors, carried: JsonObject | None
+) -> Exported:
+    """Exports a model of ours as Meta's shards and configs: as many shards as it came with, else
+    the fewest. ``ValueError`` says why the format cannot express the model.
+    """
+    attention, feed_forward = chameleon_parts(config, _TARGET)
+    shapes, where = tensor_shapes(config), layouts(config)
+    preferred = 1 if carried is None else carried.field("shards", int, default=1, least=1)
+    divisible = (attention.heads, config.vocab_size, feed_forward.hidden_dim, config.dim)
+    shards = _possible_shards(where, tensors, attention.kv_heads, divisible, preferred)
+    maps = {}
+    for shard in range(shards):
+        for ours, shape in shapes.items():
+            theirs, layout = where[ours]
+            make: Callable[..., torch.Tensor] = partial(layout.part, shard, shards)
+            part = layout.shard_shape(shape, shards)
+            maps[shard_name(shard, theirs)] = TensorMap(part, ((ours, shape),), make)
+    model = {
         "dim": config.dim,
         "n_layers": len(config.layers),
         "n_heads": attention.heads,
@@ -289,10 +254,44 @@ def _model_fields(config: Decoder.Config) -> dict[str, Any]:
         "swin_norm": config.layers[0].norm_order == "swin",
         **feed_forward_fields(config.dim, feed_forward.hidden_dim),
     }
+    params: dict[str, Any] = {
+        "model_parallel_size": shards,
+        "model": model,
+        OURS: own_description(config, vocabulary),
+    }
+    files = {PARAMS: params, CONSOLIDATE_PARAMS: {"model_parallel_size": shards}}
+    return Exported(Mapped(maps, tensors), files, shards=shards)
+
+
+def _possible_shards(
+    where: Mapping[str, tuple[str, ShardLayout]],
+    tensors: Tensors,
+    kv_heads: int,
+    divisible: tuple[int, ...],
+    preferred: int,
+) -> int:
+    """Returns a number of shards in which the heads of each have the same qk-norm row:
+    ``preferred``, else the smallest. ``ValueError`` if there is none.
+    """
+    possible = [n for n in range(1, kv_heads + 1) if not any(d % n for d in (kv_heads, *divisible))]
+    for name, (_, layout) in where.items():
+        if layout.row and possible:
+            norm_NH = tensors.read(name)
+            possible = [n for n in possible if _rows_equal(norm_NH.unflatten(0, (n, -1)))]
+    if not possible:
+        raise ValueError(
+            "Meta's layout cannot express this model: its qk-norms differ between heads, and a "
+            "shard has one row for all its heads; export it with --to hf"
+        )
+    return preferred if preferred in possible else possible[0]
+
+
+def _rows_equal(rows_SNH: torch.Tensor) -> bool:
+    return torch.equal(rows_SNH, rows_SNH[:, :1].expand_as(rows_SNH))
 
 
 def feed_forward_fields(dim: int, hidden_dim: int) -> dict[str, Any]:
-    """The numbers from which Meta's code computes the width of the feed-forward:
+    """Returns the fields from which Meta's code computes the width of the feed-forward:
 
     multiple_of · ceil(int(ffn_dim_multiplier · int(8 dim / 3)) / multiple_of), multiplier 1 unless
     given.

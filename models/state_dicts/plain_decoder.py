@@ -1,5 +1,5 @@
-"""The decoders that public formats can express: blocks all alike, every parameter shared by all
-modalities.
+"""Decoders that public formats can express: identical blocks, all modalities sharing all
+parameters.
 """
 
 from copy import deepcopy
@@ -15,18 +15,18 @@ from earlyfuse.models.state_dicts.decoder_config import differences, to_dict
 from earlyfuse.models.state_dicts.tensor_map import Shape
 
 _CHAMELEON = (
-    "Chameleon is dense, all its blocks are alike and all modalities share all parameters; sparse "
+    "Chameleon is dense, with identical blocks, and all modalities share all parameters; sparse "
     "and modality-untied models convert to earlyfuse and dcp only"
 )
 _MAMBA = (
-    "Mamba there is dense, its blocks are mixers alone, all alike, with the norm before, and all "
-    "modalities share all parameters; hybrids and Mixture-of-Mamba convert to earlyfuse and dcp "
-    "only"
+    "a public Mamba is dense, with identical blocks of one mixer behind a norm, and all modalities "
+    "share all parameters; hybrids and Mixture-of-Mamba convert to earlyfuse and dcp only"
 )
+_MIXER_SIZES = ("dim", "inner_dim", "dt_rank", "states", "conv_width")
 
 
 def plain_decoder(block: Block.Config, *, layers: int, **fields: Any) -> Decoder.Config:
-    """A decoder of ``layers`` times ``block``; ``fields`` are those of ``Decoder.Config``."""
+    """Returns a decoder of ``layers`` copies of ``block``; ``fields``: of ``Decoder.Config``."""
     branch = block.attention or block.mamba
     assert branch is not None
     return Decoder.Config(dim=branch.dim, layers=[deepcopy(block) for _ in range(layers)], **fields)
@@ -35,7 +35,7 @@ def plain_decoder(block: Block.Config, *, layers: int, **fields: Any) -> Decoder
 def chameleon_block(
     *, dim: int, heads: int, kv_heads: int, hidden_dim: int, norm_order: Literal["pre", "swin"]
 ) -> Block.Config:
-    """A block of Chameleon; ``ValueError`` if the heads do not divide the width."""
+    """Returns a block of Chameleon; ``ValueError`` if the heads do not divide the width."""
     if dim % heads:
         raise ValueError(f"dim ({dim}) must be a multiple of heads ({heads}); correct the config")
     return Block.Config(
@@ -48,13 +48,13 @@ def chameleon_block(
 def chameleon_parts(
     config: Decoder.Config, target: str
 ) -> tuple[Attention.Config, FeedForward.Config]:
-    """Attention and feed-forward that all blocks have; ``ValueError`` says why ``target`` cannot
+    """Returns attention and feed-forward of every block; ``ValueError`` says why ``target`` cannot
     express the model.
     """
     first = config.layers[0]
     attention, feed_forward = first.attention, first.feed_forward
     if attention is None:
-        raise _cannot_express(target, ["its first block does not attend"], _CHAMELEON)
+        raise _cannot_express(target, ["its first block has no attention"], _CHAMELEON)
     if not isinstance(feed_forward, FeedForward.Config):
         kind = type(feed_forward).__qualname__.removesuffix(".Config")
         raise _cannot_express(target, [f"its feed-forward is a {kind}"], _CHAMELEON)
@@ -73,26 +73,21 @@ def chameleon_parts(
 
 
 def mamba_mixer(config: Decoder.Config, target: str) -> Mamba.Config:
-    """The mixer that all blocks have; ``ValueError`` says why ``target`` cannot express them."""
+    """Returns the mixer of every block; ``ValueError`` says why ``target`` cannot express it."""
     for index, layer in enumerate(config.layers):
         if list(layer.branches) != ["mamba"]:
             found = " and ".join(layer.branches)
             raise _cannot_express(target, [f"layers[{index}] is made of {found}"], _MAMBA)
     mixer = config.layers[0].mamba
     assert mixer is not None
-    sizes = ("dim", "inner_dim", "dt_rank", "states", "conv_width")
-    plain = Mamba.Config(**{name: getattr(mixer, name) for name in sizes})
+    plain = Mamba.Config(**{name: getattr(mixer, name) for name in _MIXER_SIZES})
     _check_plain(config, Block.Config(mamba=plain), target, _MAMBA)
     return mixer
 
 
 def _check_plain(config: Decoder.Config, block: Block.Config, target: str, rule: str) -> None:
-    plain = plain_decoder(
-        block,
-        layers=len(config.layers),
-        vocab_size=config.vocab_size,
-        rope_theta=config.rope_theta,
-    )
+    fields = {"vocab_size": config.vocab_size, "rope_theta": config.rope_theta}
+    plain = plain_decoder(block, layers=len(config.layers), **fields)
     if reasons := function_differences(config, plain):
         raise _cannot_express(target, reasons, rule)
 
@@ -103,10 +98,10 @@ def _cannot_express(target: str, reasons: list[str], rule: str) -> ValueError:
 
 
 def function_differences(left: Decoder.Config, right: Decoder.Config) -> list[str]:
-    """Fields in which two configs describe different functions or parameters.
+    """Lists the fields in which two configs describe different functions or parameters.
 
-    Dropout, initial values and the modalities that a run distinguishes do not count, nor does the
-    base of rotary angles where nothing attends.
+    Ignores dropout, initialisation and the modalities that a run distinguishes, and the rotary base
+    of models without attention.
     """
     return differences(_as_computed(left), _as_computed(right))
 
@@ -123,19 +118,19 @@ def _as_computed(config: Decoder.Config) -> dict[str, Any]:
 
 
 def agreed(written: Decoder.Config, config: Decoder.Config, where: str) -> Decoder.Config:
-    """``written``, the config that earlyfuse put beside a public one; ``ValueError`` unless both
-    describe the same function.
+    """Returns ``written``, the config that earlyfuse put beside a public one; ``ValueError`` unless
+    both describe the same function.
     """
     if wrong := function_differences(written, config):
         raise ValueError(
-            f"{where} contradicts the config that earlyfuse wrote with it: {'; '.join(wrong[:3])}. "
-            "Remove earlyfuse's part if the model was changed since it was exported"
+            f"{where} contradicts the config that earlyfuse wrote with it: {'; '.join(wrong[:3])}; "
+            "remove earlyfuse's part if the model was changed after its export"
         )
     return written
 
 
 def tensor_shapes(config: Decoder.Config) -> dict[str, Shape]:
-    """Name → shape of every tensor in the model's state dict; nothing is allocated."""
+    """Returns name → shape of the model's state dict; nothing is allocated."""
     with torch.device("meta"):
         model = config.build()
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

@@ -1,29 +1,27 @@
-"""What all public formats share: results of import and export, and checks of their configs."""
+"""Shared by all public formats: results of import and export, and checks of their configs."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from earlyfuse.data.json_files import JsonObject, shown
-from earlyfuse.data.vocabulary import read_vocabulary
 from earlyfuse.models.decoder import Decoder
-from earlyfuse.models.state_dicts import decoder_config
-from earlyfuse.models.state_dicts.config_json import SMALLEST, read_decoder
+from earlyfuse.models.state_dicts.config_json import SMALLEST, read_own_description
 from earlyfuse.models.state_dicts.plain_decoder import agreed
 from earlyfuse.models.state_dicts.tensor_map import TensorMaps, Tensors
 from earlyfuse.models.vocabulary import Vocabulary
 
-OURS = "earlyfuse"  # field with our own description in a config that we write; theirs ignore it
+OURS = "earlyfuse"  # field with our description in a config that we write; other readers ignore it
 # larger values are damage, and would be built before they are refused
 _MOST_LAYERS, _LARGEST = 10_000, 10**9
 
 
 @dataclass(frozen=True)
 class Imported:
-    """A public model in our terms, from its config and the names of its tensors.
+    """A public model as ours, from its config and the names of its tensors.
 
-    ``maps``: our tensors from theirs. ``image_tokenizer``: tensors of one, which go along as they
-    are. ``unused``: further names that may be there. ``carried``: the config to write back when the
+    ``maps``: our tensors from theirs. ``image_tokenizer``: its tensors, copied unchanged.
+    ``unused``: further names that may be present. ``carried``: the config to write back when the
     model is exported again; empty if earlyfuse wrote it. ``remark``: a note on the vocabulary.
     """
 
@@ -40,7 +38,7 @@ class Imported:
 class Exported:
     """A model of ours in a public format: its tensors, and its JSON files by name.
 
-    ``aliases``: second name → name of a tensor that is stored once. ``shards``: of Meta's files.
+    ``aliases``: second name → name of a tensor that is stored once. ``shards``: Meta's files.
     """
 
     tensors: Tensors
@@ -49,28 +47,20 @@ class Exported:
     shards: int = 1
 
 
-def own_description(config: Decoder.Config, vocabulary: Vocabulary) -> dict[str, Any]:
-    """Everything about the model that a public config has no field for."""
-    return {"model": decoder_config.to_dict(config), "vocabulary": vocabulary.to_dict()}
-
-
-def read_own_description(
-    raw: JsonObject, theirs: Decoder.Config
-) -> tuple[Decoder.Config, Vocabulary]:
-    """Our description in ``raw``; ``ValueError`` if it contradicts the public fields."""
-    ours = raw.object(OURS)
-    config = agreed(read_decoder(ours.object("model")), theirs, raw.where)
-    return config, read_vocabulary(ours.object("vocabulary"))
+def read_ours(raw: JsonObject, theirs: Decoder.Config) -> tuple[Decoder.Config, Vocabulary]:
+    """Reads our description in ``raw``; ``ValueError`` if it contradicts the public fields."""
+    config, vocabulary = read_own_description(raw.object(OURS))
+    return agreed(config, theirs, raw.where), vocabulary
 
 
 def with_dtype(carried: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
-    """A config that goes back as it came, but for the type of the tensors if it states one."""
+    """Returns ``carried`` with the tensors' ``dtype`` in its dtype field, if it has one."""
     name = "torch_dtype" if "torch_dtype" in carried else "dtype"
     return {**carried, name: dtype} if dtype is not None and name in carried else dict(carried)
 
 
 def refuse_others(given: JsonObject, wanted: Mapping[str, tuple[Any, Any]], reason: str) -> None:
-    """``ValueError`` for the first of ``wanted`` (name → value there, the one we compute) that
+    """``ValueError`` for the first of ``wanted`` (name → value there, supported value) that
     differs.
     """
     for name, (value, ours) in wanted.items():
@@ -82,17 +72,19 @@ def refuse_others(given: JsonObject, wanted: Mapping[str, tuple[Any, Any]], reas
 
 
 def without_nulls(raw: JsonObject, defaults: Mapping[str, Any]) -> JsonObject:
-    """``raw`` over ``defaults``; a null field has its default."""
+    """Returns ``raw`` over ``defaults``; a null field has its default."""
     given = {name: value for name, value in raw.values.items() if value is not None}
     return JsonObject({**defaults, **given}, raw.where, raw.remedy)
 
 
-def check_numbers(given: JsonObject, names: Iterable[str]) -> None:
-    """``ValueError`` unless all ``names`` are positive numbers of a plausible size: whole, except
-    ``expand`` and ``rope_theta``.
-    """
-    for name in names:
-        if name in ("expand", "rope_theta"):
-            given.field(name, float, least=SMALLEST, most=_LARGEST)
-        else:
-            given.field(name, int, least=1, most=_MOST_LAYERS if "layer" in name else _LARGEST)
+def sizes(given: JsonObject, *names: str) -> list[int]:
+    """Reads the fields ``names``: positive whole numbers of a plausible size."""
+    return [
+        given.field(name, int, least=1, most=_MOST_LAYERS if "layer" in name else _LARGEST)
+        for name in names
+    ]
+
+
+def positive(given: JsonObject, name: str) -> float:
+    """Reads the field ``name``: a positive number of a plausible size."""
+    return float(given.field(name, float, least=SMALLEST, most=_LARGEST))

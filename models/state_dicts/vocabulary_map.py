@@ -1,7 +1,7 @@
 """Converts between Hugging Face's ``vocabulary_map`` (token → id) and our ``Vocabulary``.
 
-An image code's token is named ``IMGIMG``, its decimal digits as letters A to J, then ``Z``: code 12
-is ``IMGIMGBCZ``. The map, not the order of the ids, says which id a code has.
+The token of an image code is ``IMGIMG``, its decimal digits as letters A to J, and ``Z``: code 12
+is ``IMGIMGBCZ``. The map, not the order of the ids, defines the id of a code.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from earlyfuse.models.vocabulary import MediaCodes, Modality, Vocabulary
 
 BOS, PAD, EOS = "<s>", "<pad>", "</s>"
 BEGIN_IMAGE, END_IMAGE = "<racm3:break>", "<eoss>"
-PLACEHOLDER = "<image>"  # where transformers' processor wants an image
+PLACEHOLDER = "<image>"  # replaced by an image in transformers' processor
 _PREFIX, _SUFFIX = "IMGIMG", "Z"
 
 # ids of the released 7B and 30B models (arXiv 2405.09818), for checkpoints that come without a map
@@ -22,14 +22,14 @@ RELEASED_CODES, RELEASED_START, RELEASED_BLOCK = 8192, 4, 1024
 
 
 def token_of_code(code: int) -> str:
-    """Name of an image code's token."""
+    """Returns the token of an image code."""
     return _PREFIX + "".join(chr(ord("A") + int(digit)) for digit in str(code)) + _SUFFIX
 
 
 def ids_of_codes(vocabulary_map: Mapping[str, int]) -> list[int]:
-    """Token id of each image code, by code; empty without image tokens.
+    """Lists the token id of each image code, by code; empty without image tokens.
 
-    ``ValueError`` if codes do not count from 0, or two of them share an id.
+    ``ValueError`` if the codes are not 0 … n - 1, or two of them share an id.
     """
     by_code: dict[int, int] = {}
     for token, number in vocabulary_map.items():
@@ -37,24 +37,22 @@ def ids_of_codes(vocabulary_map: Mapping[str, int]) -> list[int]:
             letters = token.removeprefix(_PREFIX).removesuffix(_SUFFIX)
             digits = "".join(str(ord(letter) - ord("A")) for letter in letters)
             if not digits.isdecimal() or token != token_of_code(int(digits)):
-                raise ValueError(
-                    f"vocabulary_map: {shown(token)} is no name of an image code; correct it"
-                )
+                raise ValueError(f"vocabulary_map: {shown(token)} names no image code; correct it")
             by_code[int(digits)] = number
     if sorted(by_code) != list(range(len(by_code))) or len(set(by_code.values())) != len(by_code):
         raise ValueError(
             f"vocabulary_map names {len(by_code)} image codes; they must be 0 … {len(by_code) - 1} "
-            "and each have an id of its own; correct it"
+            "with distinct ids; correct it"
         )
     return [by_code[code] for code in range(len(by_code))]
 
 
 def to_vocabulary(tokens: JsonObject, config: JsonObject, block: int) -> tuple[Vocabulary, str]:
-    """The vocabulary, and a remark if image codes had to be left out of it, or "".
+    """Returns the vocabulary, and a remark if image codes were left out of it, or "".
 
-    ``tokens``: the map. ``config`` has ``vocab_size`` and, for sentinels that the map does not
-    name, ``bos_token_id`` …; ``block``: codes of one image. Images are left out where the map does
-    not name begin and end of one, or the ids of the codes are no range.
+    ``tokens``: the map. ``config``: has ``vocab_size`` and, for sentinels absent from the map,
+    ``bos_token_id`` …. ``block``: codes of one image. Images are left out where the map lacks their
+    begin or end token, or the ids of the codes are not contiguous.
     """
     size = config.field("vocab_size", int, least=1)
     named = {name: tokens.field(name, int, least=0, most=size - 1) for name in tokens.values}
@@ -69,7 +67,7 @@ def to_vocabulary(tokens: JsonObject, config: JsonObject, block: int) -> tuple[V
     if unnamed:
         return text_only, f"images are left out: the vocabulary_map has no {' and '.join(unnamed)}"
     if max(ids) - min(ids) + 1 != len(ids):
-        return text_only, f"images are left out: the ids of the {len(ids)} codes are no range"
+        return text_only, f"images are left out: the ids of the {len(ids)} codes are not contiguous"
     begin, end = named[BEGIN_IMAGE], named[END_IMAGE]
     codes = MediaCodes(Modality.IMAGE, min(ids), len(ids), begin, end, block)
     try:
@@ -79,16 +77,16 @@ def to_vocabulary(tokens: JsonObject, config: JsonObject, block: int) -> tuple[V
 
 
 def released() -> Vocabulary:
-    """The vocabulary of Meta's released models."""
+    """Returns the vocabulary of Meta's released models."""
     begin, end = RELEASED[BEGIN_IMAGE], RELEASED[END_IMAGE]
     codes = MediaCodes(Modality.IMAGE, RELEASED_START, RELEASED_CODES, begin, end, RELEASED_BLOCK)
     return Vocabulary(RELEASED_SIZE, RELEASED[BOS], RELEASED[EOS], RELEASED[PAD], (codes,))
 
 
 def from_vocabulary(vocabulary: Vocabulary) -> dict[str, int]:
-    """The map of our vocabulary: its sentinels and image codes, not its text pieces.
+    """Returns the map of our vocabulary: its sentinels and image codes, not its text pieces.
 
-    transformers needs an id for its image placeholder: the padding, which is never in text.
+    transformers requires an id for its image placeholder: padding, which never occurs in text.
     """
     named = {BOS: vocabulary.bos, PAD: vocabulary.pad, EOS: vocabulary.eos}
     named[PLACEHOLDER] = vocabulary.pad
@@ -100,7 +98,7 @@ def from_vocabulary(vocabulary: Vocabulary) -> dict[str, int]:
 
 
 def _first(config: JsonObject, name: str, default: int, size: int) -> int:
-    """The id in field ``name`` of ``config``, the first if it is a list."""
+    """Returns the id in field ``name`` of ``config``, the first if it is a list."""
     value = config.values.get(name)
     if isinstance(value, list):
         value = value[0] if value else None

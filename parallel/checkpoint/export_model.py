@@ -1,7 +1,7 @@
 """Writes an open model in any format: the counterpart of ``open_checkpoint``.
 
 A format's writer checks that it can express the model and returns an ``Export``, which fills a new
-folder: nothing is written before everything is known to fit.
+folder: nothing is written before all checks have passed.
 """
 
 import json
@@ -60,7 +60,7 @@ def to_earlyfuse(opened: OpenModel, tensors: Tensors, max_shard_bytes: int) -> E
 
 
 def to_dcp(opened: OpenModel, tensors: Tensors, max_shard_bytes: int) -> Export:
-    """A checkpoint of weights, to begin a run with."""
+    """DCP checkpoint of weights, to start a run from."""
     tokenizers, remarks = find_tokenizers(opened)
 
     def write(folder: Path) -> None:
@@ -73,7 +73,7 @@ def to_dcp(opened: OpenModel, tensors: Tensors, max_shard_bytes: int) -> Export:
 
 
 def to_huggingface(opened: OpenModel, tensors: Tensors, max_shard_bytes: int) -> Export:
-    """``ChameleonForConditionalGeneration``, or ``MambaForCausalLM`` where there is Mamba."""
+    """``MambaForCausalLM`` if any layer has a Mamba, else ``ChameleonForConditionalGeneration``."""
     has_mamba = any(layer.mamba is not None for layer in opened.config.layers)
     export = huggingface_mamba.export_model if has_mamba else huggingface.export_model
     exported = _exported(opened, tensors, "huggingface", export)
@@ -81,7 +81,7 @@ def to_huggingface(opened: OpenModel, tensors: Tensors, max_shard_bytes: int) ->
     if opened.vq is not None and not has_mamba:
         theirs = Merged(theirs, opened.vq)
     elif not has_mamba:
-        remarks.append("no image tokenizer in it: transformers will make one of random weights")
+        remarks.append("it has no image tokenizer: transformers will make one of random weights")
     files = assign_files(theirs.entries, max_shard_bytes)
 
     def write(folder: Path) -> None:
@@ -115,7 +115,7 @@ def to_meta(opened: OpenModel, tensors: Tensors, max_shard_bytes: int) -> Export
         write_shards(folder, exported.tensors, exported.shards)
         _write_jsons(folder, exported)
 
-    remarks = [] if opened.vq is None else ["the image tokenizer is no part of this format"]
+    remarks = [] if opened.vq is None else ["the format has no place for the image tokenizer"]
     return Export(write, remarks)
 
 
@@ -131,7 +131,7 @@ TARGETS: dict[str, Callable[[OpenModel, Tensors, int], Export]] = {
 def _write_beside(
     folder: Path, opened: OpenModel, tokenizers: Path | None, remarks: list[str]
 ) -> None:
-    """Our ``config.json``, tokenizers, and the files that came along; adds to ``remarks``."""
+    """Writes our ``config.json``, tokenizers and carried files; adds to ``remarks``."""
     if opened.vq is not None:
         write_file(folder / VQ_FILE, opened.vq, list(opened.vq.entries))
     if opened.files:
@@ -152,7 +152,7 @@ def _write_beside(
 def _exported(
     opened: OpenModel, tensors: Tensors, kind: str, export: Callable[..., Exported]
 ) -> Exported:
-    """``tensors`` in a public format, with the config of that format that they came with."""
+    """Exports to a public format, with the config of that format that the model came with."""
     carried = None
     if kind in opened.carried:
         where = f"{opened.folder / CONFIG}: carried: {kind}"

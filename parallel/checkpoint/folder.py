@@ -1,4 +1,4 @@
-"""The folder of a run's checkpoints: how a new one takes its place. ``layout`` has the names.
+"""Commits checkpoints to a run's folder; ``layout`` has the names.
 
 A checkpoint is written under its partial name. When all of it and the manifest are on disk, the
 folder is renamed and ``latest`` replaced. So ``step-N`` is complete whenever the process is killed,
@@ -25,33 +25,27 @@ from earlyfuse.parallel.checkpoint.manifest import MANIFEST, Manifest
 
 
 class CheckpointFolder:
-    """All checkpoints of a run. Only rank 0 writes and deletes; all ranks may read."""
+    """All checkpoints of a run; rank 0 alone writes and deletes."""
 
     def __init__(self, root: Path):
         self.root = root
 
     def complete(self, step: int) -> Path:
-        """Folder of the complete checkpoint of ``step``."""
+        """Returns the folder of the complete checkpoint of ``step``."""
         return self.root / f"step-{step}"
 
     def partial(self, step: int) -> Path:
-        """Folder in which the checkpoint of ``step`` is written."""
+        """Returns the folder in which the checkpoint of ``step`` is written."""
         return self.root / f"step-{step}{PARTIAL}"
 
-    def discarded(self, step: int) -> Path:
-        """Folder of the checkpoint of ``step`` while it is deleted."""
-        return self.root / f"step-{step}{DISCARDED}"
-
     def steps(self) -> list[int]:
-        """Steps of the complete checkpoints, ascending."""
+        """Lists the steps of the complete checkpoints, ascending."""
         return steps_in(self.root)
 
     def to_load(self) -> list[int]:
-        """Steps that a run may resume from, the first choice first: the one that ``latest`` names,
-        whether it is there or not, then those before it.
-
-        Without ``latest``, which is written after the first checkpoint, the highest comes first.
-        ``ValueError`` if ``latest`` is damaged.
+        """Lists steps to resume from, the first choice first: the one in ``latest``, even if its
+        folder is gone, then those before it. Without ``latest``, which is written after the first
+        checkpoint, the highest comes first. ``ValueError`` if ``latest`` is damaged.
         """
         steps, latest = self.steps(), read_latest(self.root)
         if latest is None:
@@ -59,7 +53,7 @@ class CheckpointFolder:
         return [latest, *(step for step in reversed(steps) if step < latest)]
 
     def restore_replaced(self) -> None:
-        """Restore a checkpoint that was set aside for its successor, if the run was killed before
+        """Restores a checkpoint that was set aside for its successor, if the run was killed before
         the successor was renamed.
         """
         for aside in self.root.glob(f"step-*{DISCARDED}"):
@@ -70,7 +64,7 @@ class CheckpointFolder:
                 aside.rename(self.complete(step))
 
     def prepare(self, step: int) -> None:
-        """Create an empty partial folder; remove what interrupted saves left."""
+        """Creates an empty partial folder; removes leftovers of interrupted saves."""
         self.root.mkdir(parents=True, exist_ok=True)
         remove_temporaries(self.root)
         for suffix in (PARTIAL, DISCARDED):
@@ -79,15 +73,15 @@ class CheckpointFolder:
         self.partial(step).mkdir()
 
     def commit(self, manifest: Manifest) -> Path | None:
-        """Rename the partial folder to its step, and let ``latest`` name it.
+        """Renames the partial folder to its step, and writes it to ``latest``.
 
-        Returns the folder of a replaced checkpoint of the same step, to be deleted. Raises
-        ``OSError``, with everything as it was before, if the disk is full.
+        Returns the folder of a replaced checkpoint of the same step, to be deleted. ``OSError``,
+        with everything unchanged, if the disk is full.
         """
         partial, complete = self.partial(manifest.step), self.complete(manifest.step)
         for name, record in manifest.files.items():
             if (partial / name).stat().st_size != record.bytes:
-                raise OSError(f"{partial / name} has not the size that its writer gave it")
+                raise OSError(f"{partial / name} does not have the size that was written")
         manifest.write(partial)
         with atomic_write(self.root / LATEST) as file:
             file.write(f"{complete.name}\n".encode())
@@ -103,7 +97,7 @@ class CheckpointFolder:
         return replaced
 
     def set_aside(self, step: int) -> Path:
-        """Rename a checkpoint that is to be deleted: none is ever half deleted under its name."""
-        discarded = self.discarded(step)
+        """Renames a checkpoint that is to be deleted, so none is half deleted under its name."""
+        discarded = self.root / f"step-{step}{DISCARDED}"
         shutil.rmtree(discarded, ignore_errors=True)
         return self.complete(step).rename(discarded)

@@ -1,6 +1,6 @@
 """Checks that a checkpoint is of this run's model and data, before anything is overwritten.
 
-DCP itself would fail late, or load whatever happens to fit.
+DCP alone would fail late, or load whatever fits.
 """
 
 import json
@@ -37,8 +37,8 @@ def refuse_other_run(states: dict[str, Any], state_dict: dict[str, Any], reader:
         saved = reader.value(f"{TRAIN_STATE}.step")
         if saved != step:
             raise ValueError(
-                f"checkpoint {reader.folder} holds step {shown(saved)}, not the one that it is "
-                "named after; give it its own name again, or copy the checkpoint again"
+                f"checkpoint {reader.folder} holds step {shown(saved)}, not the step in its name; "
+                "restore its name, or copy it again"
             )
     loader = states[DATALOADER]
     if DATALOADER in state_dict and hasattr(loader, "check_identity"):
@@ -77,12 +77,12 @@ def refuse_other_data(loader: LaneLoader, reader: DcpReader) -> None:
     identity = data_identity(reader)
     missing = [name for name in loader.identity() if name not in identity]
     if missing:
-        raise ValueError(f"{identity.where} does not say {missing[0]}; {identity.remedy}")
+        raise ValueError(f"{identity.where} lacks {missing[0]}; {identity.remedy}")
     loader.check_identity(json.dumps(identity.values))
 
 
 def data_identity(reader: DcpReader) -> JsonObject:
-    """The identity of the data that a checkpoint was trained on."""
+    """Reads the identity of the data that a checkpoint was trained on."""
     name = f"{DATALOADER}.identity"
     where, remedy = f"{reader.folder}: {name}", "copy the checkpoint again, or take another one"
     saved = reader.value(name)
@@ -94,8 +94,7 @@ def data_identity(reader: DcpReader) -> JsonObject:
 def refuse_other_function(here: dict[str, Any] | None, there: Any, folder: Path) -> None:
     """``ValueError`` if the model in ``folder`` computes another function of the same parameters.
 
-    ``here``: the run's own description, if it has one; ``there``: the model in the folder's
-    ``config.json``.
+    ``here``: the run's description, if it has one; ``there``: the model in the folder's config.
     """
     if here is None:
         return

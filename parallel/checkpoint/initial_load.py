@@ -1,7 +1,7 @@
-"""``checkpoint.initial_load_path``: a run begins with the weights of a model in any format.
+"""``checkpoint.initial_load_path``: starts a run from the weights of a model in any format.
 
-A DCP checkpoint is loaded as one of the run itself. Of every other format that ``open_model`` knows
-each rank reads the tensors whole, one by one, and copies its shard of them.
+A DCP checkpoint is loaded as one of the run itself. Of other formats each rank reads whole tensors,
+one by one, and copies its shard.
 """
 
 from collections.abc import Mapping
@@ -18,12 +18,12 @@ from earlyfuse.parallel.checkpoint.open_checkpoint import OpenModel, open_model
 
 
 def find(path: Path) -> Path | OpenModel:
-    """The DCP folder to begin with, or an opened model; ``ValueError`` if there is neither."""
+    """Returns the DCP folder to start from, or an opened model; ``ValueError`` if there is none."""
     if not path.is_dir():
-        there = "is a file" if path.exists() else "is not there"
+        found = "is a file" if path.exists() else "does not exist"
         raise ValueError(
             f"checkpoint.initial_load_path ({path}) must be the folder of a model or checkpoint, "
-            f"and {there}; correct it"
+            f"and {found}; correct it"
         )
     if is_run(path):
         path = latest_checkpoint(checkpoints_of(path))
@@ -37,17 +37,16 @@ def find(path: Path) -> Path | OpenModel:
 
 @torch.no_grad()
 def load_whole(parameters: Mapping[str, torch.Tensor], tensors: Tensors) -> None:
-    """Fill ``parameters``, whole or sharded, from the whole ``tensors`` of the same names."""
+    """Fills ``parameters``, whole or sharded, from the whole ``tensors`` of the same names."""
     for name, parameter in parameters.items():
         local, offset = local_region(parameter)
-        region = tuple(
-            slice(start, start + length) for start, length in zip(offset, local.shape, strict=True)
-        )
+        ends = (start + length for start, length in zip(offset, local.shape, strict=True))
+        region = tuple(map(slice, offset, ends))
         local.copy_(tensors.read(name)[region])
 
 
 def local_region(parameter: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
-    """This rank's shard of a parameter, and its offset in the whole."""
+    """Returns this rank's shard of a parameter, and its offset in the whole."""
     if not isinstance(parameter, DTensor):
         return parameter, (0,) * parameter.ndim
     _, offset = compute_local_shape_and_global_offset(

@@ -1,7 +1,7 @@
-"""Where things are in a run, a checkpoint and an exported model: names, steps, the latest one.
+"""File layout of runs, checkpoints and exported models: names, steps, the latest checkpoint.
 
 ================================  =================================================================
-in a run                          what it is
+in a run                          content
 ================================  =================================================================
 ``run.json``                      the resolved config (``reporting/run_folder.py``)
 ``checkpoint/step-300/``          a complete checkpoint: DCP's files, ``config.json`` and
@@ -12,13 +12,13 @@ in a run                          what it is
 ================================  =================================================================
 
 ================================  =================================================================
-in an exported model              what it is
+in an exported model              content
 ================================  =================================================================
 ``config.json``                   format, version, model, vocabulary, source
 ``model-0000k-of-0000N…``         safetensors, with ``model.safetensors.index.json``
-``tokenizers/``                   the tokenizers of the data, where they are known
-``vqmodel.safetensors``           image tokenizer of a Hugging Face folder, as it came
-``huggingface/``                  other files of a Hugging Face folder, as they came
+``tokenizers/``                   the tokenizers of the data, if known
+``vqmodel.safetensors``           image tokenizer of a Hugging Face folder, unchanged
+``huggingface/``                  other files of a Hugging Face folder, unchanged
 ================================  =================================================================
 """
 
@@ -34,41 +34,40 @@ _MOST_LATEST = 100  # bytes
 
 
 def is_run(folder: Path) -> bool:
-    """Whether ``folder`` is a run's."""
+    """True if ``folder`` is a run's."""
     return (folder / DESCRIPTION).is_file()
 
 
 def run_of(checkpoint: Path) -> Path:
-    """The run folder that a checkpoint is in, if it is still there."""
+    """Returns the run folder of a checkpoint that has not been moved."""
     return checkpoint.absolute().parent.parent
 
 
 def checkpoints_of(run: Path) -> Path:
-    """The folder of a run's checkpoints; ``ValueError`` if ``run.json`` is damaged."""
+    """Returns the folder of a run's checkpoints; ``ValueError`` if ``run.json`` is damaged."""
     return run / read_config(run).object("checkpoint").field("folder", str)
 
 
 def step_of(name: str) -> int | None:
-    """The step of a checkpoint's folder, by its name; None for any other name."""
+    """Returns the step in the name of a checkpoint's folder; None for any other name."""
     match = re.fullmatch(r"step-(0|[1-9]\d{0,17})", name, re.ASCII)
     return int(match[1]) if match else None
 
 
 def steps_in(root: Path) -> list[int]:
-    """Steps of the checkpoints in ``root``, ascending."""
+    """Lists the steps of the checkpoints in ``root``, ascending."""
     if not root.is_dir():
         return []
     try:
         found = [step_of(path.name) for path in root.iterdir() if path.is_dir()]
     except OSError as error:
-        raise ValueError(
-            f"{root} cannot be read ({error.strerror}); let this user read it"
-        ) from error
+        reason = f"{root} cannot be read ({error.strerror}); let this user read it"
+        raise ValueError(reason) from error
     return sorted(step for step in found if step is not None)
 
 
 def read_latest(root: Path) -> int | None:
-    """The step that ``latest`` names, None without one; ``ValueError`` if it is damaged."""
+    """Returns the step in ``latest``, None without one; ``ValueError`` if it is damaged."""
     path = root / LATEST
     if not path.exists():
         return None
@@ -87,7 +86,7 @@ def read_latest(root: Path) -> int | None:
 
 
 def latest_checkpoint(root: Path) -> Path:
-    """The checkpoint completed last in ``root``; ``ValueError`` if it is not there."""
+    """Returns the checkpoint completed last in ``root``; ``ValueError`` if it is gone."""
     step, steps = read_latest(root), steps_in(root)
     if step is None and not steps:
         raise ValueError(f"{root} has no complete checkpoint yet; give a folder that has one")
@@ -102,5 +101,5 @@ def latest_checkpoint(root: Path) -> Path:
 
 
 def names_in(root: Path) -> str:
-    """The checkpoints in ``root``, for messages."""
+    """Names the checkpoints in ``root``, for messages."""
     return ", ".join(f"step-{step}" for step in steps_in(root)) or "none"

@@ -8,8 +8,8 @@
 
 After each part all ranks learn the outcome on every rank. After a disk error on any of them the
 save is abandoned: rank 0 logs it, older checkpoints stay, training continues. With ``async_mode``
-parts 2 and 3 run in the background, over a process group that nothing else uses, so that their
-collectives never meet those of training.
+parts 2 and 3 run in the background, over a process group of their own, so that their collectives
+never meet those of training.
 
 Loading verifies the files first (``choose``), each rank its share; then a checkpoint of another
 model, or of a run on other data, is refused by name before anything is overwritten (``identity``).
@@ -67,12 +67,12 @@ from earlyfuse.parallel.training.resume_settings import Settings
 class Checkpoints(CheckpointManager):
     """Writes <run folder>/checkpoint/step-N and loads the one completed last.
 
-    ``newest``: step of the last complete checkpoint, None before there is one; ``gave_up``: of the
-    last one that could not be written; ``saved`` and ``failed`` count saves; ``stall_seconds``: how
-    long saving has blocked the training loop. All ranks agree on all but the last. Optional:
-    ``description`` becomes the ``config.json`` of every checkpoint, so that its folder can be moved
-    alone; ``steps`` is the length of the run, beyond which a checkpoint is refused; ``settings``
-    are noted in every checkpoint, and a resume that changes a fixed one is refused.
+    Same on all ranks: ``newest``, step of the last complete checkpoint, or None; ``gave_up``, of
+    the last abandoned one; ``saved`` and ``failed``, numbers of saves. ``stall_seconds``: how long
+    saves have blocked this rank's training loop. Optional, set by the trainer: ``description``, the
+    ``config.json`` of every checkpoint, with which its folder can be moved alone; ``steps``, the
+    length of the run, beyond which a checkpoint is refused; ``settings``, recorded in every
+    checkpoint and compared on resume.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -84,14 +84,14 @@ class Checkpoints(CheckpointManager):
         """Checkpoints to keep, at least 2; 0 keeps all."""
 
         last_save_model_only: bool = False
-        """Save only weights at the last step; the run can then not be continued."""
+        """Save only weights at the last step; the run can then not be resumed."""
 
         initial_load_path: str | None = None
-        """Folder of a model to begin with, if the run has no checkpoint: a checkpoint, a run, an
+        """Folder of a model to start from, if the run has no checkpoint: a checkpoint, a run, an
         export, or one of Hugging Face's, Meta's or mamba_ssm's (docs/conversion.md)."""
 
         fallback: bool = False
-        """When the checkpoint to load is damaged, take the newest intact one before it."""
+        """If the checkpoint to load is damaged, take the newest intact one before it."""
 
         def __post_init__(self) -> None:
             if self.initial_load_path and not filesystem.is_remote(self.initial_load_path):
@@ -144,16 +144,16 @@ class Checkpoints(CheckpointManager):
     # ---------------------------------------------------------------- save
 
     def _save(self, curr_step: int, last_step: bool = False) -> bool:
-        """True if a checkpoint was written, or its write in the background started.
+        """Returns True if a checkpoint was written, or its background write started.
 
-        Raises ``RuntimeError`` on all ranks if any of them has a value that is not finite.
+        ``RuntimeError`` on all ranks if any of them has a value that is not finite.
         """
         if not self._should_save(curr_step, last_step):
             return False
         begin = time.perf_counter()
         self.maybe_wait_for_saving()
         states = self.states[MODEL].state_dict() | self.states[OPTIMIZER].state_dict()
-        check_finite(states, curr_step, self._good("none"), self.pg)
+        check_finite(states, curr_step, self._last_good("none"), self.pg)
         failed = self.failed
         super()._save(curr_step, last_step)
         self.stall_seconds += time.perf_counter() - begin
@@ -167,32 +167,30 @@ class Checkpoints(CheckpointManager):
         enable_garbage_collection: bool = False,
         to_hf: bool = False,
     ) -> Future | AsyncSaveResponse | None:
-        """Save as the checkpoint folder ``checkpoint_id``; torchtitan's futures in async modes.
+        """Saves to the folder ``checkpoint_id``; returns torchtitan's futures in async modes.
 
-        A disk error is reported and counted, not raised.
+        A disk error is logged and counted, not raised.
         """
         step = step_of(Path(checkpoint_id).name)
         assert step is not None, checkpoint_id
         holds = EVERYTHING if OPTIMIZER in state_dict else WEIGHTS
-        partial = self.disk.partial(step)
+        writer = Writer(self.disk.partial(step))
         _, errors = self._on_rank_0(lambda: self._prepare(step))
         if errors:
             self._give_up(step, errors)
             return _nothing_begun(async_mode)
         if async_mode == AsyncMode.DISABLED:
-            writer = Writer(partial)
-            self._finish(
-                step,
-                holds,
-                lambda: dcp.save(state_dict, storage_writer=writer, process_group=self.pg),
-            )
+
+            def write() -> object:
+                return dcp.save(state_dict, storage_writer=writer, process_group=self.pg)
+
+            self._finish(step, holds, write)
             if enable_garbage_collection:
                 GarbageCollection.collect("garbage collection after a checkpoint")
             return None
-        begun = self._begin(state_dict, partial, async_mode)
+        begun = self._begin(state_dict, writer, async_mode)
         if isinstance(begun, AsyncSaveResponse):
-            upload = begun.upload_completion
-            done = self._finisher.submit(self._finish, step, holds, upload.result)
+            done = self._finisher.submit(self._finish, step, holds, begun.upload_completion.result)
             return AsyncSaveResponse(begun.staging_completion, done)
         return self._finisher.submit(self._finish, step, holds, begun.result)
 
@@ -204,24 +202,23 @@ class Checkpoints(CheckpointManager):
             self.settings.write(self.disk.partial(step))
 
     def _begin(
-        self, state_dict: dict[str, Any], partial: Path, async_mode: AsyncMode
+        self, state_dict: dict[str, Any], writer: Writer, async_mode: AsyncMode
     ) -> Future | AsyncSaveResponse:
-        """Copy the state to host memory and let DCP write it in the background."""
+        """Copies the state to host memory; DCP writes it in the background."""
         pinned = async_mode == AsyncMode.ASYNC_WITH_PINNED_MEM
         if self.stager is None:  # its buffers serve all saves
             self.stager = DefaultStager(StagingOptions(pinned, pinned, pinned, pinned))
+        kind = AsyncCheckpointerType.PROCESS if pinned else AsyncCheckpointerType.THREAD
         return dcp.async_save(
             state_dict,
-            storage_writer=Writer(partial),
+            storage_writer=writer,
             process_group=self.pg,
-            async_checkpointer_type=(
-                AsyncCheckpointerType.PROCESS if pinned else AsyncCheckpointerType.THREAD
-            ),
+            async_checkpointer_type=kind,
             async_stager=self.stager,
         )
 
     def _finish(self, step: int, holds: str, write: Callable[[], object]) -> None:
-        """Parts 2 and 3: ``write`` ends when this rank's files are written."""
+        """Parts 2 and 3; ``write`` returns when this rank's files are written."""
         partial = self.disk.partial(step)
 
         def write_and_describe() -> dict[str, Any]:
@@ -248,15 +245,14 @@ class Checkpoints(CheckpointManager):
         return run_together(lambda: action() if self.rank == 0 else None, self.pg)
 
     def _give_up(self, step: int, errors: dict[int, OSError]) -> None:
-        self.failed += 1
-        self.gave_up = step
+        self.failed, self.gave_up = self.failed + 1, step
         causes = "; ".join(f"rank {rank}: {error}" for rank, error in errors.items())
         self._warn(
-            f"the checkpoint of step {step} could not be written: {causes}. The run goes "
-            f"on without it; the newest good one: {self._good('there is none yet')}"
+            f"the checkpoint of step {step} could not be written: {causes}. Training continues "
+            f"without it; the newest good one: {self._last_good('there is none yet')}"
         )
 
-    def _good(self, none: str) -> str:
+    def _last_good(self, none: str) -> str:
         return none if self.newest is None else str(self.disk.complete(self.newest))
 
     def _warn(self, line: str) -> None:
@@ -269,9 +265,9 @@ class Checkpoints(CheckpointManager):
         """Does nothing: ``_finish`` purges, once the new checkpoint is complete."""
 
     def _purge(self) -> None:
-        """Delete all but the newest ``keep_latest_k`` of this run's past; errors are only logged.
+        """Deletes all but the newest ``keep_latest_k`` of this run's past; logs disk errors only.
 
-        Steps beyond the one loaded, which an earlier attempt left, count as past once this run has
+        Steps beyond the one loaded, left by an earlier attempt, count as past once this run has
         saved them again; until then they are neither counted nor deleted.
         """
         past = [step for step in self.disk.steps() if step in self._of_this_run]
@@ -279,7 +275,7 @@ class Checkpoints(CheckpointManager):
             try:
                 self._delete(self.disk.set_aside(step))
             except OSError as error:
-                self._warn(f"the old checkpoint of step {step} is still there: {error}")
+                self._warn(f"the old checkpoint of step {step} could not be deleted: {error}")
 
     def _delete(self, folder: Path | None) -> None:
         if folder is None:
@@ -297,7 +293,7 @@ class Checkpoints(CheckpointManager):
         self.stall_seconds += time.perf_counter() - begin
 
     def _close(self) -> None:
-        """Wait for a save in the background, and for deletions."""
+        """Waits for a save in the background, and for deletions."""
         if hasattr(self, "_finisher"):
             self._finisher.shutdown()
         super()._close()
@@ -305,9 +301,9 @@ class Checkpoints(CheckpointManager):
     # ---------------------------------------------------------------- load
 
     def _load(self, step: int = -1) -> bool:
-        """Load ``step``, or the checkpoint completed last; verifies it before anything is loaded.
+        """Loads ``step``, or the checkpoint completed last, after verifying it.
 
-        Raises ``ValueError`` naming what is wrong with it, unless ``fallback`` finds another.
+        ``ValueError`` names what is wrong with it, unless ``fallback`` finds another.
         """
         fallback, warn = self.fallback, self._warn
         chosen = choose(self.disk, self.run, step, fallback=fallback, warn=warn, group=self.pg)
@@ -318,12 +314,12 @@ class Checkpoints(CheckpointManager):
                 "--checkpoint.load_step, or start a new run with another --dump_folder"
             )
         if chosen == -1 and self.initial_load_path:
-            begun = initial_load.find(Path(self.initial_load_path))
-            if isinstance(begun, OpenModel):
-                return self._load_opened(begun)
-            if (begun / MANIFEST).is_file() and (found := damage_seen_by_all(begun, self.pg)):
-                raise ValueError(f"checkpoint.initial_load_path ({begun}) is damaged: {found}")
-            self.initial_load_path = str(begun)
+            found = initial_load.find(Path(self.initial_load_path))
+            if isinstance(found, OpenModel):
+                return self._load_opened(found)
+            if (found / MANIFEST).is_file() and (wrong := damage_seen_by_all(found, self.pg)):
+                raise ValueError(f"checkpoint.initial_load_path ({found}) is damaged: {wrong}")
+            self.initial_load_path = str(found)
         loaded = super()._load(chosen)
         if chosen != -1:
             self.newest = chosen
@@ -331,7 +327,7 @@ class Checkpoints(CheckpointManager):
         return loaded
 
     def _load_opened(self, opened: OpenModel) -> bool:
-        """Begin with the weights of a model that is not a checkpoint."""
+        """Starts from the weights of a model that is not a DCP checkpoint."""
         if not self.initial_load_model_only:
             raise ValueError(
                 f"checkpoint.initial_load_path ({opened.folder}) holds only weights, and "
@@ -349,7 +345,7 @@ class Checkpoints(CheckpointManager):
         return -1
 
     def dcp_load(self, state_dict: dict[str, Any], checkpoint_id: str, **options: Any) -> None:
-        """Load into ``state_dict``; ``ValueError`` if the checkpoint is of other model or data."""
+        """Loads into ``state_dict``; ``ValueError`` for a checkpoint of another model or data."""
         reader = DcpReader(Path(checkpoint_id))
         if (reader.folder / CONFIG).is_file():
             described = read_json(reader.folder / CONFIG, REMEDY).values.get("model")
@@ -365,7 +361,7 @@ class Checkpoints(CheckpointManager):
 
 
 def _nothing_begun(async_mode: AsyncMode) -> Future | AsyncSaveResponse | None:
-    """A result of ``dcp_save`` that needs no waiting."""
+    """Returns what ``dcp_save`` returns for a save that needs no waiting."""
     done: Future[None] = Future()
     done.set_result(None)
     if async_mode == AsyncMode.DISABLED:

@@ -18,7 +18,7 @@ _COPY = "copy the checkpoint again"
 
 @dataclass(frozen=True)
 class FileRecord:
-    """A file as it was written."""
+    """Size and checksum of a file as it was written."""
 
     bytes: int
     sha256: str
@@ -37,20 +37,20 @@ class Manifest:
     files: Files
 
     def to_json(self) -> bytes:
-        """The content of its file, with the SHA-256 of all fields."""
+        """Returns the content of the file, with the SHA-256 of all fields."""
         content = asdict(self)
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
         return json.dumps({"sha256": digest, **content}, indent=1).encode() + b"\n"
 
     def write(self, folder: Path) -> None:
-        """Put it into a checkpoint's folder."""
+        """Writes the file into a checkpoint's folder."""
         with atomic_write(folder / MANIFEST) as file:
             file.write(self.to_json())
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a checkpoint; ``ValueError`` if it was changed, or is of another step than
-    its folder is named after.
+    """Reads the manifest of a checkpoint; ``ValueError`` if it was changed, or its step is not that
+    in the folder's name.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -69,8 +69,8 @@ def read_manifest(folder: Path) -> Manifest:
     named = step_of(folder.name)
     if manifest.holds == EVERYTHING and named not in (None, manifest.step):
         raise ValueError(
-            f"{folder} holds step {manifest.step}, as its {MANIFEST} says, so it was renamed; give "
-            f"it the name step-{manifest.step} again"
+            f"{folder} holds step {manifest.step} ({MANIFEST}), so it was renamed; name it "
+            f"step-{manifest.step} again"
         )
     return manifest
 
@@ -85,7 +85,7 @@ def _record(files: JsonObject, name: str) -> FileRecord:
 
 
 def describe(folder: Path, rank: int) -> Files:
-    """Size and checksum of the files that ``rank`` wrote; rank 0 adds those of no rank."""
+    """Describes the files that ``rank`` wrote; rank 0 also those of no rank."""
     files: Files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         writer = re.match(r"__(\d+)_", path.name)
@@ -98,7 +98,7 @@ def describe(folder: Path, rank: int) -> Files:
 def damage(
     folder: Path, files: Files, hashed: Callable[[str], bool] = lambda name: True
 ) -> list[str]:
-    """A line for each of ``files`` that is not as written; contents are read where ``hashed``."""
+    """Lists a line for each of ``files`` that has changed; reads contents where ``hashed``."""
     found = []
     for name, record in files.items():
         path = folder / name
@@ -107,5 +107,5 @@ def damage(
         elif (size := path.stat().st_size) != record.bytes:
             found.append(f"{name} has {size} bytes instead of {record.bytes}")
         elif hashed(name) and sha256_file(path) != record.sha256:
-            found.append(f"{name} has another SHA-256 than when it was written")
+            found.append(f"{name} has another SHA-256 than was written")
     return found

@@ -3,7 +3,7 @@
 ===============================  ==================================================================
 format                           recognised by
 ===============================  ==================================================================
-``run``                          ``run.json`` (its checkpoint completed last is opened)
+``run``                          ``run.json`` (opens its latest checkpoint)
 ``checkpoint``                   ``.metadata`` of DCP, with our ``config.json``
 ``earlyfuse``                    ``config.json`` with ``format`` "earlyfuse"
 ``huggingface``                  ``config.json`` with ``model_type`` "chameleon" or "mamba"
@@ -27,7 +27,7 @@ from earlyfuse.models.context import ForwardSettings
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.precision import fp32_parameters, wide_type
 from earlyfuse.models.routing.causal_router import causal_routers
-from earlyfuse.models.state_dicts import huggingface, huggingface_mamba, mamba, mamba_ssm, meta
+from earlyfuse.models.state_dicts import huggingface, huggingface_mamba, mamba_ssm, meta
 from earlyfuse.models.state_dicts.config_json import CONFIG, FORMAT, REMEDY, read_description
 from earlyfuse.models.state_dicts.plain_decoder import tensor_shapes
 from earlyfuse.models.state_dicts.public_config import Imported
@@ -68,11 +68,11 @@ _CARRIED_FILES = (
 
 @dataclass(frozen=True)
 class OpenModel:
-    """A model in a folder, whatever its format; ``tensors`` have our names.
+    """A model in a folder of any format; ``tensors`` have our names.
 
     ``carried``: configs of other formats that the model came with, by format. ``vq``: tensors of an
-    image tokenizer under Hugging Face's names; ``files``: Hugging Face's others. ``remark``: a note
-    on the vocabulary for the user, or "".
+    image tokenizer under Hugging Face's names; ``files``: further files of Hugging Face.
+    ``remark``: a note on the vocabulary for the user, or "".
     """
 
     format: str
@@ -88,7 +88,7 @@ class OpenModel:
 
 
 def open_model(folder: str | Path) -> OpenModel:
-    """Recognise and open ``folder``; all keys and shapes are checked, no tensor is read.
+    """Recognises and opens ``folder``: checks all keys and shapes, reads no tensor.
 
     ``ValueError`` says what is wrong with it, listing all wrong keys.
     """
@@ -101,23 +101,19 @@ def open_model(folder: str | Path) -> OpenModel:
         raw = read_json(folder / CONFIG, REMEDY)
         if raw.values.get("format") == FORMAT:
             return _ours(folder, raw, open_folder(folder))
-        if mamba_ssm.is_config(raw):
-            return _mamba_ssm(folder, raw)
-        if raw.values.get("model_type") == huggingface_mamba.MODEL_TYPE:
-            return _huggingface_mamba(folder, raw)
-        return _huggingface(folder, raw)
+        return _mamba_ssm(folder, raw) if mamba_ssm.is_config(raw) else _huggingface(folder, raw)
     if (folder / meta.PARAMS).is_file():
         return _meta(folder)
     names = sorted(path.name for path in folder.iterdir())[:8] if folder.is_dir() else "no folder"
     raise ValueError(
         f"{folder} ({names}) must hold a model: config.json with safetensors (ours or Hugging "
-        f"Face's) or {PYTORCH_MODEL} (mamba_ssm's), {meta.PARAMS} with consolidated.*.pth (of "
-        "Meta), a run (run.json) or a checkpoint of it"
+        f"Face's) or {PYTORCH_MODEL} (mamba_ssm), {meta.PARAMS} with consolidated.*.pth (Meta), a "
+        "run (run.json) or one of its checkpoints"
     )
 
 
 @contextmanager
-def _values_of(path: Path) -> Iterator[None]:
+def _naming(path: Path) -> Iterator[None]:
     """Names the file ``path`` in errors about values that no model has."""
     try:
         yield
@@ -125,18 +121,10 @@ def _values_of(path: Path) -> Iterator[None]:
         if path.name in str(error) or f"{path.parent}/" in str(error):
             raise
         raise ValueError(f"{path}: {error}") from error
-    except (
-        TypeError,
-        AttributeError,
-        KeyError,
-        IndexError,
-        ArithmeticError,
-        RuntimeError,
-    ) as error:
-        reason = shown(str(error))
+    except (TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError) as error:
         raise ValueError(
-            f"{path} has sizes of which no model can be made ({type(error).__name__}: {reason}); "
-            f"{REMEDY}"
+            f"{path} has sizes of which no model can be built ({type(error).__name__}: "
+            f"{shown(str(error))}); {REMEDY}"
         ) from error
 
 
@@ -146,8 +134,8 @@ def _values_of(path: Path) -> Iterator[None]:
 def _checkpoint(folder: Path) -> OpenModel:
     if not (folder / CONFIG).is_file():
         raise ValueError(
-            f"{folder} is a checkpoint without {CONFIG}, which says what model it is of; copy it "
-            "from another checkpoint of the same run"
+            f"{folder} is a checkpoint without {CONFIG}, which describes its model; copy it from "
+            "another checkpoint of the same run"
         )
     opened = _ours(folder, read_json(folder / CONFIG, REMEDY), DcpFolder(folder))
     if (folder / MANIFEST).is_file() and opened.source.get("format") == "checkpoint":
@@ -158,7 +146,7 @@ def _checkpoint(folder: Path) -> OpenModel:
 def _ours(folder: Path, raw: JsonObject, tensors: Tensors) -> OpenModel:
     layers = raw.object("model").field("layers", list)
     check_layers(len(layers), f"{raw.where}: layers", tensors.entries)
-    with _values_of(folder / CONFIG):
+    with _naming(folder / CONFIG):
         config, vocabulary, source = read_description(raw)
         same = {name: renamed(name, shape) for name, shape in tensor_shapes(config).items()}
     check_keys(same, tensors.entries, str(folder))
@@ -176,24 +164,16 @@ def _ours(folder: Path, raw: JsonObject, tensors: Tensors) -> OpenModel:
     )
 
 
-# ---------------------------------------------------------------- other projects'
+# ---------------------------------------------------------------- of other projects
 
 
 def _huggingface(folder: Path, raw: JsonObject) -> OpenModel:
-    huggingface.refuse_unknown(raw)
     found = open_folder(folder)
     check_layers(raw.values.get(name := "num_hidden_layers"), f"{raw.where}: {name}", found.entries)
-    with _values_of(folder / CONFIG):
-        imported = huggingface.import_model(raw, found.entries)
-    return _public("huggingface", folder, found, imported)
-
-
-def _huggingface_mamba(folder: Path, raw: JsonObject) -> OpenModel:
-    found = open_folder(folder)
-    check_layers(raw.values.get(name := "num_hidden_layers"), f"{raw.where}: {name}", found.entries)
-    with _values_of(folder / CONFIG):
-        imported = huggingface_mamba.import_model(raw, found.entries)
-    mamba.refuse_mamba_2(found.entries, str(folder))
+    is_mamba = raw.values.get("model_type") == huggingface_mamba.MODEL_TYPE
+    import_model = huggingface_mamba.import_model if is_mamba else huggingface.import_model
+    with _naming(folder / CONFIG):
+        imported = import_model(raw, found.entries)
     return _public("huggingface", folder, found, imported)
 
 
@@ -201,10 +181,9 @@ def _mamba_ssm(folder: Path, raw: JsonObject) -> OpenModel:
     path, beside = folder / PYTORCH_MODEL, folder / mamba_ssm.OUR_FILE
     found: Tensors = TorchFiles({"": path}) if path.is_file() else open_folder(folder)
     check_layers(raw.values.get("n_layer"), f"{raw.where}: n_layer", found.entries)
-    with _values_of(folder / CONFIG):
+    with _naming(folder / CONFIG):
         ours = read_json(beside, REMEDY) if beside.is_file() else None
         imported = mamba_ssm.import_model(raw, found.entries, ours)
-    mamba.refuse_mamba_2(found.entries, str(folder))
     return _public("mamba_ssm", folder, found, imported)
 
 
@@ -216,19 +195,18 @@ def _meta(folder: Path) -> OpenModel:
         stated = consolidated.values.get("model_parallel_size", found.count)
         if stated != found.count:
             raise ValueError(
-                f"{folder}: {meta.CONSOLIDATE_PARAMS} says model_parallel_size ({shown(stated)}), "
-                f"which must be the number of consolidated files ({found.count}); copy the missing "
-                "ones"
+                f"{folder / meta.CONSOLIDATE_PARAMS}: model_parallel_size ({shown(stated)}) must "
+                f"be the number of consolidated files ({found.count}); copy the missing files"
             )
         params.values.update(consolidated.values)
-    with _values_of(folder / meta.PARAMS):
-        tokens = None if meta.OURS in params else _metas_tokens(folder)
+    with _naming(folder / meta.PARAMS):
+        tokens = None if meta.OURS in params else _meta_tokens(folder)
         imported = meta.import_model(params, found.entries, found.count, tokens)
     return replace(_public("meta", folder, found, imported), files=[])
 
 
-def _metas_tokens(folder: Path) -> JsonObject | None:
-    """Token → id of Meta's text tokenizer: in the model's folder, or ``tokenizer/`` beside it."""
+def _meta_tokens(folder: Path) -> JsonObject | None:
+    """Reads token → id of Meta's text tokenizer, in the model's folder or ``tokenizer/`` beside."""
     places = [folder, *(place / "tokenizer" for place in (folder, *folder.parents[:2]))]
     for path in (place / meta.TEXT_TOKENIZER for place in places):
         if path.is_file():
@@ -262,15 +240,14 @@ def load_model(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
 ) -> tuple[Decoder, Vocabulary]:
-    """Loads the model of a run, checkpoint, exported folder, or of Hugging Face, Meta or
-    ``mamba_ssm``: a module in evaluation mode, and its vocabulary.
+    """Loads a model of any format: a module in evaluation mode, and its vocabulary.
 
     ``model(MixedBatch.of(tokens_BS, vocabulary.modality_of(tokens_BS)))`` returns logits (B, S, V).
-    ``dtype`` None keeps the types of the files; with a narrower one scans and routers stay in
-    fp32, as in training (``models/precision.py``). No launcher, no process group; ``ValueError``
-    says what is wrong with the folder. Experts choose by the causal rule where the model has causal
-    routers; else by batch, with budgets from the actual counts, as in validation;
-    ``ForwardSettings`` given with the batch change that.
+    ``dtype`` None keeps the dtypes of the files; with a narrower one scans and routers stay in
+    fp32, as in training (``models/precision.py``). Needs no launcher or process group. Models with
+    causal routers route by the causal rule, others by batch with exact budgets, as in validation;
+    override it by ``ForwardSettings`` with the batch. ``ValueError`` says what is wrong with the
+    folder.
     """
     opened = open_model(folder)
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""Steps of a save that all ranks take together: each learns how it went on every rank."""
+"""Steps of a save that all ranks take together; each learns the outcome on every rank."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,7 @@ from earlyfuse.parallel.training.skip_step import not_finite
 def run_together(
     action: Callable[[], Any], group: dist.ProcessGroup | None
 ) -> tuple[list[Any], dict[int, OSError]]:
-    """Run ``action`` on all ranks; returns its values by rank, and the ranks' disk errors.
+    """Runs ``action`` on all ranks; returns its values by rank, and the ranks' disk errors.
 
     Any other error of one rank is raised on all of them: it would recur at every save.
     """
@@ -36,8 +36,8 @@ def run_together(
 def check_finite(
     states: dict[str, Any], step: int, good: object, group: dist.ProcessGroup | None
 ) -> None:
-    """``RuntimeError`` on all ranks if any has a value that is not finite: a parameter that no
-    token of a step used spoils no loss, and would be saved. ``good``: the last good checkpoint.
+    """``RuntimeError`` on all ranks if any has a value that is not finite: the loss does not show
+    it in a parameter that no token of the step used. ``good``: the last good checkpoint.
     """
     found: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(found, not_finite(states), group=group)

@@ -1,4 +1,4 @@
-"""Tokenizers of a model that is exported: copied from its run's data, or imported."""
+"""Tokenizers of an exported model: copied from its run's data, or imported."""
 
 import shutil
 from pathlib import Path
@@ -15,8 +15,8 @@ from earlyfuse.parallel.reporting.run_folder import read_config
 
 
 def find_tokenizers(opened: OpenModel) -> tuple[Path | None, list[str]]:
-    """The folder of the model's tokenizers: beside an exported model, or in the data folder of a
-    run; a remark if those there are not the ones that it was trained with.
+    """Returns the folder of the model's tokenizers (beside an exported model, or in the data folder
+    of a run), and remarks if they are not the ones that it was trained with.
     """
     beside = opened.folder / TOKENIZERS
     if beside.is_dir():
@@ -29,7 +29,7 @@ def find_tokenizers(opened: OpenModel) -> tuple[Path | None, list[str]]:
     data = read_config(run).object("data", default={}).field("folder", str, default="")
     folder = Path(data) / TOKENIZERS
     if not data or not folder.is_dir():
-        return None, [f"{folder}: the tokenizers of the data are not there and were not copied"]
+        return None, [f"{folder}: the tokenizers of the data are missing and were not copied"]
     here = {sha256_file(path) for path in folder.iterdir() if path.is_file()}
     other = [name for name, digest in trained_with.items() if digest not in here]
     if other:
@@ -38,11 +38,10 @@ def find_tokenizers(opened: OpenModel) -> tuple[Path | None, list[str]]:
 
 
 def import_tokenizers(opened: OpenModel, folder: Path) -> tuple[Vocabulary, list[str]]:
-    """Write the tokenizers beside a public model as ours into ``folder``, with its vocabulary; a
-    remark if they cannot be imported.
+    """Writes the tokenizers beside a public model as ours into ``folder``, with its vocabulary.
 
-    Returns the vocabulary with begin, end and padding of documents as the text tokenizer names
-    them: configs often leave them at their defaults.
+    Returns the vocabulary, with begin, end and padding of documents by the text tokenizer (configs
+    often leave them at their defaults), and remarks if the tokenizers cannot be imported.
     """
     ours = opened.vocabulary
     try:
@@ -50,7 +49,7 @@ def import_tokenizers(opened: OpenModel, folder: Path) -> tuple[Vocabulary, list
             slow = (opened.folder / "vocab.json").is_file()
             advice = "; of vocab.json, save_pretrained of its fast tokenizer makes a tokenizer.json"
             return ours, [
-                "no text tokenizer lies beside the model: tokenizers/ was not written"
+                "no text tokenizer was found beside the model: tokenizers/ was not written"
                 + (advice if slow else "")
             ]
         if Modality.IMAGE in ours.modalities:
@@ -58,7 +57,7 @@ def import_tokenizers(opened: OpenModel, folder: Path) -> tuple[Vocabulary, list
         text = TextTokenizer.load(text_file(folder))
         vocabulary = imports.with_sentinels_of(text, ours)
         imports.save_vocabulary(vocabulary, folder)
-        Tokenizers.load(folder)  # do they fit?
+        Tokenizers.load(folder)  # refuses those that do not fit
     except ValueError as error:
         shutil.rmtree(folder, ignore_errors=True)
         return ours, [f"tokenizers/ was not written: {str(error).removeprefix(f'{folder}: ')}"]

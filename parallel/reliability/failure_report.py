@@ -1,10 +1,10 @@
-"""Reports why a job failed: once, last on the console, by the rank that met the cause.
+"""Reports why a job failed: once, last on the console, by the rank that failed first.
 
-A rank that fails takes the others along: their connections break, and each of them could report
-that. So whoever fails first enters its cause where all ranks look before its connections close: in
-the job's store or, as long as the ranks are not connected, beside the error files that the launcher
-has made for the ranks of this host. Whoever fails later finds a cause there, writes its own error
-into its log alone, and ends with the exit status of the cause.
+A failing rank breaks the connections of the others, and each of them could report that. So the
+first to fail enters its cause, before its connections close, where all ranks look: in the job's
+store or, until the ranks are connected, beside the launcher's error files of this host. A rank that
+fails later finds that cause, writes its own error to its log only, and exits with the cause's
+status.
 """
 
 import json
@@ -24,17 +24,17 @@ from earlyfuse.parallel.reliability.process_group import PATIENCE, job_store, wi
 from earlyfuse.parallel.reporting import rank_log
 
 REFUSED = 2
-"""Exit status: config, data or files must change; the same command would end the same way."""
+"""Exit status: config, data or files must change; the same command would fail again."""
 
 FAILED, INTERRUPTED = 1, 130
 CLOSING = 30.0  # seconds
 _KEY = "cause"
-# of a path that the user named; other errors of files come and go with the disk
+# errors of a path that the user named; other file errors may be transient
 _WRONG_PATH = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 
 
 class Cause(NamedTuple):
-    """Why a rank ended, in a line for the console."""
+    """Why a rank ended; ``text``: a line for the console."""
 
     rank: int
     status: int
@@ -42,9 +42,9 @@ class Cause(NamedTuple):
 
 
 def say(error: BaseException, close: Callable[[], None] | None = None) -> int:
-    """Report ``error``, which ends this rank; returns the exit status of the job.
+    """Reports ``error``, which ends this rank; returns the exit status of the job.
 
-    ``close`` then writes what there still is to write, for a while: it may wait for other ranks.
+    ``close`` then writes pending files, for a limited time: it may wait for other ranks.
     """
     mine = _cause(error)
     first = _first(mine)
@@ -65,19 +65,19 @@ def say(error: BaseException, close: Callable[[], None] | None = None) -> int:
 
 
 def entered(store: dist.Store | None) -> Cause | None:
-    """The cause in ``store``, the notes of the job, if a rank has entered one."""
+    """Returns the cause in ``store``, the notes of the job, if a rank has entered one."""
     if store is None or not store.check([_KEY]):
         return None
     return Cause(*json.loads(store.get(_KEY)))
 
 
 def follow(cause: Cause) -> None:
-    """Say, in this rank's file, which other rank has ended the job."""
-    rank_log.note(f"rank {cause.rank} had ended before, with: {cause.text}")
+    """Writes to this rank's log which other rank ended the job."""
+    rank_log.note(f"rank {cause.rank} failed first, with: {cause.text}")
 
 
 def say_uncaught() -> None:
-    """Under a launcher, report exceptions that nobody catches as ``say`` does."""
+    """Under a launcher, reports uncaught exceptions as ``say`` does."""
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         say(error)
@@ -96,13 +96,13 @@ def _cause(error: BaseException) -> Cause:
     if isinstance(error, OSError):
         status = REFUSED if isinstance(error, _WRONG_PATH) else FAILED
         return Cause(rank, status, f"error: {error_text(error)}")
-    # torch's messages go on with a stack of C++
+    # torch appends a C++ stack to its messages
     first, *_ = error_text(error).splitlines() or [""]
     return Cause(rank, FAILED, f"{type(error).__name__}: {first}")
 
 
 def _first(mine: Cause) -> Cause:
-    """The cause that was entered first, which may be ``mine``; ``mine`` where nobody answers."""
+    """Returns the cause that was entered first; ``mine`` if it is that, or nobody answers."""
     if (store := job_store()) is not None:
         entry = json.dumps(mine)
         found = within(PATIENCE, lambda: store.compare_set(_KEY, "", entry))
@@ -114,7 +114,7 @@ def _first(mine: Cause) -> Cause:
 
 
 def _file_of_this_host() -> Path | None:
-    """A name in the launcher's folder of this attempt, where each rank has a folder of its own."""
+    """Returns a file in the launcher's folder of this attempt, in which each rank has a folder."""
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     return Path(error_file).parent.parent / f"{_KEY}.json" if error_file else None
 
@@ -123,7 +123,7 @@ def _enter(path: Path, mine: Cause) -> Cause:
     own = path.with_name(f"{path.name}.{os.getpid()}")
     own.write_text(json.dumps(mine))
     try:
-        os.link(own, path)  # whole, or not at all if another rank was faster
+        os.link(own, path)  # atomic; fails if another rank was faster
     except FileExistsError:
         pass
     finally:

@@ -1,10 +1,10 @@
-"""Handles preemption: SIGTERM and SIGUSR1, to this process or to its host's launcher, ask to stop;
-a process also ends with a parent that was killed.
+"""Handles preemption: SIGTERM or SIGUSR1, to this process or to its host's launcher, requests a
+stop; a process also ends with a parent that was killed.
 
-A launcher that must outlive the request (``tools/launch.py``) cannot pass a signal on to ranks that
-are still starting. It makes a file instead, whose path its ranks find in the environment.
+A launcher that must outlive the request (``tools/launch.py``) cannot forward a signal to ranks that
+are still starting. It creates a file instead, whose path its ranks find in the environment.
 
-Only the standard library is imported, so that ``train.py`` listens before its long imports.
+Imports only the standard library, so that ``train.py`` listens before its long imports.
 """
 
 import os
@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 STOP_FILE = "EARLYFUSE_STOP_FILE"
-"""Environment variable: path of the file that asks to stop by existing."""
+"""Environment variable: path of the file whose existence requests a stop."""
 
 PARENT_PIPE = "EARLYFUSE_PARENT_PIPE"
 """Environment variable: descriptor of a pipe that closes when the parent ends, however it does."""
@@ -24,19 +24,19 @@ PARENT_GONE = 71  # exit status
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
-# a plain value: what takes a lock cannot be used in a handler that another signal may interrupt
+# a plain value: a handler that another signal may interrupt must take no lock
 _signalled = False
 
 
 def listen() -> None:
-    """From now on the signals only ask to stop; for the main thread of a process that trains."""
+    """Lets the signals only request a stop; for the main thread of a process that trains."""
     for number in SIGNALS:
         signal.signal(number, _on_signal)
 
 
 @contextmanager
 def listening() -> Iterator[None]:
-    """``listen`` within the block, then put the handlers from before back and forget requests."""
+    """Listens within the block; then restores the handlers and forgets requests."""
     global _signalled
     before = [signal.getsignal(number) for number in SIGNALS]
     listen()
@@ -49,8 +49,8 @@ def listening() -> Iterator[None]:
 
 
 def end_with_parent() -> None:
-    """From now on, end this process at once when the parent that gave it a pipe is gone; nothing
-    without one. Children of this process do not inherit it.
+    """Lets this process end at once when a parent that gave it a pipe is gone. Children of this
+    process do not inherit the pipe.
     """
     descriptor = os.environ.pop(PARENT_PIPE, "")
     if not descriptor:
@@ -65,13 +65,13 @@ def end_with_parent() -> None:
 
 
 def ignore() -> None:
-    """Ignore the signals for the rest of this process: it ends, and its exit status stands."""
+    """Ignores the signals until this process ends, so that its exit status stands."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def requested() -> bool:
-    """Whether this process, or the launcher of its host, has been asked to stop."""
+    """True if a stop of this process, or of the launcher of its host, was requested."""
     path = os.environ.get(STOP_FILE)
     return _signalled or (path is not None and os.path.exists(path))
 

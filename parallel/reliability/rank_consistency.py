@@ -1,7 +1,7 @@
 """Checks at startup that all ranks agree on config, software versions and clocks.
 
-A different config on one rank would cause a hang or, worse, a wrong result: it is an error.
-Different versions and clock skew are warnings, since their consequences are hard to trace back.
+A different config on one rank would cause a hang or a wrong result: it is an error. Different
+versions and clock skew are warnings, since their consequences are hard to trace back.
 """
 
 import json
@@ -19,7 +19,7 @@ import torch.distributed as dist
 from earlyfuse.parallel.reliability import process_group
 from earlyfuse.parallel.reporting import rank_log, run_folder
 
-CLOCK_TOLERANCE = 1.0  # seconds; logs, certificates and file times of several hosts are compared
+CLOCK_TOLERANCE = 1.0  # seconds; for comparing logs and file times of several hosts
 CLOCK_ROUNDS = 3
 
 
@@ -32,9 +32,9 @@ class Facts(NamedTuple):
 
 
 def check_ranks_agree(config: Mapping[str, Any]) -> None:
-    """Compare all ranks, on all of them; prints what differs, on rank 0.
+    """Compares all ranks; warns of differences on rank 0. Collective.
 
-    Raises ``ValueError`` naming the fields if the ``config`` is not the same everywhere.
+    ``ValueError`` on all ranks, naming the fields, if the ``config`` is not the same everywhere.
     """
     if dist.get_world_size() == 1:
         return
@@ -52,7 +52,7 @@ def check_ranks_agree(config: Mapping[str, Any]) -> None:
 
 
 def differences(facts: Sequence[Facts]) -> list[str]:
-    """A line for each version that is not the same everywhere, and for the clocks of each host."""
+    """Lists a line for each version that differs between ranks, and each host with clock skew."""
     first = facts[0]
     lines = []
     for name, usual in first.versions.items():
@@ -61,7 +61,7 @@ def differences(facts: Sequence[Facts]) -> list[str]:
             found.setdefault(other.versions[name], []).append(rank)
         if len(found) > 1:
             others = ", ".join(
-                f"{value} on {_ranks(ranks)} ({facts[ranks[0]].host})"
+                f"{value} on {named_ranks(ranks)} ({facts[ranks[0]].host})"
                 for value, ranks in found.items()
                 if value != usual
             )
@@ -71,7 +71,7 @@ def differences(facts: Sequence[Facts]) -> list[str]:
             )
     for host in dict.fromkeys(other.host for other in facts):
         rank = next(r for r, other in enumerate(facts) if other.host == host)
-        # a barrier lets ranks go at slightly different times: the nearest pair counts
+        # ranks leave a barrier at slightly different times: the nearest pair counts
         pairs = zip(facts[rank].clocks, first.clocks, strict=True)
         skew = min((here - there for here, there in pairs), key=abs)
         if abs(skew) > CLOCK_TOLERANCE:
@@ -94,7 +94,7 @@ def _versions() -> dict[str, str]:
 
 
 def _require_same_config(config: Mapping[str, Any]) -> None:
-    """Every rank compares itself with rank 0, then all raise, or none."""
+    """Compares every rank with rank 0; then all raise, or none."""
     mine = flattened(config)
     theirs: list[Any] = [mine]
     dist.broadcast_object_list(theirs, src=0)
@@ -115,14 +115,15 @@ def _require_same_config(config: Mapping[str, Any]) -> None:
 
 
 def flattened(config: Any, prefix: str = "") -> dict[str, str]:
-    """Dotted field → value as text; what has no plain form, by its name and without its address."""
+    """Returns dotted field → value as text, without the addresses of objects."""
     if isinstance(config, Mapping):
         parts = [flattened(value, f"{prefix}{name}.") for name, value in config.items()]
         return {name: value for part in parts for name, value in part.items()}
     return {prefix.rstrip("."): re.sub(r" at 0x\w+", "", json.dumps(config, default=repr))}
 
 
-def _ranks(ranks: Sequence[int]) -> str:
+def named_ranks(ranks: Sequence[int]) -> str:
+    """Names ranks in a message: "rank 1, 2"."""
     shown = ", ".join(map(str, ranks[:8]))
     more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
     return f"rank {shown}{more}"

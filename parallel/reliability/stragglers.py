@@ -1,10 +1,9 @@
 """Finds stragglers: compares the ranks' own times in a logged step by one small gather.
 
-Collectives make all ranks take equally long, so the wall time of a step names nobody. A rank's own
-time leaves out what it spent waiting for others. On CPU that is known: a thread that waits in a
-collective sleeps, so its own time is what the scheduler gave it or made it wait for a core, and
-what it waited for its data. A GPU queues collectives like any other work: there the time is the
-whole step's, and only a slow host or slow data shows.
+Collectives make all ranks take equally long, so the wall time of a step identifies no rank; a
+rank's own time excludes waiting for others. On CPU a thread that waits in a collective sleeps, so
+its own time is the time it was running or runnable, and the time it waited for data. A GPU queues
+collectives like other work: there it is the whole step, and only a slow host or slow data shows.
 """
 
 import socket
@@ -20,22 +19,22 @@ class RankTimes:
 
     def __init__(self) -> None:
         self.step = 0
-        """The last step that is done."""
+        """The last completed step."""
         self.hosts: list[str] = [""]
 
     def start(self, step: int) -> None:
-        """Begin after ``step``; collective: every rank says which host it is on."""
+        """Starts after ``step``; collective: gathers the hosts."""
         self.step = step
         self.hosts = [""] * dist.get_world_size()
         dist.all_gather_object(self.hosts, socket.gethostname())
         self.restart()
 
     def restart(self) -> None:
-        """Times count from now on."""
+        """Measures times from now on."""
         self._first_step, self._working = self.step, _working_seconds()
 
     def gather(self, step: int, data_wait: float, elapsed: float) -> dict[str, float | str]:
-        """What the slowest rank saw, at the end of ``step``; collective, nothing on one rank.
+        """Returns the times of the slowest rank at the end of ``step``; collective; {} on one rank.
 
         ``data_wait``, ``elapsed``: this rank's seconds since ``restart``, for data and in all. The
         result has ``data_wait`` (largest share of the time), ``rank_seconds/max`` and ``/min`` (own
@@ -63,10 +62,10 @@ class RankTimes:
 
 
 def _working_seconds() -> float:
-    """Seconds this thread has run or waited for a core, but not slept."""
+    """Returns the seconds this thread has been running or runnable."""
     try:
         with open("/proc/thread-self/schedstat") as file:
             running, runnable, _ = file.read().split()
-    except OSError:  # not Linux, or a kernel without these statistics: only what it has run
+    except OSError:  # not Linux, or a kernel without these statistics: running only
         return time.thread_time()
     return (int(running) + int(runnable)) / 1e9

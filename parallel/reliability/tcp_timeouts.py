@@ -1,14 +1,13 @@
-"""Limits TCP connections so that one to a lost host breaks within a minute, not a quarter hour.
+"""Limits TCP connections, so that one to a lost host breaks within a minute, not a quarter hour.
 
-When a cable is cut or a host loses power, nobody closes its connections. Linux goes on sending for
-about 15 minutes (``net.ipv4.tcp_retries2``), and whoever waits for an answer meanwhile cannot end:
-gloo, the job's store, and the launcher, which asks it for news. So every TCP connection of the
-process gets a limit for unanswered data, and keep-alive messages where there is none to send. A
-stopped process costs no connection: its kernel still answers.
+When a cable is cut or a host loses power, nobody closes its connections. Linux retransmits for
+about 15 minutes (``net.ipv4.tcp_retries2``), during which gloo, the job's store and the launcher
+wait for an answer. So every TCP connection of the process gets a limit for unacknowledged data, and
+keep-alive probes while idle. A stopped process loses no connection: its kernel still answers.
 
 Launcher and ranks share one setting, the environment variable ``EARLYFUSE_LOST_HOST_SECONDS``.
-Sockets of libraries cannot be configured where they are made, hence the look at all of them. Only
-the standard library is imported: the launcher listens before its long imports.
+Libraries offer no hook where they create sockets, so all open sockets are scanned. Imports only the
+standard library: the launcher starts this before its long imports.
 """
 
 import os
@@ -18,7 +17,7 @@ import threading
 import time
 
 SECONDS = "EARLYFUSE_LOST_HOST_SECONDS"
-"""Environment variable: how long a connection waits for a silent host; 0: as the system does."""
+"""Environment variable: seconds that a connection waits for a silent host; 0: system default."""
 
 DEFAULT = 60
 
@@ -26,10 +25,7 @@ _watching = False
 
 
 def watch() -> None:
-    """From now on, limit every connection that this process has or opens; on Linux only.
-
-    Safe to call again.
-    """
+    """Limits every connection that this process has or opens, on Linux; safe to call again."""
     global _watching
     seconds = float(os.environ.get(SECONDS, DEFAULT))
     if seconds > 0 and hasattr(socket, "TCP_USER_TIMEOUT") and not _watching:
@@ -44,12 +40,12 @@ def _watch(seconds: float) -> None:
 
 
 def limit_all(seconds: float) -> int:
-    """Limit all TCP connections that are open now; returns how many there are."""
+    """Limits all open TCP connections; returns their number."""
     limited = 0
     for name in os.listdir("/proc/self/fd"):
         try:
             limited += _limit(int(name), seconds)
-        except OSError:  # closed in the meantime, or not connected
+        except OSError:  # closed meanwhile, or not connected
             continue
     return limited
 

@@ -35,7 +35,7 @@ ABLATIONS = [
 
 
 def public_state(modalities: int, split: list[str], seed: int = 0) -> dict[str, torch.Tensor]:
-    """Values for the public class; large enough for the recurrence to be heard."""
+    """Values for the public class; large enough for the recurrence to matter."""
     random = torch.Generator().manual_seed(seed)
 
     def values(*shape: int, scale: float = 0.5) -> torch.Tensor:
@@ -104,16 +104,16 @@ def layout_of(modality_BS: torch.Tensor, modalities: int) -> ForwardContext:
     return context_of(modality_BS.to(torch.uint8), positions_BS, ids, 0, 1e4)
 
 
-@pytest.mark.parametrize("modalities", [2, 3])
 @pytest.mark.parametrize("split", ABLATIONS, ids="+".join)
-def test_a_public_mixer_computes_the_same_here_and_goes_back_as_it_was(modalities, split):
+def test_a_public_mixer_computes_the_same_here_and_goes_back_as_it_was(split):
+    modalities = 2 + len(split) % 2
     state = public_state(modalities, split)
     mixer = load_mixture_of_mamba(state)
     x_BSD, modality_BS = inputs(modalities)
     masks = [(modality_BS == i).flatten() for i in range(modalities)]
     expected = public_forward(state, x_BSD, masks)
     quiet = public_forward(state | {"A_log": state["A_log"] + 0.1}, x_BSD, masks)
-    assert (quiet - expected).norm() > 0.01 * expected.norm(), "the scan must be heard"
+    assert (quiet - expected).norm() > 0.01 * expected.norm(), "the scan matters"
     with torch.no_grad():
         found = mixer(x_BSD.flatten(0, 1), layout_of(modality_BS, modalities))
     scale = float(expected.abs().max())
@@ -175,9 +175,9 @@ WRONG = [
     ),
     (ALL, lambda s: s | {"D": torch.ones(7)}, [r"mis-shaped D: \(7,\) instead of \(20,\)"]),
     (
-        ALL,
+        ALL,  # of tensors that disagree, the sizes are those of A_log
         lambda s: s | {"A_log": torch.ones(INNER, 9), "extra": torch.ones(1)},
-        [r"mis-shaped A_log: \(20, 9\) instead of \(20, 5\)", r"unexpected extra"],
+        [r"mis-shaped local_experts_x_proj.0.weight: \(13, 20\) instead of", r"unexpected extra"],
     ),
     (
         ALL,

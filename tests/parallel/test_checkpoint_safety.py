@@ -20,7 +20,6 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from toy import make_data
 
 from earlyfuse.parallel.checkpoint.files.dcp_metadata import read_metadata
 from earlyfuse.parallel.checkpoint.files.plain_pickle import ForeignName, Made, Named, parse, plain
@@ -37,17 +36,34 @@ class Code:
         return os.system, ("touch 'code was run'",)
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> tuple[Path, Path]:
-    """A run folder, and its data."""
-    folder = tmp_path_factory.mktemp("safety")
-    make_data(folder / "data")
-    config = tiny_config(folder / "run", folder / "data", MODELS["dense"](), steps=3)
+def train(run: Path, data: Path, steps: int, stop: bool = True, **sections: dict) -> None:
+    """Train, or stop before the first step; ``sections``: fields to set by section."""
+    config = tiny_config(run, data, MODELS["dense"](), steps=steps)
     config.validator.enable = config.metrics.enable_tensorboard = False
+    for section, fields in sections.items():
+        for name, value in fields.items():
+            setattr(getattr(config, section), name, value)
     trainer = config.build()
-    trainer.train()
-    trainer.close()
-    return folder / "run", folder / "data"
+    trainer._finish = lambda saved: None
+    if stop:
+        trainer.should_continue_training = lambda: False
+    try:
+        trainer.train()
+    finally:
+        trainer.close()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, data) -> Path:
+    folder = tmp_path_factory.mktemp("safety")
+    train(folder / "run", data, 3, stop=False)
+    return folder / "run"
+
+
+@pytest.fixture
+def run(trained, tmp_path) -> Path:
+    """A copy of the run, to be changed."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
 def vouch_again(step: Path) -> None:
@@ -93,14 +109,6 @@ def zipped(pickled: bytes, compression: int = zipfile.ZIP_STORED) -> bytes:
     return stream.getvalue()
 
 
-def in_a_note(step: Path) -> None:
-    change_notes(step, lambda notes: setattr(notes, "planner_data", {"x": Code()}))
-
-
-def instead_of_notes(step: Path) -> None:
-    change_notes(step, lambda notes: Code())
-
-
 def in_notes_of_a_rank(step: Path) -> None:
     (step / "__0.metadata").write_bytes(pickle.dumps(Code()))
     (step / ".metadata").write_bytes(b"")
@@ -111,9 +119,13 @@ def in_a_value(name: str):
     return lambda step: point_to(step, name, archive(Code()))
 
 
+def in_the_planner_data(notes) -> None:
+    notes.planner_data = {"x": Code()}
+
+
 HIDDEN = {
-    "notes": in_a_note,
-    "notes, whole": instead_of_notes,
+    "notes": lambda step: change_notes(step, in_the_planner_data),
+    "notes, whole": lambda step: change_notes(step, lambda notes: Code()),
     "notes of a rank": in_notes_of_a_rank,
     "step": in_a_value("train_state.step"),
     "identity": in_a_value("dataloader.identity"),
@@ -122,52 +134,22 @@ HIDDEN = {
 }
 
 
-def resume(run: Path, data: Path) -> None:
-    train(tiny_config(run, data, MODELS["dense"](), steps=4))
-
-
-def begin_with_weights(run: Path, data: Path) -> None:
-    config = tiny_config(run.with_name("new"), data, MODELS["dense"](), steps=1)
-    config.checkpoint.initial_load_path = str(run / "checkpoint" / "step-3")
-    train(config)
-
-
-def begin_with_everything(run: Path, data: Path) -> None:
-    config = tiny_config(run.with_name("new"), data, MODELS["dense"](), steps=4)
-    config.checkpoint.initial_load_path = str(run / "checkpoint" / "step-3")
-    config.checkpoint.initial_load_model_only = False
-    train(config)
-
-
-def start_from_run(run: Path, data: Path) -> None:
-    config = tiny_config(run.with_name("new"), data, MODELS["dense"](), steps=1)
-    config.start.run = str(run)
-    train(config)
-
-
-def train(config) -> None:
-    """Until the first step would be taken."""
-    config.validator.enable = config.metrics.enable_tensorboard = False
-    trainer = config.build()
-    trainer.should_continue_training = lambda: False
-    trainer._finish = lambda saved: None
-    try:
-        trainer.train()
-    finally:
-        trainer.close()
+def begin_with_weights(run: Path, data: Path, model_only: bool = True) -> None:
+    path = str(run / "checkpoint" / "step-3")
+    settings = {"initial_load_path": path, "initial_load_model_only": model_only}
+    train(run.with_name("new"), data, 1 if model_only else 4, checkpoint=settings)
 
 
 def look_at_tokenizers(run: Path, data: Path) -> None:
-    step = run / "checkpoint" / "step-3"
-    (step / "config.json").unlink()
+    (run / "checkpoint" / "step-3" / "config.json").unlink()
     ModelFolder.read(run)
 
 
 READERS = {
-    "resume": resume,
+    "resume": lambda run, data: train(run, data, 4),
     "initial_load_path": begin_with_weights,
-    "initial_load_path, everything": begin_with_everything,
-    "start.run": start_from_run,
+    "initial_load_path, everything": lambda run, data: begin_with_weights(run, data, False),
+    "start.run": lambda run, data: train(run.with_name("new"), data, 1, start={"run": str(run)}),
     "load_model": lambda run, data: load_model(run),
     "convert": lambda run, data: convert(run, run.with_name("converted")),
     "generate": look_at_tokenizers,
@@ -177,10 +159,9 @@ OF_THE_MODEL = ("initial_load_path", "load_model", "convert")
 
 @pytest.mark.parametrize("where", HIDDEN)
 @pytest.mark.parametrize("reader", READERS)
-def test_code_in_a_checkpoint_does_not_run(trained, tmp_path, monkeypatch, reader, where):
+def test_code_in_a_checkpoint_does_not_run(run, data, tmp_path, monkeypatch, reader, where):
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(trained[0], tmp_path / "run")
-    HIDDEN[where](tmp_path / "run" / "checkpoint" / "step-3")
+    HIDDEN[where](run / "checkpoint" / "step-3")
     assert not (tmp_path / "code was run").exists()
     unread = {
         "step": (*OF_THE_MODEL, "start.run", "generate"),
@@ -189,10 +170,10 @@ def test_code_in_a_checkpoint_does_not_run(trained, tmp_path, monkeypatch, reade
         "tensor": ("generate",),
     }
     if reader in unread.get(where, ()):
-        READERS[reader](tmp_path / "run", trained[1])
+        READERS[reader](run, data)
     else:
         with pytest.raises(ValueError, match="step-3") as refusal:
-            READERS[reader](tmp_path / "run", trained[1])
+            READERS[reader](run, data)
         assert "Traceback" not in str(refusal.value)
     assert not (tmp_path / "code was run").exists()
 
@@ -260,51 +241,18 @@ def notes_with(**changes):
     def change(notes):
         (place,) = [index for index in notes.storage_data if index.fqn == "norm.weight"]
         for name, value in changes.items():
-            if name in ("relative_path", "offset", "length", "transform_descriptors"):
-                setattr(notes.storage_data[place], name, value)
-            else:
-                setattr(notes.state_dict_metadata["norm.weight"], name, value)
+            stored, tensor = notes.storage_data[place], notes.state_dict_metadata["norm.weight"]
+            setattr(tensor if name in ("size", "chunks") else stored, name, value)
 
     return lambda step: change_notes(step, change)
 
 
-def no_parts(step: Path) -> None:
-    change_notes(step, lambda notes: notes.storage_data.clear())
+def chunks(*extents: int) -> list[ChunkStorageMetadata]:
+    return [ChunkStorageMetadata(torch.Size((0,)), torch.Size((extent,))) for extent in extents]
 
 
-WRONG = {
-    "outside": (notes_with(relative_path="../step-3/__0_0.distcp"), "outside its folder"),
-    "a device": (notes_with(relative_path="/dev/zero"), "outside its folder"),
-    "missing": (notes_with(relative_path="__9_0.distcp"), "which is no file here"),
-    "beyond": (notes_with(length=1 << 40), "beyond the end"),
-    "before": (notes_with(offset=-1), "beyond the end"),
-    "packed": (notes_with(transform_descriptors=["zstd"]), "compressed"),
-    "huge": (notes_with(size=torch.Size((1 << 50,))), "parts of norm.weight are missing"),
-    "twice": (
-        notes_with(chunks=[ChunkStorageMetadata(torch.Size((0,)), torch.Size((32,)))] * 2),
-        "twice in it",
-    ),
-    "in part": (
-        notes_with(chunks=[ChunkStorageMetadata(torch.Size((0,)), torch.Size((31,)))]),
-        "parts of norm.weight are missing",
-    ),
-    "no parts": (no_parts, "is in no file"),
-    "text": (lambda step: point_to(step, "norm.weight", b"junk"), "no archive of torch.save"),
-    "bytes": (lambda step: point_to(step, "norm.weight", archive(3)), "it is no tensor"),
-    "shape": (
-        lambda step: point_to(step, "norm.weight", archive(torch.zeros(5))),
-        "cannot be read",
-    ),
-    "stretched": (lambda step: point_to(step, "norm.weight", stretched()), "are not all there"),
-    "zip bomb": (
-        lambda step: point_to(step, "norm.weight", zipped(bytes(1 << 24), zipfile.ZIP_DEFLATED)),
-        "it is compressed",
-    ),
-    "call": (
-        lambda step: point_to(step, "norm.weight", zipped(BOMBS["memory of a call"])),
-        "it names builtins.bytearray",
-    ),
-}
+def value(content: bytes):
+    return lambda step: point_to(step, "norm.weight", content)
 
 
 def stretched() -> bytes:
@@ -320,37 +268,56 @@ def stretched() -> bytes:
     return changed.getvalue()
 
 
+WRONG = {
+    "outside": (notes_with(relative_path="../step-3/__0_0.distcp"), "outside its folder"),
+    "a device": (notes_with(relative_path="/dev/zero"), "outside its folder"),
+    "missing": (notes_with(relative_path="__9_0.distcp"), "which is no file here"),
+    "beyond": (notes_with(length=1 << 40), "beyond the end"),
+    "before": (notes_with(offset=-1), "beyond the end"),
+    "packed": (notes_with(transform_descriptors=["zstd"]), "compressed"),
+    "huge": (notes_with(size=torch.Size((1 << 50,))), "chunks of norm.weight are missing"),
+    "twice": (notes_with(chunks=chunks(32, 32)), "twice in it"),
+    "in part": (notes_with(chunks=chunks(31)), "chunks of norm.weight are missing"),
+    "no parts": (
+        lambda step: change_notes(step, lambda notes: notes.storage_data.clear()),
+        "is in no file",
+    ),
+    "text": (value(b"junk"), "no archive of torch.save"),
+    "bytes": (value(archive(3)), "it is no tensor"),
+    "shape": (value(archive(torch.zeros(5))), "cannot be read"),
+    "stretched": (value(stretched()), "some of its values are missing"),
+    "zip bomb": (value(zipped(bytes(1 << 24), zipfile.ZIP_DEFLATED)), "it is compressed"),
+    "call": (value(zipped(BOMBS["memory of a call"])), "it names builtins.bytearray"),
+}
+
+
 @pytest.mark.parametrize("what", WRONG)
-def test_what_the_notes_say_must_fit_the_files(trained, tmp_path, what):
+def test_what_the_notes_say_must_fit_the_files(run, what):
     harm, says = WRONG[what]
-    shutil.copytree(trained[0], tmp_path / "run")
-    harm(tmp_path / "run" / "checkpoint" / "step-3")
+    harm(run / "checkpoint" / "step-3")
     with pytest.raises(ValueError, match=says) as refusal:
-        load_model(tmp_path / "run")
+        load_model(run)
     assert "step-3" in str(refusal.value)
 
 
-def test_a_flipped_bit_of_a_value_is_refused_by_all_that_read_it(trained, tmp_path):
-    shutil.copytree(trained[0], tmp_path / "run")
-    file = tmp_path / "run" / "checkpoint" / "step-3" / "__0_0.distcp"
+def test_a_flipped_bit_of_a_value_is_refused_by_all_that_read_it(trained, run, tmp_path):
+    file = run / "checkpoint" / "step-3" / "__0_0.distcp"
     content = bytearray(file.read_bytes())
-    values = load_model(trained[0])[0].state_dict()["norm.weight"].numpy().tobytes()
+    values = load_model(trained)[0].state_dict()["norm.weight"].numpy().tobytes()
     content[content.index(values)] ^= 1
     file.write_bytes(content)
     with pytest.raises(ValueError, match=r"norm.weight cannot be read \(.*Bad CRC-32"):
-        load_model(tmp_path / "run")
+        load_model(run)
     with pytest.raises(ValueError, match=r"__0_0\.distcp has another SHA-256"):
-        convert(tmp_path / "run", tmp_path / "new")
+        convert(run, tmp_path / "new")
 
 
-def test_values_of_another_kind_are_refused_by_name(trained, tmp_path):
-    shutil.copytree(trained[0], tmp_path / "run")
-    point_to(tmp_path / "run" / "checkpoint" / "step-3", "train_state.skip.memory", archive([]))
-    with pytest.raises(ValueError, match=r"train_state.skip.memory \(\[\]\) .* must be a str"):
-        resume(tmp_path / "run", trained[1])
-    point_to(tmp_path / "run" / "checkpoint" / "step-3", "dataloader.identity", archive('{"seed"'))
-    with pytest.raises(ValueError, match=r"step-3: dataloader.identity is not valid JSON"):
-        resume(tmp_path / "run", trained[1])
-    point_to(tmp_path / "run" / "checkpoint" / "step-3", "train_state.step", archive(2))
-    with pytest.raises(ValueError, match=r"step-3 holds step 2, not the one that it is named"):
-        resume(tmp_path / "run", trained[1])
+def test_values_of_another_kind_are_refused_by_name(run, data):
+    for name, content, says in (
+        ("train_state.skip.memory", [], r"train_state.skip.memory \(\[\]\) .* must be a str"),
+        ("dataloader.identity", '{"seed"', "step-3: dataloader.identity is not valid JSON"),
+        ("train_state.step", 2, "step-3 holds step 2, not the step in its name"),
+    ):
+        point_to(run / "checkpoint" / "step-3", name, archive(content))
+        with pytest.raises(ValueError, match=says):
+            train(run, data, 4)

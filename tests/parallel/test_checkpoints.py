@@ -12,6 +12,7 @@ import sys
 import threading
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -168,11 +169,12 @@ def first_moment(run: SmallRun) -> torch.Tensor:
     return next(v for name, v in run.optimizers.state_dict().items() if name.endswith("exp_avg"))
 
 
-@SYNC_AND_ASYNC
-@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
 @pytest.mark.parametrize(
-    ("of", "name"),
-    [(lambda run: run.model[1].weight, r"1\.weight"), (first_moment, r"optimizer|exp_avg")],
+    ("mode", "value", "of", "name"),
+    [
+        ("disabled", torch.nan, lambda run: run.model[1].weight, r"1\.weight"),
+        ("async", -torch.inf, first_moment, r"optimizer|exp_avg"),
+    ],
     ids=["parameter", "moment"],
 )
 def test_what_is_not_finite_is_not_saved(tmp_path, mode, value, of, name):
@@ -181,10 +183,9 @@ def test_what_is_not_finite_is_not_saved(tmp_path, mode, value, of, name):
     run.be_at(6)
     with torch.no_grad():
         of(run).view(-1)[7] = value
-    with pytest.raises(RuntimeError, match=rf"{name}.* on ranks \[0\] .* step 6.*step-3$"):
-        run.checkpoints.save(6)
-    with pytest.raises(RuntimeError, match="are not finite"):
-        run.checkpoints.save(6, last_step=True)
+    for last_step in (False, True):
+        with pytest.raises(RuntimeError, match=rf"{name}.* on ranks \[0\] .* step 6.*step-3$"):
+            run.checkpoints.save(6, last_step=last_step)
     run.close()
     assert names(tmp_path) == ["latest", "step-3"] and loaded(tmp_path) == 3
 
@@ -223,17 +224,13 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
     may_write.set()
     run.save(6)  # waits for the first
     assert run.checkpoints.newest in (3, 6)
-    run.close()  # waits for the second
-    assert names(tmp_path) == ["latest", "step-3", "step-6"]
-    assert loaded(tmp_path, 3) == 3 and loaded(tmp_path) == 6
-
-
-def test_the_last_checkpoint_is_complete_when_save_returns(tmp_path):
-    run = SmallRun(tmp_path, async_mode="async")
-    run.be_at(5)
-    run.checkpoints.save(5, last_step=True)
-    assert latest(tmp_path) == "step-5" and run.checkpoints.newest == 5
+    run.be_at(9)
+    run.checkpoints.save(9, last_step=True)  # waits for itself
+    assert latest(tmp_path) == "step-9" and run.checkpoints.newest == 9
     assert run.checkpoints.stall_seconds > 0
+    run.close()
+    assert names(tmp_path) == ["latest", "step-3", "step-6", "step-9"]
+    assert loaded(tmp_path, 3) == 3 and loaded(tmp_path) == 9
 
 
 # ---------------------------------------------------------------- damaged
@@ -251,12 +248,9 @@ def truncate(path: Path) -> None:
 
 DAMAGES = [
     (flip_a_byte, "__0_0.distcp", "__0_0.distcp has another SHA-256"),
-    (flip_a_byte, ".metadata", ".metadata has another SHA-256"),
     (truncate, "__0_0.distcp", r"__0_0.distcp has \d+ bytes instead of \d+"),
-    (Path.unlink, "__0_0.distcp", "__0_0.distcp is missing"),
     (Path.unlink, ".metadata", ".metadata is missing"),
-    (truncate, "manifest.json", "step-9 is damaged"),
-    (flip_a_byte, "manifest.json", "step-9 is damaged"),
+    (truncate, "manifest.json", "manifest.json"),
     (Path.unlink, "manifest.json", "manifest.json is missing"),
 ]
 
@@ -267,9 +261,9 @@ def test_a_damaged_checkpoint_is_refused_by_name_or_passed_over(tmp_path, capfd,
     harm(tmp_path / "checkpoint" / "step-9" / file)
     run = SmallRun(tmp_path)
     before = {name: tensor.clone() for name, tensor in run.tensors().items()}
-    with pytest.raises(ValueError, match=rf"step-9 is damaged: .*{says}|{says}") as refusal:
+    refusal = rf"step-9 is damaged: .*{says}.*--checkpoint\.fallback"
+    with pytest.raises(ValueError, match=refusal):
         run.load()
-    assert "--checkpoint.fallback" in str(refusal.value)
     assert all(tensor.equal(before[name]) for name, tensor in run.tensors().items())
     run = SmallRun(tmp_path, fallback=True)
     assert run.load() == 6
@@ -292,12 +286,20 @@ def test_every_bit_of_a_manifest_counts(tmp_path):
 
 
 def test_fallback_passes_over_all_that_is_damaged_and_says_when_nothing_is_left(tmp_path):
+    """Checkpoints beyond the one loaded neither count as kept nor are deleted."""
     saved(tmp_path, 3, 6, 9)
     for step in (9, 6):
         flip_a_byte(tmp_path / "checkpoint" / f"step-{step}" / "__0_0.distcp")
-    assert loaded(tmp_path, fallback=True) == 3
-    flip_a_byte(tmp_path / "checkpoint" / "step-3" / "__0_0.distcp")
-    with pytest.raises(ValueError, match=r"no checkpoint .* is intact \(tried steps \[9, 6, 3\]\)"):
+    run = SmallRun(tmp_path, keep=2, fallback=True)
+    assert run.load() == 3
+    run.save(4)
+    assert {"step-3", "step-4"} <= set(names(tmp_path))
+    run.save(5)
+    run.close()
+    assert names(tmp_path) == ["latest", "step-4", "step-5", "step-6", "step-9"]
+    for step in (5, 4):
+        flip_a_byte(tmp_path / "checkpoint" / f"step-{step}" / "__0_0.distcp")
+    with pytest.raises(ValueError, match=r"no checkpoint .* is intact \(tried steps \[5, 4\]\)"):
         loaded(tmp_path, fallback=True)
 
 
@@ -309,78 +311,43 @@ def test_the_newest_are_kept(tmp_path):
     assert names(tmp_path) == ["latest", "step-12", "step-9"]
 
 
-def test_a_run_taken_back_goes_on_from_what_it_saved_since(tmp_path):
-    saved(tmp_path, 3, 6, 9)
-    run = SmallRun(tmp_path)
-    assert run.load(3) == 3
-    run.save(4)
-    assert latest(tmp_path) == "step-4" and loaded(tmp_path) == 4
-
-
-def test_checkpoints_beyond_the_one_loaded_do_not_push_it_out(tmp_path):
-    saved(tmp_path, 3, 6, 9)
-    for step in (6, 9):
-        flip_a_byte(tmp_path / "checkpoint" / f"step-{step}" / "__0_0.distcp")
-    run = SmallRun(tmp_path, keep=2, fallback=True)
-    assert run.load() == 3
-    run.save(4)
-    assert {"step-3", "step-4"} <= set(names(tmp_path))
-    run.save(5)
-    run.close()
-    assert names(tmp_path) == ["latest", "step-4", "step-5", "step-6", "step-9"]
-
-
 def test_load_step_is_honoured_or_refused_with_the_steps_there_are(tmp_path):
     with pytest.raises(ValueError, match=r"load_step \(3\) .*there is none"):
         loaded(tmp_path, 3)
     saved(tmp_path, 3, 6)
-    assert loaded(tmp_path, 3) == 3
     with pytest.raises(ValueError, match=r"load_step \(5\) must be .*: \[3, 6\]"):
         loaded(tmp_path, 5)
-
-
-def test_without_latest_the_highest_is_loaded(tmp_path):
-    saved(tmp_path, 3, 12, 6)
-    assert loaded(tmp_path) == 6
+    run = SmallRun(tmp_path)
+    assert run.load(3) == 3
+    run.save(4)  # a run taken back resumes from what it saved since
+    assert latest(tmp_path) == "step-4" and loaded(tmp_path) == 4
     (tmp_path / "checkpoint" / "latest").unlink()  # as after a kill in the first save
-    assert loaded(tmp_path) == 12
+    assert loaded(tmp_path) == 6, "without latest, the highest"
 
 
-GARBLED = [
-    b"",
-    b"step-",
-    b"step-6\n\n",
-    b"step-06",
-    b"step--6",
-    b"../step-6",
-    b"\xff\x1b[2J",
-    b"9" * 10**6,
-]
+GARBLED = [b"", b"step-6\n\n", b"step-06", b"step--6", b"../step-6", b"\xff\x1b[2J", b"9" * 10**6]
 
 
-@pytest.mark.parametrize("content", GARBLED, ids=range(8))
-def test_latest_that_is_damaged_is_refused_by_name(tmp_path, content):
+def test_latest_that_is_damaged_is_refused_by_name(tmp_path):
     saved(tmp_path, 3, 6)
-    (tmp_path / "checkpoint" / "latest").write_bytes(content)
-    for load in (loaded, lambda folder: latest_checkpoint(folder / "checkpoint")):
+    path = tmp_path / "checkpoint" / "latest"
+    loads = (loaded, lambda folder: latest_checkpoint(folder / "checkpoint"))
+    for content, load in product(GARBLED, loads):
+        path.write_bytes(content)
         with pytest.raises(ValueError, match=r"latest .* must name .*step-3, step-6") as refusal:
             load(tmp_path)
         assert len(str(refusal.value)) < 500 and "\x1b" not in str(refusal.value)
     assert loaded(tmp_path, 3) == 3, "a step that is asked for needs no latest"
-
-
-def test_latest_that_is_a_folder_is_refused_by_name(tmp_path):
-    saved(tmp_path, 3)
-    (tmp_path / "checkpoint" / "latest").unlink()
-    (tmp_path / "checkpoint" / "latest").mkdir()
+    path.unlink()
+    path.mkdir()
     with pytest.raises(ValueError, match=r"latest cannot be read .*there: step-3"):
         loaded(tmp_path)
 
 
-@pytest.mark.parametrize("left", [(3, 6), (12,), ()], ids=repr)
+@pytest.mark.parametrize("left", [(3, 6), ()], ids=repr)
 def test_a_checkpoint_that_latest_names_and_is_gone_is_refused_with_what_is_there(tmp_path, left):
-    saved(tmp_path, 12, 3, 6, 9)
-    for step in {3, 6, 9, 12} - {*left}:
+    saved(tmp_path, 3, 6, 9)
+    for step in {3, 6, 9} - {*left}:
         shutil.rmtree(tmp_path / "checkpoint" / f"step-{step}")
     there = ", ".join(f"step-{step}" for step in left) or "none"
     with pytest.raises(ValueError, match=rf"step-9 .* is not there.*there: {there}"):
@@ -393,6 +360,7 @@ def test_a_checkpoint_that_latest_names_and_is_gone_is_refused_with_what_is_ther
 
 def trained_to(folder: Path, step: int, **settings) -> Path:
     """What a run leaves besides its checkpoints."""
+    folder.mkdir(exist_ok=True)
     checkpoint = {"enable": True, "interval": 3, **settings}
     (folder / "run.json").write_text(json.dumps({"config": {"checkpoint": checkpoint}}))
     lines = [json.dumps({"step": at, "kind": "train"}) for at in range(1, step + 1)]
@@ -403,21 +371,17 @@ def trained_to(folder: Path, step: int, **settings) -> Path:
 def test_a_run_that_has_lost_its_checkpoints_does_not_begin_anew(tmp_path):
     trained_to(tmp_path, 4)
     for _ in range(2):
-        with pytest.raises(ValueError, match=r"has been trained to step 4, .* has no checkpoint"):
+        with pytest.raises(ValueError, match=r"has been trained to step 4 .* has no checkpoint"):
             loaded(tmp_path)
         (tmp_path / "checkpoint").mkdir(exist_ok=True)
-    finished = tmp_path / "finished"
-    finished.mkdir()
-    (trained_to(finished, 2) / "loss_curves.png").touch()
+    (trained_to(tmp_path / "finished", 2) / "loss_curves.png").touch()
     with pytest.raises(ValueError, match="has been trained to step 2"):
-        loaded(finished)
+        loaded(tmp_path / "finished")
 
 
 def test_a_run_killed_before_its_first_checkpoint_begins_anew(tmp_path):
-    for number, (step, settings) in enumerate(
-        [(0, {}), (3, {}), (9, {"enable": False}), (9, {"load_only": True})]
-    ):
-        (tmp_path / str(number)).mkdir()
+    cases = [(0, {}), (3, {}), (9, {"enable": False}), (9, {"load_only": True})]
+    for number, (step, settings) in enumerate(cases):
         assert loaded(trained_to(tmp_path / str(number), step, **settings)) == 0
     (tmp_path / "checkpoint" / "step-3.partial").mkdir(parents=True)  # the first was being written
     assert loaded(trained_to(tmp_path, 5)) == 0
@@ -437,7 +401,7 @@ def test_a_renamed_checkpoint_is_refused_by_name(tmp_path):
     folder = tmp_path / "checkpoint"
     (folder / "step-6").rename(folder / "step-9")
     (folder / "latest").write_text("step-9\n")
-    with pytest.raises(ValueError, match=r"step-9 holds step 6, .* was renamed.*name step-6 again"):
+    with pytest.raises(ValueError, match=r"step-9 holds step 6 .* was renamed; name it step-6"):
         loaded(tmp_path)
     assert loaded(tmp_path, fallback=True) == 3
     shutil.copytree(folder / "step-9", tmp_path / "elsewhere")

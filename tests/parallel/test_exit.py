@@ -128,7 +128,7 @@ def test_a_crash_is_said_once_in_a_line_and_its_traceback_is_in_the_log(endings)
     log = Path(pointer.rpartition(" ")[2])
     assert "Traceback" in log.read_text()
     other = log.with_name("rank-0.log").read_text()
-    assert "rank 1 had ended before, with: RuntimeError: lost a wheel" in other
+    assert "rank 1 failed first, with: RuntimeError: lost a wheel" in other
     assert "Connection closed by peer" in other and "Connection closed" not in console
 
 

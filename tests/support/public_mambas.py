@@ -14,7 +14,7 @@ from torch import nn
 
 @torch.no_grad()
 def hugging_face(tied: bool = True, **fields) -> nn.Module:
-    """A random model of transformers in which the scan is heard."""
+    """A random model of transformers in which the scan matters."""
     transformers = pytest.importorskip("transformers")
     config = transformers.MambaConfig(
         **{"vocab_size": 48, "hidden_size": 32, "num_hidden_layers": 2} | fields,
@@ -46,6 +46,18 @@ def mamba_ssm_state(model: nn.Module) -> dict[str, torch.Tensor]:
     return {
         name.replace("backbone.embeddings.", "backbone.embedding."): tensor
         for name, tensor in model.state_dict().items()
+    }
+
+
+def sizes_of(model: nn.Module) -> dict:
+    """``ssm_cfg`` of a model whose sizes are not the defaults."""
+    config = model.config
+    return {
+        "d_state": config.state_size,
+        "d_conv": config.conv_kernel,
+        "expand": config.intermediate_size / config.hidden_size,
+        "dt_rank": config.time_step_rank,
+        "conv_bias": config.use_conv_bias,
     }
 
 

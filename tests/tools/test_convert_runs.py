@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from exported_models import change_json, files_of
 from public_chameleons import chameleon
 from tiny_runs import MODELS, SHAPE, tiny_config
 from toy import VOCABULARY, make_data
@@ -50,33 +51,29 @@ def trained(tmp_path_factory, data) -> tuple[Path, Trainer]:
     return folder, run(tiny_config(folder, data, steps=4))
 
 
-@pytest.mark.parametrize("which", ["", "checkpoint/step-3", "checkpoint/step-4"])
-def test_a_run_or_a_checkpoint_of_it_loads_in_one_call(trained, which, tmp_path):
+def test_a_run_or_a_checkpoint_of_it_loads_in_one_call(trained, tmp_path):
     folder, trainer = trained
-    model, vocabulary = load_model(folder / which)
-    assert vocabulary == VOCABULARY and not model.training
-    differs = [
-        name
-        for name, tensor in trainer.model.state_dict().items()
-        if not torch.equal(tensor, model.state_dict()[name])
-    ]
-    assert bool(differs) == (which == "checkpoint/step-3")
-    shutil.copytree(folder / "checkpoint" / "step-4", tmp_path / "alone")
-    load_model(tmp_path / "alone")
+    alone = shutil.copytree(folder / "checkpoint" / "step-4", tmp_path / "alone")
+    for path in (folder, folder / "checkpoint/step-3", folder / "checkpoint/step-4", alone):
+        model, vocabulary = load_model(path)
+        assert vocabulary == VOCABULARY and not model.training
+        found, expected = model.state_dict(), trainer.model.state_dict()
+        same = all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+        assert same == (path.name != "step-3")
 
 
 def test_loading_needs_no_launcher_and_makes_no_process_group(trained):
-    code = (
-        "import sys, torch\n"
-        "from earlyfuse.models.batch import MixedBatch\n"
-        "from earlyfuse.parallel.checkpoint.open_checkpoint import load_model\n"
-        "model, vocabulary = load_model(sys.argv[1])\n"
-        "tokens = torch.arange(32).view(2, 16)\n"
-        "logits = model(MixedBatch.of(tokens, vocabulary.modality_of(tokens)))\n"
-        "assert logits.shape == (2, 16, 48) and logits.isfinite().all()\n"
-        "assert not torch.distributed.is_initialized()\n"
-        "assert not {'earlyfuse.parallel.trainer', 'earlyfuse.parallel.plan'} & {*sys.modules}\n"
-    )
+    code = """
+import sys, torch
+from earlyfuse.models.batch import MixedBatch
+from earlyfuse.parallel.checkpoint.open_checkpoint import load_model
+model, vocabulary = load_model(sys.argv[1])
+tokens = torch.arange(32).view(2, 16)
+logits = model(MixedBatch.of(tokens, vocabulary.modality_of(tokens)))
+assert logits.shape == (2, 16, 48) and logits.isfinite().all()
+assert not torch.distributed.is_initialized()
+assert not {'earlyfuse.parallel.trainer', 'earlyfuse.parallel.plan'} & {*sys.modules}
+"""
     subprocess.run([sys.executable, "-c", code, str(trained[0])], check=True)
 
 
@@ -89,24 +86,20 @@ def test_an_export_of_a_run_says_where_it_is_from_and_has_its_tokenizers(trained
 
 
 def test_tokenizers_that_are_those_of_the_run_are_copied(trained, data, tmp_path):
-    folder, _ = trained
-    path = folder / "checkpoint" / "step-4" / "config.json"
-    # as if the toy data had an image tokenizer
-    image = data / "tokenizers" / "image.safetensors"
-    described = path.read_text()
-    try:
-        image.write_bytes(b"codes")
-        fields = json.loads(described)
-        fields["source"]["tokenizers"]["image"] = sha256_file(image)
-        (folder / "checkpoint" / "step-4" / "manifest.json").rename(tmp_path / "manifest.json")
-        path.write_text(json.dumps(fields))
-        assert convert(folder, tmp_path / "ours") == []
-        copied = {p.name: p.read_bytes() for p in (tmp_path / "ours" / "tokenizers").iterdir()}
-        assert copied == {p.name: p.read_bytes() for p in (data / "tokenizers").iterdir()}
-    finally:
-        path.write_text(described)
-        shutil.move(tmp_path / "manifest.json", path.with_name("manifest.json"))
-        image.unlink()
+    run_copy, data_copy = tmp_path / "run", tmp_path / "data"
+    shutil.copytree(trained[0], run_copy)
+    shutil.copytree(data, data_copy)
+    image = data_copy / "tokenizers" / "image.safetensors"
+    image.write_bytes(b"codes")  # as if the toy data had an image tokenizer
+    path = run_copy / "checkpoint" / "step-4" / "config.json"
+    source = json.loads(path.read_text())["source"]
+    source["tokenizers"]["image"] = sha256_file(image)
+    change_json(path, source=source)
+    path.with_name("manifest.json").unlink()
+    described = (run_copy / "run.json").read_text()
+    (run_copy / "run.json").write_text(described.replace(str(data), str(data_copy)))
+    assert convert(run_copy, tmp_path / "ours") == []
+    assert files_of(tmp_path / "ours" / "tokenizers") == files_of(data_copy / "tokenizers")
 
 
 @pytest.mark.parametrize("kind", ["dense", "mot"])
@@ -143,7 +136,12 @@ def test_what_no_run_can_begin_with_is_refused_by_name(trained, data, tmp_path, 
     dense = MODELS["dense"]()
     monkeypatch.chdir(tmp_path)
     for path, model, settings, says in [
-        ("absent", None, {}, r"initial_load_path \(.*/absent\) must be the folder .* is not there"),
+        (
+            "absent",
+            None,
+            {},
+            r"initial_load_path \(.*/absent\) must be the folder .* does not exist",
+        ),
         ("file", None, {}, r"initial_load_path \(.*/file\) must be the folder .* is a file"),
         ("empty", None, {}, "initial_load_path: .*empty .* must hold a model"),
         ("lost", None, {}, r"names step-4, which is not there \(there: step-3\)"),
@@ -160,10 +158,7 @@ def test_what_no_run_can_begin_with_is_refused_by_name(trained, data, tmp_path, 
             begun_with(path, tmp_path / "second", data, None, **{setting: True}, **model_only)
 
 
-DAMAGED = [b"", b"{", b"[]", b"{}", b"[" * 9999, b'{"config": 1}', b"\xff"]
-
-
-@pytest.mark.parametrize("content", DAMAGED, ids=range(7))
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"[" * 9999, b"\xff"], ids=range(5))
 def test_a_damaged_description_of_a_run_is_refused_by_file(trained, data, tmp_path, content):
     shutil.copytree(trained[0], tmp_path / "run")
     (tmp_path / "run" / "run.json").write_bytes(content)

@@ -1,7 +1,4 @@
-"""Our DCP checkpoints as tensors by name, without a process group; and their writer.
-
-Only the model is read, not the optimizer.
-"""
+"""Reads the model in a DCP checkpoint as tensors by name, without a process group; writes both."""
 
 import warnings
 from pathlib import Path
@@ -28,20 +25,20 @@ _OF_THE_MODEL = ("layers", "tok_embeddings", "norm", "lm_head")
 
 
 def is_parameter(key: str) -> bool:
-    """Whether a key of a checkpoint is a parameter of the model."""
+    """True if a key of a checkpoint is a parameter of the model."""
     return key.partition(".")[0] in _OF_THE_MODEL
 
 
 class DcpFolder:
-    """The model's tensors in a checkpoint folder, each assembled from its chunks when it is read.
+    """The model's tensors in a checkpoint, each assembled from its chunks when it is read.
 
-    Raises ``ValueError`` if DCP's metadata or files are missing, damaged or foreign.
+    ``ValueError`` if DCP's metadata or files are missing, damaged or foreign.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
         if (folder / MANIFEST).is_file():
-            # values have checksums of their own, which reading compares; metadata has none
+            # tensors have own checksums, verified when they are read; metadata has none
             files = read_manifest(folder).files
             if found := damage(folder, files, lambda name: not name.endswith(".distcp")):
                 raise ValueError(f"{folder}: {found[0]}; copy the checkpoint again")
@@ -56,7 +53,7 @@ class DcpFolder:
             raise ValueError(f"{folder} is a DCP checkpoint without earlyfuse model weights")
 
     def read(self, name: str) -> torch.Tensor:
-        """The whole tensor."""
+        """Returns the whole tensor."""
         entry = self.entries[name]
         state = {name: torch.empty(entry.shape, dtype=entry.dtype)}
         planner = SafeLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -66,18 +63,18 @@ class DcpFolder:
 
 
 class Writer(dcp.FileSystemWriter):
-    """DCP's writer; its bytes follow from state and layout alone, and its errors name the cause.
+    """DCP's writer, deterministic, with errors that name the cause.
 
-    DCP would note a random id and the folder's path in ``.metadata``, and hide the disk's error
-    behind that of the serialiser it interrupted.
+    DCP would write a random id and the folder's path to ``.metadata``, and hide the disk's error
+    behind that of the interrupted serialiser.
     """
 
     def storage_meta(self) -> StorageMeta | None:
-        """None: neither id nor path."""
+        """Returns None: neither id nor path."""
         return None
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write this rank's part; raises the ``OSError`` at the root of a failure, if one is."""
+        """Writes this rank's shards; raises the ``OSError`` at the root of a failure, if any."""
         try:
             return super().write_data(plan, planner)
         except Exception as error:
@@ -101,10 +98,10 @@ class _OneByOne(DefaultSavePlanner):
 
 
 def write_dcp(folder: Path, tensors: Tensors) -> None:
-    """Write ``tensors`` one by one, without a process group."""
-    # DCP keeps the tensors of a file until it is complete, so each gets its own
+    """Writes ``tensors`` one by one, without a process group."""
+    # DCP keeps the tensors of a file in memory until it is complete, so each gets its own file
     writer = Writer(folder, single_file_per_rank=False)
-    empty = {  # shapes and types are all that planning looks at
+    empty = {  # planning uses shapes and dtypes only
         name: torch.empty(entry.shape, dtype=entry.dtype, device="meta")
         for name, entry in tensors.entries.items()
     }

@@ -1,7 +1,7 @@
-"""Reads DCP checkpoints without running code in them: every load of one goes through here.
+"""Reads DCP checkpoints without running code in them; every load of one goes through here.
 
-torch's own reader and planner unpickle ``.metadata`` and all values that are not tensors. Here both
-are parsed as data (``dcp_metadata``, ``torch_archive``), and so are tensors.
+torch's reader and planner unpickle ``.metadata`` and all values that are not tensors. Here they and
+the tensors are parsed as data (``dcp_metadata``, ``torch_archive``).
 """
 
 import errno
@@ -32,7 +32,7 @@ _REMEDY = "the checkpoint is damaged or not this project's; copy it again"
 
 
 class DcpReader(dcp.FileSystemReader):
-    """DCP's reader, for files that may be damaged or hostile: raises ``ValueError`` for those."""
+    """DCP's reader for files that may be damaged or hostile: ``ValueError`` for those."""
 
     def __init__(self, folder: Path):
         super().__init__(folder)
@@ -41,7 +41,7 @@ class DcpReader(dcp.FileSystemReader):
 
     # takes no rank, for which DCP would look for another pickle
     def read_metadata(self) -> Metadata:
-        """Which tensors and values there are, and where; read once."""
+        """Returns the tensors and values and their places; reads the file once."""
         if self._metadata is None:
             self._metadata = read_metadata(self.folder)
             self.storage_data = self._metadata.storage_data
@@ -51,7 +51,7 @@ class DcpReader(dcp.FileSystemReader):
         """Does nothing: a reader reads one folder."""
 
     def value(self, name: str) -> Any:
-        """The value ``name``, which is not a tensor; ``ValueError`` if there is none."""
+        """Returns the value ``name``, which is not a tensor; ``ValueError`` if there is none."""
         entry = self.read_metadata().state_dict_metadata.get(name)
         if not isinstance(entry, BytesStorageMetadata):
             raise ValueError(f"{self.folder} has no value {name}; {_REMEDY}")
@@ -63,7 +63,7 @@ class DcpReader(dcp.FileSystemReader):
             raise self._unreadable(name, error) from error
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Read the items of ``plan``, file by file."""
+        """Reads the items of ``plan``, file by file."""
         by_file: dict[str, list[ReadItem]] = defaultdict(list)
         for item in plan.items:
             by_file[self.storage_data[item.storage_index].relative_path].append(item)
@@ -109,7 +109,7 @@ class DcpReader(dcp.FileSystemReader):
 
 
 class _Slice(io.RawIOBase):
-    """A part of a file, as a file. torch's own seeks wrongly from the end."""
+    """A region of a file, as a file. torch's own seeks wrongly from the end."""
 
     def __init__(self, file: IO[bytes], begin: int, length: int):
         self.file, self.begin, self.length, self.place = file, begin, length, 0
@@ -123,7 +123,7 @@ class _Slice(io.RawIOBase):
     def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
         start = {io.SEEK_SET: 0, io.SEEK_CUR: self.place, io.SEEK_END: self.length}[whence]
         if start + offset < 0:
-            raise OSError(errno.EINVAL, "a place before the beginning")
+            raise OSError(errno.EINVAL, "seek before the beginning")
         self.place = start + offset
         return self.place
 
@@ -141,13 +141,12 @@ def _part(file: IO[bytes], info: _StorageInfo) -> IO[bytes]:
 
 
 class SafeLoadPlanner(DefaultLoadPlanner):
-    """DCP's planner for ``DcpReader``, which passes it plain values instead of pickles.
-
-    A value replaces one of its own type only.
+    """DCP's planner for ``DcpReader``, which passes it plain values instead of pickles. A value
+    replaces one of its own type only.
     """
 
     def load_bytes(self, read_item: ReadItem, value: Any) -> None:
-        """Put ``value`` into the state being loaded."""
+        """Puts ``value`` into the state being loaded."""
         name = read_item.dest_index.fqn
         if not _same_kind(self.state_dict[name], value):
             raise ValueError(
@@ -174,9 +173,9 @@ def load_dcp(
     planner: SafeLoadPlanner | None = None,
     alone: bool = False,
 ) -> None:
-    """``dcp.load`` into ``state_dict``; ``ValueError`` if it cannot be read.
+    """Loads into ``state_dict``, as ``dcp.load``; ``ValueError`` if it cannot be read.
 
-    All ranks call it, each for its shards; with ``alone`` one rank does, without communication.
+    Collective, each rank for its shards; with ``alone`` without communication.
     """
     reader.read_metadata()
     try:

@@ -1,9 +1,9 @@
 """Parses pickles as data: nothing that a file names is imported, and nothing is called.
 
 ``pickle.load`` runs what the file asks for. Here a class or function in the file becomes a
-``Named``, and a call of it a ``Made`` with its arguments; the reader of the file decides what they
-may be. Memory and time are linear in the length of the pickle. Only the operations that Python's
-picklers write for plain values and dataclasses (protocols 2 to 5) are known.
+``Named``, and a call of it a ``Made`` with its arguments; the caller decides which are allowed.
+Memory and time are linear in the length of the pickle. Supports only the operations that Python's
+picklers write for plain values and dataclasses (protocols 2 to 5).
 """
 
 import gc
@@ -19,7 +19,7 @@ _BYTES_PER_OBJECT = 4  # DCP's have one in 8
 
 @dataclass(frozen=True, slots=True)
 class Named:
-    """A class or function that the pickle names; never looked up."""
+    """A class or function named by the pickle; never looked up."""
 
     module: str
     name: str
@@ -27,7 +27,7 @@ class Named:
 
 @dataclass(eq=False, slots=True)
 class Made:
-    """The result that calling ``of`` with ``arguments`` would have; ``state``: set afterwards."""
+    """The result of calling ``of`` with ``arguments``, not called; ``state``: set afterwards."""
 
     of: Named
     arguments: tuple[Any, ...]
@@ -37,13 +37,13 @@ class Made:
 
 @dataclass(eq=False, slots=True)
 class Stored:
-    """A value beside the pickle, found by ``key``."""
+    """A value stored outside the pickle under ``key``."""
 
     key: Any
 
 
 class ForeignName(ValueError):
-    """The pickle names a class or function that does not belong in it."""
+    """The pickle names a class or function that is not allowed."""
 
 
 class _Refused(ValueError):
@@ -51,7 +51,7 @@ class _Refused(ValueError):
 
 
 def parse(content: bytes, known: Callable[[Named], bool]) -> Any:
-    """The value of a pickle; ``ValueError`` if it is damaged or holds more than plain data, and
+    """Returns the value of a pickle; ``ValueError`` if it is damaged or holds more than plain data,
     ``ForeignName`` if it names what is not ``known``.
 
     Plain data are None, bool, int, float, str, tuple, list and dict (with keys that are a str, an
@@ -59,12 +59,12 @@ def parse(content: bytes, known: Callable[[Named], bool]) -> Any:
     """
     parser = _Parser(len(content), known)
     collecting = gc.isenabled()
-    gc.disable()  # nothing becomes garbage here, and looking for it takes three times as long
+    gc.disable()  # nothing becomes garbage here, and collecting takes three times as long
     try:
         for operation, argument, _ in pickletools.genops(content):
             action = _OPERATIONS.get(operation.name)
             if action is None:
-                raise _Refused(f"it has the operation {operation.name}, which no plain data need")
+                raise _Refused(f"it has the operation {operation.name}, foreign to plain data")
             action(parser, argument)
         (value,) = parser.stack
         return value
@@ -78,7 +78,7 @@ def parse(content: bytes, known: Callable[[Named], bool]) -> Any:
 
 
 def plain(value: Any, most_nested: int = 20) -> Any:
-    """``value``, if it has no classes or calls and is nested at most so deep."""
+    """Returns ``value``; ``ValueError`` if it has classes or calls, or is nested too deep."""
     level = [value]
     for _ in range(most_nested):
         inner: list[Any] = []
@@ -104,7 +104,7 @@ def _shown(part: Any) -> str:
 
 
 class _Parser:
-    """The stack machine of the pickle format, without the operations that do something."""
+    """The stack machine of the pickle format, without the operations that run code."""
 
     def __init__(self, length: int, known: Callable[[Named], bool]):
         self.known = known
@@ -119,7 +119,7 @@ class _Parser:
         self.stack.append(value)
 
     def push_new(self, value: Any) -> None:
-        """Push a value that takes memory of its own."""
+        """Pushes a value that takes memory of its own."""
         self.objects_left -= 1
         if self.objects_left < 0:
             raise _Refused("it makes more objects than its length can hold")
@@ -127,7 +127,7 @@ class _Parser:
 
     def remember(self, place: int) -> None:
         if place > len(self.memo):
-            raise _Refused("it numbers its values in no order")
+            raise _Refused("it numbers its values out of order")
         self.memo[place : place + 1] = [self.stack[-1]]
 
     def to_mark(self) -> list[Any]:
@@ -141,7 +141,7 @@ class _Parser:
         self.stack = []
 
     def last(self, count: int) -> list[Any]:
-        """Pop ``count`` values."""
+        """Pops ``count`` values."""
         if count > len(self.stack):
             raise _Refused("it ends early")
         values = self.stack[len(self.stack) - count :]
@@ -151,24 +151,24 @@ class _Parser:
     def extend(self, values: list[Any]) -> None:
         target = self.stack[-1]
         if type(target) is not list:
-            raise _Refused("it appends to what is no list")
+            raise _Refused("it appends to something that is no list")
         target += values
 
     def set_items(self, values: list[Any]) -> None:
         target = self.stack[-1]
         keys = values[::2]
         if len(values) % 2 or not all(type(key) in (str, int, Made) for key in keys):
-            raise _Refused("a key in it is neither a name nor a number")
+            raise _Refused("it has a key that is neither text nor a number")
         if isinstance(target, dict):
             target.update(zip(keys, values[1::2], strict=True))
         elif isinstance(target, Made):
             target.items += zip(keys, values[1::2], strict=True)
         else:
-            raise _Refused("it sets an item of what has none")
+            raise _Refused("it sets an item of something that has none")
 
     def name(self, module: Any, name: Any) -> None:
         if type(module) is not str or type(name) is not str:
-            raise _Refused("a name in it is no text")
+            raise _Refused("it has a name that is no text")
         named = Named(module, name)
         if not self.known(named):
             raise ForeignName(f"it names {module}.{name}")
@@ -177,13 +177,13 @@ class _Parser:
     def make(self) -> None:
         of, arguments = self.last(2)
         if type(of) is not Named or type(arguments) is not tuple:
-            raise _Refused("it calls what is no name")
+            raise _Refused("it calls something that is no name")
         self.push_new(Made(of, arguments))
 
     def build(self) -> None:
         target, state = self.last(2)
         if type(target) is not Made or target.state is not None:
-            raise _Refused("it sets the state of what has none")
+            raise _Refused("it sets the state of something that has none")
         target.state = state
         self.push(target)
 

@@ -1,9 +1,9 @@
 """Tensors in safetensors files: one, or several with an index.
 
 The library reads; a file is opened for each tensor, since pages of a mapped file count as memory of
-the process until it is closed. Writing is ours, because the library wants all tensors of a file in
-memory at once: a header, then the values (https://huggingface.co/docs/safetensors), byte for byte
-what the library writes.
+the process until it is closed. Writing is ours, since the library needs all tensors of a file in
+memory at once; files are byte for byte those of the library: a header, then the values
+(https://huggingface.co/docs/safetensors).
 """
 
 import json
@@ -19,8 +19,8 @@ from earlyfuse.data.json_files import read_json, shown
 from earlyfuse.models.state_dicts.tensor_map import Entry, Tensors
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-_LONGEST_NAME = 200  # of a file
-# the library writes tensors of the last of these types first, for alignment
+_LONGEST_NAME = 200  # characters of a file name
+# the library writes tensors of the last of these dtypes first, for alignment
 _DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -40,9 +40,9 @@ _ORDER = list(_DTYPES)
 
 
 class SafetensorsFiles:
-    """The tensors of several files: ``places`` says which file has which.
+    """The tensors of several files; ``places``: name → file.
 
-    Raises ``ValueError`` for a file that is absent, truncated or no safetensors file.
+    ``ValueError`` for a file that is absent, truncated or no safetensors file.
     """
 
     def __init__(self, files: Sequence[Path]):
@@ -55,13 +55,13 @@ class SafetensorsFiles:
                 self.places[name], self.entries[name] = path, entry
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor, a copy."""
+        """Returns a copy of the tensor."""
         with safe_open(self.places[name], "pt") as file:
             return file.get_tensor(name)
 
 
 def open_folder(folder: Path) -> SafetensorsFiles:
-    """The model's files in ``folder``: those of its index, or the single one.
+    """Opens the model's files in ``folder``: those of its index, or the single one.
 
     ``ValueError`` if there are none, or files and index disagree.
     """
@@ -78,10 +78,9 @@ def open_folder(folder: Path) -> SafetensorsFiles:
     weight_map = read_json(index, "copy it again").object("weight_map")
     places = {name: weight_map.field(name, str) for name in weight_map.values}
     names = sorted(set(places.values()))
-    if single.is_file() and names != [SINGLE]:  # transformers reads it, others the index
+    if single.is_file() and names != [SINGLE]:  # transformers reads the first, others the index
         raise ValueError(
-            f"{folder} holds {SINGLE} and {INDEX}, which names other files: two models; remove "
-            "the files of one"
+            f"{folder} holds {SINGLE} and {INDEX}, which names other files: two models; remove one"
         )
     outside = [name for name in names if Path(name).name != name or len(name) > _LONGEST_NAME]
     absent = [] if outside else [name for name in names if not (folder / name).is_file()]
@@ -119,7 +118,7 @@ def _read_header(path: Path) -> dict[str, Entry]:
 
 
 def assign_files(entries: Mapping[str, Entry], max_bytes: int) -> dict[str, list[str]]:
-    """File → tensors, filled in order up to ``max_bytes``; a larger tensor has one to itself."""
+    """Assigns tensors to files in order, up to ``max_bytes`` each; a larger tensor has its own."""
     groups: list[list[str]] = [[]]
     used = 0
     for name, entry in entries.items():
@@ -135,7 +134,7 @@ def assign_files(entries: Mapping[str, Entry], max_bytes: int) -> dict[str, list
 
 
 def write_folder(folder: Path, tensors: Tensors, files: Mapping[str, list[str]]) -> None:
-    """Write ``files`` (file → tensors) and their index into ``folder``."""
+    """Writes ``files`` (file → tensors) and their index into ``folder``."""
     for name, members in files.items():
         write_file(folder / name, tensors, members)
     total = sum(entry.bytes for entry in tensors.entries.values())
@@ -145,7 +144,7 @@ def write_folder(folder: Path, tensors: Tensors, files: Mapping[str, list[str]])
 
 
 def write_file(path: Path, tensors: Tensors, names: Sequence[str]) -> None:
-    """One file of the tensors ``names``, each read when its turn comes; checked at the end."""
+    """Writes one file of the tensors ``names``, reading one at a time; verifies the header."""
     entries = {name: tensors.entries[name] for name in names}
     ordered = sorted(names, key=lambda n: (-_ORDER.index(_NAMES[entries[n].dtype]), n))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -164,9 +163,9 @@ def write_file(path: Path, tensors: Tensors, names: Sequence[str]) -> None:
             write_values(file, tensors.read(name))
         file.flush()
         os.fsync(file.fileno())
-    assert _read_header(path) == entries, f"{path} does not read as it was written"
+    assert _read_header(path) == entries, f"{path} does not read back as written"
 
 
 def write_values(file: BinaryIO, tensor: torch.Tensor) -> None:
-    """The values of a tensor in row-major order, little endian."""
+    """Writes the values of a tensor in row-major order, little endian."""
     file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)

@@ -16,7 +16,7 @@ import torch
 from earlyfuse.parallel.checkpoint.files.plain_pickle import Made, Named, Stored, parse, plain
 
 _MOST_PICKLE = 64 << 20  # bytes of data.pkl
-_PIECE = 1 << 20
+_BUFFER = 1 << 20
 _TENSOR = Named("torch._utils", "_rebuild_tensor_v2")
 _STORAGES = {
     Named("torch", f"{name}Storage"): dtype
@@ -33,7 +33,7 @@ _STORAGES = {
         "Bool": torch.bool,
     }.items()
 }
-_OF_TENSORS = {
+_TENSOR_NAMES = {
     *(_TENSOR, *_STORAGES),
     *(Named("torch._utils", f"_rebuild_{name}") for name in ("tensor_v3", "parameter")),
     *(Named("torch", name) for name in ("Size", "device")),
@@ -43,14 +43,14 @@ _OF_TENSORS = {
 
 
 def read_value(file: IO[bytes]) -> Any:
-    """The plain value (numbers, text, lists, dicts) in an archive; else ``ValueError``."""
+    """Returns the plain value (numbers, text, lists, dicts) in an archive; else ``ValueError``."""
     with _opened(file, lambda named: False) as archive:
         return plain(archive.root)
 
 
 def read_tensor(file: IO[bytes]) -> torch.Tensor:
-    """The only tensor in an archive, on the host; else ``ValueError``."""
-    with _opened(file, _is_of_tensors) as archive:
+    """Returns the only tensor in an archive, on the CPU; else ``ValueError``."""
+    with _opened(file, _is_tensor_name) as archive:
         root = archive.root
         if not isinstance(root, Made) or root.of != _TENSOR or len(root.arguments) < 4:
             raise ValueError("it is no tensor")
@@ -73,8 +73,18 @@ def check_tensors_only(file: IO[bytes]) -> None:
     """``ForeignName`` if an archive names anything but tensors and their parts; ``ValueError`` if
     it is damaged.
     """
-    with _opened(file, _is_of_tensors):
+    with _opened(file, _is_tensor_name):
         pass
+
+
+def dtype_named(named: Named) -> torch.dtype | None:
+    """Returns the torch dtype called ``named``; None for another name."""
+    found = vars(torch).get(named.name) if named.module == "torch" else None
+    return found if isinstance(found, torch.dtype) else None
+
+
+def _is_tensor_name(named: Named) -> bool:
+    return named in _TENSOR_NAMES or dtype_named(named) is not None
 
 
 class _Archive:
@@ -91,7 +101,7 @@ class _Archive:
         self.root = parse(bytes(self.content("data.pkl", _MOST_PICKLE, exactly=False)), known)
 
     def content(self, name: str, size: int, exactly: bool = True) -> bytearray:
-        """A file of the archive; its checksum is compared."""
+        """Returns a file of the archive of (at most) ``size`` bytes; verifies its checksum."""
         member = self.members.get(name)
         if member is None:
             raise ValueError(f"it has no {name}")
@@ -100,10 +110,10 @@ class _Archive:
         content = bytearray(member.file_size)
         view = memoryview(content)
         with self.zip.open(member) as file:
-            for begin in range(0, len(content), _PIECE):
-                piece = file.read(min(_PIECE, len(content) - begin))
-                view[begin : begin + _PIECE] = piece
-            if file.read(1):  # at the end, the checksum is compared
+            for begin in range(0, len(content), _BUFFER):
+                read = file.read(min(_BUFFER, len(content) - begin))
+                view[begin : begin + _BUFFER] = read
+            if file.read(1):  # the end of the file, where zipfile compares the checksum
                 raise ValueError(f"its {name} is longer than it says")
         return content
 
@@ -118,20 +128,12 @@ def _opened(file: IO[bytes], known: Callable[[Named], bool]) -> Iterator[_Archiv
 
 
 def _check_region(offset: Any, size: Any, stride: Any, length: Any) -> None:
-    """``ValueError`` unless a region lies within ``length`` values."""
-    numbers = [offset, length]
-    for values in (size, stride):
-        if not isinstance(values, tuple) or len(values) > 16:
-            raise ValueError("its shape is none")
-        numbers += values
-    if len(size) != len(stride) or not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers):
-        raise ValueError("its shape is none")
+    """``ValueError`` unless a strided region lies within ``length`` values."""
+    tuples = isinstance(size, tuple) and isinstance(stride, tuple)
+    same_length = tuples and len(size) == len(stride) <= 16
+    numbers = (offset, length, *size, *stride) if same_length else ()
+    if not numbers or not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers):
+        raise ValueError("it has no valid shape")
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     if math.prod(size) and last >= length:
-        raise ValueError("its values are not all there")
-
-
-def _is_of_tensors(named: Named) -> bool:
-    if named in _OF_TENSORS:
-        return True
-    return named.module == "torch" and isinstance(vars(torch).get(named.name), torch.dtype)
+        raise ValueError("some of its values are missing")

@@ -1,8 +1,8 @@
 """Tensors in files of ``torch.save``: Meta's ``consolidated.NN.pth``, and ``pytorch_model.bin``.
 
-Files are read with ``weights_only`` (no code of the file runs) and mapped; they are reopened after
-some megabytes, since pages of a mapped file count as memory of the process until it is closed. They
-are written in two passes: torch leaves room for the values, which then follow one by one.
+Files are checked, mapped and read with ``weights_only`` (no code in them runs), and reopened after
+some megabytes, since pages of a mapped file count as memory of the process until it is closed.
+Writing takes two passes: torch reserves room for the values, which are then filled in one by one.
 """
 
 import os
@@ -27,10 +27,10 @@ _MOST_SHARDS = 1000  # the largest released model has 4
 
 
 class TorchFiles:
-    """The tensors of several files: ``files`` by the prefix that their names get.
+    """The tensors of several files, by the prefix that their names get, without ``ignored`` names.
 
-    Those named in ``ignored`` are left out. Raises ``ValueError`` for a file that is truncated, was
-    not written by ``torch.save``, or holds more than tensors.
+    ``ValueError`` for a file that is truncated, not written by ``torch.save``, or holds more than
+    tensors.
     """
 
     def __init__(self, files: Mapping[str, Path], ignored: Collection[str] = ()):
@@ -45,7 +45,7 @@ class TorchFiles:
                     self._places[prefix + name] = (path, name)
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor, a view of the mapped file."""
+        """Returns the tensor, a view of the mapped file."""
         path, theirs = self._places[name]
         if path not in self._open:
             self._open[path] = _mapped(path)
@@ -67,7 +67,7 @@ class MetaShards(TorchFiles):
 
 
 def _shard_files(folder: Path) -> list[Path]:
-    """The shards in order; ``ValueError`` if one is missing."""
+    """Lists the shards in order; ``ValueError`` if one is missing."""
     if (single := folder / "consolidated.pth").is_file():
         return [single]
     found = {
@@ -79,7 +79,7 @@ def _shard_files(folder: Path) -> list[Path]:
         raise ValueError(f"{folder} has {PARAMS}, but no consolidated.*.pth")
     if max(found) >= _MOST_SHARDS:
         raise ValueError(
-            f"{folder} holds {found[max(found)].name}, and shards are numbered below "
+            f"{folder} holds {found[max(found)].name}, but shard numbers must be below "
             f"{_MOST_SHARDS}; rename or remove it"
         )
     missing = [f"consolidated.{n:02d}.pth" for n in range(max(found)) if n not in found]
@@ -95,8 +95,8 @@ def _mapped(path: Path) -> dict[str, torch.Tensor]:
         loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except (ForeignName, pickle.UnpicklingError) as error:
         raise ValueError(
-            f"{path} holds more than tensors: reading it would run code of its own, which is never "
-            f"done ({_first_line(error)}). Take the file from another source"
+            f"{path} must hold tensors only: reading it would run code in it, which is never done "
+            f"({_first_line(error)}); take the file from another source"
         ) from error
     except Exception as error:  # damage makes the unpickler raise anything
         raise ValueError(
@@ -106,7 +106,7 @@ def _mapped(path: Path) -> dict[str, torch.Tensor]:
     if not isinstance(loaded, dict) or not all(
         isinstance(name, str) and torch.is_tensor(tensor) for name, tensor in loaded.items()
     ):
-        raise ValueError(f"{path} must hold tensors by name, and nothing else; it holds others")
+        raise ValueError(f"{path} must hold tensors by name, and nothing else; copy it again")
     return loaded
 
 
@@ -115,8 +115,8 @@ def _first_line(error: Exception) -> str:
 
 
 def write_torch_file(path: Path, tensors: Tensors, aliases: Mapping[str, str]) -> None:
-    """Write ``tensors``, each read when its turn comes. ``aliases``: second name → a tensor,
-    whose values are in the file once.
+    """Writes ``tensors``, reading one at a time. ``aliases``: second name → name of a tensor, whose
+    values are stored once.
     """
     entries = tensors.entries
     with FakeTensorMode():
@@ -125,7 +125,7 @@ def write_torch_file(path: Path, tensors: Tensors, aliases: Mapping[str, str]) -
     try:
         with torch.serialization.skip_data(materialize_fake_tensors=True):
             torch.save(named, path)
-    except RuntimeError as error:  # torch's writer does not say why
+    except RuntimeError as error:  # torch's writer hides the cause
         raise OSError(
             f"{path} could not be written ({_first_line(error)}): is the disk full?"
         ) from error
@@ -140,7 +140,7 @@ def write_torch_file(path: Path, tensors: Tensors, aliases: Mapping[str, str]) -
 
 
 def write_shards(folder: Path, tensors: Tensors, shards: int) -> None:
-    """Write ``consolidated.00.pth`` …, from tensors that are named as those of ``MetaShards``."""
+    """Writes ``consolidated.00.pth`` … from tensors named as in ``MetaShards``."""
     for shard in range(shards):
         prefix = shard_name(shard, "")
         own = {
