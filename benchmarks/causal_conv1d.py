@@ -13,6 +13,7 @@ B rows, L tokens, D channels, W taps.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -68,8 +69,11 @@ class Problem:
 
     def ours(self, x_BLD: torch.Tensor, backend: str = "auto") -> torch.Tensor:
         """The op."""
-        options = {"positions_BL": self.positions_BL, "backend": backend}
-        return causal_conv1d(x_BLD, self.weight_DW, self.bias_D, **options)[0]
+        return causal_conv1d(
+            *(x_BLD, self.weight_DW, self.bias_D),
+            positions_BL=self.positions_BL,
+            backend=backend,
+        )[0]
 
     def views(self, x_BLD: torch.Tensor) -> torch.Tensor:
         """As Mamba's slow path writes it: padded on both sides, the surplus cut off."""
@@ -104,12 +108,13 @@ class Problem:
 
     def rivals(self) -> list[Rival]:
         """Ours first."""
+        ways: dict[str, Callable[[torch.Tensor], torch.Tensor]]
         ways = {VIEW: self.views, COPIES: self.copies, IMAGE: self.image}
         if self.setting.document is not None:
             ways = {f"{name}, per document": self.by_document(way) for name, way in ways.items()}
         return [
-            Rival(OURS, lambda: self.run(self.ours)),
-            *(Rival(name, lambda way=way: self.run(way), OURS) for name, way in ways.items()),
+            Rival(OURS, partial(self.run, self.ours)),
+            *(Rival(name, partial(self.run, way), OURS) for name, way in ways.items()),
         ]
 
 

@@ -101,7 +101,7 @@ def rivals(model: Decoder, other: Any, prompts: list[list[int]], new: int) -> li
     """Ours with the cache, ours without, then theirs; each returns its tokens."""
 
     def run(cache: bool) -> list[torch.Tensor]:
-        greedy = {"mode": "text", "sampling": Sampling(temperature=0)}
+        greedy: dict[str, Any] = {"mode": "text", "sampling": Sampling(temperature=0)}
         written = generate(model, VOCABULARY, prompts, new_tokens=new, cache=cache, **greedy)
         return [torch.tensor(written).float()]
 

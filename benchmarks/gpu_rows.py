@@ -95,21 +95,21 @@ def pointers(run: Run, kind: str) -> dict[str, Run]:
 def moma_layer(kind: str, tokens: int, dim: int, hidden: int) -> Iterator[Work]:
     """Row 1: forward and backward of a MoMa layer on random tokens, half text, half image."""
     problem = ExpertProblem(tokens, dim, hidden, device=kind, dtype=HALF)
-    weights = problem.parameters[1:]
+    w1, w3, w2 = weights = problem.parameters[1:]
 
     def run(layer: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
         leaves = [problem.x_TD, *problem.parameters]
         return differentiated(layer(problem.x_TD), leaves, problem.dy_TD)
 
     def experts(x_TD: torch.Tensor, backend: str) -> torch.Tensor:
-        routes = problem.routes(x_TD, partial(select_top_k, backend=backend))
-        return grouped_swiglu(x_TD, *weights, *routes, backend=backend)
+        row, offset, weight = problem.routes(x_TD, partial(select_top_k, backend=backend))
+        return grouped_swiglu(x_TD, w1, w3, w2, row, offset, weight, backend=backend)
 
     def dense() -> list[torch.Tensor]:
         """One expert of the same FLOPs for all tokens, with its own gradients."""
-        w1, w3, w2 = (w[0].detach().requires_grad_() for w in weights)
-        y = F.linear(F.silu(F.linear(problem.x_TD, w1)) * F.linear(problem.x_TD, w3), w2)
-        return differentiated(y, [problem.x_TD, w1, w3, w2], problem.dy_TD)
+        gate, up, down = one = [w[0].detach().requires_grad_() for w in weights]
+        y = F.linear(F.silu(F.linear(problem.x_TD, gate)) * F.linear(problem.x_TD, up), down)
+        return differentiated(y, [problem.x_TD, *one], problem.dy_TD)
 
     ours = partial(run, partial(experts, backend="auto"))
     same: dict[str, Run] = {

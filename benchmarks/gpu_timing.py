@@ -183,11 +183,11 @@ def measure(device: Device, work: Work, wrong: dict[str, str]) -> Line:
     peaks: dict[str, int] = {}
     times: dict[str, list[float]] = {}
 
-    def attempt(name: str, figures: Callable[[], None]) -> None:
+    def attempt(name: str, figures: Callable[[str], None]) -> None:
         if name in left_out:
             return
         try:
-            figures()
+            figures(name)
         except Exception as error:
             if name == OURS:
                 raise
@@ -199,9 +199,12 @@ def measure(device: Device, work: Work, wrong: dict[str, str]) -> Line:
         peaks[name] = device.peak(runs[name])
         times[name] = []
 
+    def again(name: str) -> None:
+        times[name].append(device.seconds(runs[name]))
+
     start = time.perf_counter()
     for name in runs:
-        attempt(name, lambda name=name: first(name))
+        attempt(name, first)
     host_sync = device.host_sync(work.ours)
     rounds, names = ROUNDS, list(times)
     for turn in range(ROUNDS):
@@ -210,7 +213,7 @@ def measure(device: Device, work: Work, wrong: dict[str, str]) -> Line:
             break
         at = turn % len(names)
         for name in (*names[at:], *names[:at]):
-            attempt(name, lambda name=name: times[name].append(device.seconds(runs[name])))
+            attempt(name, again)
     timed = {name: of_run for name, of_run in times.items() if name not in left_out}
     return {
         **_figures(device, work, timed, hosts, peaks),

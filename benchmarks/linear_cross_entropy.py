@@ -13,6 +13,7 @@ T tokens, V vocabulary, D width.
 
 import importlib.util
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +49,7 @@ class Problem:
         self, setting: Setting, device: str = "cpu", dtype: torch.dtype = torch.float32
     ) -> None:
         generator = torch.Generator(device).manual_seed(0)
-        on = {"generator": generator, "device": device}
+        on: dict[str, Any] = {"generator": generator, "device": device}
         tokens, dim, vocabulary = setting.tokens, setting.dim, setting.vocabulary
         self.setting = setting
         self.x_TD = torch.randn(tokens, dim, **on).to(dtype).requires_grad_()
@@ -114,7 +115,11 @@ class Problem:
         """cut-cross-entropy without a GPU."""
         import cut_cross_entropy
 
-        options = {"ignore_index": IGNORED, "reduction": "none", "impl": "torch_compile"}
+        options: dict[str, Any] = {
+            "ignore_index": IGNORED,
+            "reduction": "none",
+            "impl": "torch_compile",
+        }
         nll_T = cut_cross_entropy.linear_cross_entropy(
             self.x_TD, self.w_VD, self.labels_T, **options
         )

@@ -16,6 +16,7 @@ import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -82,7 +83,9 @@ class Problem:
 
     def ours(self, *inputs: torch.Tensor, backend: str = "auto") -> torch.Tensor:
         """The op."""
-        return selective_scan(*inputs, reset_BL=self.reset_BL, backend=backend)[0]
+        u, delta, A, B, C, skip, z, bias = inputs
+        reset = self.reset_BL
+        return selective_scan(u, delta, A, B, C, skip, z, bias, None, reset, backend=backend)[0]
 
     def by_states(self, scan: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Scan:
         """Mamba as written around a scan of given decays and inputs (B, L, D, N)."""
@@ -164,7 +167,7 @@ def rivals(setting: Setting) -> list[Rival]:
     """Ours first, then what is installed and fast enough at this length; all verified here."""
     problem = Problem(setting)
     found = [
-        Rival(name, lambda scan=scan: problem.run(scan), None if name == REFERENCE else REFERENCE)
+        Rival(name, partial(problem.run, scan), None if name == REFERENCE else REFERENCE)
         for name, scan in problem.scans().items()
         if (name not in PACKAGES or importlib.util.find_spec(PACKAGES[name]))
         and (name != TRANSFORMERS or setting.tokens <= LONGEST_SLICED)
