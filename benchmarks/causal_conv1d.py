@@ -4,21 +4,22 @@
 
 Forward and backward, outputs and gradients of x, weight and bias. Inputs and results are (B, L, D)
 as the projections around a convolution have them, so a rival that wants channels first transposes,
-as models do: by a view, by copies, or, with the width as an image of one line, without either.
-Packed documents are convolved one after another by the rivals. FLA's kernel is Triton and needs a
-GPU; it is not run here.
+as models do: by a view, by copies, or, reading the row as an image of one line, not at all. The
+rivals convolve packed documents one after another. FLA's kernel is Triton and needs a GPU; it is
+not run here.
 
 B rows, L tokens, D channels, W taps.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
 from earlyfuse.kernels.causal_conv1d import causal_conv1d
-from harness import Report, Rival, Timing, compare
+from harness import Report, Rival, Timing, at_most, compare, differentiated, ours_over
 
 WIDTH = 4
 OURS = "ours"
@@ -28,52 +29,51 @@ GOAL = 0.9
 
 @dataclass(frozen=True)
 class Setting:
-    """Sizes, and the lengths of documents (none: one document)."""
+    """Sizes, and tokens of a document (None: one document a row)."""
 
     tokens: int
     channels: int
     document: int | None
 
-    @property
-    def lengths(self) -> list[int]:
-        """Documents of ``document`` tokens; the last takes what is left."""
-        if self.document is None:
-            return [self.tokens]
-        whole, rest = divmod(self.tokens, self.document)
-        return [self.document] * whole + [rest] * (rest > 0)
-
 
 class Problem:
     """Inputs, parameters and output gradient that all rivals share."""
 
-    def __init__(self, setting: Setting) -> None:
-        generator = torch.Generator().manual_seed(0)
+    def __init__(
+        self,
+        setting: Setting,
+        batch: int = 1,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        generator = torch.Generator(device).manual_seed(0)
 
-        def normal(*shape: int) -> torch.Tensor:
-            return torch.randn(*shape, generator=generator)
+        def normal(*shape: int, std: float = 1.0) -> torch.Tensor:
+            values = torch.randn(*shape, generator=generator, device=device) * std
+            return values.to(dtype).requires_grad_()
 
         self.setting = setting
-        self.x_BLD = normal(1, setting.tokens, setting.channels).requires_grad_()
-        self.dy_BLD = normal(1, setting.tokens, setting.channels)
-        self.weight_DW = normal(setting.channels, WIDTH).mul(0.5).requires_grad_()
-        self.bias_D = normal(setting.channels).requires_grad_()
+        shape = (batch, setting.tokens, setting.channels)
+        self.x_BLD, self.dy_BLD = normal(*shape), normal(*shape).detach()
+        self.weight_DW = normal(setting.channels, WIDTH, std=0.5)
+        self.bias_D = normal(setting.channels)
         self.positions_BL = None
         if setting.document is not None:
-            self.positions_BL = torch.cat([torch.arange(n) for n in setting.lengths])[None]
+            positions_L = torch.arange(setting.tokens, device=device) % setting.document
+            self.positions_BL = positions_L.repeat(batch, 1)
 
-    def rival(self, name: str, convolve: Callable[[torch.Tensor], torch.Tensor]) -> Rival:
+    def run(self, convolve: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
         """Output and gradients of one way to convolve."""
+        leaves = [self.x_BLD, self.weight_DW, self.bias_D]
+        return differentiated(convolve(self.x_BLD), leaves, self.dy_BLD)
 
-        def run() -> list[torch.Tensor]:
-            y_BLD = convolve(self.x_BLD)
-            inputs = [self.x_BLD, self.weight_DW, self.bias_D]
-            return [y_BLD.detach(), *torch.autograd.grad(y_BLD, inputs, self.dy_BLD)]
-
-        return Rival(name, run, None if name == OURS else OURS)
-
-    def ours(self, x_BLD: torch.Tensor) -> torch.Tensor:
+    def ours(self, x_BLD: torch.Tensor, backend: str = "auto") -> torch.Tensor:
         """The op."""
-        return causal_conv1d(x_BLD, self.weight_DW, self.bias_D, positions_BL=self.positions_BL)[0]
+        return causal_conv1d(
+            *(x_BLD, self.weight_DW, self.bias_D),
+            positions_BL=self.positions_BL,
+            backend=backend,
+        )[0]
 
     def views(self, x_BLD: torch.Tensor) -> torch.Tensor:
         """As Mamba's slow path writes it: padded on both sides, the surplus cut off."""
@@ -102,58 +102,42 @@ class Problem:
     def by_document(
         self, convolve: Callable[[torch.Tensor], torch.Tensor]
     ) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Each document alone, side by side again afterwards."""
-        lengths = self.setting.lengths
-        return lambda x_BLD: torch.cat([convolve(part) for part in x_BLD.split(lengths, 1)], 1)
+        """Convolves each document alone, then joins them."""
+        length = self.setting.document or self.setting.tokens
+        return lambda x_BLD: torch.cat([convolve(part) for part in x_BLD.split(length, 1)], 1)
 
-
-def rivals_of(problem: Problem) -> list[Rival]:
-    """Ours first."""
-    ways = {VIEW: problem.views, COPIES: problem.copies, IMAGE: problem.image}
-    if problem.setting.document is not None:
+    def rivals(self) -> list[Rival]:
+        """Ours first."""
+        ways: dict[str, Callable[[torch.Tensor], torch.Tensor]]
+        ways = {VIEW: self.views, COPIES: self.copies, IMAGE: self.image}
+        if self.setting.document is not None:
+            ways = {f"{name}, per document": self.by_document(way) for name, way in ways.items()}
         return [
-            problem.rival(OURS, problem.ours),
-            *(
-                problem.rival(f"{name}, per document", problem.by_document(way))
-                for name, way in ways.items()
-            ),
+            Rival(OURS, partial(self.run, self.ours)),
+            *(Rival(name, partial(self.run, way), OURS) for name, way in ways.items()),
         ]
-    return [
-        problem.rival(OURS, problem.ours),
-        *(problem.rival(name, way) for name, way in ways.items()),
-    ]
 
 
 def verdict(setting: Setting, timings: list[Timing]) -> str:
     """Markdown: our CPU time over that of the fastest F.conv1d, and whether the goal is met."""
-    ratios = [1 / t.cpu_ratio for t in timings if "conv1d" in t.name and t.cpu_ratio is not None]
+    ratios = [r for name, r in ours_over(timings).items() if "conv1d" in name and r is not None]
     shown = f"L {setting.tokens}, documents of {setting.document or 'any length'}"
-    if not ratios:
-        return f"- {shown}: too noisy"
-    met = "met" if max(ratios) <= GOAL else "missed"
-    return f"- {shown}: ours / best F.conv1d ≤ {GOAL}: {met} ({max(ratios):.3f})"
+    return at_most(f"{shown}: ours / best F.conv1d", max(ratios, default=None), GOAL)
 
 
 def main(rounds: int = 15) -> None:
-    """Run all settings and write ``results/causal_conv1d.{jsonl,md}``."""
-    torch.set_num_threads(1)
+    """Runs all settings and writes ``results/causal_conv1d.{jsonl,md}``."""
     report = Report("causal_conv1d", "Causal convolution and SiLU, forward and backward (row 5)")
-    verdicts = []
     for tokens in (512, 2048, 4096):
         for document in (None, 200):
             setting = Setting(tokens, 1024, document)
-            timings = compare(
-                rivals_of(Problem(setting)), rounds=rounds, tolerance=1e-5, keep_freed=True
-            )
+            rivals = Problem(setting).rivals()
+            timings = compare(rivals, rounds=rounds, tolerance=1e-5, keep_freed=True)
             gbytes = 5 * 4e-9 * tokens * setting.channels
             shown = {**vars(setting), "width": WIDTH, "dtype": "fp32", "least GB moved": gbytes}
             report.add(shown | {"rounds": rounds, "freed memory": "kept"}, timings)
-            verdicts.append(verdict(setting, timings))
-            print(verdicts[-1], flush=True)
-    page = report.write()
-    missing = "FLA's causal convolution is a Triton kernel: not run without a GPU."
-    goals = "\n".join(verdicts)
-    page.write_text(f"{page.read_text()}\n{missing}\n\n## Goals (CPU time)\n\n{goals}\n")
+            report.judge(verdict(setting, timings))
+    report.write("FLA's causal convolution is a Triton kernel: not run without a GPU.")
 
 
 if __name__ == "__main__":

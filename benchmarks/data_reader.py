@@ -6,13 +6,13 @@ Real text (the source files of Python's standard library and of torch) is tokeni
 documents (whole files, 16 MB of tokens) and as short ones (their top-level functions and classes).
 Every rival reads the same documents from its natural layout: webdataset and tarfile from a tar with
 one ``.npy`` a document, ours from a prepared shard, memmap from one flat file with offsets, raw
-read from our shard without finding documents. All copy what they read to one buffer and open their
-files in every pass, except where "open before" says what a run pays from its second epoch on; ours
-and memmap read in shuffled order. "packed" is the whole stream: order, rows, labels, positions,
+read from our shard without locating documents. All copy what they read to one buffer and open their
+files in every pass, except in "open before", the cost of a run from its second epoch on; ours and
+memmap read in shuffled order. "packed" is the whole stream: order, rows, labels, positions,
 modality, spans. Readers are checked token by token before timing. A last table is the time to the
 first batch when a run resumes in the middle of an epoch.
 
-Files are in the page cache: this is the cost of the software, not of the disk.
+Files are in the page cache: this measures the software, not the disk.
 """
 
 import io
@@ -22,6 +22,7 @@ import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -47,8 +48,7 @@ GOALS = {"webdataset decode": 10.0, "raw sequential read": 0.5}
 
 @dataclass
 class Layouts:
-    """The same documents in every rival's layout, the buffer all read into, and the expected
-    content."""
+    """Documents in every rival's layout, the shared buffer, and the expected content."""
 
     documents: list[np.ndarray]
     folder: Path
@@ -70,7 +70,7 @@ class Layouts:
                 tar.addfile(member, content)
 
     def fill(self, documents: Iterator[np.ndarray]) -> None:
-        """Copy documents end to end to the buffer."""
+        """Copies documents end to end to the buffer."""
         at = 0
         for tokens in documents:
             self.buffer[at : at + len(tokens)] = tokens
@@ -79,14 +79,14 @@ class Layouts:
             raise ValueError(f"read {at} tokens of {self.tokens}")
 
     def check(self, name: str, read: Callable[[], Iterator[np.ndarray]], order: np.ndarray) -> None:
-        """``ValueError`` unless ``read`` yields the documents in ``order``."""
+        """Raises ``ValueError`` unless ``read`` yields the documents in ``order``."""
         for number, (tokens, place) in enumerate(zip(read(), order.tolist(), strict=True)):
             if not np.array_equal(tokens, self.documents[place]):
                 raise ValueError(f"{name}: document {number} of its order is not document {place}")
 
 
 def texts() -> Iterator[str]:
-    """Source files of the standard library, then of torch, in the order of their paths."""
+    """Source files of the standard library, then of torch, sorted by path."""
     library = Path(sysconfig.get_paths()["stdlib"])
     own = (path for path in sorted(library.rglob("*.py")) if "site-packages" not in path.parts)
     for path in (*own, *sorted(Path(torch.__file__).parent.rglob("*.py"))):
@@ -136,13 +136,8 @@ def readers(layouts: Layouts, source: TokenSource) -> dict[str, tuple[Callable, 
     order = Shuffle(len(stored), 0, source.name)(stored)
     header = 128  # of a .npy file of one dimension
 
-    def ours() -> Iterator[np.ndarray]:
-        return shuffled(TokenSource(source.folder))
-
-    def ours_open() -> Iterator[np.ndarray]:
-        return shuffled(source)
-
-    def shuffled(opened: TokenSource) -> Iterator[np.ndarray]:
+    def ours(opened: TokenSource | None = None) -> Iterator[np.ndarray]:
+        opened = opened or TokenSource(source.folder)
         numbers = Shuffle(len(opened), 0, opened.name)(np.arange(len(opened)))
         return (opened.document(number)[0] for number in numbers.tolist())
 
@@ -166,7 +161,7 @@ def readers(layouts: Layouts, source: TokenSource) -> dict[str, tuple[Callable, 
 
     return {
         OURS: (ours, order),
-        OURS_OPEN: (ours_open, order),
+        OURS_OPEN: (lambda: ours(source), order),
         "webdataset decode": (decode, stored),
         "webdataset, own npy decode": (own_decode, stored),
         "stdlib tarfile": (stdlib, stored),
@@ -180,26 +175,14 @@ def stream(source: TokenSource, state: np.ndarray | None = None) -> LaneStream:
     return LaneStream(blend, 0, range(ROWS), ROWS, SEQ_LEN, ROWS, zeros if state is None else state)
 
 
-def filling(
-    layouts: Layouts, read: Callable[[], Iterator[np.ndarray]]
-) -> Callable[[], list[torch.Tensor]]:
-    """A run of the harness: one pass into the buffer."""
-
-    def run() -> list[torch.Tensor]:
-        layouts.fill(read())
-        return []
-
-    return run
-
-
 def reading(layouts: Layouts, source: TokenSource, rounds: int) -> list[Timing]:
-    """One pass over all documents by every rival, verified, then timed."""
-    raw = bytearray((source.folder / f"{shard_name(0)}.tar").stat().st_size)
+    """Timings of one pass over all documents by every rival, verified first."""
+    shard = source.folder / f"{shard_name(0)}.tar"
+    raw = bytearray(shard.stat().st_size)
 
     def read_raw() -> list[torch.Tensor]:
-        with open(source.folder / f"{shard_name(0)}.tar", "rb", buffering=0) as file:
-            if file.readinto(raw) != len(raw):
-                raise ValueError("short read")
+        with open(shard, "rb", buffering=0) as file:
+            assert file.readinto(raw) == len(raw), "short read"
         return []
 
     batches = -(-layouts.tokens // (ROWS * SEQ_LEN))
@@ -210,17 +193,21 @@ def reading(layouts: Layouts, source: TokenSource, rounds: int) -> list[Timing]:
             next(running)
         return []
 
+    def one_pass(read: Callable[[], Iterator[np.ndarray]]) -> list[torch.Tensor]:
+        layouts.fill(read())
+        return []
+
     rivals: list[Rival] = []
     for name, (read, order) in readers(layouts, source).items():
         layouts.check(name, read, order)
-        rivals.append(Rival(name, filling(layouts, read)))
+        rivals.append(Rival(name, partial(one_pass, read)))
     rivals.insert(2, Rival(PACKED, packed))
     rivals.append(Rival("raw sequential read", read_raw))
     return compare(rivals, rounds=rounds)
 
 
 def resuming(layouts: Layouts, source: TokenSource, rounds: int) -> list[Timing]:
-    """From nothing to the first batch in the middle of an epoch; webdataset reads its way there."""
+    """Timings from start to the first batch in mid-epoch; webdataset reads up to it."""
     half = len(layouts.documents) // 2
     blend = Blend((source,), (1.0,))
     state = np.zeros((ROWS, blend.state_size()), np.int64)
@@ -240,7 +227,7 @@ def resuming(layouts: Layouts, source: TokenSource, rounds: int) -> list[Timing]
 
 
 def rates(tokens: int, timings: list[Timing]) -> str:
-    """Markdown: million tokens per CPU-second, and how many times our shuffled reader that is."""
+    """Markdown: million tokens per CPU-second, and speed of our shuffled reader over each."""
     lines = ["| reader | Mtok per CPU-s | ours is |", "|---|---:|---:|"]
     for timing in timings:
         times = "too noisy" if timing.cpu_ratio is None else f"{timing.cpu_ratio:.2f}x"
@@ -254,17 +241,14 @@ def rates(tokens: int, timings: list[Timing]) -> str:
 
 
 def main(rounds: int = 15) -> None:
-    """Run all settings and write ``results/data_reader.{jsonl,md}``."""
-    torch.set_num_threads(1)
+    """Runs all settings and writes ``results/data_reader.{jsonl,md}``."""
     tokenizer = TextTokenizer.train(islice(texts(), 150), 4096)
     vocabulary = Vocabulary(tokenizer.size, tokenizer.bos, tokenizer.eos, tokenizer.pad)
-    report = Report("data_reader", "Reading tokenised documents (row 10)")
-    report.environment |= {"numpy": np.__version__, "webdataset": webdataset.__version__}
+    title = "Reading tokenised documents (row 10)"
+    report = Report("data_reader", title, ["numpy", "webdataset"])
     sets = {
-        "long": tokenise(tokenizer, texts(), lambda documents, tokens: tokens >= LONG_TOKENS),
-        "short": tokenise(
-            tokenizer, functions(), lambda documents, _: documents >= SHORT_DOCUMENTS
-        ),
+        "long": tokenise(tokenizer, texts(), lambda _, tokens: tokens >= LONG_TOKENS),
+        "short": tokenise(tokenizer, functions(), lambda count, _: count >= SHORT_DOCUMENTS),
     }
     extra = []
     for name, documents in sets.items():

@@ -1,11 +1,10 @@
-"""DecodeCache: tokens per second with the cache and without, beside transformers' generate.
+"""Greedy decoding: tokens per second with the cache and without, beside transformers' generate.
 
     python benchmarks/decode.py [ROUNDS]
 
-The same random weights in all: a dense Chameleon, copied key by key. Greedy text of fixed length
-from prompts of fixed length, image codes masked in all; what is written must be the same before
-anything is timed. The rival without a cache reads its whole row again for each token. One thread,
-fp32.
+All decode with the same random weights, those of a dense Chameleon: text of fixed length from
+prompts of fixed length, image codes masked. The tokens must be equal before anything is timed. The
+rival without a cache reads its whole row again for each token. One thread, fp32.
 """
 
 import sys
@@ -53,7 +52,7 @@ OURS_TO_THEIRS = {
 
 
 def ours() -> Decoder:
-    """A dense decoder whose logits differ by more than rounding."""
+    """A dense decoder whose logits differ by more than rounding error."""
     model = decoders.dense(SHAPE).build()
     model.init_states()
     generator = torch.Generator().manual_seed(0)
@@ -61,7 +60,7 @@ def ours() -> Decoder:
         for parameter in model.parameters():
             if parameter.ndim >= 2:
                 parameter.normal_(std=0.08, generator=generator)
-        model.lm_head.weight[EOS] = 0  # never the most likely: all write to the full length
+        model.lm_head.weight[EOS] = 0  # never the most likely: all reach full length
     return model.eval()
 
 
@@ -86,7 +85,10 @@ def theirs(model: Decoder) -> Any:
     other = transformers.ChameleonForConditionalGeneration(config).eval()
     states = {}
     for name, value in model.state_dict().items():
-        prefix, name = ("", name) if "layers." not in name else _layer(name)
+        prefix = ""
+        if name.startswith("layers."):
+            _, number, name = name.split(".", 2)
+            prefix = f"model.layers.{number}."
         stem = name.removesuffix(".weight").removesuffix(".bias")
         leaf = ".bias" if name.endswith(".bias") else ".weight"
         states[prefix + OURS_TO_THEIRS[stem] + leaf] = value
@@ -95,28 +97,15 @@ def theirs(model: Decoder) -> Any:
     return other
 
 
-def _layer(name: str) -> tuple[str, str]:
-    _, number, rest = name.split(".", 2)
-    return f"model.layers.{number}.", rest
-
-
-def rivals(model: Decoder, other: Any, prompts: list[list[int]], new: int) -> Any:
-    """Ours with the cache first, then without, then theirs; each returns what it wrote."""
+def rivals(model: Decoder, other: Any, prompts: list[list[int]], new: int) -> list[Rival]:
+    """Ours with the cache, ours without, then theirs; each returns its tokens."""
 
     def run(cache: bool) -> list[torch.Tensor]:
-        written = generate(
-            model,
-            VOCABULARY,
-            prompts,
-            new_tokens=new,
-            mode="text",
-            sampling=Sampling(temperature=0),
-            cache=cache,
-        )
+        greedy: dict[str, Any] = {"mode": "text", "sampling": Sampling(temperature=0)}
+        written = generate(model, VOCABULARY, prompts, new_tokens=new, cache=cache, **greedy)
         return [torch.tensor(written).float()]
 
     def run_theirs() -> list[torch.Tensor]:
-        assert other is not None
         tokens = torch.tensor(prompts)
         written = other.generate(
             tokens,
@@ -140,18 +129,16 @@ def rivals(model: Decoder, other: Any, prompts: list[list[int]], new: int) -> An
 
 
 def main(rounds: int) -> None:
-    """Time all settings and write the report."""
-    torch.set_num_threads(1)
+    """Times all settings and writes ``results/decode.{jsonl,md}``."""
+    report = Report("decode", "DecodeCache: with a cache, without, and transformers' generate")
     model = ours()
     other = theirs(model)
-    report = Report("decode", "DecodeCache: with a cache, without, and transformers' generate")
     for documents, length, new in SETTINGS:
         generator = torch.Generator().manual_seed(1)
         words = torch.randint(1024, 2560, (documents, length - 1), generator=generator)
         prompts = [[BOS, *row] for row in words.tolist()]
-        timings = compare(
-            rivals(model, other, prompts, new), rounds=rounds, warmups=1, tolerance=0.0
-        )
+        found = rivals(model, other, prompts, new)
+        timings = compare(found, rounds=rounds, warmups=1, tolerance=0.0)
         count = documents * new
         setting = {
             "documents": documents,
@@ -161,7 +148,7 @@ def main(rounds: int) -> None:
             "tokens per CPU second": ", ".join(f"{t.name} {count / t.cpu:,.0f}" for t in timings),
         }
         report.add(setting, timings)
-    print(report.write())
+    report.write()
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Training steps of our trainer beside torchtitan's own llama3 in torchtitan's trainer (row 11).
+"""Training steps of our trainer beside torchtitan's llama3 in torchtitan's trainer (row 11).
 
     python benchmarks/end_to_end.py
 
-A rival's unit of work is one whole optimizer step: batch, forward, loss, backward, clipping, AdamW,
-schedule. All get the same batches from memory (reading is row 10), one document a row, so that
-attention is plain causal everywhere. Nothing is logged, saved or validated while timed.
+A run is one whole optimizer step: batch, forward, loss, backward, clipping, AdamW, schedule. All
+trainers get the same batches from memory (reading is row 10), one document a row, so that attention
+is plain causal everywhere. Nothing is logged, saved or validated while timed.
 
 torchtitan's trainer runs on a CPU by ``parallel/compat.py`` and by its config alone: SDPA for
 FlexAttention, whole logits, fp32, no recomputation of activations. It is shown as it comes, which
@@ -12,7 +12,7 @@ wraps every block in FSDP2 even on one rank, and without that wrapping.
 
 "equal" is our decoder composed as llama3 is (pre-norm, no qk-norm, no z-loss): as many parameters
 and FLOPs, the same optimizer. "Chameleon" has qk-norm, Swin-order norm and z-loss. MoMa has its
-FLOPs and eight feed-forwards to hold and update instead of one.
+FLOPs, and eight feed-forwards to update instead of one.
 """
 
 import json
@@ -20,19 +20,18 @@ import logging
 import tempfile
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchtitan
 import torchtitan.trainer as titan
 from torch import nn
 from torchtitan.components.checkpointer import CheckpointManager
-from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.components.loss import CrossEntropyLoss
 from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.distributed import ParallelDims
@@ -43,7 +42,6 @@ from torchtitan.models.llama3.parallelize import parallelize_llama
 from earlyfuse.configs import decoders, embedded
 from earlyfuse.data.shards.writer import ShardRecord, shard_name, write_manifest, write_shard
 from earlyfuse.models.batch import MixedBatch
-from earlyfuse.models.blocks.feed_forward import FeedForward
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.objectives.next_token import ChameleonObjective
 from earlyfuse.models.vocabulary import MediaCodes, Modality, Vocabulary
@@ -66,7 +64,7 @@ Batch = tuple[dict[str, Any], torch.Tensor]
 
 
 def vocabulary_of(size: int) -> Vocabulary:
-    """Text pieces in the lower half, image codes in the upper."""
+    """Vocabulary of text pieces in the lower half and image codes in the upper."""
     image = MediaCodes(Modality.IMAGE, start=size // 2, count=size // 2, begin=3, end=4)
     return Vocabulary(size, bos=0, eos=1, pad=2, media=(image,))
 
@@ -74,7 +72,7 @@ def vocabulary_of(size: int) -> Vocabulary:
 def rows_of_tokens(rows: int, vocab_size: int, seed: int) -> torch.Tensor:
     """(rows, SEQ_LEN + 1) ids: text and image segments in turn, each a noisy arithmetic chain.
 
-    The next id is one of four that follow from the present one, so there is something to learn.
+    The next id is one of four that follow from the current one, so there is something to learn.
     """
     generator = torch.Generator().manual_seed(seed)
     half = vocab_size // 2
@@ -88,13 +86,13 @@ def rows_of_tokens(rows: int, vocab_size: int, seed: int) -> torch.Tensor:
 
 
 def batches(vocabulary: Vocabulary) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """(tokens, labels), both (ROWS, SEQ_LEN); the last one is held out."""
+    """(tokens, labels), both (ROWS, SEQ_LEN); the last pair is held out."""
     rows = rows_of_tokens(ROWS * (BATCHES + 1), vocabulary.size, seed=0)
     return [(part[:, :-1], part[:, 1:]) for part in rows.split(ROWS)]
 
 
 def prepared_folder(folder: Path, vocabulary: Vocabulary) -> None:
-    """A data set for our trainer to open; its batches come from memory."""
+    """Writes a data set for our trainer to open; its batches come from memory."""
     source = folder / "train" / "chains"
     source.mkdir(parents=True)
     (folder / "tokenizers").mkdir()
@@ -109,40 +107,15 @@ def prepared_folder(folder: Path, vocabulary: Vocabulary) -> None:
 
 
 class TitanTrainer(titan.Trainer):
-    """torchtitan's, joined to the process group that is already there."""
-
-    @dataclass(kw_only=True, slots=True)
-    class Config(titan.Trainer.Config):
-        pass
+    """torchtitan's, in the process group that our trainer has made."""
 
     def init_distributed(self) -> ParallelDims:
-        """One rank, as our trainer says it."""
+        """One rank, as in our trainer."""
         return ParallelDims.from_config(self.config.parallelism, 1)
 
 
-class NoLoader(BaseDataLoader):
-    """torchtitan builds a loader; the batches come from memory."""
-
-    @dataclass(kw_only=True, slots=True)
-    class Config(BaseDataLoader.Config):
-        pass
-
-    def __init__(self, config: Config, **_: Any) -> None:
-        pass
-
-    def __iter__(self) -> Iterator[Batch]:
-        return iter(())
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing to save."""
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing to load."""
-
-
 def our_trainer(folder: Path, model: Decoder.Config, z_loss: float) -> Trainer:
-    """Our trainer as the configs build it, with the timed part's settings."""
+    """Our trainer as configs build it, with this benchmark's sizes."""
     config = embedded.dense()
     assert config.model_spec is not None
     config.model_spec = replace(config.model_spec, model=model)
@@ -159,7 +132,7 @@ def our_trainer(folder: Path, model: Decoder.Config, z_loss: float) -> Trainer:
 
 
 def llama_config() -> Llama3Model.Config:
-    """torchtitan's debug model, with SDPA where it has FlexAttention."""
+    """torchtitan's debug model, with SDPA in place of FlexAttention."""
     model = model_registry("debugmodel").model
     assert isinstance(model, Llama3Model.Config)
     for _, _, parent, field in list(model.traverse(FlexAttention.Config)):
@@ -184,11 +157,12 @@ def titan_trainer(folder: Path, like: Trainer, fsdp: bool) -> TitanTrainer:
         parallelize_fn=parallelize,
         state_dict_adapter=None,
     )
-    config = TitanTrainer.Config(
+    loader: Any = SimpleNamespace(build=lambda **_: None)  # batches come from memory
+    config = titan.Trainer.Config(
         model_spec=spec,
         dump_folder=str(folder / "titan"),
         tokenizer=NoTokenizer.Config(),
-        dataloader=NoLoader.Config(),
+        dataloader=loader,
         loss=CrossEntropyLoss.Config(),
         optimizer=deepcopy(ours.optimizer),
         lr_scheduler=deepcopy(ours.lr_scheduler),
@@ -206,33 +180,27 @@ def titan_trainer(folder: Path, like: Trainer, fsdp: bool) -> TitanTrainer:
 
 
 def fed(trainer: titan.Trainer, vocabulary: Vocabulary) -> Iterator[Batch]:
-    """The batches again and again, with the fields the trainer's model takes."""
+    """The batches again and again, with the fields that the trainer's model takes."""
     positions_BS = torch.arange(SEQ_LEN).expand(ROWS, -1)
-    prepared = [
-        (tokens, vocabulary.modality_of(tokens), labels)
-        for tokens, labels in batches(vocabulary)[:-1]
-    ]
-
-    def endless() -> Iterator[Batch]:
-        for tokens_BS, modality_BS, labels_BS in cycle(prepared):
-            if isinstance(trainer, Trainer):
-                batch = MixedBatch.of(
-                    tokens_BS,
-                    modality_BS,
-                    labels_BS=labels_BS,
-                    label_modality_BS=vocabulary.modality_of(labels_BS),
-                )
-                yield {"batch": batch, "first_row": 0}, labels_BS
-            else:
-                yield {"input": tokens_BS, "positions": positions_BS}, labels_BS
-
-    return trainer.batch_generator(endless())
+    prepared: list[Batch] = []
+    for tokens_BS, labels_BS in batches(vocabulary)[:-1]:
+        if isinstance(trainer, Trainer):
+            batch = MixedBatch.of(
+                tokens_BS,
+                vocabulary.modality_of(tokens_BS),
+                labels_BS=labels_BS,
+                label_modality_BS=vocabulary.modality_of(labels_BS),
+            )
+            prepared.append(({"batch": batch, "first_row": 0}, labels_BS))
+        else:
+            prepared.append(({"input": tokens_BS, "positions": positions_BS}, labels_BS))
+    return trainer.batch_generator(cycle(prepared))
 
 
 def stepping(trainer: titan.Trainer, vocabulary: Vocabulary) -> Callable[[], list[torch.Tensor]]:
-    """A run of the harness: what the body of ``train`` does in a step without a log line."""
+    """A run: the body of ``train`` in a step without a log line."""
     feed = fed(trainer, vocabulary)
-    trainer.step = 1  # both log their first step
+    trainer.step = 1  # the first step is logged
 
     def run() -> list[torch.Tensor]:
         trainer.step += 1
@@ -256,7 +224,7 @@ def held_out_loss(trainer: titan.Trainer, vocabulary: Vocabulary) -> float:
 
 
 def build(folder: Path) -> tuple[dict[str, titan.Trainer], Vocabulary]:
-    """All trainers in one process, ours first, and the vocabulary of their tokens."""
+    """All trainers, ours first, and the vocabulary of their tokens."""
     llama = llama_config()
     shape = decoders.Shape(
         dim=llama.dim,
@@ -290,7 +258,7 @@ def build(folder: Path) -> tuple[dict[str, titan.Trainer], Vocabulary]:
 
 
 def parameters(trainer: titan.Trainer) -> int:
-    """Parameters of the trainer's model."""
+    """Number of the model's parameters."""
     return sum(parameter.numel() for parameter in trainer.model_parts[0].parameters())
 
 
@@ -312,7 +280,7 @@ def summary(
     for timing in timings:
         name, ratio = timing.name, timing.cpu_ratio
         speed = "too noisy" if base is None or ratio is None else f"{base / ratio:.2f}x"
-        flops = trainers[name].metrics_processor.num_flops_per_token  # each by its own formula
+        flops = trainers[name].metrics_processor.num_flops_per_token  # by the trainer's own formula
         lines.append(
             f"| {name} | {parameters(trainers[name]):,} | {flops / 1e6:.1f} "
             f"| {tokens / timing.cpu:,.0f} | {speed} | {before[name]:.2f} → {after[name]:.2f} |"
@@ -322,33 +290,27 @@ def summary(
 
 
 def main(rounds: int = 15, warmups: int = 3) -> None:
-    """Time all trainers and write ``results/end_to_end.{jsonl,md}``."""
-    torch.set_num_threads(1)
+    """Times all trainers and writes ``results/end_to_end.{jsonl,md}``."""
     logging.getLogger().setLevel(logging.WARNING)
-    report = Report("end_to_end", "Whole training steps (row 11)")
-    report.environment |= {"torchtitan": torchtitan.__version__}
+    report = Report("end_to_end", "Whole training steps (row 11)", ["torchtitan"])
     with tempfile.TemporaryDirectory() as place:
         trainers, vocabulary = build(Path(place))
         if parameters(trainers[EQUAL]) != parameters(trainers[TITAN]):
             raise ValueError(
-                f"{EQUAL} has {parameters(trainers[EQUAL])} parameters, {TITAN} "
-                f"{parameters(trainers[TITAN])}: they are to be equal in size"
+                f"{EQUAL} has {parameters(trainers[EQUAL])} parameters and {TITAN} "
+                f"{parameters(trainers[TITAN])}; make them equal"
             )
         before = {name: held_out_loss(t, vocabulary) for name, t in trainers.items()}
         rivals = [Rival(name, stepping(t, vocabulary)) for name, t in trainers.items()]
         timings = compare(rivals, rounds=rounds, warmups=warmups)
         after = {name: held_out_loss(t, vocabulary) for name, t in trainers.items()}
-        model = trainers[EQUAL].model_config
-        assert isinstance(model, Decoder.Config)
-        layer = model.layers[0]
-        assert layer.attention is not None
-        assert isinstance(layer.feed_forward, FeedForward.Config)
+        llama = llama_config()
         setting = {
-            "layers": len(model.layers),
-            "dim": model.dim,
-            "heads": layer.attention.heads,
-            "inner width": layer.feed_forward.hidden_dim,
-            "vocabulary": model.vocab_size,
+            "layers": len(llama.layers),
+            "dim": llama.dim,
+            "heads": llama.layers[0].attention.n_heads,
+            "inner width": llama.layers[0].feed_forward.w1.out_features,
+            "vocabulary": llama.vocab_size,
             "batch": f"{ROWS} x {SEQ_LEN}",
             "dtype": "fp32",
             "optimizer": f"AdamW, {trainers[EQUAL].config.optimizer.implementation}",

@@ -1,20 +1,10 @@
-"""How ``gpu.py`` checks and times one line of its table, and what the device can do at most.
-
-A time is the device's own: two events around a run, after 256 MB of other data have been read so
-that nothing is in the L2 cache. Before the first event the device is kept busy for longer than the
-host needs to launch the run, so that launching is not measured as computing, unless the run itself
-waits for the device. What the host needs stands in a column of its own: where that is more than the
-device's time, the host sets the pace as soon as nothing runs ahead of it.
-
-Rivals take turns, a different one first in each round; ratios are of times in the same round, and
-withheld where their quartiles lie too far apart (``harness.py``).
-"""
+"""Checks and times one line of ``gpu.py``'s table, and probes the ceilings of the device."""
 
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -23,14 +13,12 @@ import torch
 from harness import median_and_spread, ratio, rms_error
 
 Run = Callable[[], Sequence[torch.Tensor]]
+Line = dict[str, Any]
 
 OURS = "ours"
-HELD = "peak / (inputs, results, chunk states)"
-WARMUPS, ROUNDS, FEWEST_ROUNDS = 5, 50, 15
-LINE_SECONDS = 12.0  # slow rivals get fewer rounds than ROUNDS
-LONGEST_COVER = 0.2  # seconds
-OTHER_BYTES = 256 << 20  # more than any L2
-# of a processor, in a clock: sm_80 to sm_100
+LINE_SECONDS, ROUNDS, FEWEST_ROUNDS = 12.0, 15, 5
+MEMORY = "peak / (inputs, results, chunk states)"
+# per processor and clock, sm_80 to sm_100
 EXPONENTIALS_PER_CLOCK, FP32_PER_CLOCK = 16, 256
 
 
@@ -58,9 +46,9 @@ class Work:
     """One line of the table.
 
     ``expected`` is the definition in fp32, which ``ours`` and the rivals named in ``same`` must
-    reproduce (a rival may leave out the last results). ``flops`` are of products on tensor cores,
-    ``fp32_flops`` of all else. ``held`` is (bytes of the inputs, bytes of all that must be there at
-    once) where memory has a goal.
+    reproduce (a rival may omit the last results). ``flops`` run on tensor cores, ``fp32_flops`` do
+    not. ``held``, where memory has a goal: bytes of the inputs, and bytes of everything that must
+    exist at once.
     """
 
     row: str
@@ -79,24 +67,20 @@ class Work:
 
 
 class Device:
-    """A CUDA device: its ceilings, probed when this is made, and how to time a run on it."""
+    """A CUDA device: its ceilings, probed when this is made, and figures of a run on it."""
 
     def __init__(self) -> None:
         import triton
 
-        self.other = torch.ones(OTHER_BYTES // 4, device="cuda")
-        self.clock = 0.0
         cycles = 20_000_000
-        # measured, because torch built for CUDA 13 need not know it; the first runs wake the device
-        self.clock = cycles / min(
-            self.seconds(lambda: torch.cuda._sleep(cycles), 0.0) for _ in range(8)
-        )
+        # measured: torch built for CUDA 13 need not know the clock
+        self.clock = cycles / self.seconds(lambda: torch.cuda._sleep(cycles))
         self.processors = torch.cuda.get_device_properties("cuda").multi_processor_count
         a, b = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16)
-        self.matmul = 2 * 8192**3 / self._median(lambda: a @ b)
+        self.matmul = 2 * 8192**3 / self.seconds(lambda: a @ b)
         source = torch.ones(1 << 28, device="cuda")
         target = torch.empty_like(source)
-        self.copy = 2 * source.nbytes / self._median(lambda: target.copy_(source))
+        self.copy = 2 * source.nbytes / self.seconds(lambda: target.copy_(source))
         name = torch.cuda.get_device_name()
         setting = (
             f"{name}, torch {torch.__version__}, triton {triton.__version__}, python "
@@ -106,29 +90,21 @@ class Device:
         )
         self.environment = {"device": name, "setting of the run": setting}
 
-    def _median(self, run: Callable[[], object]) -> float:
-        return statistics.median([self.seconds(run, 1e-4) for _ in range(30)][5:])
+    def seconds(self, run: Callable[[], object]) -> float:
+        """Median of some runs, each with a cold L2 cache."""
+        from triton.testing import do_bench
 
-    def seconds(self, run: Callable[[], object], cover: float) -> float:
-        """Of one run on the device; the host is ahead of it by ``cover`` seconds."""
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self.other.sum()
-        torch.cuda._sleep(int(cover * self.clock))
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1e3
+        return do_bench(run, warmup=5, rep=25, return_mode="median") / 1e3
 
     def host_seconds(self, run: Callable[[], object]) -> float:
-        """What the host takes to launch a run on an idle device."""
+        """Time of the host to launch a run on an idle device."""
         torch.cuda.synchronize()
         start = time.perf_counter()
         run()
         return time.perf_counter() - start
 
     def peak(self, run: Callable[[], object]) -> int:
-        """Bytes that a run needs at once, results included, beside those there before."""
+        """Bytes that a run allocates at its peak, results included."""
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -136,19 +112,19 @@ class Device:
         return torch.cuda.max_memory_allocated() - before
 
     def host_sync(self, run: Callable[[], object]) -> str | None:
-        """torch's word for it where a run makes the host wait for the device."""
+        """torch's error where a run makes the host wait for the device."""
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
             run()
         except RuntimeError as error:
-            return told(error)
+            return one_line(error)
         finally:
             torch.cuda.set_sync_debug_mode("default")
         return None
 
     def floor(self, work: Work) -> float:
-        """Seconds below which ``work`` cannot be done here."""
+        """Least seconds that ``work`` can take here."""
         clocks = self.processors * self.clock
         return max(
             work.flops / self.matmul,
@@ -158,32 +134,32 @@ class Device:
         )
 
 
-def told(error: BaseException) -> str:
-    """An error in one line."""
+def one_line(error: BaseException) -> str:
+    """Type and first line of an error."""
     first = next(iter(str(error).strip().splitlines()), "")
     return f"{type(error).__name__}: {first[:300]}"
 
 
 def still_works() -> None:
-    """Raise if an error before has left the device unusable to this process."""
+    """Raises if an earlier error has left the device unusable to this process."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
 
 def check(work: Work) -> dict[str, str]:
-    """Raise ``ValueError`` where ours are not the expected results.
+    """Raises ``ValueError`` where ours differ from the expected results.
 
-    Returns the rivals named in ``same`` that fail or have other results, with what was wrong.
+    Returns the error of each rival named in ``same`` that fails or has other results.
     """
     expected = work.expected()
-    _compare("ours", work.ours(), expected, work.tolerance)
+    _compare(OURS, work.ours(), expected, work.tolerance)
     wrong = {}
     for name in work.same:
         try:
             found = work.rivals[name]()
             _compare(name, found, expected[: len(found)], work.tolerance)
         except Exception as error:  # whatever a rival raises, the others go on
-            wrong[name] = told(error)
+            wrong[name] = one_line(error)
         still_works()
     return wrong
 
@@ -195,75 +171,65 @@ def _compare(
         error = rms_error(have, want)
         if not error <= tolerance:
             raise ValueError(
-                f"result {number} of {name} is off from the definition by {error:.1e}, more than "
+                f"result {number} of {name} differs from the definition by {error:.1e}, more than "
                 f"the tolerance ({tolerance:.0e})"
             )
 
 
-def measure(device: Device, work: Work, wrong: dict[str, str]) -> dict[str, Any]:
+def measure(device: Device, work: Work, wrong: dict[str, str]) -> Line:
     """A line's figures. Rivals in ``wrong`` are left out, and so is any that fails now."""
-    left_out = dict(wrong)
-    hosts, peaks, wall = {}, {}, 0.0
-    for name, run in {OURS: work.ours, **work.rivals}.items():
+    left_out, runs = dict(wrong), {OURS: work.ours, **work.rivals}
+    hosts: dict[str, float] = {}
+    peaks: dict[str, int] = {}
+    times: dict[str, list[float]] = {}
+
+    def attempt(name: str, figures: Callable[[str], None]) -> None:
         if name in left_out:
-            continue
+            return
         try:
-            hosts[name] = statistics.median([device.host_seconds(run) for _ in range(WARMUPS)][-3:])
-            peaks[name] = device.peak(run)
-            start = time.perf_counter()
-            device.seconds(run, _cover(hosts[name]))
-            wall += time.perf_counter() - start
+            figures(name)
         except Exception as error:
             if name == OURS:
                 raise
-            left_out[name] = told(error)
+            left_out[name] = one_line(error)
             still_works()
+
+    def first(name: str) -> None:
+        hosts[name] = statistics.median([device.host_seconds(runs[name]) for _ in range(5)][-3:])
+        peaks[name] = device.peak(runs[name])
+        times[name] = []
+
+    def again(name: str) -> None:
+        times[name].append(device.seconds(runs[name]))
+
+    start = time.perf_counter()
+    for name in runs:
+        attempt(name, first)
     host_sync = device.host_sync(work.ours)
-    rounds = max(FEWEST_ROUNDS, min(ROUNDS, int(LINE_SECONDS / max(wall, 1e-9))))
-    runs = {name: run for name, run in {OURS: work.ours, **work.rivals}.items() if name in peaks}
-    times = _race(device, runs, hosts, rounds, left_out)
-    return _line(device, work, times, hosts, peaks, left_out) | {
+    rounds, names = ROUNDS, list(times)
+    for turn in range(ROUNDS):
+        if turn >= FEWEST_ROUNDS and time.perf_counter() - start > LINE_SECONDS:
+            rounds = turn
+            break
+        at = turn % len(names)
+        for name in (*names[at:], *names[:at]):
+            attempt(name, again)
+    timed = {name: of_run for name, of_run in times.items() if name not in left_out}
+    return {
+        **_figures(device, work, timed, hosts, peaks),
+        "left out": left_out,
         "rounds": rounds,
         "host sync": host_sync,
     }
 
 
-def _cover(host_seconds: float) -> float:
-    return min(1.5 * host_seconds + 1e-4, LONGEST_COVER)
-
-
-def _race(
-    device: Device,
-    runs: dict[str, Run],
-    hosts: dict[str, float],
-    rounds: int,
-    left_out: dict[str, str],
-) -> dict[str, list[float]]:
-    """Seconds of each run in each round; a rival that fails is moved to ``left_out``."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(rounds):
-        names = list(times)
-        first = turn % len(names)
-        for name in (*names[first:], *names[:first]):
-            try:
-                times[name].append(device.seconds(runs[name], _cover(hosts[name])))
-            except Exception as error:
-                if name == OURS:
-                    raise
-                left_out[name] = told(error)
-                del times[name]
-                still_works()
-    return times
-
-
-def _line(
+def _figures(
     device: Device,
     work: Work,
     times: dict[str, list[float]],
     hosts: dict[str, float],
     peaks: dict[str, int],
-    left_out: dict[str, str],
-) -> dict[str, Any]:
+) -> Line:
     seconds, spread = median_and_spread(times[OURS])
     floor = device.floor(work)
     rivals = {
@@ -290,16 +256,10 @@ def _line(
     figures |= {f"ours / {name}": rival["ours / rival"] for name, rival in rivals.items()}
     if work.held is not None:
         inputs, held = work.held
-        figures[HELD] = (inputs + peaks[OURS]) / held
+        figures[MEMORY] = (inputs + peaks[OURS]) / held
     return line | {
         "rivals": rivals,
-        "left out": left_out,
         "goals": [goal.verdict(figures) for goal in work.goals],
         "FLOPs": work.flops + work.fp32_flops,
         "bytes": work.bytes_moved,
     }
-
-
-def size_of(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes of all of them."""
-    return sum(tensor.nbytes for tensor in tensors)

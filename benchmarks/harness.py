@@ -1,13 +1,14 @@
-"""Times rivals fairly on a machine that other work may share.
+"""Times rivals fairly on a shared machine, and writes the page of results.
 
-All rivals run in one process, round-robin, and each round starts with another one, so that a slow
-minute falls on all of them. A ratio is the median over rounds of (rival's time / first rival's time
-in the same round); it is withheld when the quartiles of those per-round ratios lie more than 15 %
-of it apart. CPU time stands beside wall time: it is the one to read where cores are shared. Nothing
-is timed before its results were found equal to those of the rival it claims to reproduce.
+All rivals run round-robin in one process, and each round starts with a different one, so that a
+slow minute falls on all of them. A ratio is the median over rounds of (rival's time / first rival's
+time in the same round); it is withheld where the quartiles of those ratios lie more than 15 % of it
+apart. Read CPU time rather than wall time where cores are shared. A rival is timed only after its
+results equal those of the rival it reproduces.
 """
 
 import ctypes
+import importlib.metadata
 import json
 import os
 import platform
@@ -30,7 +31,7 @@ MAX_SPREAD = 0.15
 class Rival:
     """One way to do the work: ``run`` does it once and returns its results (outputs, gradients).
 
-    ``same_as`` names the rival whose results it must reproduce; none where it computes another
+    ``same_as`` names the rival whose results it must reproduce; None where it computes a different
     function of the same cost, such as the dense layer beside an expert layer.
     """
 
@@ -43,7 +44,7 @@ class Rival:
 class Timing:
     """Seconds of one rival: medians, quartile distance over median, and ratios to the first rival.
 
-    A ratio is none where its own quartiles lie further than ``MAX_SPREAD`` apart.
+    A ratio is None where its quartiles lie more than ``MAX_SPREAD`` apart.
     """
 
     name: str
@@ -63,15 +64,12 @@ def compare(
     tolerance: float = 1e-4,
     keep_freed: bool = False,
 ) -> list[Timing]:
-    """Verify the rivals, warm each up, then time ``rounds`` interleaved rounds.
+    """Verifies the rivals, warms them up, then times ``rounds`` interleaved rounds.
 
-    ``keep_freed``: the process keeps the memory that rivals free. Otherwise the kernel takes large
-    blocks back and each run has its pages fetched and zeroed again, as in any program on a CPU:
-    a cost of the rival that takes more memory, but one that varies, and hides small differences.
-
-    Raises ``ValueError`` when a rival's result differs from the one it must reproduce by more than
-    ``tolerance`` (root mean square of the difference over that of the result), or its name is
-    unknown.
+    ``keep_freed``: the process keeps the memory that rivals free. Otherwise large blocks return to
+    the kernel and each run faults its pages in again, as in any program on a CPU: a cost of the
+    rival that takes more memory, but a noisy one that hides small differences. Raises
+    ``ValueError`` as ``verify`` does.
     """
     verify(rivals, tolerance)
     with _freed_memory_kept() if keep_freed else nullcontext():
@@ -110,24 +108,50 @@ def _rounds(
 
 @contextmanager
 def _freed_memory_kept() -> Iterator[None]:
-    """glibc gives no memory back to the kernel inside, and all that it can at the end."""
+    """Inside, glibc returns no freed memory to the kernel."""
     library = ctypes.CDLL(None)
     if not hasattr(library, "mallopt"):  # another C library
         yield
         return
-    trim, mmap, default = -1, -3, 128 << 10  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
-    for threshold in (trim, mmap):
+    for threshold in _MALLOC_THRESHOLDS:
         library.mallopt(threshold, (1 << 31) - 1)
     try:
         yield
     finally:
-        for threshold in (trim, mmap):
-            library.mallopt(threshold, default)
+        _return_freed_memory()
+
+
+_MALLOC_THRESHOLDS = (-1, -3)  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+
+
+def _return_freed_memory() -> None:
+    """Returns freed memory to the kernel, now and from now on."""
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):
+        for threshold in _MALLOC_THRESHOLDS:
+            library.mallopt(threshold, 128 << 10)
         library.malloc_trim(0)
 
 
+def peak_mb(run: Callable[[], object]) -> float:
+    """Growth of the resident set over one run in MiB, from Linux's high-water mark."""
+    _return_freed_memory()
+    Path("/proc/self/clear_refs").write_text("5")  # resets the mark
+    before = resident_mb("VmRSS")
+    run()
+    return resident_mb("VmHWM") - before
+
+
+def resident_mb(field: str) -> float:
+    """Resident set of this process in MiB: now (``VmRSS``) or at its peak (``VmHWM``)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
+
+
 def verify(rivals: Sequence[Rival], tolerance: float) -> None:
-    """Raise ``ValueError`` where a rival does not reproduce the results it claims to."""
+    """Raises ``ValueError`` where a rival's results differ by more than ``tolerance`` (RMS of the
+    difference over RMS of the result) from those of ``same_as``, or no rival has that name.
+    """
     by_name = {rival.name: rival for rival in rivals}
     for rival in rivals:
         if rival.same_as is None:
@@ -147,25 +171,21 @@ def verify(rivals: Sequence[Rival], tolerance: float) -> None:
                 )
 
 
-def updating(model: torch.nn.Module) -> Callable[[], list[torch.Tensor]]:
-    """One AdamW step on the present gradients."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
-
-    def run() -> list[torch.Tensor]:
-        optimizer.step()
-        return []
-
-    return run
+def differentiated(
+    y: torch.Tensor, leaves: Sequence[torch.Tensor], dy: torch.Tensor
+) -> list[torch.Tensor]:
+    """Results of a run: the output, and the gradient of each leaf."""
+    return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
 
 
 def rms_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """Root mean square of the difference over that of ``expected``."""
+    """RMS of the difference over RMS of ``expected``."""
     difference = (actual.detach().double() - expected.detach().double()).norm()
     return (difference / expected.detach().double().norm().clamp_min(1e-30)).item()
 
 
-def environment() -> dict[str, Any]:
-    """The setting of the numbers: versions, processor, load, and two ceilings measured now."""
+def environment(*packages: str) -> dict[str, Any]:
+    """Setting of the numbers: versions, processor, load, and two ceilings measured now."""
     return {
         "command": " ".join(["python", *sys.argv]),
         "python": platform.python_version(),
@@ -177,26 +197,40 @@ def environment() -> dict[str, Any]:
         "load": round(os.getloadavg()[0], 2),
         "matmul GFLOP/s": round(_matmul_gflops(), 1),
         "copy GB/s": round(_copy_gbytes(), 1),
+        **{name: _version(name) for name in packages},
     }
 
 
-class Report:
-    """Timings of one benchmark over its settings, written as JSON lines and as a Markdown table."""
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "missing"
 
-    def __init__(self, name: str, title: str) -> None:
+
+class Report:
+    """Timings of one benchmark over its settings, written as JSON lines and as a Markdown page."""
+
+    def __init__(self, name: str, title: str, packages: Sequence[str] = ()) -> None:
+        """``packages``: rivals whose versions belong to the setting."""
+        torch.set_num_threads(1)
         self.name, self.title = name, title
-        self.environment = environment()
+        self.environment = environment(*packages)
         self.entries: list[tuple[dict[str, Any], list[Timing]]] = []
+        self.verdicts: list[str] = []
 
     def add(self, setting: dict[str, Any], timings: list[Timing]) -> None:
-        """Keep the timings of one setting (shapes, dtype, FLOPs …) and print them."""
+        """Keeps the timings of one setting (shapes, dtype, FLOPs …) and prints them."""
         self.entries.append((setting, timings))
         print(_table(setting, timings), flush=True)
 
-    def write(self, conclusion: str = "") -> Path:
-        """Write ``results/<name>.jsonl`` and ``.md``, which ends with ``conclusion``; returns the
-        latter.
-        """
+    def judge(self, verdict: str) -> None:
+        """Keeps a goal's line of the page and prints it."""
+        self.verdicts.append(verdict)
+        print(verdict, flush=True)
+
+    def write(self, text: str = "") -> None:
+        """Writes ``results/<name>.jsonl`` and ``.md``: tables, goals and ``text``."""
         RESULTS.mkdir(exist_ok=True)
         lines = [
             json.dumps({"setting": setting, **vars(timing), "environment": self.environment})
@@ -207,10 +241,9 @@ class Report:
         header = ", ".join(f"{key}: {value}" for key, value in self.environment.items())
         tables = "\n".join(_table(setting, timings) for setting, timings in self.entries)
         page = RESULTS / f"{self.name}.md"
-        page.write_text(
-            f"# {self.title}\n\n{header}\n\n{tables}{conclusion and chr(10)}{conclusion}"
-        )
-        return page
+        goals = "## Goals (CPU time)\n\n" + "\n".join(self.verdicts) if self.verdicts else ""
+        parts = [f"# {self.title}", header, tables.strip(), goals, text.strip()]
+        page.write_text("\n\n".join(filter(None, parts)) + "\n")
 
 
 def _table(setting: dict[str, Any], timings: Sequence[Timing]) -> str:
@@ -233,7 +266,7 @@ def _shown(ratio: float | None) -> str:
 
 
 def median_and_spread(values: Sequence[float]) -> tuple[float, float]:
-    """The median, and the quartiles' distance over it."""
+    """Median, and distance of the quartiles over it."""
     if len(values) < 2:
         return values[0], 0.0
     lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
@@ -241,18 +274,23 @@ def median_and_spread(values: Sequence[float]) -> tuple[float, float]:
 
 
 def ratio(values: Sequence[float], base: Sequence[float]) -> float | None:
-    """Median over rounds of the ratio of two runs' times; none where the rounds do not agree."""
+    """Median over rounds of the ratio of two runs' times; None where the rounds disagree."""
     median, spread = median_and_spread([a / b for a, b in zip(values, base, strict=True)])
     return median if spread <= MAX_SPREAD else None
 
 
+def ours_over(timings: Sequence[Timing]) -> dict[str, float | None]:
+    """CPU time of the first rival, ours, over that of each rival, by its name."""
+    return {t.name: None if t.cpu_ratio is None else 1 / t.cpu_ratio for t in timings}
+
+
 def at_most(what: str, ratio: float | None, goal: float) -> str:
-    """Markdown: whether a ratio meets its goal."""
+    """Markdown: a goal, and whether the ratio meets it."""
     return _goal(f"{what} ≤ {goal:.2f}", ratio, ratio is not None and ratio <= goal)
 
 
 def at_least(what: str, ratio: float | None, goal: float) -> str:
-    """Markdown: whether a ratio meets its goal."""
+    """Markdown: a goal, and whether the ratio meets it."""
     return _goal(f"{what} ≥ {goal:.2f}", ratio, ratio is not None and ratio >= goal)
 
 
@@ -263,14 +301,14 @@ def _goal(goal: str, ratio: float | None, met: bool) -> str:
 
 
 def speed(numerator: Timing, denominator: Timing) -> float | None:
-    """How many times as fast ``numerator`` is as ``denominator``, in CPU time."""
+    """Speed of ``numerator`` over that of ``denominator``, in CPU time."""
     if numerator.cpu_ratio is None or denominator.cpu_ratio is None:
         return None
     return denominator.cpu_ratio / numerator.cpu_ratio
 
 
 def compare_models(
-    report: "Report",
+    report: Report,
     setting: dict[str, Any],
     tokens: int,
     models: dict[str, torch.nn.Module],
@@ -279,7 +317,7 @@ def compare_models(
     rounds: int,
     same: bool = False,
 ) -> tuple[str, dict[str, Timing]]:
-    """Whole models: ``training(model)`` is one batch of ``tokens``, forward and backward.
+    """Times whole models: ``training(model)`` is one batch of ``tokens``, forward and backward.
 
     AdamW is timed by itself. ``same``: all reproduce the first. Returns a Markdown table (speed
     with and without the optimizer) and the timings of forward and backward by name.
@@ -291,7 +329,7 @@ def compare_models(
     ]
     passes = compare(rivals, rounds=rounds)
     report.add(setting | {"work": "forward and backward"}, passes)
-    updates = compare([Rival(name, updating(m)) for name, m in models.items()], rounds=rounds)
+    updates = compare([Rival(name, _updating(m)) for name, m in models.items()], rounds=rounds)
     report.add(setting | {"work": "AdamW, fused"}, updates)
     lines = [
         ", ".join(f"{key} {value}" for key, value in setting.items()),
@@ -307,6 +345,17 @@ def compare_models(
             f"| {_shown(speed(passing, passes[0]))} | {step / (passing.cpu + update.cpu):.3f} |"
         )
     return "\n".join(lines) + "\n", {timing.name: timing for timing in passes}
+
+
+def _updating(model: torch.nn.Module) -> Callable[[], list[torch.Tensor]]:
+    """One AdamW step on the present gradients."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+
+    def run() -> list[torch.Tensor]:
+        optimizer.step()
+        return []
+
+    return run
 
 
 def _cpu_name() -> str:
@@ -325,7 +374,7 @@ def _matmul_gflops(size: int = 1024, repeats: int = 5) -> float:
 
 
 def _copy_gbytes(count: int = 1 << 24, repeats: int = 5) -> float:
-    """Bytes read and written per second by a copy larger than the caches."""
+    """GB read and written per second by a copy larger than the caches."""
     source, target = torch.ones(2, count)
     return 2e-9 * source.nbytes / _best(lambda: target.copy_(source), repeats)
 

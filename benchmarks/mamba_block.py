@@ -3,14 +3,14 @@
     python benchmarks/mamba_block.py
 
 Forward and backward of ``Mamba`` with the four projections untied for two modalities. All rivals
-run our convolution and scan, so that what differs is how the projections meet their tokens: the
-dense mixer has one set for all, "both" computes every projection with both sets and selects, and
-the public style gathers by a boolean mask and scatters, once for each projection and modality.
-Outputs and all gradients of the two are compared with ours before timing, and those of a mixture of
+run our convolution and scan, so they differ only in how projections meet their tokens: the dense
+mixer has one set for all, "both" computes every projection with both sets and selects, and the
+public style gathers by a boolean mask and scatters, once for each projection and modality. Outputs
+and all gradients of the last two are compared with ours before timing, and those of a mixture of
 two copies with the dense mixer's. Modalities come in runs of ``RUN`` tokens, or mixed at random.
 
-The scan's peak memory is measured at several numbers of states: what it takes beside the states
-before each chunk must not grow with them.
+The scan's peak memory is measured at several numbers of states: beyond the states before each
+chunk, it must not grow with them.
 
 T tokens, D width, I inner width, N states, R rank of the step sizes, G modality groups.
 """
@@ -28,10 +28,10 @@ from earlyfuse.kernels.selective_scan.chunks import count_chunks
 from earlyfuse.models.batch import MixedBatch
 from earlyfuse.models.blocks.mamba import Mamba
 from earlyfuse.models.context import ForwardContext
-from harness import Report, Rival, Timing, at_most, compare, verify
+from harness import Report, Rival, at_most, compare, differentiated, ours_over, verify
 from selective_scan import OURS as SCAN
 from selective_scan import Setting as ScanSetting
-from selective_scan import peak_megabytes
+from selective_scan import peak_apart
 
 RUN = 128
 ROWS, SEQ_LEN = 2, 1024
@@ -43,13 +43,13 @@ BOTH, PUBLIC = "both sets computed, then selected", "public style: mask, Linear,
 GOALS = {DENSE: 1.05, BOTH: 0.70, PUBLIC: 1.00}
 MEMORY_GOAL = 1.10
 
-# projections (in, x, dt, out) of (T, …) under the name of each; the step bias is dt's
+# a projection (in, x, dt, out) of (T, …), by name; dt's adds the step bias
 Project = Callable[[str, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Setting:
-    """``order``: how the two modalities follow each other, "runs" or "random"."""
+    """``order`` of the two modalities: "runs" or "random"."""
 
     dim: int
     order: str
@@ -57,16 +57,12 @@ class Setting:
     seq_len: int = SEQ_LEN
 
     @property
-    def tokens(self) -> int:
-        return self.rows * self.seq_len
-
-    @property
     def projection_flops(self) -> float:
         """Forward and backward of the four projections, one set for each token."""
         config = mixer(MambaShape(self.dim, layers=1, vocab_size=1))
         inner, rank, states = config.inner_dim, config.dt_rank, config.states
         weights = self.dim * 3 * inner + inner * (rank + 2 * states) + rank * inner
-        return 3 * 2 * self.tokens * weights
+        return 3 * 2 * self.rows * self.seq_len * weights
 
 
 SETTINGS = tuple(Setting(dim, order) for dim in (256, 512) for order in ("runs", "random"))
@@ -78,7 +74,7 @@ class Problem:
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
         generator = torch.Generator().manual_seed(0)
-        shape = (setting.tokens, setting.dim)
+        shape = (setting.rows * setting.seq_len, setting.dim)
         self.x_TD = torch.randn(shape, generator=generator).requires_grad_()
         self.dy_TD = torch.randn(shape, generator=generator)
         if setting.order == "runs":
@@ -93,7 +89,7 @@ class Problem:
         self.dense = self.build((), generator)
 
     def build(self, untied: tuple[str, ...], generator: torch.Generator) -> Mamba:
-        """A mixer with values under which the scan is most of the output."""
+        """A mixer with values at which the scan is most of the output."""
         shape = MambaShape(self.setting.dim, layers=1, vocab_size=1)
         module = mixer(shape, untied).build()
         with torch.no_grad():
@@ -118,28 +114,19 @@ class Problem:
         same_as: str | None = None,
     ) -> Rival:
         """Output, gradients of ``x`` and of each parameter of ``module``."""
-        parameters = list(module.parameters())
-
-        def run() -> list[torch.Tensor]:
-            y_TD = layer(self.x_TD)
-            return [
-                y_TD.detach(),
-                *torch.autograd.grad(y_TD, [self.x_TD, *parameters], self.dy_TD),
-            ]
-
-        return Rival(name, run, same_as)
+        leaves = [self.x_TD, *module.parameters()]
+        return Rival(name, lambda: differentiated(layer(self.x_TD), leaves, self.dy_TD), same_as)
 
     def ours(self, name: str, module: Mamba) -> Rival:
-        """A mixer as the models use it."""
+        """A mixer as models use it."""
         return self.rival(name, module, lambda x_TD: module(x_TD, self.layout))
 
     def written(self, name: str, project: Project) -> Rival:
-        """The mixture with other projections, and all else of ours."""
-        module = self.mixture
-        return self.rival(name, module, lambda x_TD: self.mix(x_TD, project), OURS)
+        """Our mixture but for its projections."""
+        return self.rival(name, self.mixture, lambda x_TD: self.mix(x_TD, project), OURS)
 
     def mix(self, x_TD: torch.Tensor, project: Project) -> torch.Tensor:
-        """Mamba around given projections, as it is usually written."""
+        """Mamba around given projections, as usually written."""
         module, sequence = self.mixture, (self.setting.rows, self.setting.seq_len)
         rank, states = module.config.dt_rank, module.config.states
         x_BSI, z_BSI = project("in_proj", x_TD).unflatten(0, sequence).chunk(2, -1)
@@ -175,7 +162,7 @@ class Problem:
         return y_TF
 
     def sets(self, name: str) -> list[tuple[torch.Tensor, ...]]:
-        """Weight, and bias where there is one, of each modality."""
+        """Weight, and bias if any, of each modality."""
         weights = getattr(self.mixture, name).weight.unbind(0)
         if name == "dt_proj":
             return list(zip(weights, self.mixture.scan.dt_bias.unbind(0), strict=True))
@@ -183,9 +170,8 @@ class Problem:
 
 
 def verify_copies(problem: Problem) -> None:
-    """A mixture of two copies of the dense mixer has its outputs and gradients.
-
-    Raises ``ValueError`` where it does not.
+    """Raises ``ValueError`` unless a mixture of two copies of the dense mixer equals it in outputs
+    and gradients.
     """
     dense = problem.dense
     mixture = problem.build(PROJECTIONS, torch.Generator())
@@ -213,29 +199,20 @@ def rivals_of(problem: Problem) -> list[Rival]:
     ]
 
 
-def goals(setting: Setting, timings: list[Timing]) -> list[str]:
-    """Markdown: our CPU time over each goal's rival."""
-    over = {t.name: t.cpu_ratio and 1 / t.cpu_ratio for t in timings}
-    return [
-        at_most(f"dim {setting.dim}, {setting.order}: ours / {name}", over[name], goal)
-        for name, goal in GOALS.items()
-    ]
-
-
 def memory(setting: Setting) -> str:
-    """Markdown: peak memory of the scan inside such a mixer by its number of states."""
+    """Markdown: peak memory of the mixer's scan by its number of states."""
     inner = 2 * setting.dim
     lines = [
         f"Scan of {setting.rows} x {setting.seq_len} x {inner}, forward and backward, fp32; a "
-        "tensor of all states would take the last column. The rest shrinks with more states: "
-        "fewer channels are handled together.",
+        "tensor of all states would take the last column. The rest shrinks with more states: fewer "
+        "channels are processed together.",
         "",
         "| states | peak MB over inputs | states before chunks, MB | rest, MB | all states, MB |",
         "|---:|---:|---:|---:|---:|",
     ]
     rest = {}
     for states in STATES:
-        peak = peak_megabytes(SCAN, ScanSetting(setting.rows, setting.seq_len, inner, states))
+        peak = peak_apart(SCAN, ScanSetting(setting.rows, setting.seq_len, inner, states))
         megabytes = setting.rows * inner * states * 4 / 2**20  # of one token's states
         kept = count_chunks(setting.seq_len) * megabytes
         rest[states] = peak - kept
@@ -249,26 +226,22 @@ def memory(setting: Setting) -> str:
 
 
 def main(rounds: int = 15) -> None:
-    """Run all settings and write ``results/mamba_block.{jsonl,md}``."""
-    torch.set_num_threads(1)
+    """Runs all settings and writes ``results/mamba_block.{jsonl,md}``."""
     report = Report("mamba_block", "Mixture-of-Mamba mixer, forward and backward (row 9)")
-    verdicts = []
     for setting in SETTINGS:
         problem = Problem(setting)
         verify_copies(problem)
         timings = compare(rivals_of(problem), rounds=rounds, tolerance=TOLERANCE)
-        shown = {
-            **vars(setting),
-            "dtype": "fp32",
-            "GFLOP of projections": round(setting.projection_flops / 1e9, 2),
-            "rounds": rounds,
-        }
-        report.add(shown, timings)
-        verdicts += goals(setting, timings)
+        gflop = round(setting.projection_flops / 1e9, 2)
+        shown = {"dtype": "fp32", "GFLOP of projections": gflop, "rounds": rounds}
+        report.add(vars(setting) | shown, timings)
+        over = ours_over(timings)
+        for name, goal in GOALS.items():
+            what = f"dim {setting.dim}, {setting.order}: ours / {name}"
+            report.judge(at_most(what, over[name], goal))
     peaks = memory(Setting(256, "runs"))
-    conclusion = "\n".join(["## Goals (CPU time)", "", *verdicts, "", "## Peak memory", "", peaks])
-    print(conclusion)
-    report.write(conclusion)
+    print(peaks)
+    report.write(f"## Peak memory\n\n{peaks}")
 
 
 if __name__ == "__main__":

@@ -2,13 +2,13 @@
 
     python benchmarks/mamba_model.py
 
-A unit of work is one batch: forward, cross entropy over all logits, backward. AdamW is timed by
-itself: a mixture has twice the parameters to update, however few tokens there are. All models hold
-the parameters of our dense one, the mixture in each of its two sets; logits and the gradients of
-embedding and head are compared before timing, with rates of decay and steps under which the
-scan is heard in them.
+A run is one batch: forward, cross entropy over all logits, backward. AdamW is timed by itself: a
+mixture has twice the parameters to update, however few tokens there are. All models have the
+parameters of our dense one, the mixture in each of its two sets; logits and the gradients of
+embedding and head are compared before timing, with rates of decay and step sizes at which the scan
+contributes to them.
 
-mambapy runs its parallel scan; transformers' Mamba runs that too (``use_mambapy``), and, where
+mambapy runs its parallel scan; transformers' Mamba runs that too (``use_mambapy``) and, where
 sequences are short, its own loop over tokens, quadratic in backward. Rivals that are not installed
 are left out. One document a row.
 """
@@ -18,7 +18,6 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 
 import torch
 import torch.nn.functional as F
@@ -36,14 +35,14 @@ GOAL_OVER_DENSE, GOAL_OVER_MAMBAPY = 0.95, 2.0
 LONGEST_SLICED = 256
 RUN = 128
 PACKAGES = ("mambapy", "transformers")
-# parameters whose gradients are compared: embedding and head, as each calls them
+# names of the parameters whose gradients are compared: embedding and head
 EMBEDDINGS = ("tok_embeddings.weight", "embedding.weight", "embeddings.weight")
 COMPARED = (*EMBEDDINGS, "lm_head.weight")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Sizes shared by all models; a batch is ``rows`` x ``seq_len`` tokens, half of them text."""
+    """Sizes of all models; a batch is ``rows`` x ``seq_len`` tokens, half of them text."""
 
     blocks: int
     dim: int
@@ -53,13 +52,8 @@ class Setting:
     rounds: int
 
     @property
-    def tokens(self) -> int:
-        """Tokens of a batch."""
-        return self.rows * self.seq_len
-
-    @property
     def shape(self) -> mamba_decoders.MambaShape:
-        """As our configs name it."""
+        """The same for our configs."""
         return mamba_decoders.MambaShape(self.dim, self.blocks // 2, self.vocab_size)
 
 
@@ -73,7 +67,7 @@ SETTINGS = (
 
 
 def dense(setting: Setting) -> Decoder:
-    """Our decoder, its scans turned up: as they begin they are under a hundredth of the output."""
+    """Our decoder with larger scans: at their initial values they are under 1 % of the output."""
     model = Decoder(mamba_decoders.mamba(setting.shape))
     model.init_states()
     with torch.no_grad():
@@ -88,7 +82,7 @@ def dense(setting: Setting) -> Decoder:
 
 
 def mixture(setting: Setting, parent: Decoder) -> Decoder:
-    """Mixture-of-Mamba, all four projections untied, of copies of ``parent``'s."""
+    """Mixture-of-Mamba, all four projections untied, each set a copy of ``parent``'s."""
     model = Decoder(mamba_decoders.mixture_of_mamba(setting.shape))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -97,7 +91,7 @@ def mixture(setting: Setting, parent: Decoder) -> Decoder:
 
 
 class MambapyModel(nn.Module):
-    """mambapy's blocks between embedding and head: its own ``lm`` imports mamba_ssm."""
+    """mambapy's blocks between embedding and head; its own ``lm`` imports mamba_ssm."""
 
     def __init__(self, setting: Setting) -> None:
         from mambapy.mamba import Mamba, MambaConfig, RMSNorm
@@ -140,7 +134,7 @@ def transformers(setting: Setting, parent: Decoder, use_mambapy: bool) -> nn.Mod
 
 
 def load(model: nn.Module, parent: Decoder, stems: dict[str, str]) -> nn.Module:
-    """``parent``'s parameters under the public names; ``stems``: what begins them. Strict."""
+    """Loads ``parent``'s parameters under public names; ``stems``: their prefixes. Strict."""
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     state = {}
     for name, parameter in parent.named_parameters():
@@ -154,7 +148,7 @@ def load(model: nn.Module, parent: Decoder, stems: dict[str, str]) -> nn.Module:
 
 
 def models_of(setting: Setting) -> dict[str, nn.Module]:
-    """Ours, and the rivals that are installed and can be waited for at this length."""
+    """Ours, and the rivals that are installed and fast enough at this length."""
     parent = dense(setting)
     models: dict[str, nn.Module] = {DENSE: parent, MIXTURE: mixture(setting, parent)}
     installed = [name for name in PACKAGES if importlib.util.find_spec(name)]
@@ -194,19 +188,16 @@ def training(model: nn.Module, setting: Setting) -> Callable[[], list[torch.Tens
 
 
 def main() -> None:
-    """Time all models and write ``results/mamba_model.{jsonl,md}``."""
-    torch.set_num_threads(1)
+    """Times all models and writes ``results/mamba_model.{jsonl,md}``."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # transformers would look for kernels there
-    report = Report("mamba_model", "Whole Mamba models, forward and backward (row 13)")
-    report.environment |= {
-        name: version(name) if importlib.util.find_spec(name) else "missing" for name in PACKAGES
-    }
+    title = "Whole Mamba models, forward and backward (row 13)"
+    report = Report("mamba_model", title, PACKAGES)
     pages = []
     for setting in SETTINGS:
         table, timings = compare_models(
             report,
             {"dtype": "fp32"} | vars(setting),
-            setting.tokens,
+            setting.rows * setting.seq_len,
             models_of(setting),
             partial(training, setting=setting),
             rounds=setting.rounds,

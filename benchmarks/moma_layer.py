@@ -3,12 +3,11 @@
     python benchmarks/moma_layer.py
 
 Forward and backward of ``MixtureOfExperts`` with four text and four image experts and static
-budgets: routers, selection and dispatch are in the time. The expert rivals compute the same
-function of the same parameters, all eight experts in one stacked tensor, with routing in plain
-torch; outputs and all gradients are compared before timing. torchtitan's layer chooses by token, so
-it cannot reproduce expert choice: it runs with its own balanced round-robin routes (the same work)
-and is checked against our kernel on those. Its experts cast to bf16, which CPUs crawl in; here they
-compute in fp32.
+budgets; routers, selection and dispatch are timed too. The expert rivals (``experts.py``) compute
+the same function of the same parameters, with routing in plain torch; outputs and all gradients
+are compared before timing. torchtitan's layer chooses by token, so it cannot reproduce expert
+choice: it runs with its own balanced round-robin routes (the same work) and is checked against our
+kernel on those. Its experts cast to bf16, which is slow on CPUs; here they compute in fp32.
 
 T tokens, D width, F inner width, E experts, K tokens an expert takes, R = E·K rows.
 """
@@ -16,11 +15,11 @@ T tokens, D width, F inner width, E experts, K tokens an expert takes, R = E·K 
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
-import torchtitan
+from experts import EXPERTS, POOL, ExpertProblem
 from torch import nn
 from torchtitan.models.common.linear import Linear
 from torchtitan.models.common.moe import GroupedExperts, MoE, RoutedExperts, TokenChoiceTopKRouter
@@ -32,10 +31,8 @@ from earlyfuse.models.blocks.experts import ExpertPool, MixtureOfExperts
 from earlyfuse.models.blocks.feed_forward import FeedForward
 from earlyfuse.models.context import ForwardContext
 from earlyfuse.models.routing.expert_choice import ExpertChoice
-from harness import Report, Rival, Timing, at_most, compare, verify
+from harness import Report, Rival, Timing, at_most, compare, differentiated, ours_over, verify
 
-POOLS, EXPERTS_PER_POOL = ("text", "image"), 4
-EXPERTS = len(POOLS) * EXPERTS_PER_POOL
 ROWS = 4
 TOLERANCE = 1e-5
 
@@ -49,25 +46,12 @@ GOALS = {DENSE: 1.05, "best expert rival": 1.00, NAIVE: 0.75}
 
 @dataclass(frozen=True)
 class Setting:
-    """Sizes, and the part of the tokens that is text."""
+    """Sizes, and the share of tokens that are text."""
 
     tokens: int
     dim: int
     hidden_dim: int
     text_share: float
-
-    @property
-    def shares(self) -> tuple[float, float]:
-        return self.text_share, 1 - self.text_share
-
-    @property
-    def budgets(self) -> tuple[int, ...]:
-        """K of each expert."""
-        return tuple(
-            round(share * self.tokens / EXPERTS_PER_POOL)
-            for share in self.shares
-            for _ in range(EXPERTS_PER_POOL)
-        )
 
     @property
     def flops(self) -> float:
@@ -82,32 +66,15 @@ SETTINGS = tuple(
 )
 
 
-class Problem:
-    """Input, gradient, modalities and parameters that all rivals share."""
+class Problem(ExpertProblem):
+    """The experts' inputs and parameters, and the modalities as our module reads them."""
 
     def __init__(self, setting: Setting) -> None:
+        super().__init__(setting.tokens, setting.dim, setting.hidden_dim, setting.text_share)
         self.setting = setting
-        generator = torch.Generator().manual_seed(0)
-
-        def normal(*shape: int, std: float = 1.0) -> torch.Tensor:
-            return torch.randn(*shape, generator=generator) * std
-
-        tokens, dim, hidden = setting.tokens, setting.dim, setting.hidden_dim
-        self.x_TD = normal(tokens, dim).requires_grad_()
-        self.dy_TD = normal(tokens, dim)
-        image_T = torch.randperm(tokens, generator=generator) >= setting.text_share * tokens
-        self.image_T = image_T
-        image_BS = image_T.to(torch.uint8).view(ROWS, -1)
+        image_BS = self.image_T.to(torch.uint8).view(ROWS, -1)
         batch = MixedBatch.of(torch.zeros_like(image_BS, dtype=torch.int64), image_BS)
         self.layout = ForwardContext.build(batch, modalities=(0, 1), head_dim=2, rope_theta=1e4)
-        self.router_ED = normal(EXPERTS, dim, std=dim**-0.5).requires_grad_()
-        self.w1_EFD = normal(EXPERTS, hidden, dim, std=dim**-0.5).requires_grad_()
-        self.w3_EFD = normal(EXPERTS, hidden, dim, std=dim**-0.5).requires_grad_()
-        self.w2_EDF = normal(EXPERTS, dim, hidden, std=hidden**-0.5).requires_grad_()
-
-    @property
-    def parameters(self) -> list[torch.Tensor]:
-        return [self.router_ED, self.w1_EFD, self.w3_EFD, self.w2_EDF]
 
     def rival(
         self,
@@ -116,19 +83,13 @@ class Problem:
         parameters: Sequence[torch.Tensor],
         same_as: str | None = None,
     ) -> Rival:
-        """Output, gradients of ``x`` and of each parameter; stacked ones a pool at a time."""
+        """Output, gradients of ``x`` and of each parameter; stacked ones a modality at a time."""
 
         def run() -> list[torch.Tensor]:
-            y_TD = layer(self.x_TD)
-            dx_TD, *gradients = torch.autograd.grad(y_TD, [self.x_TD, *parameters], self.dy_TD)
-            parts = [
-                part
-                for gradient in gradients
-                for part in (
-                    gradient.split(EXPERTS_PER_POOL) if len(gradient) == EXPERTS else [gradient]
-                )
-            ]
-            return [y_TD.detach(), dx_TD, *parts]
+            leaves = [self.x_TD, *parameters]
+            y_TD, dx_TD, *gradients = differentiated(layer(self.x_TD), leaves, self.dy_TD)
+            parts = [g.split(POOL) if len(g) == EXPERTS else [g] for g in gradients]
+            return [y_TD, dx_TD, *chain.from_iterable(parts)]
 
         return Rival(name, run, same_as)
 
@@ -137,7 +98,7 @@ class Problem:
 
 
 def ours(problem: Problem) -> Rival:
-    """The module as the models use it, holding the shared parameters."""
+    """The module as models use it, with the shared parameters."""
     setting = problem.setting
     module = MixtureOfExperts.Config(
         pools=[
@@ -145,24 +106,26 @@ def ours(problem: Problem) -> Rival:
                 name=name,
                 dim=setting.dim,
                 hidden_dim=setting.hidden_dim,
-                experts=EXPERTS_PER_POOL,
+                experts=POOL,
                 groups=(group,),
-                share=setting.shares[group],
+                share=share,
                 router=ExpertChoice.Config(routing_rows=ROWS),
             )
-            for group, name in enumerate(POOLS)
+            for group, (name, share) in enumerate(
+                (("text", setting.text_share), ("image", 1 - setting.text_share))
+            )
         ]
     ).build()
     names = ("router.weight", "experts.w1", "experts.w3", "experts.w2")
     for name, stacked in zip(names, problem.parameters, strict=True):
-        for pool, part in zip(module.pools, stacked.split(EXPERTS_PER_POOL), strict=True):
+        for pool, part in zip(module.pools, stacked.split(POOL), strict=True):
             pool.get_parameter(name).data.copy_(part.detach())
     parameters = [pool.get_parameter(name) for name in names for pool in module.pools]
     return problem.rival(OURS, lambda x_TD: module(x_TD, problem.layout), parameters)
 
 
 class SwiGLU(nn.Module):
-    """As it is usually written."""
+    """SwiGLU as usually written."""
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
@@ -176,7 +139,7 @@ class SwiGLU(nn.Module):
 
 
 def dense(problem: Problem) -> list[Rival]:
-    """The layers that the experts are measured against."""
+    """Dense layers of the experts' FLOPs."""
     setting = problem.setting
     plain = SwiGLU(setting.dim, setting.hidden_dim)
     own = FeedForward.Config(dim=setting.dim, hidden_dim=setting.hidden_dim).build()
@@ -188,60 +151,6 @@ def dense(problem: Problem) -> list[Rival]:
             DENSE_OURS, lambda x_TD: own(x_TD, problem.layout), list(own.parameters()), DENSE
         ),
     ]
-
-
-# ---------------------------------------------------------------- the same experts, otherwise
-
-
-def chosen(problem: Problem, x_TD: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Token ids (4, K) and weights (4, K) of each modality's experts, in plain torch."""
-    logits_ET = F.linear(problem.router_ED, x_TD)
-    parts = []
-    for group, logits_GT in enumerate(logits_ET.split(EXPERTS_PER_POOL)):
-        foreign_T = problem.image_T if group == 0 else ~problem.image_T
-        budget = problem.setting.budgets[group * EXPERTS_PER_POOL]
-        values_GK, ids_GK = logits_GT.masked_fill(foreign_T, -torch.inf).topk(budget, dim=1)
-        parts.append((ids_GK, values_GK.sigmoid()))
-    return parts
-
-
-def naive(problem: Problem, x_TD: torch.Tensor) -> torch.Tensor:
-    """One expert after another."""
-    y_TD = torch.zeros_like(x_TD)
-    expert = 0
-    for ids_GK, weights_GK in chosen(problem, x_TD):
-        for ids_K, weights_K in zip(ids_GK, weights_GK, strict=True):
-            x_KD = x_TD.index_select(0, ids_K)
-            w1, w3, w2 = problem.w1_EFD[expert], problem.w3_EFD[expert], problem.w2_EDF[expert]
-            y_KD = F.linear(F.silu(F.linear(x_KD, w1)) * F.linear(x_KD, w3), w2)
-            y_TD.index_add_(0, ids_K, y_KD * weights_K[:, None])
-            expert += 1
-    return y_TD
-
-
-def batched(problem: Problem, x_TD: torch.Tensor) -> torch.Tensor:
-    """One batched product for the experts of a modality, whose budgets are equal."""
-    y_TD = torch.zeros_like(x_TD)
-    stacks = (w.split(EXPERTS_PER_POOL) for w in (problem.w1_EFD, problem.w3_EFD, problem.w2_EDF))
-    for (ids_GK, weights_GK), w1, w3, w2 in zip(chosen(problem, x_TD), *stacks, strict=True):
-        x_GKD = x_TD.index_select(0, ids_GK.flatten()).unflatten(0, ids_GK.shape)
-        h_GKF = F.silu(x_GKD @ w1.transpose(1, 2)) * (x_GKD @ w3.transpose(1, 2))
-        y_GKD = (h_GKF @ w2.transpose(1, 2)) * weights_GK[..., None]
-        y_TD.index_add_(0, ids_GK.flatten(), y_GKD.flatten(0, 1))
-    return y_TD
-
-
-def grouped(problem: Problem, x_TD: torch.Tensor) -> torch.Tensor:
-    """One grouped product for all experts."""
-    parts = chosen(problem, x_TD)
-    ids_R = torch.cat([ids_GK.flatten() for ids_GK, _ in parts])
-    weights_R = torch.cat([weights_GK.flatten() for _, weights_GK in parts])
-    stop_E = torch.tensor(problem.setting.budgets).cumsum(0, dtype=torch.int32)
-    x_RD = x_TD.index_select(0, ids_R)
-    gate_RF = F.grouped_mm(x_RD, problem.w1_EFD.transpose(1, 2), offs=stop_E)
-    up_RF = F.grouped_mm(x_RD, problem.w3_EFD.transpose(1, 2), offs=stop_E)
-    y_RD = F.grouped_mm(F.silu(gate_RF) * up_RF, problem.w2_EDF.transpose(1, 2), offs=stop_E)
-    return torch.zeros_like(x_TD).index_add_(0, ids_R, y_RD * weights_R[:, None])
 
 
 # ---------------------------------------------------------------- torchtitan
@@ -288,7 +197,7 @@ def titan(problem: Problem) -> tuple[Rival, Rival]:
     for mine, theirs in zip(parameters, problem.parameters, strict=True):
         mine.data.copy_(theirs.detach())
 
-    # its router asks for autocast to fp32, which a CPU does not know; everything is fp32 anyway
+    # its router asks for autocast to fp32, which CPUs lack; everything is fp32 anyway
     warnings.filterwarnings("ignore", message="In CPU autocast")
 
     def layer(x_TD: torch.Tensor) -> torch.Tensor:
@@ -314,46 +223,35 @@ def rivals_of(problem: Problem) -> list[Rival]:
     """Ours first; torchtitan's is verified here, against a rival that is not timed."""
     theirs, reference = titan(problem)
     verify([reference, theirs], TOLERANCE)
-    others = {NAIVE: naive, BMM: batched, GROUPED: grouped}
+    others = {NAIVE: problem.loop, BMM: problem.batched, GROUPED: problem.grouped}
     return [
         ours(problem),
         *dense(problem),
-        *(
-            problem.rival(name, partial(layer, problem), problem.parameters, OURS)
-            for name, layer in others.items()
-        ),
+        *(problem.rival(name, layer, problem.parameters, OURS) for name, layer in others.items()),
         Rival(theirs.name, theirs.run),
     ]
 
 
 def goals(setting: Setting, timings: list[Timing]) -> list[str]:
     """Markdown: our CPU time over each goal's rival."""
-    over = {t.name: 1 / t.cpu_ratio for t in timings if t.cpu_ratio is not None}
-    if rivals := [over[name] for name in EXPERT_RIVALS if name in over]:
-        over["best expert rival"] = max(rivals)
+    over = ours_over(timings)
+    ratios = [ratio for name in EXPERT_RIVALS if (ratio := over[name]) is not None]
+    over["best expert rival"] = max(ratios, default=None)
     size = f"{setting.tokens} x {setting.dim} x {setting.hidden_dim}, text {setting.text_share:.0%}"
-    return [at_most(f"{size}: ours / {name}", over.get(name), goal) for name, goal in GOALS.items()]
+    return [at_most(f"{size}: ours / {name}", over[name], goal) for name, goal in GOALS.items()]
 
 
 def main(rounds: int = 15) -> None:
-    """Run all settings and write ``results/moma_layer.{jsonl,md}``."""
-    torch.set_num_threads(1)
-    report = Report("moma_layer", "MoMa 4t4i layer, forward and backward (row 1)")
-    report.environment |= {"torchtitan": torchtitan.__version__}
-    verdicts = []
+    """Runs all settings and writes ``results/moma_layer.{jsonl,md}``."""
+    title = "MoMa 4t4i layer, forward and backward (row 1)"
+    report = Report("moma_layer", title, ["torchtitan"])
     for setting in SETTINGS:
         timings = compare(rivals_of(Problem(setting)), rounds=rounds, tolerance=TOLERANCE)
-        shown = {
-            **vars(setting),
-            "dtype": "fp32",
-            "GFLOP": setting.flops / 1e9,
-            "rounds": rounds,
-        }
-        report.add(shown, timings)
-        verdicts += goals(setting, timings)
-    conclusion = "\n".join(["## Goals (CPU time)", "", *verdicts, ""])
-    print(conclusion)
-    report.write(conclusion)
+        shown = {"dtype": "fp32", "GFLOP": setting.flops / 1e9, "rounds": rounds}
+        report.add(vars(setting) | shown, timings)
+        for verdict in goals(setting, timings):
+            report.judge(verdict)
+    report.write()
 
 
 if __name__ == "__main__":

@@ -2,14 +2,14 @@
 
     python benchmarks/moma_model.py
 
-A unit of work is one batch: forward, cross entropy over all logits, backward. AdamW is timed by
-itself, since an MoE has several times the parameters of a dense model to update, however few tokens
-there are: how much of a step that is depends on the tokens per step, which is for the user to set.
+A run is one batch: forward, cross entropy over all logits, backward. AdamW is timed by itself: an
+MoE updates several times the parameters of a dense model, and the tokens per step decide how much
+of a step that is.
 
 Every model has the same width, depth, heads, inner width and vocabulary, hence the same FLOPs per
-token up to its routers. torchtitan's is Qwen3 with 8 experts of which a token gets one, balanced by
-its own debugging switch, so that no expert waits for another; its experts are kept in fp32 and its
-attention is SDPA, as a CPU needs. One document a row: attention is plain causal everywhere.
+token up to its routers. torchtitan's is Qwen3 with 8 experts, one per token, balanced by its own
+debugging switch, so that no expert waits for another; its experts compute in fp32 and its attention
+is SDPA, as a CPU needs. One document a row: attention is plain causal everywhere.
 """
 
 import logging
@@ -20,7 +20,6 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-import torchtitan
 from torch import nn
 from torchtitan.models.common import CosSinRoPE, Embedding, Linear
 from torchtitan.models.common.attention import FlexAttention, ScaledDotProductAttention
@@ -41,7 +40,7 @@ GOAL = 0.95
 
 @dataclass(frozen=True)
 class Setting:
-    """Sizes shared by all models; a batch is ``rows`` x ``seq_len`` tokens, half of them text."""
+    """Sizes of all models; a batch is ``rows`` x ``seq_len`` tokens, half of them text."""
 
     layers: int
     dim: int
@@ -52,13 +51,8 @@ class Setting:
     seq_len: int
 
     @property
-    def tokens(self) -> int:
-        """Tokens of a batch."""
-        return self.rows * self.seq_len
-
-    @property
     def shape(self) -> decoders.Shape:
-        """As our configs name it."""
+        """The same for our configs."""
         return decoders.Shape(
             self.dim, self.layers, self.heads, self.hidden_dim, self.vocab_size, norm_order="pre"
         )
@@ -141,27 +135,21 @@ def _in_fp32(found: GroupedExperts.Config) -> Fp32Experts.Config:
 # ---------------------------------------------------------------- work
 
 
-def batch(setting: Setting) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Tokens, labels (rows, seq_len) and the modalities: segments of text and image in turn."""
-    generator = torch.Generator().manual_seed(0)
-    tokens_BS = torch.randint(
-        setting.vocab_size, (setting.rows, setting.seq_len + 1), generator=generator
-    )
-    image_S = torch.arange(setting.seq_len) // SEGMENT % 2
-    return tokens_BS[:, :-1], tokens_BS[:, 1:], image_S.expand(setting.rows, -1).to(torch.uint8)
-
-
 def training(model: nn.Module, setting: Setting) -> Callable[[], list[torch.Tensor]]:
-    """One batch, forward and backward."""
-    tokens_BS, labels_BS, modality_BS = batch(setting)
+    """One batch, forward and backward; segments of text and image alternate."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (setting.rows, setting.seq_len + 1)
+    tokens_BS = torch.randint(setting.vocab_size, shape, generator=generator)
+    inputs_BS, labels_BS = tokens_BS[:, :-1], tokens_BS[:, 1:]
     positions_BS = torch.arange(setting.seq_len).expand(setting.rows, -1)
+    modality_BS = (positions_BS // SEGMENT % 2).to(torch.uint8)
 
     def run() -> list[torch.Tensor]:
         model.zero_grad(set_to_none=True)
         if isinstance(model, Decoder):
-            logits_BSV = model(MixedBatch.of(tokens_BS, modality_BS))
+            logits_BSV = model(MixedBatch.of(inputs_BS, modality_BS))
         else:
-            logits_BSV = model(tokens_BS, positions_BS)
+            logits_BSV = model(inputs_BS, positions_BS)
         F.cross_entropy(logits_BSV.flatten(0, 1), labels_BS.flatten()).backward()
         return []
 
@@ -169,12 +157,11 @@ def training(model: nn.Module, setting: Setting) -> Callable[[], list[torch.Tens
 
 
 def main(rounds: int = 15) -> None:
-    """Time all models and write ``results/moma_model.{jsonl,md}``."""
-    torch.set_num_threads(1)
+    """Times all models and writes ``results/moma_model.{jsonl,md}``."""
     logging.getLogger().setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message="In CPU autocast")
-    report = Report("moma_model", "Whole MoMa models, forward and backward (row 12)")
-    report.environment |= {"torchtitan": torchtitan.__version__}
+    title = "Whole MoMa models, forward and backward (row 12)"
+    report = Report("moma_model", title, ["torchtitan"])
     pages = []
     for setting in SETTINGS:
         models: dict[str, nn.Module] = {
@@ -185,7 +172,7 @@ def main(rounds: int = 15) -> None:
         table, timings = compare_models(
             report,
             {"dtype": "fp32", "rounds": rounds} | vars(setting),
-            setting.tokens,
+            setting.rows * setting.seq_len,
             models,
             partial(training, setting=setting),
             rounds=rounds,

@@ -1,13 +1,12 @@
-"""Which implementation of an op runs: resolved here, once, and said.
+"""Resolves which implementation of an op runs, and logs it once.
 
 Every op in ``kernels/`` takes ``backend="auto"``. Its folder has a module per backend:
 
 - ``reference``: the definition, plain differentiable PyTorch in fp32, slow and clear;
 - ``torch`` (``torch_impl.py``): a fast path in plain PyTorch that needs no compiler and no GPU;
-- ``triton`` (``triton_impl.py``): for CUDA devices of compute capability 8.0 and newer, and for
-  fp32, bf16 and fp16, as it computes in fp32. With
-  ``TRITON_INTERPRET=1`` set before Triton is imported, it can be asked for on CPU tensors too: very
-  slow, for tests.
+- ``triton`` (``triton_impl.py``): for CUDA devices of compute capability 8.0 and newer, in fp32,
+  bf16 and fp16 (it computes in fp32). With ``TRITON_INTERPRET=1`` set before Triton is imported, it
+  can be requested for CPU tensors too: very slow, for tests.
 """
 
 import importlib
@@ -28,11 +27,11 @@ _announced: set[tuple[str, str, str]] = set()
 
 
 def resolve(op: str, requested: str, backends: Sequence[str], like: torch.Tensor) -> str:
-    """The backend of ``op`` to run on tensors of the device and dtype of ``like``.
+    """Backend of ``op`` for tensors of the device and dtype of ``like``.
 
-    ``backends``: those that the op has, in order of preference. ``"auto"`` takes the first that can
-    run and logs its choice once per op and device type. Raises ``ValueError`` for a backend that
-    the op does not have or that cannot run on ``like``: an explicit choice is never replaced.
+    ``backends`` of the op come in order of preference. ``"auto"`` takes the first that can run and
+    logs its choice once per op and device type. Raises ``ValueError`` for a backend that the op
+    does not have or that cannot run on ``like``: an explicit choice is never replaced.
     """
     device = like.device
     if requested == "auto":
@@ -55,9 +54,9 @@ def resolve(op: str, requested: str, backends: Sequence[str], like: torch.Tensor
 
 
 def obstacle(backend: str, like: torch.Tensor, interpreter: bool = True) -> str | None:
-    """Why ``backend`` cannot run on ``like``; None if it can.
+    """Reason why ``backend`` cannot run on ``like``; None if it can.
 
-    ``interpreter``: whether Triton's interpreter counts as running.
+    ``interpreter``: Triton's interpreter counts as running.
     """
     if backend != "triton":
         return None
@@ -77,5 +76,5 @@ def obstacle(backend: str, like: torch.Tensor, interpreter: bool = True) -> str 
 
 
 def implementation(package: str, backend: str) -> ModuleType:
-    """The module behind a backend's name in an op's ``package``."""
+    """Module of a backend in an op's ``package``."""
     return importlib.import_module(f"{package}.{backend}_impl")

@@ -1,4 +1,4 @@
-"""Checks of an op's arguments: shapes and types by name, and ids where reading is free."""
+"""Checks an op's arguments: shapes and dtypes by name, and ids where reading them is free."""
 
 import re
 from collections.abc import Sequence
@@ -10,12 +10,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INDICES = (torch.int64, torch.int32)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-# types that depend on the first argument's: the same; float32, or float64 where that is float64
+# dtypes relative to the first argument's: the same; float32, or float64 for float64
 SAME, WIDE = "same", "wide"
 
 
 class Rule(NamedTuple):
-    """An argument's dimensions, by letter, and its types by the type of the first argument."""
+    """An argument's dimensions by letter, and its dtypes by the dtype of the first argument."""
 
     name: str
     dims: tuple[str, ...]
@@ -23,8 +23,8 @@ class Rule(NamedTuple):
 
 
 def rules(**types: Sequence[torch.dtype | str]) -> tuple[Rule, ...]:
-    """A rule per tensor, in order. Dimensions are read from the suffix of its name: ``w_GFD`` has
-    G, F and D, ``offset_G1`` has G + 1.
+    """Rules of an op's tensors, in order. The suffix of a name gives the dimensions: ``w_GFD`` has
+    G, F and D; ``offset_G1`` has G + 1.
     """
 
     def resolved(first: torch.dtype, allowed: Sequence[torch.dtype | str]) -> list[torch.dtype]:
@@ -43,8 +43,8 @@ def rules(**types: Sequence[torch.dtype | str]) -> tuple[Rule, ...]:
 
 
 def check(of: tuple[Rule, ...], tensors: Sequence, **sizes: int) -> None:
-    """Raises ``ValueError`` where a tensor breaks its rule, or disagrees with ``sizes`` or with the
-    tensors before it on the size of a dimension, or with the first on the device. None is skipped.
+    """Raises ``ValueError`` where a tensor breaks its rule, or differs in the size of a dimension
+    from ``sizes`` or an earlier tensor, or in device from the first. None is skipped.
     """
     first = tensors[0]
     if first.dtype not in FLOATS:
@@ -66,8 +66,8 @@ def check(of: tuple[Rule, ...], tensors: Sequence, **sizes: int) -> None:
             _refuse_type(name, tensor, types[first.dtype], where)
         if tensor.device != first.device:
             raise ValueError(
-                f"{name} ({tensor.device}) must be on the device of {of[0].name} "
-                f"({first.device}); move it"
+                f"{name} ({tensor.device}) must be on the device of {of[0].name} ({first.device}); "
+                "move it"
             )
 
 
@@ -77,7 +77,7 @@ def _refuse_shape(rule: Rule, tensor: torch.Tensor, sizes: dict[str, int]) -> No
     letters = ", ".join(rule.dims)
     raise ValueError(
         f"{rule.name} {tuple(tensor.shape)} must have the shape ({expected}), ({letters}) by its "
-        "name and the other arguments; reshape it"
+        "name; reshape it"
     )
 
 
@@ -89,7 +89,7 @@ def _refuse_type(
 
 
 def readable(tensor: torch.Tensor) -> bool:
-    """Whether reading values is free: on a CPU, and nothing is traced."""
+    """True if reading values is free: on a CPU, outside tracing."""
     return (
         tensor.device.type == "cpu"
         and not torch.compiler.is_compiling()
@@ -98,7 +98,7 @@ def readable(tensor: torch.Tensor) -> bool:
 
 
 def check_ids(name: str, ids: torch.Tensor, count: int, counted: str) -> None:
-    """Raises ``ValueError`` unless all lie in 0 … count - 1; ``counted`` names what is counted."""
+    """Raises ``ValueError`` unless all lie in 0 … count - 1; ``counted`` says of what."""
     if not ids.numel() or not readable(ids):
         return
     low, high = (int(end) for end in ids.aminmax())

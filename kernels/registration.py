@@ -6,8 +6,8 @@ follow from it, and implementations take it whole:
     NAME(arguments[, keep]) -> outputs             with ``keeps``, the last output is for backward
     NAME_backward(*gradients of outputs, [kept,] arguments, need) -> {argument: gradient}
 
-``need`` has a bool per tensor argument. An operator cannot return None: a gradient that is not
-needed is an empty tensor.
+``need`` has a bool per tensor argument. An operator cannot return None: an unneeded gradient is an
+empty tensor.
 """
 
 import inspect
@@ -34,15 +34,15 @@ def register(
     keeps: bool = False,
     flops: tuple[Callable[[Any], int], Callable[[Any, list[bool]], int]],
 ) -> tuple[CustomOpDef, CustomOpDef]:
-    """``earlyfuse::NAME(*arguments, [keep,] backend)`` and ``earlyfuse::NAME_backward``.
+    """Registers ``earlyfuse::NAME(*arguments, [keep,] backend)`` and ``earlyfuse::NAME_backward``.
 
-    ``fake(arguments[, keep])`` returns empty outputs; ``flops`` are of forward, from the shapes of
-    the arguments, and of backward, from these and ``need``.
+    ``fake(arguments[, keep])`` returns empty outputs. ``flops``: of forward, by the shapes of the
+    arguments, and of backward, by these and ``need``.
     """
     fields = get_type_hints(arguments)
     count, tensors = len(fields), sum(kind in _TENSORS for kind in fields.values())
     names = list(fields)[:tensors]
-    given = outputs - keeps  # gradients that backward is given
+    given = outputs - keeps  # incoming gradients of backward
 
     def forward(*values: Any) -> Any:
         run = getattr(implementation(package, values[-1]), name)
@@ -81,7 +81,7 @@ def register(
         ctx.flags, ctx.backend = inputs[tensors:count], inputs[-1]
         if keeps:
             ctx.mark_non_differentiable(output[-1])
-            ctx.set_materialize_grads(False)  # else zeros as large as it are made for it
+            ctx.set_materialize_grads(False)  # else zeros of its size are allocated
             ctx.save_for_backward(output[-1], *inputs[:tensors])
         else:
             ctx.save_for_backward(*inputs[:tensors])
@@ -123,7 +123,7 @@ def _operator(
 
 
 def needs_gradient(tensors: Sequence[Any]) -> bool:
-    """Whether autograd records an op on these arguments, so that forward must keep something."""
+    """True if autograd records an op on these arguments, so that forward must save tensors."""
     return torch.is_grad_enabled() and any(
         isinstance(tensor, Tensor) and tensor.requires_grad for tensor in tensors
     )

@@ -1,11 +1,10 @@
-"""What all Triton implementations share: running in the interpreter, choosing a configuration, and
-what a launch needs of its tensors.
+"""Helpers of all Triton implementations: interpreter, autotuning, launches.
 
-Import this only from a ``triton_impl.py``: it needs Triton.
+Needs Triton: import it from Triton modules only.
 
-Triton's interpreter holds bf16 as raw bits and computes nonsense with them, so kernels convert to
-``compute_type`` when they load; on a GPU that is the type of the data itself. It has no clock
-either, so there the first configuration of a list is taken.
+Triton's interpreter stores bf16 as raw bits and computes nonsense with them, so kernels convert to
+``compute_type`` when they load; on a GPU that is the dtype of the data. The interpreter has no
+clock either, so it takes the first configuration of a list.
 """
 
 import functools
@@ -28,12 +27,12 @@ TL_TYPES = {
 
 
 def compute_type(dtype: torch.dtype) -> tl.dtype:
-    """What a kernel converts values of ``dtype`` to after a load, before ``tl.dot``."""
+    """Type to which a kernel converts loaded values of ``dtype`` before ``tl.dot``."""
     return tl.float32 if INTERPRETED else TL_TYPES[dtype]
 
 
 class _FirstConfig:
-    """A kernel launched with one configuration, called like an autotuned one."""
+    """A kernel with one configuration, launched like an autotuned one."""
 
     def __init__(self, kernel: Any, config: triton.Config) -> None:
         self.fn, self.config = kernel, config
@@ -52,15 +51,15 @@ class _FirstConfig:
 def tuned(
     configs: Sequence[triton.Config], key: Sequence[str], **options: Any
 ) -> Callable[[Any], Any]:
-    """``triton.autotune``, except in the interpreter, where ``configs[0]`` is taken."""
+    """``triton.autotune``; in the interpreter, ``configs[0]``."""
     if INTERPRETED:
         return lambda kernel: _FirstConfig(kernel, configs[0])
     return triton.autotune(configs=list(configs), key=list(key), **options)
 
 
 def on_its_device(function: Callable[P, T]) -> Callable[P, T]:
-    """``function`` with the device of its first tensor as the current one: Triton launches there,
-    wherever the arguments are.
+    """Decorates ``function`` to run with its first tensor's device as the current one, on which
+    Triton launches.
     """
 
     @functools.wraps(function)
@@ -72,7 +71,7 @@ def on_its_device(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def _first_tensor(values: Any) -> Any:
-    """The first tensor among the values, or in the tuples of an op's arguments among them."""
+    """First tensor among the values, or in an op's arguments (a tuple) among them."""
     for value in values:
         if isinstance(value, torch.Tensor):
             return value
@@ -82,7 +81,7 @@ def _first_tensor(values: Any) -> Any:
 
 
 def launcher(function: Callable[P, T]) -> Callable[P, T]:
-    """``on_its_device`` for kernels that compute addresses from shapes: tensors are packed."""
+    """``on_its_device`` for kernels that need contiguous tensors, which it makes."""
 
     @functools.wraps(function)
     def launch(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -99,7 +98,7 @@ def _packed(value: Any) -> Any:
 
 
 def product_precision(dtype: torch.dtype) -> str:
-    """``input_precision`` of ``tl.dot``: fp32 products follow torch's own setting for them."""
+    """``input_precision`` of ``tl.dot``: fp32 products follow torch's setting."""
     if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
         return "tf32"
     return "ieee"

@@ -1,4 +1,4 @@
-"""Causal depthwise convolution over packed documents, with SiLU: the short one before a scan.
+"""Causal depthwise convolution over packed documents, with SiLU: Mamba's, before its scan.
 
 B rows, L tokens of a row, D channels, W taps (2, 3 or 4), V = W - 1.
 
@@ -9,15 +9,15 @@ argument               shape, dtype              meaning
 ``weight_DW``          (D, W), as x or fp32      taps of each channel; the last is the token's own
 ``bias_D``             (D,), as weight; or none  added before the SiLU; none: 0
 ``positions_BL``       (B, L) int64 or int32     0 at a document's first token, then 1, 2 …; none:
-                       or none                   a row is one document without a start
+                       or none                   each row continues one document
 ``initial_state_BVD``  (B, V, D), as x; or none  the V inputs before the segment; none: zeros
 =====================  ========================  ===================================================
 
-A token reads itself and at most min(position, V) tokens before it: no tap reaches over the start of
-its document. A document that began before the segment has positions that say so, and reads the
-initial state. The final state is the last V inputs, whichever documents they belong to, so a
-sequence that is cut into segments (over calls or over ranks) and handed on through the states
-equals the whole, gradients included.
+A token reads itself and at most min(position, V) tokens before it: no tap crosses the start of its
+document. A document that began before the segment has positions that say so, and reads the initial
+state. The final state is the last V inputs, whichever documents they belong to, so consecutive
+segments (over calls or ranks) joined by their states equal the whole sequence, gradients included.
+A decoding step is a convolution of length 1.
 
 The function is that of Dao's ``causal_conv1d`` (https://github.com/Dao-AILab/causal-conv1d) in the
 time-major layout that projections produce, with positions instead of sequence ids. All backends
@@ -29,8 +29,6 @@ import torch
 from earlyfuse.kernels.backend import resolve
 from earlyfuse.kernels.causal_conv1d import op, reference
 from earlyfuse.kernels.checks import FLOATS, INDICES, SAME, check, rules
-
-__all__ = ["causal_conv1d", "causal_conv1d_step"]
 
 WIDTHS = (2, 3, 4)
 _RULES = rules(
@@ -79,32 +77,3 @@ def causal_conv1d(
     if chosen == "reference":
         return reference.causal_conv1d(arguments)
     return op.causal_conv1d(*arguments, chosen)
-
-
-def causal_conv1d_step(
-    x_BD: torch.Tensor,
-    weight_DW: torch.Tensor,
-    bias_D: torch.Tensor | None = None,
-    *,
-    state_BVD: torch.Tensor,
-    positions_B: torch.Tensor | None = None,
-    silu: bool = True,
-    backend: str = "auto",
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One token of each row: (B, D), and the state for the next; equal to ``causal_conv1d``.
-
-    ``state_BVD`` (B, V, D): the V inputs before, zeros at the start. ``positions_B`` (B,): where a
-    row may begin another document. Raises ``ValueError`` as ``causal_conv1d`` does.
-    """
-    if x_BD.ndim != 2:
-        raise ValueError(f"x_BD {tuple(x_BD.shape)} must be a matrix (rows, channels): one token")
-    y_BLD, state_BVD = causal_conv1d(
-        x_BD[:, None],
-        weight_DW,
-        bias_D,
-        positions_BL=None if positions_B is None else positions_B[..., None],
-        initial_state_BVD=state_BVD,
-        silu=silu,
-        backend=backend,
-    )
-    return y_BLD[:, 0], state_BVD

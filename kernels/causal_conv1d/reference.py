@@ -1,4 +1,4 @@
-"""The definition of the causal convolution: plain PyTorch, in fp32 (fp64 stays fp64).
+"""Definition of the causal convolution in plain PyTorch, in fp32 (fp64 stays fp64).
 
 B rows, L tokens, D channels, W taps, V = W - 1.
 """

@@ -2,12 +2,11 @@
 
 In the time-major layout a tap is the same rows shifted by one, so the convolution is W
 multiply-adds of contiguous rows. On a CPU they run over pieces that stay in cache; on CUDA, where a
-launch costs more than a pass, over everything at once. A piece's window holds the V inputs before
-it too; its gradient reaches into the V rows of the piece before, and backward walks from the last
-piece to the first, carrying them. What enters that walk is the final state's gradient, and what
-leaves it the initial state's.
+launch costs more than a pass, over everything at once. A piece's window includes the V inputs
+before it; its gradient reaches into the last V rows of the previous piece, so backward walks from
+the last piece to the first and carries them: from the final state's gradient to the initial one's.
 
-Pre-activations are not kept: backward makes them again, in cache.
+Pre-activations are not saved: backward recomputes them, in cache.
 
 B rows, L tokens, D channels, W taps, V = W - 1; b rows and n tokens of a piece.
 """
@@ -33,7 +32,7 @@ def causal_conv1d(arguments: Convolution) -> tuple[torch.Tensor, torch.Tensor]:
     rows, tokens = _pieces(x_BLD)
     for row in rows:
         for token in tokens:
-            window_bmD = _window(x_BLD, state_BVD, row, token, V, weight_WD.dtype)
+            window_bmD = _inputs(x_BLD, state_BVD, row, token, V).to(weight_WD.dtype)
             y_bnD = y_BLD[row, token]
             fits = y_BLD.dtype == weight_WD.dtype
             out_bnD = y_bnD if fits else torch.empty_like(y_bnD, dtype=weight_WD.dtype)
@@ -65,7 +64,7 @@ def causal_conv1d_backward(
     for row in rows:
         carry_bVD = dfinal_BVD[row].to(dtype, copy=True)
         for token in reversed(tokens):
-            window_bmD = _window(x_BLD, state_BVD, row, token, V, dtype)
+            window_bmD = _inputs(x_BLD, state_BVD, row, token, V).to(dtype)
             positions_bn = _positions(positions_BL, row, token, V)
             dpre_bnD = _pre_activation_gradient(
                 dy_BLD[row, token], window_bmD, weight_WD, bias, positions_bn, silu
@@ -73,14 +72,8 @@ def causal_conv1d_backward(
             dwindow_bmD = torch.zeros_like(window_bmD) if need_inputs else None
             if need_parameters:
                 dbias += dpre_bnD.sum((0, 1))
-            _add_gradients(
-                dwindow_bmD,
-                dweight_WD if need_parameters else None,
-                dpre_bnD,
-                window_bmD,
-                weight_WD,
-                positions_bn,
-            )
+            dweight = dweight_WD if need_parameters else None
+            _add_gradients(dwindow_bmD, dweight, dpre_bnD, window_bmD, weight_WD, positions_bn)
             if dwindow_bmD is not None:
                 dwindow_bmD[:, dpre_bnD.shape[1] :] += carry_bVD
                 dx_BLD[row, token] = dwindow_bmD[:, V:]
@@ -104,8 +97,8 @@ def _convolve(
 ) -> None:
     """Bias and all taps of a window into ``out``.
 
-    The farthest tap comes first: a token that is too early in its document for one tap is too early
-    for all farther ones, so that what it has so far is set to zero.
+    The farthest tap comes first: a token too early in its document for one tap is too early for all
+    farther ones, so its sum so far is set to zero.
     """
     V, n = weight_WD.shape[0] - 1, out_bnD.shape[1]
     torch.mul(window_bmD[:, :n], weight_WD[0], out=out_bnD)
@@ -143,9 +136,9 @@ def _add_gradients(
     weight_WD: torch.Tensor,
     positions_bn: torch.Tensor | None,
 ) -> None:
-    """Add what a piece gives to its window's inputs and to the weights; ``dpre`` is used up.
+    """Adds a piece's gradients of its window and of the weights; overwrites ``dpre``.
 
-    Here the nearest tap comes first, and tokens that are too early for the next drop out.
+    The nearest tap comes first, and tokens too early for the next tap drop out.
     """
     V, n = weight_WD.shape[0] - 1, dpre_bnD.shape[1]
     for back in range(V + 1):
@@ -161,11 +154,11 @@ def _add_gradients(
 def _clear_early_tokens(
     rows_bnD: torch.Tensor, positions_bn: torch.Tensor | None, back: int
 ) -> None:
-    """Set to zero, in place, the tokens with fewer than ``back`` of their document before them."""
+    """Zeroes in place the tokens with fewer than ``back`` of their document before them."""
     if positions_bn is None:
         return
     early_bn = positions_bn < back
-    if rows_bnD.device.type == "cpu":  # few: a look at each document's first tokens only
+    if rows_bnD.device.type == "cpu":  # few: each document's first tokens
         early_N = early_bn.flatten().nonzero().squeeze(1)
         rows_bnD.view(early_bn.numel(), rows_bnD.shape[2]).index_fill_(0, early_N, 0.0)
     else:
@@ -175,24 +168,13 @@ def _clear_early_tokens(
 def _positions(
     positions_BL: torch.Tensor | None, row: slice, token: slice, V: int
 ) -> torch.Tensor | None:
-    """A piece's positions; none where no tap reaches over a start, which on a CPU is looked up."""
+    """A piece's positions; None if no tap crosses a start, which only a CPU can tell for free."""
     if positions_BL is None:
         return None
     positions_bn = positions_BL[row, token]
     if positions_bn.device.type == "cpu" and not (positions_bn < V).any():
         return None
     return positions_bn
-
-
-def _window(
-    x_BLD: torch.Tensor,
-    state_BVD: torch.Tensor | None,
-    row: slice,
-    token: slice,
-    V: int,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    return _inputs(x_BLD, state_BVD, row, token, V).to(dtype)
 
 
 def _inputs(
@@ -210,7 +192,7 @@ def _inputs(
 
 
 def _pieces(x_BLD: torch.Tensor) -> tuple[list[slice], list[slice]]:
-    """Slices of rows and slices of tokens that are handled together."""
+    """Slices of rows and of tokens: a piece is one of each."""
     B, L, D = x_BLD.shape
     if x_BLD.device.type != "cpu":
         return [slice(0, B)], [slice(0, L)]

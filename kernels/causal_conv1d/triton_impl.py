@@ -22,7 +22,7 @@ from earlyfuse.kernels.triton_support import on_its_device
 @on_its_device
 def causal_conv1d(arguments: Convolution) -> tuple[torch.Tensor, torch.Tensor]:
     """y (B, L, D) and the final state (B, V, D)."""
-    x_BLD, weight_DW, bias_D, positions_BL, state_BVD, silu = arguments
+    x_BLD, weight_DW, bias_D, positions_BL, state_BVD, _ = arguments
     B, L, D = x_BLD.shape
     W = weight_DW.shape[1]
     y_BLD = x_BLD.new_empty(B, L, D)
@@ -32,22 +32,10 @@ def causal_conv1d(arguments: Convolution) -> tuple[torch.Tensor, torch.Tensor]:
     final_BVD = x_BLD.new_empty(B, W - 1, D)
     chunks = triton.cdiv(L, FORWARD_TOKENS)
     forward_kernel[lambda meta: (triton.cdiv(D, meta["CHANNELS"]), chunks, B)](
-        x_BLD,
-        weight_DW.contiguous(),
-        _contiguous(bias_D),
-        _contiguous(positions_BL),
-        _contiguous(state_BVD),
-        y_BLD,
-        final_BVD,
-        B,
-        L,
-        D,
-        x_BLD.stride(0),
-        x_BLD.stride(1),
-        W=W,
+        *(x_BLD, *_dense(weight_DW, bias_D, positions_BL, state_BVD), y_BLD, final_BVD),
+        *(B, L, D, *x_BLD.stride()[:2]),
         TOKENS=FORWARD_TOKENS,
-        STEPS=UNROLLED,
-        **_flags(bias_D, positions_BL, state_BVD, silu),
+        **_options(arguments),
     )
     return y_BLD, final_BVD
 
@@ -56,38 +44,22 @@ def causal_conv1d(arguments: Convolution) -> tuple[torch.Tensor, torch.Tensor]:
 def causal_conv1d_backward(
     dy_BLD: torch.Tensor, dfinal_BVD: torch.Tensor, arguments: Convolution, need: Sequence[bool]
 ) -> dict[str, torch.Tensor]:
-    """Gradients of x, weight, bias and initial state; all are made, what is not needed dropped."""
-    x_BLD, weight_DW, bias_D, positions_BL, state_BVD, silu = arguments
+    """Gradients of x, weight, bias and initial state; all are computed, the unneeded dropped."""
+    x_BLD, weight_DW, bias_D, positions_BL, state_BVD, _ = arguments
     B, L, D = x_BLD.shape
     W = weight_DW.shape[1]
     dx_BLD = x_BLD.new_empty(B, L, D)
-    dstate_BVD = dfinal_BVD.clone(memory_format=torch.contiguous_format)  # as it stays when L is 0
+    dstate_BVD = dfinal_BVD.clone(memory_format=torch.contiguous_format)  # the result if L is 0
     chunks = triton.cdiv(L, BACKWARD_TOKENS)
     partial_NXD = x_BLD.new_empty(B * chunks, W + 1, D, dtype=torch.float32)
     if dx_BLD.numel():
         dy_BLD = dy_BLD if dy_BLD.stride(2) == 1 else dy_BLD.contiguous()
         backward_kernel[lambda meta: (triton.cdiv(D, meta["CHANNELS"]), chunks, B)](
-            dy_BLD,
-            dfinal_BVD.contiguous(),
-            x_BLD,
-            weight_DW.contiguous(),
-            _contiguous(bias_D),
-            _contiguous(positions_BL),
-            _contiguous(state_BVD),
-            dx_BLD,
-            dstate_BVD,
-            partial_NXD,
-            B,
-            L,
-            D,
-            dy_BLD.stride(0),
-            dy_BLD.stride(1),
-            x_BLD.stride(0),
-            x_BLD.stride(1),
-            W=W,
+            *(dy_BLD, dfinal_BVD.contiguous(), x_BLD),
+            *(*_dense(weight_DW, bias_D, positions_BL, state_BVD), dx_BLD, dstate_BVD, partial_NXD),
+            *(B, L, D, *dy_BLD.stride()[:2], *x_BLD.stride()[:2]),
             TOKENS=BACKWARD_TOKENS,
-            STEPS=UNROLLED,
-            **_flags(bias_D, positions_BL, state_BVD, silu),
+            **_options(arguments),
         )
     sums_XD = partial_NXD.sum(0)
     return {
@@ -98,19 +70,17 @@ def causal_conv1d_backward(
     }
 
 
-def _flags(
-    bias_D: torch.Tensor | None,
-    positions_BL: torch.Tensor | None,
-    state_BVD: torch.Tensor | None,
-    silu: bool,
-) -> dict[str, bool]:
+def _options(of: Convolution) -> dict[str, int | bool]:
+    """Constants of a launch."""
     return {
-        "SILU": silu,
-        "HAS_BIAS": bias_D is not None,
-        "HAS_POSITIONS": positions_BL is not None,
-        "HAS_STATE": state_BVD is not None,
+        "W": of.weight_DW.shape[1],
+        "STEPS": UNROLLED,
+        "SILU": of.silu,
+        "HAS_BIAS": of.bias_D is not None,
+        "HAS_POSITIONS": of.positions_BL is not None,
+        "HAS_STATE": of.initial_state_BVD is not None,
     }
 
 
-def _contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    return None if tensor is None else tensor.contiguous()
+def _dense(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    return [None if t is None else t.contiguous() for t in tensors]

@@ -1,4 +1,4 @@
-"""Grouped matrix products on routed rows: one weight matrix per group, rows picked by a route.
+"""Grouped matrix products on routed rows: one weight matrix per group, rows selected by a route.
 
 T tokens, R routed rows, G groups, D model, F hidden.
 
@@ -96,6 +96,6 @@ def _check_routes(x_TD: Tensor, row_R: Tensor, offset_G1: Tensor) -> None:
         if not offsets or offsets[0] != 0 or offsets[-1] != rows or offsets != sorted(offsets):
             raise ValueError(
                 f"offset_G1 ({offsets}) must rise from 0 to the number of routed rows ({rows}); "
-                "group g owns rows offset[g] … offset[g+1]-1"
+                "pass the first row of each group, then that number"
             )
     check_ids("row_R", row_R, x_TD.shape[0], "the rows of x_TD")

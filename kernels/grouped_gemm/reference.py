@@ -1,4 +1,4 @@
-"""The definition of the grouped ops: plain PyTorch, computed in fp32 (fp64 stays fp64).
+"""Definition of the grouped ops in plain PyTorch, in fp32 (fp64 stays fp64).
 
 T tokens, R routed rows, G groups, D model, F hidden.
 """

@@ -1,16 +1,16 @@
 """Grouped ops in plain PyTorch at about the cost of dense ones, with hand-written gradients.
 
-What makes the obvious loop slow is its backward: the gradient of ``w[g]`` is a zero tensor of all G
-groups, once per group. Here each group's weight gradient is written straight into its slot. A group
-is handled from gather to scatter before the next one starts, in buffers of one group's size, so
-that its activations are still in cache when they are read again. Only the gate and up
-pre-activations, which backward cannot cheaply recompute, are kept for all rows.
+The obvious loop is slow in backward: the gradient of ``w[g]`` is a zero tensor of all G groups, per
+group. Here each group's weight gradient is written straight into its slot. A group is processed
+from gather to scatter before the next one starts, in buffers of one group's size, so that its
+activations are still in cache when they are read again. Only the gate and up pre-activations, which
+backward cannot cheaply recompute, are saved for all rows.
 
 Where a group's rows are long runs of tokens, as text and images are, each run is read and written
 in place, and no row moves.
 
-Weights of rows never touch the wide activations: those below are of an unweighted row, and the
-factor goes on what is D wide (x, dy and dx). The router-weight gradient needs no down-projection
+Weights of rows never touch the wide activations: these are of unweighted rows, and the factor goes
+on tensors of width D (x, dy and dx). The router-weight gradient needs no down-projection
 output: ∂L/∂weight = <dy, w2 h> = <dy w2, h>, and dy w2 is computed anyway (SonicMoE, arXiv
 2512.14080).
 
@@ -75,7 +75,7 @@ def grouped_linear_backward(
     w = w_GFD.unbind(0)
     for piece in pieces:
         rows_N, group = row_R[piece.rows], piece.group
-        # with weights, what is taken is scaled in place: then it must be a copy
+        # with weights, the rows taken are scaled in place: they must be a copy
         run = piece.run if weight_R is None else None
         direct = run is not None and need_x and in_place
         dx_ND = dx_TD[run] if direct else dx_buffer[: len(rows_N)]
@@ -191,19 +191,19 @@ def grouped_swiglu_backward(
 
 
 class _Piece(NamedTuple):
-    """Routed rows of one group that are multiplied together: all of them, or a run."""
+    """Routed rows of one group that are multiplied together: all, or a run."""
 
     group: int
     rows: slice
-    """Which of the routed rows."""
+    """Range of the routed rows."""
     run: slice | None
-    """Which tokens, where these follow one another."""
+    """Range of their tokens, if consecutive."""
     first: bool
-    """Of its group."""
+    """True for the first piece of its group."""
 
 
 def _pieces(row_R: torch.Tensor, offset_G1: torch.Tensor) -> tuple[list[_Piece], int]:
-    """The pieces of all groups that have rows, and the rows of the largest."""
+    """Pieces of all groups that have rows, and the number of rows of the largest."""
     pieces = []
     for group, (begin, end) in enumerate(pairwise(offset_G1.tolist())):
         if begin == end:
@@ -220,7 +220,7 @@ def _pieces(row_R: torch.Tensor, offset_G1: torch.Tensor) -> tuple[list[_Piece],
 
 
 def _run_starts(row_N: torch.Tensor) -> list[int] | None:
-    """Where runs of tokens begin among a group's rows, if they are long on average or only one."""
+    """Starts of runs of tokens among a group's rows; None if runs are short on average."""
     if row_N.device.type != "cpu":
         return None
     starts = np.flatnonzero(np.diff(row_N.numpy()) != 1) + 1
@@ -248,8 +248,8 @@ def _add_product(sum_FD: torch.Tensor, a_FN: torch.Tensor, b_ND: torch.Tensor, f
 def _gradient(
     w: torch.Tensor, needed: bool, pieces: Sequence[_Piece]
 ) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
-    """An uninitialised gradient of ``w`` and each group's part of it; nothing if not needed. A part
-    is zero where its group has no rows to write it.
+    """Uninitialised gradient of ``w`` and each group's part of it, zero for groups without rows;
+    empty if not needed.
     """
     if not needed:
         return w.new_empty(0), []
@@ -263,7 +263,7 @@ def _gradient(
 def _gradient_by_row(
     weight_R: torch.Tensor | None, needed: bool, x_TD: torch.Tensor
 ) -> torch.Tensor:
-    """An uninitialised gradient of the weights; nothing if not needed."""
+    """Uninitialised gradient of the weights; empty if not needed."""
     if weight_R is None or not needed:
         return x_TD.new_empty(0)
     return torch.empty_like(weight_R, memory_format=torch.contiguous_format)

@@ -1,4 +1,4 @@
-"""What kernels of ``triton_kernels.py`` may be launched with, and the tiles that follow from it.
+"""Configurations of the kernels of ``triton_kernels.py``, and the tiles that follow from them.
 
 A configuration has the blocks of a tile (BLOCK_M × BLOCK_N of the result, BLOCK_K of the inner
 dimension), programs per processor, warps and stages. This module needs Triton.

@@ -1,8 +1,8 @@
 """Grouped ops for CUDA: launches of ``triton_kernels.py``, without any host synchronisation.
 
 Where a token may have several rows, their results are written side by side and added up by token
-afterwards (``permute.combine``), in fixed order: atomic additions would need the same bytes and
-give other sums on each run. With ``unique_tokens`` a kernel writes straight to the token's place.
+afterwards (``permute.combine``), in fixed order: atomic additions would move the same bytes and
+give different sums on each run. With ``unique_tokens`` a kernel writes straight to the token.
 
 T tokens, R routed rows, G groups, D model, F hidden.
 """
@@ -40,7 +40,7 @@ PROGRAMS_IN_INTERPRETER = 2
 
 
 class Reading(Enum):
-    """How a kernel reads an operand."""
+    """Access of a kernel to an operand."""
 
     GATHERED = "rows picked by the route"
     DENSE = "tiles anywhere in it"
@@ -131,10 +131,10 @@ def grouped_swiglu_backward(
 
 
 def operands(*readings: tuple[torch.Tensor, Reading]) -> tuple[bool, list[Any]]:
-    """Whether a launch fetches tiles by TMA, and its operands: contiguous tensors or descriptors.
+    """True if a launch fetches tiles by TMA, and its operands: contiguous tensors or descriptors.
 
-    It does where the device has a TMA for them and can address every operand that is not gathered;
-    else all are read through pointers. What is gathered always is. The tiles of descriptors are set
+    TMA needs a device that has it and can address every operand that is not gathered; otherwise all
+    operands are read through pointers, as gathered ones always are. Descriptors get their tiles
     when a configuration is chosen (``triton_configurations.tiles``).
     """
     # flattened, because a dimension of size 1 may have any stride and TMA needs the packed one
@@ -147,7 +147,7 @@ def operands(*readings: tuple[torch.Tensor, Reading]) -> tuple[bool, list[Any]]:
 
 
 def has_tma(tensor: torch.Tensor) -> bool:
-    """Whether the tensor memory accelerator of its device is used for tensors of its type.
+    """True if tiles of the tensor's dtype are fetched by the device's tensor memory accelerator.
 
     fp32 products do not wait for tiles, and with TMA their kernels take twice the registers.
     """
@@ -159,7 +159,7 @@ def has_tma(tensor: torch.Tensor) -> bool:
 
 
 def _addressable(tensor: torch.Tensor) -> bool:
-    """Not empty, and every row of it begins at a multiple of 16 bytes: a rule of the hardware."""
+    """True if not empty and every row begins at a multiple of 16 bytes, as TMA requires."""
     row_bytes = tensor.shape[-1] * tensor.element_size()
     return tensor.numel() > 0 and tensor.data_ptr() % 16 == 0 and row_bytes % 16 == 0
 
@@ -289,7 +289,7 @@ def _weight_gradient(
 
 
 def _programs(like: torch.Tensor, rows: int, groups: int, columns: int) -> Callable[[dict], tuple]:
-    """The grid: as many programs as the device runs at unique, but no more than there are tiles."""
+    """Grid of as many programs as the device runs at once, but no more than tiles."""
     if like.device.type != "cuda":
         return lambda blocks: (PROGRAMS_IN_INTERPRETER,)
     processors = torch.cuda.get_device_properties(like.device).multi_processor_count

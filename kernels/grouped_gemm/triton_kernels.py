@@ -31,7 +31,7 @@ from earlyfuse.kernels.grouped_gemm.triton_configurations import (
 
 @triton.jit
 def _tiles_before(offset_ptr, groups, columns, BLOCK_M: tl.constexpr, GROUPS: tl.constexpr):
-    """Where the tiles of each group end, (GROUPS,)."""
+    """End of each group's tiles, (GROUPS,)."""
     group = tl.arange(0, GROUPS)
     begin = tl.load(offset_ptr + group, mask=group < groups, other=0)
     end = tl.load(offset_ptr + group + 1, mask=group < groups, other=0)

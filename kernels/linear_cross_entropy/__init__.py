@@ -7,17 +7,17 @@ argument          shape, dtype           meaning
 ================  =====================  ===========================================================
 ``x_TD``          (T, D) float           final hidden states
 ``w_VD``          (V, D), as x           the head's weight, or this rank's rows of it
-``labels_T``      (T,) int64             ids in the whole vocabulary; -100 counts nothing
-``modality_T``    (T,) uint8, int32 or   which sum a token's loss belongs to, 0 … M-1; anything
-                  int64                  where the label is -100
+``labels_T``      (T,) int64             ids in the whole vocabulary; -100: ignored
+``modality_T``    (T,) uint8, int32 or   sum to which a token's loss belongs, 0 … M-1; ignored where
+                  int64                  the label is -100
 ================  =====================  ===========================================================
 
-Logits are made a chunk of tokens at a time and turned at once into losses and gradients, in the
-same memory (Liger Kernel, arXiv 2410.10989, 3.2; the z-loss is that of PaLM, arXiv 2204.02311, 5).
-For that, the gradient of each logit must be known in the forward pass but for one factor: the ratio
-of z-loss to likelihood, ``z_weight``, is fixed beforehand, and the sum of both is the one output
-with a gradient. Its backward multiplies what the forward pass has made; dividing by global counts
-stays with the caller. Sums per modality are for reading.
+Logits are computed a chunk of tokens at a time and turned at once into losses and gradients, in the
+same memory (Liger Kernel, arXiv 2410.10989, 3.2; the z-loss is PaLM's, arXiv 2204.02311, 5). So the
+forward pass must know the gradient of each logit up to one factor: the ratio of z-loss to
+likelihood, ``z_weight``, is fixed, and the sum of both is the only output with a gradient. Backward
+multiplies the gradients of the forward pass; the caller divides by global counts. Sums per modality
+are for reporting.
 
 All backends give the same bits on every run. Backends: ``triton``, ``torch``, ``reference``.
 """
@@ -38,7 +38,7 @@ _RULES = rules(x_TD=FLOATS, w_VD=(SAME,), labels_T=(torch.int64,), modality_T=IN
 
 
 class LossSums(NamedTuple):
-    """Sums over tokens that count.
+    """Sums over tokens that are not ignored.
 
     ``total``   () fp32, with gradient: Σ nll + z_weight · Σ log² Z
     ``nll_M``   (M,) fp32, without: negative log likelihood by modality, nats
@@ -73,21 +73,21 @@ def linear_cross_entropy(
     """Loss sums of logits x wᵀ; gradients reach ``x`` and ``w`` through ``total``.
 
     With ``shard``, sums are those of the whole vocabulary, the same on all ranks; the gradient of
-    ``w`` is that of its rows, and the gradient of ``x`` *this rank's part*: the caller adds the
-    parts up, as it does for every layer whose weight is cut by columns. Raises ``ValueError`` on
-    wrong shapes, dtypes, devices or labels, and on an unavailable backend.
+    ``w`` is that of its rows, and the gradient of ``x`` is *this rank's part*: the caller sums the
+    parts, as for every column-sharded weight. Raises ``ValueError`` on wrong shapes, dtypes,
+    devices or labels, and on an unavailable backend.
     """
     check(_RULES, (x_TD, w_VD, labels_T, modality_T))
     words = w_VD.shape[0]
     if words == 0:
-        raise ValueError(f"w_VD {tuple(w_VD.shape)} must have at least one row")
+        raise ValueError(f"w_VD {tuple(w_VD.shape)} must have rows; shard over fewer ranks")
     if shard is not None and not 0 <= shard.first <= shard.vocabulary - words:
         raise ValueError(
-            f"shard.first ({shard.first}) must lie in [0, {shard.vocabulary - words}]: the {words} "
-            f"rows of w_VD are a part of shard.vocabulary ({shard.vocabulary})"
+            f"shard.first ({shard.first}) must lie in [0, {shard.vocabulary - words}]: w_VD has "
+            f"{words} of shard.vocabulary ({shard.vocabulary}) rows; pass this rank's first row"
         )
     if modalities < 1:
-        raise ValueError(f"modalities ({modalities}) must be positive")
+        raise ValueError(f"modalities ({modalities}) must be positive; pass the number of sums")
     if not z_weight >= 0:  # NaN is neither
         raise ValueError(f"z_weight ({z_weight}) must not be negative; 0 turns the z-loss off")
     if readable(labels_T):
@@ -95,7 +95,7 @@ def linear_cross_entropy(
     chosen = resolve("linear_cross_entropy", backend, ("triton", "torch", "reference"), x_TD)
     if chosen == "reference" and shard is not None:
         raise ValueError(
-            "backend ('reference') needs the whole vocabulary, but shard is given; choose 'torch'"
+            "backend ('reference') needs the whole vocabulary, without shard; choose 'torch'"
         )
     if chosen == "reference":
         check_labels(labels_T, words)
@@ -103,15 +103,14 @@ def linear_cross_entropy(
         total = reference.total(nll_T, log_z_T, z_weight)
     else:
         need = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (x_TD, w_VD)]
-        if shard is None:
-            cut = (0, words, "", 1)
-        else:
-            cut = (shard.first, shard.vocabulary, shard.group.group_name, shard.group.size())
+        where: tuple[int, int, str, int] = (0, words, "", 1)
+        if shard is not None:
+            where = (shard.first, shard.vocabulary, shard.group.group_name, shard.group.size())
         total, nll_T, log_z_T, _, _ = op.linear_cross_entropy(
-            x_TD, w_VD, labels_T, float(z_weight), need, *cut, chosen
+            x_TD, w_VD, labels_T, float(z_weight), need, *where, chosen
         )
     ids_M1 = torch.arange(modalities, device=labels_T.device)[:, None]
-    member_MT = modality_T == ids_M1  # what does not count has losses of 0
+    member_MT = modality_T == ids_M1  # ignored tokens have losses of 0
     nll_M, z_M = (
         torch.where(member_MT, values_T.detach(), 0.0).sum(1)
         for values_T in (nll_T, log_z_T.detach().square())

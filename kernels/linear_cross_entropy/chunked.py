@@ -1,8 +1,8 @@
-"""What both fast paths share: matrix products a chunk of tokens at a time.
+"""Matrix products of both fast paths, a chunk of tokens at a time.
 
 A chunk's logits are one product, are turned in place into their gradient (by the backend), and are
-multiplied twice more. The weight's gradient adds up over chunks in at least fp32. One buffer of a
-chunk's logits is all there is of them.
+multiplied twice more. The weight's gradient accumulates over chunks in at least fp32. All chunks
+share one buffer of logits.
 
 With a shard of the vocabulary the three statistics of each token (largest logit, sum of
 exponentials relative to it, the label's logit) are gathered once per chunk and combined in the
@@ -19,12 +19,12 @@ import torch
 from earlyfuse.kernels.checks import readable
 
 IGNORED = -100
-# in place of a label's row in w: the label is not in this shard; the token does not count
+# in place of a label's row in w: the label is in another shard; the token is ignored
 ELSEWHERE, UNCOUNTED = -1, -2
 
-# Logits of a chunk, bytes. Large chunks add to the weight's gradient less often, small ones stay
-# nearer to the processor. CPU: 256 tokens of 65,536 words, the fastest measured. GPU: adding V·D
-# fp32 values takes as long as the product of about 700 tokens, so a chunk has thousands.
+# Bytes of a chunk's logits. Large chunks add to the weight's gradient less often, small ones stay
+# in cache. CPU: 256 tokens of 65,536 words, the fastest measured. GPU: adding V·D fp32 values takes
+# as long as the product of about 700 tokens, so a chunk has thousands.
 CPU_BYTES, GPU_BYTES = 1 << 26, 1 << 29
 
 Combine = Callable[[torch.Tensor], torch.Tensor]
@@ -46,11 +46,11 @@ def forward(
     group_size: int,
     turn: Turn,
 ) -> Outputs:
-    """The op's outputs.
+    """Outputs of the op.
 
     ``turn(logits_CV, rows_C, z_weight, combine, gradient)`` returns nll and log Z of a chunk and,
-    where asked to, leaves the gradient of the total in ``logits_CV``. ``rows_C`` are labels as rows
-    of ``w``; ``combine`` joins the statistics (3, C) of all shards.
+    if ``gradient``, leaves the gradient of the total in ``logits_CV``. ``rows_C`` are labels as
+    rows of ``w``; ``combine`` joins the statistics (3, C) of all shards.
     """
     need_x, need_w = need
     dtype = torch.promote_types(x_TD.dtype, torch.float32)
@@ -61,7 +61,7 @@ def forward(
     if x_TD.shape[0] == 0:  # no chunk will write it
         dw_VD.zero_()
     nll_T, log_z_T = (x_TD.new_empty(x_TD.shape[0], dtype=dtype) for _ in range(2))
-    if x_TD.device.type == "cpu":  # products of bf16 crawl there, and would round the logits
+    if x_TD.device.type == "cpu":  # bf16 products are slow there, and would round the logits
         x_TD, w_VD = x_TD.to(dtype), w_VD.to(dtype)
     words = -(-vocabulary // group_size)
     size = chunk_tokens(len(x_TD), words, x_TD.dtype, x_TD.device.type)
@@ -90,7 +90,7 @@ def _label_rows(labels_T: torch.Tensor, first: int, words: int, vocabulary: int)
 
 
 def check_labels(labels_T: torch.Tensor, vocabulary: int) -> None:
-    """Raises ``ValueError`` on a label outside the vocabulary where looking costs nothing."""
+    """Raises ``ValueError`` on a label outside the vocabulary where reading labels is free."""
     if not readable(labels_T):
         return
     wrong_T = (labels_T != IGNORED) & ((labels_T < 0) | (labels_T >= vocabulary))
@@ -102,9 +102,9 @@ def check_labels(labels_T: torch.Tensor, vocabulary: int) -> None:
 
 
 def chunk_tokens(tokens: int, words: int, dtype: torch.dtype, device_type: str) -> int:
-    """Tokens of a chunk: as many as the memory allows, all chunks about equal.
+    """Tokens of a chunk: as many as memory allows, all chunks about equal.
 
-    ``words`` is the same on all ranks, so that their chunks are, even if the last rank has fewer.
+    ``words`` is equal on all ranks, so that their chunks are, even if the last rank has fewer.
     """
     allowed = CPU_BYTES if device_type == "cpu" else GPU_BYTES
     most = max(allowed // (words * dtype.itemsize), 1)
@@ -118,7 +118,7 @@ def _combine(statistics_3C: torch.Tensor, group: str, group_size: int) -> torch.
     largest_RC, sum_RC, label_RC = gathered.view(group_size, 3, -1).unbind(1)
     largest_C = largest_RC.amax(0)
     sum_C = (sum_RC * (largest_RC - largest_C).exp()).sum(0)
-    return torch.stack([largest_C, sum_C, label_RC.sum(0)])  # all but one rank's label logit is 0
+    return torch.stack([largest_C, sum_C, label_RC.sum(0)])  # a label is on one rank, 0 on others
 
 
 def _multiply(dlogits_CV: torch.Tensor, w_VD: torch.Tensor, dx_CD: torch.Tensor) -> None:
@@ -131,7 +131,7 @@ def _multiply(dlogits_CV: torch.Tensor, w_VD: torch.Tensor, dx_CD: torch.Tensor)
 def _add_product(
     dw_VD: torch.Tensor, dlogits_VC: torch.Tensor, x_CD: torch.Tensor, first: bool
 ) -> None:
-    """dw += dlogits x, summed in the type of ``dw`` whatever the factors are."""
+    """dw += dlogits x, summed in the dtype of ``dw``."""
     if dw_VD.dtype == x_CD.dtype:
         torch.addmm(dw_VD, dlogits_VC, x_CD, beta=0 if first else 1, out=dw_VD)
     else:  # CUDA has products of bf16 that are not rounded to bf16

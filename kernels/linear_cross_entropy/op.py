@@ -1,7 +1,7 @@
-"""Registration with ``torch.library``: shapes, gradient and FLOPs; the work is in ``*_impl.py``.
+"""The head with its loss as a torch operator: shapes, gradient and FLOPs.
 
-The gradients of x and w are outputs of the forward op, made where they are needed; backward is a
-product of them with the gradient of the total, so it has no op of its own.
+The gradients of x and w are outputs of the forward op, computed if needed; backward multiplies them
+by the gradient of the total, so it has no op of its own.
 
 T tokens, V vocabulary, D model.
 """
@@ -29,8 +29,8 @@ def compute(
     backend: str,
 ) -> Outputs:
     """Total (), nll (T,), log Z (T,), and the total's gradients of x and of w, the latter in at
-    least fp32; empty where ``need`` (of x, of w) says no. w is rows ``first`` … of ``vocabulary``,
-    cut over ``group``; all of them where that is ""."""
+    least fp32; empty unless in ``need`` (of x, of w). w is rows ``first`` … of ``vocabulary``,
+    sharded over ``group``; all rows if that is ""."""
     forward = implementation(__package__, backend).forward
     return forward(x_TD, w_VD, labels_T, z_weight, need, first, vocabulary, group, group_size)
 
@@ -62,7 +62,7 @@ def _(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
     _, nll_T, log_z_T, dx_TD, dw_VD = output
     ctx.dtype = inputs[0].dtype
-    ctx.set_materialize_grads(False)  # else zeros as large as the weight are made for dw_VD
+    ctx.set_materialize_grads(False)  # else zeros as large as the weight are allocated for dw_VD
     ctx.mark_non_differentiable(nll_T, log_z_T, dx_TD, dw_VD)
     ctx.save_for_backward(dx_TD, dw_VD)
 
@@ -70,10 +70,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
 def _backward(ctx: Any, dtotal: torch.Tensor | None, *_: None) -> tuple[Any, ...]:
     if dtotal is None:
         return (None,) * len(ctx.needs_input_grad)
-    if torch.is_grad_enabled():  # create_graph: what follows would look constant in x and w
+    if torch.is_grad_enabled():  # create_graph: the gradients would look constant in x and w
         raise RuntimeError(
-            "linear_cross_entropy has no second derivative: its gradients are made in forward; "
-            "choose backend='reference' to differentiate them"
+            "linear_cross_entropy has no second derivative, as forward computes its gradients; "
+            "choose backend='reference'"
         )
     dx_TD, dw_VD = ctx.saved_tensors
     need_x, need_w, *others = ctx.needs_input_grad
@@ -85,7 +85,7 @@ def _backward(ctx: Any, dtotal: torch.Tensor | None, *_: None) -> tuple[Any, ...
 
 
 def _scaled(gradient: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """In ``dtype``, rounded once and without a copy in between."""
+    """The product in ``dtype``, rounded once, without an intermediate copy."""
     return torch.mul(gradient, factor, out=gradient.new_empty(gradient.shape, dtype=dtype))
 
 
@@ -102,5 +102,5 @@ def _flops(
     *_: Any,
     **__: Any,
 ) -> int:
-    """Logits, and the product of their gradient with w and with x where it is needed."""
+    """FLOPs of the logits, and of their gradient times w and times x if needed."""
     return 2 * x_shape[0] * w_shape[0] * w_shape[1] * (1 + sum(need))

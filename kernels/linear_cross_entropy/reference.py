@@ -1,4 +1,4 @@
-"""The definition of the head with its loss: all logits at once, in fp32 (fp64 stays fp64).
+"""Definition of the head with its loss: all logits at once, in fp32 (fp64 stays fp64).
 
 T tokens, V vocabulary, D model.
 """

@@ -1,7 +1,7 @@
-"""Logits into losses and gradients in plain PyTorch, in place.
+"""Turns logits into losses and gradients in plain PyTorch, in place.
 
-Exponentials are computed once: what they are relative to, a row's largest logit, is exchanged for
-log Z by a factor per row.
+Exponentials are computed once, relative to the largest logit of a row; a factor per row makes them
+relative to log Z.
 
 V vocabulary, C tokens of a chunk.
 """
@@ -47,7 +47,7 @@ def _exponentiate(values_CV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """exp(values - largest of the row) in place; the largest values and the sums (C,)."""
     largest_C, sum_C = (values_CV.new_empty(values_CV.shape[0]) for _ in range(2))
     tokens = max(values_CV.shape[0], 1)
-    if values_CV.device.type == "cpu":  # four passes over what stays in cache, not over memory
+    if values_CV.device.type == "cpu":  # four passes in cache, not over memory
         tokens = max(PIECE // values_CV.shape[1], 1)
     for part, largest, sums in zip(
         values_CV.split(tokens), largest_C.split(tokens), sum_C.split(tokens), strict=True

@@ -1,4 +1,4 @@
-"""Logits into losses and gradients for CUDA: one program per token, two passes over its logits.
+"""Turns logits into losses and gradients on CUDA: one program per token, two passes.
 
 The first pass finds the largest logit and the sum of exponentials together, the second writes the
 gradient over the logits, which were read a moment ago and are likely still in the L2 cache. With a
@@ -18,9 +18,9 @@ from earlyfuse.kernels.linear_cross_entropy import chunked
 from earlyfuse.kernels.linear_cross_entropy.chunked import UNCOUNTED, Combine
 from earlyfuse.kernels.triton_support import on_its_device
 
-# One block instead of an autotuner's choice: it decides the order of sums, and the same run would
-# get other bits after a restart. A large one, for few rows are then under way at once: four of 128
-# KiB on each processor nearly fit into the L2 cache.
+# One block instead of an autotuner's choice: it decides the order of sums, so a restart would give
+# different bits. A large one, so that few rows are in flight: four of 128 KiB per processor nearly
+# fit into the L2 cache.
 BLOCK, WARPS = 8192, 16
 _UNCOUNTED = tl.constexpr(UNCOUNTED)
 

@@ -1,4 +1,4 @@
-"""Moving rows by a route, and choosing them.
+"""Gathers and scatters rows by a route, and selects rows by top-k.
 
 T tokens, R routed rows, G groups, D model.
 
@@ -30,8 +30,7 @@ _SCATTER = rules(y_RD=FLOATS, row_R=INDICES, weight_R=(torch.float32, SAME))
 def gather_rows(x_TD: torch.Tensor, row_R: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:
     """x[row] → (R, D), dtype of ``x``.
 
-    Raises ``ValueError`` on wrong shapes, dtypes or devices, and on a CPU on rows that are not
-    there.
+    Raises ``ValueError`` on wrong shapes, dtypes or devices, and on a CPU on missing rows.
     """
     check(_GATHER, (x_TD, row_R))
     check_ids("row_R", row_R, x_TD.shape[0], "the rows of x_TD")
@@ -52,11 +51,11 @@ def scatter_add_rows(
     """out[row] += weight · y over all routed rows → (tokens, D), dtype of ``y``; else 0.
 
     Gradients reach ``y`` and ``weight_R``. Raises ``ValueError`` on wrong shapes, dtypes or
-    devices, and on a CPU on rows that are not there.
+    devices, and on a CPU on missing rows.
     """
     check(_SCATTER, (y_RD, row_R, weight_R))
     if tokens < 0:
-        raise ValueError(f"tokens ({tokens}) must not be negative")
+        raise ValueError(f"tokens ({tokens}) must not be negative; pass the rows of the result")
     check_ids("row_R", row_R, tokens, "the tokens")
     chosen = resolve("scatter_add_rows", backend, BACKENDS, y_RD)
     if chosen == "reference":
@@ -73,7 +72,7 @@ def select_top_k(scores_GT: torch.Tensor, k: int, *, backend: str = "auto") -> t
     if scores_GT.ndim != 2 or scores_GT.dtype != torch.float32:
         raise ValueError(
             f"scores_GT ({tuple(scores_GT.shape)}, {scores_GT.dtype}) must be a float32 matrix "
-            "(groups, tokens): lower precision makes ties; cast it first"
+            "(G, T): lower precision makes ties; cast it"
         )
     if not 0 <= k <= scores_GT.shape[1]:
         raise ValueError(

@@ -1,8 +1,8 @@
 """The row movers and top-k as torch operators: fakes for compile, gradients, FLOPs.
 
-The gradient of a gather is a scatter and the other way round. Backends are modules with
-``gather_rows``, ``scatter_add_rows``, ``scatter_add_rows_backward`` and ``select_top_k``, all
-without autograd. An empty tensor stands for a gradient that nobody needs.
+The gradient of a gather is a scatter and vice versa. A backend is a module with ``gather_rows``,
+``scatter_add_rows``, ``scatter_add_rows_backward`` and ``select_top_k``, all without autograd. An
+empty tensor stands for an unneeded gradient.
 
 T tokens, R routed rows, G groups, D model.
 """
@@ -75,12 +75,7 @@ def scatter_add_rows_backward(
 
 @scatter_add_rows_backward.register_fake
 def _(
-    dout_TD: Tensor,
-    y_RD: Tensor | None,
-    row_R: Tensor,
-    weight_R: Tensor | None,
-    need: list[bool],
-    *_: Any,
+    dout_TD: Tensor, _: Any, row_R: Tensor, weight_R: Tensor | None, need: list[bool], *__: Any
 ) -> tuple[Tensor, Tensor]:
     dy_RD = dout_TD.new_empty(row_R.shape[0], dout_TD.shape[1]) if need[0] else dout_TD.new_empty(0)
     if weight_R is None or not need[1]:

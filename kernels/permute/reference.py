@@ -1,4 +1,4 @@
-"""The definition of the row movers and of top-k: plain PyTorch.
+"""Definitions of gather, scatter and top-k in plain PyTorch.
 
 T tokens, R routed rows, G groups, D model.
 """

@@ -1,4 +1,4 @@
-"""Row movers from torch's own ops, and a top-k on keys that cannot tie.
+"""Gather and scatter by torch's own ops, and a top-k on keys that cannot tie.
 
 T tokens, R routed rows, G groups, D model.
 """
@@ -27,9 +27,9 @@ def scatter_add_rows(
 def _sum_by_token(
     y_RD: torch.Tensor, row_R: torch.Tensor, tokens: int, weight_R: torch.Tensor | None
 ) -> torch.Tensor:
-    """The same, each result written once: rows sorted by token are bags to sum, in their order.
+    """``scatter_add_rows`` that writes each result once: rows sorted by token are bags to sum.
 
-    Half the bytes of zeros with rows added to them, and no weighted copy of ``y``.
+    Moves half the bytes of adding rows to zeros, and makes no weighted copy of ``y``.
     """
     row = row_R.numpy()
     count = np.bincount(row, minlength=tokens)
@@ -118,8 +118,8 @@ def put_rows(out_TD: torch.Tensor, rows_N: torch.Tensor, y_ND: torch.Tensor, uni
 
 
 def sums(like: torch.Tensor, tokens: int, width: int, unique: bool, rows: int) -> torch.Tensor:
-    """Where ``put_rows`` puts all ``rows``: (tokens, width) in at least fp32, as what several rows
-    add up to is rounded once. Zeros, unless each token is certain to be written.
+    """Target of ``put_rows`` for all ``rows``: (tokens, width) in at least fp32, so that sums are
+    rounded once. Zeros, unless every token is certain to be written.
     """
     dtype = torch.promote_types(like.dtype, torch.float32)
     if unique and rows == tokens:

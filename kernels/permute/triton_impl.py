@@ -1,9 +1,9 @@
-"""Row movers and top-k for CUDA, without atomics: each output is written by one program.
+"""Gather, scatter and top-k for CUDA, without atomics: one program writes each output.
 
 A scatter runs over tokens instead of rows. ``inverse_of`` sorts the rows by token once, so that a
-program finds the rows of its token side by side and adds them up in fp32, in their order in the
-route. Top-k finds the k-th key of each group by radix selection and writes what lies above it in
-order of index; ties at the k-th key are taken by lower index.
+program finds the rows of its token side by side and sums them in fp32, in the order of the route.
+Top-k finds the k-th key of each group by radix selection and writes the scores above it in order of
+index, then ties at the k-th key by lower index.
 
 T tokens, R routed rows, G groups, D model.
 """
@@ -150,9 +150,9 @@ def scatter_add_rows(
 
 
 def inverse_of(row_R: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rows of each token: their numbers (R,), and where those of token t begin (tokens + 1,).
+    """Rows sorted by token: their numbers (R,), and the first of each token (tokens + 1,).
 
-    Rows of one token keep their order. No host synchronisation.
+    The sort is stable. No host synchronisation.
     """
     sorted_R, order_R = row_R.int().sort(stable=True)
     begin_T1 = torch.searchsorted(
@@ -220,5 +220,5 @@ def select_top_k(scores_GT: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def block_of(width: int) -> int:
-    """How much of a row one program takes."""
+    """Columns of a row that one program takes."""
     return WIDTHS[0] if width <= WIDTHS[0] else WIDTHS[1]

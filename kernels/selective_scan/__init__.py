@@ -5,11 +5,11 @@ B batch, L tokens, D channels, N states, G groups of tokens that share a step bi
 ================  ===============  =================================================================
 argument          shape, dtype     meaning
 ================  ===============  =================================================================
-``u_BLD``         (B, L, D) float  what is scanned
+``u_BLD``         (B, L, D) float  inputs of the scan
 ``delta_BLD``     (B, L, D) as u   step sizes before bias and softplus
 ``A_DN``          (D, N) fp32      rates of decay, negative: ``-exp(A_log)``, computed by the caller
-``B_BLN``         (B, L, N) as u   how much of the input each state takes, same for all channels
-``C_BLN``         (B, L, N) as u   how much of each state the output takes
+``B_BLN``         (B, L, N) as u   weight of the input in each state, the same for all channels
+``C_BLN``         (B, L, N) as u   weight of each state in the output
 ``skip_D``        (D,) fp32        factor of the input in the output (the D of the paper), or none
 ``z_BLD``         (B, L, D) as u   gate: the output is multiplied by silu(z); or none
 ``bias_GD``       (G, D) fp32      added to delta in fp32, a row per group of tokens; or none
@@ -25,7 +25,7 @@ argument          shape, dtype     meaning
 fp32 stands for fp64 where ``u`` is fp64. Inputs may be slices of wider tensors, read in place where
 the last dimension is dense. In Mixture-of-Mamba the bias belongs to a modality: G = modalities,
 ``group_BL`` = modality ids; no (B, L, D) bias exists. Backends: ``triton`` (CUDA), ``torch`` (fast
-on CPU), ``reference`` (the definition).
+on CPU), ``reference`` (the definition). A decoding step is a scan of length 1.
 """
 
 import torch
@@ -86,35 +86,6 @@ def selective_scan(
     return y_BLD, final_BDN
 
 
-def selective_scan_step(
-    u_BD: torch.Tensor,
-    delta_BD: torch.Tensor,
-    A_DN: torch.Tensor,
-    B_BN: torch.Tensor,
-    C_BN: torch.Tensor,
-    skip_D: torch.Tensor | None = None,
-    z_BD: torch.Tensor | None = None,
-    bias_GD: torch.Tensor | None = None,
-    group_B: torch.Tensor | None = None,
-    state_BDN: torch.Tensor | None = None,
-    *,
-    backend: str = "auto",
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One token of each sequence, for decoding: y (B, D) and the state after it (B, D, N).
-
-    A scan of length 1, so that decoding computes what training did. A new document starts from
-    ``state_BDN=None``, or from a row of zeros. Errors as in ``selective_scan``, which names the
-    arguments with a token dimension.
-    """
-    u, delta, B, C = (t.unsqueeze(1) for t in (u_BD, delta_BD, B_BN, C_BN))
-    z = None if z_BD is None else z_BD.unsqueeze(1)
-    group = None if group_B is None else group_B[..., None]
-    y_BLD, next_BDN = selective_scan(
-        u, delta, A_DN, B, C, skip_D, z, bias_GD, group, None, state_BDN, backend=backend
-    )
-    return y_BLD.squeeze(1), next_BDN
-
-
 def segment_decay(
     delta_BLD: torch.Tensor,
     A_DN: torch.Tensor,
@@ -122,10 +93,10 @@ def segment_decay(
     group_BL: torch.Tensor | None = None,
     reset_BL: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """What is left of a state after all these tokens (B, D, N): exp(A Σ dt), 0 if one is a reset.
+    """Decay of a state over all these tokens (B, D, N): exp(A Σ dt), 0 if one is a reset.
 
-    With it, scans of consecutive segments are put together: final(start) = final(0) + decay ·
-    start. Differentiable; no scan is needed. Shapes as in ``selective_scan``.
+    Joins scans of consecutive segments: final(start) = final(0) + decay · start. Differentiable;
+    needs no scan. Shapes as in ``selective_scan``.
     """
     dt_BD = step_sizes(delta_BLD.to(A_DN.dtype), bias_GD, group_BL).sum(1)
     decay_BDN = torch.exp(dt_BD[..., None] * A_DN)
@@ -133,23 +104,21 @@ def segment_decay(
 
 
 def backend_for(requested: str, A_DN: torch.Tensor, u_BLD: torch.Tensor) -> str:
-    """The backend that ``selective_scan`` takes for these; ``ValueError`` if it cannot be had."""
+    """Backend of ``selective_scan`` for these tensors; raises ``ValueError`` if it cannot run."""
     states = A_DN.shape[1]
     fits = states in TRITON_STATES
     if requested == "triton" and not fits:
         raise ValueError(
-            f"A_DN {tuple(A_DN.shape)} is not for backend 'triton': it takes N of "
-            f"{', '.join(map(str, TRITON_STATES))}; choose 'torch'"
+            f"A_DN {tuple(A_DN.shape)} must have N of {', '.join(map(str, TRITON_STATES))} for "
+            "backend 'triton'; choose 'torch'"
         )
     return resolve("selective_scan", requested, BACKENDS if fits else BACKENDS[1:], u_BLD)
 
 
 def _check(of: op.Scan) -> None:
     if of.group_BL is not None and of.bias_GD is None:
-        raise ValueError("group_BL is given without bias_GD, whose rows it picks; give both")
-    sizes = {}
-    if of.group_BL is None and of.bias_GD is not None:
-        sizes["G"] = 1  # all tokens share the one row
+        raise ValueError("group_BL needs bias_GD, whose rows it picks; pass both")
+    sizes = {} if of.bias_GD is None or of.group_BL is not None else {"G": 1}
     if of.A_DN.numel() == 0 and of.A_DN.shape[-1] == 0:
         raise ValueError(f"A_DN {tuple(of.A_DN.shape)} must have at least one state")
     check(_RULES, of, **sizes)

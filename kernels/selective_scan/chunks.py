@@ -1,8 +1,8 @@
-"""How the scan cuts a sequence, the same in every backend: the state before each chunk is kept."""
+"""Chunks of a sequence, the same in every backend: the state before each is saved for backward."""
 
-CHUNK = 16  # tokens; kept states take N/CHUNK fp32 numbers per token and channel
+CHUNK = 16  # tokens; saved states take N/CHUNK fp32 numbers per token and channel
 
 
 def count_chunks(length: int) -> int:
-    """Chunks of a sequence, the last of which may be short."""
+    """Number of chunks; the last may be short."""
     return -(-length // CHUNK)

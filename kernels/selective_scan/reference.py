@@ -1,4 +1,4 @@
-"""The definition of the selective scan: one loop over tokens, computed in fp32 (fp64 in fp64)."""
+"""Definition of the selective scan: one loop over tokens, in fp32 (fp64 stays fp64)."""
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +36,7 @@ def selective_scan(scan: Scan) -> tuple[torch.Tensor, torch.Tensor]:
 def step_sizes(
     delta_BLD: torch.Tensor, bias_GD: torch.Tensor | None, group_BL: torch.Tensor | None
 ) -> torch.Tensor:
-    """softplus(delta + the bias of the token's group), in the type of ``delta_BLD``."""
+    """softplus(delta + the bias of the token's group), in the dtype of ``delta_BLD``."""
     if bias_GD is not None:
         rows = bias_GD[0] if group_BL is None else bias_GD[group_BL.long()]
         delta_BLD = delta_BLD + rows

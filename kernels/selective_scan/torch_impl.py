@@ -1,12 +1,11 @@
 """The selective scan in plain PyTorch, for CPUs: a hand-written backward, no (B, L, D, N) tensor.
 
-The recurrence is walked token by token, because on a CPU a scan that is parallel over L only adds
-work. What makes it fast is where the numbers are: one sequence and one block of channels at a time,
-so that the buffers of a chunk of Q tokens stay in the L2 cache, laid out (token, state, channel),
-so that every operation runs along contiguous channels. Exponentials, outer products and reductions
-are taken for a whole chunk at once; one in-place ``addcmul_`` per token is all that is sequential.
-Between forward and backward only the state before each chunk is kept; backward computes a chunk's
-states again from it and walks back.
+The recurrence runs token by token, because on a CPU a scan that is parallel over L only adds work.
+It is fast by locality: one sequence and one block of channels at a time, so that the buffers of a
+chunk of Q tokens stay in the L2 cache, laid out (token, state, channel), so that every operation
+runs along contiguous channels. Exponentials, outer products and reductions run on a whole chunk at
+once; only one in-place ``addcmul_`` per token is sequential. Forward saves only the state before
+each chunk; backward recomputes a chunk's states from it and walks back.
 
 Resets are read on the host: on CUDA that is one synchronisation per call.
 
@@ -30,7 +29,7 @@ _aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class _Lane:
-    """One sequence and one block of channels: its numbers in the type that is computed in."""
+    """One sequence and one block of channels, in the dtype of the computation."""
 
     row: int
     channels: slice
@@ -41,10 +40,10 @@ class _Lane:
     C_LN: torch.Tensor
     skip_W: torch.Tensor | None
     z_LW: torch.Tensor | None
-    resets: Sequence[int]  # token numbers, rising
+    resets: Sequence[int]  # token numbers, ascending
 
     def chunks(self, backwards: bool = False) -> Iterator[tuple[int, slice, list[int]]]:
-        """Number, tokens, and resets counted from the first of them."""
+        """Number, tokens, and resets relative to the first token, of each chunk."""
         length = self.u_LW.shape[0]
         numbers = range(count_chunks(length))
         for i in reversed(numbers) if backwards else numbers:
@@ -54,7 +53,7 @@ class _Lane:
 
 
 class _Buffers:
-    """Memory for one chunk, used again for every chunk; ``h`` has the state before it in front."""
+    """Buffers of one chunk, reused for every chunk; ``h[0]`` is the state before it."""
 
     def __init__(self, like_NW: torch.Tensor, backward: bool) -> None:
         self.decay = like_NW.new_empty(CHUNK, *like_NW.shape)
@@ -111,9 +110,9 @@ def selective_scan_backward(
     scan: Scan,
     need: Sequence[bool],
 ) -> dict[str, torch.Tensor]:
-    """The gradients needed."""
+    """The needed gradients."""
     A_DN, group_BL = scan.A_DN, scan.group_BL
-    # sums over tokens or channels are accumulated in the wide type and rounded once
+    # sums over tokens or channels accumulate in the wide dtype and are rounded once
     gradients = {
         name: torch.zeros_like(of, dtype=A_DN.dtype, memory_format=torch.contiguous_format)
         for name, of, needed in zip(Scan._fields, scan, need, strict=True)
@@ -179,11 +178,11 @@ def _walk_back(
     starts_IND: torch.Tensor,
     need: Sequence[bool],
 ) -> tuple[torch.Tensor, ...]:
-    """Through the chunks from last to first, states again from their starts.
+    """Walks the chunks from last to first, recomputing states from their starts.
 
     Returns y before skip and gate, the gradient of x = dt u, that of dt through the decay, and
-    those of A, B and C from this lane. ``dh_NW``, the gradient of the final state, is turned into
-    that of the initial state in place.
+    those of A, B and C from this lane. Turns ``dh_NW`` in place from the final state's gradient
+    into the initial state's.
     """
     buffers = _Buffers(lane.A_NW, backward=True)
     x_LW = lane.dt_LW * lane.u_LW
@@ -219,7 +218,7 @@ def _walk_back(
 
 
 def _walk_back_state(lane: _Lane, dy_LW: torch.Tensor, dh_NW: torch.Tensor) -> None:
-    """``dh_NW`` from the final state's gradient to the initial state's: no states are needed."""
+    """Turns ``dh_NW`` from the final state's gradient into the initial one's; needs no states."""
     buffers = _Buffers(lane.A_NW, backward=True)
     for _, tokens, resets in lane.chunks(backwards=True):
         _decays(lane, buffers, tokens, resets)
@@ -236,7 +235,7 @@ def _decays(lane: _Lane, buffers: _Buffers, tokens: slice, resets: list[int]) ->
 def _advance(
     lane: _Lane, buffers: _Buffers, x_LW: torch.Tensor, tokens: slice, resets: list[int]
 ) -> None:
-    """Decays and states of a chunk, from the state in front of ``buffers.h``."""
+    """Computes decays and states of a chunk from ``buffers.h[0]``."""
     count = tokens.stop - tokens.start
     _decays(lane, buffers, tokens, resets)
     torch.mul(x_LW[tokens, None], lane.B_LN[tokens, :, None], out=buffers.h[1 : count + 1])
@@ -248,7 +247,7 @@ def _advance(
 def _retreat(
     lane: _Lane, buffers: _Buffers, dy_LW: torch.Tensor, dh_NW: torch.Tensor, tokens: slice
 ) -> None:
-    """Gradients of a chunk's states, and ``dh_NW`` moved from the state after it to before it."""
+    """Computes gradients of a chunk's states; moves ``dh_NW`` from its last state to before it."""
     count = tokens.stop - tokens.start
     torch.mul(dy_LW[tokens, None], lane.C_LN[tokens, :, None], out=buffers.dh[:count])
     later_NW = buffers.dhs[count - 1].add_(dh_NW)

@@ -1,9 +1,9 @@
-"""The selective scan on CUDA: launches of ``triton_kernels``. No (B, L, D, N) tensor exists.
+"""Launches ``triton_kernels``, the selective scan on CUDA. No (B, L, D, N) tensor exists.
 
-Sequences are cut into segments when channels alone would leave processors idle. A first pass finds
-each segment's end state from a zero start, and the decay exp(A Σ dt) over it; the main pass puts
-the start of its segment together from those before it. Backward mirrors this. The same steps over
-ranks are sequence parallelism.
+Sequences are split into segments where channels alone would leave processors idle. A first pass
+finds each segment's end state from a zero start, and the decay exp(A Σ dt) over it; the main pass
+combines those of earlier segments into the start of its own. Backward mirrors this. The same steps
+over ranks are sequence parallelism.
 
 Backward reads the state before each chunk, recomputes the states inside, and walks back. Sums over
 channels (of B and C), over tokens and sequences (of A, skip and bias) leave a program as fp32
@@ -36,8 +36,8 @@ FORWARD: dict[int, Sizes] = {16: (8, 32, 4, 128), 32: (8, 32, 8, None), 64: (4, 
 BACKWARD: dict[int, Sizes] = {16: (8, 32, 4, None), 32: (8, 32, 8, None), 64: (8, 8, 8, None)}
 if INTERPRETED:  # which combines scans element by element
     FORWARD = BACKWARD = dict.fromkeys((4, *FORWARD), (8, 2, 1, None))
-WIDENED = 16  # states: with so many, B and C are given to forward in fp32
-PROGRAMS = 512  # about four for each processor of a large GPU: below that, sequences are cut
+WIDENED = 16  # states for which forward gets B and C in fp32
+PROGRAMS = 512  # about four per processor of a large GPU: below that, sequences are split
 SHORTEST = 8  # chunks of a segment: the passes over segments cost about one more forward
 
 
@@ -150,14 +150,14 @@ def selective_scan_backward(
 
 
 def _rows_of(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    """Read in place if their last dimension is dense, as a slice of a projection's output is."""
+    """Tensors with a dense last dimension, such as slices of a projection's output, in place."""
     return [t if t.stride(-1) == 1 else t.contiguous() for t in tensors]
 
 
 def _widened(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    """B and C for forward: in fp32 if N is 16. Else every thread converts all its states of them in
-    every tile, an instruction for one of the exponentials; copies are small. Backward, and forward
-    of 32 states, would spill.
+    """B and C for forward, in fp32 if N is 16. Otherwise every thread converts all its states of
+    them in every tile, one instruction per exponential; copies are small. Backward, and forward of
+    32 states, would spill.
     """
     return [t.to(torch.float32) if t.shape[-1] == WIDENED else t for t in tensors]
 
@@ -186,5 +186,5 @@ def _plan(
 
 
 def _by_tensor_cores(dtype: torch.dtype, width: int) -> bool:
-    """Whether sums over channels are products with ones, in tf32: not for fp32, nor below 16."""
+    """True if sums over channels are products with ones, in tf32: not in fp32, nor below 16."""
     return dtype != torch.float32 and width >= 16

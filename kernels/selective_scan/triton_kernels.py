@@ -82,7 +82,7 @@ def _steps(delta, stride, bias, group, t, d, length, channels):
 
 @triton.jit
 def _cuts(reset, t, length):
-    """What is added to the exponents (T,): exp2 makes exactly 0 of it. Backward never divides by
+    """Terms added to the exponents (T,), which exp2 turns into exactly 0. Backward never divides by
     a decay nor multiplies by an exponent, so nothing becomes inf · 0."""
     if reset is None:
         cut = tl.zeros(t.shape, tl.float32)

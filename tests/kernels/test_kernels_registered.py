@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from kernel_checks import assert_equal, outputs_and_gradients
+from scan_cases import scan_inputs
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from earlyfuse.kernels.causal_conv1d import causal_conv1d
 from earlyfuse.kernels.grouped_gemm import grouped_linear, grouped_swiglu
 from earlyfuse.kernels.linear_cross_entropy import linear_cross_entropy
 from earlyfuse.kernels.permute import gather_rows, scatter_add_rows, select_top_k
@@ -21,19 +24,43 @@ def tensors():
     return [torch.rand(shape).requires_grad_() for shape in shapes]
 
 
-def opcheck(op, *args):
-    torch.library.opcheck(op, args)
-
-
 def test_operators_keep_what_they_declare():
     x, w1, w3, w2, weight = tensors()
-    ops = torch.ops.earlyfuse
+    ops, check = torch.ops.earlyfuse, torch.library.opcheck
     for weights in (weight, None):
-        opcheck(ops.grouped_linear, x, w1, ROW, OFFSET, weights, False, "torch")
-        opcheck(ops.grouped_swiglu, x, w1, w3, w2, ROW, OFFSET, weights, False, True, "torch")
-        opcheck(ops.scatter_add_rows, x[: len(ROW)], ROW, T, weights, "torch")
-    opcheck(ops.gather_rows, x, ROW, "torch")
-    opcheck(ops.select_top_k, torch.rand(G, T), 4, "torch")
+        check(ops.grouped_linear, (x, w1, ROW, OFFSET, weights, False, "torch"))
+        check(ops.grouped_swiglu, (x, w1, w3, w2, ROW, OFFSET, weights, False, True, "torch"))
+        check(ops.scatter_add_rows, (x[: len(ROW)], ROW, T, weights, "torch"))
+    check(ops.gather_rows, (x, ROW, "torch"))
+    check(ops.select_top_k, (torch.rand(G, T), 4, "torch"))
+    inputs = scan_inputs(1, 19, 3, 4)
+    check(ops.selective_scan, (*inputs, True, "torch"))
+    detached = [t.detach() for t in inputs]
+    kept = ops.selective_scan(*detached, True, "torch")
+    arguments = (*kept, *detached, [*[True] * 8, False, False, True], "torch")
+    checks = ("test_schema", "test_faketensor")
+    check(ops.selective_scan_backward, arguments, test_utils=checks)
+
+
+COMPILED = {
+    "scan": (selective_scan, scan_inputs(1, 19, 3, 4)),
+    "convolution": (causal_conv1d, [tensors()[0][None], torch.rand(D, 4).requires_grad_()]),
+    "loss": (
+        lambda x, w, backend: linear_cross_entropy(
+            x, w, ROW, ROW % 2, modalities=2, z_weight=0.02, backend=backend
+        ),
+        [tensors()[0][: len(ROW)], torch.rand(T, D).requires_grad_()],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_an_op_compiles_into_one_graph(name):
+    op, inputs = COMPILED[name]
+    inputs = [t if t is None else t.detach().requires_grad_(t.requires_grad) for t in inputs]
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
+    expected = outputs_and_gradients(op, inputs, backend="torch")
+    assert_equal(outputs_and_gradients(compiled, inputs, backend="torch"), expected, 1e-6)
 
 
 def test_a_gradient_that_nobody_needs_is_none():

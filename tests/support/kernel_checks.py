@@ -1,4 +1,4 @@
-"""What the tests of kernels share: errors as ratios of RMS, outputs and all gradients of an op."""
+"""Helpers of the kernel tests: errors as ratios of RMS, outputs and all gradients of an op."""
 
 from collections.abc import Callable, Sequence
 
@@ -8,7 +8,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def rms_ratio(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """RMS of the difference over RMS of what is expected; NaN where either has one."""
+    """RMS of the difference over RMS of the expected; NaN where either has one."""
     difference = (actual.double() - expected.double()).norm()
     return (difference / expected.double().norm().clamp_min(1e-12)).item()
 
@@ -29,3 +29,19 @@ def outputs_and_gradients(
     found = [(y, dy) for y, dy in zip(outputs, projections, strict=True) if y.requires_grad]
     gradients = torch.autograd.grad([y for y, _ in found], wanted, [dy for _, dy in found])
     return [*(y.detach() for y in outputs), *gradients]
+
+
+def assert_equal(
+    actual: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], bound: float
+) -> None:
+    """The same shapes and dtypes, and values within ``bound`` (``rms_ratio``)."""
+    for have, want in zip(actual, expected, strict=True):
+        assert have.dtype == want.dtype and have.shape == want.shape
+        assert rms_ratio(have, want) <= bound
+
+
+def strided(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values, every other element of a row of memory that begins at an odd place."""
+    apart = torch.full((*tensor.shape, 2), -7, dtype=tensor.dtype, device=tensor.device)
+    apart[..., 1] = tensor.detach()
+    return apart[..., 1].requires_grad_(tensor.requires_grad)

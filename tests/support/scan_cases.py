@@ -1,4 +1,4 @@
-"""What the tests of the selective scan share: its arguments, made up, and its results."""
+"""Made-up arguments of the selective scan for its tests, and its results."""
 
 import torch
 from kernel_checks import outputs_and_gradients

@@ -59,7 +59,7 @@ class Run:
 
     @property
     def arguments(self) -> list[str]:
-        """What is given to ``train.py`` besides the name of the config."""
+        """Arguments of ``train.py`` after the name of the config."""
         seeds = ["--debug.seed", str(self.seed), "--dataloader.seed", str(self.seed)]
         return [*self.overrides, *seeds, "--dump_folder", str(self.folder)]
 
@@ -69,14 +69,14 @@ class Run:
         return [sys.executable, str(TRAIN), self.config, *self.arguments]
 
     def lines(self) -> list[dict[str, Any]]:
-        """What the run has logged; of a step that was repeated after a stop, the last."""
+        """Logged lines of the run; the last of a step that was repeated after a resume."""
         path = self.folder / METRICS_FILE
         if not path.exists():
             return []
         return list({(line["kind"], line["step"]): line for line in read_metrics(path)}.values())
 
     def finished(self) -> bool:
-        """Whether its last validation is there."""
+        """True if its last validation is logged."""
         return any(x["kind"] == VALIDATION and x["step"] == self.steps for x in self.lines())
 
     def check_settings(self) -> None:
