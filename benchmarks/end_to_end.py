@@ -41,7 +41,8 @@ from torchtitan.models.llama3 import Llama3Model, model_registry
 from torchtitan.models.llama3.parallelize import parallelize_llama
 
 from earlyfuse.configs import decoders, embedded
-from earlyfuse.data.shards.writer import ShardRecord, shard_name, write_manifest, write_shard
+from earlyfuse.data.shards.manifest import write_manifest
+from earlyfuse.data.shards.writer import ShardRecord, shard_name, write_shard
 from earlyfuse.models.batch import MixedBatch
 from earlyfuse.models.blocks.feed_forward import FeedForward
 from earlyfuse.models.decoder import Decoder

@@ -14,8 +14,8 @@ from sounds import RATE, encoded, sound
 from earlyfuse.data.documents import BadSample, decoding
 from earlyfuse.data.tokenizers import audio, pixels
 from earlyfuse.data.tokenizers.audio import waveform
+from earlyfuse.data.tokenizers.log_mel import levels
 from earlyfuse.data.tokenizers.pixels import image_pixels, image_pixels_whole
-from earlyfuse.data.tokenizers.speech_kmeans import levels
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
 WAVE = sound(np.random.default_rng(0), 0.3)

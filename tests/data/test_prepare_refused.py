@@ -19,7 +19,6 @@ from earlyfuse.data.prepare import prepare
 from earlyfuse.data.prepare.progress import Progress
 from earlyfuse.data.prepare.report import describe
 from earlyfuse.data.prepare.spec import find_shards
-from earlyfuse.data.tokenizers.image import save_image_tokenizer
 from earlyfuse.data.tokenizers.image_kmeans import KMeansTokenizer
 from earlyfuse.data.tokenizers.text import TextTokenizer
 
@@ -221,7 +220,7 @@ def test_other_tokenizers_are_refused_by_name(raw, prepared, tmp_path):
         prepare(spec_of(raw, prepared, text_vocab=340), quiet())
     images = np.random.default_rng(0).integers(0, 255, (9, 8, 8, 3), dtype=np.uint8)
     codes = KMeansTokenizer.train(images, patch=4, codes=16)
-    save_image_tokenizer(codes, tmp_path / "codes.safetensors")
+    codes.save(tmp_path / "codes.safetensors")
     path = str(tmp_path / "codes.safetensors")
     with pytest.raises(ValueError, match=rf"image tokenizer {made['image']}.*{codes.sha256}"):
         prepare(spec_of(raw, prepared, image_tokenizer=path), quiet())

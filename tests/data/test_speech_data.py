@@ -14,11 +14,11 @@ from sounds import RATE, encoded, prepared_speech, sound, speech_spec, spoken_pa
 from earlyfuse.data import atomic
 from earlyfuse.data.media import MEDIA
 from earlyfuse.data.prepare.report import describe
+from earlyfuse.data.shards.manifest import read_manifest
 from earlyfuse.data.shards.source import TokenSource
-from earlyfuse.data.shards.writer import read_manifest
 from earlyfuse.data.stream.batches import validation_batches
-from earlyfuse.data.stream.lanes import Blend
 from earlyfuse.data.stream.loader import LaneLoader
+from earlyfuse.data.stream.mixture import Mixture
 from earlyfuse.data.tokenizers import Tokenizers
 from earlyfuse.data.tokenizers.text import TextTokenizer
 from earlyfuse.models.generate.constrained import Draft
@@ -226,9 +226,9 @@ def rows_of(batch, vocabulary):
 def test_batches_hold_whole_utterances_with_running_spans(data):
     names = ("books", "said", "mixed")
     sources = tuple(TokenSource(data / "train" / name) for name in names)
-    blend = Blend(sources, (0.3, 0.4, 0.3))
-    for batch in validation_batches(blend, 64, 2):
-        rows, speech, image = rows_of(batch, blend.vocabulary)
+    mixture = Mixture(sources, (0.3, 0.4, 0.3))
+    for batch in validation_batches(mixture, 64, 2):
+        rows, speech, image = rows_of(batch, mixture.vocabulary)
         for tokens, modality, span in rows:
             blocks = 0
             for medium in (speech, image):
