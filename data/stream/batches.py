@@ -7,10 +7,11 @@ Shape suffixes: B rows, S positions of a row, T = B·S, P pieces, L lanes, K int
 state.
 """
 
-import queue
-import threading
 import weakref
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -186,47 +187,20 @@ Item = TypeVar("Item")
 
 
 class Prefetcher(Generic[Item]):
-    """Draws from an iterator in a background thread: ``depth`` items wait, one more is being made.
+    """Draws from an iterator in a background thread, ``depth`` items ahead of the consumer.
 
     An exception there is raised by ``next`` here, after the items drawn before it. The thread ends
-    with ``close``, with the Prefetcher itself, or with the interpreter; it has no reference to its
-    owner.
+    with ``close`` or with the Prefetcher itself.
     """
 
     def __init__(self, items: Iterator[Item], depth: int) -> None:
-        self._queue: queue.Queue[Item | BaseException] = queue.Queue(depth)
-        stop = threading.Event()
-        thread = threading.Thread(
-            target=_draw, args=(items, self._queue, stop), name="earlyfuse-prefetch", daemon=True
-        )
-        self.close = weakref.finalize(self, _end, thread, self._queue, stop)
-        thread.start()
+        pool = ThreadPoolExecutor(1, thread_name_prefix="earlyfuse-prefetch")
+        self._draw = partial(pool.submit, next, items)
+        self._ahead = deque(self._draw() for _ in range(depth))
+        self.close = weakref.finalize(self, pool.shutdown, cancel_futures=True)
 
     def __next__(self) -> Item:
-        item = self._queue.get()
-        if isinstance(item, BaseException):
-            self._queue.put(item)  # the thread has ended: the next call raises the same error
-            raise item
+        self._ahead.append(self._draw())
+        item = self._ahead[0].result()  # stays in front if it raises, to be raised again
+        self._ahead.popleft()
         return item
-
-
-def _draw(
-    items: Iterator[Item], ahead: "queue.Queue[Item | BaseException]", stop: threading.Event
-) -> None:
-    try:
-        for item in items:
-            ahead.put(item)
-            if stop.is_set():
-                return
-        raise StopIteration
-    except BaseException as error:  # handed to the consumer, who raises it
-        ahead.put(error)
-
-
-def _end(thread: threading.Thread, ahead: "queue.Queue", stop: threading.Event) -> None:
-    stop.set()
-    while thread.is_alive():
-        try:
-            ahead.get_nowait()  # room for the item the thread may be waiting to put
-        except queue.Empty:
-            thread.join(0.01)

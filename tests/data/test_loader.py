@@ -210,7 +210,7 @@ def test_a_passing_error_loses_and_repeats_nothing(three, prefetch, monkeypatch)
 
 def test_abandoned_loaders_leave_no_thread(three):
     def prefetch_threads() -> int:
-        return sum(thread.name == "earlyfuse-prefetch" for thread in threading.enumerate())
+        return sum("earlyfuse-prefetch" in thread.name for thread in threading.enumerate())
 
     gc.collect()
     before = prefetch_threads()
