@@ -59,29 +59,23 @@ class Shards(dict[int, MappedShard]):
     """The mapped shards of one source; a dict that can be referenced weakly."""
 
 
-class OpenShards:
-    """Bounds the number of mapped shards: the one that was opened first is dropped first.
+_opened: deque[tuple[weakref.ref[Shards], int]] = deque()  # of all sources, the oldest first
+_lock = threading.Lock()
 
-    Reading a document of an open shard costs nothing here, whatever the number of shards.
+
+def keep_open(shards: Shards, number: int, mapped: MappedShard) -> None:
+    """Add a shard to those of its source, and drop the one that was opened first of too many.
+
+    Threads that open one shard together map it twice and keep one.
     """
-
-    def __init__(self) -> None:
-        self._order: deque[tuple[weakref.ref[Shards], int]] = deque()
-        self._lock = threading.Lock()
-
-    def add(self, shards: Shards, number: int, mapped: MappedShard) -> None:
-        """Keep a shard of a source. Threads that open one together map twice and keep one."""
-        with self._lock:
-            if number not in shards:
-                self._order.append((weakref.ref(shards), number))
-            shards[number] = mapped
-            while len(self._order) > MOST_OPEN:
-                reference, first = self._order.popleft()
-                if (owner := reference()) is not None:
-                    del owner[first]
-
-
-OPEN = OpenShards()
+    with _lock:
+        if number not in shards:
+            _opened.append((weakref.ref(shards), number))
+        shards[number] = mapped
+        while len(_opened) > MOST_OPEN:
+            reference, first = _opened.popleft()
+            if (owner := reference()) is not None:
+                del owner[first]
 
 
 def map_file(path: Path, size: int) -> np.ndarray:

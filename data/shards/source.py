@@ -22,12 +22,12 @@ from earlyfuse.data.atomic import sha256_file
 from earlyfuse.data.media import Vectors
 from earlyfuse.data.shards.manifest import MANIFEST, read_manifest
 from earlyfuse.data.shards.mapped_files import (
-    OPEN,
     REMEDY,
     MappedShard,
     Shards,
     Stamp,
     array_in,
+    keep_open,
     map_file,
     stamp,
     unreadable,
@@ -214,7 +214,7 @@ class TokenSource:
             vectors = array_in(paths[3], contents[3], shape, dtype)
         self._checked[number] = stamps
         mapped = MappedShard(tar.view(self.dtype), entries, crc, vectors)
-        OPEN.add(self._opened, number, mapped)
+        keep_open(self._opened, number, mapped)
         return mapped
 
     def _check_entries(self, number: int, entries: np.ndarray, tar_bytes: int) -> None:

@@ -31,7 +31,6 @@ def waveform(encoded: bytes, rate: int, longest: float = float("inf")) -> np.nda
     "long-audio" above ``longest`` seconds or 2^26 samples.
     """
     with decoding("corrupt-audio", "audio"):
-        _check_whole(encoded)
         samples_NC, given = _read(_with_known_size(encoded), longest)
         wave = samples_NC.mean(axis=1)
         if not np.isfinite(wave).all():
@@ -85,33 +84,24 @@ def _samples(file: soundfile.SoundFile, longest: float) -> np.ndarray:
     return samples_NC
 
 
-def _check_whole(encoded: bytes) -> None:
-    """Raises ``BadSample`` for a RIFF file that ends before the samples that it states."""
-    if encoded[:4] != b"RIFF":
-        return
-    for name, size, start in _chunks(encoded):
-        if name == b"data" and size < _UNKNOWN_SIZE and start + size > len(encoded):
+def _with_known_size(encoded: bytes) -> bytes:
+    """``encoded``; a RIFF file that states 0 bytes of samples and has some gets their number.
+
+    Programs that write into a pipe leave the 0, and libsndfile would read nothing. Raises
+    ``BadSample`` for a file that ends before the samples that its header states.
+    """
+    chunks = _chunks(encoded) if encoded[:4] == b"RIFF" else ()
+    for size, start in ((size, start) for name, size, start in chunks if name == b"data"):
+        there = len(encoded) - start
+        if there < size < _UNKNOWN_SIZE:
             raise BadSample(
                 "corrupt-audio",
                 f"audio is truncated: its header states {size} bytes of samples, the file has "
-                f"{len(encoded) - start}",
+                f"{there}",
             )
-
-
-def _with_known_size(encoded: bytes) -> bytes:
-    """``encoded``, its header corrected where a RIFF file states 0 bytes of samples and has some.
-
-    Programs that write into a pipe leave the 0, and libsndfile would read nothing.
-    """
-    if encoded[:4] != b"RIFF":
-        return encoded
-    for name, size, start in _chunks(encoded):
-        if name == b"data":
-            there = len(encoded) - start
-            if size or not there or _ends_with_chunks(encoded, start):
-                return encoded
-            sizes = struct.pack("<I", len(encoded) - 8), struct.pack("<I", there)
-            return encoded[:4] + sizes[0] + encoded[8 : start - 4] + sizes[1] + encoded[start:]
+        if not size and there and not _ends_with_chunks(encoded, start):
+            whole, samples = struct.pack("<I", len(encoded) - 8), struct.pack("<I", there)
+            return encoded[:4] + whole + encoded[8 : start - 4] + samples + encoded[start:]
     return encoded
 
 

@@ -28,7 +28,7 @@ class VQGANShape:
     ``codes`` K entries of ``embed`` values; ``latent`` channels between encoder and codebook;
     ``width`` times ``multipliers[L]`` channels at level L; ``blocks`` residual blocks a level (the
     decoder has one more); ``attention``: the levels with attention; ``middle_attention``: attention
-    between the two middle blocks; ``decoder``: build one. ``ValueError`` on impossible sizes.
+    between the two middle blocks; ``decoder``: build one.
     """
 
     codes: int
@@ -42,9 +42,6 @@ class VQGANShape:
     decoder: bool
 
     def __post_init__(self) -> None:
-        for name in ("codes", "embed", "latent", "width", "blocks"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
         bad = [m for m in (1, *self.multipliers) if m < 1 or self.width * m % _GROUPS]
         if bad or not self.multipliers:
             raise ValueError(

@@ -1,6 +1,19 @@
-"""Fixtures of the data tests: a tiny Chameleon model, and its tokenizers as ours."""
+"""Fixtures of the data tests: tiny prepared sources; a tiny Chameleon and its tokenizers."""
 
 import pytest
+from tiny_sources import write_three
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """Name → prepared source: prose, pairs, mixed."""
+    return write_three(tmp_path_factory.mktemp("prepared"))
+
+
+@pytest.fixture
+def three(folders):
+    """Folder → share."""
+    return dict(zip(folders.values(), (0.3, 0.2, 0.5), strict=True))
 
 
 @pytest.fixture(scope="session")

@@ -10,22 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from tiny_sources import BEGIN, BOS, EOS, HASHES, image, loader, steps, write_source, write_three
+from tiny_sources import BEGIN, BOS, EOS, HASHES, image, loader, steps, write_source
 from torch.distributed.device_mesh import init_device_mesh
 
 from earlyfuse.data.shards.source import TokenSource
 from earlyfuse.data.stream.batches import Prefetcher, validation_batches
 from earlyfuse.models.batch import MixedBatch
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    return write_three(tmp_path_factory.mktemp("prepared"))
-
-
-@pytest.fixture
-def three(folders):
-    return dict(zip(folders.values(), (0.3, 0.2, 0.5), strict=True))
 
 
 def assert_same(left, right) -> None:

@@ -19,7 +19,6 @@ from tiny_sources import (
     loader,
     steps,
     write_source,
-    write_three,
 )  # fmt: skip
 
 from earlyfuse.data.shards.source import TokenSource
@@ -27,16 +26,6 @@ from earlyfuse.data.stream.batches import assemble, validation_batches
 from earlyfuse.data.stream.lanes import Lane
 from earlyfuse.data.stream.mixture import Mixture, Shuffle
 from earlyfuse.models.batch import IGNORE_LABEL
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    return write_three(tmp_path_factory.mktemp("prepared"))
-
-
-@pytest.fixture
-def three(folders):
-    return dict(zip(folders.values(), (0.3, 0.2, 0.5), strict=True))
 
 
 def mixture_of(folders, shares, **options) -> Mixture:
