@@ -11,7 +11,6 @@ import weakref
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -195,12 +194,12 @@ class Prefetcher(Generic[Item]):
 
     def __init__(self, items: Iterator[Item], depth: int) -> None:
         pool = ThreadPoolExecutor(1, thread_name_prefix="earlyfuse-prefetch")
-        self._draw = partial(pool.submit, next, items)
-        self._ahead = deque(self._draw() for _ in range(depth))
+        self._pool, self._items = pool, items
+        self._ahead = deque(pool.submit(items.__next__) for _ in range(depth))
         self.close = weakref.finalize(self, pool.shutdown, cancel_futures=True)
 
     def __next__(self) -> Item:
-        self._ahead.append(self._draw())
+        self._ahead.append(self._pool.submit(self._items.__next__))
         item = self._ahead[0].result()  # stays in front if it raises, to be raised again
         self._ahead.popleft()
         return item

@@ -2,8 +2,8 @@
 
 The state is one int64 tensor, a line for each lane of the global batch, sharded over the
 data-parallel ranks like the batch itself: the checkpoint re-shards it, so a run resumes exactly on
-any number of ranks that divides the global batch. Beside it stands the identity of the data: what
-must not change on resume.
+any number of ranks that divides the global batch. The state also has the identity of the data,
+which must not change on resume.
 """
 
 import json
@@ -23,7 +23,7 @@ from earlyfuse.data.stream.batches import Drawn, LaneStream, Prefetcher
 from earlyfuse.data.stream.mixture import Mixture, check_seq_len
 from earlyfuse.models.vocabulary import Vocabulary
 
-Batch = tuple[dict[str, Any], torch.Tensor]  # what torchtitan takes from a loader
+Batch = tuple[dict[str, Any], torch.Tensor]  # (inputs, labels), as torchtitan expects
 
 _REMEDY = {
     "seed": "use the seed of the run, or start a new run",

@@ -27,7 +27,7 @@ from earlyfuse.data.tokenizers.tokenizer_file import (
 _ENCODE_BATCH, _ENCODE_PIXELS = 64, 1 << 22
 _COMMITMENT = 0.25
 _CODEBOOK_DECAY = 0.98
-# a code is dead when the moving average of its latents falls below this share of an even spread
+# a code is dead when the moving average of its latents falls below this share of an even use
 _DEAD_SHARE = 0.05
 # share of the steps that train encoder and decoder alone, before there is a codebook
 _WARM_UP = 0.1

@@ -171,7 +171,7 @@ def _code_range(tokens: Mapping[str, int], codes: int) -> tuple[int, list[int]]:
     gap = next((token for token, found in enumerate(used, start) if token != found), None)
     if gap is not None:
         raise ValueError(
-            f"vocabulary_map spreads the {codes} image codes over the ids {start} … {used[-1]}, "
+            f"vocabulary_map has the {codes} image codes over the ids {start} … {used[-1]}, "
             f"and id {gap} is not one of them or stands for two; they must be one range of ids: "
             "renumber the tokens (and rows) of the source first"
         )
