@@ -95,9 +95,15 @@ def results(out: Path) -> list[dict]:
 def test_one_token_begins_and_ends_documents(tmp_path, named):
     for form, ids in ((neox, (0, 0, 1)), (gpt2, (280, 280, 281))):
         folder = save_tokenizer(form(), tmp_path / form.__name__, **named)
-        assert import_text(folder, tmp_path / f"{form.__name__}-ours")
-        text = Tokenizers.load(tmp_path / f"{form.__name__}-ours").text
+        (folder / "config.json").write_text(json.dumps({"vocab_size": ROWS, "model_type": "x"}))
+        ours = tmp_path / f"{form.__name__}-ours"
+        assert import_text(folder, ours)
+        text = Tokenizers.load(ours).text
         assert (text.bos, text.eos, text.pad) == ids
+        # padding that the tokenizer does not name is the end: ids behind its pieces are untrained
+        assert import_vocabulary(folder, ours)
+        pad = text.pad if text.pad < text.pieces else text.eos
+        assert Tokenizers.load(ours).vocabulary == Vocabulary(ROWS, text.bos, text.eos, pad)
         assert not set(text.encode(f"{END} x {PADDING}")) & text.reserved, "spelled out"
         assert text.decode([text.bos, *text.encode("red disc"), text.eos]) == "red disc"
 
