@@ -30,10 +30,11 @@ import numpy as np
 import torch
 import webdataset
 
+from earlyfuse.data.shards.manifest import write_manifest
 from earlyfuse.data.shards.source import TokenSource
-from earlyfuse.data.shards.writer import ShardRecord, shard_name, write_manifest, write_shard
+from earlyfuse.data.shards.writer import ShardRecord, shard_name, write_shard
 from earlyfuse.data.stream.batches import LaneStream
-from earlyfuse.data.stream.lanes import Blend, Shuffle
+from earlyfuse.data.stream.mixture import Mixture, Shuffle
 from earlyfuse.data.tokenizers.text import TextTokenizer
 from earlyfuse.models.vocabulary import Vocabulary
 from harness import Report, Rival, Timing, at_least, compare
@@ -170,9 +171,11 @@ def readers(layouts: Layouts, source: TokenSource) -> dict[str, tuple[Callable, 
 
 
 def stream(source: TokenSource, state: np.ndarray | None = None) -> LaneStream:
-    blend = Blend((source,), (1.0,))
-    zeros = np.zeros((ROWS, blend.state_size()), np.int64)
-    return LaneStream(blend, 0, range(ROWS), ROWS, SEQ_LEN, ROWS, zeros if state is None else state)
+    mixture = Mixture((source,), (1.0,))
+    zeros = np.zeros((ROWS, mixture.state_size()), np.int64)
+    return LaneStream(
+        mixture, 0, range(ROWS), ROWS, SEQ_LEN, ROWS, zeros if state is None else state
+    )
 
 
 def reading(layouts: Layouts, source: TokenSource, rounds: int) -> list[Timing]:
@@ -209,8 +212,8 @@ def reading(layouts: Layouts, source: TokenSource, rounds: int) -> list[Timing]:
 def resuming(layouts: Layouts, source: TokenSource, rounds: int) -> list[Timing]:
     """Timings from start to the first batch in mid-epoch; webdataset reads up to it."""
     half = len(layouts.documents) // 2
-    blend = Blend((source,), (1.0,))
-    state = np.zeros((ROWS, blend.state_size()), np.int64)
+    mixture = Mixture((source,), (1.0,))
+    state = np.zeros((ROWS, mixture.state_size()), np.int64)
     state[:, 0] = half // ROWS
 
     def ours() -> list[torch.Tensor]:

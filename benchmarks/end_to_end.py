@@ -40,7 +40,8 @@ from torchtitan.models.llama3 import Llama3Model, model_registry
 from torchtitan.models.llama3.parallelize import parallelize_llama
 
 from earlyfuse.configs import decoders, embedded
-from earlyfuse.data.shards.writer import ShardRecord, shard_name, write_manifest, write_shard
+from earlyfuse.data.shards.manifest import write_manifest
+from earlyfuse.data.shards.writer import ShardRecord, shard_name, write_shard
 from earlyfuse.models.batch import MixedBatch
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.objectives.next_token import ChameleonObjective

@@ -42,7 +42,8 @@ from earlyfuse.data.prepare.spec import SPLITS, PrepareSpec, Source
 from earlyfuse.data.prepare.tokenise import ShardJob, recipe_of, tokenise_shard
 from earlyfuse.data.prepare.tokenizers import check_existing, make_tokenizers
 from earlyfuse.data.prepare.worker_pool import ProcessPool
-from earlyfuse.data.shards.writer import MANIFEST, ShardRecord, shard_name, write_manifest
+from earlyfuse.data.shards.manifest import MANIFEST, write_manifest
+from earlyfuse.data.shards.writer import ShardRecord, shard_name
 from earlyfuse.data.tokenizers import Tokenizers
 
 __all__ = ["PrepareSpec", "prepare"]

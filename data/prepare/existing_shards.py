@@ -13,7 +13,8 @@ from pathlib import Path
 from earlyfuse.data.atomic import sha256_file
 from earlyfuse.data.console import printable
 from earlyfuse.data.prepare.spec import SPLITS, PrepareSpec, Source
-from earlyfuse.data.shards.writer import MANIFEST, ShardRecord, read_manifest
+from earlyfuse.data.shards.manifest import MANIFEST, read_manifest
+from earlyfuse.data.shards.writer import ShardRecord
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from earlyfuse.data.documents import LOST_CAUSES, Tally
 from earlyfuse.data.media import MEDIA
 from earlyfuse.data.prepare.bad_samples import lost
 from earlyfuse.data.prepare.spec import SPLITS
+from earlyfuse.data.shards.manifest import MANIFEST, read_manifest
 from earlyfuse.data.shards.source import TokenSource
-from earlyfuse.data.shards.writer import MANIFEST, read_manifest
 from earlyfuse.data.tokenizers import VOCABULARY_FILE, Tokenizers
-from earlyfuse.data.tokenizers.image import code_usage
+from earlyfuse.data.tokenizers.tokenizer_file import code_usage
 from earlyfuse.data.vocabulary import check_same
 from earlyfuse.models.vocabulary import Modality, Vocabulary
 

@@ -9,7 +9,7 @@ from earlyfuse.data.prepare.progress import Progress
 from earlyfuse.data.prepare.spec import PrepareSpec, Source
 from earlyfuse.data.prepare.train_tokenizers import TrainingShards, train_medium, train_text
 from earlyfuse.data.prepare.worker_pool import ProcessPool
-from earlyfuse.data.shards.writer import MANIFEST, read_manifest
+from earlyfuse.data.shards.manifest import MANIFEST, read_manifest
 from earlyfuse.data.tokenizers import (
     TEXT_FILES,
     VOCABULARY_FILE,

@@ -1,28 +1,27 @@
-"""Batches over lanes: rows are filled together, ahead of the consumer, and never shuffled between
-ranks.
+"""Batches over lanes, drawn in the background.
 
-``LaneStream`` draws the micro-batches of a range of lanes, ``Prefetcher`` does so in the
-background, ``validation_batches`` makes the fixed list that every evaluation reads.
+``LaneStream`` draws the micro-batches of a range of lanes, ``Prefetcher`` does so ahead of the
+consumer, ``validation_batches`` makes the fixed list that every evaluation reads.
 
 Shape suffixes: B rows, S positions of a row, T = B·S, P pieces, L lanes, K integers of a lane's
 state.
 """
 
-import queue
-import threading
 import weakref
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
-from earlyfuse.data.media import Vectors
-from earlyfuse.data.stream.lanes import Blend, Lane, Piece, check_seq_len
+from earlyfuse.data.stream.lanes import Lane, Piece
+from earlyfuse.data.stream.mixture import Mixture, check_seq_len
 from earlyfuse.models.batch import IGNORE_LABEL, PADDING, MixedBatch
 
 
-def assemble(rows: list[list[Piece]], seq_len: int, blend: Blend) -> MixedBatch:
+def assemble(rows: list[list[Piece]], seq_len: int, mixture: Mixture) -> MixedBatch:
     """Packs the pieces of B rows into a batch of ``seq_len`` positions each.
 
     A padding position has the pad id, label -100, document 0 and position 0.
@@ -35,17 +34,17 @@ def assemble(rows: list[list[Piece]], seq_len: int, blend: Blend) -> MixedBatch:
         pieces += row
         document_P += range(1, len(row) + 1)
         if missing := seq_len - sum(len(piece.tokens) for piece in row):
-            pad = np.full(missing, blend.vocabulary.pad, np.uint32)
+            pad = np.full(missing, mixture.vocabulary.pad, np.uint32)
             pieces.append(Piece(pad, IGNORE_LABEL))
             document_P.append(PADDING)
 
     length_P = np.array([len(piece.tokens) for piece in pieces])
     tokens_T = np.empty(len(rows) * seq_len, np.int64)
     np.concatenate([piece.tokens for piece in pieces], out=tokens_T)
-    if tokens_T.max() >= blend.vocabulary.size:
+    if tokens_T.max() >= mixture.vocabulary.size:
         raise ValueError(
-            f"token id {tokens_T.max()} lies outside the vocabulary of {blend.vocabulary.size}: "
-            "a shard is not what its manifest says; run the source's verify, or prepare it again"
+            f"token id {tokens_T.max()} lies outside the vocabulary of {mixture.vocabulary.size}: "
+            "a shard contradicts its manifest; prepare the source again"
         )
     stop_P = np.cumsum(length_P)
     document_T = np.repeat(np.array(document_P, np.int32), length_P)
@@ -57,39 +56,36 @@ def assemble(rows: list[list[Piece]], seq_len: int, blend: Blend) -> MixedBatch:
     positions_T[padding_T] = 0
     labels_T[padding_T] = IGNORE_LABEL
     # ids below 0 pick some modality, which is then set to 0
-    label_modality_T = blend.modality_V[labels_T.clip(0)] * (labels_T != IGNORE_LABEL)
-
-    shape = (len(rows), seq_len)
-    modality_BS = blend.modality_V[tokens_T].reshape(shape)
+    label_modality_T = mixture.modality_V[labels_T.clip(0)] * (labels_T != IGNORE_LABEL)
+    modality_T = mixture.modality_V[tokens_T]
 
     def tensor(values_T: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(values_T.reshape(shape))
+        return torch.from_numpy(values_T.reshape(len(rows), seq_len))
 
     return MixedBatch(
         tokens_BS=tensor(tokens_T),
         labels_BS=tensor(labels_T),
-        modality_BS=tensor(modality_BS),
+        modality_BS=tensor(modality_T),
         label_modality_BS=tensor(label_modality_T),
         document_BS=tensor(document_T),
         positions_BS=tensor(positions_T),
-        span_BS=tensor(_spans(modality_BS)),
+        span_BS=tensor(_spans(modality_T.reshape(-1, seq_len))),
         source_BS=tensor(np.repeat(np.array([p.source for p in pieces], np.uint8), length_P)),
-        vectors_BSP=_vectors(rows, seq_len, blend.vectors),
+        vectors_BSP=_vectors(pieces, stop_P, len(rows), mixture),
     )
 
 
-def _vectors(rows: list[list[Piece]], seq_len: int, vectors: Vectors | None) -> torch.Tensor | None:
-    """float32 (B, S, P), zero where there are none; None if no source has any."""
-    if vectors is None:
+def _vectors(
+    pieces: list[Piece], stop_P: np.ndarray, rows: int, mixture: Mixture
+) -> torch.Tensor | None:
+    """float32 (B, S, P), zero at positions without a vector; None if no source has vectors."""
+    if mixture.vectors is None:
         return None
-    vectors_BSP = torch.zeros(len(rows), seq_len, vectors.width)
-    for row, vectors_SP in zip(rows, vectors_BSP, strict=True):
-        start = 0
-        for piece in row:
-            if piece.vectors is not None:
-                vectors_SP[start : start + len(piece.tokens)] = torch.from_numpy(piece.vectors)
-            start += len(piece.tokens)
-    return vectors_BSP
+    vectors_TP = torch.zeros(int(stop_P[-1]), mixture.vectors.width)
+    for piece, stop in zip(pieces, stop_P.tolist(), strict=True):
+        if piece.vectors is not None:
+            vectors_TP[stop - len(piece.tokens) : stop] = torch.from_numpy(piece.vectors)
+    return vectors_TP.reshape(rows, -1, mixture.vectors.width)
 
 
 def _spans(modality_BS: np.ndarray) -> np.ndarray:
@@ -112,15 +108,16 @@ class Drawn(NamedTuple):
 
 
 class LaneStream:
-    """Endless micro-batches of ``rows`` rows: ``lanes`` (of ``total``) in turn, again and again.
+    """Endless micro-batches of ``rows`` rows that cycle through ``lanes`` (of ``total``).
 
     ``state_LK``: int64, a line for each lane. The seed and a lane's number decide its documents,
-    not the rank that holds it.
+    not the rank that has it. ``pin``: in the prefetcher's thread, so that copies to a GPU do not
+    block.
     """
 
     def __init__(
         self,
-        blend: Blend,
+        mixture: Mixture,
         seed: int,
         lanes: range,
         total: int,
@@ -129,12 +126,11 @@ class LaneStream:
         state_LK: np.ndarray,
         pin: bool = False,
     ) -> None:
-        check_seq_len(seq_len, blend)
-        self.pin = pin  # in the prefetcher's thread, so that copies to a GPU do not block
-        self.blend, self.seq_len, self.rows = blend, seq_len, rows
+        check_seq_len(seq_len, mixture)
+        self.mixture, self.seq_len, self.rows, self.pin = mixture, seq_len, rows, pin
         self._next = int(state_LK[:, -1].argmin())  # within a step: the lanes a row behind are next
         self._lanes = [
-            Lane(blend, blend.shuffled(seed, lane, total), seq_len, state)
+            Lane(mixture, mixture.shuffled(seed, lane, total), seq_len, state)
             for lane, state in zip(lanes, state_LK, strict=True)
         ]
 
@@ -145,14 +141,14 @@ class LaneStream:
         block = slice(self._next, self._next + self.rows)
         self._next = block.stop % len(self._lanes)
         drawn = self._lanes[block]
-        batch = assemble([lane.row() for lane in drawn], self.seq_len, self.blend)
+        batch = assemble([lane.row() for lane in drawn], self.seq_len, self.mixture)
         if self.pin:
             batch = batch.pin_memory()
         return Drawn(batch, block, np.array([lane.state() for lane in drawn], np.int64))
 
 
 def validation_batches(
-    blend: Blend,
+    mixture: Mixture,
     seq_len: int,
     rows: int,
     max_batches: int | None = None,
@@ -169,20 +165,20 @@ def validation_batches(
     Raises ``ValueError`` when ``ranks`` does not divide ``rows``, or a media block does not fit
     ``seq_len``.
     """
-    check_seq_len(seq_len, blend)
+    check_seq_len(seq_len, mixture)
     if rows < 1 or rows % ranks:
         raise ValueError(
             f"rows of a validation batch ({rows}) must be a positive multiple of the ranks "
             f"({ranks}); change one"
         )
-    lane = Lane(blend, blend.stored(), seq_len)
+    lane = Lane(mixture, mixture.stored(), seq_len)
     mine = slice(rank * rows // ranks, (rank + 1) * rows // ranks)
     batches: list[MixedBatch] = []
     while max_batches is None or len(batches) < max_batches:
         packed = [lane.row() for _ in range(rows)]
         if not packed[0]:
             break
-        batches.append(assemble(packed[mine], seq_len, blend))
+        batches.append(assemble(packed[mine], seq_len, mixture))
     return batches
 
 
@@ -190,49 +186,20 @@ Item = TypeVar("Item")
 
 
 class Prefetcher(Generic[Item]):
-    """Draws from an iterator in a background thread: ``depth`` items wait, one more is in the
-    making.
+    """Draws from an iterator in a background thread, ``depth`` items ahead of the consumer.
 
     An exception there is raised by ``next`` here, after the items drawn before it. The thread ends
-    with ``close``, with the Prefetcher itself, or with the interpreter; it holds no reference to
-    its owner.
+    with ``close`` or with the Prefetcher itself.
     """
 
     def __init__(self, items: Iterator[Item], depth: int) -> None:
-        self._queue: queue.Queue[Item | BaseException] = queue.Queue(depth)
-        stop = threading.Event()
-        thread = threading.Thread(
-            target=_draw, args=(items, self._queue, stop), name="earlyfuse-prefetch", daemon=True
-        )
-        self.close = weakref.finalize(self, _end, thread, self._queue, stop)
-        thread.start()
+        pool = ThreadPoolExecutor(1, thread_name_prefix="earlyfuse-prefetch")
+        self._pool, self._items = pool, items
+        self._ahead = deque(pool.submit(items.__next__) for _ in range(depth))
+        self.close = weakref.finalize(self, pool.shutdown, cancel_futures=True)
 
     def __next__(self) -> Item:
-        item = self._queue.get()
-        if isinstance(item, BaseException):
-            self._queue.put(item)  # the thread has ended: whoever asks again meets the same error
-            raise item
+        self._ahead.append(self._pool.submit(self._items.__next__))
+        item = self._ahead[0].result()  # stays in front if it raises, to be raised again
+        self._ahead.popleft()
         return item
-
-
-def _draw(
-    items: Iterator[Item], ahead: "queue.Queue[Item | BaseException]", stop: threading.Event
-) -> None:
-    try:
-        for item in items:
-            ahead.put(item)
-            if stop.is_set():
-                return
-    except BaseException as error:  # handed to the consumer, who raises it
-        ahead.put(error)
-    else:
-        ahead.put(StopIteration())
-
-
-def _end(thread: threading.Thread, ahead: "queue.Queue", stop: threading.Event) -> None:
-    stop.set()
-    while thread.is_alive():
-        try:
-            ahead.get_nowait()  # room for the item the thread may be waiting to put
-        except queue.Empty:
-            thread.join(0.01)

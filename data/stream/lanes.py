@@ -1,99 +1,37 @@
-"""Lanes: which document comes next, and how documents are cut into rows.
+"""Lanes: endless streams of rows, packed from documents.
 
-Row i of the global batch is lane i of N: an endless stream that owns every N-th document of each
-source's order and packs by itself. What a lane does next is a pure function of (blend, seed, lane,
-state), and its state is a handful of integers, so a run resumes exactly and on any number of ranks.
+Row i of the global batch is lane i of N: it owns every N-th document of each source's order
+(``mixture.py``) and packs by itself. What a lane does next is a pure function of (mixture, seed,
+lane, state), and its state is a few integers, so a run resumes exactly and on any number of ranks.
 
-- **Order**: epoch e of a source is a permutation of its documents, a function of (seed, e, name)
-  that needs no memory. Epochs follow one another as one stream of positions; lane i takes positions
-  i, i+N, …
-- **Mixing** is by token share: the source whose drawn tokens lag furthest behind its share is next.
-- **Quota** (``media_share``): a lane below its share of media codes prefers a piece that raises it,
-  a lane above one that lowers it. The quota decides how much comes from media-rich and media-poor
-  sources, the shares decide within each side (``Blend.effective_shares``). It counts the codes of
-  all media together: the shares decide also how much of them is image and how much speech.
-- **Cutting**: text may be cut at the end of a row, the tail is the source's next piece. A media
-  block (begin, codes, end) is never cut: another source's text fills the room, and if there is
+- **Mixing**: the source whose drawn tokens lag furthest behind its share is next. With a quota, a
+  lane below its share of media codes prefers a piece that raises it, a lane above one that lowers
+  it.
+- **Packing**: text may be split at the end of a row; its tail is the source's next piece. A media
+  block (begin, codes, end) is never split: another source's text fills the room, and if there is
   none, padding.
 
-Shape suffix: Q positions. Columns of a lane's state, S sources and M modalities: documents taken
-(S), tokens taken of the current document (S), tokens drawn (S), codes drawn per medium (M-1),
-padding, rows.
+Columns of a lane's state, S sources and M modalities: documents taken (S), tokens taken of the
+current document (S), tokens drawn (S), codes drawn per medium (M-1), padding, rows.
 """
 
-import hashlib
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
-from earlyfuse.data.media import Vectors
-from earlyfuse.data.shards.source import TokenSource, check_same_vocabulary
+from earlyfuse.data.shards.source import TokenSource
+from earlyfuse.data.stream.mixture import Mixture, Order
 from earlyfuse.models.batch import IGNORE_LABEL
-from earlyfuse.models.vocabulary import MediaCodes, Modality, Vocabulary
-
-# Maps a lane's positions (int64, increasing) to document numbers; shorter where the stream ends.
-Order = Callable[[np.ndarray], np.ndarray]
+from earlyfuse.models.vocabulary import Modality
 
 _AHEAD = 64  # documents whose numbers are computed at once: amortises numpy's call overhead
 
 
-class Shuffle:
-    """Stream position → document: every epoch of a source is another permutation.
-
-    A Feistel network on the smallest power of two that holds all documents is a bijection whatever
-    its round function; values outside are fed back until they fall inside (cycle walking), fewer
-    than two passes on average. Hence O(1) memory and O(1) access at any position.
-    """
-
-    ROUNDS = 6
-
-    def __init__(self, documents: int, seed: int, name: str) -> None:
-        self.documents = documents
-        digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
-        self._key = np.uint64(int.from_bytes(digest, "little"))
-        bits = (documents - 1).bit_length()
-        self._right_bits = np.uint64(bits - bits // 2)
-        self._right_mask = np.uint64((1 << (bits - bits // 2)) - 1)
-        self._left_mask = np.uint64((1 << (bits // 2)) - 1)
-
-    def __call__(self, position_Q: np.ndarray) -> np.ndarray:
-        """Stream positions → document numbers, int64 (Q,); position // documents is the epoch."""
-        epoch_Q, place_Q = np.divmod(position_Q, self.documents)
-        key_Q = _scramble(self._key + epoch_Q.astype(np.uint64))
-        value_Q = self._pass(place_Q.astype(np.uint64), key_Q)
-        outside = np.flatnonzero(value_Q >= self.documents)
-        while len(outside):
-            value_Q[outside] = self._pass(value_Q[outside], key_Q[outside])
-            outside = outside[value_Q[outside] >= self.documents]
-        return value_Q.astype(np.int64)
-
-    def _pass(self, value_Q: np.ndarray, key_Q: np.ndarray) -> np.ndarray:
-        left_Q, right_Q = value_Q >> self._right_bits, value_Q & self._right_mask
-        for number in range(self.ROUNDS):
-            key_Q = key_Q + np.uint64(0x9E3779B97F4A7C15)
-            if number % 2:
-                left_Q = left_Q ^ (_scramble(right_Q ^ key_Q) & self._left_mask)
-            else:
-                right_Q = right_Q ^ (_scramble(left_Q ^ key_Q) & self._right_mask)
-        return (left_Q << self._right_bits) | right_Q
-
-
-def _scramble(value_Q: np.ndarray) -> np.ndarray:
-    """Every bit of a uint64 into the low bits of the result (multiply, fold, multiply, fold)."""
-    value_Q = value_Q * np.uint64(0xBF58476D1CE4E5B9)
-    value_Q = (value_Q ^ (value_Q >> np.uint64(32))) * np.uint64(0x94D049BB133111EB)
-    return value_Q ^ (value_Q >> np.uint64(32))
-
-
 class Piece(NamedTuple):
     """Part of a document in a row: tokens (n,), label of the last one (-100: document's end),
-    the number of its source; vectors (n, P) of a source that has some, zero on discrete tokens.
+    number of its source; vectors (n, P), zero on discrete tokens, of a source that has vectors.
     """
 
     tokens: np.ndarray
@@ -103,22 +41,24 @@ class Piece(NamedTuple):
 
 
 class _Reader:
-    """A lane's place in one source: the current document, what of it is taken, where to cut it."""
+    """A lane's place in one source: the current document, the part taken, where it may be split."""
 
     def __init__(
-        self, source: TokenSource, order: Order, modality_V: np.ndarray, seq_len: int
+        self, number: int, source: TokenSource, order: Order, modality_V: np.ndarray, seq_len: int
     ) -> None:
-        self.source, self.order, self.modality_V, self.seq_len = source, order, modality_V, seq_len
+        self.number, self.source, self.order = number, source, order
+        self.modality_V, self.seq_len = modality_V, seq_len
         self.media = source.vocabulary.modalities[1:]
         labels = source.vectors.media if source.vectors else ()
-        self.vector_V = np.isin(modality_V, [Modality[label] for label in labels])
+        self.continuous_V = np.isin(modality_V, [Modality[label] for label in labels])
         self.taken, self.offset, self.drawn = 0, 0, 0
         self._ahead: list[int] = []
         self._ahead_from = 0
-        self._open_at = -1  # which ``taken`` the fields below belong to
+        self._open_at = -1  # value of ``taken`` that the fields below belong to
         self._tokens = np.empty(0, np.uint16)
         self._codes: list[int] = []  # of each medium in the whole document
-        self._blocks: tuple[list[int], list[int], list[int]] | None = None  # found when first cut
+        # begin and stop (sentinels included) and medium of each block; found at the first split
+        self._blocks: tuple[list[int], list[int], list[int]] | None = None
 
     def fits(self, room: int) -> int:
         """Tokens of the current document that fit ``room`` positions; 0: none, or no document."""
@@ -150,15 +90,15 @@ class _Reader:
         self.drawn += count
         vectors = self._vectors(start, end) if self.source.vectors else None
         if end < len(self._tokens):
-            self.offset = end
-            return Piece(self._tokens[start:end], int(self._tokens[end]), vectors=vectors)
-        self.taken, self.offset = self.taken + 1, 0
-        return Piece(self._tokens[start:end], IGNORE_LABEL, vectors=vectors)
+            self.offset, label_after = end, int(self._tokens[end])
+        else:
+            self.taken, self.offset, label_after = self.taken + 1, 0, IGNORE_LABEL
+        return Piece(self._tokens[start:end], label_after, self.number, vectors)
 
     def _vectors(self, start: int, end: int) -> np.ndarray:
         """(end - start, P): vectors of these positions of the current document."""
         found = self.source.document_vectors(self._ahead[self.taken - self._ahead_from])
-        continuous = self.vector_V[self._tokens[:end]]
+        continuous = self.continuous_V[self._tokens[:end]]
         first = int(continuous[:start].sum())
         vectors = np.zeros((end - start, found.shape[1]), np.float32)
         vectors[continuous[start:]] = found[first : first + int(continuous[start:].sum())]
@@ -180,213 +120,73 @@ class _Reader:
             self.taken += 1
 
     def _find_blocks(self) -> tuple[list[int], list[int], list[int]]:
-        """Begin and stop (sentinels included) and medium of the current document's media blocks."""
         if self._blocks is not None:
             return self._blocks
-        blocks: tuple[list[int], list[int], list[int]] = [], [], []
+        begins, stops, kinds = self._blocks = [], [], []
         if any(self._codes):
             modality = self.modality_V[self._tokens]
             edges = np.flatnonzero(modality[1:] != modality[:-1]) + 1
             for start, stop in pairwise([0, *edges.tolist(), len(modality)]):
                 if modality[start]:
                     kind = self.media.index(Modality(int(modality[start])))
-                    self._check_block(start, stop, self.source.vocabulary.medium(self.media[kind]))
-                    for values, value in zip(blocks, (start - 1, stop + 1, kind), strict=True):
-                        values.append(value)
-        self._blocks = blocks
-        return blocks
+                    self._check_block(start, stop, kind)
+                    begins.append(start - 1)
+                    stops.append(stop + 1)
+                    kinds.append(kind)
+        return self._blocks
 
-    def _check_block(self, start: int, stop: int, medium: MediaCodes) -> None:
+    def _check_block(self, start: int, stop: int, kind: int) -> None:
+        medium = self.source.vocabulary.medium(self.media[kind])
         label, codes = medium.modality.label, stop - start
-        where = f"document {self._ahead[self.taken - self._ahead_from]} of {self.source.folder}"
-        framed = start > 0 and stop < len(self._tokens)
-        framed = framed and self._tokens[start - 1] == medium.begin
-        framed = framed and self._tokens[stop] == medium.end
-        if not framed or (medium.block and codes != medium.block):
+        around = self._tokens[start - 1 : stop + 1 : codes + 1].tolist() if start else []
+        number = self._ahead[self.taken - self._ahead_from]
+        where = f"document {number} of {self.source.folder}: {codes} {label} codes at {start}"
+        if around != [medium.begin, medium.end] or (medium.block and codes != medium.block):
             raise ValueError(
-                f"{where}: {codes} {label} codes at {start} must be "
-                f"{medium.block or 'any number of'} codes between {medium.begin} and {medium.end}; "
-                "prepare the source again"
+                f"{where} must be {medium.block or 'any number of'} codes between {medium.begin} "
+                f"and {medium.end}; prepare the source again"
             )
         if codes + 2 > self.seq_len:
             raise ValueError(
-                f"{where}: a block of {codes} {label} codes and its 2 sentinels must fit seq_len "
-                f"({self.seq_len}), for it is never cut; raise seq_len"
+                f"{where} and 2 sentinels must fit seq_len ({self.seq_len}), as blocks are never "
+                "split; raise seq_len"
             )
-
-
-@dataclass(frozen=True)
-class Blend:
-    """Sources, their shares of the tokens, and the quota of media codes.
-
-    ``shares`` are positive and sum to 1; ``media_share`` in (0, 1) needs a source with more media
-    codes and one with fewer. ``ValueError`` otherwise, or when the sources' tokenizers differ.
-    """
-
-    sources: tuple[TokenSource, ...]
-    shares: tuple[float, ...]
-    media_share: float | None = None
-
-    def __post_init__(self) -> None:
-        if not self.sources or len(self.sources) != len(self.shares):
-            raise ValueError(
-                f"{len(self.sources)} sources with {len(self.shares)} shares: give at least one "
-                "source, and one share for each"
-            )
-        check_same_vocabulary(self.sources)
-        if len(self.sources) > 256:
-            raise ValueError(
-                f"{len(self.sources)} sources must be at most 256, the numbers of one byte; "
-                "prepare some of them together"
-            )
-        named = dict(zip((source.name for source in self.sources), self.shares, strict=True))
-        for name, share in named.items():
-            if not share > 0:
-                raise ValueError(
-                    f"share of source {name!r} ({share}) must be above 0; "
-                    "leave the source out instead"
-                )
-        total = sum(self.shares)
-        if abs(total - 1) > 1e-6:
-            raise ValueError(
-                f"shares of sources {named} must sum to 1, not {total:.6g}; rescale them"
-            )
-        if self.media_share is not None:
-            self._check_quota(self.media_share)
-
-    def _check_quota(self, quota: float) -> None:
-        fractions = {source.name: source.media_fraction for source in self.sources}
-        if not min(fractions.values()) < quota < max(fractions.values()):
-            rounded = {name: round(fraction, 4) for name, fraction in fractions.items()}
-            raise ValueError(
-                f"media_share ({quota}) must lie between the lowest and the highest share of media "
-                f"codes in the sources, {rounded}; add a source on the missing side or change "
-                "the quota"
-            )
-
-    @property
-    def vocabulary(self) -> Vocabulary:
-        """The layout that all sources share."""
-        return self.sources[0].vocabulary
-
-    @property
-    def vectors(self) -> Vectors | None:
-        """The vectors of the sources that have some; tokenizers decide, so all have the same."""
-        return next((source.vectors for source in self.sources if source.vectors), None)
-
-    @cached_property
-    def modality_V(self) -> np.ndarray:
-        """uint8 (V,): modality of every id of the vocabulary."""
-        return self.vocabulary.modality_of(torch.arange(self.vocabulary.size)).numpy()
-
-    def in_order(self, names: Sequence[str]) -> "Blend":
-        """The same with its sources in the order of ``names``, which must be theirs."""
-        by_name = {s.name: (s, x) for s, x in zip(self.sources, self.shares, strict=True)}
-        if len(names) != len(by_name) or set(names) != by_name.keys():
-            raise ValueError(f"order of the sources ({names}) must name {sorted(by_name)}")
-        sources, shares = zip(*(by_name[name] for name in names), strict=True)
-        return replace(self, sources=sources, shares=shares)
-
-    def effective_shares(self) -> tuple[float, ...]:
-        """Token shares that meet the quota in the long run; ``shares`` themselves without one.
-
-        With f the media fraction of a source and m the quota, sources with f > m are weighted by
-        what the others lack, and the reverse, so that sum(share * (f - m)) = 0 while ratios within
-        a side stay.
-        """
-        if self.media_share is None:
-            return self.shares
-        excess = [source.media_fraction - self.media_share for source in self.sources]
-        above = sum(s * e for s, e in zip(self.shares, excess, strict=True) if e > 0)
-        below = -sum(s * e for s, e in zip(self.shares, excess, strict=True) if e <= 0)
-        weights = [
-            s * (below if e > 0 else above) for s, e in zip(self.shares, excess, strict=True)
-        ]
-        return tuple(weight / sum(weights) for weight in weights)
-
-    def state_size(self) -> int:
-        """Integers in the state of a lane."""
-        return 3 * len(self.sources) + len(self.vocabulary.modalities) + 1
-
-    def shuffled(self, seed: int, lane: int, lanes: int) -> list[Order]:
-        """One endless order per source: lane ``lane`` of ``lanes``."""
-
-        def every_nth(shuffle: Shuffle) -> Order:
-            return lambda taken_Q: shuffle(lane + lanes * taken_Q)
-
-        return [every_nth(Shuffle(len(s), seed, s.name)) for s in self.sources]
-
-    def stored(self) -> list[Order]:
-        """One finite order per source: every document once, as stored."""
-
-        def until(documents: int) -> Order:
-            return lambda taken_Q: taken_Q[taken_Q < documents]
-
-        return [until(len(source)) for source in self.sources]
-
-
-def check_seq_len(seq_len: int, blend: Blend) -> None:
-    """``ValueError`` when a media block with its sentinels does not fit a row."""
-    if seq_len < 1:
-        raise ValueError(f"seq_len ({seq_len}) must be at least 1")
-    for medium in blend.vocabulary.media:
-        if medium.block + 2 > seq_len:
-            raise ValueError(
-                f"seq_len ({seq_len}) must be at least {medium.block + 2}: a block of "
-                f"{medium.block} {medium.modality.label} codes and its 2 sentinels is never cut; "
-                "raise seq_len or prepare with fewer codes a block"
-            )
-        for source in blend.sources:
-            longest = source.longest.get(medium.modality.label, 0)
-            if longest + 2 > seq_len:
-                raise ValueError(
-                    f"seq_len ({seq_len}) must be at least {longest + 2}: the longest block of "
-                    f"{medium.modality.label} in {source.folder} has {longest} codes and 2 "
-                    "sentinels, and is never cut; raise seq_len, or prepare again with a lower "
-                    f"{medium.modality.label}_seconds, which drops longer ones"
-                )
 
 
 class Lane:
     """A stream of rows, endless as its orders. ``state``: int64 (k,), the values of ``state()``."""
 
     def __init__(
-        self, blend: Blend, orders: list[Order], seq_len: int, state: np.ndarray | None = None
+        self, mixture: Mixture, orders: list[Order], seq_len: int, state: np.ndarray | None = None
     ) -> None:
         self.seq_len = seq_len
-        self.quota = blend.media_share
-        self.shares = blend.effective_shares()
+        self.quota = mixture.media_share
+        self.shares = mixture.effective_shares()
         self.readers = [
-            _Reader(source, order, blend.modality_V, seq_len)
-            for source, order in zip(blend.sources, orders, strict=True)
+            _Reader(number, source, order, mixture.modality_V, seq_len)
+            for number, (source, order) in enumerate(zip(mixture.sources, orders, strict=True))
         ]
-        values = (np.zeros(blend.state_size(), np.int64) if state is None else state).tolist()
-        sources = len(blend.sources)
-        for i, reader in enumerate(self.readers):
-            reader.taken, reader.offset, reader.drawn = (
-                values[i],
-                values[sources + i],
-                values[2 * sources + i],
-            )
+        if state is None:
+            state = np.zeros(mixture.state_size(), np.int64)
+        of_readers = state[: 3 * len(self.readers)].reshape(3, -1).T.tolist()
+        for reader, values in zip(self.readers, of_readers, strict=True):
+            reader.taken, reader.offset, reader.drawn = values
         self.codes: list[int]
-        *self.codes, self.padding, self.rows = values[3 * sources :]
+        *self.codes, self.padding, self.rows = state[3 * len(self.readers) :].tolist()
 
     def state(self) -> list[int]:
-        """All that the next rows depend on; the module's first lines name the columns."""
-        readers = self.readers
-        values = (
-            [r.taken for r in readers] + [r.offset for r in readers] + [r.drawn for r in readers]
-        )
-        return [*values, *self.codes, self.padding, self.rows]
+        """All that the next rows depend on; the module docstring names the columns."""
+        values = zip(*((r.taken, r.offset, r.drawn) for r in self.readers), strict=True)
+        return [*sum(values, ()), *self.codes, self.padding, self.rows]
 
     def row(self) -> list[Piece]:
-        """Pieces of the next row; what lacks to ``seq_len`` is padding. Empty: no document left."""
+        """Pieces of the next row; a rest below ``seq_len`` is padding. Empty: no document left."""
         pieces: list[Piece] = []
         room = self.seq_len
         while room and (choice := self._choose(room)):
             reader, count, codes = choice
             self.codes = [before + new for before, new in zip(self.codes, codes, strict=True)]
-            pieces.append(reader.take(count)._replace(source=self.readers.index(reader)))
+            pieces.append(reader.take(count))
             room -= count
         if pieces:
             self.padding += room
@@ -394,7 +194,7 @@ class Lane:
         return pieces
 
     def _choose(self, room: int) -> tuple[_Reader, int, list[int]] | None:
-        """The source that is due, the tokens it may place in ``room``, and the codes among them."""
+        """The source that is next, the tokens it may place in ``room``, and the codes in them."""
         total = sum([reader.drawn for reader in self.readers])
         lag = [share * total - r.drawn for share, r in zip(self.shares, self.readers, strict=True)]
         second: tuple[_Reader, int, list[int]] | None = None

@@ -2,8 +2,8 @@
 
 The state is one int64 tensor, a line for each lane of the global batch, sharded over the
 data-parallel ranks like the batch itself: the checkpoint re-shards it, so a run resumes exactly on
-any number of ranks that divides the global batch. Beside it stands the identity of the data: what
-must not change on resume.
+any number of ranks that divides the global batch. The state also has the identity of the data,
+which must not change on resume.
 """
 
 import json
@@ -20,10 +20,10 @@ from torchtitan.components.dataloader import BaseDataLoader
 from earlyfuse.data.json_files import JsonObject, load_json, shown
 from earlyfuse.data.shards.source import TokenSource
 from earlyfuse.data.stream.batches import Drawn, LaneStream, Prefetcher
-from earlyfuse.data.stream.lanes import Blend, check_seq_len
+from earlyfuse.data.stream.mixture import Mixture, check_seq_len
 from earlyfuse.models.vocabulary import Vocabulary
 
-Batch = tuple[dict[str, Any], torch.Tensor]  # what torchtitan takes from a loader
+Batch = tuple[dict[str, Any], torch.Tensor]  # (inputs, labels), as torchtitan expects
 
 _REMEDY = {
     "seed": "use the seed of the run, or start a new run",
@@ -38,13 +38,13 @@ def _saved(identity: str) -> JsonObject:
 
 
 class LaneLoader(BaseDataLoader):
-    """Rank ``dp_rank``'s lanes: rows [r·G/R, (r+1)·G/R) of every global batch of G rows.
+    """Data loader of rank r of R: rows [r·G/R, (r+1)·G/R) of every global batch of G rows.
 
     Yields micro-batches of ``local_batch_size`` rows, ``({"batch": MixedBatch, "first_row": int},
-    labels_BS)``; ``first_row`` is the number of their first row in the global batch.
-    G/R/local_batch_size of them are one step. Batches are pinned where there is a GPU. Every
-    iterator continues the one stream; ``state_dict`` is the state after the last batch handed out,
-    whatever is prefetched.
+    labels_BS)``; ``first_row`` is the number of their first row in the global batch. A step is
+    G/R/local_batch_size of them. Batches are pinned where there is a GPU. Every iterator continues
+    the one stream; ``state_dict`` is the state after the last batch that was yielded, whatever is
+    prefetched.
 
     ``mesh``: the data-parallel mesh (1-D, of ``dp_world_size``), needed by ``state_dict`` with more
     than one rank; may be set later as an attribute.
@@ -56,8 +56,8 @@ class LaneLoader(BaseDataLoader):
         """Prepared folder → share of the tokens; shares sum to 1."""
 
         order: list[str] = field(default_factory=list)
-        """Names of the sources as a new run takes them: of those that lag alike, the first is due.
-        None given: as they stand in sources. A resumed run keeps the order of its checkpoint."""
+        """Names of the sources in order: of sources that lag alike, the first is drawn. Empty: as
+        in sources. A resumed run keeps the order of its checkpoint."""
 
         global_batch_size: int = 0
         """Rows of a global batch, as training.global_batch_size: the number of lanes."""
@@ -66,11 +66,11 @@ class LaneLoader(BaseDataLoader):
         """Decides the order of the documents, with the epoch and the name of the source."""
 
         media_share: float | None = None
-        """Codes of all media together among the tokens of each lane; None: whatever the sources
-        give. How much of it is image and how much speech follows from the sources' shares."""
+        """Share of media codes, all media together, among the tokens of each lane; None: as the
+        sources give. How much of it is image and how much speech follows from their shares."""
 
         prefetch: int = 2
-        """Micro-batches drawn ahead in the background; 0: drawn when asked for."""
+        """Micro-batches drawn ahead in the background; 0: drawn on demand."""
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class LaneLoader(BaseDataLoader):
         seq_len: int,
         local_batch_size: int,
         mesh: DeviceMesh | None = None,
-        **unused: Any,  # tokenizer, snapshot_every_n_steps: the trainer offers them to every loader
+        **unused: Any,  # tokenizer, snapshot_every_n_steps: torchtitan passes them to every loader
     ) -> None:
         total = config.global_batch_size
         if total < 1 or total % dp_world_size:
@@ -92,37 +92,35 @@ class LaneLoader(BaseDataLoader):
         lanes = total // dp_world_size
         if local_batch_size < 1 or lanes % local_batch_size:
             raise ValueError(
-                f"local_batch_size ({local_batch_size}) must divide the {lanes} rows that each of "
-                f"{dp_world_size} ranks has of the global batch ({total}); change one of them"
+                f"local_batch_size ({local_batch_size}) must divide the {lanes} rows of each rank "
+                f"(global batch {total}, {dp_world_size} ranks); change one of them"
             )
         if config.prefetch < 0:
-            raise ValueError(
-                f"prefetch ({config.prefetch}) must be 0 (off) or the batches to draw ahead"
-            )
+            raise ValueError(f"prefetch ({config.prefetch}) must be at least 0, which is off")
         self.config, self.mesh = config, mesh
         self.world_size, self.seq_len, self.rows = dp_world_size, seq_len, local_batch_size
         given = tuple(TokenSource(folder) for folder in config.sources)
         self._given = tuple(source.name for source in given)
-        self.blend = Blend(given, tuple(config.sources.values()), config.media_share)
-        self.blend = self.blend.in_order(config.order or self._given)
-        check_seq_len(seq_len, self.blend)
+        self.mixture = Mixture(given, tuple(config.sources.values()), config.media_share)
+        self.mixture = self.mixture.in_order(config.order or self._given)
+        check_seq_len(seq_len, self.mixture)
         self._lanes = range(dp_rank * lanes, (dp_rank + 1) * lanes)
-        self._state_LK = np.zeros((lanes, self.blend.state_size()), np.int64)
+        self._state_LK = np.zeros((lanes, self.mixture.state_size()), np.int64)
         self._drawn: LaneStream | Prefetcher[Drawn] | None = None
 
     @property
     def vocabulary(self) -> Vocabulary:
         """The layout of the ids; the model's must be the same."""
-        return self.blend.vocabulary
+        return self.mixture.vocabulary
 
     @property
     def sources(self) -> list[str]:
         """Names of the sources, in the order of the numbers in ``source_BS``."""
-        return [source.name for source in self.blend.sources]
+        return [source.name for source in self.mixture.sources]
 
     @property
     def lanes(self) -> torch.Tensor:
-        """int64 (L, K): state of this rank's lanes after the last batch handed out. A copy."""
+        """int64 (L, K): state of this rank's lanes after the last yielded batch. A copy."""
         return torch.from_numpy(self._state_LK.copy())
 
     def __iter__(self) -> Iterator[Batch]:
@@ -134,7 +132,7 @@ class LaneLoader(BaseDataLoader):
     def _next(self) -> Drawn:
         if self._drawn is None:
             stream = LaneStream(
-                self.blend,
+                self.mixture,
                 self.config.seed,
                 self._lanes,
                 self.config.global_batch_size,
@@ -149,45 +147,43 @@ class LaneLoader(BaseDataLoader):
         try:
             drawn = next(self._drawn)
         except BaseException:
-            self.close()  # lanes may stand within a batch: begin anew after the last whole one
+            self.close()  # lanes may be within a batch: restart after the last whole one
             raise
         self._state_LK[drawn.lanes] = drawn.state_BK
         return drawn
 
     def close(self) -> None:
-        """Stop drawing ahead; the loader continues after the last batch handed out."""
+        """Stop prefetching; the loader continues after the last yielded batch."""
         if isinstance(self._drawn, Prefetcher):
             self._drawn.close()
         self._drawn = None
 
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint must agree with: seed, global batch, tokenizers, data and mix.
-        ``tokens``: those of each source, from which follows what the quota draws from it.
+        """Seed, global batch, tokenizers, data and mixture, which must equal the checkpoint's.
+        ``tokens``: the counts of each source, by which the quota draws from it.
         """
+        sources, shares = self.mixture.sources, self.mixture.shares
         return {
             "global_batch_size": self.config.global_batch_size,
             "seed": self.config.seed,
-            "tokenizers": self.blend.sources[0].tokenizers,
-            "data": {source.name: source.identity for source in self.blend.sources},
-            "tokens": {source.name: source.tokens for source in self.blend.sources},
-            "shares": {
-                s.name: x for s, x in zip(self.blend.sources, self.blend.shares, strict=True)
-            },
-            "media_share": self.blend.media_share,
+            "tokenizers": sources[0].tokenizers,
+            "data": {source.name: source.identity for source in sources},
+            "tokens": {source.name: source.tokens for source in sources},
+            "shares": {s.name: share for s, share in zip(sources, shares, strict=True)},
+            "media_share": self.mixture.media_share,
         }
 
     def check_identity(self, saved: str) -> None:
         """``ValueError`` naming the first field in which ``saved`` (``state_dict()["identity"]``)
-        differs. The order of the sources is not one: that of the checkpoint is taken over.
+        differs. The order of the sources is not compared: the checkpoint's is kept.
 
-        A checkpoint may be asked before its tensors are loaded, whose shapes differ when lanes or
-        sources do: ``state = {"dataloader": {"identity": ""}}; dcp.load(state,
-        checkpoint_id=folder)``.
+        The identity can be loaded before the tensors, whose shapes differ with lanes or sources:
+        ``state = {"dataloader": {"identity": ""}}; dcp.load(state, checkpoint_id=folder)``.
         """
         fields = _saved(saved)
         for name, here in json.loads(json.dumps(self.identity())).items():
             if name == "tokens" and name not in fields:
-                continue  # saved before they were
+                continue  # older checkpoints have none
             if fields.values.get(name) != here:
                 raise ValueError(
                     f"{name} of the data ({here}) must be that of the checkpoint "
@@ -201,18 +197,17 @@ class LaneLoader(BaseDataLoader):
         if self.world_size > 1:
             if self.mesh is None or self.mesh.size() != self.world_size:
                 raise ValueError(
-                    f"the loader of {self.world_size} data-parallel ranks must know their mesh to "
-                    f"save its state, but has {self.mesh}; set loader.mesh to their mesh"
+                    f"the loader of {self.world_size} data-parallel ranks needs their mesh to save "
+                    f"its state and has {self.mesh}; set loader.mesh"
                 )
             lanes = DTensor.from_local(lanes, self.mesh, [Shard(0)])
         identity = json.dumps(self.identity() | {"order": self.sources}, sort_keys=True)
         return {"lanes": lanes, "identity": identity}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from a state: the lanes of this rank, or those of all ranks, of which it takes
-        its own.
+        """Continue from a state with the lanes of this rank, or of all ranks.
 
-        Iterators that exist already continue from there as well. Raises ``ValueError`` when the
+        Existing iterators continue from there as well. Raises ``ValueError`` when the
         state is of other data, seed or global batch, or was taken between the micro-batches of a
         step.
         """
@@ -223,31 +218,30 @@ class LaneLoader(BaseDataLoader):
             lanes = lanes[self._lanes.start : self._lanes.stop]
         if lanes.shape != self._state_LK.shape:
             raise ValueError(
-                f"the loader's state has {tuple(lanes.shape)} integers, this rank needs "
-                f"{self._state_LK.shape} (lanes, state); load the state of the same global batch "
-                "and sources"
+                f"the loader's state {tuple(lanes.shape)} must be {self._state_LK.shape} (lanes, "
+                "integers); load a state of the same global batch and sources"
             )
         rows = lanes[:, -1].tolist()
         if len(set(rows)) > 1:
             raise ValueError(
-                f"lanes of the state have drawn {min(rows)} to {max(rows)} rows: it was taken "
-                "between the micro-batches of a step; save after a whole step"
+                f"lanes of the state have drawn {min(rows)} to {max(rows)} rows, not equally "
+                "many; save after a whole step"
             )
         self.close()
-        # what the columns of the state are; saved before it was, they are as the config has them
+        # the order names the columns; older checkpoints without it have the config's
         saved = _saved(state_dict["identity"])
-        self.blend = self.blend.in_order(
+        self.mixture = self.mixture.in_order(
             saved.items("order", str) if "order" in saved else self._given
         )
         self._state_LK = lanes.cpu().numpy().astype(np.int64, copy=True)
 
     def progress(self) -> dict[str, Any]:
-        """What this rank has drawn so far, for the log.
+        """Counts of this rank so far, for the log.
 
         ``tokens``: modality → count; ``source_tokens`` and ``epoch`` (fractional, of all lanes): by
         source; ``padding``: share of the positions.
         """
-        sources = self.blend.sources
+        sources = self.mixture.sources
         total_K = self._state_LK.sum(axis=0)
         taken, _, drawn = total_K[: 3 * len(sources)].reshape(3, -1).tolist()
         *codes, padding, rows = total_K[3 * len(sources) :].tolist()

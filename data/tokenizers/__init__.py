@@ -4,7 +4,7 @@
 
     text.model or text.json   sentencepiece, or Hugging Face's tokenizer.json with our sentinels
     LABEL.safetensors         of a medium of ``data/media.py`` (image, speech); absent if not used
-    vocabulary.json           where text, sentinels and codes lie among the ids
+    vocabulary.json           the ranges of text, sentinels and codes among the ids
 
 ``Tokenizers.load(<out>/tokenizers)`` is what generation and evaluation need to read and show
 documents.
@@ -23,10 +23,11 @@ from earlyfuse.models.vocabulary import MediaCodes, Modality, Vocabulary
 
 if TYPE_CHECKING:
     from earlyfuse.data.tokenizers.image_tokenizer import ImageTokenizer
-    from earlyfuse.data.tokenizers.speech_kmeans import SpeechTokenizer
+    from earlyfuse.data.tokenizers.speech import SpeechTokenizer
 
 TEXT_FILES = ("text.model", "text.json")
 VOCABULARY_FILE = "vocabulary.json"
+_FROM_ONE = "they must come from one checkpoint"
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class Tokenizers:
     vocabulary: Vocabulary
 
     def __post_init__(self) -> None:
-        _check_fit(self.text, self.media, self.vocabulary)
+        _check_text(self.text, self.vocabulary)
+        _check_media(self.media, self.vocabulary)
 
     @classmethod
     def load(cls, folder: Path) -> "Tokenizers":
@@ -63,20 +65,19 @@ class Tokenizers:
 
     @property
     def image(self) -> "ImageTokenizer | None":
-        """For code that is about images alone."""
+        """The image tokenizer, for code that handles images alone."""
         return cast("ImageTokenizer | None", self.media.get(Modality.IMAGE.label))
 
     @property
     def speech(self) -> "SpeechTokenizer | None":
-        """For code that is about speech alone."""
+        """The speech tokenizer, for code that handles speech alone."""
         return cast("SpeechTokenizer | None", self.media.get(Modality.SPEECH.label))
 
     @property
     def hashes(self) -> dict[str, str]:
         """Modality label → SHA-256 of the tokenizer's file."""
-        return {Modality.TEXT.label: self.text.sha256} | {
-            label: tokenizer.sha256 for label, tokenizer in self.media.items()
-        }
+        media = {label: tokenizer.sha256 for label, tokenizer in self.media.items()}
+        return {Modality.TEXT.label: self.text.sha256, **media}
 
     @property
     def vectors(self) -> Vectors | None:
@@ -91,8 +92,8 @@ class Tokenizers:
 
     @property
     def unused(self) -> list[int]:
-        """Text ids that no document has: padding rows of a model's embedding, image codes of the
-        text tokenizer where the vocabulary has no images.
+        """Text ids that occur in no document: padding rows of a model's embedding, and image codes
+        of the text tokenizer where the vocabulary has no images.
         """
         ids = torch.arange(self.vocabulary.size)
         sentinels = {self.vocabulary.bos, self.vocabulary.eos, self.vocabulary.pad}
@@ -126,46 +127,57 @@ def derived(text: TextTokenizer, media: dict[str, MediaTokenizer]) -> Vocabulary
     """Text pieces with the sentinels among them, then the codes of each medium in turn, except
     image codes that the text tokenizer names itself.
 
-    Raises ``ValueError`` when it names them otherwise than as one range of ids.
+    Raises ``ValueError`` when it names other codes than one range as long as the codebook.
     """
     size, codes = text.size, []
     for label, tokenizer in media.items():
         modality, start = MEDIA[label].modality, size
         if modality == Modality.IMAGE and text.image_codes:
-            start = _first_named(text, tokenizer)
+            start = min(text.image_codes)
+            if text.image_codes != set(range(start, start + tokenizer.codes)):
+                raise ValueError(
+                    f"the text tokenizer names {len(text.image_codes)} image codes at ids {start} "
+                    f"… {max(text.image_codes)}, the image tokenizer has {tokenizer.codes}; "
+                    f"{_FROM_ONE}"
+                )
         size = max(size, start + tokenizer.codes)
         begin, end = text.begin[label], text.end[label]
         codes.append(MediaCodes(modality, start, tokenizer.codes, begin, end, tokenizer.block))
     return Vocabulary(size, text.bos, text.eos, text.pad, tuple(codes))
 
 
-def _first_named(text: TextTokenizer, image: MediaTokenizer) -> int:
-    start = min(text.image_codes)
-    if text.image_codes != set(range(start, start + image.codes)):
-        raise ValueError(
-            f"the text tokenizer names {len(text.image_codes)} image codes at ids "
-            f"{start} … {max(text.image_codes)}, the image tokenizer has {image.codes}; take "
-            "both from one checkpoint"
-        )
-    return start
-
-
-def _check_fit(
-    text: TextTokenizer, media: dict[str, MediaTokenizer], vocabulary: Vocabulary
-) -> None:
-    """Raises ``ValueError`` unless codes fit and no text can be mistaken for anything else."""
+def _check_text(text: TextTokenizer, vocabulary: Vocabulary) -> None:
+    """``ValueError`` unless no text can be mistaken for a sentinel or a code."""
     if text.pieces > vocabulary.size:
         raise ValueError(
-            f"the text tokenizer has {text.pieces} ids, the vocabulary {vocabulary.size}; they "
-            "must come from one checkpoint"
+            f"the text tokenizer has {text.pieces} ids, the vocabulary {vocabulary.size}; "
+            f"{_FROM_ONE}"
         )
+
+    def is_text(token: int) -> bool:
+        return token < text.pieces and token not in text.reserved
+
     for name, token in (("bos", vocabulary.bos), ("eos", vocabulary.eos)):
-        if token < text.pieces and token not in text.reserved:
+        if is_text(token):
             raise ValueError(
                 f"{name} ({token}) of the vocabulary is a piece of text for the text tokenizer, so "
                 "that any text could begin or end a document; name another in vocabulary.json, or "
                 f"{name}_token in the tokenizer_config.json that the tokenizer came with"
             )
+    for medium in vocabulary.media:
+        never_text = text.image_codes if medium.modality == Modality.IMAGE else frozenset()
+        codes = range(medium.start, min(medium.start + medium.count, text.pieces))
+        spelled = [token for token in codes if token not in never_text]
+        spelled += filter(is_text, (medium.begin, medium.end))
+        if spelled:
+            raise ValueError(
+                f"the vocabulary gives id {spelled[0]} to {medium.modality.label}, but the text "
+                f"tokenizer uses it for text; {_FROM_ONE}"
+            )
+
+
+def _check_media(media: dict[str, MediaTokenizer], vocabulary: Vocabulary) -> None:
+    """``ValueError`` unless the vocabulary has the codes and blocks of each tokenizer."""
     codes = {medium.modality.label: medium for medium in vocabulary.media}
     for label, tokenizer in media.items():
         medium = codes.get(label)
@@ -174,19 +186,5 @@ def _check_fit(
             raise ValueError(
                 f"the vocabulary has {found[0]} {label} codes in blocks of "
                 f"{found[1] or 'any length'}, the {label} tokenizer {tokenizer.codes} in blocks of "
-                f"{tokenizer.block or 'any length'}; they must come from one checkpoint"
-            )
-    for medium in vocabulary.media:
-        inside = range(medium.start, min(medium.start + medium.count, text.pieces))
-        never_text = text.image_codes if medium.modality == Modality.IMAGE else frozenset()
-        spelled = [token for token in inside if token not in never_text]
-        spelled += [
-            token
-            for token in (medium.begin, medium.end)
-            if token < text.pieces and token not in text.reserved
-        ]
-        if spelled:
-            raise ValueError(
-                f"the vocabulary gives id {spelled[0]} to {medium.modality.label}, but the text "
-                "tokenizer uses it for text; they must come from one checkpoint"
+                f"{tokenizer.block or 'any length'}; {_FROM_ONE}"
             )

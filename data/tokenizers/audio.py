@@ -1,11 +1,9 @@
-"""Encoded audio → one channel at one sample rate, and back to a file.
+"""Decodes audio to one channel at one sample rate, and writes WAV files.
 
 WAV (PCM of 8 to 32 bits, float, µ-law and whatever else libsndfile reads) and FLAC, at any sample
-rate, with any number of channels, which are averaged. Codecs that cannot be sought in (GSM 6.10,
-G.721) are refused.
-
-A WAV file that was cut reads like a shorter one, so the sizes that it states are compared with what
-is there; FLAC has checksums, which libsndfile checks.
+rate; channels are averaged. Codecs that are not seekable (GSM 6.10, G.721) are refused. A truncated
+WAV file reads like a shorter one, so the size in its header is compared with the file's; FLAC has
+checksums, which libsndfile checks.
 """
 
 import io
@@ -22,9 +20,8 @@ from earlyfuse.data.documents import BadSample, decoding
 FORMATS = ("WAV", "WAVEX", "FLAC")
 RATES = range(1_000, 768_001)  # Hz
 LARGEST_AUDIO = 1 << 26  # samples of all channels; beyond it a small file can unpack to gigabytes
-_UNKNOWN_FRAMES = 1 << 36  # FLAC cannot state so many; libsndfile then gives far more
-# what is written for the size of WAV by programs that do not know it yet: no number of bytes
-_UNKNOWN_SIZE = 0x7FFF_0000
+_UNKNOWN_FRAMES = 1 << 36  # libsndfile's lengths are above it where FLAC states none
+_UNKNOWN_SIZE = 0x7FFF_0000  # programs that write WAV into a pipe state at least this size
 
 
 def waveform(encoded: bytes, rate: int, longest: float = float("inf")) -> np.ndarray:
@@ -34,7 +31,6 @@ def waveform(encoded: bytes, rate: int, longest: float = float("inf")) -> np.nda
     "long-audio" above ``longest`` seconds or 2^26 samples.
     """
     with decoding("corrupt-audio", "audio"):
-        _check_whole(encoded)
         samples_NC, given = _read(_with_known_size(encoded), longest)
         wave = samples_NC.mean(axis=1)
         if not np.isfinite(wave).all():
@@ -62,29 +58,24 @@ def _read(encoded: bytes, longest: float) -> tuple[np.ndarray, int]:
 
 
 def _samples(file: soundfile.SoundFile, longest: float) -> np.ndarray:
-    """float64 (samples, channels): all that the file states."""
+    """float64 (samples, channels), as many as the file states."""
+    wrong = ""
     if file.format not in FORMATS:
-        raise BadSample("corrupt-audio", f"audio is {file.format}, neither WAV nor FLAC")
-    if not file.seekable():
-        raise BadSample(
-            "corrupt-audio",
+        wrong = f"audio is {file.format}, neither WAV nor FLAC"
+    elif not file.seekable():
+        wrong = (
             f"audio is {file.format} in {file.subtype_info}, whose samples cannot be counted; "
-            "convert it to PCM or FLAC",
+            "convert it to PCM or FLAC"
         )
-    if file.samplerate not in RATES:
-        raise BadSample(
-            "corrupt-audio",
-            f"a sample rate of {file.samplerate} Hz; known are {RATES[0]} to {RATES[-1]}",
-        )
-    if file.frames >= _UNKNOWN_FRAMES:
-        raise BadSample(
-            "corrupt-audio",
-            "FLAC does not state its length, as when it was written to a pipe, so that a cut could "
-            "not be noticed; write it to a file",
-        )
+    elif file.samplerate not in RATES:
+        wrong = f"sample rate {file.samplerate} Hz must lie in [{RATES[0]}, {RATES[-1]}]"
+    elif file.frames >= _UNKNOWN_FRAMES:
+        wrong = "FLAC written to a pipe does not state its length; write it to a file"
+    if wrong:
+        raise BadSample("corrupt-audio", wrong)
     if file.frames > longest * file.samplerate or file.frames * file.channels > LARGEST_AUDIO:
         largest = f"{longest:g} s" if longest < float("inf") else f"{LARGEST_AUDIO} samples"
-        raise BadSample("long-audio", f"audio is longer than {largest}; cut it into utterances")
+        raise BadSample("long-audio", f"audio is longer than {largest}; split it into utterances")
     samples_NC = file.read(dtype="float64", always_2d=True)
     if len(samples_NC) < file.frames:
         raise BadSample(
@@ -93,39 +84,29 @@ def _samples(file: soundfile.SoundFile, longest: float) -> np.ndarray:
     return samples_NC
 
 
-def _check_whole(encoded: bytes) -> None:
-    """Raises ``BadSample`` for a RIFF file that ends before the samples that it states."""
-    if encoded[:4] != b"RIFF":
-        return
-    for name, size, start in _chunks(encoded):
-        if name == b"data" and size < _UNKNOWN_SIZE and start + size > len(encoded):
+def _with_known_size(encoded: bytes) -> bytes:
+    """``encoded``; a RIFF file that states 0 bytes of samples and has some gets their number.
+
+    Programs that write into a pipe leave the 0, and libsndfile would read nothing. Raises
+    ``BadSample`` for a file that ends before the samples that its header states.
+    """
+    chunks = _chunks(encoded) if encoded[:4] == b"RIFF" else ()
+    for size, start in ((size, start) for name, size, start in chunks if name == b"data"):
+        there = len(encoded) - start
+        if there < size < _UNKNOWN_SIZE:
             raise BadSample(
                 "corrupt-audio",
-                f"audio is cut: its header states {size} bytes of samples, "
-                f"{len(encoded) - start} are there",
+                f"audio is truncated: its header states {size} bytes of samples, the file has "
+                f"{there}",
             )
-
-
-def _with_known_size(encoded: bytes) -> bytes:
-    """A RIFF file that states 0 bytes of samples and has some, with their number in its header.
-
-    So do programs that write into a pipe and never come back to the header. libsndfile takes the 0
-    at its word.
-    """
-    if encoded[:4] != b"RIFF":
-        return encoded
-    for name, size, start in _chunks(encoded):
-        if name == b"data":
-            there = len(encoded) - start
-            if size or not there or _ends_with_chunks(encoded, start):
-                return encoded
-            sizes = struct.pack("<I", len(encoded) - 8), struct.pack("<I", there)
-            return encoded[:4] + sizes[0] + encoded[8 : start - 4] + sizes[1] + encoded[start:]
+        if not size and there and not _ends_with_chunks(encoded, start):
+            whole, samples = struct.pack("<I", len(encoded) - 8), struct.pack("<I", there)
+            return encoded[:4] + whole + encoded[8 : start - 4] + samples + encoded[start:]
     return encoded
 
 
 def _ends_with_chunks(encoded: bytes, at: int) -> bool:
-    """Whether chunks with printable names, and nothing else, lie between ``at`` and the end."""
+    """True if the file from ``at`` consists of chunks with printable names."""
     end = at
     for name, size, start in _chunks(encoded, at):
         if not all(0x20 <= letter < 0x7F for letter in name):
@@ -135,8 +116,8 @@ def _ends_with_chunks(encoded: bytes, at: int) -> bool:
 
 
 def _chunks(encoded: bytes, at: int = 12) -> Iterator[tuple[bytes, int, int]]:
-    """Name, stated size and start of each chunk of a RIFF file, as far as their headers are."""
+    """Name, stated size and start of each chunk of a RIFF file whose header is complete."""
     while at + 8 <= len(encoded):
         name, size = struct.unpack_from("<4sI", encoded, at)
         yield name, size, at + 8
-        at += 8 + size + size % 2  # chunks begin at even places
+        at += 8 + size + size % 2  # chunks begin at even offsets

@@ -1,25 +1,29 @@
 """Image tokenizer of Chameleon checkpoints: their VQ-GAN, their pixels, their order of codes.
 
 Made by ``import_vq`` (imports.py) from a Hugging Face folder or from the original ``vqgan.ckpt``;
-not trained here. Pixels go the way the source prepares them (resize, centre crop, scale), and a
-code is numbered by the place of its token: id = start + code, whatever order the vocabulary has.
+not trained here. Pixels are prepared as in the source (resize, centre crop, scale), and a code is
+numbered by the place of its token: id = start + code, whatever order the vocabulary has.
 
 B images, H pixels a side, P codes an image, K codes.
 """
 
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 
 from earlyfuse.data.json_files import JsonObject
-from earlyfuse.data.tokenizers.image_tokenizer import LARGEST_CODEBOOK, ImageTokenizer
+from earlyfuse.data.tokenizers.image_tokenizer import ImageTokenizer
 from earlyfuse.data.tokenizers.image_vqvae import to_pixels
 from earlyfuse.data.tokenizers.pixels import image_pixels_whole
-from earlyfuse.data.tokenizers.tokenizer_file import LARGEST_SIDE, TokenizerFile
+from earlyfuse.data.tokenizers.tokenizer_file import (
+    LARGEST_CODEBOOK,
+    LARGEST_SIDE,
+    TokenizerFile,
+)
 from earlyfuse.data.tokenizers.vqgan import VQGAN, VQGANShape
 
-# values of one activation held at a time: 512² pixels of 128 channels, an image of Chameleon's
+# values of one activation: an image of Chameleon's, 512² pixels of 128 channels
 _ACTIVATION = 1 << 25
 _MOST = {
     "image_size": LARGEST_SIDE, "codes": LARGEST_CODEBOOK, "embed": 1 << 14, "latent": 1 << 14,
@@ -50,15 +54,14 @@ class ChameleonTokenizer(ImageTokenizer):
                 f"order of the {self.codes} codes must name each of them once; the file is damaged"
             )
         self.rank_K, self.row_K = rank_K, rank_K.argsort()
-        values = np.arange(256, dtype=np.uint8).astype(np.float64) * settings["scale"]
-        scaled = (values.astype(np.float32) - np.float32(settings["mean"])) / np.float32(
-            settings["std"]
-        )
-        self._value_256 = torch.from_numpy(scaled.astype(np.float32))
+        # rounded as transformers rounds: scaled in float64, then normalised in float32
+        scaled = (np.arange(256) * np.float64(settings["scale"])).astype(np.float32)
+        mean, std = np.float32(settings["mean"]), np.float32(settings["std"])
+        self._value_256 = torch.from_numpy((scaled - mean) / std)
 
     @classmethod
-    def from_file(cls, file: TokenizerFile) -> "ChameleonTokenizer":
-        """Inverse of ``to_bytes``."""
+    def from_file(cls, file: TokenizerFile) -> Self:
+        """See ``CodeTokenizer``."""
         _check_settings(file.settings)
         settings = file.settings.values
         with torch.device("meta"):
@@ -70,13 +73,13 @@ class ChameleonTokenizer(ImageTokenizer):
         return cls(net, rank_K, settings)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """See ``ImageTokenizer``."""
+        """See ``CodeTokenizer``."""
         weights = {name: tensor.contiguous() for name, tensor in self.net.state_dict().items()}
         return {**weights, "rank": self.rank_K}
 
-    def pixels(self, encoded: bytes) -> np.ndarray:
-        """See ``ImageTokenizer``: the whole image resized, then cropped, as Chameleon does."""
-        return image_pixels_whole(encoded, self.image_size, self.settings["long_side"])
+    def features(self, payload: bytes, **limits: Any) -> np.ndarray:
+        """See ``ImageTokenizer``; resizes the whole image, then crops, as Chameleon does."""
+        return image_pixels_whole(payload, self.image_size, self.settings["long_side"])
 
     @torch.no_grad()
     def encode(self, images: np.ndarray) -> np.ndarray:
@@ -92,8 +95,8 @@ class ChameleonTokenizer(ImageTokenizer):
         """int64 (B, P) → uint8 (B, H, H, 3). Raises ``ValueError`` where there is no decoder."""
         if not self.decodes:
             raise ValueError(
-                "image tokenizer (chameleon) has no decoder: Hugging Face's Chameleon files leave "
-                "it out; put the original vqgan.ckpt into the source folder and import it again"
+                "image tokenizer (chameleon) has no decoder, which Hugging Face's files lack; put "
+                "the original vqgan.ckpt into the source folder and import it again"
             )
         parts = [
             to_pixels(self.net.decode(self.row_K[part].reshape(-1, self.side, self.side)))
@@ -107,7 +110,7 @@ class ChameleonTokenizer(ImageTokenizer):
 
 
 def _check_settings(settings: JsonObject) -> None:
-    """``ValueError`` naming a field of another type, or of a size that no such network has."""
+    """``ValueError`` naming a field of the wrong type, or of a size that no such network has."""
     for name, most in _MOST.items():
         settings.field(name, int, least=1, most=most)
     for name in ("middle_attention", "decoder"):
@@ -116,14 +119,13 @@ def _check_settings(settings: JsonObject) -> None:
         values = settings.items(name, int)
         if len(values) > _MOST_LEVELS or not all(0 <= value <= _MOST_LEVELS for value in values):
             raise settings.wrong(name, f"must be at most {_MOST_LEVELS} numbers up to that")
-    settings.field("scale", float, least=-1e3, most=1e3)
-    settings.field("mean", float, least=-1e3, most=1e3)
-    settings.field("std", float, least=1e-6, most=1e3)
+    for name, least in (("scale", -1e3), ("mean", -1e3), ("std", 1e-6)):
+        settings.field(name, float, least=least, most=1e3)
     settings.field("long_side", str, choices=("round", "floor"))
 
 
 def shape_of(settings: dict[str, Any]) -> VQGANShape:
-    """The network's sizes among ``settings``. Raises ``ValueError`` on ones that cannot be."""
+    """The network's sizes among ``settings``. ``ValueError`` names an impossible one."""
     fields = {name: settings[name] for name in _SHAPE}
     lists = {name: tuple(fields[name]) for name in ("multipliers", "attention")}
     return VQGANShape(**{**fields, **lists})

@@ -3,21 +3,21 @@
 Fitting and encoding give the same bytes on every machine, with any number of threads and any batch
 (``kmeans.py``); decoding followed by encoding gives the codes back.
 
-N images, P patches an image, D values in a patch (patch · patch · 3), U distinct patches, K codes.
+N images, P patches an image, D values in a patch (patch · patch · 3), K codes.
 """
 
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 
 from earlyfuse.data.tokenizers import kmeans
-from earlyfuse.data.tokenizers.image_tokenizer import (
+from earlyfuse.data.tokenizers.image_tokenizer import ImageTokenizer, check_image_geometry
+from earlyfuse.data.tokenizers.tokenizer_file import (
     LARGEST_CODEBOOK,
-    ImageTokenizer,
-    check_image_geometry,
+    LARGEST_SIDE,
+    TokenizerFile,
 )
-from earlyfuse.data.tokenizers.tokenizer_file import LARGEST_SIDE, TokenizerFile
 
 
 class KMeansTokenizer(ImageTokenizer):
@@ -32,17 +32,8 @@ class KMeansTokenizer(ImageTokenizer):
         self.codebook_KD = codebook_KD
 
     @classmethod
-    def train(
-        cls,
-        images: np.ndarray,
-        *,
-        patch: int,
-        codes: int,
-        seed: int = 0,
-        patches: int = 65536,
-        iterations: int = 20,
-    ) -> "KMeansTokenizer":
-        """Fit to ``images``, uint8 (N, H, H, 3), or to ``patches`` of their patches by ``seed``.
+    def train(cls, images: np.ndarray, *, patch: int, codes: int, seed: int = 0) -> Self:
+        """Fit to ``images``, uint8 (N, H, H, 3), or to 2^16 of their patches by ``seed``.
 
         Raises ``ValueError`` when the images hold fewer distinct patches than ``codes``.
         """
@@ -51,8 +42,7 @@ class KMeansTokenizer(ImageTokenizer):
             to_patches(images, patch).reshape(-1, patch**2 * 3),
             codes,
             seed=seed,
-            most=patches,
-            iterations=iterations,
+            most=1 << 16,
             option="codes",
             rows=f"{patch}×{patch} patches of the training images",
         )
@@ -60,8 +50,8 @@ class KMeansTokenizer(ImageTokenizer):
         return cls(codebook_KD, settings)
 
     @classmethod
-    def from_file(cls, file: TokenizerFile) -> "KMeansTokenizer":
-        """Inverse of ``to_bytes``."""
+    def from_file(cls, file: TokenizerFile) -> Self:
+        """See ``CodeTokenizer``."""
         settings = file.settings
         settings.field("image_size", int, least=1, most=LARGEST_SIDE)
         patch = settings.field("patch", int, least=1, most=LARGEST_SIDE)
@@ -72,7 +62,7 @@ class KMeansTokenizer(ImageTokenizer):
         return cls(tensors["codebook"].numpy(), settings.values)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """See ``ImageTokenizer``."""
+        """See ``CodeTokenizer``."""
         return {"codebook": torch.from_numpy(self.codebook_KD)}
 
     def encode(self, images: np.ndarray) -> np.ndarray:

@@ -1,36 +1,35 @@
-"""Image tokenizer by a small convolutional VQ-VAE: slower to make than k-means, and better.
+"""Image tokenizer by a small convolutional VQ-VAE: slower to train than k-means, and better.
 
 van den Oord et al. 2017 (1711.00937): straight-through gradient, commitment loss, codebook by
-exponential moving averages (their appendix A). Codes that die are re-seeded from the batch, and the
-codebook starts from k-means over the latents of a network warmed up without quantiser; these two
-keep most codes in use. No adversarial or perceptual loss: PSNR is what it is good at.
+exponential moving averages (their appendix A). Two additions keep most codes in use: dead codes are
+re-seeded from the batch, and the codebook starts from k-means over the latents of a network warmed
+up without quantiser. No adversarial or perceptual loss: it optimises PSNR.
 
 B images, C channels, H pixels a side, N latents (B · block), E latent dimension, K codes.
 """
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from earlyfuse.data.tokenizers.image_tokenizer import (
+from earlyfuse.data.tokenizers.image_tokenizer import ImageTokenizer, check_image_geometry
+from earlyfuse.data.tokenizers.tokenizer_file import (
     LARGEST_CODEBOOK,
-    ImageTokenizer,
-    check_image_geometry,
+    LARGEST_SIDE,
+    TokenizerFile,
 )
-from earlyfuse.data.tokenizers.tokenizer_file import LARGEST_SIDE, TokenizerFile
 
 _ENCODE_BATCH, _ENCODE_PIXELS = 64, 1 << 22
 _COMMITMENT = 0.25
 _CODEBOOK_DECAY = 0.98
-# a code is dead when the moving average of its latents a step falls below this share of an even
-# spread
+# a code is dead when the moving average of its latents falls below this share of an even use
 _DEAD_SHARE = 0.05
-# part of the steps that train encoder and decoder alone, before there is a codebook
+# share of the steps that train encoder and decoder alone, before there is a codebook
 _WARM_UP = 0.1
 _MOST = {
     "image_size": LARGEST_SIDE, "patch": LARGEST_SIDE, "codes": LARGEST_CODEBOOK,
@@ -62,8 +61,8 @@ class VQVAETokenizer(ImageTokenizer):
         latent: int = 16,
         learning_rate: float = 5e-3,
         progress: Callable[[int, float], None] | None = None,
-    ) -> "VQVAETokenizer":
-        """Fit to ``images``, uint8 (N, H, H, 3). Calls ``progress(step, loss)`` each step.
+    ) -> Self:
+        """Fit to ``images``, uint8 (N, H, H, 3). Calls ``progress(step, pixel error)`` each step.
 
         Deterministic given the seed, the number of threads and the machine's kernels. Raises
         ``ValueError`` when ``patch`` is no power of two that divides H.
@@ -87,9 +86,8 @@ class VQVAETokenizer(ImageTokenizer):
             picked = torch.randint(len(pixels), (batch,), generator=rng)
             x_BCHH = to_floats(pixels[picked])
             if step == warm_up:
-                seen = torch.randint(
-                    len(pixels), (max(batch, 8 * codes // net.block(x_BCHH)),), generator=rng
-                )
+                wanted = max(batch, 8 * codes // (images.shape[1] // patch) ** 2)
+                seen = torch.randint(len(pixels), (wanted,), generator=rng)
                 net.seed_codebook(to_floats(pixels[seen]), rng)
             loss, reconstruction = net.loss(x_BCHH, quantise=step >= warm_up, rng=rng)
             optimizer.zero_grad(set_to_none=True)
@@ -102,14 +100,14 @@ class VQVAETokenizer(ImageTokenizer):
         return cls(net, settings)
 
     @classmethod
-    def from_file(cls, file: TokenizerFile) -> "VQVAETokenizer":
-        """Inverse of ``to_bytes``."""
+    def from_file(cls, file: TokenizerFile) -> Self:
+        """See ``CodeTokenizer``."""
         settings = file.settings
         for name, most in _MOST.items():
             settings.field(name, int, least=1, most=most)
         settings.field("seed", int)
         settings.field("steps", int)
-        with torch.device("meta"):  # sizes are believed once the tensors have them
+        with torch.device("meta"):  # nothing is allocated before the tensors confirm the sizes
             expected = build_vqvae(settings.values).state_dict()
         tensors = file.tensors(expected)
         net = build_vqvae(settings.values)
@@ -117,7 +115,7 @@ class VQVAETokenizer(ImageTokenizer):
         return cls(net, settings.values)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """See ``ImageTokenizer``."""
+        """See ``CodeTokenizer``."""
         return {name: tensor.contiguous() for name, tensor in self.net.state_dict().items()}
 
     @torch.no_grad()
@@ -140,7 +138,7 @@ class VQVAETokenizer(ImageTokenizer):
 
 
 class VQVAE(nn.Module):
-    """The network and its codebook: ``latents``, ``nearest`` and ``decoder`` are the stages."""
+    """The network and its codebook; its stages are ``latents``, ``nearest`` and ``decoder``."""
 
     codebook_KE: torch.Tensor
     count_K: torch.Tensor
@@ -151,19 +149,13 @@ class VQVAE(nn.Module):
         self.encoder = _encoder(latent, width, halvings)
         self.decoder = _decoder(latent, width, halvings)
         self.register_buffer("codebook_KE", torch.zeros(codes, latent))
-        # moving averages of how many latents chose a code, and of their sum; only training needs
-        # them
+        # moving averages, for training, of the number of latents that chose a code and of their sum
         self.register_buffer("count_K", torch.ones(codes), persistent=False)
         self.register_buffer("total_KE", torch.zeros(codes, latent), persistent=False)
 
     def latents(self, x_BCHH: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, H) → (N, E), images and then positions in raster order."""
         return self.encoder(x_BCHH).permute(0, 2, 3, 1).flatten(0, 2)
-
-    def block(self, x_BCHH: torch.Tensor) -> int:
-        """Latents an image gives."""
-        with torch.no_grad():
-            return len(self.latents(x_BCHH[:1]))
 
     def nearest(self, z_NE: torch.Tensor) -> torch.Tensor:
         """(N, E) → (N,) index of the nearest code."""
@@ -173,7 +165,7 @@ class VQVAE(nn.Module):
     def loss(
         self, x_BCHH: torch.Tensor, quantise: bool, rng: torch.Generator
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(training loss, squared pixel error); moves the codebook when ``quantise``."""
+        """(training loss, squared pixel error); updates the codebook when ``quantise``."""
         z_NE = self.latents(x_BCHH)
         commitment = z_NE.new_zeros(())
         q_NE = z_NE
@@ -190,7 +182,7 @@ class VQVAE(nn.Module):
 
     @torch.no_grad()
     def seed_codebook(self, x_BCHH: torch.Tensor, rng: torch.Generator) -> None:
-        """A few rounds of k-means over the latents of ``x_BCHH``, from latents drawn at random."""
+        """Run k-means over the latents of ``x_BCHH``, from latents drawn at random."""
         z_NE = self.latents(x_BCHH)
         codes = len(self.codebook_KE)
         self._put(torch.arange(codes), z_NE, rng)
@@ -204,7 +196,7 @@ class VQVAE(nn.Module):
 
     @torch.no_grad()
     def _follow(self, z_NE: torch.Tensor, code_N: torch.Tensor, rng: torch.Generator) -> None:
-        """Move codes towards the latents that chose them; dead ones restart from the batch."""
+        """Move codes towards the latents that chose them; re-seed dead ones from the batch."""
         codes = len(self.codebook_KE)
         choice_NK = F.one_hot(code_N, codes).to(z_NE.dtype)
         self.count_K.lerp_(choice_NK.sum(0), 1 - _CODEBOOK_DECAY)
@@ -217,14 +209,14 @@ class VQVAE(nn.Module):
         self.total_KE[dead] = self.codebook_KE[dead] * even
 
     def _put(self, codes: torch.Tensor, z_NE: torch.Tensor, rng: torch.Generator) -> None:
-        """Set ``codes`` to latents drawn at random, shaken a little so that repeats can part."""
+        """Set ``codes`` to latents drawn at random, with a little noise that separates repeats."""
         drawn = z_NE[torch.randint(len(z_NE), (len(codes),), generator=rng)]
         noise = torch.randn(drawn.shape, generator=rng) * z_NE.std(0) * 0.01
         self.codebook_KE[codes] = drawn + noise
 
 
 class ResidualBlock(nn.Module):
-    """A 3×3 convolution to half the channels and a 1×1 back, round an identity."""
+    """Residual branch: a 3×3 convolution to half the channels and a 1×1 back."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -239,14 +231,19 @@ class ResidualBlock(nn.Module):
 
 
 def build_vqvae(settings: dict[str, Any]) -> VQVAE:
-    """The untrained network of ``settings``. Raises ``ValueError`` when they cannot be met."""
+    """The untrained network of ``settings``. ``ValueError`` names a setting that is impossible."""
     patch, width = settings["patch"], settings["width"]
     check_image_geometry(settings["image_size"], patch, settings["codes"])
-    if patch < 2 or patch & (patch - 1):
-        raise ValueError(f"patch ({patch}) must be a power of two for a vqvae; choose 2, 4, 8 …")
+    check_patch(patch)
     if width % 32:
         raise ValueError(f"width ({width}) must be a multiple of 32; choose another")
     return VQVAE(settings["codes"], settings["latent"], width, patch.bit_length() - 1)
+
+
+def check_patch(patch: int) -> None:
+    """``ValueError`` unless the encoder can halve the side down to ``patch``."""
+    if patch < 2 or patch & (patch - 1):
+        raise ValueError(f"patch ({patch}) must be a power of two for a vqvae; choose 2, 4, 8 …")
 
 
 def to_floats(pixels_BHHC: torch.Tensor) -> torch.Tensor:
@@ -260,7 +257,7 @@ def to_pixels(x_BCHH: torch.Tensor) -> torch.Tensor:
 
 
 def _encoder(latent: int, width: int, halvings: int) -> nn.Sequential:
-    """Halve the side ``halvings`` times; half the width at the first, finest, level."""
+    """Halves the side ``halvings`` times; half the width at the first, finest, level."""
     layers: list[nn.Module] = []
     channels = 3
     for level in range(halvings):

@@ -1,12 +1,12 @@
-"""Tokenizers of Chameleon and other public checkpoints → a tokenizers folder of ours.
+"""Imports tokenizers of Chameleon and other public checkpoints into a tokenizers folder of ours.
 
 ``import_text`` and ``import_vq`` write the tokenizers, ``import_vocabulary`` the layout of ids that
-the checkpoint's embedding rows have; ``with_sentinels_of`` agrees a model's vocabulary with its
-text tokenizer. Each import says whether the source had any, raises ``ValueError``
-with the reason where it cannot be taken over exactly, and writes a whole file or nothing. Their
-readers are vq_files.py, text_json.py and vocabulary_map.py.
+the checkpoint's embedding rows have; ``with_sentinels_of`` adapts a model's vocabulary to its text
+tokenizer. Each import returns False where the source has none, raises ``ValueError`` with the
+reason where it cannot be taken over exactly, and writes a whole file or nothing.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,12 @@ from earlyfuse.data.atomic import atomic_write_json
 from earlyfuse.data.json_files import JsonObject, read_json
 from earlyfuse.data.media import MEDIA
 from earlyfuse.data.tokenizers import VOCABULARY_FILE
-from earlyfuse.data.tokenizers.image import save_image_tokenizer
 from earlyfuse.data.tokenizers.image_chameleon import ChameleonTokenizer, shape_of
-from earlyfuse.data.tokenizers.image_tokenizer import LARGEST_CODEBOOK
 from earlyfuse.data.tokenizers.text import TextTokenizer
-from earlyfuse.data.tokenizers.text_json import LARGEST_ID, token_ids
-from earlyfuse.data.tokenizers.vocabulary_map import code_range, image_code_ids
+from earlyfuse.data.tokenizers.text_json import LARGEST_ID, id_table, image_code_ids, token_ids
+from earlyfuse.data.tokenizers.tokenizer_file import LARGEST_CODEBOOK
 from earlyfuse.data.tokenizers.vq_files import (
     REMEDY,
-    VQFiles,
     find_vq,
     read_config,
     tokenizer_folders,
@@ -42,12 +39,12 @@ _BEGIN, _END = "<racm3:break>", "<eoss>"
 _LANCZOS = 1
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _SIDES = ("height", "width")
-_SHOWN = 5
+_LONGEST_REASON = 2000  # characters
 _MOST_LEVELS, _MOST_BLOCKS = 12, 64  # of a VQ-GAN; the released one has 5 levels of 2 blocks
 
 
 def import_text(source: Path, destination: Path) -> bool:
-    """Write ``text.json`` or ``text.model`` from the source's text tokenizer; false without one."""
+    """Write ``text.json`` or ``text.model`` from the source's text tokenizer."""
     path = _text_path(source)
     if path is None:
         return False
@@ -58,7 +55,7 @@ def import_text(source: Path, destination: Path) -> bool:
 
 
 def import_vq(source: Path, destination: Path) -> bool:
-    """Write ``image.safetensors`` from the source's VQ-GAN, in float32; false if it has none.
+    """Write ``image.safetensors`` from the source's VQ-GAN, in float32.
 
     Codes are numbered by the order of their tokens where the source has a vocabulary map, so that
     id = first id + code. Raises ``ValueError`` listing missing, unexpected and mis-shaped tensors.
@@ -66,27 +63,26 @@ def import_vq(source: Path, destination: Path) -> bool:
     found = find_vq(source)
     if found is None:
         return False
-    settings = _settings(source, found.config, any(n.startswith("decoder.") for n in found.tensors))
-    with torch.device("meta"):
-        net = VQGAN(shape_of(settings))
-    net.load_state_dict(_checked(found, net), assign=True)
+    origin, tensors = found
+    settings = _settings(source, decoder=any(name.startswith("decoder.") for name in tensors))
+    net = _network(origin, tensors, settings)
     rank = list(range(settings["codes"]))
-    tokens = vocabulary_map(source)
+    tokens = _vocabulary_map(source)
     if tokens is not None and image_code_ids(tokens):
-        _, rank = code_range(tokens, settings["codes"])
+        _, rank = _code_range(tokens, settings["codes"])
     tokenizer = ChameleonTokenizer(net, torch.tensor(rank), settings)
     destination.mkdir(parents=True, exist_ok=True)
-    save_image_tokenizer(tokenizer, destination / MEDIA[Modality.IMAGE.label].file)
+    tokenizer.save(destination / MEDIA[Modality.IMAGE.label].file)
     return True
 
 
 def import_vocabulary(source: Path, destination: Path) -> bool:
-    """Write ``vocabulary.json`` from the source's map of image codes, or for a model of text alone
-    from its text tokenizer and the ``vocab_size`` of its config; false where there is neither.
+    """Write ``vocabulary.json`` from the source's map of image codes, or for a text model from its
+    text tokenizer and the ``vocab_size`` of its config.
 
     All ids of the checkpoint count, also rows of its embedding that no token uses.
     """
-    tokens = vocabulary_map(source)
+    tokens = _vocabulary_map(source)
     if tokens is not None and image_code_ids(tokens):
         vocabulary = _mixed_vocabulary(source, tokens)
     elif (rows := _rows(read_config(source))) and (path := _text_path(source)) is not None:
@@ -106,32 +102,31 @@ def save_vocabulary(vocabulary: Vocabulary, destination: Path) -> None:
 def with_sentinels_of(text: TextTokenizer, vocabulary: Vocabulary) -> Vocabulary:
     """``vocabulary`` with begin, end and padding of documents as the tokenizer ``text`` names them.
 
-    What it does not name stays, unless ``text`` uses that id for text: then the end of a document
-    also begins and pads it. Raises ``ValueError`` where nothing names the end.
+    Unnamed ones keep their id unless ``text`` uses it for text; the end of a document then also
+    begins and pads it. Raises ``ValueError`` where nothing names the end.
     """
     named = {
         name: token
         for name, token in (("bos", text.bos), ("eos", text.eos), ("pad", text.pad))
-        if token < text.pieces  # else an id of ours behind the pieces, which has no trained row
+        if token < text.pieces  # ids of ours behind the pieces have no trained row
     }
     for name in ("eos", "bos", "pad"):
-        if name not in named:
-            stays = getattr(vocabulary, name)
-            spelled = stays < text.pieces and stays not in text.reserved
-            if spelled and name == "eos":
+        if name in named:
+            continue
+        named[name] = getattr(vocabulary, name)
+        if named[name] < text.pieces and named[name] not in text.reserved:
+            if name == "eos":
                 raise ValueError(
                     "the text tokenizer names no end of a document, and that of the model's "
-                    f"config, eos_token_id ({stays}), is a piece of text; add eos_token to the "
-                    "tokenizer_config.json beside it"
+                    f"config, eos_token_id ({named[name]}), is a piece of text; add eos_token to "
+                    "the tokenizer_config.json beside it"
                 )
-            named[name] = named["eos"] if spelled else stays
+            named[name] = named["eos"]
     return replace(vocabulary, bos=named["bos"], eos=named["eos"], pad=named["pad"])
 
 
 def _rows(config: JsonObject) -> int:
-    """Rows of the embedding as config.json says, ``mamba_ssm``'s padding included; 0 if it does
-    not.
-    """
+    """Rows of the embedding by config.json, ``mamba_ssm``'s padding included; 0 if not stated."""
     size = config.field("vocab_size", int, default=0, least=0, most=LARGEST_ID)
     padded = 8 if "d_model" in config and "model_type" not in config else 1
     multiple = config.field("pad_vocab_size_multiple", int, default=padded, least=1)
@@ -139,16 +134,16 @@ def _rows(config: JsonObject) -> int:
 
 
 def _mixed_vocabulary(source: Path, tokens: dict[str, int]) -> Vocabulary:
-    """That of a vocabulary map with image codes."""
+    """The layout of a vocabulary map with image codes."""
     missing = [name for name in (*_SENTINELS.values(), _BEGIN, _END) if name not in tokens]
     if missing:
         raise ValueError(
-            f"vocabulary_map of {source} has no {', '.join(missing)}; documents and image blocks "
-            "cannot be marked without: add their ids to the map"
+            f"vocabulary_map of {source} has no {', '.join(missing)}, which mark documents and "
+            "image blocks; add their ids to the map"
         )
-    settings = _settings(source, vq_config(source), decoder=False)
+    settings = _settings(source, decoder=False)
     codes = len(image_code_ids(tokens))
-    start, _ = code_range(tokens, codes)
+    start, _ = _code_range(tokens, codes)
     block = (settings["image_size"] // shape_of(settings).factor) ** 2
     medium = MediaCodes(Modality.IMAGE, start, codes, tokens[_BEGIN], tokens[_END], block)
     size = _rows(read_config(source)) or max(tokens.values()) + 1
@@ -156,12 +151,38 @@ def _mixed_vocabulary(source: Path, tokens: dict[str, int]) -> Vocabulary:
     return Vocabulary(size=size, media=(medium,), **sentinels)
 
 
-def vocabulary_map(source: Path) -> dict[str, int] | None:
-    """Token → id: ``vocabulary_map`` of config.json, else what the text tokenizer's JSON holds."""
+def _code_range(tokens: Mapping[str, int], codes: int) -> tuple[int, list[int]]:
+    """(first id of the image codes, place of each code among them: id = first + place).
+
+    Raises ``ValueError`` unless ``tokens`` name exactly the codes ``0 … codes − 1`` and their ids
+    are a range without gaps, in any order: our vocabulary keeps a medium's codes in one range.
+    """
+    ids = image_code_ids(tokens)
+    missing = [code for code in range(codes) if code not in ids]
+    foreign = sorted(code for code in ids if code >= codes)
+    if missing or foreign:
+        raise ValueError(
+            f"vocabulary_map names {len(ids)} image codes, the codebook has {codes}: "
+            f"{len(missing)} have no name {missing[:3]}, {len(foreign)} names have no code "
+            f"{foreign[:3]}; take the map and the codebook from one checkpoint"
+        )
+    used = sorted(ids.values())
+    start = used[0]
+    gap = next((token for token, found in enumerate(used, start) if token != found), None)
+    if gap is not None:
+        raise ValueError(
+            f"vocabulary_map has the {codes} image codes over the ids {start} … {used[-1]}, "
+            f"and id {gap} is not one of them or stands for two; they must be one range of ids: "
+            "renumber the tokens (and rows) of the source first"
+        )
+    return start, [ids[code] - start for code in range(codes)]
+
+
+def _vocabulary_map(source: Path) -> dict[str, int] | None:
+    """Token → id: ``vocabulary_map`` of config.json, else the text tokenizer's JSON."""
     config = read_config(source)
     if config.field("vocabulary_map", dict, default={}):
-        told = config.object("vocabulary_map")
-        return {name: told.field(name, int, least=0, most=LARGEST_ID) for name in told.values}
+        return id_table(config, "vocabulary_map")
     path = _text_path(source)
     if path is None or path.suffix != ".json":
         return None
@@ -173,8 +194,9 @@ def _text_path(source: Path) -> Path | None:
     return next((path for path in places if path.exists()), None)
 
 
-def _settings(source: Path, config: JsonObject, decoder: bool) -> dict[str, Any]:
+def _settings(source: Path, decoder: bool) -> dict[str, Any]:
     """Settings of ``ChameleonTokenizer``. ``ValueError`` on what Chameleon's VQ-GAN cannot be."""
+    config = vq_config(source)
 
     def size(name: str, most: int = 1 << 14) -> int:
         return config.field(name, int, least=1, most=most)
@@ -205,7 +227,7 @@ def _settings(source: Path, config: JsonObject, decoder: bool) -> dict[str, Any]
 
 
 def _pixel_settings(source: Path, resolution: int) -> dict[str, Any]:
-    """How images become the network's input: as preprocessor_config.json says, else as Meta's."""
+    """How pixels become the network's input: preprocessor_config.json, else as in Meta's code."""
     fields: JsonObject | None = None
     if (source / "preprocessor_config.json").exists():
         fields = read_json(source / "preprocessor_config.json", REMEDY)
@@ -221,16 +243,16 @@ def _pixel_settings(source: Path, resolution: int) -> dict[str, Any]:
     resample = fields.field("resample", int, default=_LANCZOS)
     if len(short) != 1 or crop != short or not usual or resample != _LANCZOS:
         raise ValueError(
-            f"{fields.where} must resize the shorter side by Lanczos (resample {_LANCZOS}) to what "
-            f"it crops to, and scale; it has size {sorted(short)}, crop_size {sorted(crop)}, "
-            f"resample {resample}. Other preparations are not offered"
+            f"{fields.where} must resize the shorter side by Lanczos (resample {_LANCZOS}) to the "
+            f"size that it crops, and scale; it has size {sorted(short)}, crop_size "
+            f"{sorted(crop)}, resample {resample}. Other preparations are not supported"
         )
     std = _of_all_channels(fields, "image_std")
     if std == 0:
         raise fields.wrong("image_std", "must not be 0")
     return {
         "image_size": short.pop(),
-        # the default there, as is 512 above
+        # transformers' default, as are 512 and 1.0 below
         "scale": fields.field("rescale_factor", float, default=0.0078),
         "mean": _of_all_channels(fields, "image_mean"),
         "std": std,
@@ -239,7 +261,7 @@ def _pixel_settings(source: Path, resolution: int) -> dict[str, Any]:
 
 
 def _sides(fields: JsonObject, name: str, keys: tuple[str, ...]) -> set[int]:
-    """The different sides that ``name`` states: a number, or an object with ``keys``."""
+    """The different sides in ``name``: a number, or an object with ``keys``."""
     if not isinstance(fields.values.get(name), dict):
         return {fields.field(name, int, default=512, least=1, most=1 << 14)}
     sides = fields.object(name)
@@ -256,39 +278,22 @@ def _of_all_channels(fields: JsonObject, name: str) -> float:
     return fields.field(name, float, default=1.0)
 
 
-def _checked(found: VQFiles, net: VQGAN) -> dict[str, torch.Tensor]:
-    """The tensors that ``net`` wants, in float32."""
-    wanted = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
-    given = {name: tuple(tensor.shape) for name, tensor in found.tensors.items()}
-    reshaped = [
-        f"{name} {list(given[name])} for {list(shape)}"
-        for name, shape in wanted.items()
-        if name in given and given[name] != shape
-    ]
-    report = {
-        "missing": sorted(wanted.keys() - given.keys()),
-        "unexpected": sorted(given.keys() - wanted.keys()),
-        "mis-shaped": reshaped,
-    }
-    if any(report.values()):
-        parts = [
-            f"{len(names)} {kind}: {', '.join(names[:_SHOWN])}{' …' if names[_SHOWN:] else ''}"
-            for kind, names in report.items()
-            if names
-        ]
+def _network(origin: Path, tensors: dict[str, torch.Tensor], settings: dict[str, Any]) -> VQGAN:
+    """The network with these tensors, in float32."""
+    with torch.device("meta"):
+        net = VQGAN(shape_of(settings)).requires_grad_(False)
+    try:
+        net.load_state_dict(tensors, assign=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:_LONGEST_REASON]
         raise ValueError(
-            f"the VQ-GAN of {found.origin} does not fit its config; {'; '.join(parts)}. Complete "
-            "the files, or correct vq_config (vqgan.yaml beside vqgan.ckpt)"
-        )
-    tensors = {name: found.tensors[name].to(torch.float32).contiguous() for name in wanted}
-    damaged = [
-        name
-        for name, tensor in tensors.items()
-        if found.tensors[name].dtype not in _FLOATS or not tensor.isfinite().all()
-    ]
-    if damaged:
-        raise ValueError(
-            f"the VQ-GAN of {found.origin} must hold finite values in float16, bfloat16, float32 "
-            f"or float64; {', '.join(damaged[:_SHOWN])} does not: damaged or quantised files"
-        )
-    return tensors
+            f"the VQ-GAN of {origin} does not fit its config: {reason} Complete the files, or "
+            "correct vq_config (vqgan.yaml beside vqgan.ckpt)"
+        ) from error
+    for name, tensor in net.state_dict().items():
+        if tensor.dtype not in _FLOATS or not tensor.isfinite().all():
+            raise ValueError(
+                f"the VQ-GAN of {origin} must hold finite values in float16, bfloat16, float32 or "
+                f"float64; {name} does not: damaged or quantised files"
+            )
+    return net.float()

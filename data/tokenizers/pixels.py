@@ -1,7 +1,7 @@
-"""Encoded images → square RGB pixels.
+"""Decodes images to square RGB pixels.
 
-Pillow refuses PNGs whose text, colour profile or other notes are large or odd, although no pixel
-depends on them: such a file is read without its notes, and EXIF counts only where it can be read.
+Pillow refuses PNGs whose text, colour profile or other metadata are large or malformed, although no
+pixel depends on them: such a file is read without its metadata. Unreadable EXIF is ignored.
 """
 
 import io
@@ -44,25 +44,24 @@ def image_pixels_whole(encoded: bytes, size: int, long_side: str) -> np.ndarray:
     """As ``image_pixels``, pixel for pixel as Chameleon's own preparation, which is slower.
 
     JPEGs are decoded at full resolution, the whole image is resized, then cropped at whole pixels.
-    ``long_side``: how the longer side is made whole, "round" (Meta) or "floor" (Hugging Face).
-    Raises ``BadSample`` also for images so long that resized they exceed 2^26 pixels.
+    ``long_side``: how the longer side becomes an integer, "round" (Meta) or "floor" (Hugging Face).
+    Raises ``BadSample`` also for images that exceed 2^26 pixels once resized.
     """
     with decoding("corrupt-image", "image"):
         return _resized_whole(_upright_rgb(encoded, draft=None), size, long_side)
 
 
 def _resized_whole(image: Image.Image, size: int, long_side: str) -> np.ndarray:
-    """The shorter side resized to ``size``, and the centre cropped at whole pixels."""
     width, height = image.size
     short = min(width, height)
-    if long_side == "round":  # scale first, as there: it decides halves
+    if long_side == "round":  # scale first, as Meta does: it decides halves
         scale = size / short
         wide, high = round(scale * width), round(scale * height)
     else:
         wide, high = (math.floor(size * side / short) for side in (width, height))
     if wide * high > LARGEST_IMAGE:
         raise BadSample(
-            "corrupt-image", f"image of {width} × {height} pixels is too long to be cut to a square"
+            "corrupt-image", f"image of {width} × {height} pixels is too long to resize"
         )
     left, top = (wide - size) // 2, (high - size) // 2
     resized = image.resize((wide, high), Image.Resampling.LANCZOS)
@@ -70,7 +69,7 @@ def _resized_whole(image: Image.Image, size: int, long_side: str) -> np.ndarray:
 
 
 def _upright_rgb(encoded: bytes, draft: int | None) -> Image.Image:
-    """The image in RGB; with ``draft``, at a lower resolution that still has so many pixels."""
+    """The image in RGB; ``draft``: a JPEG may be decoded at any lower resolution above this."""
     try:
         image = _decoded(encoded, draft)
     except BadSample:
@@ -78,15 +77,15 @@ def _upright_rgb(encoded: bytes, draft: int | None) -> Image.Image:
     except Exception:
         if not encoded.startswith(_PNG):
             raise
-        image = _decoded(_without_notes(encoded), draft)
+        image = _decoded(_without_metadata(encoded), draft)
     return _rgb(_upright(image))
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    # not ImageOps.exif_transpose: it writes the other EXIF fields anew, and fails on damaged ones
+    # not ImageOps.exif_transpose: it rewrites the other EXIF fields, and fails on damaged ones
     try:
         turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
-    except Exception:  # EXIF that is none says nothing, and the pixels do not depend on it
+    except Exception:  # unreadable EXIF
         turn = None
     return image if turn is None else image.transpose(turn)
 
@@ -105,10 +104,9 @@ def _decoded(encoded: bytes, draft: int | None) -> Image.Image:
     return image
 
 
-def _without_notes(png: bytes) -> bytes:
-    """``png`` with only those chunks that its pixels and their orientation depend on.
-
-    Damaged chunks stay, for Pillow to refuse.
+def _without_metadata(png: bytes) -> bytes:
+    """``png`` reduced to the chunks that decide its pixels and orientation; damaged chunks stay,
+    for Pillow to refuse.
     """
     kept = [_PNG]
     for kind, chunk in _png_chunks(png):
@@ -119,7 +117,7 @@ def _without_notes(png: bytes) -> bytes:
 
 
 def _png_chunks(png: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Kind and bytes of each chunk, the last of them cut if the file is."""
+    """Kind and bytes of each chunk; the last is short in a truncated file."""
     at = len(_PNG)
     while at + 8 <= len(png):
         size, kind = struct.unpack_from(">I4s", png, at)

@@ -1,22 +1,32 @@
-"""Speech as a medium: how its tokenizer is loaded or trained, and how good it is."""
+"""Speech as a medium, and its tokenizer: k-means units of log-mel frames.
+
+An utterance becomes one code for each ``frame_ms`` (40: 25 Hz). A frame is the levels of its 10 ms
+hops side by side (``log_mel.py``); k-means over them is exact (``kmeans.py``), hence the same units
+in any process and batch. ``decode`` synthesises a signal with the levels of the codewords; pitch
+and voice are lost.
+
+U frames (units), D values of a frame (hops · mel bands), K codes.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
+import torch
 
 from earlyfuse.data.documents import decoding
 from earlyfuse.data.media import Sampling
-from earlyfuse.data.tokenizers.audio import waveform
-from earlyfuse.data.tokenizers.image import code_usage
-from earlyfuse.data.tokenizers.kmeans import one_thread
-from earlyfuse.data.tokenizers.speech_kmeans import (
-    RATE,
-    SpeechTokenizer,
-    check_speech_geometry,
-    levels,
-    log_mel_error,
+from earlyfuse.data.tokenizers import kmeans
+from earlyfuse.data.tokenizers.audio import wav_file, waveform
+from earlyfuse.data.tokenizers.log_mel import MELS, RATE, STEP_DB, levels, signal_of
+from earlyfuse.data.tokenizers.tokenizer_file import (
+    LARGEST_CODEBOOK,
+    CodeTokenizer,
+    TokenizerFile,
+    check_codes,
+    code_usage,
+    load_tokenizer,
 )
 
 if TYPE_CHECKING:
@@ -24,12 +34,109 @@ if TYPE_CHECKING:
     from earlyfuse.data.prepare.spec import PrepareSpec
 
 QUALITY = "log-mel dB"
-_FRAMES = 1 << 16  # that a tokenizer sees
+LONGEST_FRAME_MS = 200
+_FRAMES = 1 << 16  # given to the training of a tokenizer, which draws half of them
+_DECODED_RMS = 0.1
+
+
+class SpeechTokenizer(CodeTokenizer):
+    """Nearest codeword for each frame. ``codebook_KD``: distinct rows, uint8."""
+
+    file_format = "earlyfuse-speech-tokenizer/1"
+    kind = "kmeans"
+    decodes = True
+    block = 0
+    batch = 1024  # utterances; encoding them together gains nothing
+
+    def __init__(self, codebook_KD: np.ndarray, settings: dict[str, Any]) -> None:
+        super().__init__(settings)
+        self.frame_ms = settings["frame_ms"]
+        check_speech_geometry(self.frame_ms, self.codes)
+        self.hops = self.frame_ms // 10
+        kmeans.check_codebook(codebook_KD, self.codes, self.hops * MELS)
+        self.codebook_KD = codebook_KD
+
+    @classmethod
+    def train(
+        cls, utterances: Sequence[np.ndarray], *, frame_ms: int, codes: int, seed: int = 0
+    ) -> Self:
+        """Fit to ``features`` of utterances, uint8 (U, D) each, or to 2^15 of their frames by
+        ``seed``.
+
+        Raises ``ValueError`` when they hold fewer distinct frames than ``codes``.
+        """
+        check_speech_geometry(frame_ms, codes)
+        codebook_KD = kmeans.learn(
+            np.concatenate([np.zeros((0, frame_ms // 10 * MELS), np.uint8), *utterances]),
+            codes,
+            seed=seed,
+            most=1 << 15,
+            option="speech_codes",
+            rows=f"frames of {frame_ms} ms of the training speech",
+        )
+        return cls(codebook_KD, {"frame_ms": frame_ms, "codes": codes, "seed": seed})
+
+    @classmethod
+    def from_file(cls, file: TokenizerFile) -> Self:
+        """See ``CodeTokenizer``."""
+        settings = file.settings
+        frame_ms = settings.field("frame_ms", int, least=10, most=LONGEST_FRAME_MS)
+        codes = settings.field("codes", int, least=2, most=LARGEST_CODEBOOK)
+        settings.field("seed", int)
+        codebook = torch.empty(codes, frame_ms // 10 * MELS, dtype=torch.uint8, device="meta")
+        tensors = file.tensors({"codebook": codebook})
+        return cls(tensors["codebook"].numpy(), settings.values)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """See ``CodeTokenizer``."""
+        return {"codebook": torch.from_numpy(self.codebook_KD)}
+
+    def features(self, payload: bytes, longest: float = float("inf")) -> np.ndarray:
+        """An audio file → uint8 (U, D). ``BadSample`` as ``waveform`` and ``levels``."""
+        return levels(waveform(payload, RATE, longest), self.hops)
+
+    def encode(self, features_UD: np.ndarray) -> np.ndarray:
+        """uint8 (U, D) → int64 (U,), each in [0, codes)."""
+        return kmeans.nearest(features_UD, self.codebook_KD)[0]
+
+    def encode_items(self, items: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """See ``MediaTokenizer``."""
+        return [self.encode(features_UD) for features_UD in items]
+
+    def error(
+        self, items: Sequence[np.ndarray], codes: Sequence[np.ndarray], measured: int
+    ) -> tuple[int, int]:
+        """See ``MediaTokenizer``; in levels, over all frames of all utterances."""
+        difference = [
+            features_UD.astype(np.int64) - self.codebook_KD[codes_U]
+            for features_UD, codes_U in zip(items, codes, strict=True)
+        ]
+        return sum(int((part**2).sum()) for part in difference), sum(map(np.size, difference))
+
+    def decode(self, codes_U: np.ndarray) -> np.ndarray:
+        """int64 (U,) → float64 (U · frame_ms · 16,) at ``RATE``, full scale ±1."""
+        wave = signal_of(self.codebook_KD[codes_U].reshape(-1, MELS))
+        wave *= _DECODED_RMS / max(float(np.sqrt(np.mean(wave**2))), 1e-9)
+        return wave / max(1.0, float(np.abs(wave).max(initial=0.0)))
+
+    def to_file(self, codes: np.ndarray) -> bytes:
+        """int64 (U,) → a WAV file."""
+        return wav_file(self.decode(codes), RATE)
+
+
+def check_speech_geometry(frame_ms: int, codes: int) -> None:
+    """``ValueError`` unless frames are whole hops and the codebook has a sensible size."""
+    if not 10 <= frame_ms <= LONGEST_FRAME_MS or frame_ms % 10:
+        raise ValueError(
+            f"speech_frame_ms ({frame_ms}) must be a multiple of 10 in [10, {LONGEST_FRAME_MS}]; "
+            "40 is usual"
+        )
+    check_codes("speech_codes", codes)
 
 
 def load(path: Path) -> SpeechTokenizer:
     """See ``MediumModule``."""
-    return SpeechTokenizer.load(path)
+    return load_tokenizer("speech", path, (SpeechTokenizer,))
 
 
 def check(spec: "PrepareSpec") -> None:
@@ -52,7 +159,7 @@ def limits(spec: "PrepareSpec") -> dict[str, Any]:
 
 
 def sampling(spec: "PrepareSpec") -> Sampling:
-    """As many frames as the tokenizer profits from."""
+    """As many frames as improve the tokenizer."""
 
     def read(encoded: bytes) -> np.ndarray:
         with decoding("corrupt-audio", "audio"):
@@ -71,20 +178,19 @@ def train(
         f"speech tokenizer: kmeans of {spec.speech_codes} codes from {len(items)} utterances, "
         f"{seconds:.0f} s"
     )
-    with one_thread():
+    with kmeans.one_thread():
         tokenizer = SpeechTokenizer.train(
             items, frame_ms=spec.speech_frame_ms, codes=spec.speech_codes, seed=spec.seed
         )
-        features = np.concatenate(items)
-        codes = tokenizer.encode(features)
-    error = log_mel_error(tokenizer.squared_error(features, codes), features.size)
-    used, perplexity = code_usage(np.bincount(codes, minlength=tokenizer.codes))
+        codes = tokenizer.encode_items(items)
+    error, values = tokenizer.error(items, codes, 0)
+    used, perplexity = code_usage(np.bincount(np.concatenate(codes), minlength=tokenizer.codes))
     return tokenizer, (
-        f"log-mel error {error:.1f} dB, {used} of {tokenizer.codes} codes used, "
+        f"log-mel error {quality(error / values):.1f} dB, {used} of {tokenizer.codes} codes used, "
         f"perplexity {perplexity:.0f}"
     )
 
 
 def quality(mean_squared_error: float) -> float:
     """Root mean square error of log-mel levels in dB."""
-    return log_mel_error(mean_squared_error, 1)
+    return STEP_DB * float(np.sqrt(mean_squared_error))

@@ -1,10 +1,8 @@
-"""Text tokenizer: sentencepiece BPE with byte fallback that gives every string back unchanged.
+"""Text tokenizer: sentencepiece BPE with byte fallback, which decodes every string unchanged.
 
-That is what ``train`` makes; ``load`` also reads those of others, sentencepiece models and Hugging
-Face's ``tokenizer.json`` (text_json.py), with the properties that they have.
-
-Sentinels are control pieces, which sentencepiece never produces from text: a document that happens
-to contain ``<image>`` cannot open an image.
+``train`` makes such a tokenizer; ``load`` also reads other sentencepiece models and Hugging Face's
+``tokenizer.json`` (text_json.py), with the properties that they have. Sentinels are control pieces,
+which sentencepiece never produces from text: a document that contains ``<image>`` opens no image.
 """
 
 import hashlib
@@ -19,8 +17,7 @@ from earlyfuse.data.atomic import atomic_write_bytes
 from earlyfuse.data.media import MEDIA
 from earlyfuse.data.tokenizers.text_json import JsonPieces, is_json, with_sentinels
 
-# unknown, bos, eos, pad, two sentinels of images, two of speech, newline, 256 bytes, and room for
-# letters and merges
+# unknown, bos, eos, pad, sentinels, newline, 256 bytes, and room for letters and merges
 SMALLEST_VOCABULARY = 320
 LARGEST_VOCABULARY = 1 << 20
 _SPACE_SYMBOL = "\u2581"  # how sentencepiece spells a space inside pieces; decode turns it into one
@@ -29,12 +26,14 @@ _SPACE_SYMBOL = "\u2581"  # how sentencepiece spells a space inside pieces; deco
 class TextTokenizer:
     """A file of text pieces, sentencepiece's or Hugging Face's, and its sentinels.
 
-    ``pieces`` counts the file's ids; ``size`` counts also, behind them, any sentinel that the file
-    lacks. ``begin`` and ``end``: label of a medium → its sentinels; images always have some, other
-    ``media`` only where they are used, so that a new medium moves no ids. ``image_codes``: ids
-    among the pieces that stand for image codes (Chameleon's), never for text; ``reserved``: these,
-    the sentinels and whatever else text never gives. ``sha256``: hash of the file; ``model``: its
-    content.
+    ====================  ======================================================================
+    ``pieces``, ``size``  ids of the file; and with a new id for each sentinel that it lacks
+    ``begin``, ``end``    label of a medium → its sentinels. Images always have some, other
+                          ``media`` only where they are used, so that a new medium moves no ids
+    ``image_codes``       ids among the pieces that stand for image codes (Chameleon's)
+    ``reserved``          these, the sentinels, and all other ids that text never gives
+    ``model, sha256``     content of the file, and its hash
+    ====================  ======================================================================
     """
 
     def __init__(self, model: bytes, media: Collection[str] = ()) -> None:
@@ -64,9 +63,9 @@ class TextTokenizer:
         return self._pieces.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ``ids``; sentinels give nothing, broken byte sequences U+FFFD.
+        """Text of ``ids``; sentinels are dropped, broken byte sequences become U+FFFD.
 
-        Raises ``ValueError`` for ids that are no text: image codes, and what lies behind ``size``.
+        Raises ``ValueError`` for image codes and ids outside [0, ``size``).
         """
         for token in ids:
             if not 0 <= token < self.size:
@@ -85,8 +84,8 @@ class TextTokenizer:
     def load(cls, path: Path, media: Collection[str] = ()) -> "TextTokenizer":
         """Read a sentencepiece ``.model``, a Hugging Face ``tokenizer.json`` or our ``text.json``.
 
-        Beside a ``tokenizer.json``, ``tokenizer_config.json`` says which tokens are the sentinels.
-        Raises ``ValueError`` naming a file that is none of them.
+        ``tokenizer_config.json`` beside a ``tokenizer.json`` names the sentinels. Raises
+        ``ValueError`` naming a file that is none of them.
         """
         path = Path(path)
         model = path.read_bytes()
@@ -109,7 +108,7 @@ class TextTokenizer:
         whatever ``texts`` raises.
         """
         check_vocabulary_size(vocabulary_size)
-        lines = _lines(texts)
+        lines = _Lines(texts)
         first = next(lines, None)
         if first is None:
             raise ValueError(
@@ -117,10 +116,9 @@ class TextTokenizer:
                 "give texts that are not empty"
             )
         model = io.BytesIO()
-        watched = _Watched(chain([first], lines))
         try:
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=watched,
+                sentence_iterator=chain([first], lines),
                 model_writer=model,
                 model_type="bpe",
                 vocab_size=vocabulary_size,
@@ -146,12 +144,11 @@ class TextTokenizer:
                 minloglevel=2,
             )
         except Exception as error:
-            if watched.error is not None or not isinstance(error, RuntimeError):
-                raise watched.error or error from None
+            if lines.error is not None or not isinstance(error, RuntimeError):
+                raise lines.error or error from None
             raise ValueError(
-                f"text vocabulary ({vocabulary_size}) does not fit the training texts; "
-                f"give more text or another --text-vocab; sentencepiece says: "
-                f"{str(error).rpartition('] ')[2]}"
+                f"text vocabulary ({vocabulary_size}) does not fit the training texts; give more "
+                f"text or another --text-vocab; sentencepiece: {str(error).rpartition('] ')[2]}"
             ) from error
         return cls(model.getvalue(), media)
 
@@ -174,11 +171,7 @@ class SentencePieces:
     def __init__(self, content: bytes) -> None:
         self._processor = pieces = sentencepiece.SentencePieceProcessor(model_proto=content)
         self.size = pieces.get_piece_size()
-        found = {
-            "bos": pieces.bos_id(),
-            "eos": pieces.eos_id(),
-            "pad": pieces.pad_id(),
-        }
+        found = {"bos": pieces.bos_id(), "eos": pieces.eos_id(), "pad": pieces.pad_id()}
         for label, medium in MEDIA.items():
             for place, piece in zip(("begin", "end"), medium.sentinels, strict=True):
                 found[f"{place}_{label}"] = pieces.piece_to_id(piece)
@@ -202,7 +195,7 @@ class SentencePieces:
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ``ids``; control pieces give nothing."""
+        """Text of ``ids``; control pieces are dropped."""
         return self._processor.decode(list(ids))
 
 
@@ -212,7 +205,7 @@ def _with_sentinels(media: Collection[str]) -> list[str]:
 
 
 def check_vocabulary_size(size: int) -> None:
-    """Raises ``ValueError`` unless ``size`` leaves room for bytes, sentinels and some letters."""
+    """``ValueError`` unless ``size`` leaves room for bytes, sentinels and some letters."""
     if not SMALLEST_VOCABULARY <= size <= LARGEST_VOCABULARY:
         raise ValueError(
             f"text vocabulary ({size}) must lie in [{SMALLEST_VOCABULARY}, {LARGEST_VOCABULARY}]: "
@@ -220,17 +213,14 @@ def check_vocabulary_size(size: int) -> None:
         )
 
 
-def _lines(texts: Iterable[str]) -> Iterator[str]:
-    """Non-empty lines: newline is a piece of its own, so nothing is learnt across it."""
-    for text in texts:
-        yield from (line for line in text.split("\n") if line)
+class _Lines(Iterator[str]):
+    """Non-empty lines of ``texts``: newline is a piece of its own, so no piece spans two lines.
 
+    ``error``: raised by ``texts``; sentencepiece would report it as its own.
+    """
 
-class _Watched(Iterator[str]):
-    """Passes ``lines`` on and keeps what they raise, which sentencepiece reports as its own."""
-
-    def __init__(self, lines: Iterator[str]) -> None:
-        self._lines = lines
+    def __init__(self, texts: Iterable[str]) -> None:
+        self._lines = (line for text in texts for line in text.split("\n") if line)
         self.error: Exception | None = None
 
     def __next__(self) -> str:

@@ -1,117 +1,149 @@
-"""The file of a media tokenizer: safetensors, with format, kind and settings in its metadata."""
+"""Media tokenizers with a codebook, and their file: safetensors with format, kind and settings in
+its metadata.
+"""
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Self, TypeVar
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
+from earlyfuse.data.atomic import atomic_write_bytes
 from earlyfuse.data.json_files import JsonObject, load_json, shown
 
 LARGEST_SIDE = 1 << 13  # pixels of an image
+LARGEST_CODEBOOK = 1 << 20
 _REMEDY = "copy the file again, make it with prepare, or name a kind"
 
 
-def pack(
-    file_format: str, kind: str, settings: dict[str, Any], tensors: dict[str, torch.Tensor]
-) -> bytes:
-    """A tokenizer's file. One metadata entry: several would come out in random order."""
-    about = json.dumps({"format": file_format, "kind": kind, "settings": settings}, sort_keys=True)
-    return save_tensors(tensors, metadata={"earlyfuse": about})
+class CodeTokenizer(ABC):
+    """Base of the discrete ``MediaTokenizer`` classes (``data/media.py``); ``settings["codes"]`` is
+    the size of the codebook.
+    """
+
+    file_format: str
+    kind: str
+    vectors = None
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self.settings = settings
+        self.codes: int = settings["codes"]
+        self._sha256: str | None = None
+
+    @classmethod
+    @abstractmethod
+    def from_file(cls, file: "TokenizerFile") -> Self:
+        """Inverse of ``to_bytes``."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors of its file."""
+
+    def to_bytes(self) -> bytes:
+        """The tokenizer's file."""
+        about = {"format": self.file_format, "kind": self.kind, "settings": self.settings}
+        # one metadata entry: several would come out in random order
+        metadata = {"earlyfuse": json.dumps(about, sort_keys=True)}
+        return save_tensors(self.tensors(), metadata=metadata)
+
+    def save(self, path: Path) -> None:
+        """Write the file, whole or not at all."""
+        atomic_write_bytes(path, self.to_bytes())
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the file; set by the loader, as another safetensors may order bytes otherwise."""
+        if self._sha256 is None:
+            self._sha256 = hashlib.sha256(self.to_bytes()).hexdigest()
+        return self._sha256
+
+    @sha256.setter
+    def sha256(self, value: str) -> None:
+        self._sha256 = value
 
 
-class _Hashed(Protocol):
-    sha256: str
+Loaded = TypeVar("Loaded", bound=CodeTokenizer)
 
 
-Loaded = TypeVar("Loaded", bound=_Hashed)
+def load_tokenizer(label: str, path: Path, kinds: Sequence[type[Loaded]]) -> Loaded:
+    """The tokenizer in ``path``, of one of ``kinds``, which share a file format.
 
-
-def load_tokenizer(
-    label: str,
-    file_format: str,
-    path: Path,
-    kinds: "Mapping[str, Callable[[TokenizerFile], Loaded]]",
-) -> Loaded:
-    """The tokenizer in ``path``, made by the function of its kind.
-
-    ``sha256`` is that of the file: a newer writer of safetensors may order bytes differently.
     Raises ``ValueError`` naming file and field where it is damaged or something else.
     """
-    file = TokenizerFile.read(label, file_format, path, kinds)
+    where = f"{label} tokenizer ({path})"
     try:
-        tokenizer = kinds[file.kind](file)
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(f"{where} cannot be read ({error.strerror}); {_REMEDY}") from error
+    about, file_format = _metadata(content, where), kinds[0].file_format
+    if about is None or about.values.get("format") != file_format:
+        raise ValueError(f"{where} must be a safetensors file of format {file_format}; {_REMEDY}")
+    by_kind = {kind.kind: kind for kind in kinds}
+    kind = by_kind[about.field("kind", str, choices=sorted(by_kind))]
+    file = TokenizerFile(where, content, about.object("settings"))
+    try:
+        tokenizer = kind.from_file(file)
     except ValueError as error:
-        raise file.refusal(error) from error
-    tokenizer.sha256 = hashlib.sha256(file.content).hexdigest()
+        raise error if str(path) in str(error) else ValueError(f"{where} {error}") from error
+    tokenizer.sha256 = hashlib.sha256(content).hexdigest()
     return tokenizer
 
 
 @dataclass(frozen=True)
 class TokenizerFile:
-    """A file that was read: the medium's ``label``, and what its metadata say.
+    """The content of a file and its settings; ``where`` names it in errors."""
 
-    Raises ``ValueError`` naming file and field where it is damaged or something else.
-    """
-
-    label: str
-    path: Path
+    where: str
     content: bytes
-    kind: str
     settings: JsonObject
 
-    @classmethod
-    def read(
-        cls, label: str, file_format: str, path: Path, kinds: Collection[str]
-    ) -> "TokenizerFile":
-        """Read the file and its metadata, which must state ``file_format`` and one of ``kinds``."""
-        where = f"{label} tokenizer ({path})"
-        try:
-            content = Path(path).read_bytes()
-        except OSError as error:
-            raise ValueError(f"{where} cannot be read ({error.strerror}); {_REMEDY}") from error
-        about = _metadata(content, where)
-        if about is None or about.values.get("format") != file_format:
-            raise ValueError(
-                f"{where} must be a safetensors file of format {file_format}; {_REMEDY}"
-            )
-        kind = about.field("kind", str, choices=sorted(kinds))
-        return cls(label, path, content, kind, about.object("settings"))
-
     def tensors(self, expected: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The file's tensors, which have the names, shapes and dtypes of ``expected``; finite."""
+        """The file's tensors. ``ValueError`` unless they are finite and have the names, shapes and
+        dtypes of ``expected``.
+        """
         try:
             tensors = load_tensors(self.content)
         except SafetensorError as error:
-            raise self.refusal(f"is damaged or cut short: {error}; {_REMEDY}") from error
+            raise self._wrong(f"is damaged or truncated: {error}") from error
         if odd := sorted(tensors.keys() ^ expected.keys()):
             what = "lacks the tensor" if odd[0] in expected else "holds the unknown tensor"
-            raise self.refusal(f"{what} {shown(odd[0])} for its settings; {_REMEDY}")
+            raise self._wrong(f"{what} {shown(odd[0])} for its settings")
         for name, tensor in tensors.items():
-            wanted = expected[name]
-            if (tensor.shape, tensor.dtype) != (wanted.shape, wanted.dtype):
-                raise self.refusal(
-                    f"tensor {name} ({_type_of(tensor)}) must be {_type_of(wanted)} for its "
-                    f"settings; {_REMEDY}"
-                )
+            found, wanted = _type_of(tensor), _type_of(expected[name])
+            if found != wanted:
+                raise self._wrong(f"tensor {name} ({found}) must be {wanted} for its settings")
             if tensor.is_floating_point() and not tensor.isfinite().all():
-                raise self.refusal(f"tensor {name} holds values that are not finite; {_REMEDY}")
+                raise self._wrong(f"tensor {name} holds values that are not finite")
         return tensors
 
-    def refusal(self, what: object) -> ValueError:
-        """An error that names the file, which ``what`` may do already."""
-        named = str(self.path) in str(what)
-        return ValueError(what if named else f"{self.label} tokenizer ({self.path}) {what}")
+    def _wrong(self, what: str) -> ValueError:
+        return ValueError(f"{self.where} {what}; {_REMEDY}")
+
+
+def check_codes(option: str, codes: int) -> None:
+    """``ValueError`` unless ``codes`` is a possible size of a codebook."""
+    if not 2 <= codes <= LARGEST_CODEBOOK:
+        raise ValueError(
+            f"{option} ({codes}) must lie in [2, {LARGEST_CODEBOOK}]; choose another number"
+        )
+
+
+def code_usage(counts: np.ndarray) -> tuple[int, float]:
+    """(codes that occur, perplexity) from the number of occurrences of each code."""
+    shares = counts[counts > 0] / max(1, counts.sum())
+    return len(shares), float(np.exp(-np.sum(shares * np.log(shares))))
 
 
 def _metadata(content: bytes, where: str) -> JsonObject | None:
-    """Our entry of the safetensors header; none where there is no such thing."""
+    """Our entry of the safetensors header; None where there is no such thing."""
     length = int.from_bytes(content[:8], "little")  # the header: its length, then JSON
     try:
         header = load_json(content[8 : 8 + length], where, _REMEDY)

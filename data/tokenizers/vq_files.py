@@ -1,13 +1,12 @@
-"""Where the VQ-GAN of a Chameleon checkpoint lies, and its tensors, from files of others.
+"""Finds the VQ-GAN of a Chameleon checkpoint, and reads its sizes and tensors.
 
-- ``vqgan.ckpt``, the original: read as data only (``weights_only``), with
-  ``vqgan.yaml`` beside it for its sizes. It alone has the decoder, so it is preferred.
-- Hugging Face: ``model.vqmodel.*`` in ``model.safetensors`` or in its shards, sizes from
-  ``vq_config`` in config.json; or a folder of the VQ-GAN alone, as ``ChameleonVQVAE`` saves it.
+- ``vqgan.ckpt``, the original: read as data only (``weights_only``), with sizes from ``vqgan.yaml``
+  beside it. Preferred, as only it has the decoder.
+- Hugging Face: ``model.vqmodel.*`` in ``model.safetensors`` or its shards, sizes from ``vq_config``
+  in config.json; or a folder of the VQ-GAN alone, as ``ChameleonVQVAE`` saves it.
 """
 
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ _ALONE = "chameleon_vqgan"
 _PREFIXES = ("model.vqmodel.", "vqmodel.")
 # of training: losses with their discriminator, moving averages, counters
 _OF_TRAINING = ("loss.", "model_ema.", "ema.", "colorize")
-# what Hugging Face's config.json leaves out when it has these values: those of the released models
+# defaults of Hugging Face's config.json: the released models
 _RELEASED: dict[str, Any] = {
     "embed_dim": 256,
     "num_embeddings": 8192,
@@ -47,23 +46,16 @@ _YAML_NAMES = {
 }
 
 
-@dataclass(frozen=True)
-class VQFiles:
-    """``tensors`` by their names inside the VQ-GAN, ``origin`` the file or folder they are from."""
+def find_vq(source: Path) -> tuple[Path, dict[str, torch.Tensor]] | None:
+    """File or folder of the VQ-GAN of ``source`` and its tensors by their names in it, or None.
 
-    origin: Path
-    tensors: dict[str, torch.Tensor]
-    config: JsonObject
-
-
-def find_vq(source: Path) -> VQFiles | None:
-    """The VQ-GAN of ``source``, or none. ``ValueError`` names files that are damaged or pickled."""
-    config = vq_config(source)
+    ``ValueError`` names files that are damaged or pickled.
+    """
     checkpoint = _checkpoint(source)
     if checkpoint is not None:
-        return VQFiles(checkpoint, _checkpoint_tensors(checkpoint), config)
+        return checkpoint, _checkpoint_tensors(checkpoint)
     tensors = _safetensors(source, alone=_is_alone(read_config(source)))
-    return VQFiles(source, tensors, config) if tensors else None
+    return (source, tensors) if tensors else None
 
 
 def vq_config(source: Path) -> JsonObject:
@@ -73,25 +65,34 @@ def vq_config(source: Path) -> JsonObject:
         path = checkpoint.with_suffix(".yaml")
         return JsonObject(_RELEASED | _read_yaml(path), str(path), REMEDY)
     config = read_config(source)
-    told = config if _is_alone(config) else config.object("vq_config", default={})
-    given = {name: value for name, value in told.values.items() if value is not None}
-    return JsonObject(_RELEASED | given, told.where, REMEDY)
+    given = config if _is_alone(config) else config.object("vq_config", default={})
+    return JsonObject(_RELEASED | _without_null(given.values), given.where, REMEDY)
 
 
-def _is_alone(config: JsonObject) -> bool:
-    """Whether the folder is of a VQ-GAN by itself."""
-    return config.values.get("model_type") == _ALONE
+def read_config(source: Path) -> JsonObject:
+    """config.json of ``source``, without fields that are null; empty where there is none."""
+    path = source / "config.json"
+    fields = read_json(path, REMEDY).values if path.exists() else {}
+    return JsonObject(_without_null(fields), str(path), REMEDY)
 
 
 def tokenizer_folders(source: Path) -> list[Path]:
-    """Where ``source`` keeps tokenizers: itself, ``tokenizer/`` in it and, for one of Meta's model
-    folders (``data/models/7b``), ``data/tokenizer``.
+    """Folders of ``source`` that may hold tokenizers: itself, its ``tokenizer/`` and, for a model
+    folder of Meta's (``data/models/7b``), ``data/tokenizer``.
     """
     folders = [source, source / "tokenizer"]
     if (source / "params.json").exists():
-        above = source.resolve().parents
-        folders += [folder / "tokenizer" for folder in above[:2]]
+        folders += [folder / "tokenizer" for folder in source.resolve().parents[:2]]
     return folders
+
+
+def _without_null(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _is_alone(config: JsonObject) -> bool:
+    """True for the folder of a VQ-GAN without its model."""
+    return config.values.get("model_type") == _ALONE
 
 
 def _checkpoint(source: Path) -> Path | None:
@@ -101,30 +102,29 @@ def _checkpoint(source: Path) -> Path | None:
 
 def _checkpoint_tensors(path: Path) -> dict[str, torch.Tensor]:
     try:
-        # old files are no archives, and cannot be mapped
+        # files of old torch are no archives, and cannot be mapped
         mapped = zipfile.is_zipfile(path)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # damage makes the unpickler raise anything
         reason = str(error).partition("\n")[0]
         raise ValueError(
             f"{path} cannot be read as a checkpoint of tensors alone ({reason}): it is damaged, "
-            "cut short, or holds objects that would run code. Copy it again; if you trust its "
-            "origin, save its state_dict alone with torch.save({'state_dict': …}) and use that file"
+            "truncated, or holds objects that would run code. Copy it again; if you trust its "
+            "origin, save its state_dict alone with torch.save({'state_dict': …})"
         ) from error
     tensors = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(tensors, dict) or not all(
         isinstance(name, str) and torch.is_tensor(tensor) for name, tensor in tensors.items()
     ):
-        raise ValueError(f"{path} must hold a state_dict of tensors; it is another kind of file")
+        raise ValueError(f"{path} must hold a state_dict of tensors; give another file")
     return {name: tensor for name, tensor in tensors.items() if not name.startswith(_OF_TRAINING)}
 
 
 def _safetensors(source: Path, alone: bool) -> dict[str, torch.Tensor]:
-    """Tensors below the VQ-GAN's prefix; only the files that hold some are opened."""
+    """Tensors below the VQ-GAN's prefix; only files that hold some are opened."""
     index, single = source / "model.safetensors.index.json", source / "model.safetensors"
     if index.exists():
-        places = read_json(index, REMEDY).object("weight_map")
-        files = {name: places.field(name, str) for name in places.values}
+        files = read_json(index, REMEDY).mapping("weight_map", str)
         if single.exists() and set(files.values()) != {single.name}:
             raise ValueError(
                 f"{source} holds {single.name} and {index.name}, which names other files; remove "
@@ -133,19 +133,15 @@ def _safetensors(source: Path, alone: bool) -> dict[str, torch.Tensor]:
     elif single.exists():
         files = dict.fromkeys(_open(single).keys(), single.name)
     else:
-        pickled = sorted(p.name for p in source.glob("pytorch_model*.bin"))
+        pickled = sorted(source.glob("pytorch_model*.bin"))
         if pickled:
             raise ValueError(
-                f"{source / pickled[0]} is a pickle, which is not read: save the model as "
-                "safetensors first (save_pretrained does)"
+                f"{pickled[0]} is a pickle, which is not read: save the model as safetensors "
+                "first (save_pretrained does)"
             )
         return {}
     prefixes = ("",) if alone else _PREFIXES
-    inside = {
-        name: next(name.removeprefix(p) for p in prefixes if name.startswith(p))
-        for name in files
-        if name.startswith(prefixes)
-    }
+    inside = {n: n.removeprefix(p) for n in files for p in prefixes if n.startswith(p)}
     tensors: dict[str, torch.Tensor] = {}
     for file in sorted({files[name] for name in inside}):
         if Path(file).name != file or not (source / file).exists():
@@ -154,9 +150,8 @@ def _safetensors(source: Path, alone: bool) -> dict[str, torch.Tensor]:
                 "copy it there"
             )
         reader = _open(source / file)
-        for name in reader.keys():  # noqa: SIM118
-            if name in inside:
-                tensors[inside[name]] = reader.get_tensor(name)
+        stored = inside.keys() & set(reader.keys())
+        tensors |= {inside[name]: reader.get_tensor(name) for name in stored}
     return tensors
 
 
@@ -165,13 +160,13 @@ def _open(path: Path) -> Any:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"{path} is no whole safetensors file ({error}): it is damaged or cut short; copy it "
+            f"{path} is no whole safetensors file ({error}): it is damaged or truncated; copy it "
             "again"
         ) from error
 
 
 class _PlainYaml(yaml.SafeLoader):
-    """Plain values without aliases, of which a small file could make large values."""
+    """Plain values without aliases, which let a small file make large values."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -194,12 +189,3 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             f"{path} must hold model.params with embed_dim, n_embed and ddconfig "
             f"({type(error).__name__}: {reason}); {REMEDY}"
         ) from error
-
-
-def read_config(source: Path) -> JsonObject:
-    """config.json of ``source``, without fields that are null; empty where there is none."""
-    path = source / "config.json"
-    fields = read_json(path, REMEDY).values if path.exists() else {}
-    return JsonObject(
-        {name: value for name, value in fields.items() if value is not None}, str(path), REMEDY
-    )

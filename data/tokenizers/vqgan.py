@@ -1,13 +1,12 @@
-"""The VQ-GAN that Chameleon codes images with: a network whose keys are those of its checkpoints.
+"""The VQ-GAN with which Chameleon encodes images, under the parameter names of its checkpoints.
 
 Esser et al. 2021 (2012.09841), in the form of Gafni et al. 2022 (2203.13131) that Chameleon
-(2405.09818, 2.1) took over: a convolutional encoder that halves the side between levels, the
-nearest entry of a codebook, and a decoder that mirrors the encoder. Inference only; losses,
-discriminator and codebook updates are left out.
+(2405.09818, 2.1) uses: a convolutional encoder that halves the side between levels, the nearest
+entry of a codebook, and a decoder that mirrors the encoder. Inference only; losses, discriminator
+and codebook updates are left out.
 
-Module names are chosen so that ``state_dict`` has the keys of both the original files
-(``vqgan.ckpt``) and of Hugging Face's ``model.vqmodel.*``: ``encoder.down.L.block.B.conv1`` and so
-on, L level (0 the finest), B block.
+``state_dict`` has the keys of both the original files (``vqgan.ckpt``) and Hugging Face's
+``model.vqmodel.*``: ``encoder.down.L.block.B.conv1`` and so on, L level (0 the finest), B block.
 
 B images, C channels, H and W pixels, E entries' dimension, K codes, h and w latents, N = B · h · w.
 """
@@ -28,9 +27,8 @@ class VQGANShape:
 
     ``codes`` K entries of ``embed`` values; ``latent`` channels between encoder and codebook;
     ``width`` times ``multipliers[L]`` channels at level L; ``blocks`` residual blocks a level (the
-    decoder has one more); ``attention``: the levels with attention; ``middle_attention``: whether
-    the coarsest latents attend to each other between the two middle blocks; ``decoder``: whether
-    there is one. Raises ``ValueError`` on sizes that cannot be.
+    decoder has one more); ``attention``: the levels with attention; ``middle_attention``: attention
+    between the two middle blocks; ``decoder``: build one.
     """
 
     codes: int
@@ -44,9 +42,6 @@ class VQGANShape:
     decoder: bool
 
     def __post_init__(self) -> None:
-        for name in ("codes", "embed", "latent", "width", "blocks"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
         bad = [m for m in (1, *self.multipliers) if m < 1 or self.width * m % _GROUPS]
         if bad or not self.multipliers:
             raise ValueError(
@@ -56,7 +51,7 @@ class VQGANShape:
 
     @property
     def factor(self) -> int:
-        """Pixels a side that one latent stands for."""
+        """Pixels along the side of one latent."""
         return int(2 ** (len(self.multipliers) - 1))
 
 
@@ -150,7 +145,7 @@ class Decoder(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks at one resolution, each followed by attention or not; then another one."""
+    """Residual blocks with optional attention at one resolution, then a change of resolution."""
 
     def __init__(
         self,
@@ -180,7 +175,7 @@ class Level(nn.Module):
 
 
 class Middle(nn.Module):
-    """Two residual blocks round an attention."""
+    """Residual block, optional attention, residual block."""
 
     def __init__(self, channels: int, attention: bool) -> None:
         super().__init__()
@@ -194,7 +189,7 @@ class Middle(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Norm, swish and a 3×3 convolution, twice, round an identity or a 1×1 convolution."""
+    """Norm, swish and 3×3 convolution, twice; the skip is an identity or a 1×1 convolution."""
 
     def __init__(self, c_in: int, c_out: int) -> None:
         super().__init__()
@@ -211,7 +206,7 @@ class ResidualBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """One head over all positions, round an identity."""
+    """Single-head attention over all positions, with a residual."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -228,7 +223,7 @@ class Attention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Half the side by a strided 3×3 convolution, padded to the right and below only."""
+    """Halves the side by a strided 3×3 convolution, padded to the right and below only."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -240,7 +235,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the side by repetition, then a 3×3 convolution."""
+    """Doubles the side by repetition, then a 3×3 convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -260,5 +255,5 @@ def _conv3(c_in: int, c_out: int) -> nn.Conv2d:
 
 
 def _swish(x: torch.Tensor) -> torch.Tensor:
-    # in this form, not F.silu: codes near a tie follow the last bit. In place: x is a norm's result
+    # not F.silu: codes near a tie depend on the last bit. In place: x is a norm's result
     return x.mul_(torch.sigmoid(x))

@@ -10,7 +10,7 @@ from dataclasses import replace
 from torchtitan.distributed import ParallelDims
 
 from earlyfuse.data.shards.source import TokenSource
-from earlyfuse.data.stream.lanes import Blend
+from earlyfuse.data.stream.mixture import Mixture
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.flops import count_parameters, training_flops
 from earlyfuse.models.vocabulary import Modality
@@ -157,12 +157,12 @@ def _data(config: Trainer.Config, dims: ParallelDims) -> Iterator[str]:
     data = DataSet(replace(config.data, folder=str(folder)))
     data.resolve(config, dims.world_size)
     sources = tuple(TokenSource(folder / "train" / name) for name in data.shares)
-    blend = Blend(sources, tuple(data.shares.values()), config.dataloader.media_share)
+    mixture = Mixture(sources, tuple(data.shares.values()), config.dataloader.media_share)
     tokens = config.training.steps * _step_tokens(config, dims)
     lanes = accumulation(config.training, dims) * config.training.local_batch_size
     lanes *= dims.dp_replicate * dims.dp_shard
     yield f"the run takes {quantity(tokens)} tokens in {_count(lanes, 'lane')} of {folder}:"
-    for source, share in zip(sources, blend.effective_shares(), strict=True):
+    for source, share in zip(sources, mixture.effective_shares(), strict=True):
         there = sum(source.tokens.values())
         yield (
             f"{source.name}: {len(source):,} documents, {quantity(there)} tokens; takes "

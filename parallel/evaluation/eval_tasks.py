@@ -195,7 +195,7 @@ def _images(items: list[JsonObject], tokenizers: Tokenizers) -> list[list[int]]:
             "tokenizer; remove the file or prepare with images"
         )
     medium = tokenizers.vocabulary.medium(Modality.IMAGE)
-    pixels = np.stack([decoded(item, "image", images.pixels) for item in items])
+    pixels = np.stack([decoded(item, "image", images.features) for item in items])
     return [
         [medium.begin, *(codes + medium.start).tolist(), medium.end]
         for codes in images.encode(pixels)

@@ -178,7 +178,7 @@ def load_pairs(path: Path, tokenizers: Tokenizers) -> list[Pair]:
         )
     prompts = read_json(path, _REMEDY).objects("prompts")
     captions = [prompt.field("caption", str) for prompt in prompts]
-    pixels = [decoded(prompt, "image", images.pixels) for prompt in prompts]
+    pixels = [decoded(prompt, "image", images.features) for prompt in prompts]
     try:
         tokens = [tokenizers.text.encode(caption) for caption in captions]
     except ValueError as error:  # UnicodeEncodeError too

@@ -18,7 +18,7 @@ from torchtitan.distributed import ParallelDims
 
 from earlyfuse.data.shards.source import TokenSource
 from earlyfuse.data.stream.batches import validation_batches
-from earlyfuse.data.stream.lanes import Blend
+from earlyfuse.data.stream.mixture import Mixture
 from earlyfuse.models.batch import IGNORE_LABEL
 from earlyfuse.models.context import ForwardSettings
 from earlyfuse.models.decoder import Decoder
@@ -78,16 +78,16 @@ class Validation(Validator):
                 "prepare one with --validation, or turn it off with --validator.no-enable"
             )
         tokens = [sum(source.tokens.values()) for source in sources]
-        blend = Blend(sources, tuple(count / sum(tokens) for count in tokens))
+        mixture = Mixture(sources, tuple(count / sum(tokens) for count in tokens))
         self.sources = [source.name for source in sources]
         self.batches = validation_batches(
-            blend, seq_len, config.batch_rows, config.max_batches, dp_rank, dp_world_size
+            mixture, seq_len, config.batch_rows, config.max_batches, dp_rank, dp_world_size
         )
         shard = sequence_shard(parallel_dims)
         positions = positions_here(shard, seq_len)
         self.settings = ForwardSettings(budgets="exact", sequence_shard=shard)
         self.parts = [batch.part(positions) for batch in self.batches]  # what this rank has of them
-        self.unigram = self._unigram_entropy(blend.vocabulary)
+        self.unigram = self._unigram_entropy(mixture.vocabulary)
         self.ranks = Ranks(dp_rank, dp_world_size, self._sum_answers, positions)
         self.statistics: ModelStatistics | None = None  # of the model; set by the trainer
         self.tasks: list[Task] = load_tasks(Path(config.data_folder)) if config.tasks else []

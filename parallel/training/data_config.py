@@ -16,8 +16,8 @@ from torchtitan.config import Configurable
 from earlyfuse.data.atomic import sha256_file
 from earlyfuse.data.json_files import shown
 from earlyfuse.data.media import MEDIA
+from earlyfuse.data.shards.manifest import MANIFEST
 from earlyfuse.data.shards.source import TokenSource
-from earlyfuse.data.shards.writer import MANIFEST
 from earlyfuse.data.tokenizers import TEXT_FILES, VOCABULARY_FILE
 from earlyfuse.data.vocabulary import check_same, load_vocabulary
 from earlyfuse.models.blocks.branch import Microbatch

@@ -8,15 +8,12 @@ from chameleon_files import (
     CORPUS,
     SIDE,
     START,
-    chameleon,
     code_name,
     copied,
     fast_tokenizer,
-    import_all,
     order,
-    save_hugging_face,
     transformers,
-)
+)  # fmt: skip
 from raw_shards import contents, documents_of, quiet, spec_of, write_tar
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -30,14 +27,12 @@ from earlyfuse.tools.convert import convert
 from earlyfuse.tools.generate import main as generate
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    return save_hugging_face(chameleon(order()), tmp_path_factory.mktemp("hf"))
+def load(tokenizer: Tokenizer, folder) -> TextTokenizer:
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return TextTokenizer.load(folder / "tokenizer.json")
 
 
-@pytest.fixture(scope="module")
-def imported(source, tmp_path_factory):
-    return import_all(source, tmp_path_factory.mktemp("imported"))
+# ---------------------------------------------------------------- text
 
 
 def test_text_is_encoded_as_by_transformers_and_comes_back(imported, source):
@@ -51,26 +46,20 @@ def test_text_is_encoded_as_by_transformers_and_comes_back(imported, source):
     assert ours.size == ours.pieces == len(theirs)
 
 
-def test_text_never_gives_a_sentinel_or_an_image_code(imported):
+def test_text_never_gives_a_sentinel_or_an_image_code(imported, tmp_path):
     ours = TextTokenizer.load(imported / "text.json")
     for text in ("<s>x</s><pad>", "a<racm3:break>IMGIMGBCZ IMGIMGAZ<eoss>", "<reserved08706>"):
         ids = ours.encode(text)
-        assert ours.decode(ids) == text
-        assert not ours.reserved & set(ids)
+        assert ours.decode(ids) == text and not ours.reserved & set(ids)
     mixed = [ours.bos, *ours.encode("disc"), ours.begin["image"], ours.end["image"], ours.eos]
     assert ours.decode(mixed) == "disc"
     with pytest.raises(ValueError, match=r"token \(5\) is an image code"):
         ours.decode([5])
-
-
-def test_image_codes_listed_as_added_tokens_are_out_of_reach_too(tmp_path):
-    tokenizer = fast_tokenizer(order())
-    tokenizer.add_tokens([code_name(code) for code in range(CODES)])  # ordinary, not special
-    tokenizer.enable_truncation(3)
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    ours = TextTokenizer.load(tmp_path / "tokenizer.json")
-    ids = ours.encode("a disc IMGIMGBCZ and more")
-    assert ours.decode(ids) == "a disc IMGIMGBCZ and more", "not cut by their truncation either"
+    listed = fast_tokenizer(order())
+    listed.add_tokens([code_name(code) for code in range(CODES)])  # ordinary, not special
+    listed.enable_truncation(3)
+    ours, text = load(listed, tmp_path), "a disc IMGIMGBCZ and more"
+    assert ours.decode(ours.encode(text)) == text, "not cut by their truncation either"
 
 
 def word_tokenizer() -> Tokenizer:
@@ -82,21 +71,27 @@ def word_tokenizer() -> Tokenizer:
 
 
 def test_a_vocabulary_of_words_refuses_reserved_ones_and_knows_unknown_ones(tmp_path):
-    word_tokenizer().save(str(tmp_path / "tokenizer.json"))
-    ours = TextTokenizer.load(tmp_path / "tokenizer.json")
+    ours = load(word_tokenizer(), tmp_path)
     assert ours.encode("red blue disc") == [5, 2, 6]
     with pytest.raises(ValueError, match=r"'IMGIMGBZ' \(4\), which is reserved"):
         ours.encode("red IMGIMGBZ")
     assert (ours.bos, ours.eos, ours.pieces) == (0, 1, 7)
     assert [ours.pad, ours.begin["image"], ours.end["image"]] == [7, 8, 9], "behind the pieces"
+    # in a document it is a bad sample
+    write_tar(tmp_path / "t.tar", [("0.txt", b"red disc"), ("1.txt", b"red IMGIMGBZ")])
+    spec = spec_of(
+        tmp_path, tmp_path / "out", train={"t": tmp_path / "t.tar"}, validation={},
+        text_tokenizer=tmp_path / "tokenizer.json", image_tokenizer="none", max_bad_rate=1.0,
+    )  # fmt: skip
+    manifest = prepare(spec, quiet())["train/t"]
+    assert (manifest["documents"], manifest["drops"]) == (1, {"reserved-token": 1})
 
 
 def test_the_config_beside_a_tokenizer_says_which_tokens_are_sentinels(tmp_path):
     tokenizer = fast_tokenizer(order())
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    told = {"bos_token": {"content": "<unk>"}, "eos_token": "<reserved08706>", "boi_token": None}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(told))
-    text = TextTokenizer.load(tmp_path / "tokenizer.json")
+    named = {"bos_token": {"content": "<unk>"}, "eos_token": "<reserved08706>", "boi_token": None}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(named))
+    text = load(tokenizer, tmp_path)
     assert (text.bos, text.eos, text.pad) == (3, tokenizer.token_to_id("<reserved08706>"), 1)
     (tmp_path / "out").mkdir()
     text.save(tmp_path / "out" / "text.json")
@@ -120,7 +115,10 @@ def test_a_sentencepiece_model_is_imported_as_it_is(tmp_path):
     assert not import_vocabulary(tmp_path / "llama", tmp_path / "out")
 
 
-def test_the_stored_vocabulary_is_that_of_the_checkpoint(imported, source):
+# ---------------------------------------------------------------- the vocabulary
+
+
+def test_the_stored_vocabulary_is_that_of_the_checkpoint(imported, source, tmp_path):
     vocabulary = Tokenizers.load(imported).vocabulary
     config = json.loads((source / "config.json").read_bytes())
     tokens = config["vocabulary_map"]
@@ -129,12 +127,10 @@ def test_the_stored_vocabulary_is_that_of_the_checkpoint(imported, source):
     medium = vocabulary.medium(Modality.IMAGE)
     assert (medium.start, medium.count, medium.block) == (START, CODES, (SIDE // 4) ** 2)
     assert (medium.begin, medium.end) == (tokens["<racm3:break>"], tokens["<eoss>"])
-
-
-def test_without_a_stored_vocabulary_the_text_tokenizer_tells_where_codes_lie(imported, tmp_path):
+    # without the file, the names of the text tokenizer give it
     folder = copied(imported, tmp_path / "t", "text.json", "image.safetensors")
-    stored, found = Tokenizers.load(imported).vocabulary, Tokenizers.load(folder).vocabulary
-    assert found.media == stored.media and found.size == stored.size - 5
+    derived = Tokenizers.load(folder).vocabulary
+    assert derived.media == vocabulary.media and derived.size == vocabulary.size - 5
 
 
 def plain_tokenizer() -> Tokenizer:
@@ -166,34 +162,14 @@ def test_a_public_tokenizer_with_image_codes_learnt_here(raw, tmp_path):
     assert contents(tmp_path / "out") == before
 
 
-def test_a_reserved_word_in_a_document_is_counted_as_bad(tmp_path):
-    word_tokenizer().save(str(tmp_path / "tokenizer.json"))
-    rows = [("0.txt", b"red disc"), ("1.txt", b"red IMGIMGBZ")]
-    write_tar(tmp_path / "t.tar", rows)
-    spec = spec_of(
-        tmp_path, tmp_path / "out", train={"t": tmp_path / "t.tar"}, validation={},
-        text_tokenizer=tmp_path / "tokenizer.json", image_tokenizer="none", max_bad_rate=1.0,
-    )  # fmt: skip
-    manifest = prepare(spec, quiet())["train/t"]
-    assert (manifest["documents"], manifest["drops"]) == (1, {"reserved-token": 1})
-
-
-def test_a_converted_checkpoint_writes_text_with_the_tokenizers_it_came_with(source, tmp_path):
-    convert(source, tmp_path / "ours")
-    _, vocabulary = load_model(tmp_path / "ours")
-    assert Tokenizers.load(tmp_path / "ours" / "tokenizers").vocabulary == vocabulary
-    prompt, out = ["--prompt", CORPUS[0]], ["--out", str(tmp_path / "out")]
-    settings = ["--mode", "text", "--temperature", "0", "--new-tokens", "5"]
-    assert generate([str(tmp_path / "ours"), *prompt, *settings, *out]) == 0
-    (written,) = map(json.loads, (tmp_path / "out" / "results.jsonl").read_text().splitlines())
-    assert 1 <= written["tokens"] <= 5
-
-
-def test_a_converted_checkpoint_without_a_decoder_of_images_refuses_to_write_one(
-    source, tmp_path, capsys
-):
-    convert(source, tmp_path / "ours")
-    asked = ["--mode", "image", "--prompt", CORPUS[0], "--out", str(tmp_path / "out")]
-    assert generate([str(tmp_path / "ours"), *asked]) == 2
+def test_a_converted_checkpoint_writes_with_the_tokenizers_it_came_with(source, tmp_path, capsys):
+    ours = tmp_path / "ours"
+    convert(source, ours)
+    assert Tokenizers.load(ours / "tokenizers").vocabulary == load_model(ours)[1]
+    run = [str(ours), "--prompt", CORPUS[0], "--out", str(tmp_path / "out")]
+    assert generate([*run, "--mode", "image"]) == 2
     assert "the image tokenizer has no decoder" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+    assert generate([*run, "--mode", "text", "--temperature", "0", "--new-tokens", "5"]) == 0
+    (written,) = map(json.loads, (tmp_path / "out" / "results.jsonl").read_text().splitlines())
+    assert 1 <= written["tokens"] <= 5

@@ -15,10 +15,10 @@ from earlyfuse.data import atomic
 from earlyfuse.data.atomic import sha256_file
 from earlyfuse.data.prepare import PrepareSpec, prepare
 from earlyfuse.data.prepare.report import describe
+from earlyfuse.data.shards.manifest import read_manifest
 from earlyfuse.data.shards.writer import (
     MEMBER_BYTES,
     ShardRecord,
-    read_manifest,
     token_dtype,
     write_shard,
 )

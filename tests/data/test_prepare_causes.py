@@ -13,7 +13,7 @@ from sounds import encoded, sound, speech_spec
 
 from earlyfuse.data.prepare import prepare, train_tokenizers
 from earlyfuse.data.prepare.report import describe
-from earlyfuse.data.shards.writer import read_manifest
+from earlyfuse.data.shards.manifest import read_manifest
 from earlyfuse.data.tokenizers.text import TextTokenizer
 from earlyfuse.tools import prepare as command
 

@@ -18,7 +18,6 @@ from raw_shards import OTHER_TEXTS, contents, pairs, quiet, spec_of, write_tar
 from earlyfuse.data.atomic import sha256_file
 from earlyfuse.data.prepare import prepare
 from earlyfuse.data.prepare.progress import Progress
-from earlyfuse.data.tokenizers.image import save_image_tokenizer
 from earlyfuse.data.tokenizers.image_kmeans import KMeansTokenizer
 from earlyfuse.data.tokenizers.text import TextTokenizer
 
@@ -131,7 +130,7 @@ def test_other_tokenizers_are_refused_by_name(raw, prepared, tmp_path):
     other.save(tmp_path / "other.model")
     images = np.random.default_rng(0).integers(0, 255, (9, 8, 8, 3), dtype=np.uint8)
     codes = KMeansTokenizer.train(images, patch=4, codes=16)
-    save_image_tokenizer(codes, tmp_path / "codes.safetensors")
+    codes.save(tmp_path / "codes.safetensors")
     text, image = (
         f"{kind} tokenizer {made[kind]}.*but asked for is " for kind in ("text", "image")
     )

@@ -35,15 +35,20 @@ PIECES, ROWS = 288, 296  # GPT-NeoX has 50277, of which the released Mambas pad 
 GREEDY = ["--mode", "text", "--temperature", "0", "--new-tokens", "6"]
 
 
-def neox() -> Tokenizer:
-    """In the form of GPT-NeoX: specials first, runs of spaces as added tokens behind the pieces."""
+def byte_level(specials: list[str]) -> Tokenizer:
     built = Tokenizer(models.BPE())
-    built.normalizer = normalizers.NFC()
     built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     built.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    options = {"special_tokens": [END, PADDING], "initial_alphabet": alphabet}
-    built.train_from_iterator(TEXTS, BpeTrainer(vocab_size=280, show_progress=False, **options))
+    options = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "show_progress": False}
+    trainer = BpeTrainer(vocab_size=280, special_tokens=specials, **options)
+    built.train_from_iterator(TEXTS, trainer)
+    return built
+
+
+def neox() -> Tokenizer:
+    """In the form of GPT-NeoX: specials first, runs of spaces as added tokens behind the pieces."""
+    built = byte_level([END, PADDING])
+    built.normalizer = normalizers.NFC()
     built.add_tokens([AddedToken(" " * n, normalized=True) for n in range(10, 2, -1)])
     assert built.get_vocab_size() == PIECES
     return built
@@ -51,12 +56,7 @@ def neox() -> Tokenizer:
 
 def gpt2() -> Tokenizer:
     """In the form of GPT-2: one special token, behind the pieces."""
-    built = Tokenizer(models.BPE())
-    built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    built.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = BpeTrainer(vocab_size=280, initial_alphabet=alphabet, show_progress=False)
-    built.train_from_iterator(TEXTS, trainer)
+    built = byte_level([])
     built.add_special_tokens([END])
     return built
 
@@ -95,9 +95,15 @@ def results(out: Path) -> list[dict]:
 def test_one_token_begins_and_ends_documents(tmp_path, named):
     for form, ids in ((neox, (0, 0, 1)), (gpt2, (280, 280, 281))):
         folder = save_tokenizer(form(), tmp_path / form.__name__, **named)
-        assert import_text(folder, tmp_path / f"{form.__name__}-ours")
-        text = Tokenizers.load(tmp_path / f"{form.__name__}-ours").text
+        (folder / "config.json").write_text(json.dumps({"vocab_size": ROWS, "model_type": "x"}))
+        ours = tmp_path / f"{form.__name__}-ours"
+        assert import_text(folder, ours)
+        text = Tokenizers.load(ours).text
         assert (text.bos, text.eos, text.pad) == ids
+        # padding that the tokenizer does not name is the end: ids behind its pieces are untrained
+        assert import_vocabulary(folder, ours)
+        pad = text.pad if text.pad < text.pieces else text.eos
+        assert Tokenizers.load(ours).vocabulary == Vocabulary(ROWS, text.bos, text.eos, pad)
         assert not set(text.encode(f"{END} x {PADDING}")) & text.reserved, "spelled out"
         assert text.decode([text.bos, *text.encode("red disc"), text.eos]) == "red disc"
 
@@ -148,15 +154,11 @@ def test_an_imported_mamba_writes_what_transformers_writes(mamba, converted, tmp
     assert tokenizers.unused == list(range(PIECES, ROWS))
     assert write([str(converted), "--prompt", "the disc", *GREEDY, "--out", str(tmp_path)]) == 0
     theirs = transformers.MambaForCausalLM.from_pretrained(mamba)
-    prompt = [0, *tokenizers.text.encode("the disc")]
+    prompt = torch.tensor([[0, *tokenizers.text.encode("the disc")]])
     expected = theirs.generate(
-        torch.tensor([prompt]),
-        attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
-        max_new_tokens=6,
-        do_sample=False,
-        suppress_tokens=[1, *tokenizers.unused],
-        use_cache=False,
-    )[0, len(prompt) :].tolist()
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=6, do_sample=False,
+        suppress_tokens=[1, *tokenizers.unused], use_cache=False,
+    )[0, prompt.shape[1] :].tolist()  # fmt: skip
     (line,) = results(tmp_path)
     assert line["tokens"] == len(expected) and line["ended"] == (expected[-1] == 0)
     assert line["written"] == [{"text": tokenizers.text.decode(expected)}]

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from tiny_sources import BOS, EOS, HASHES, image, mixed_document, write_source
 
-from earlyfuse.data.shards import source as token_source
-from earlyfuse.data.shards import writer
+from earlyfuse.data.atomic import sha256_file
+from earlyfuse.data.shards import mapped_files
+from earlyfuse.data.shards.manifest import manifest_hash
 from earlyfuse.data.shards.source import TokenSource
-from earlyfuse.data.stream.lanes import Blend
+from earlyfuse.data.stream.mixture import Mixture
 from earlyfuse.models.vocabulary import Vocabulary
 
 
@@ -22,6 +23,31 @@ def written(tmp_path):
     rng = np.random.default_rng(1)
     documents = [mixed_document(rng) for _ in range(11)]
     return write_source(tmp_path / "mixed", documents, shards=3), documents
+
+
+@pytest.fixture
+def other(written, tmp_path):
+    """Another source with files of the same sizes."""
+    return write_source(tmp_path / "other", written[1][::-1], shards=3)
+
+
+def read_all(folder):
+    source = TokenSource(folder)
+    return [source.document(number)[0].tolist() for number in range(len(source))]
+
+
+def refused(folder, message):
+    with pytest.raises(ValueError, match=message):
+        read_all(folder)
+
+
+def flip(path, at):
+    content = bytearray(path.read_bytes())
+    content[at] ^= 4
+    path.write_bytes(content)
+
+
+# ---------------------------------------------------------------- what was written
 
 
 def test_documents_come_back_by_number(written):
@@ -35,6 +61,7 @@ def test_documents_come_back_by_number(written):
         assert text + images == len(expected) and images == sum(t >= 50 for t in expected)
     counts = [source.document(number)[1] for number in range(len(source))]
     assert np.sum(counts, axis=0).tolist() == list(source.tokens.values())
+    assert np.concatenate(list(source.runs())).tolist() == sum(stored, [])
     with pytest.raises(ValueError, match="read-only"):
         source.document(0)[0][0] = 1
     for outside in (-1, 11):
@@ -42,127 +69,108 @@ def test_documents_come_back_by_number(written):
             source.document(outside)
 
 
-def test_wide_vocabularies_are_read_as_uint32(tmp_path):
+def test_wide_vocabularies_and_empty_shards_are_read(tmp_path):
     wide = Vocabulary(size=70000, bos=1, eos=2, pad=0)
-    folder = write_source(tmp_path / "wide", [[1, 69999, 2], [1, 2]], shards=1, vocabulary=wide)
-    tokens, _ = TokenSource(folder).document(0)
-    assert tokens.tolist() == [1, 69999, 2]
-
-
-def test_empty_shards_are_skipped(tmp_path):
-    rng = np.random.default_rng(2)
-    documents = [mixed_document(rng) for _ in range(2)]
-    folder = write_source(tmp_path / "few", documents, shards=4)
-    source = TokenSource(folder)
-    assert [source.document(i)[0].tolist() for i in range(2)] == documents
+    documents = [[1, 69999, 2], [1, 2]]
+    assert read_all(write_source(tmp_path / "wide", documents, 4, vocabulary=wide)) == documents
+    with pytest.raises(ValueError, match="holds no token"):
+        TokenSource(write_source(tmp_path / "none", [[], []], shards=1))
 
 
 def test_identity_is_of_the_tokens_not_of_the_place(tmp_path):
     documents = [[BOS, *image(), EOS], [BOS, 9, EOS]]
     one = TokenSource(write_source(tmp_path / "a" / "x", documents))
     same = TokenSource(write_source(tmp_path / "b" / "y", documents))
-    other = TokenSource(write_source(tmp_path / "c" / "x", documents[::-1]))
-    assert one.identity == same.identity != other.identity
+    reversed_ = TokenSource(write_source(tmp_path / "c" / "x", documents[::-1]))
+    assert one.identity == same.identity != reversed_.identity
 
 
-def test_a_truncated_or_missing_shard_is_refused_with_its_bytes(written):
-    folder, _ = written
-    tar = folder / "shard-000001.tar"
-    content = tar.read_bytes()
-    for size in (0, 1, len(content) // 2, len(content) - 1):
-        tar.write_bytes(content[:size])
-        message = f"shard-000001.tar is truncated: .* {len(content)} bytes, found {size};"
-        with pytest.raises(ValueError, match=message):
-            TokenSource(folder)
-    tar.unlink()
-    with pytest.raises(ValueError, match=f"shard-000001.tar is missing: .* {len(content)} bytes"):
-        TokenSource(folder)
-
-
-def test_a_damaged_index_is_refused(written):
-    folder, _ = written
-    path = folder / "shard-000002.index.npy"
-    index = np.load(path)
-    source = TokenSource(folder)
-    np.save(path, index[:-1])
-    with pytest.raises(ValueError, match=r"index.npy holds \(2, 4\) .* expects \(3, 4\) int64"):
-        source.document(10)
-    index[-1, 1] += 10**6
-    np.save(path, index)
-    with pytest.raises(ValueError, match="points past the"):
-        TokenSource(folder).document(10)
-    path.unlink()
-    with pytest.raises(ValueError, match=r"shard-000002\.index\.npy is missing"):
-        TokenSource(folder)
-
-
-def flip(path, at):
-    content = bytearray(path.read_bytes())
-    content[at] ^= 4
-    path.write_bytes(content)
-
-
-def read_all(folder):
-    source = TokenSource(folder)
-    return [source.document(number)[0].tolist() for number in range(len(source))]
-
-
-def test_tokens_that_were_not_prepared_are_never_read(written, tmp_path):
-    """A changed byte of any document, and files of another source of the same size."""
+def test_shards_remain_ordinary_tars(written):
     folder, documents = written
-    whole = read_all(folder)
-    begin = TokenSource(folder)._open(1).entries[:, 0]
+    with tarfile.open(folder / "shard-000000.tar") as tar:
+        members = [np.load(io.BytesIO(tar.extractfile(name).read())) for name in tar.getnames()]
+    assert np.concatenate(members).tolist() == [t for d in documents[::3] for t in d]
+
+
+def test_sources_of_different_tokenizers_do_not_mix(tmp_path):
+    def source(name, **options):
+        documents = [[BOS, *image(), EOS]]
+        return TokenSource(write_source(tmp_path / name, documents, shards=1, **options))
+
+    ours = source("ours")
+    wider = Vocabulary(size=67, bos=BOS, eos=EOS, pad=0, media=ours.vocabulary.media)
+    for theirs, message in (
+        (source("theirs", hashes=HASHES | {"image": "cc"}), r"image .*ours \(bb\) .*theirs \(cc\)"),
+        (source("b/ours"), "both named 'ours'"),
+        (source("w", vocabulary=wider), r"vocabulary of .*ours"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Mixture((ours, theirs), (0.5, 0.5))
+
+
+# ---------------------------------------------------------------- damage
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".index.npy", ".crc.npy"])
+def test_missing_truncated_and_exchanged_files_are_named(written, other, suffix):
+    folder, _ = written
+    path = folder / f"shard-000001{suffix}"
+    own, name = path.read_bytes(), re.escape(path.name)
+    for content in (b"", own[:1], own[: len(own) // 2], own[:-1], own + b"0"):
+        path.write_bytes(content)
+        refused(folder, rf"{name} .*copy the shard again or prepare")
+    for at in (0, 5, 40, 60, 64, 130, len(own) - 1) if suffix != ".tar" else ():
+        path.write_bytes(own)
+        flip(path, at)
+        refused(folder, rf"{name}.*(copy|prepare)")
+    theirs = (other / path.name).read_bytes()
+    assert len(theirs) == len(own)
+    path.write_bytes(theirs)
+    refused(folder, rf"{name}")
+    path.unlink()
+    with pytest.raises(ValueError, match=rf"{name} is missing"):
+        TokenSource(folder)
+
+
+def test_a_changed_byte_of_any_document_is_found(written):
+    folder, _ = written
+    whole, source = read_all(folder), TokenSource(folder)
+    source.verify()
     tar = folder / "shard-000001.tar"
-    for place, offset in enumerate(begin.tolist()):
+    for place, offset in enumerate(source._open(1).entries[:, 0].tolist()):
         flip(tar, offset)
-        with pytest.raises(
-            ValueError, match=rf"shard-000001\.tar: document {place} is not .* copy"
-        ):
-            read_all(folder)
+        refused(folder, rf"shard-000001\.tar: document {place} differs .* copy")
+        with pytest.raises(ValueError, match=r"shard-000001\.tar: SHA-256 .* must be"):
+            TokenSource(folder).verify()
         flip(tar, offset)
     assert read_all(folder) == whole
-    other = write_source(tmp_path / "other", documents[::-1], shards=3)
-    for suffix in (".tar", ".index.npy", ".crc.npy"):
-        path = tar.with_suffix(suffix)
-        own = path.read_bytes()
-        path.write_bytes((other / path.name).read_bytes())
-        assert len(own) == path.stat().st_size
-        with pytest.raises(ValueError, match=r"shard-000001\."):
-            read_all(folder)
-        path.write_bytes(own)
-    (folder / "manifest.json").write_bytes((other / "manifest.json").read_bytes())
-    with pytest.raises(ValueError, match=r"shard-000000\.index\.npy: SHA-256 .* by the manifest"):
-        read_all(folder)
 
 
-@pytest.mark.parametrize("suffix", [".index.npy", ".crc.npy"])
-def test_damaged_index_and_checksums_are_named(written, suffix):
+def test_an_index_of_another_shape_or_that_points_elsewhere_is_refused(written):
     folder, _ = written
-    path = folder / f"shard-000000{suffix}"
-    own = path.read_bytes()
-    for at in (0, 5, 40, 60, 64, 130, len(own) - 1):
-        flip(path, at)
-        with pytest.raises(
-            ValueError, match=rf"{path.name}.*(copy|prepare) it again|{path.name}.*cop"
-        ):
-            read_all(folder)
-        path.write_bytes(own)
-    for content in (b"", own[:-1], own + b"0"):
-        path.write_bytes(content)
-        with pytest.raises(ValueError, match=rf"{path.name} .*copy it again"):
-            read_all(folder)
-    path.unlink()
-    with pytest.raises(ValueError, match=rf"{path.name} is missing"):
-        TokenSource(folder)
+    path, manifest = folder / "shard-000002.index.npy", folder / "manifest.json"
+    index = np.load(path)
+    np.save(path, index[:-1])
+    refused(folder, r"index.npy holds \(2, 4\) .* expects \(3, 4\) int64")
+    for column, change, message in (
+        (0, -(10**6), "points outside"), (0, 1, "points outside"), (1, 10**6, "points outside"),
+        (2, 1, r"counts \{.*manifest\.json"),
+    ):  # fmt: skip
+        changed = index.copy()
+        changed[-1, column] += change
+        np.save(path, changed)
+        refused(folder, r"index\.npy: SHA-256")
+        own = {"index_sha256": sha256_file(path)}
+        rewrite(manifest, lambda m, own=own: m["shards"][2].update(own), sealed=True)
+        refused(folder, message)
 
 
-def test_a_shard_that_vanishes_or_changes_after_the_source_is_opened_is_named(written, tmp_path):
-    folder, documents = written
+def test_a_shard_that_vanishes_or_changes_after_the_source_is_opened_is_named(written, other):
+    folder, _ = written
     source = TokenSource(folder)
     (folder / "shard-000001.tar").unlink()
     with pytest.raises(ValueError, match=r"shard-000001\.tar is missing"):
         source.document(5)
-    other = write_source(tmp_path / "other", documents[::-1], shards=3)
     for path in other.glob("shard-000002*"):
         path.replace(folder / path.name)
     with pytest.raises(ValueError, match=r"shard-000002\.index\.npy: SHA-256"):
@@ -176,7 +184,7 @@ def test_any_number_of_shards_is_read_with_few_mapped(tmp_path, monkeypatch, mos
     documents = [[mixed_document(rng) for _ in range(24)] for _ in range(2)]
     folders = [write_source(tmp_path / str(i), d, shards=8) for i, d in enumerate(documents)]
     expected = [read_all(folder) for folder in folders]
-    monkeypatch.setattr(token_source, "MOST_OPEN", most)
+    monkeypatch.setattr(mapped_files, "MOST_OPEN", most)
     sources = [TokenSource(folder) for folder in folders]
     for number in rng.permutation(48).tolist():
         source, place = sources[number % 2], number // 2
@@ -187,11 +195,14 @@ def test_any_number_of_shards_is_read_with_few_mapped(tmp_path, monkeypatch, mos
         mapped = {line.split()[-1] for line in maps if "shard-" in line and str(tmp_path) in line}
         assert len(mapped) <= 3 * most
     path = folders[0] / "shard-000003.index.npy"
-    other = path.read_bytes()[::-1]
+    content = path.read_bytes()[::-1]
     path.unlink()
-    path.write_bytes(other)  # one that is mapped again is checked again
+    path.write_bytes(content)  # one that is mapped again is checked again
     with pytest.raises(ValueError, match=r"shard-000003\.index\.npy"):
         [sources[0].document(place) for place in range(24)]
+
+
+# ---------------------------------------------------------------- the manifest
 
 
 def rewrite(path, change, sealed=False):
@@ -200,18 +211,28 @@ def rewrite(path, change, sealed=False):
     change(manifest)
     if sealed:
         manifest.pop("sha256", None)
-        manifest["sha256"] = writer._digest(manifest)
+        manifest["sha256"] = manifest_hash(manifest)
     path.write_text(json.dumps(manifest))
 
 
-def test_a_manifest_of_before_it_vouched_for_itself_is_read_by_its_records(written):
+def test_a_manifest_without_a_hash_is_compared_with_its_records(written):
     folder, _ = written
-    whole = read_all(folder)
-    path = folder / "manifest.json"
+    whole, path = read_all(folder), folder / "manifest.json"
     rewrite(path, lambda manifest: manifest.pop("sha256"))
     assert read_all(folder) == whole
     rewrite(path, lambda manifest: manifest["shards"][1].update(raw_sha256="0" * 64))
-    with pytest.raises(ValueError, match=r"manifest\.json has no sha256 .* prepare command again"):
+    refused(folder, r"manifest\.json has no sha256 .* prepare command again")
+
+
+def test_unfinished_and_foreign_folders_are_refused(written, other):
+    folder, _ = written
+    path = folder / "manifest.json"
+    path.write_bytes((other / "manifest.json").read_bytes())
+    refused(folder, r"shard-000000\.index\.npy: SHA-256 .* by the manifest")
+    rewrite(path, lambda manifest: manifest.update(format="other/2"))
+    refused(folder, "other/2")
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"no manifest\.json"):
         TokenSource(folder)
 
 
@@ -245,11 +266,9 @@ def test_every_field_of_a_manifest_is_what_was_written(tmp_path, sealed):
     """
     documents = [mixed_document(np.random.default_rng(1)) for _ in range(3)]
     folder = write_source(tmp_path / "mixed", documents, shards=2)
-    whole, path = read_all(folder), folder / "manifest.json"
+    whole, path, tokens = read_all(folder), folder / "manifest.json", TokenSource(folder).tokens
     original = path.read_text()
-    same = json.dumps(json.loads(original))
-    tokens = TokenSource(folder).tokens
-    read = 0
+    same, read = json.dumps(json.loads(original)), 0
     for place in leaves(json.loads(original)):
         for damage in DAMAGES:
             path.write_text(original)
@@ -257,9 +276,7 @@ def test_every_field_of_a_manifest_is_what_was_written(tmp_path, sealed):
             if path.read_text() == same:
                 continue
             try:
-                source = TokenSource(folder)
-                documents = [source.document(number)[0].tolist() for number in range(len(source))]
-                assert source.tokens == tokens and documents == whole
+                assert TokenSource(folder).tokens == tokens and read_all(folder) == whole
                 read += 1
             except ValueError as error:
                 message = str(error)
@@ -268,55 +285,3 @@ def test_every_field_of_a_manifest_is_what_was_written(tmp_path, sealed):
     # without its hash a manifest is compared with the records; with the right one names of raw
     # shards and the like may say anything: nothing reads them
     assert read == 1 if not sealed else read > 1
-
-
-def test_verify_finds_a_changed_byte(written):
-    folder, _ = written
-    source = TokenSource(folder)
-    source.verify()
-    tar = folder / "shard-000000.tar"
-    content = bytearray(tar.read_bytes())
-    content[700] ^= 1
-    tar.write_bytes(content)
-    with pytest.raises(ValueError, match=r"shard-000000\.tar: SHA-256 .* must be"):
-        TokenSource(folder).verify()
-
-
-def test_unfinished_or_foreign_folders_are_refused(written):
-    folder, _ = written
-    manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps(manifest | {"format": "other/2"}))
-    with pytest.raises(ValueError, match="other/2"):
-        TokenSource(folder)
-    (folder / "manifest.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"no manifest\.json"):
-        TokenSource(folder)
-
-
-def test_a_source_without_tokens_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="holds no token"):
-        TokenSource(write_source(tmp_path / "none", [[], []], shards=1))
-
-
-def test_sources_of_different_tokenizers_do_not_mix(tmp_path):
-    documents = [[BOS, *image(), EOS]]
-    ours = TokenSource(write_source(tmp_path / "ours", documents, shards=1))
-    hashes = HASHES | {"image": "cc"}
-    theirs = TokenSource(write_source(tmp_path / "theirs", documents, shards=1, hashes=hashes))
-    message = r"image tokenizer of .*ours \(bb\) and of .*theirs \(cc\) must be the same"
-    with pytest.raises(ValueError, match=message):
-        Blend((ours, theirs), (0.5, 0.5))
-    again = TokenSource(write_source(tmp_path / "b" / "ours", documents, shards=1))
-    with pytest.raises(ValueError, match="both named 'ours'"):
-        Blend((ours, again), (0.5, 0.5))
-    wider = Vocabulary(size=67, bos=BOS, eos=EOS, pad=0, media=ours.vocabulary.media)
-    other = TokenSource(write_source(tmp_path / "w", documents, shards=1, vocabulary=wider))
-    with pytest.raises(ValueError, match=r"vocabulary of .*ours"):
-        Blend((ours, other), (0.5, 0.5))
-
-
-def test_shards_remain_ordinary_tars(written):
-    folder, documents = written
-    with tarfile.open(folder / "shard-000000.tar") as tar:
-        members = [np.load(io.BytesIO(tar.extractfile(name).read())) for name in tar.getnames()]
-    assert np.concatenate(members).tolist() == [t for d in documents[::3] for t in d]

@@ -17,11 +17,11 @@ from earlyfuse.data.documents import BadSample
 from earlyfuse.data.media import MEDIA, Medium, Sampling, VectorType
 from earlyfuse.data.prepare import PrepareSpec, prepare
 from earlyfuse.data.prepare.report import describe
+from earlyfuse.data.shards.manifest import read_manifest
 from earlyfuse.data.shards.source import TokenSource
-from earlyfuse.data.shards.writer import read_manifest
 from earlyfuse.data.stream.batches import validation_batches
-from earlyfuse.data.stream.lanes import Blend
 from earlyfuse.data.stream.loader import LaneLoader
+from earlyfuse.data.stream.mixture import Mixture
 from earlyfuse.data.tokenizers import Tokenizers
 from earlyfuse.models.vocabulary import Modality
 
@@ -206,7 +206,7 @@ def test_manifest_and_report_count_the_new_modalities(prepared):
 
 def test_batches_have_the_vectors_at_the_placeholders_and_zeros_elsewhere(prepared):
     out, _, paths = prepared
-    mixture = Blend((TokenSource(out / "train" / "mixed"),), (1.0,))
+    mixture = Mixture((TokenSource(out / "train" / "mixed"),), (1.0,))
     batches = validation_batches(mixture, SEQ_LEN, 4)
     there = [batch.modality_BS == Modality["track"] for batch in batches]
     vectors = [batch.vectors_BSP[mask] for batch, mask in zip(batches, there, strict=True)]

@@ -236,12 +236,12 @@ def test_unfinished_and_empty_sources_are_refused_by_name(tmp_path, data, split)
 
 def empty(manifest: str) -> str:
     """The manifest of a source of the same name that has no shards, as prepare would write it."""
-    from earlyfuse.data.shards.writer import _digest
+    from earlyfuse.data.shards.manifest import manifest_hash
 
     fields = json.loads(manifest) | {"shards": [], "documents": 0}
     fields["tokens"] = dict.fromkeys(fields["tokens"], 0)
     del fields["sha256"]
-    return json.dumps(fields | {"sha256": _digest(fields)})
+    return json.dumps(fields | {"sha256": manifest_hash(fields)})
 
 
 DAMAGES = [None, True, -1, 3, 10**30, 0.5, float("nan"), "x\x1b[2J", [], {}, [[]]]

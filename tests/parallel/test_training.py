@@ -28,7 +28,7 @@ from toy import VOCABULARY, make_data
 from earlyfuse.configs import decoders, embedded
 from earlyfuse.data.shards.source import TokenSource
 from earlyfuse.data.stream.batches import validation_batches
-from earlyfuse.data.stream.lanes import Blend
+from earlyfuse.data.stream.mixture import Mixture
 from earlyfuse.models.blocks.mamba import Conv, Scan
 from earlyfuse.parallel import compat
 from earlyfuse.parallel.evaluation.eval_tasks import Task
@@ -353,10 +353,10 @@ def test_any_number_of_ranks_shares_the_same_validation_rows(ranks, tmp_path, da
     config.validator.batch_rows, config.validator.max_batches = 4, 5
     config = DataSet(config.data).resolve(config, ranks)
     sources = tuple(TokenSource(folder) for folder in config.validator.sources)
-    blend = Blend(sources, (0.5, 0.5))
-    alone = torch.cat([batch.tokens_BS for batch in validation_batches(blend, 32, 4, 5)])
+    mixture = Mixture(sources, (0.5, 0.5))
+    alone = torch.cat([batch.tokens_BS for batch in validation_batches(mixture, 32, 4, 5)])
     shared = config.validator.batch_rows, config.validator.max_batches
-    parts = [validation_batches(blend, 32, *shared, rank, ranks) for rank in range(ranks)]
+    parts = [validation_batches(mixture, 32, *shared, rank, ranks) for rank in range(ranks)]
     assert all(len(batch.tokens_BS) % 2 == 0 for batch in parts[0]), "whole routing groups"
     together = [batch.tokens_BS for batches in zip(*parts, strict=True) for batch in batches]
     rows = torch.cat(together)

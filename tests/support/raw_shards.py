@@ -12,7 +12,7 @@ from PIL import Image
 from earlyfuse.data.atomic import sha256_file
 from earlyfuse.data.prepare import PrepareSpec, prepare
 from earlyfuse.data.prepare.progress import Progress
-from earlyfuse.data.shards.writer import read_manifest
+from earlyfuse.data.shards.manifest import read_manifest
 
 OTHER_TEXTS = ["so many other words that none could guess what they mean to us today"] * 9
 WORDS = "red green blue round square small large disc on a field of grey 0 1 2 3".split()

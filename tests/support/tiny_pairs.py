@@ -10,7 +10,6 @@ from PIL import Image
 from tiny_sources import write_source
 
 from earlyfuse.data.tokenizers import Tokenizers
-from earlyfuse.data.tokenizers.image import save_image_tokenizer
 from earlyfuse.data.tokenizers.image_kmeans import KMeansTokenizer
 from earlyfuse.data.tokenizers.text import TextTokenizer
 
@@ -41,7 +40,7 @@ def make_pairs(folder: Path, image_tokenizer: bool = True) -> Path:
     if image_tokenizer:
         images = np.stack([pixels(shade) for shade in range(len(SHADES))])
         fitted = KMeansTokenizer.train(images, patch=4, codes=CODES)
-        save_image_tokenizer(fitted, folder / "tokenizers" / "image.safetensors")
+        fitted.save(folder / "tokenizers" / "image.safetensors")
     tokenizers = Tokenizers.load(folder / "tokenizers")
     vocabulary = tokenizers.vocabulary
     (folder / "tokenizers" / "vocabulary.json").write_text(json.dumps(vocabulary.to_dict()))

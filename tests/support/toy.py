@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from earlyfuse.data.atomic import atomic_write_json
-from earlyfuse.data.shards.writer import ShardRecord, shard_name, write_manifest, write_shard
+from earlyfuse.data.shards.manifest import write_manifest
+from earlyfuse.data.shards.writer import ShardRecord, shard_name, write_shard
 from earlyfuse.models.vocabulary import MediaCodes, Modality, Vocabulary
 
 BLOCK = 4
