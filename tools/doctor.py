@@ -20,9 +20,8 @@ from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 from earlyfuse.configs.registry import catalogue, load_config
 from earlyfuse.models.flops import count_parameters, mean_training_flops, training_flops
 from earlyfuse.parallel.estimates.communication import Traffic, received, step_traffic, total
-from earlyfuse.parallel.estimates.dry_run import check, quantity
-from earlyfuse.parallel.estimates.fsdp_units import accumulation
-from earlyfuse.parallel.trainer import Trainer
+from earlyfuse.parallel.estimates.dry_run import quantity
+from earlyfuse.parallel.trainer import Trainer, check
 from earlyfuse.tools.command import run_command
 
 RECOMPUTATION = {"none": None, "selective": SelectiveAC.Config(), "full": FullAC.Config()}
@@ -169,9 +168,9 @@ def _row(run: Trainer.Config, ranks: int, cluster: Cluster) -> dict[str, str]:
     if shard > 0:  # as many replicas as there is room for
         copy = shard * parallelism.tensor_parallel_degree * parallelism.context_parallel_degree
         parallelism.data_parallel_replicate_degree = max(ranks // copy, 1)
-    model, dims = check(run, ranks)
+    model, dims = check(run, ranks), ParallelDims.from_config(parallelism, ranks)
     sent = step_traffic(model, dims, run.training, run.parallelism, run.activation_checkpoint)
-    tokens = run.training.local_batch_size * run.training.seq_len * accumulation(run.training, dims)
+    tokens = run.training.local_batch_size * run.training.seq_len
     flops = tokens * mean_training_flops(model, run.training.seq_len) / (dims.tp * dims.cp)
     time = step_time(sent, dims, flops, cluster)
     sizes: dict[str, float] = defaultdict(float)

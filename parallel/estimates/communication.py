@@ -1,7 +1,7 @@
-"""Collectives and bytes of one training step in closed form, for any config and number of ranks.
+"""Predicts collectives and bytes of a training step in closed form, for any config and ranks.
 
-Pure functions: no process group, no memory. They say what ``parallel/plan.py`` makes the ranks
-exchange; ``parallel/estimates/collective_counter.py`` counts the same in a step that runs.
+Pure functions of what ``parallel/plan.py`` makes ranks exchange. Tests compare them with the
+collectives counted in real steps.
 
 =====================  ==============  ============================================================
 purpose                kind            bytes of the whole tensor, per micro-batch
@@ -29,18 +29,16 @@ stage activations      receive         pipeline: (T, D) from the stage before, f
 stage gradients        receive         pipeline: (T, D) from the stage after, backward
 =====================  ==============  ============================================================
 
-Routing is not in the table: it sends nothing. Nor are counts, losses and the gradient norm, a
-handful of numbers per step whatever the model, nor, with token choice, the loads of the experts,
-8 bytes each once a step. With token choice a rank sends its R rows to wherever their experts are,
-but its experts get, and send back, as many as chose them: R on average over the ranks.
+Not in the table: routing, which sends nothing; counts, losses and the gradient norm, a few numbers
+per step; with token choice the loads of experts, 8 bytes each per step. With token choice the
+experts of a rank receive as many rows as chose them, R on average over the ranks.
 
-Activation checkpointing repeats what a block sends in forward, except the rows of experts where it
-is selective. Uneven shards are padded to the largest, and padding travels. A pipeline cuts the
-micro-batch once more: T are the tokens of such a part, and all but the parameters and their
-gradients travels once for each. Its ranks differ.
+Activation checkpointing repeats what a block sends in forward, except expert rows if it is
+selective. Uneven shards are padded to the largest, padding included in the bytes. A pipeline splits
+the micro-batch: T are the tokens of such a part, and all but parameters and gradients is sent once
+per part. Its ranks differ.
 
-The head exchanges a chunk of tokens at a time, as large as on a GPU; on a CPU, the same bytes in
-smaller chunks.
+The head communicates in chunks of tokens of the size used on GPUs; on CPUs chunks are smaller.
 
 T tokens of a micro-batch on one rank, R routed rows of a pool, D width; B rows, S positions of a
 row, K key/value heads of width H, I inner width, N states, V inputs before of a Mamba block.
@@ -62,15 +60,16 @@ from torchtitan.distributed.activation_checkpoint import (
 from earlyfuse.kernels.linear_cross_entropy.chunked import chunk_tokens
 from earlyfuse.models.blocks.branch import FP32, Kind, Microbatch
 from earlyfuse.models.decoder import Decoder
-from earlyfuse.parallel.estimates.fsdp_units import accumulation, axis_ranks, fsdp_units
+from earlyfuse.parallel.estimates.fsdp_units import axis_ranks, fsdp_units
 from earlyfuse.parallel.strategies.pipeline import microbatch, rank_stages, stage_blocks
+from earlyfuse.parallel.training.config_checks import accumulation_steps
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """``calls`` collectives of one kind and purpose among the ``ranks`` along one mesh axis.
+    """``calls`` collectives of one kind and purpose over the ``ranks`` of a mesh axis.
 
-    ``size``: bytes of the whole tensor (as gathered, before reduction, or as sent), of all calls.
+    ``size``: bytes of the whole tensor (gathered, before reduction, or sent), over all calls.
     """
 
     purpose: str
@@ -82,15 +81,14 @@ class Traffic:
 
     @property
     def received(self) -> float:
-        """Bytes that one rank receives by rings, which send least; NCCL's count."""
+        """Bytes that one rank receives with ring algorithms, as NCCL counts."""
         return received(self.kind, self.ranks, self.size)
 
     @property
     def received_on_gloo(self) -> float:
-        """The same on gloo, whose reduce_scatter is an all_reduce that drops most of its result."""
-        return received(
-            "all_reduce" if self.kind == "reduce_scatter" else self.kind, self.ranks, self.size
-        )
+        """The same on gloo, whose reduce_scatter is an all_reduce."""
+        kind = "all_reduce" if self.kind == "reduce_scatter" else self.kind
+        return received(kind, self.ranks, self.size)
 
 
 def received(kind: Kind, ranks: int, size: int) -> float:
@@ -107,12 +105,10 @@ def step_traffic(
     parallelism: ParallelismConfig,
     ac_config: ActivationCheckpointing.Config | None,
 ) -> list[Traffic]:
-    """All that one optimizer step sends, the most bytes first; axes of one rank are left out. Of a
-    pipeline, on the rank that receives most.
-
-    The arguments are those of ``plan.parallelize``; ``dims`` is only read.
+    """Traffic of an optimizer step, most bytes first, without axes of one rank; in a pipeline that
+    of the rank that receives most. Arguments as of ``plan.parallelize``.
     """
-    microbatches = accumulation(training, dims)
+    microbatches = accumulation_steps(training, dims.dp_replicate * dims.dp_shard)
 
     def on_rank(pipeline_rank: int) -> list[Traffic]:
         calls: Counter[tuple[str, Kind, str]] = Counter()
@@ -153,9 +149,7 @@ def microbatch_calls(
     ac_config: ActivationCheckpointing.Config | None,
     pipeline_rank: int = 0,
 ) -> Iterator[Call]:
-    """Every collective of one micro-batch, those among one rank included, on the
-    ``pipeline_rank``-th rank of a pipeline.
-    """
+    """Every collective of a micro-batch on a rank of a pipeline, including those of one rank."""
     param = TORCH_DTYPE_MAP[training.mixed_precision_param].itemsize
     reduce = TORCH_DTYPE_MAP[training.mixed_precision_reduce].itemsize
     for unit in fsdp_units(model, dims, parallelism, pipeline_rank):
@@ -178,7 +172,7 @@ def _stage(
     dims: ParallelDims,
     ac_config: ActivationCheckpointing.Config | None,
 ) -> Iterator[Call]:
-    """Collectives of ``blocks`` for a local batch, and of embedding and head if they are here."""
+    """Collectives of a stage of ``blocks``, with embedding and head at its ends."""
     full = isinstance(ac_config, FullAC.Config)
     recomputed = full or isinstance(ac_config, SelectiveAC.Config)
     batch = local_batch(training, dims)
@@ -205,7 +199,7 @@ def _stage(
 
 
 def local_batch(training: TrainingConfig, dims: ParallelDims) -> Microbatch:
-    """What branches compute at once, and with which ranks."""
+    """The micro-batch that branches compute, and the ranks that share it."""
     return Microbatch(
         rows=training.local_batch_size,
         seq_len=training.seq_len,

@@ -1,7 +1,6 @@
-"""What FSDP gathers at once and what a rank holds of it, worked out without building a model.
+"""Predicts FSDP's units and each rank's shards of them, as ``parallel/plan.py`` makes them.
 
-Parameters are built on the meta device, where they have shapes and no memory, and cut as
-``parallel/plan.py`` cuts them.
+Parameters are built on the meta device, without memory.
 """
 
 from collections import defaultdict
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 from math import ceil, prod
 
 import torch
-from torchtitan.config import ParallelismConfig, TrainingConfig
+from torchtitan.config import ParallelismConfig
 from torchtitan.distributed import ParallelDims
 
 from earlyfuse.models.decoder import Decoder
@@ -22,10 +21,10 @@ from earlyfuse.parallel.strategies.pipeline import rank_stages, stage_blocks
 
 @dataclass(frozen=True)
 class Unit:
-    """Parameters that one gather brings.
+    """Parameters that are gathered together.
 
-    ``shard``: elements that each of ``ranks`` ranks holds, padding included. ``kept``: stays
-    gathered from forward to backward. ``fp32``: gathered in fp32 whatever the parameter dtype.
+    ``shard``: elements per rank, with padding. ``kept``: stays gathered from forward to backward.
+    ``fp32``: gathered in fp32 whatever the parameter dtype.
     """
 
     name: str
@@ -37,28 +36,16 @@ class Unit:
 
     @property
     def gathered(self) -> int:
-        """Elements that the gather brings together, padding included."""
+        """Elements of the gathered tensor, with padding."""
         return self.shard * self.ranks
 
     def gathered_bytes(self, param: int) -> int:
-        """The same in bytes, with parameters of ``param`` bytes."""
+        """The same in bytes, for a parameter dtype of ``param`` bytes."""
         return self.gathered * (torch.float32.itemsize if self.fp32 else param)
 
 
-def accumulation(training: TrainingConfig, dims: ParallelDims) -> int:
-    """Micro-batches of a step; ``ValueError`` if they do not make up the global batch."""
-    rows = training.local_batch_size * dims.dp_replicate * dims.dp_shard
-    total = training.global_batch_size if training.global_batch_size > 0 else rows
-    if total % rows:
-        raise ValueError(
-            f"training.global_batch_size ({total}) must be a multiple of local_batch_size times "
-            f"the data-parallel ranks ({rows}); change one of them"
-        )
-    return total // rows
-
-
 def axis_ranks(dims: ParallelDims, axis: str) -> int:
-    """Ranks in one group along a mesh axis."""
+    """Ranks along a mesh axis."""
     sharded = dims.dp_shard * dims.cp
     if axis == "efsdp":
         return sharded * dims.tp // dims.ep
@@ -71,9 +58,7 @@ def fsdp_units(
     parallelism: ParallelismConfig,
     pipeline_rank: int = 0,
 ) -> list[Unit]:
-    """The units that ``plan.parallelize`` makes, in the order of the forward pass, on the
-    ``pipeline_rank``-th rank of a pipeline.
-    """
+    """Units of ``plan.parallelize`` on a rank of a pipeline, in the order of the forward pass."""
     reshard = parallelism.fsdp_reshard_after_forward
     held = _held(model, parallelism, pipeline_rank)
     with torch.device("meta"):
@@ -98,7 +83,7 @@ def fsdp_units(
 
 
 def _held(model: Decoder.Config, parallelism: ParallelismConfig, pipeline_rank: int) -> set[str]:
-    """Names of the parts of a model on one rank of a pipeline."""
+    """Names of the embedding, blocks and head on a rank of a pipeline."""
     names: set[str] = set()
     stages = stage_blocks(parallelism, len(model.layers))
     for blocks in (stages[index] for index in rank_stages(parallelism, pipeline_rank)):
@@ -111,8 +96,8 @@ def _held(model: Decoder.Config, parallelism: ParallelismConfig, pipeline_rank: 
 
 
 def _parameters(built: Decoder, dims: ParallelDims) -> Iterator[tuple[str, list[int], int | None]]:
-    """Name and shape of what a rank holds after tensor and expert parallelism, and the dimension
-    that they cut.
+    """Name and shape of each parameter after tensor and expert parallelism, and the dimension that
+    they shard.
     """
     for prefix, module in built.named_modules():
         for leaf, parameter in module.named_parameters(recurse=False):
@@ -127,7 +112,7 @@ def _parameters(built: Decoder, dims: ParallelDims) -> Iterator[tuple[str, list[
 
 
 def _tensor_cut(model: Decoder, name: str, ndim: int) -> int | None:
-    """Dimension of a parameter that tensor parallelism cuts."""
+    """Dimension of a parameter that tensor parallelism shards, if any."""
     parts = name.split(".")
     for depth in range(len(parts)):
         split = getattr(model.get_submodule(".".join(parts[:depth])), "tensor_split", None)
@@ -138,12 +123,12 @@ def _tensor_cut(model: Decoder, name: str, ndim: int) -> int | None:
 
 
 def _unit_of(name: str, dims: ParallelDims) -> tuple[str, str]:
-    # the experts of all pools of a block travel together, over the ranks that hold the same ones
+    # the experts of a block are gathered together, from the ranks that hold the same ones
     return _part_of(name), "efsdp" if ".experts." in name and dims.ep > 1 else "fsdp"
 
 
 def _part_of(name: str) -> str:
-    """Embedding, head or block that a parameter is of."""
+    """Embedding, head or block of a parameter."""
     first, second, *_ = name.split(".")
     if first == "layers":
         return f"{first}.{second}"
@@ -151,6 +136,6 @@ def _part_of(name: str) -> str:
 
 
 def _shard_numel(shape: list[int], cut: int | None, ranks: int) -> int:
-    """Elements of one rank's shard, those of the largest where they differ."""
+    """Elements of the largest shard."""
     dim = shard_dimension(shape, () if cut is None else (cut,), ranks)
     return ceil(shape[dim] / ranks) * prod(shape) // shape[dim]

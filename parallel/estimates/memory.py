@@ -1,10 +1,9 @@
-"""Bytes that one rank needs in a training step: an estimate from the config alone.
+"""Estimates the bytes that a rank needs in a training step, from the config alone.
 
 Parameters, gradients and optimizer states are exact: a rank's shard of every unit, with padding.
-The rest is an estimate of the highest moment, in the head: what FSDP holds gathered, what autograd
-has saved, gradients of the head, which its forward makes, and a chunk of logits. Of a pipeline it
-is the fullest rank that counts. Not counted: the allocator's fragmentation, the runtime itself,
-buffers of the collectives library.
+The rest estimates the peak, in the head: gathered units, tensors saved by autograd, gradients of
+the head, which its forward computes, and a chunk of logits. In a pipeline the fullest rank counts.
+Not counted: fragmentation, the runtime, buffers of the collectives library.
 
 T tokens of a micro-batch, D width, N heads of width H, K key/value heads, F inner width, R routed
 rows, V vocabulary.
@@ -34,7 +33,7 @@ ADAM_STATES = 2
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one rank. ``gathered``: whole units and their gradients, as FSDP holds them."""
+    """Bytes on one rank. ``gathered``: whole units and their gradients in FSDP."""
 
     parameters: int
     gradients: int
@@ -45,7 +44,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """The sum of all."""
         return sum(getattr(self, field.name) for field in fields(self))
 
 
@@ -56,17 +55,15 @@ def rank_memory(
     parallelism: ParallelismConfig,
     ac_config: ActivationCheckpointing.Config | None,
 ) -> Memory:
-    """What a rank needs, the fullest of a pipeline; the arguments are those of
-    ``plan.parallelize``.
-    """
-    ranks = (
-        _pipeline_rank_memory(model, dims, training, parallelism, ac_config, rank)
-        for rank in range(dims.pp)
-    )
-    return max(ranks, key=lambda memory: memory.total)
+    """Memory of the fullest rank; arguments as of ``plan.parallelize``."""
+
+    def on_rank(rank: int) -> Memory:
+        return _rank_memory(model, dims, training, parallelism, ac_config, rank)
+
+    return max(map(on_rank, range(dims.pp)), key=lambda memory: memory.total)
 
 
-def _pipeline_rank_memory(
+def _rank_memory(
     model: Decoder.Config,
     dims: ParallelDims,
     training: TrainingConfig,
@@ -98,8 +95,8 @@ def _pipeline_rank_memory(
 
 
 def in_flight(parallelism: ParallelismConfig, parts: int, rank: int) -> int:
-    """Parts of a micro-batch whose activations the ``rank``-th rank of a pipeline holds at the
-    most; a part counts in each of the rank's stages.
+    """Maximal number of parts of a micro-batch whose activations a pipeline rank holds; a part
+    counts in each stage of the rank.
     """
     degree, schedule = parallelism.pipeline_parallel_degree, parallelism.pipeline_parallel_schedule
     if degree == 1 or schedule == "GPipe":
@@ -108,16 +105,15 @@ def in_flight(parallelism: ParallelismConfig, parts: int, rank: int) -> int:
     if schedule == "1F1B":
         return min(parts, after + 1)
     stages = SCHEDULES[schedule]
-    # arXiv 2104.04473, 2.2: a round of parts goes through each stage but the last, and two parts
-    # for each rank below; then every forward is followed by a backward
+    # arXiv 2104.04473, 2.2: a round of parts passes every stage but the last, and two parts for
+    # each later rank; then forward and backward alternate
     a_round = parts // (parts // degree)
     return min(parts * stages, (stages - 1) * a_round + 2 * after + 1)
 
 
 def _gathered(units: list[Unit], param: int, dims: ParallelDims) -> int:
-    """Units that stay, the two largest others (one in use, one prefetched), and the gradient of
-    one, in its own precision and as it is reduced. In a pipeline gradients too stay whole until all
-    micro-batches are through.
+    """Kept units, the two largest others (in use, prefetched), and one gradient, as computed and as
+    reduced. In a pipeline all units and gradients stay whole until the last micro-batch.
     """
     if dims.world_size == 1 and param == FP32:
         return 0
@@ -134,7 +130,7 @@ def _gathered(units: list[Unit], param: int, dims: ParallelDims) -> int:
 def _head(
     model: Decoder.Config, dims: ParallelDims, training: TrainingConfig, held_parts: int
 ) -> int:
-    """What its forward keeps of each part of a batch, and one chunk of logits."""
+    """Tensors saved of each part of a batch, and a chunk of logits."""
     dtype, words = TORCH_DTYPE_MAP[training.mixed_precision_param], model.vocab_size // dims.tp
     tokens = training.local_batch_size * training.seq_len
     chunk = chunk_tokens(tokens, words, dtype, "cuda") * words * dtype.itemsize
@@ -142,9 +138,7 @@ def _head(
 
 
 def kept_by_head(tokens: int, words: int, dim: int, dtype: torch.dtype) -> int:
-    """Bytes that autograd keeps of the head with its loss: the gradient of its input, and that of
-    its weight, summed over tokens, in fp32.
-    """
+    """Bytes saved of head and loss: gradients of the input, and of the weight in fp32."""
     return tokens * dim * dtype.itemsize + words * dim * FP32
 
 
@@ -153,7 +147,7 @@ def _saved(
     batch: Microbatch,
     ac_config: ActivationCheckpointing.Config | None,
 ) -> tuple[int, int]:
-    """Elements per token that autograd keeps of blocks, and of one more while it is recomputed."""
+    """Elements per token saved of all blocks, and of one while it is recomputed."""
     saved = [saved_per_token(layer, batch) for layer in layers]
     if isinstance(ac_config, FullAC.Config):  # inputs of all blocks
         return sum(layer.dim for layer in layers), max(saved)
@@ -165,8 +159,8 @@ def _saved(
 
 
 def saved_per_token(layer: Block.Config, batch: Microbatch) -> int:
-    """Elements per token that autograd keeps of one block: of its branches, and input and output of
-    their norms; on the rank that has the last positions of each row.
+    """Elements per token saved of a block, by its branches and norms, on the rank with the last
+    positions of each row.
     """
     branches = layer.branches.values()
     return sum(branch.saved(batch) for branch in branches) + 2 * len(branches) * layer.dim

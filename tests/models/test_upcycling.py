@@ -260,7 +260,7 @@ def test_what_cannot_be_begun_with_is_refused_before_anything_is_written(tmp_pat
 
     refused(r"start.run \(.*nowhere\) must be the folder of a run", run=str(tmp_path / "nowhere"))
     refused(r"start.step \(5\) must be a step with a checkpoint in .*: \[3\]", step=5)
-    refused(r"dataloader seed of the data \(7\).*begin anew in the data with --start.no-data")
+    refused(r"dataloader seed of the data \(7\).*or set --start.no-data")
     damaged = tmp_path / "damaged"
     damaged.mkdir()
     (damaged / "run.json").write_text((seed / "run.json").read_text())

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from collective_counter import CollectiveCounter
 from tiny_runs import MAMBAS, MODELS, loud
 from torch import multiprocessing
 from torch.distributed.device_mesh import init_device_mesh
@@ -21,7 +22,6 @@ from earlyfuse.models.batch import MixedBatch
 from earlyfuse.models.blocks.sequence_shard import FullSequence, SequenceShard
 from earlyfuse.models.context import ForwardSettings
 from earlyfuse.models.decoder import Decoder
-from earlyfuse.parallel.estimates.collective_counter import CollectiveCounter
 from earlyfuse.parallel.strategies.context import ContextParallelShard, positions_here
 
 WORDS = 48

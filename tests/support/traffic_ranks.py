@@ -14,14 +14,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from collective_counter import CollectiveCounter
 from layouts import BY_NAME
 from tiny_runs import tiny_config
 from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 
 from earlyfuse.parallel.compat import can_pipeline
-from earlyfuse.parallel.estimates.collective_counter import CollectiveCounter
 from earlyfuse.parallel.estimates.communication import microbatch_calls
-from earlyfuse.parallel.estimates.fsdp_units import accumulation, axis_ranks, fsdp_units
+from earlyfuse.parallel.estimates.fsdp_units import axis_ranks, fsdp_units
 from earlyfuse.parallel.estimates.memory import in_flight
 from earlyfuse.parallel.trainer import Trainer
 
@@ -95,7 +95,7 @@ def counted_step(folder, name):
     for call in microbatch_calls(*arguments, ac_config, stage):
         if axis_ranks(dims, call.axis) > 1:
             key = call.kind, axis_ranks(dims, call.axis), call.size
-            expected[key] += accumulation(training, dims)
+            expected[key] += trainer.gradient_accumulation_steps
     seen = Counter(tuple(call) for call in counter.seen)
     local = [p.to_local() if hasattr(p, "to_local") else p for p in trainer.model.parameters()]
     held = sum(p.numel() for p in local)
