@@ -59,8 +59,8 @@ def check_parallelism(
     """``ValueError`` naming the field if this plan cannot run ``model`` on ``ranks`` ranks."""
     if training.enable_cpu_offload and not torch.accelerator.is_available():
         raise ValueError(
-            "training.enable_cpu_offload (True) must be False without a GPU: parameters are in host "
-            "memory already"
+            "training.enable_cpu_offload (True) must be False without a GPU: parameters are "
+            "in host memory already"
         )
     check_pipeline(parallelism, training, model)
     check_context_parallel(parallelism, training, model)

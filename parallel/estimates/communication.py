@@ -49,20 +49,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from torchtitan.config import TORCH_DTYPE_MAP, ParallelismConfig, TrainingConfig
-from torchtitan.distributed import ParallelDims
-from torchtitan.distributed.activation_checkpoint import (
-    ActivationCheckpointing,
-    FullAC,
-    SelectiveAC,
-)
+from torchtitan.config import TORCH_DTYPE_MAP
+from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 
 from earlyfuse.kernels.linear_cross_entropy.chunked import chunk_tokens
-from earlyfuse.models.blocks.branch import FP32, Kind, Microbatch
-from earlyfuse.models.decoder import Decoder
-from earlyfuse.parallel.estimates.fsdp_units import axis_ranks, fsdp_units
-from earlyfuse.parallel.strategies.pipeline import microbatch, rank_stages, stage_blocks
-from earlyfuse.parallel.training.config_checks import accumulation_steps
+from earlyfuse.models.blocks.branch import FP32, Kind
+from earlyfuse.parallel.estimates.fsdp_units import fsdp_units
+from earlyfuse.parallel.estimates.step import Step
 
 
 @dataclass(frozen=True)
@@ -98,33 +91,24 @@ def received(kind: Kind, ranks: int, size: int) -> float:
     return (2 if kind == "all_reduce" else 1) * size * (ranks - 1) / ranks
 
 
-def step_traffic(
-    model: Decoder.Config,
-    dims: ParallelDims,
-    training: TrainingConfig,
-    parallelism: ParallelismConfig,
-    ac_config: ActivationCheckpointing.Config | None,
-) -> list[Traffic]:
+def step_traffic(step: Step) -> list[Traffic]:
     """Traffic of an optimizer step, most bytes first, without axes of one rank; in a pipeline that
-    of the rank that receives most. Arguments as of ``plan.parallelize``.
+    of the rank that receives most.
     """
-    microbatches = accumulation_steps(training, dims.dp_replicate * dims.dp_shard)
 
     def on_rank(pipeline_rank: int) -> list[Traffic]:
         calls: Counter[tuple[str, Kind, str]] = Counter()
         sizes: Counter[tuple[str, Kind, str]] = Counter()
-        for purpose, kind, axis, size in microbatch_calls(
-            model, dims, training, parallelism, ac_config, pipeline_rank
-        ):
-            calls[purpose, kind, axis] += microbatches
-            sizes[purpose, kind, axis] += microbatches * size
+        for purpose, kind, axis, size in microbatch_calls(step, pipeline_rank):
+            calls[purpose, kind, axis] += step.microbatches
+            sizes[purpose, kind, axis] += step.microbatches * size
         found = [
-            Traffic(*key, ranks=axis_ranks(dims, key[2]), calls=calls[key], size=size)
+            Traffic(*key, ranks=step.axis_ranks(key[2]), calls=calls[key], size=size)
             for key, size in sizes.items()
         ]
         return sorted((one for one in found if one.ranks > 1), key=lambda one: -one.received)
 
-    return max(map(on_rank, range(dims.pp)), key=total)
+    return max(map(on_rank, range(step.dims.pp)), key=total)
 
 
 def total(traffic: Iterable[Traffic], *, on_gloo: bool = False) -> float:
@@ -141,42 +125,25 @@ class Call(NamedTuple):
     size: int
 
 
-def microbatch_calls(
-    model: Decoder.Config,
-    dims: ParallelDims,
-    training: TrainingConfig,
-    parallelism: ParallelismConfig,
-    ac_config: ActivationCheckpointing.Config | None,
-    pipeline_rank: int = 0,
-) -> Iterator[Call]:
+def microbatch_calls(step: Step, pipeline_rank: int = 0) -> Iterator[Call]:
     """Every collective of a micro-batch on a rank of a pipeline, including those of one rank."""
-    param = TORCH_DTYPE_MAP[training.mixed_precision_param].itemsize
-    reduce = TORCH_DTYPE_MAP[training.mixed_precision_reduce].itemsize
-    for unit in fsdp_units(model, dims, parallelism, pipeline_rank):
+    param = step.param_dtype.itemsize
+    reduce = TORCH_DTYPE_MAP[step.training.mixed_precision_reduce].itemsize
+    for unit in fsdp_units(step, pipeline_rank):
         yield Call("parameters forward", "all_gather", unit.axis, unit.gathered_bytes(param))
         if not unit.kept:
             yield Call("parameters backward", "all_gather", unit.axis, unit.gathered_bytes(param))
         yield Call("gradients", "reduce_scatter", unit.axis, unit.gathered * reduce)
         yield Call("gradient replicas", "all_reduce", "dp_replicate", unit.shard * reduce)
-    stages = stage_blocks(parallelism, len(model.layers))
-    part = microbatch(parallelism, training)
-    for index in rank_stages(parallelism, pipeline_rank):
-        calls = list(_stage(model, stages[index], part, dims, ac_config))
-        yield from calls * (training.local_batch_size // part.local_batch_size)
+    for blocks in step.stages(pipeline_rank):
+        yield from list(_stage(step, blocks)) * step.parts
 
 
-def _stage(
-    model: Decoder.Config,
-    blocks: range,
-    training: TrainingConfig,
-    dims: ParallelDims,
-    ac_config: ActivationCheckpointing.Config | None,
-) -> Iterator[Call]:
+def _stage(step: Step, blocks: range) -> Iterator[Call]:
     """Collectives of a stage of ``blocks``, with embedding and head at its ends."""
-    full = isinstance(ac_config, FullAC.Config)
-    recomputed = full or isinstance(ac_config, SelectiveAC.Config)
-    batch = local_batch(training, dims)
-    dtype = TORCH_DTYPE_MAP[training.mixed_precision_param]
+    model, batch, dtype = step.model, step.local_batch, step.param_dtype
+    full = isinstance(step.recompute, FullAC.Config)
+    recomputed = full or isinstance(step.recompute, SelectiveAC.Config)
     activations = batch.tokens * model.dim * dtype.itemsize
     if blocks.start == 0:
         yield Call("embedding columns", "all_gather", "tp", activations)
@@ -184,27 +151,15 @@ def _stage(
         yield Call("stage activations", "receive", "pp", activations)
     if blocks.stop == len(model.layers):
         yield Call("split activations", "all_reduce", "tp", activations)  # backward
-        chunk = chunk_tokens(batch.tokens, model.vocab_size // dims.tp, dtype, "cuda")
+        chunk = chunk_tokens(batch.tokens, model.vocab_size // step.dims.tp, dtype, "cuda")
         for first in range(0, batch.tokens, chunk):
-            numbers = 3 * min(chunk, batch.tokens - first) * dims.tp
+            numbers = 3 * min(chunk, batch.tokens - first) * step.dims.tp
             yield Call("split losses", "all_gather", "tp", numbers * FP32)
     else:
         yield Call("stage gradients", "receive", "pp", activations)
-    for layer in (model.layers[block] for block in blocks):
-        for branch in layer.branches.values():
+    for block in blocks:
+        for branch in model.layers[block].branches.values():
             for one in branch.collectives(batch):
                 forwards = one.forward * (2 if full or (recomputed and not one.kept) else 1)
                 call = Call(one.purpose, one.kind, one.axis, one.size)
                 yield from [call] * (forwards + one.backward)
-
-
-def local_batch(training: TrainingConfig, dims: ParallelDims) -> Microbatch:
-    """The micro-batch that branches compute, and the ranks that share it."""
-    return Microbatch(
-        rows=training.local_batch_size,
-        seq_len=training.seq_len,
-        itemsize=TORCH_DTYPE_MAP[training.mixed_precision_param].itemsize,
-        tensor_ranks=dims.tp,
-        context_ranks=dims.cp,
-        expert_ranks=dims.ep,
-    )

@@ -7,33 +7,29 @@ Nothing is built, joined or written. Sizes and traffic are closed forms (``model
 from collections.abc import Iterator
 from dataclasses import replace
 
-from torchtitan.distributed import ParallelDims
-
 from earlyfuse.data.shards.source import TokenSource
 from earlyfuse.data.stream.lanes import Blend
 from earlyfuse.data.tokenizers import VOCABULARY_FILE
-from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.flops import count_parameters, training_flops
 from earlyfuse.models.vocabulary import Modality
 from earlyfuse.parallel.estimates.communication import step_traffic, total
 from earlyfuse.parallel.estimates.memory import rank_memory
+from earlyfuse.parallel.estimates.step import Step
 from earlyfuse.parallel.strategies.pipeline import stage_blocks
-from earlyfuse.parallel.trainer import Trainer, check
-from earlyfuse.parallel.training.config_checks import accumulation_steps
+from earlyfuse.parallel.trainer import Trainer
 from earlyfuse.parallel.training.data_config import DataSet, data_folder
 
 
 def describe(name: str, config: Trainer.Config, ranks: int) -> str:
     """A page about ``config`` on ``ranks`` ranks; ``ValueError`` if it cannot run there."""
-    model = check(config, ranks)
-    dims = ParallelDims.from_config(config.parallelism, ranks)
+    step = Step.of(config, ranks)
     lines = [f"{name} on {_count(ranks, 'rank')}. Nothing is built, joined or written.", ""]
     for title, section in (
-        ("model", _model(model, config)),
-        ("step", _step(model, config, dims)),
-        ("memory", _memory(model, config, dims)),
-        ("traffic", _traffic(model, config, dims)),
-        ("data", _data(config, dims)),
+        ("model", _model(step)),
+        ("step", _step(config, step)),
+        ("memory", _memory(step)),
+        ("traffic", _traffic(step)),
+        ("data", _data(config, step)),
     ):
         for line in section:
             lines.append(f"{title:<9}{line}")
@@ -42,10 +38,10 @@ def describe(name: str, config: Trainer.Config, ranks: int) -> str:
     return "\n".join(lines).rstrip()
 
 
-def _model(model: Decoder.Config, config: Trainer.Config) -> Iterator[str]:
-    parameters = count_parameters(model)
+def _model(step: Step) -> Iterator[str]:
+    model, parameters = step.model, count_parameters(step.model)
     yield f"{quantity(parameters.total)} parameters"
-    flops = training_flops(model, config.training.seq_len)
+    flops = training_flops(model, step.training.seq_len)
     for group, modality in enumerate(model.modalities):
         yield (
             f"{Modality(modality).label} tokens use {quantity(parameters.active[group])} of them: "
@@ -53,18 +49,18 @@ def _model(model: Decoder.Config, config: Trainer.Config) -> Iterator[str]:
         )
 
 
-def _step(model: Decoder.Config, config: Trainer.Config, dims: ParallelDims) -> Iterator[str]:
-    training, tokens = config.training, _step_tokens(config, dims)
-    flops_by_modality = training_flops(model, training.seq_len)
-    shares = _shares(model, config)
+def _step(config: Trainer.Config, step: Step) -> Iterator[str]:
+    training, tokens = step.training, step.rows * step.training.seq_len
+    flops_by_modality = training_flops(step.model, training.seq_len)
+    shares = _shares(config, len(step.model.modalities))
     flops = sum(s * f for s, f in zip(shares, flops_by_modality, strict=True))
-    microbatches = accumulation_steps(training, _data_ranks(dims))
     yield (
         f"{tokens:,} tokens: {training.local_batch_size} rows x {training.seq_len} x "
-        f"{_count(_data_ranks(dims), 'data rank')} x {_count(microbatches, 'micro-batch', 'es')}"
+        f"{_count(step.data_ranks, 'data rank')} x "
+        f"{_count(step.microbatches, 'micro-batch', 'es')}"
     )
-    yield from _pipeline(model, config, dims)
-    each = tokens * flops / dims.world_size
+    yield from _pipeline(step)
+    each = tokens * flops / step.dims.world_size
     yield f"{quantity(tokens * flops)}FLOP, {quantity(each)}FLOP per rank"
     yield (
         f"{training.steps:,} steps: {quantity(training.steps * tokens)} tokens, "
@@ -72,26 +68,24 @@ def _step(model: Decoder.Config, config: Trainer.Config, dims: ParallelDims) -> 
     )
 
 
-def _pipeline(model: Decoder.Config, config: Trainer.Config, dims: ParallelDims) -> Iterator[str]:
-    if dims.pp == 1:
+def _pipeline(step: Step) -> Iterator[str]:
+    ranks, parts = step.dims.pp, step.parts
+    if ranks == 1:
         return
-    parallelism = config.parallelism
-    stages = stage_blocks(parallelism, len(model.layers))
-    rows = parallelism.pipeline_parallel_microbatch_size
-    parts = config.training.local_batch_size // rows
+    stages = stage_blocks(step.parallelism, len(step.model.layers))
     # bubble: arXiv 2104.04473, 2.2
-    idle = (dims.pp - 1) / (dims.pp - 1 + parts * len(stages) // dims.pp)
+    idle = (ranks - 1) / (ranks - 1 + parts * len(stages) // ranks)
     yield (
-        f"a micro-batch passes in {_count(parts, 'part')} of {_count(rows, 'row')} through "
-        f"{' + '.join(str(len(blocks)) for blocks in stages)} blocks on {dims.pp} ranks "
-        f"({parallelism.pipeline_parallel_schedule}): idle at least {idle:.0%} of the time"
+        f"a micro-batch passes in {_count(parts, 'part')} of "
+        f"{_count(step.local_batch.rows, 'row')} through "
+        f"{' + '.join(str(len(blocks)) for blocks in stages)} blocks on {ranks} ranks "
+        f"({step.parallelism.pipeline_parallel_schedule}): idle at least {idle:.0%} of the time"
     )
 
 
-def _memory(model: Decoder.Config, config: Trainer.Config, dims: ParallelDims) -> Iterator[str]:
-    recompute = config.activation_checkpoint
-    memory = rank_memory(model, dims, config.training, config.parallelism, recompute)
-    yield f"{_bytes(memory.total)} {_which_rank(dims)}, of which"
+def _memory(step: Step) -> Iterator[str]:
+    recompute, memory = step.recompute, rank_memory(step)
+    yield f"{_bytes(memory.total)} {_which_rank(step)}, of which"
     policy = type(recompute).__qualname__.partition(".")[0]
     checkpointing = "no checkpointing" if recompute is None else policy
     for what, size in (
@@ -105,13 +99,12 @@ def _memory(model: Decoder.Config, config: Trainer.Config, dims: ParallelDims) -
         yield f"{_bytes(size):>11}  {what}"
 
 
-def _traffic(model: Decoder.Config, config: Trainer.Config, dims: ParallelDims) -> Iterator[str]:
-    recompute = config.activation_checkpoint
-    traffic = step_traffic(model, dims, config.training, config.parallelism, recompute)
+def _traffic(step: Step) -> Iterator[str]:
+    traffic = step_traffic(step)
     if not traffic:
         yield "none: one rank"
         return
-    yield f"{_bytes(total(traffic))} received in a step {_which_rank(dims)}, of which"
+    yield f"{_bytes(total(traffic))} received in a step {_which_rank(step)}, of which"
     for one in traffic:
         yield (
             f"{_bytes(one.received):>11}  {one.purpose}: {one.calls} {one.kind} over "
@@ -119,11 +112,11 @@ def _traffic(model: Decoder.Config, config: Trainer.Config, dims: ParallelDims) 
         )
 
 
-def _which_rank(dims: ParallelDims) -> str:
-    return "per rank" if dims.pp == 1 else "on the fullest rank of the pipeline"
+def _which_rank(step: Step) -> str:
+    return "per rank" if step.dims.pp == 1 else "on the fullest rank of the pipeline"
 
 
-def _data(config: Trainer.Config, dims: ParallelDims) -> Iterator[str]:
+def _data(config: Trainer.Config, step: Step) -> Iterator[str]:
     folder = data_folder(config.data)
     if folder is None:
         yield "none yet: prepare a folder (docs/data.md) and pass it with --data.folder"
@@ -138,11 +131,11 @@ def _data(config: Trainer.Config, dims: ParallelDims) -> Iterator[str]:
             return
     # refuses what the start would refuse, without making the embedded corpus
     data = DataSet(replace(config.data, folder=str(folder)))
-    data.resolve(config, dims.world_size)
+    data.resolve(config, step.dims.world_size)
     sources = tuple(TokenSource(folder / "train" / name) for name in data.shares)
     blend = Blend(sources, tuple(data.shares.values()), config.dataloader.media_share)
-    tokens = config.training.steps * _step_tokens(config, dims)
-    lanes = _step_tokens(config, dims) // config.training.seq_len
+    lanes = step.rows
+    tokens = step.training.steps * lanes * step.training.seq_len
     yield f"the run takes {quantity(tokens)} tokens in {_count(lanes, 'lane')} of {folder}:"
     for source, share in zip(sources, blend.effective_shares(), strict=True):
         size = sum(source.tokens.values())
@@ -157,22 +150,12 @@ def _data(config: Trainer.Config, dims: ParallelDims) -> Iterator[str]:
             )
 
 
-def _data_ranks(dims: ParallelDims) -> int:
-    return dims.dp_replicate * dims.dp_shard
-
-
-def _step_tokens(config: Trainer.Config, dims: ParallelDims) -> int:
-    training, ranks = config.training, _data_ranks(dims)
-    rows = accumulation_steps(training, ranks) * training.local_batch_size * ranks
-    return rows * training.seq_len
-
-
-def _shares(model: Decoder.Config, config: Trainer.Config) -> list[float]:
+def _shares(config: Trainer.Config, modalities: int) -> list[float]:
     """Share of each modality among the tokens: the loader's quota, else equal shares."""
-    others = len(model.modalities) - 1
+    others = modalities - 1
     media = config.dataloader.media_share
     if media is None or not others:
-        return [1 / len(model.modalities)] * len(model.modalities)
+        return [1 / modalities] * modalities
     return [1 - media, *[media / others] * others]
 
 

@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from math import ceil, prod
 
 import torch
-from torchtitan.config import ParallelismConfig
 from torchtitan.distributed import ParallelDims
 
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.precision import fp32_parameters
+from earlyfuse.parallel.estimates.step import Step
 from earlyfuse.parallel.strategies.expert import is_split
 from earlyfuse.parallel.strategies.fsdp import shard_dimension
-from earlyfuse.parallel.strategies.pipeline import rank_stages, stage_blocks
 
 
 @dataclass(frozen=True)
@@ -44,36 +43,23 @@ class Unit:
         return self.gathered * (torch.float32.itemsize if self.fp32 else param)
 
 
-def axis_ranks(dims: ParallelDims, axis: str) -> int:
-    """Ranks along a mesh axis."""
-    sharded = dims.dp_shard * dims.cp
-    if axis == "efsdp":
-        return sharded * dims.tp // dims.ep
-    return sharded if axis == "fsdp" else int(getattr(dims, axis))
-
-
-def fsdp_units(
-    model: Decoder.Config,
-    dims: ParallelDims,
-    parallelism: ParallelismConfig,
-    pipeline_rank: int = 0,
-) -> list[Unit]:
+def fsdp_units(step: Step, pipeline_rank: int = 0) -> list[Unit]:
     """Units of ``plan.parallelize`` on a rank of a pipeline, in the order of the forward pass."""
-    reshard = parallelism.fsdp_reshard_after_forward
-    held = _held(model, parallelism, pipeline_rank)
+    dims, reshard = step.dims, step.parallelism.fsdp_reshard_after_forward
+    held = _held(step, pipeline_rank)
     with torch.device("meta"):
-        built = model.build()
+        built = step.model.build()
     in_fp32 = fp32_parameters(built)
     shards: dict[tuple[str, str], int] = defaultdict(int)
     for name, shape, cut in _parameters(built, dims):
         unit, axis = (in_fp32[name], "fsdp") if name in in_fp32 else _unit_of(name, dims)
         if _part_of(name) in held:
-            shards[unit, axis] += _shard_numel(shape, cut, axis_ranks(dims, axis))
+            shards[unit, axis] += _shard_numel(shape, cut, step.axis_ranks(axis))
     return [
         Unit(
             name=unit,
             axis=axis,
-            ranks=axis_ranks(dims, axis),
+            ranks=step.axis_ranks(axis),
             shard=shard,
             kept=reshard == "never" or dims.pp > 1 or (unit == "head" and reshard != "always"),
             fp32=unit in in_fp32.values(),
@@ -82,15 +68,14 @@ def fsdp_units(
     ]
 
 
-def _held(model: Decoder.Config, parallelism: ParallelismConfig, pipeline_rank: int) -> set[str]:
+def _held(step: Step, pipeline_rank: int) -> set[str]:
     """Names of the embedding, blocks and head on a rank of a pipeline."""
     names: set[str] = set()
-    stages = stage_blocks(parallelism, len(model.layers))
-    for blocks in (stages[index] for index in rank_stages(parallelism, pipeline_rank)):
+    for blocks in step.stages(pipeline_rank):
         names |= {f"layers.{block}" for block in blocks}
         if blocks.start == 0:
             names.add("embedding")
-        if blocks.stop == len(model.layers):
+        if blocks.stop == len(step.model.layers):
             names.add("head")
     return names
 

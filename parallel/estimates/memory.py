@@ -9,24 +9,19 @@ T tokens of a micro-batch, D width, N heads of width H, K key/value heads, F inn
 rows, V vocabulary.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import astuple, dataclass
 from math import ceil
 
 import torch
-from torchtitan.config import TORCH_DTYPE_MAP, ParallelismConfig, TrainingConfig
-from torchtitan.distributed import ParallelDims
-from torchtitan.distributed.activation_checkpoint import (
-    ActivationCheckpointing,
-    FullAC,
-    SelectiveAC,
-)
+from torchtitan.config import TORCH_DTYPE_MAP
+from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 
 from earlyfuse.kernels.linear_cross_entropy.chunked import chunk_tokens
 from earlyfuse.models.blocks.branch import FP32, Microbatch
-from earlyfuse.models.decoder import Block, Decoder
-from earlyfuse.parallel.estimates.communication import local_batch
+from earlyfuse.models.decoder import Block
 from earlyfuse.parallel.estimates.fsdp_units import Unit, fsdp_units
-from earlyfuse.parallel.strategies.pipeline import SCHEDULES, microbatch, rank_stages, stage_blocks
+from earlyfuse.parallel.estimates.step import Step
+from earlyfuse.parallel.strategies.pipeline import SCHEDULES
 
 ADAM_STATES = 2
 
@@ -45,60 +40,42 @@ class Memory:
     @property
     def total(self) -> int:
         """The sum of all."""
-        return sum(getattr(self, field.name) for field in fields(self))
+        return sum(astuple(self))
 
 
-def rank_memory(
-    model: Decoder.Config,
-    dims: ParallelDims,
-    training: TrainingConfig,
-    parallelism: ParallelismConfig,
-    ac_config: ActivationCheckpointing.Config | None,
-) -> Memory:
-    """Memory of the fullest rank; arguments as of ``plan.parallelize``."""
-
-    def on_rank(rank: int) -> Memory:
-        return _rank_memory(model, dims, training, parallelism, ac_config, rank)
-
-    return max(map(on_rank, range(dims.pp)), key=lambda memory: memory.total)
+def rank_memory(step: Step) -> Memory:
+    """Memory of the fullest rank."""
+    ranks = (_memory(step, rank) for rank in range(step.dims.pp))
+    return max(ranks, key=lambda memory: memory.total)
 
 
-def _rank_memory(
-    model: Decoder.Config,
-    dims: ParallelDims,
-    training: TrainingConfig,
-    parallelism: ParallelismConfig,
-    ac_config: ActivationCheckpointing.Config | None,
-    rank: int,
-) -> Memory:
-    units = fsdp_units(model, dims, parallelism, rank)
-    held = sum(unit.shard for unit in units) * TORCH_DTYPE_MAP[training.dtype].itemsize
-    param = TORCH_DTYPE_MAP[training.mixed_precision_param].itemsize
-    part = microbatch(parallelism, training)
-    tokens = part.local_batch_size * part.seq_len
-    parts = training.local_batch_size // part.local_batch_size
-    held_parts = in_flight(parallelism, parts, rank)
-    stages = stage_blocks(parallelism, len(model.layers))
-    own = [stages[index] for index in rank_stages(parallelism, rank)]
-    layers = [model.layers[block] for blocks in own for block in blocks]
-    has_head = own[-1].stop == len(model.layers)
-    kept, recomputed = _saved(layers, local_batch(part, dims), ac_config)
+def _memory(step: Step, rank: int) -> Memory:
+    """Memory of a rank of a pipeline."""
+    model, batch, stages = step.model, step.local_batch, step.stages(rank)
+    units = fsdp_units(step, rank)
+    held = sum(unit.shard for unit in units) * TORCH_DTYPE_MAP[step.training.dtype].itemsize
+    parts = in_flight(step, rank)
+    has_head = stages[-1].stop == len(model.layers)
+    layers = [model.layers[block] for blocks in stages for block in blocks]
+    kept, recomputed = _saved(layers, step)
     kept += 2 * model.dim * has_head  # around the last norm
+    saved = parts * kept // len(stages) + recomputed
     return Memory(
         parameters=held,
         gradients=held,
         optimizer=ADAM_STATES * held,
-        gathered=_gathered(units, param, dims),
-        activations=tokens * param * (held_parts * kept // len(own) + recomputed),
-        head=has_head * _head(model, dims, part, ceil(held_parts / len(own))),
+        gathered=_gathered(units, step),
+        activations=batch.rows * batch.seq_len * batch.itemsize * saved,
+        head=has_head * _head(step, ceil(parts / len(stages))),
     )
 
 
-def in_flight(parallelism: ParallelismConfig, parts: int, rank: int) -> int:
+def in_flight(step: Step, rank: int) -> int:
     """Maximal number of parts of a micro-batch whose activations a pipeline rank holds; a part
     counts in each stage of the rank.
     """
-    degree, schedule = parallelism.pipeline_parallel_degree, parallelism.pipeline_parallel_schedule
+    degree, parts = step.parallelism.pipeline_parallel_degree, step.parts
+    schedule = step.parallelism.pipeline_parallel_schedule
     if degree == 1 or schedule == "GPipe":
         return parts
     after = degree - 1 - rank
@@ -111,13 +88,14 @@ def in_flight(parallelism: ParallelismConfig, parts: int, rank: int) -> int:
     return min(parts * stages, (stages - 1) * a_round + 2 * after + 1)
 
 
-def _gathered(units: list[Unit], param: int, dims: ParallelDims) -> int:
+def _gathered(units: list[Unit], step: Step) -> int:
     """Kept units, the two largest others (in use, prefetched), and one gradient, as computed and as
     reduced. In a pipeline all units and gradients stay whole until the last micro-batch.
     """
-    if dims.world_size == 1 and param == FP32:
+    param = step.param_dtype.itemsize
+    if step.dims.world_size == 1 and param == FP32:
         return 0
-    if dims.pp > 1:
+    if step.dims.pp > 1:
         whole = [unit.gathered for unit in units]
         in_use = sum(unit.gathered_bytes(param) for unit in units)
         return in_use + sum(whole) * FP32 + max(whole) * param
@@ -127,14 +105,12 @@ def _gathered(units: list[Unit], param: int, dims: ParallelDims) -> int:
     return kept + sum(freed[:2]) + largest * (param + FP32)
 
 
-def _head(
-    model: Decoder.Config, dims: ParallelDims, training: TrainingConfig, held_parts: int
-) -> int:
+def _head(step: Step, parts: int) -> int:
     """Tensors saved of each part of a batch, and a chunk of logits."""
-    dtype, words = TORCH_DTYPE_MAP[training.mixed_precision_param], model.vocab_size // dims.tp
-    tokens = training.local_batch_size * training.seq_len
+    dtype, words, batch = step.param_dtype, step.model.vocab_size // step.dims.tp, step.local_batch
+    tokens = batch.rows * batch.seq_len
     chunk = chunk_tokens(tokens, words, dtype, "cuda") * words * dtype.itemsize
-    return chunk + held_parts * kept_by_head(tokens, words, model.dim, dtype)
+    return chunk + parts * kept_by_head(tokens, words, step.model.dim, dtype)
 
 
 def kept_by_head(tokens: int, words: int, dim: int, dtype: torch.dtype) -> int:
@@ -142,19 +118,15 @@ def kept_by_head(tokens: int, words: int, dim: int, dtype: torch.dtype) -> int:
     return tokens * dim * dtype.itemsize + words * dim * FP32
 
 
-def _saved(
-    layers: list[Block.Config],
-    batch: Microbatch,
-    ac_config: ActivationCheckpointing.Config | None,
-) -> tuple[int, int]:
+def _saved(layers: list[Block.Config], step: Step) -> tuple[int, int]:
     """Elements per token saved of all blocks, and of one while it is recomputed."""
-    saved = [saved_per_token(layer, batch) for layer in layers]
-    if isinstance(ac_config, FullAC.Config):  # inputs of all blocks
-        return sum(layer.dim for layer in layers), max(saved)
-    if isinstance(ac_config, SelectiveAC.Config):
+    batch = step.local_batch
+    saved, inputs = [saved_per_token(layer, batch) for layer in layers], [x.dim for x in layers]
+    if isinstance(step.recompute, FullAC.Config):
+        return sum(inputs), max(saved)
+    if isinstance(step.recompute, SelectiveAC.Config):
         branches = [branch for layer in layers for branch in layer.branches.values()]
-        kept = sum(branch.saved_by_selective(batch) for branch in branches)
-        return sum(layer.dim for layer in layers) + kept, max(saved)
+        return sum(inputs) + sum(b.saved_by_selective(batch) for b in branches), max(saved)
     return sum(saved), 0
 
 

@@ -9,7 +9,7 @@ unbroken run. With several ranks, a line also has the times of the slowest (``st
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,7 @@ from earlyfuse.parallel.reporting.metrics_file import (
     as_line,
     drop_after,
 )
-from earlyfuse.parallel.reporting.optional_files import LineFile, tolerate
+from earlyfuse.parallel.reporting.optional_files import append_line, tolerate
 from earlyfuse.parallel.reporting.run_folder import CURVES, SAMPLES
 
 if TYPE_CHECKING:
@@ -155,7 +155,6 @@ class RunLogger(BaseLogger):
     ) -> None:
         self.wandb_config, self.wandb = wandb, BaseLogger()
         self.path = folder / METRICS_FILE
-        self.lines = LineFile(self.path)
         self.tensorboard_folder = folder / tensorboard if tensorboard else None
         self.writer: SummaryWriter | None = None
 
@@ -177,7 +176,7 @@ class RunLogger(BaseLogger):
     def log(self, metrics: dict[str, Any], step: int) -> None:
         """Write a line, and a scalar ``kind``/name per number."""
         with tolerate(self.path):
-            self.lines.append(as_line(metrics, step))
+            append_line(self.path, as_line(metrics, step))
         kind = metrics["kind"]
         scalars = {f"{kind}/{n}": v for n, v in metrics.items() if not isinstance(v, str)}
         self.wandb.log(scalars, step)
@@ -194,8 +193,6 @@ class RunLogger(BaseLogger):
 
     def close(self) -> None:
         """Close all outputs."""
-        with suppress(OSError):
-            self.lines.close()
         self.wandb.close()
         with self._events() as writer:
             if writer:

@@ -42,44 +42,30 @@ def lost_writes(folder: Path) -> str:
     return f"Writes lost: {', '.join(lost)}. " if lost else ""
 
 
-class LineFile:
-    """Appends whole lines to a file; a line that does not fit on the disk leaves no part."""
+def append_line(path: Path, line: str) -> None:
+    """Append ``line`` and a line break to ``path``, after dropping an unfinished last line.
 
-    def __init__(self, path: Path):
-        self.path = path
-        self._file: FileIO | None = None
-
-    def append(self, line: str) -> None:
-        """Write ``line`` and a line break; on ``OSError`` the file is as before."""
-        file = self._open()
-        size = os.fstat(file.fileno()).st_size
+    On ``OSError`` (a full disk) no part of ``line`` stays.
+    """
+    with FileIO(path, "a+") as file:
+        end = _end_of_lines(file)
+        file.truncate(end)
         left = memoryview(f"{line}\n".encode())
         try:
             while left:
                 left = left[file.write(left) :]
         except OSError:
-            file.truncate(size)
+            file.truncate(end)
             raise
 
-    def close(self) -> None:
-        """Close the file; the next line opens it again."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
 
-    def _open(self) -> FileIO:
-        if self._file is not None and os.fstat(self._file.fileno()).st_nlink:
-            return self._file
-        self.close()  # deleted meanwhile
-        self._file = FileIO(self.path, "a+")
-        self._drop_unfinished_line(self._file)
-        return self._file
-
-    @staticmethod
-    def _drop_unfinished_line(file: FileIO) -> None:
-        """Remove what a killed process wrote of its last line."""
-        if not os.fstat(file.fileno()).st_size:
-            return
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            end = content.rfind(b"\n") + 1
-        file.truncate(end)
+def _end_of_lines(file: FileIO) -> int:
+    """Size of the whole lines of ``file``; a killed process may leave a part of one."""
+    size = file.seek(0, os.SEEK_END)
+    if not size:
+        return 0
+    file.seek(-1, os.SEEK_END)
+    if file.read(1) == b"\n":
+        return size
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return content.rfind(b"\n") + 1

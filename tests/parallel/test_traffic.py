@@ -28,6 +28,7 @@ from earlyfuse.models.routing.expert_choice import expert_choice
 from earlyfuse.parallel.estimates import dry_run
 from earlyfuse.parallel.estimates.communication import Traffic, step_traffic, total
 from earlyfuse.parallel.estimates.memory import kept_by_head, rank_memory, saved_per_token
+from earlyfuse.parallel.estimates.step import Step
 from earlyfuse.tools.doctor import Cluster, main, step_time
 
 # counts of tokens and labels, loss sums, gradient norm: whatever the model
@@ -108,9 +109,14 @@ def test_static_routing_reads_no_value_on_the_host():
 
 
 def traffic_of(config, model, ranks, **degrees):
+    step = step_of(config, model, ranks, **degrees)
+    return step_traffic(step), step.dims
+
+
+def step_of(config, model, ranks, **degrees):
     parallelism = replace(config.parallelism, **degrees)
     dims = ParallelDims.from_config(parallelism, ranks)
-    return step_traffic(model, dims, config.training, parallelism, None), dims
+    return Step(model, dims, config.training, parallelism, None)
 
 
 @pytest.fixture
@@ -164,9 +170,7 @@ def test_activations_are_shared_out_over_the_ranks_of_a_row(run, name):
     model = (MODELS | MAMBAS)[name]()
 
     def activations(degree):
-        parallelism = replace(run.parallelism, context_parallel_degree=degree)
-        dims = ParallelDims.from_config(parallelism, degree)
-        return rank_memory(model, dims, run.training, parallelism, None).activations
+        return rank_memory(step_of(run, model, degree, context_parallel_degree=degree)).activations
 
     # keys and values of other ranks' positions, in two of about forty tensors, come on top
     assert 0.25 <= activations(4) / activations(1) < {"dense": 0.4, "mamba": 0.26}[name]
@@ -309,11 +313,10 @@ def test_what_the_head_keeps_is_predicted(dtype):
 @pytest.mark.parametrize("vocab_size", [1 << 16, 1 << 18])
 def test_memory_of_the_head_does_not_grow_with_tokens_but_by_their_gradients(run, vocab_size):
     model = decoders.dense(replace(SHAPE, vocab_size=vocab_size))
-    dims = ParallelDims.from_config(run.parallelism, 1)
 
     def head(rows):
-        training = replace(run.training, local_batch_size=rows)
-        return rank_memory(model, dims, training, run.parallelism, None).head
+        run.training.local_batch_size = rows
+        return rank_memory(step_of(run, model, 1)).head
 
     tokens = 8 * run.training.seq_len
     gradients = tokens * model.dim * 2

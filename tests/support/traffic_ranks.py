@@ -21,8 +21,9 @@ from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 
 from earlyfuse.parallel.compat import can_pipeline
 from earlyfuse.parallel.estimates.communication import microbatch_calls
-from earlyfuse.parallel.estimates.fsdp_units import axis_ranks, fsdp_units
+from earlyfuse.parallel.estimates.fsdp_units import fsdp_units
 from earlyfuse.parallel.estimates.memory import in_flight
+from earlyfuse.parallel.estimates.step import Step
 from earlyfuse.parallel.trainer import Trainer
 
 # ranks → name → model, parallelism, activation checkpointing, parameter dtype
@@ -88,27 +89,24 @@ def counted_step(folder, name):
     for trainer.step in (2, 3):  # step 1 would log
         with CollectiveCounter() as counter, noted_forwards(trainer) as in_flight_then:
             trainer.train_step(batches)
-    dims, training = trainer.parallel_dims, config.training
-    stage = dist.get_rank() * dims.pp // dims.world_size
-    arguments = (config.model_spec.model, dims, training, config.parallelism)
+    planned = Step.of(trainer.config, dist.get_world_size())
+    stage = dist.get_rank() * planned.dims.pp // dist.get_world_size()
     expected = Counter()
-    for call in microbatch_calls(*arguments, ac_config, stage):
-        if axis_ranks(dims, call.axis) > 1:
-            key = call.kind, axis_ranks(dims, call.axis), call.size
-            expected[key] += trainer.gradient_accumulation_steps
+    for call in microbatch_calls(planned, stage):
+        if (ranks := planned.axis_ranks(call.axis)) > 1:
+            expected[call.kind, ranks, call.size] += planned.microbatches
     seen = Counter(tuple(call) for call in counter.seen)
     local = [p.to_local() if hasattr(p, "to_local") else p for p in trainer.model.parameters()]
     held = sum(p.numel() for p in local)
-    units = fsdp_units(*arguments[:2], config.parallelism, stage)
     trainer.close()
     return {
         "expected": sorted(expected.items()),
         "seen": sorted(seen.items()),
         "held": held,
-        "predicted": sum(unit.shard for unit in units),
+        "predicted": sum(unit.shard for unit in fsdp_units(planned, stage)),
         "host_reads": counter.host_reads,
         "in_flight": max(in_flight_then, default=0),
-        "in_flight_predicted": predicted_in_flight(config, stage),
+        "in_flight_predicted": in_flight(planned, stage) if planned.dims.pp > 1 else 0,
     }
 
 
@@ -127,14 +125,6 @@ def noted_forwards(trainer):
     yield waiting
     for hook in hooks:
         hook.remove()
-
-
-def predicted_in_flight(config, rank):
-    parallelism = config.parallelism
-    if parallelism.pipeline_parallel_degree == 1:
-        return 0
-    parts = config.training.local_batch_size // parallelism.pipeline_parallel_microbatch_size
-    return in_flight(parallelism, parts, rank)
 
 
 def main(root, *names):
