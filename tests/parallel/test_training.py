@@ -205,13 +205,11 @@ def test_sigterm_saves_and_the_same_command_resumes(tmp_path, data):
         "trainer = config.build(); trainer.train(); trainer.close()\n"
         f"print('imported', [name for name in {UNUSED} if name in sys.modules])\n"
     )
-    job = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True)
-    for line in job.stdout:
-        if line.startswith("step"):
-            job.send_signal(signal.SIGTERM)
-            break
-    rest = job.stdout.read()
-    assert job.wait(60) == 0 and "the same command resumes" in rest
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True) as job:
+        next(line for line in job.stdout if line.startswith("step"))
+        job.send_signal(signal.SIGTERM)
+        assert "the same command resumes" in job.stdout.read()
+    assert job.returncode == 0
     saved = [p.name for p in (tmp_path / "run" / "checkpoint").glob("step-*")]
     assert saved and "step-40" not in saved
     again = subprocess.run(
