@@ -15,9 +15,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from collective_counter import CollectiveCounter
-from layouts import BY_NAME
-from tiny_runs import tiny_config
-from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
+from layouts import BY_NAME, RECOMPUTE
+from tiny_runs import changed, tiny_config
 
 from earlyfuse.parallel.compat import can_pipeline
 from earlyfuse.parallel.estimates.communication import microbatch_calls
@@ -26,64 +25,59 @@ from earlyfuse.parallel.estimates.memory import in_flight
 from earlyfuse.parallel.estimates.step import Step
 from earlyfuse.parallel.trainer import Trainer
 
-# ranks → name → model, parallelism, activation checkpointing, parameter dtype
-TWO = {
-    "fsdp": ("dense", {}, None, "float32"),
-    "fsdp, kept gathered": ("moma", {"fsdp_reshard_after_forward": "never"}, None, "float32"),
-    "fsdp, bf16, full": ("moma", {}, FullAC.Config(), "bfloat16"),
-    "replicated": ("moe_8x", {"data_parallel_replicate_degree": 2}, None, "float32"),
-    "tensor, full": ("moma", {"tensor_parallel_degree": 2}, FullAC.Config(), "float32"),
-    "experts, full": ("moma", {"expert_parallel_degree": 2}, FullAC.Config(), "float32"),
-    "shared, tensor": ("shared", {"tensor_parallel_degree": 2}, None, "float32"),
-    "token choice": ("token_choice", {}, None, "float32"),
-    "token choice, experts": ("token_choice", {"expert_parallel_degree": 2}, None, "float32"),
-    "token choice, experts, selective": (
-        "token_choice",
-        {"expert_parallel_degree": 2},
-        SelectiveAC.Config(),
-        "float32",
-    ),
-    "sequence": ("hybrid", {"context_parallel_degree": 2}, None, "float32"),
-    "sequence, bf16, full": ("hybrid", {"context_parallel_degree": 2}, FullAC.Config(), "bfloat16"),
-    "sequence, selective": (
-        "hybrid",
-        {"context_parallel_degree": 2},
-        SelectiveAC.Config(),
-        "float32",
-    ),
-}
+TENSOR, EXPERTS = {"tensor_parallel_degree": 2}, {"expert_parallel_degree": 2}
+SEQUENCE, REPLICAS = {"context_parallel_degree": 2}, {"data_parallel_replicate_degree": 2}
 PIPELINE = {"pipeline_parallel_degree": 2, "pipeline_parallel_microbatch_size": 2}
 INTERLEAVED = PIPELINE | {
     "pipeline_parallel_schedule": "Interleaved1F1B",
     "pipeline_parallel_first_stage_less_layers": 0,
     "pipeline_parallel_last_stage_less_layers": 0,
 }
-if can_pipeline():
-    TWO["pipeline"] = ("dense", PIPELINE, None, "float32")
-    gpipe = PIPELINE | {"pipeline_parallel_schedule": "GPipe"}
-    TWO["pipeline, bf16, full"] = ("moma", gpipe, FullAC.Config(), "bfloat16")
-TENSOR, EXPERTS = {"tensor_parallel_degree": 2}, {"expert_parallel_degree": 2}
-FOUR = {
-    "pipeline of shards": ("moma", PIPELINE, None, "float32"),
-    "pipeline of shards, interleaved": ("deep", INTERLEAVED, None, "float32"),
-    "pipeline of split tensors": ("moma", PIPELINE | TENSOR, None, "float32"),
-    "pipeline of experts": ("moma", PIPELINE | EXPERTS, None, "float32"),
+# name → model, parallelism, and "full", "selective" or "bf16"
+TWO = {
+    "fsdp": ("dense", {}),
+    "fsdp, kept gathered": ("moma", {"fsdp_reshard_after_forward": "never"}),
+    "fsdp, bf16, full": ("moma", {}, "bf16", "full"),
+    "replicated": ("moe_8x", REPLICAS),
+    "tensor, full": ("moma", TENSOR, "full"),
+    "experts, full": ("moma", EXPERTS, "full"),
+    "shared, tensor": ("shared", TENSOR),
+    "token choice": ("token_choice", {}),
+    "token choice, experts": ("token_choice", EXPERTS),
+    "token choice, experts, selective": ("token_choice", EXPERTS, "selective"),
+    "sequence": ("hybrid", SEQUENCE),
+    "sequence, bf16, full": ("hybrid", SEQUENCE, "bf16", "full"),
+    "sequence, selective": ("hybrid", SEQUENCE, "selective"),
 }
-LAYOUTS = {2: TWO, 4: FOUR if can_pipeline() else {}}
+PIPELINES = {
+    "pipeline": ("dense", PIPELINE),
+    "pipeline, bf16, full": (
+        *("moma", PIPELINE | {"pipeline_parallel_schedule": "GPipe"}),
+        *("bf16", "full"),
+    ),
+}
+FOUR = {
+    "pipeline of shards": ("moma", PIPELINE),
+    "pipeline of shards, interleaved": ("deep", INTERLEAVED),
+    "pipeline of split tensors": ("moma", PIPELINE | TENSOR),
+    "pipeline of experts": ("moma", PIPELINE | EXPERTS),
+}
+LAYOUTS = {2: TWO | PIPELINES, 4: FOUR} if can_pipeline() else {2: TWO, 4: {}}
 
 
 def counted_step(folder, name):
-    model, parallelism, ac_config, dtype = (TWO | FOUR)[name]
+    model, parallelism, *words = (TWO | PIPELINES | FOUR)[name]
     config = tiny_config(folder / name.replace(" ", "_"), folder / "data", BY_NAME[model]())
+    fields = {f"parallelism.{field}": value for field, value in parallelism.items()}
+    fields |= {"training.global_batch_size": 8, "validator.batch_rows": 8}
+    fields |= {"metrics.log_freq": 100, "checkpoint.enable": False, "validator.enable": False}
+    changed(config, fields)
     config.training.local_batch_size *= parallelism.get("pipeline_parallel_degree", 1)
-    for field, value in parallelism.items():
-        setattr(config.parallelism, field, value)
-    config.activation_checkpoint = ac_config
-    config.training.mixed_precision_param = dtype
-    config.training.global_batch_size = 8
-    config.metrics.log_freq = 100
-    config.checkpoint.enable = config.validator.enable = False
-    config.validator.batch_rows = 8
+    for word in words:
+        if word == "bf16":
+            config.training.mixed_precision_param = "bfloat16"
+        else:
+            config.activation_checkpoint = RECOMPUTE[word]
     trainer = Trainer(config)
     batches = trainer.batch_generator(trainer.dataloader)
     for trainer.step in (2, 3):  # step 1 would log
