@@ -10,7 +10,8 @@ from torchtitan.config import Configurable
 
 from earlyfuse.kernels.linear_cross_entropy import linear_cross_entropy
 from earlyfuse.models.batch import MixedBatch
-from earlyfuse.models.objectives.sums import MODALITIES, Losses, label_buckets
+from earlyfuse.models.objectives.sums import Losses, label_buckets
+from earlyfuse.models.vocabulary import Modality
 
 
 class ChameleonObjective(Configurable):
@@ -28,18 +29,19 @@ class ChameleonObjective(Configurable):
                 )
 
     sum_names: tuple[str, ...] = ("loss", "z_loss")
-    """Names of ``Losses.sums``: ranks without the head have to know them too."""
+    """Names of ``Losses.sums``, also for ranks without the head."""
 
     def __init__(self, config: Config, **_: Any):
         self.z_loss = config.z_loss
 
     def loss_of(self, batch: MixedBatch, sources: int = 1) -> Callable[..., Losses]:
-        """The ``loss`` of ``Decoder.forward`` for this batch, whose sources are below ``sources``.
+        """The ``loss`` of ``Decoder.forward`` for this batch of so many ``sources``.
 
-        It is called with hidden states (T, D), the head's weight (V, D) and, where the weight is
-        split over ranks, ``shard``.
+        Called with hidden states (T, D), the head's weight (V, D), and ``shard`` under tensor
+        parallelism.
         """
         labels_T, bucket_T = batch.labels_BS.reshape(-1), label_buckets(batch)
+        shape = (sources, len(Modality))
 
         def loss(x_TD: torch.Tensor, w_VD: torch.Tensor, **shard: Any) -> Losses:
             total, nll_K, z_K = linear_cross_entropy(
@@ -47,11 +49,11 @@ class ChameleonObjective(Configurable):
                 w_VD,
                 labels_T,
                 bucket_T,
-                modalities=sources * MODALITIES,
+                modalities=math.prod(shape),
                 z_weight=self.z_loss,
                 **shard,
             )
-            nll_NM, z_NM = (sums_K.view(sources, MODALITIES) for sums_K in (nll_K, z_K))
-            return Losses(total, {"loss": nll_NM, "z_loss": self.z_loss * z_NM})
+            sums = {"loss": nll_K.view(shape), "z_loss": self.z_loss * z_K.view(shape)}
+            return Losses(total, sums)
 
         return loss

@@ -3,7 +3,7 @@
 Sums, not means: ranks and micro-batches hold different numbers of text and image tokens, so the
 caller adds them up and divides by global counts, and a batch without images is no special case.
 
-N data sources, M modality ids, T = B·S.
+N data sources, M registered modalities (``len(Modality)``, read at each call), T = B·S, K = N·M.
 """
 
 from typing import NamedTuple
@@ -19,9 +19,8 @@ MODALITIES = len(Modality)
 class Losses(NamedTuple):
     """The result of an objective for one batch.
 
-    ``total``  () with gradient; divided by the number of labels, it is what to minimise
-    ``sums``   name → (N, M) without gradient, for reading; a name is that of a metric. Every
-               objective has "loss", in nats
+    ``total``  () with gradient, to be divided by the number of labels and minimised
+    ``sums``   name of a metric → (N, M) without gradient. Every objective has "loss", in nats
     """
 
     total: torch.Tensor
@@ -30,13 +29,14 @@ class Losses(NamedTuple):
 
 def label_buckets(batch: MixedBatch) -> torch.Tensor:
     """(T,) int64: source · M + modality of each label, the flat index of an (N, M) table."""
-    return (batch.source_BS.long() * MODALITIES + batch.label_modality_BS).flatten()
+    return (batch.source_BS.long() * len(Modality) + batch.label_modality_BS).flatten()
 
 
 def label_counts(batch: MixedBatch, sources: int) -> torch.Tensor:
-    """(N, M) int64: labels that count."""
+    """(N, M) int64: labels that are not ignored."""
     counted_T = (batch.labels_BS != IGNORE_LABEL).flatten()
-    # no bincount of the counted ones alone: on a GPU the host would wait for their number
-    bucket_T = torch.where(counted_T, label_buckets(batch), sources * MODALITIES)
-    counts_K = torch.zeros(sources * MODALITIES + 1, dtype=torch.int64, device=bucket_T.device)
+    # ignored labels go to a bucket behind: on a GPU the host would wait for bincount
+    buckets = sources * len(Modality)
+    bucket_T = torch.where(counted_T, label_buckets(batch), buckets)
+    counts_K = torch.zeros(buckets + 1, dtype=torch.int64, device=bucket_T.device)
     return counts_K.index_add_(0, bucket_T, torch.ones_like(bucket_T))[:-1].view(sources, -1)

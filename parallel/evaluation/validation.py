@@ -156,7 +156,7 @@ class Validation(Validator):
     def _task_checks(
         self, name: str, model: Decoder | Pipeline, settings: ForwardSettings
     ) -> dict[str, float]:
-        metrics = {}
+        metrics: dict[str, float] = {}
         for task in self.tasks:
             accuracy = task.accuracy(model, self.batches, self.ranks, settings)
             metrics |= {f"{name}/{task.name}": accuracy, f"chance/{task.name}": task.chance}
