@@ -119,7 +119,7 @@ def _which_rank(step: Step) -> str:
 def _data(config: Trainer.Config, step: Step) -> Iterator[str]:
     folder = data_folder(config.data)
     if folder is None:
-        yield "none yet: prepare a folder (docs/data.md) and pass it with --data.folder"
+        yield "none yet: prepare some (docs/data.md) and pass the folder with --data.folder"
         return
     if not (folder / "tokenizers" / VOCABULARY_FILE).exists():
         if not config.data.folder:

@@ -62,8 +62,9 @@ class DataSet(Configurable):
         folder = data_folder(config)
         if folder is None:
             raise ValueError(
-                "data.folder is required for this config; prepare one with `python -m "
-                "earlyfuse.tools.prepare build --out FOLDER …` and pass it (docs/data.md)"
+                "data.folder is required for this config: prepare one with `python -m "
+                "earlyfuse.tools.prepare build --out FOLDER …`, and pass --data.folder FOLDER "
+                "(docs/data.md)"
             )
         self.folder = folder
         self._opened: dict[Path, TokenSource] = {}
