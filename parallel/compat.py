@@ -1,22 +1,20 @@
 """Adapts torchtitan 0.3.0 to torch 2.13 and to machines without a GPU.
 
-Each entry says which event removes it. Nothing else in the project patches anything, but for the
-launcher's agent (``tools/launch.py``).
+Each entry states when it can be removed. Nothing else in the project patches libraries, except for
+the launcher's agent (``tools/launch.py``).
 
 ==============================  ===================================================================
-entry                           goes away when
+entry                           can be removed when
 ==============================  ===================================================================
-``_use_cpu_if_alone``           torchtitan finds the CPU by itself instead of assuming CUDA
+``_use_cpu``                    torchtitan detects the CPU instead of assuming CUDA
 ``_CpuDevice``                  ``torch.cpu`` has the memory and property calls of ``torch.cuda``
 ``_shim_set_timeout``           the pinned torch is ≥ 2.14: it has ``dist.set_timeout``
-``_losses_are_visible``         torchtitan's trainer warns only where rank 0 does not log the losses
-``_quiet_cpu_meshes``           torch's random operators on DTensors know CPU meshes, or torchtitan
-                                seeds them only where a model draws from them; none here does
-``can_pipeline``                the pinned torch is ≥ 2.14: schedules take micro-batches as they are
-``_recompute_past_profiling``   torch leaves the profiler's marks out of what it compares, or FSDP's
-                                hooks make as many in backward as in forward
+``_allow_hidden_losses``        torchtitan warns only if rank 0 does not log the losses
+``_quiet_cpu_meshes``           torch's random operators on DTensors support CPU meshes
+``can_pipeline``                the pinned torch is ≥ 2.14: schedules accept split micro-batches
+``_ignore_profiler_marks``      selective checkpointing ignores the profiler's operators
 ``reduce_with_plain_sums``      gloo supports PREMUL_SUM, or torchtitan stops dividing by 1
-``light_imports``               torchtitan imports ``datasets``, and compiles, where it uses them
+``light_imports``               torchtitan imports ``datasets``, and compiles, on first use
 ==============================  ===================================================================
 """
 
@@ -42,20 +40,19 @@ from torch.utils.checkpoint import SAC_IGNORED_OPS
 
 
 def apply() -> None:
-    """Make torchtitan usable here; safe to call again, before or after other torchtitan imports."""
-    _use_cpu_if_alone()
+    """Patch torchtitan; idempotent, before or after other imports of torchtitan."""
+    _use_cpu()
     _shim_set_timeout()
-    _losses_are_visible()
+    _allow_hidden_losses()
     _quiet_cpu_meshes()
-    _recompute_past_profiling()
+    _ignore_profiler_marks()
 
 
 def join_process_group_alone() -> bool:
-    """Without a launcher, become the only rank of a job of one; False if there is a launcher.
+    """Without a launcher, become a job of one rank; False under a launcher.
 
-    torchtitan always needs a process group. This one lives in memory: no port, no environment
-    variables that a child process could inherit, besides LOCAL_RANK, which torchtitan reads the
-    device from.
+    torchtitan needs a process group. This one is in memory: no port, and no environment variables
+    that child processes inherit, except LOCAL_RANK, from which torchtitan takes the device.
     """
     if "RANK" in os.environ:
         return False
@@ -66,12 +63,12 @@ def join_process_group_alone() -> bool:
 
 
 def can_pipeline() -> bool:
-    """Whether torch's pipeline schedules take the micro-batches that torchtitan gives them."""
+    """True if torch's pipeline schedules accept torchtitan's micro-batches."""
     return torch.__version__ >= "2.14"
 
 
 def reduce_with_plain_sums(model: nn.Module) -> None:
-    """Let FSDP reduce by plain sums: its division by 1.0 is a PREMUL_SUM, which gloo lacks."""
+    """Reduce by plain sums in FSDP: dividing by 1.0 takes PREMUL_SUM, which gloo lacks."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_force_sum_reduction_for_comms(True)
@@ -79,11 +76,10 @@ def reduce_with_plain_sums(model: nn.Module) -> None:
 
 @contextmanager
 def light_imports() -> Iterator[None]:
-    """Import torchtitan in here: 6.7 s of CPU time instead of 10.3, and less memory, in every rank.
+    """Import torchtitan in this context: 6.7 s of CPU time instead of 10.3, and less memory.
 
-    Its own text data bring Hugging Face's ``datasets`` (pandas, arrow, aiohttp), and its
-    attention is compiled at import, which brings torch's inductor. A run of ours uses neither;
-    whoever does gets them at the first use.
+    Its text data import Hugging Face's ``datasets`` (pandas, arrow, aiohttp), and its attention
+    calls ``torch.compile``, which imports inductor. Runs use neither; both load on first use.
     """
     late = {name: _LateModule(name) for name in ("datasets", "datasets.distributed")}
     if "datasets" in sys.modules:
@@ -98,7 +94,7 @@ def light_imports() -> Iterator[None]:
 
 
 class _LateModule(ModuleType):
-    """Stands for a module in ``from … import``."""
+    """Stands in for a module in ``from … import``."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -107,7 +103,7 @@ class _LateModule(ModuleType):
 
 
 class _LateName:
-    """A function or class that is imported when it is called or asked for its instances."""
+    """A function or class that is imported when called or used in ``isinstance``."""
 
     def __init__(self, module: str, name: str):
         self.find = lambda: getattr(importlib.import_module(module), name)
@@ -120,7 +116,7 @@ class _LateName:
 
 
 def _compile_late(compile: Callable[..., Any]) -> Callable[..., Any]:
-    """``torch.compile`` of functions, done when they are first called."""
+    """``torch.compile`` that compiles a function on its first call."""
 
     def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
         do = functools.cache(lambda: compile(function, **options))
@@ -148,18 +144,18 @@ class _CpuDevice:
         return {"active_bytes.all.peak": peak, "reserved_bytes.all.peak": peak}
 
     def reset_peak_memory_stats(self, device: Any = None) -> None:
-        """The kernel's peak of resident memory cannot be reset."""
+        """No effect: the peak of resident memory cannot be reset."""
 
     def empty_cache(self) -> None:
-        """The CPU allocator keeps no cache of its own."""
+        """No effect: the CPU allocator has no cache."""
 
 
-def _use_cpu_if_alone() -> None:
+def _use_cpu() -> None:
     if titan_utils.device_type == "cpu" or torch.accelerator.is_available():
         return
     old_type, old_module = titan_utils.device_type, titan_utils.device_module
     cpu = _CpuDevice()
-    # torchtitan's modules copy the two globals when they are imported, so mend every copy
+    # torchtitan's modules copy both globals on import: patch every copy
     for name, module in list(sys.modules.items()):
         if name.startswith("torchtitan."):
             if getattr(module, "device_type", None) == old_type:
@@ -168,9 +164,9 @@ def _use_cpu_if_alone() -> None:
                 module.device_module = cpu  # type: ignore[attr-defined]
 
 
-def _losses_are_visible() -> None:
-    """Of a pipeline, too: rank 0 logs all metrics. torchtitan would ask for another rank's log."""
-    trainer = sys.modules.get("torchtitan.trainer")  # slow to import, and not always needed
+def _allow_hidden_losses() -> None:
+    """Silence a warning for pipelines: rank 0 logs all metrics."""
+    trainer = sys.modules.get("torchtitan.trainer")  # slow to import, not always needed
     if trainer is not None:
         trainer.ensure_pp_loss_visible = lambda **_: None  # type: ignore[attr-defined]
 
@@ -179,9 +175,9 @@ def _quiet_cpu_meshes() -> None:
     warnings.filterwarnings("ignore", "DTensor .* may not have complete support on cpu")
 
 
-def _recompute_past_profiling() -> None:
-    """FSDP units inside a block mark its recomputation as the root, a mark more than in forward,
-    which selective checkpointing takes for another computation.
+def _ignore_profiler_marks() -> None:
+    """FSDP units inside a block emit a profiler mark more in recomputation than in forward, which
+    selective checkpointing takes for another computation.
     """
     marks = torch.ops.profiler
     SAC_IGNORED_OPS.update(

@@ -1,17 +1,16 @@
-"""The parallel plan: one function that applies everything, in order.
+"""Parallelizes a model: one function that applies all strategies, in order.
 
-0. pipeline parallelism — before all this, ``strategies/pipeline.py`` splits the model into stages;
-   each goes through the plan by itself;
-1. tensor and expert parallelism — shard the parameters themselves, so that everything after sees
-   what a rank holds; context parallelism changes no parameter: each forward is given the
-   ``SequenceShard``, and FSDP shards parameters over these ranks too;
-2. activation checkpointing — wraps blocks before they are compiled, so that compile sees the
-   recomputation;
-3. compile — per block, so that all layers share one graph;
-4. FSDP2 or HSDP — last, around compiled blocks: its hooks gather parameters outside the graph.
+0. pipeline parallelism: ``strategies/pipeline.py`` splits the model into stages beforehand; each
+   goes through this plan by itself;
+1. tensor and expert parallelism: shard the parameters, so that later steps see a rank's shards.
+   Context parallelism changes no parameters: forwards are given the ``SequenceShard``, and FSDP
+   shards over these ranks too;
+2. activation checkpointing: wraps blocks before compile, which then sees the recomputation;
+3. compile: per block, so that all layers share one graph;
+4. FSDP2 or HSDP: last, so that its hooks gather parameters outside the compiled graphs.
 
 n ranks compute what one rank computes on the same global batch: gradients are summed, not averaged,
-because losses are already divided by global counts.
+as losses are already divided by global counts.
 """
 
 import torch
@@ -38,7 +37,7 @@ def parallelize(
     ac_config: ActivationCheckpointing.Config | None,
     dump_folder: str,
 ) -> Decoder:
-    """Spread ``model`` (on the meta device) over the ranks of ``parallel_dims``, in place."""
+    """Parallelize ``model`` (on the meta device) over ``parallel_dims``, in place."""
     if parallel_dims.tp_enabled:
         apply_tensor_parallel(model, parallel_dims.get_mesh("tp"))
     if parallel_dims.ep_enabled:
@@ -57,14 +56,11 @@ def parallelize(
 def check_parallelism(
     parallelism: ParallelismConfig, training: TrainingConfig, model: Decoder.Config, ranks: int
 ) -> None:
-    """Refuses what this plan cannot spread over ``ranks``, before anything is built.
-
-    Raises ``ValueError`` naming the field.
-    """
+    """``ValueError`` naming the field if this plan cannot run ``model`` on ``ranks`` ranks."""
     if training.enable_cpu_offload and not torch.accelerator.is_available():
         raise ValueError(
-            "training.enable_cpu_offload (True) must be False without a GPU: everything is in host "
-            "memory already"
+            "training.enable_cpu_offload (True) must be False without a GPU: parameters are "
+            "in host memory already"
         )
     check_pipeline(parallelism, training, model)
     check_context_parallel(parallelism, training, model)

@@ -1,4 +1,4 @@
-"""torchtitan's trainer and validator, imported without what a run of ours does not use."""
+"""torchtitan's trainer and validator, imported without what runs do not use."""
 
 from earlyfuse.parallel import compat
 

@@ -1,9 +1,9 @@
-"""The trainer: torchtitan's, with mixed-modal batches, losses and metrics.
+"""Trains a ``Decoder`` on mixed-modal batches: torchtitan's trainer with another step and metrics.
 
-Inherits from torchtitan: process groups and meshes, building on meta, optimizer, schedules, DCP
-checkpoints, profiler. Overrides: the step, with sums of losses per source and label modality over
-global counts; metrics per modality; validation on a fixed list. Adds fault handling
-(docs/reliability.md): graceful stops, skipped steps, a watchdog.
+From torchtitan: process groups and meshes, meta-device build, optimizer, schedules, DCP
+checkpoints, profiler. Overridden: the step, whose losses are sums per source and label modality,
+divided by global counts; metrics per modality; validation on fixed rows. Added: fault handling
+(docs/reliability.md) by graceful stops, skipped steps and a watchdog.
 
 N data sources, M modality ids.
 """
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 from torchtitan.distributed import ParallelDims
 
@@ -26,8 +27,9 @@ from earlyfuse.models.batch import MixedBatch
 from earlyfuse.models.context import ForwardSettings
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.objectives.next_token import ChameleonObjective
-from earlyfuse.models.objectives.sums import MODALITIES, label_counts
+from earlyfuse.models.objectives.sums import label_counts
 from earlyfuse.models.state_dicts.config_json import describe
+from earlyfuse.models.vocabulary import Modality
 from earlyfuse.parallel import compat
 from earlyfuse.parallel import torchtitan_run as titan
 from earlyfuse.parallel.checkpoint.manager import Checkpoints
@@ -40,7 +42,6 @@ from earlyfuse.parallel.reliability.watchdog import Phase, Watchdog
 from earlyfuse.parallel.reporting import rank_log, run_folder
 from earlyfuse.parallel.reporting.metrics import RunMetrics
 from earlyfuse.parallel.reporting.optional_files import lost_writes, tolerate
-from earlyfuse.parallel.reporting.run_folder import CURVES, SAMPLES
 from earlyfuse.parallel.strategies.context import positions_here, sequence_shard
 from earlyfuse.parallel.strategies.gradient_clipping import GradientClipping
 from earlyfuse.parallel.strategies.pipeline import Pipeline
@@ -48,7 +49,11 @@ from earlyfuse.parallel.training.after_step import after_step
 from earlyfuse.parallel.training.config_checks import check_config
 from earlyfuse.parallel.training.data_config import DataSet, NoTokenizer
 from earlyfuse.parallel.training.dropout_seed import seed_dropout
-from earlyfuse.parallel.training.freezing import apart, causal_routers_alone, check_optimizer
+from earlyfuse.parallel.training.freezing import (
+    causal_routers_alone,
+    check_optimizer,
+    split_router_parameters,
+)
 from earlyfuse.parallel.training.host_copy import HostCopy
 from earlyfuse.parallel.training.lr_schedule import LearningRate
 from earlyfuse.parallel.training.rank_sums import is_first_along, sum_over_ranks
@@ -64,20 +69,27 @@ from earlyfuse.parallel.training.warm_start import WarmStart
 
 
 def resolve(config: "Trainer.Config") -> tuple["Trainer.Config", DataSet]:
-    """A copy of ``config`` with what follows from other fields and the data, and the data.
+    """A copy of ``config`` filled in from other fields and the data, and the data.
 
-    Raises ``ValueError`` for what cannot be right, before anything is built.
+    ``ValueError``, before anything is built, for a config that cannot run.
     """
     config = deepcopy(config)
-    assert config.model_spec is not None, "configs always set model_spec"
-    model, ranks = config.model_spec.model, int(os.environ.get("WORLD_SIZE", "1"))
-    assert isinstance(model, Decoder.Config)
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    model = check(config, ranks)
     if config.debug.seed is not None:
         model.seed = config.debug.seed
-    check_config(config)
-    check_parallelism(config.parallelism, config.training, model, ranks)
     data = DataSet(config.data)
     return data.resolve(config, ranks), data
+
+
+def check(config: "Trainer.Config", ranks: int) -> Decoder.Config:
+    """The model of ``config``; ``ValueError`` if it cannot run on ``ranks`` ranks with any data."""
+    assert config.model_spec is not None, "configs always set model_spec"
+    model = config.model_spec.model
+    assert isinstance(model, Decoder.Config)
+    check_config(config)
+    check_parallelism(config.parallelism, config.training, model, ranks)
+    return model
 
 
 class Trainer(titan.Trainer):
@@ -99,7 +111,7 @@ class Trainer(titan.Trainer):
         start: WarmStart.Config = field(default_factory=WarmStart.Config)
 
         train_only: Literal["everything", "causal_routers"] = "everything"
-        """Leave all but the causal routers as they are: the second stage (docs/moma.md)."""
+        """Parameters to train; only the causal routers in a second stage (docs/moma.md)."""
 
     config: Config
     loss_fn: ChameleonObjective
@@ -119,8 +131,8 @@ class Trainer(titan.Trainer):
         model = config.model_spec.model
         if config.train_only == "causal_routers":
             check_optimizer(config.optimizer, model)
-            spread = causal_routers_alone(config.model_spec.parallelize_fn)
-            config.model_spec = replace(config.model_spec, parallelize_fn=spread)
+            parallelize = causal_routers_alone(config.model_spec.parallelize_fn)
+            config.model_spec = replace(config.model_spec, parallelize_fn=parallelize)
         run_folder.check_writable(Path(config.dump_folder))
         self.reservation = run_folder.Reservation(Path(config.dump_folder))
         try:
@@ -133,8 +145,7 @@ class Trainer(titan.Trainer):
         model = config.model_spec.model
         rank_log.start(Path(config.dump_folder))
         failure_report.say_uncaught()
-        # saved in every checkpoint: totals of the whole run
-        self.tokens_M = torch.zeros(MODALITIES, dtype=torch.int64)
+        self.tokens_M = torch.zeros(len(Modality), dtype=torch.int64)  # of the whole run
         self.skip = config.skip.build()
         self.stopping = False
         super().__init__(config)
@@ -148,18 +159,18 @@ class Trainer(titan.Trainer):
         )
         self.model: Decoder | Pipeline = self.pp_schedule if pipelined else self.model_parts[0]
         self.sampler = config.sampler.build(model=self.model, seq_len=config.training.seq_len)
-        # ranks of one sequence-parallel group read the same rows, each its own positions of them
+        # the ranks of a context-parallel group read the same rows, each its own positions of them
         self.sequence_shard = sequence_shard(self.parallel_dims)
         self.positions = positions_here(self.sequence_shard, config.training.seq_len)
-        # ranks of one tensor-parallel group compute the same sums, and those of one pipeline read
-        # the same positions: one of them counts
+        # tensor-parallel ranks compute the same sums, and pipeline ranks read the same positions:
+        # one of them counts
         self._counts_sums = is_first_along(self.parallel_dims, "tp")
         self._counts_rows = self._counts_sums and is_first_along(self.parallel_dims, "pp")
         self.statistics = ModelStatistics(self.model_parts, model, self.parallel_dims)
         if config.validator.enable:
             self.validator.statistics = self.statistics
         self.clipping = GradientClipping(
-            apart(dict(self.model.named_parameters())),
+            split_router_parameters(dict(self.model.named_parameters())),
             config.training.max_norm,
             self.parallel_dims.pp,
         )
@@ -168,23 +179,23 @@ class Trainer(titan.Trainer):
             self.metrics_processor.gpu_peak_flops = 0
 
     def init_distributed(self) -> ParallelDims:
-        """Join the launcher's process group, or be a job of one process."""
+        """Join the launcher's process group, or become a job of one rank."""
         config = self.config
         if self._alone:
             self.watchdog = config.watchdog.build(folder=Path(config.dump_folder))
             return ParallelDims.from_config(config.parallelism, 1)
-        # the watchdog can name who is stalled; the collectives' own timeout must come after it
+        # the watchdog names the stalled rank; the timeout of collectives must be longer
         longest = int(config.watchdog.slow_timeout_seconds) + 60
         config.comm.init_timeout_seconds = max(config.comm.init_timeout_seconds, longest)
         tcp_timeouts.watch()
         parallel_dims = super().init_distributed()
         self.watchdog = config.watchdog.build(folder=Path(config.dump_folder))
-        atexit.register(self.watchdog.close)  # its thread is in the store, as gloo's in the group
+        atexit.register(self.watchdog.close)  # its thread uses the store
         check_ranks_agree(config.to_dict())
         return parallel_dims
 
     def _provenance(self) -> dict[str, Any]:
-        """Where a checkpoint's parameters are from: source revision and data."""
+        """Origin of a checkpoint's parameters: source revision and data."""
         identity = self.dataloader.identity()
         about_data = {name: identity[name] for name in ("tokenizers", "data", "shares")}
         return {"format": "checkpoint", "revision": run_folder.revision(), **about_data}
@@ -192,9 +203,9 @@ class Trainer(titan.Trainer):
     # ---------------------------------------------------------------- one step
 
     def train_step(self, data_iterator: Iterator[Any]) -> None:
-        """Forward and backward over all micro-batches, then one optimizer step or a skipped one.
+        """Forward and backward of all micro-batches, then one optimizer step, taken or skipped.
 
-        From the forward to the last update the host waits for nothing.
+        No host synchronisation from the first forward to the last update.
         """
         self.watchdog.enter(self.step, Phase.DATA)
         config, step = self.config, self.step
@@ -204,7 +215,7 @@ class Trainer(titan.Trainer):
         seed_dropout(config.debug.seed or 0, step, self.parallel_dims)
         settings = ForwardSettings(
             step=step,
-            # a constant over all ranks, as micro-batches differ in what they hold
+            # a constant, as the contents of micro-batches vary
             step_tokens=config.training.global_batch_size * config.training.seq_len,
             recording=logging,
             sequence_shard=self.sequence_shard,
@@ -219,7 +230,8 @@ class Trainer(titan.Trainer):
         counts = self._global_counts([batch for batch, _ in microbatches])
         counts_here = {name: HostCopy(count) for name, count in counts.items()}
         labels = counts["labels_NM"].sum()
-        sums = self._no_sums()
+        shape = counts["labels_NM"].shape
+        sums = {name: torch.zeros(shape, device=self.device) for name in self.loss_fn.sum_names}
         for first in range(0, len(microbatches), together):
             self._forward_backward(microbatches[first : first + together], labels, sums)
             self.watchdog.enter(step, Phase.FORWARD_BACKWARD)
@@ -228,7 +240,7 @@ class Trainer(titan.Trainer):
         totals = sum_over_ranks({name: s * self._counts_sums for name, s in sums.items()})
         loss = totals["loss"].double().sum() / labels.clamp_min(1)
         norms = self.clipping()
-        # the main model's, or in a second stage the causal routers'; not finite if either is not
+        # of the trained group; not finite if the norm of either group is not
         grad_norm = norms[int(config.train_only == "causal_routers")] + 0 * norms.sum()
         taken = self.skip.decide(step, loss, grad_norm, sums.values())
         self.checkpointer.maybe_wait_for_staging()
@@ -237,7 +249,7 @@ class Trainer(titan.Trainer):
             update(taken)
         self.lr_schedulers.step()
 
-        # what was counted before the forward: the device still has the step to do
+        # counted before the forward, so reading does not wait for the step
         self.tokens_M += counts_here["tokens_M"].tensor()
         self.ntokens_seen = int(self.tokens_M.sum())
         self.stopping = bool(counts_here["asked_to_stop"].tensor())
@@ -254,18 +266,14 @@ class Trainer(titan.Trainer):
         batch: MixedBatch = inputs["batch"]
         return batch.part(self.positions), replace(settings, first_row=inputs["first_row"])
 
-    def _no_sums(self) -> dict[str, torch.Tensor]:
-        shape = (len(self.dataloader.sources), MODALITIES)
-        return {name: torch.zeros(shape, device=self.device) for name in self.loss_fn.sum_names}
-
     def _forward_backward(
         self,
         microbatches: list[tuple[MixedBatch, ForwardSettings]],
         global_labels: torch.Tensor,
         sums: dict[str, torch.Tensor],
     ) -> None:
-        """Add the gradients of a micro-batch, or of those that go through the pipeline together,
-        and, where the last stage is, their named sums to ``sums``.
+        """Accumulate gradients of a micro-batch, or of all that pass the pipeline together, and on
+        ranks with the head add their named sums to ``sums``.
         """
 
         def arguments(batch: MixedBatch, settings: ForwardSettings) -> dict[str, Any]:
@@ -288,12 +296,13 @@ class Trainer(titan.Trainer):
                 self.model(**arguments(*only)).backward()
 
     def _global_counts(self, batches: list[MixedBatch]) -> dict[str, torch.Tensor]:
-        """Input tokens (M,), labels (N, M) and ranks asked to stop of this step, over all ranks."""
-        tokens_M = torch.zeros(MODALITIES, dtype=torch.int64)
-        labels_NM = torch.zeros(len(self.dataloader.sources), MODALITIES, dtype=torch.int64)
+        """Input tokens (M,), labels (N, M) and stop requests of this step, over all ranks."""
+        modalities, sources = len(Modality), len(self.dataloader.sources)
+        tokens_M = torch.zeros(modalities, dtype=torch.int64)
+        labels_NM = torch.zeros(sources, modalities, dtype=torch.int64)
         for batch in batches:
-            tokens_M += torch.bincount(batch.modality_BS.flatten(), minlength=MODALITIES)
-            labels_NM += label_counts(batch, len(labels_NM))
+            tokens_M += torch.bincount(batch.modality_BS.flatten(), minlength=modalities)
+            labels_NM += label_counts(batch, sources)
         counts = {
             "tokens_M": tokens_M * self._counts_rows,
             "labels_NM": labels_NM * self._counts_rows,
@@ -302,7 +311,7 @@ class Trainer(titan.Trainer):
         return sum_over_ranks({name: count.to(self.device) for name, count in counts.items()})
 
     def _settle(self, but_last: int = 0) -> None:
-        """Report skipped steps; see ``SkipRule.settle``."""
+        """Count and report skipped steps; see ``SkipRule.settle``."""
         self.skip.settle(self.model.parameters(), self._last_checkpoint(), but_last)
 
     def _last_checkpoint(self) -> str:
@@ -312,7 +321,7 @@ class Trainer(titan.Trainer):
     def _log(
         self, totals: dict[str, torch.Tensor], labels_NM: torch.Tensor, learning_rate: float
     ) -> None:
-        """Everything of a logged step: the host waits for the device here."""
+        """Log a step; synchronises the host."""
         config = self.config
         totals_here = {name: total.cpu() for name, total in totals.items()}
         grad_norm = float(totals_here.pop("grad_norm"))
@@ -326,9 +335,9 @@ class Trainer(titan.Trainer):
 
     @record
     def train(self) -> None:
-        """Train from the last checkpoint, or from the start, to ``training.steps``.
+        """Train from the latest checkpoint, or from the start, to ``training.steps``.
 
-        SIGTERM or SIGUSR1 to any rank lets all of them finish their step, save, and end.
+        On SIGTERM or SIGUSR1 to any rank all ranks finish the step, save and exit.
         """
         try:
             with preemption.listening():
@@ -345,7 +354,7 @@ class Trainer(titan.Trainer):
             begun = self._begin()
         apply_hyperparameters(self.optimizers, self.lr_schedulers, configured)
         metrics.start(self.step, config.training.steps)
-        # only now: whatever was refused has left the folder's own description in place
+        # not earlier: a refused resume must not overwrite run.json
         description = plain_config(config)
         folder = Path(config.dump_folder)
         with tolerate(folder / run_folder.DESCRIPTION):
@@ -353,10 +362,10 @@ class Trainer(titan.Trainer):
         if self.step:
             begun = f"resumed at step {self.step}"
             begun += f", from here with {settings.changed_now}" if settings.changed_now else ""
-        if begun and torch.distributed.get_rank() == 0:
+        if begun and dist.get_rank() == 0:
             print(begun, flush=True)
         if begun and not self.step and config.validator.enable:
-            self._validate()  # what the other run's model is worth in this one
+            self._validate()  # the parent's model in this run
         first_step, saved = self.step, False
         profiling = config.profiler.build(global_step=self.step, base_folder=config.dump_folder)
         with profiling as profiler:
@@ -371,30 +380,24 @@ class Trainer(titan.Trainer):
                     self._validate()
                 saved = self._save(last)
                 if saved or self.step == first_step + 1:
-                    metrics.restart_clock()  # neither saving nor warming up is throughput
+                    metrics.restart_clock()  # leave saving and warm-up out of throughput
                 profiler.step()
         self._finish(saved)
 
     def _begin(self) -> str:
-        """Take over from another run, if the config says so; returns what was done."""
+        """Start from another run if the config names one; returns a line about it."""
         start, spec = self.config.start.build(), self.config.model_spec
         assert spec is not None and isinstance(spec.model, Decoder.Config)
-        seed = start.find(spec.model)
-        if seed is None:
+        parent = start.find(spec.model)
+        if parent is None:
             return ""
-        if self.config.checkpoint.initial_load_path:
-            raise ValueError(
-                f"start.run ({start.config.run}) and checkpoint.initial_load_path "
-                f"({self.config.checkpoint.initial_load_path}) both say what to begin with; give "
-                "one of them"
-            )
-        return start.take_over(seed, spec.model, self.model_parts, self.dataloader)
+        return start.take_over(parent, spec.model, self.model_parts, self.dataloader)
 
     def _save(self, last: bool) -> bool:
-        """Save if it is time to, or the last opportunity; whether it was done."""
+        """Save if due, or at the end; True if saved."""
         self.watchdog.enter(self.step, Phase.CHECKPOINT)
         if self.stopping and not last:
-            # the run is to be continued, whatever its last checkpoint is to be
+            # the run will resume: it needs a full checkpoint
             self.checkpointer.last_save_model_only = self.checkpointer.last_save_in_hf = False
         return self.checkpointer.save(self.step, last_step=last or self.stopping)
 
@@ -405,71 +408,48 @@ class Trainer(titan.Trainer):
             self.step, self.validator.measure(self.model, self.loss_fn, self.vocabulary)
         )
         if self.sampler.pairs:
-            self._sample()
+            self.watchdog.enter(self.step, Phase.VALIDATION)
+            seq_len = self.config.training.seq_len
+            samples = self.sampler.write(self.model, self.vocabulary, seq_len)
+            self.metrics_processor.log_samples(self.step, samples)
         self.metrics_processor.restart_clock()
-
-    def _sample(self) -> None:
-        """Let the model write, and show it in TensorBoard and samples.png."""
-        self.watchdog.enter(self.step, Phase.VALIDATION)
-        seq_len = self.config.training.seq_len
-        samples = self.sampler.write(self.model, self.vocabulary, seq_len)
-        folder = Path(self.config.dump_folder)
-        if samples:
-            with tolerate(folder / SAMPLES):
-                from earlyfuse.parallel.reporting import sample_grid  # matplotlib: for one rank
-
-                pixels = sample_grid.draw_samples(samples, self.step)
-                captions = sample_grid.as_table(samples)
-                self.metrics_processor.log_samples(self.step, pixels, captions)
-                sample_grid.write_picture(pixels, folder / SAMPLES)
 
     def _finish(self, saved: bool) -> None:
         self.checkpointer.maybe_wait_for_saving()
         saved = saved and self.checkpointer.newest == self.step
         self.metrics_processor.close()
         stopped = self.should_continue_training()
-        if torch.distributed.get_rank() == 0:
-            self._say_end(stopped, saved)
-        if not stopped and self.checkpointer.gave_up == self.step:
+        not_written = self.checkpointer.gave_up == self.step
+        if dist.get_rank() == 0:
+            folder = Path(self.config.dump_folder)
+            if stopped:
+                last = self._last_checkpoint()
+                where = "saved" if saved else f"not saved, last checkpoint {last}"
+                end = f"stopped at step {self.step}, {where}; the same command resumes"
+            elif not_written:
+                end = f"trained to step {self.step}, not saved"
+            else:
+                end = f"done: {self.step} steps in {folder}"
+            pictures = self.metrics_processor.draw_curves(with_samples=bool(self.sampler.pairs))
+            print(printable(f"{end}. {lost_writes(folder)}{pictures}"), flush=True)
+        if not_written and not stopped:
             raise OSError(
-                f"the last checkpoint, of step {self.step}, could not be written; the newest good "
-                f"one: {self._last_checkpoint()}. Make room, and the same command goes on there"
+                f"the last checkpoint, of step {self.step}, could not be written; the latest good "
+                f"one: {self._last_checkpoint()}. Free disk space; the same command resumes there"
             )
-
-    def _say_end(self, stopped: bool, saved: bool) -> None:
-        folder = Path(self.config.dump_folder)
-        shown = ""
-        with tolerate(folder / CURVES):
-            from earlyfuse.parallel.reporting.plots import (
-                plot_curves,  # matplotlib: for one rank, once
-            )
-
-            shown = f"Curves: {plot_curves(folder)}"
-            shown += f", samples: {folder / SAMPLES}" if self.sampler.pairs else ""
-        if stopped:
-            found = "saved" if saved else f"not saved, last checkpoint {self._last_checkpoint()}"
-            words = f"stopped at step {self.step}, {found}; the same command resumes"
-        elif self.checkpointer.gave_up == self.step:
-            words = f"trained to step {self.step}, not saved"
-        else:
-            words = f"done: {self.step} steps in {folder}"
-        print(printable(f"{words}. {lost_writes(folder)}{shown}"), flush=True)
 
     def close(self) -> None:
-        """Release everything; the other ranks no longer wait for this one."""
+        """Release threads, files and the lock of the run folder."""
         super().close()
         self.dataloader.close()
         self.watchdog.close()
         self.reservation.release()
 
     def state_dict(self) -> dict[str, Any]:
-        """The trainer's own part of a checkpoint."""
+        """State of the trainer itself in a checkpoint."""
         self._settle()
-        return {
-            "step": self.step,
-            "tokens_M": self.tokens_M.clone(),
-            "skip": self.skip.state_dict(),
-        }
+        tokens_M, skip = self.tokens_M.clone(), self.skip.state_dict()
+        return {"step": self.step, "tokens_M": tokens_M, "skip": skip}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Inverse of ``state_dict``."""

@@ -20,8 +20,8 @@ from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 from earlyfuse.configs.registry import catalogue, load_config
 from earlyfuse.models.flops import count_parameters, mean_training_flops, training_flops
 from earlyfuse.parallel.estimates.communication import Traffic, received, step_traffic, total
-from earlyfuse.parallel.estimates.dry_run import check, quantity
-from earlyfuse.parallel.estimates.fsdp_units import accumulation
+from earlyfuse.parallel.estimates.dry_run import quantity
+from earlyfuse.parallel.estimates.step import Step
 from earlyfuse.parallel.trainer import Trainer
 from earlyfuse.tools.command import run_command
 
@@ -169,10 +169,10 @@ def _row(run: Trainer.Config, ranks: int, cluster: Cluster) -> dict[str, str]:
     if shard > 0:  # as many replicas as there is room for
         copy = shard * parallelism.tensor_parallel_degree * parallelism.context_parallel_degree
         parallelism.data_parallel_replicate_degree = max(ranks // copy, 1)
-    model, dims = check(run, ranks)
-    sent = step_traffic(model, dims, run.training, run.parallelism, run.activation_checkpoint)
-    tokens = run.training.local_batch_size * run.training.seq_len * accumulation(run.training, dims)
-    flops = tokens * mean_training_flops(model, run.training.seq_len) / (dims.tp * dims.cp)
+    step = Step.of(run, ranks)
+    dims, sent = step.dims, step_traffic(step)
+    tokens = run.training.local_batch_size * run.training.seq_len
+    flops = tokens * mean_training_flops(step.model, run.training.seq_len) / (dims.tp * dims.cp)
     time = step_time(sent, dims, flops, cluster)
     sizes: dict[str, float] = defaultdict(float)
     for one in sent:

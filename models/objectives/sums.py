@@ -13,8 +13,6 @@ import torch
 from earlyfuse.models.batch import IGNORE_LABEL, MixedBatch
 from earlyfuse.models.vocabulary import Modality
 
-MODALITIES = len(Modality)
-
 
 class Losses(NamedTuple):
     """The result of an objective for one batch.

@@ -1,7 +1,7 @@
-"""Collectives and bytes of one training step in closed form, for any config and number of ranks.
+"""Predicts collectives and bytes of a training step in closed form, for any config and ranks.
 
-Pure functions: no process group, no memory. They say what ``parallel/plan.py`` makes the ranks
-exchange; ``parallel/estimates/collective_counter.py`` counts the same in a step that runs.
+Pure functions of what ``parallel/plan.py`` makes ranks exchange. Tests compare them with the
+collectives counted in real steps.
 
 =====================  ==============  ============================================================
 purpose                kind            bytes of the whole tensor, per micro-batch
@@ -29,18 +29,16 @@ stage activations      receive         pipeline: (T, D) from the stage before, f
 stage gradients        receive         pipeline: (T, D) from the stage after, backward
 =====================  ==============  ============================================================
 
-Routing is not in the table: it sends nothing. Nor are counts, losses and the gradient norm, a
-handful of numbers per step whatever the model, nor, with token choice, the loads of the experts,
-8 bytes each once a step. With token choice a rank sends its R rows to wherever their experts are,
-but its experts get, and send back, as many as chose them: R on average over the ranks.
+Not in the table: routing, which sends nothing; counts, losses and the gradient norm, a few numbers
+per step; with token choice the loads of experts, 8 bytes each per step. With token choice the
+experts of a rank receive as many rows as chose them, R on average over the ranks.
 
-Activation checkpointing repeats what a block sends in forward, except the rows of experts where it
-is selective. Uneven shards are padded to the largest, and padding travels. A pipeline cuts the
-micro-batch once more: T are the tokens of such a part, and all but the parameters and their
-gradients travels once for each. Its ranks differ.
+Activation checkpointing repeats what a block sends in forward, except expert rows if it is
+selective. Uneven shards are padded to the largest, padding included in the bytes. A pipeline splits
+the micro-batch: T are the tokens of such a part, and all but parameters and gradients is sent once
+per part. Its ranks differ.
 
-The head exchanges a chunk of tokens at a time, as large as on a GPU; on a CPU, the same bytes in
-smaller chunks.
+The head communicates in chunks of tokens of the size used on GPUs; on CPUs chunks are smaller.
 
 T tokens of a micro-batch on one rank, R routed rows of a pool, D width; B rows, S positions of a
 row, K key/value heads of width H, I inner width, N states, V inputs before of a Mamba block.
@@ -51,26 +49,20 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from torchtitan.config import TORCH_DTYPE_MAP, ParallelismConfig, TrainingConfig
-from torchtitan.distributed import ParallelDims
-from torchtitan.distributed.activation_checkpoint import (
-    ActivationCheckpointing,
-    FullAC,
-    SelectiveAC,
-)
+from torchtitan.config import TORCH_DTYPE_MAP
+from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 
 from earlyfuse.kernels.linear_cross_entropy.chunked import chunk_tokens
-from earlyfuse.models.blocks.branch import FP32, Kind, Microbatch
-from earlyfuse.models.decoder import Decoder
-from earlyfuse.parallel.estimates.fsdp_units import accumulation, axis_ranks, fsdp_units
-from earlyfuse.parallel.strategies.pipeline import microbatch, rank_stages, stage_blocks
+from earlyfuse.models.blocks.branch import FP32, Kind
+from earlyfuse.parallel.estimates.fsdp_units import fsdp_units
+from earlyfuse.parallel.estimates.step import Step
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """``calls`` collectives of one kind and purpose among the ``ranks`` along one mesh axis.
+    """``calls`` collectives of one kind and purpose over the ``ranks`` of a mesh axis.
 
-    ``size``: bytes of the whole tensor (as gathered, before reduction, or as sent), of all calls.
+    ``size``: bytes of the whole tensor (gathered, before reduction, or sent), over all calls.
     """
 
     purpose: str
@@ -82,15 +74,14 @@ class Traffic:
 
     @property
     def received(self) -> float:
-        """Bytes that one rank receives by rings, which send least; NCCL's count."""
+        """Bytes that one rank receives with ring algorithms, as NCCL counts."""
         return received(self.kind, self.ranks, self.size)
 
     @property
     def received_on_gloo(self) -> float:
-        """The same on gloo, whose reduce_scatter is an all_reduce that drops most of its result."""
-        return received(
-            "all_reduce" if self.kind == "reduce_scatter" else self.kind, self.ranks, self.size
-        )
+        """The same on gloo, whose reduce_scatter is an all_reduce."""
+        kind = "all_reduce" if self.kind == "reduce_scatter" else self.kind
+        return received(kind, self.ranks, self.size)
 
 
 def received(kind: Kind, ranks: int, size: int) -> float:
@@ -100,35 +91,24 @@ def received(kind: Kind, ranks: int, size: int) -> float:
     return (2 if kind == "all_reduce" else 1) * size * (ranks - 1) / ranks
 
 
-def step_traffic(
-    model: Decoder.Config,
-    dims: ParallelDims,
-    training: TrainingConfig,
-    parallelism: ParallelismConfig,
-    ac_config: ActivationCheckpointing.Config | None,
-) -> list[Traffic]:
-    """All that one optimizer step sends, the most bytes first; axes of one rank are left out. Of a
-    pipeline, on the rank that receives most.
-
-    The arguments are those of ``plan.parallelize``; ``dims`` is only read.
+def step_traffic(step: Step) -> list[Traffic]:
+    """Traffic of an optimizer step, most bytes first, without axes of one rank; in a pipeline that
+    of the rank that receives most.
     """
-    microbatches = accumulation(training, dims)
 
     def on_rank(pipeline_rank: int) -> list[Traffic]:
         calls: Counter[tuple[str, Kind, str]] = Counter()
         sizes: Counter[tuple[str, Kind, str]] = Counter()
-        for purpose, kind, axis, size in microbatch_calls(
-            model, dims, training, parallelism, ac_config, pipeline_rank
-        ):
-            calls[purpose, kind, axis] += microbatches
-            sizes[purpose, kind, axis] += microbatches * size
+        for purpose, kind, axis, size in microbatch_calls(step, pipeline_rank):
+            calls[purpose, kind, axis] += step.microbatches
+            sizes[purpose, kind, axis] += step.microbatches * size
         found = [
-            Traffic(*key, ranks=axis_ranks(dims, key[2]), calls=calls[key], size=size)
+            Traffic(*key, ranks=step.axis_ranks(key[2]), calls=calls[key], size=size)
             for key, size in sizes.items()
         ]
         return sorted((one for one in found if one.ranks > 1), key=lambda one: -one.received)
 
-    return max(map(on_rank, range(dims.pp)), key=total)
+    return max(map(on_rank, range(step.dims.pp)), key=total)
 
 
 def total(traffic: Iterable[Traffic], *, on_gloo: bool = False) -> float:
@@ -145,44 +125,25 @@ class Call(NamedTuple):
     size: int
 
 
-def microbatch_calls(
-    model: Decoder.Config,
-    dims: ParallelDims,
-    training: TrainingConfig,
-    parallelism: ParallelismConfig,
-    ac_config: ActivationCheckpointing.Config | None,
-    pipeline_rank: int = 0,
-) -> Iterator[Call]:
-    """Every collective of one micro-batch, those among one rank included, on the
-    ``pipeline_rank``-th rank of a pipeline.
-    """
-    param = TORCH_DTYPE_MAP[training.mixed_precision_param].itemsize
-    reduce = TORCH_DTYPE_MAP[training.mixed_precision_reduce].itemsize
-    for unit in fsdp_units(model, dims, parallelism, pipeline_rank):
+def microbatch_calls(step: Step, pipeline_rank: int = 0) -> Iterator[Call]:
+    """Every collective of a micro-batch on a rank of a pipeline, including those of one rank."""
+    param = step.param_dtype.itemsize
+    reduce = TORCH_DTYPE_MAP[step.training.mixed_precision_reduce].itemsize
+    for unit in fsdp_units(step, pipeline_rank):
         yield Call("parameters forward", "all_gather", unit.axis, unit.gathered_bytes(param))
         if not unit.kept:
             yield Call("parameters backward", "all_gather", unit.axis, unit.gathered_bytes(param))
         yield Call("gradients", "reduce_scatter", unit.axis, unit.gathered * reduce)
         yield Call("gradient replicas", "all_reduce", "dp_replicate", unit.shard * reduce)
-    stages = stage_blocks(parallelism, len(model.layers))
-    part = microbatch(parallelism, training)
-    for index in rank_stages(parallelism, pipeline_rank):
-        calls = list(_stage(model, stages[index], part, dims, ac_config))
-        yield from calls * (training.local_batch_size // part.local_batch_size)
+    for blocks in step.stages(pipeline_rank):
+        yield from list(_stage(step, blocks)) * step.parts
 
 
-def _stage(
-    model: Decoder.Config,
-    blocks: range,
-    training: TrainingConfig,
-    dims: ParallelDims,
-    ac_config: ActivationCheckpointing.Config | None,
-) -> Iterator[Call]:
-    """Collectives of ``blocks`` for a local batch, and of embedding and head if they are here."""
-    full = isinstance(ac_config, FullAC.Config)
-    recomputed = full or isinstance(ac_config, SelectiveAC.Config)
-    batch = local_batch(training, dims)
-    dtype = TORCH_DTYPE_MAP[training.mixed_precision_param]
+def _stage(step: Step, blocks: range) -> Iterator[Call]:
+    """Collectives of a stage of ``blocks``, with embedding and head at its ends."""
+    model, batch, dtype = step.model, step.local_batch, step.param_dtype
+    full = isinstance(step.recompute, FullAC.Config)
+    recomputed = full or isinstance(step.recompute, SelectiveAC.Config)
     activations = batch.tokens * model.dim * dtype.itemsize
     if blocks.start == 0:
         yield Call("embedding columns", "all_gather", "tp", activations)
@@ -190,27 +151,15 @@ def _stage(
         yield Call("stage activations", "receive", "pp", activations)
     if blocks.stop == len(model.layers):
         yield Call("split activations", "all_reduce", "tp", activations)  # backward
-        chunk = chunk_tokens(batch.tokens, model.vocab_size // dims.tp, dtype, "cuda")
+        chunk = chunk_tokens(batch.tokens, model.vocab_size // step.dims.tp, dtype, "cuda")
         for first in range(0, batch.tokens, chunk):
-            numbers = 3 * min(chunk, batch.tokens - first) * dims.tp
+            numbers = 3 * min(chunk, batch.tokens - first) * step.dims.tp
             yield Call("split losses", "all_gather", "tp", numbers * FP32)
     else:
         yield Call("stage gradients", "receive", "pp", activations)
-    for layer in (model.layers[block] for block in blocks):
-        for branch in layer.branches.values():
+    for block in blocks:
+        for branch in model.layers[block].branches.values():
             for one in branch.collectives(batch):
                 forwards = one.forward * (2 if full or (recomputed and not one.kept) else 1)
                 call = Call(one.purpose, one.kind, one.axis, one.size)
                 yield from [call] * (forwards + one.backward)
-
-
-def local_batch(training: TrainingConfig, dims: ParallelDims) -> Microbatch:
-    """What branches compute at once, and with which ranks."""
-    return Microbatch(
-        rows=training.local_batch_size,
-        seq_len=training.seq_len,
-        itemsize=TORCH_DTYPE_MAP[training.mixed_precision_param].itemsize,
-        tensor_ranks=dims.tp,
-        context_ranks=dims.cp,
-        expert_ranks=dims.ep,
-    )

@@ -1,7 +1,6 @@
-"""What FSDP gathers at once and what a rank holds of it, worked out without building a model.
+"""Predicts FSDP's units and each rank's shards of them, as ``parallel/plan.py`` makes them.
 
-Parameters are built on the meta device, where they have shapes and no memory, and cut as
-``parallel/plan.py`` cuts them.
+Parameters are built on the meta device, without memory.
 """
 
 from collections import defaultdict
@@ -10,22 +9,21 @@ from dataclasses import dataclass
 from math import ceil, prod
 
 import torch
-from torchtitan.config import ParallelismConfig, TrainingConfig
 from torchtitan.distributed import ParallelDims
 
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.precision import fp32_parameters
+from earlyfuse.parallel.estimates.step import Step
 from earlyfuse.parallel.strategies.expert import is_split
 from earlyfuse.parallel.strategies.fsdp import shard_dimension
-from earlyfuse.parallel.strategies.pipeline import rank_stages, stage_blocks
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Parameters that one gather brings.
+    """Parameters that are gathered together.
 
-    ``shard``: elements that each of ``ranks`` ranks holds, padding included. ``kept``: stays
-    gathered from forward to backward. ``fp32``: gathered in fp32 whatever the parameter dtype.
+    ``shard``: elements per rank, with padding. ``kept``: stays gathered from forward to backward.
+    ``fp32``: gathered in fp32 whatever the parameter dtype.
     """
 
     name: str
@@ -37,58 +35,31 @@ class Unit:
 
     @property
     def gathered(self) -> int:
-        """Elements that the gather brings together, padding included."""
+        """Elements of the gathered tensor, with padding."""
         return self.shard * self.ranks
 
     def gathered_bytes(self, param: int) -> int:
-        """The same in bytes, with parameters of ``param`` bytes."""
+        """The same in bytes, for a parameter dtype of ``param`` bytes."""
         return self.gathered * (torch.float32.itemsize if self.fp32 else param)
 
 
-def accumulation(training: TrainingConfig, dims: ParallelDims) -> int:
-    """Micro-batches of a step; ``ValueError`` if they do not make up the global batch."""
-    rows = training.local_batch_size * dims.dp_replicate * dims.dp_shard
-    total = training.global_batch_size if training.global_batch_size > 0 else rows
-    if total % rows:
-        raise ValueError(
-            f"training.global_batch_size ({total}) must be a multiple of local_batch_size times "
-            f"the data-parallel ranks ({rows}); change one of them"
-        )
-    return total // rows
-
-
-def axis_ranks(dims: ParallelDims, axis: str) -> int:
-    """Ranks in one group along a mesh axis."""
-    sharded = dims.dp_shard * dims.cp
-    if axis == "efsdp":
-        return sharded * dims.tp // dims.ep
-    return sharded if axis == "fsdp" else int(getattr(dims, axis))
-
-
-def fsdp_units(
-    model: Decoder.Config,
-    dims: ParallelDims,
-    parallelism: ParallelismConfig,
-    pipeline_rank: int = 0,
-) -> list[Unit]:
-    """The units that ``plan.parallelize`` makes, in the order of the forward pass, on the
-    ``pipeline_rank``-th rank of a pipeline.
-    """
-    reshard = parallelism.fsdp_reshard_after_forward
-    held = _held(model, parallelism, pipeline_rank)
+def fsdp_units(step: Step, pipeline_rank: int = 0) -> list[Unit]:
+    """Units of ``plan.parallelize`` on a rank of a pipeline, in the order of the forward pass."""
+    dims, reshard = step.dims, step.parallelism.fsdp_reshard_after_forward
+    held = _held(step, pipeline_rank)
     with torch.device("meta"):
-        built = model.build()
+        built = step.model.build()
     in_fp32 = fp32_parameters(built)
     shards: dict[tuple[str, str], int] = defaultdict(int)
     for name, shape, cut in _parameters(built, dims):
         unit, axis = (in_fp32[name], "fsdp") if name in in_fp32 else _unit_of(name, dims)
         if _part_of(name) in held:
-            shards[unit, axis] += _shard_numel(shape, cut, axis_ranks(dims, axis))
+            shards[unit, axis] += _shard_numel(shape, cut, step.axis_ranks(axis))
     return [
         Unit(
             name=unit,
             axis=axis,
-            ranks=axis_ranks(dims, axis),
+            ranks=step.axis_ranks(axis),
             shard=shard,
             kept=reshard == "never" or dims.pp > 1 or (unit == "head" and reshard != "always"),
             fp32=unit in in_fp32.values(),
@@ -97,22 +68,21 @@ def fsdp_units(
     ]
 
 
-def _held(model: Decoder.Config, parallelism: ParallelismConfig, pipeline_rank: int) -> set[str]:
-    """Names of the parts of a model on one rank of a pipeline."""
+def _held(step: Step, pipeline_rank: int) -> set[str]:
+    """Names of the embedding, blocks and head on a rank of a pipeline."""
     names: set[str] = set()
-    stages = stage_blocks(parallelism, len(model.layers))
-    for blocks in (stages[index] for index in rank_stages(parallelism, pipeline_rank)):
+    for blocks in step.stages(pipeline_rank):
         names |= {f"layers.{block}" for block in blocks}
         if blocks.start == 0:
             names.add("embedding")
-        if blocks.stop == len(model.layers):
+        if blocks.stop == len(step.model.layers):
             names.add("head")
     return names
 
 
 def _parameters(built: Decoder, dims: ParallelDims) -> Iterator[tuple[str, list[int], int | None]]:
-    """Name and shape of what a rank holds after tensor and expert parallelism, and the dimension
-    that they cut.
+    """Name and shape of each parameter after tensor and expert parallelism, and the dimension that
+    they shard.
     """
     for prefix, module in built.named_modules():
         for leaf, parameter in module.named_parameters(recurse=False):
@@ -127,7 +97,7 @@ def _parameters(built: Decoder, dims: ParallelDims) -> Iterator[tuple[str, list[
 
 
 def _tensor_cut(model: Decoder, name: str, ndim: int) -> int | None:
-    """Dimension of a parameter that tensor parallelism cuts."""
+    """Dimension of a parameter that tensor parallelism shards, if any."""
     parts = name.split(".")
     for depth in range(len(parts)):
         split = getattr(model.get_submodule(".".join(parts[:depth])), "tensor_split", None)
@@ -138,12 +108,12 @@ def _tensor_cut(model: Decoder, name: str, ndim: int) -> int | None:
 
 
 def _unit_of(name: str, dims: ParallelDims) -> tuple[str, str]:
-    # the experts of all pools of a block travel together, over the ranks that hold the same ones
+    # the experts of a block are gathered together, from the ranks that hold the same ones
     return _part_of(name), "efsdp" if ".experts." in name and dims.ep > 1 else "fsdp"
 
 
 def _part_of(name: str) -> str:
-    """Embedding, head or block that a parameter is of."""
+    """Embedding, head or block of a parameter."""
     first, second, *_ = name.split(".")
     if first == "layers":
         return f"{first}.{second}"
@@ -151,6 +121,6 @@ def _part_of(name: str) -> str:
 
 
 def _shard_numel(shape: list[int], cut: int | None, ranks: int) -> int:
-    """Elements of one rank's shard, those of the largest where they differ."""
+    """Elements of the largest shard."""
     dim = shard_dimension(shape, () if cut is None else (cut,), ranks)
     return ceil(shape[dim] / ranks) * prod(shape) // shape[dim]

@@ -1,9 +1,9 @@
-"""Task checks: does the right word follow a held-out image?
+"""Evaluation tasks: which of several words follows a held-out image or utterance?
 
-``validation/tasks.json`` of a data folder lists tasks; each item is an image and the word that
-should follow it. The model reads begin-of-document, the image and the task's prefix, and picks
-among the candidate words by the next token, again and again where several candidates begin alike.
-The answer is never in the input, so look-ahead in routing cannot give it away.
+``validation/tasks.json`` of a data folder lists tasks; each item is a media item and the word that
+should follow it. The model reads begin-of-document, the item and the task's prefix, and chooses
+among the candidate words by their next token, repeatedly where several begin alike. The answer is
+never in the input, so routing that looks ahead cannot reveal it.
 """
 
 import base64
@@ -16,23 +16,25 @@ import numpy as np
 import torch
 
 from earlyfuse.data.json_files import JsonObject, read_json
+from earlyfuse.data.media import MEDIA, MediaTokenizer
 from earlyfuse.data.tokenizers import Tokenizers
 from earlyfuse.models.batch import PADDING, MixedBatch
 from earlyfuse.models.context import ForwardSettings
 from earlyfuse.models.decoder import Decoder
-from earlyfuse.models.vocabulary import Modality, Vocabulary
+from earlyfuse.models.vocabulary import Vocabulary
 from earlyfuse.parallel.strategies.pipeline import Pipeline
 
-# prompts take at most this share of a row: the rest is ordinary held-out data, so that routers that
-# choose among the tokens of a batch meet the mix that they were trained on
+# largest share of a row that prompts take; the rest is held-out data, so that routers that choose
+# among the tokens of a batch see the mixture they were trained on
 PROMPT_SHARE = 0.25
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Data ranks that share the rows of a batch; ``sum`` adds a host tensor up over them, over the
-    ranks that have other positions of these rows, and over the stages of a pipeline, of which the
-    last alone has answers. ``positions``: those of each row that are here.
+    """This data rank among those that share the rows of a batch.
+
+    ``sum`` sums a host tensor over data, context-parallel and pipeline ranks; ``positions`` of each
+    row are on this rank.
     """
 
     rank: int = 0
@@ -43,10 +45,8 @@ class Ranks:
 
 @dataclass(frozen=True)
 class Task:
-    """One check.
-
-    ``prompts``: token ids of each item; ``candidates``: token ids of each word; ``answers``: index
-    of the right word of each item.
+    """A task: token ids of each item's prompt, token ids of each candidate word, and the index of
+    the right word of each item.
     """
 
     name: str
@@ -57,12 +57,12 @@ class Task:
 
     @property
     def chance(self) -> float:
-        """Accuracy of always naming the most frequent answer."""
+        """Accuracy of always choosing the most frequent answer."""
         return max(self.answers.count(i) for i in set(self.answers)) / len(self.answers)
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest prompt that is ever read: with all but the last of a word."""
+        """Tokens of the longest prompt, with all but the last token of a word."""
         return max(map(len, self.prompts)) + max(map(len, self.candidates)) - 1
 
     def accuracy(
@@ -72,16 +72,13 @@ class Task:
         ranks: Ranks,
         settings: ForwardSettings | None = None,
     ) -> float:
-        """Share of items whose word the model picks; ``batches`` give the rows around them.
+        """Share of items for which the model chooses the right word.
 
-        Every rank fills its own rows of the batches with prompts, so that the answer does not
-        depend on how many there are.
+        Prompts are put into the rows of ``batches``, each rank's into its own rows, so that the
+        result does not depend on the number of ranks.
         """
         chosen: list[tuple[int, ...]] = [() for _ in self.prompts]
-        while True:
-            undecided = [i for i, word in enumerate(chosen) if word not in self.candidates]
-            if not undecided:
-                break
+        while undecided := [i for i, word in enumerate(chosen) if word not in self.candidates]:
             prompts = [self.prompts[i] + list(chosen[i]) for i in undecided]
             picked = torch.zeros(len(prompts), dtype=torch.int64)
             for at, logits_V in self._last_logits(model, prompts, batches, ranks, settings):
@@ -101,8 +98,9 @@ class Task:
         ranks: Ranks,
         settings: ForwardSettings | None,
     ) -> Iterator[tuple[int, torch.Tensor]]:
-        """Number of each prompt that ends in this rank's part of its rows, and the logits (V,)
-        after it; none where the last stage is not.
+        """Index of each prompt that ends on this rank, and the logits (V,) after it.
+
+        Pipeline ranks without the head yield none.
         """
         device = next(model.parameters()).device
         rows, seq_len = batches[0].tokens_BS.shape
@@ -124,7 +122,7 @@ class Task:
     def _overlay(
         self, prompts: list[list[int]], batch: MixedBatch, per_row: int
     ) -> tuple[MixedBatch, list[tuple[int, int]]]:
-        """``batch`` with ``per_row`` prompts at the start of each row; where each prompt ends."""
+        """``batch`` with ``per_row`` prompts at the start of each row; row and end of each."""
         tokens_BS, positions_BS = batch.tokens_BS.clone(), batch.positions_BS.clone()
         document_BS = batch.document_BS.clone()
         ends: list[tuple[int, int]] = []
@@ -137,15 +135,14 @@ class Task:
                 positions_BS[row, begin:stop] = torch.arange(len(prompt))
                 ends.append((row, stop - 1))
             rest = document_BS[row, stop:]
-            # what is left of the document below the last prompt becomes a document of its own
-            cut = (rest == rest[:1]) & (rest != PADDING)
-            positions_BS[row, stop:][cut] = torch.arange(int(cut.sum()))
-            rest[rest != PADDING] += per_row  # its number and those behind it are not a prompt's
-        modality_BS = self.vocabulary.modality_of(tokens_BS)
+            # the rest of the document under the last prompt becomes a document of its own
+            tail = (rest == rest[:1]) & (rest != PADDING)
+            positions_BS[row, stop:][tail] = torch.arange(int(tail.sum()))
+            rest[rest != PADDING] += per_row  # distinct from the numbers of prompts
         overlaid = replace(
             batch,
             tokens_BS=tokens_BS,
-            modality_BS=modality_BS,
+            modality_BS=self.vocabulary.modality_of(tokens_BS),
             document_BS=document_BS,
             positions_BS=positions_BS,
         )
@@ -153,10 +150,7 @@ class Task:
 
 
 def load_tasks(folder: Path) -> list[Task]:
-    """Tasks of a prepared data folder, tokenised; none if it brings none.
-
-    ``ValueError`` names the file and the field of what is no task.
-    """
+    """The tasks of a prepared data folder, tokenised; ``ValueError`` naming file and field."""
     path = folder / "validation" / "tasks.json"
     if not path.exists():
         return []
@@ -171,73 +165,60 @@ def _task(fields: JsonObject, tokenizers: Tokenizers) -> Task:
     if not name.isprintable() or not name:
         raise fields.wrong("name", "must be a name")
     if not words or len(set(words)) < len(words):
-        raise fields.wrong("candidates", "must be different words, at least one")
+        raise fields.wrong("candidates", "must be one or more different words")
     try:
         whole = [text.encode(fields.field("prefix", str) + word) for word in words]
         prefix, candidates = _split_prefix(whole)
     except ValueError as error:  # UnicodeEncodeError too
-        raise fields.wrong("candidates", f"must be words that differ: {error}") from error
+        raise fields.wrong("candidates", f"must be distinct words: {error}") from error
     items = fields.objects("items")
     if not items:
-        raise fields.wrong("items", "must hold at least one")
+        raise fields.wrong("items", "must not be empty")
     answers = [words.index(item.field("answer", str, choices=words)) for item in items]
-    medium_of = _utterances if any("speech" in item for item in items) else _images
-    prompts = [[vocabulary.bos, *block, *prefix] for block in medium_of(items, tokenizers)]
+    label = next((name for name in MEDIA if any(name in item for item in items)), "image")
+    tokenizer = media_tokenizer(label, tokenizers, items[0].where)
+    features = [decoded(item, label, tokenizer.features) for item in items]
+    blocks = media_tokens(label, features, tokenizers)
+    prompts = [[vocabulary.bos, *block, *prefix] for block in blocks]
     return Task(name, prompts, candidates, answers, vocabulary)
 
 
-def _images(items: list[JsonObject], tokenizers: Tokenizers) -> list[list[int]]:
-    """Tokens of the items' images, sentinels included."""
-    images = tokenizers.image
-    if images is None:
+def media_tokenizer(label: str, tokenizers: Tokenizers, where: str) -> MediaTokenizer:
+    """The tokenizer of medium ``label``; ``ValueError`` naming the file ``where`` it is needed."""
+    if label not in tokenizers.media:
         raise ValueError(
-            f"{items[0].where} asks for words after images, but the data folder has no image "
-            "tokenizer; remove the file or prepare with images"
+            f"{where} has {MEDIA[label].list_name}, but the data folder has no {label} tokenizer; "
+            "remove the file, or prepare with one"
         )
-    medium = tokenizers.vocabulary.medium(Modality.IMAGE)
-    pixels = np.stack([decoded(item, "image", images.features) for item in items])
+    return tokenizers.media[label]
+
+
+def media_tokens(label: str, features: list[np.ndarray], tokenizers: Tokenizers) -> list[list[int]]:
+    """Token ids of items of medium ``label``, sentinels included."""
+    medium = tokenizers.vocabulary.medium(MEDIA[label].modality)
     return [
         [medium.begin, *(codes + medium.start).tolist(), medium.end]
-        for codes in images.encode(pixels)
+        for codes in tokenizers.media[label].encode_items(features)
     ]
 
 
-def _utterances(items: list[JsonObject], tokenizers: Tokenizers) -> list[list[int]]:
-    """Tokens of the items' utterances, sentinels included."""
-    speech = tokenizers.speech
-    if speech is None:
-        raise ValueError(
-            f"{items[0].where} asks for words after speech, but the data folder has no speech "
-            "tokenizer; remove the file or prepare with speech"
-        )
-    medium = tokenizers.vocabulary.medium(Modality.SPEECH)
-    features = [decoded(item, "speech", speech.features) for item in items]
-    return [
-        [medium.begin, *(speech.encode(frames) + medium.start).tolist(), medium.end]
-        for frames in features
-    ]
-
-
-def decoded(fields: JsonObject, name: str, decode: Callable[[bytes], np.ndarray]) -> np.ndarray:
-    """The base64 in field ``name``, through ``decode``; ``ValueError`` for what is none."""
-    encoded = fields.field(name, str)
+def decoded(fields: JsonObject, label: str, decode: Callable[[bytes], np.ndarray]) -> np.ndarray:
+    """Features of the base64 file in field ``label``; ``ValueError`` if it is damaged."""
+    encoded = fields.field(label, str)
     try:
         return decode(base64.b64decode(encoded, validate=True))
     except ValueError as error:  # BadSample and binascii.Error too
-        raise fields.wrong(
-            name, f"must be base64 of {'an image' if name == 'image' else 'a sound'}: {error}"
-        ) from error
+        item = MEDIA[label].item
+        raise fields.wrong(label, f"must be base64 of an {item} file: {error}") from error
 
 
 def _split_prefix(texts: list[list[int]]) -> tuple[list[int], list[tuple[int, ...]]]:
-    """Common beginning of all token lists, and what follows it in each."""
+    """The common prefix of all token lists, and the rest of each."""
     length = 0
     while all(length < len(text) and text[length] == texts[0][length] for text in texts):
         length += 1
     rests = [tuple(text[length:]) for text in texts]
     for i, rest in enumerate(rests):
         if any(j != i and other[: len(rest)] == rest for j, other in enumerate(rests)):
-            raise ValueError(
-                f"candidate {i} of a task is the beginning of another one: they must differ"
-            )
+            raise ValueError(f"candidate {i} is the beginning of another one")
     return texts[0][:length], rests

@@ -1,17 +1,15 @@
-"""What the model writes while it trains: a fixed set of held-out prompts at each validation.
+"""Generates samples during training, from a fixed set of held-out prompts at each validation.
 
-``validation/prompts.json`` of a data folder lists pairs of a caption and its image,
-``{"prompts": [{"caption", "image"}]}`` with images as base64 of PNG, JPEG or the like. From each
-caption an image is written, and from each image a caption.
+``validation/prompts.json`` of a data folder lists pairs of a caption and an image,
+``{"prompts": [{"caption", "image"}]}``, images as base64 of PNG, JPEG or the like. An image is
+generated from each caption, and a caption from each image.
 
-Every rank writes the same: their layers compute together, and the tokens of rank 0 decide. Seeds
-are those of the prompts, so nothing else that is random in a run is touched.
+All ranks generate together, as their layers communicate; the tokens of rank 0 count. Seeds belong
+to the prompts, so generation changes no other random numbers of the run.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +22,7 @@ from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.generate.session import Sampling, generate
 from earlyfuse.models.routing.router import check_causal
 from earlyfuse.models.vocabulary import Modality, Vocabulary
-from earlyfuse.parallel.evaluation.eval_tasks import decoded
+from earlyfuse.parallel.evaluation.eval_tasks import decoded, media_tokenizer, media_tokens
 from earlyfuse.parallel.reporting import rank_log
 from earlyfuse.parallel.strategies.pipeline import Pipeline
 
@@ -34,9 +32,7 @@ _REMEDY = "copy it again, remove it, or turn samples off: --sampler.no-enable"
 
 @dataclass(frozen=True)
 class Pair:
-    """A held-out caption and its image, as text and pixels (H, W, 3) uint8, and as tokens without
-    begin-of-document.
-    """
+    """A held-out caption and image (H, W, 3) uint8, and their tokens without bos."""
 
     caption: str
     pixels: np.ndarray
@@ -46,7 +42,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Sample:
-    """A pair, and what the model wrote: an image from the caption, a caption from the image."""
+    """A pair, the image generated from its caption, and the caption generated from its image."""
 
     pair: Pair
     image: np.ndarray
@@ -54,92 +50,74 @@ class Sample:
 
 
 class Sampler(Configurable):
-    """Writes samples of a fixed set of prompts; ``pairs`` is empty where it is off."""
+    """Generates samples from a fixed set of prompts; ``pairs`` is empty if it is off."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(Configurable.Config):
         enable: bool = True
-        """Write samples at each validation, where the data folder brings prompts."""
+        """Generate samples at each validation, if the data folder has prompts."""
 
         number: int = 12
-        """Prompts of validation/prompts.json to take."""
+        """Number of prompts of validation/prompts.json to use."""
 
         temperature: float = 0.7
-        """Of images and captions; 0 takes the most likely tokens."""
+        """Temperature for images and captions; 0 takes the most likely tokens."""
 
         top_p: float = 1.0
-        """Draw from the fewest tokens that have this much of the probability."""
+        """Nucleus sampling: draw from the fewest tokens with this total probability."""
 
         guidance: float = 2.0
-        """Classifier-free guidance of images; 1 is off."""
+        """Classifier-free guidance for images; 1 is off."""
 
         caption_tokens: int = 32
-        """Longest caption to write."""
+        """Maximal length of a generated caption."""
 
         data_folder: str = ""
         """Filled in from data.folder."""
-
-        def __post_init__(self) -> None:
-            for name in ("number", "caption_tokens"):
-                if getattr(self, name) < 1:
-                    raise ValueError(
-                        f"sampler.{name} ({getattr(self, name)}) must be at least 1; "
-                        "--sampler.no-enable turns samples off"
-                    )
-            self.sampling()
-
-        def sampling(self) -> Sampling:
-            """Raises ``ValueError`` for what cannot be."""
-            return Sampling(self.temperature, self.top_p, guidance=self.guidance)
 
     def __init__(self, config: Config, *, model: Decoder | Pipeline, seq_len: int):
         self.config = config
         self.pairs: list[Pair] = []
         self.tokenizers: Tokenizers | None = None
         if config.enable:
-            self.pairs = self._broadcast(self._load(seq_len) if _rank() == 0 else ())
-        reason = _reason_against(model) if self.pairs else None
-        if reason is not None:
+            box = [self._load(seq_len) if dist.get_rank() == 0 else []]
+            if dist.get_world_size() > 1:  # others may not see the file
+                dist.broadcast_object_list(box, src=0)
+            self.pairs = box[0]
+        if self.pairs and (reason := _cannot_generate(model)):
             self.pairs = []
-            if _rank() == 0:
-                rank_log.tell(f"no samples are written: {reason}")
+            if dist.get_rank() == 0:
+                rank_log.tell(f"no samples are generated: {reason}")
 
     def write(
         self, model: Decoder | Pipeline, vocabulary: Vocabulary, seq_len: int
     ) -> list[Sample]:
-        """Samples of all pairs, on rank 0; nothing on others. To be called on all ranks."""
+        """Samples of all pairs on rank 0, [] on others. All ranks call it."""
         assert isinstance(model, Decoder), "pipelines are turned off"
-        bos, block = [vocabulary.bos], len(self.pairs[0].image_tokens)
-        # rank 0, which decides, has them
-        unused = () if self.tokenizers is None else self.tokenizers.unused
-        images = generate(
-            model,
-            vocabulary,
-            [bos + pair.caption_tokens for pair in self.pairs],
-            new_tokens=block,
-            mode="image",
-            sampling=self.config.sampling(),
-            unused=unused,
-            agree=_first_rank_decides,
-        )
-        captions = generate(
-            model,
-            vocabulary,
-            [bos + pair.image_tokens for pair in self.pairs],
-            new_tokens=min(self.config.caption_tokens, seq_len - block - 1),
-            mode="text",
-            sampling=self.config.sampling(),
-            unused=unused,
-            agree=_first_rank_decides,
-        )
+        config, block = self.config, len(self.pairs[0].image_tokens)
+
+        def generated(prompts: list[list[int]], mode: str, new_tokens: int) -> list[list[int]]:
+            return generate(
+                model,
+                vocabulary,
+                [[vocabulary.bos, *prompt] for prompt in prompts],
+                new_tokens=new_tokens,
+                mode=mode,
+                sampling=Sampling(config.temperature, config.top_p, guidance=config.guidance),
+                unused=() if self.tokenizers is None else self.tokenizers.unused,
+                agree=_broadcast,
+            )
+
+        images = generated([pair.caption_tokens for pair in self.pairs], "image", block)
+        length = min(config.caption_tokens, seq_len - block - 1)
+        captions = generated([pair.image_tokens for pair in self.pairs], "text", length)
         if self.tokenizers is None or self.tokenizers.image is None:
             return []
         start = vocabulary.medium(Modality.IMAGE).start
-        codes = np.array([tokens[1:-1] for tokens in images]) - start
-        decoded = self.tokenizers.image.decode(codes)
+        pixels = self.tokenizers.image.decode(np.array([t[1:-1] for t in images]) - start)
         return [
-            Sample(pair, pixels, self.tokenizers.text.decode(caption))
-            for pair, pixels, caption in zip(self.pairs, decoded, captions, strict=True)
+            Sample(pair, image, self.tokenizers.text.decode(caption))
+            for pair, image, caption in zip(self.pairs, pixels, captions, strict=True)
         ]
 
     def _load(self, seq_len: int) -> list[Pair]:
@@ -148,57 +126,39 @@ class Sampler(Configurable):
             return []
         self.tokenizers = Tokenizers.load(folder / "tokenizers")
         if self.tokenizers.image is not None and not self.tokenizers.image.decodes:
-            rank_log.tell("no samples are written: the image tokenizer has no decoder")
+            rank_log.tell("no samples are generated: the image tokenizer has no decoder")
             return []
-        # a row holds caption, image, begin and end of the document
+        # with begin and end of the document
         fitting = [
             pair
             for pair in load_pairs(folder / PROMPTS, self.tokenizers)
             if len(pair.caption_tokens) + len(pair.image_tokens) + 2 <= seq_len
         ]
         if not fitting:
-            rank_log.tell(f"no samples are written: no prompt fits training.seq_len ({seq_len})")
+            rank_log.tell(f"no samples are generated: no prompt fits training.seq_len ({seq_len})")
         return fitting[: self.config.number]
-
-    def _broadcast(self, pairs: Sequence[Pair]) -> list[Pair]:
-        """What rank 0 has read; others may not see the file yet, or have none."""
-        box: list[Any] = [list(pairs)]
-        if dist.get_world_size() > 1:
-            dist.broadcast_object_list(box, src=0)
-        return box[0]
 
 
 def load_pairs(path: Path, tokenizers: Tokenizers) -> list[Pair]:
-    """The pairs of a ``prompts.json``; ``ValueError`` naming the file for what is no such pair."""
-    images, vocabulary = tokenizers.image, tokenizers.vocabulary
-    if images is None:
-        raise ValueError(
-            f"{path} has images, but the data folder has no image tokenizer; remove the file or "
-            "prepare with images"
-        )
+    """The pairs of a ``prompts.json``; ``ValueError`` naming file and field if it is damaged."""
+    tokenizer = media_tokenizer("image", tokenizers, str(path))
     prompts = read_json(path, _REMEDY).objects("prompts")
     captions = [prompt.field("caption", str) for prompt in prompts]
-    pixels = [decoded(prompt, "image", images.features) for prompt in prompts]
+    pixels = [decoded(prompt, "image", tokenizer.features) for prompt in prompts]
     try:
-        tokens = [tokenizers.text.encode(caption) for caption in captions]
+        words = [tokenizers.text.encode(caption) for caption in captions]
     except ValueError as error:  # UnicodeEncodeError too
-        raise ValueError(f"{path}: a caption is no text ({error}); {_REMEDY}") from error
-    if not pixels:
-        return []
-    medium = vocabulary.medium(Modality.IMAGE)
-    codes = (images.encode(np.stack(pixels)) + medium.start).tolist()
-    return [
-        Pair(caption, image, words, [medium.begin, *block, medium.end])
-        for caption, image, words, block in zip(captions, pixels, tokens, codes, strict=True)
-    ]
+        raise ValueError(f"{path}: a caption is not valid text ({error}); {_REMEDY}") from error
+    blocks = media_tokens("image", pixels, tokenizers) if pixels else []
+    return list(map(Pair, captions, pixels, words, blocks))
 
 
-def _reason_against(model: Decoder | Pipeline) -> str | None:
-    """Why ``model`` cannot write, if so."""
+def _cannot_generate(model: Decoder | Pipeline) -> str | None:
+    """Why ``model`` cannot generate; None if it can."""
     if isinstance(model, Pipeline):
         return (
-            "parallelism.pipeline_parallel_degree is above 1, and tokens are not written one by "
-            "one through a pipeline; use python -m earlyfuse.tools.generate on a checkpoint"
+            "parallelism.pipeline_parallel_degree is above 1, and pipelines do not decode; use "
+            "python -m earlyfuse.tools.generate on a checkpoint"
         )
     try:
         model.config.check_use("decoding", "the model cannot generate")
@@ -208,12 +168,8 @@ def _reason_against(model: Decoder | Pipeline) -> str | None:
         return str(error)
 
 
-def _first_rank_decides(tokens_B: torch.Tensor) -> torch.Tensor:
-    # ranks that drew differently, by rounding, would no longer call their layers alike
+def _broadcast(tokens_B: torch.Tensor) -> torch.Tensor:
+    # ranks that draw other tokens, by rounding, would call their layers differently
     if dist.get_world_size() > 1:
         dist.broadcast(tokens_B, src=0)
     return tokens_B
-
-
-def _rank() -> int:
-    return dist.get_rank()

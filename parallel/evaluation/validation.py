@@ -1,10 +1,9 @@
-"""Validation: loss per modality on a fixed list of rows, and checks of what the model has learned.
+"""Validation: losses per modality on a fixed list of rows, and evaluation tasks.
 
-Expert-choice routers see a whole routing group, later tokens included; ``loss`` uses that batch
-routing, with budgets from the actual counts (the paper's exact rule), as do the training losses
-with static budgets. Where there are causal routers, ``causal_loss`` is what inference has: nothing
-looks ahead. The task checks never put the answer into the input; ``causal_task`` are the same under
-the causal rule.
+Expert-choice routers see a whole routing group, later tokens included. ``loss`` uses this batch
+routing, as training does, with budgets from actual counts (the paper's exact rule). With causal
+routers, ``causal_loss`` and ``causal_task`` use the rule of inference, which does not look ahead.
+Task prompts never contain the answer.
 """
 
 from dataclasses import dataclass, field, replace
@@ -23,8 +22,8 @@ from earlyfuse.models.batch import IGNORE_LABEL
 from earlyfuse.models.context import ForwardSettings
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.objectives.next_token import ChameleonObjective
-from earlyfuse.models.objectives.sums import MODALITIES, label_counts
-from earlyfuse.models.vocabulary import Vocabulary
+from earlyfuse.models.objectives.sums import label_counts
+from earlyfuse.models.vocabulary import Modality, Vocabulary
 from earlyfuse.parallel.evaluation.eval_tasks import Ranks, Task, load_tasks
 from earlyfuse.parallel.strategies.context import positions_here, sequence_shard
 from earlyfuse.parallel.strategies.pipeline import Pipeline
@@ -33,7 +32,7 @@ from earlyfuse.parallel.training.step_metrics import ModelStatistics, losses
 
 
 class Validation(Validator):
-    """Evaluates every ``freq`` steps and at the end."""
+    """Evaluates a model on fixed rows, every ``freq`` steps and at the end."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(Validator.Config):
@@ -41,17 +40,17 @@ class Validation(Validator):
         """Evaluate on the validation split."""
 
         freq: int = 100
-        """Steps between two validations."""
+        """Steps between validations."""
 
         batch_rows: int = 8
-        """Rows of a validation batch over all ranks; -1: local_batch_size on each. More, in fewer
-        batches, where ranks could not share them by whole routing groups."""
+        """Rows of a validation batch over all ranks; -1: local_batch_size on each data rank.
+        Rounded up to whole routing groups per rank, in fewer batches."""
 
         max_batches: int = 8
-        """Validation batches; fewer if the split is smaller."""
+        """Number of validation batches; fewer if the split is smaller."""
 
         tasks: bool = True
-        """Run the task checks that the data folder brings (validation/tasks.json)."""
+        """Run the tasks of the data folder (validation/tasks.json)."""
 
         sources: list[str] = field(default_factory=list)
         """Prepared folders; filled in from data.folder."""
@@ -74,7 +73,7 @@ class Validation(Validator):
         sources = tuple(TokenSource(folder) for folder in config.sources)
         if not sources:
             raise ValueError(
-                f"validator.enable is set, but {config.data_folder} has no validation split; "
+                f"validator.enable (True) needs a validation split in {config.data_folder}; "
                 "prepare one with --validation, or turn it off with --validator.no-enable"
             )
         tokens = [sum(source.tokens.values()) for source in sources]
@@ -86,10 +85,10 @@ class Validation(Validator):
         shard = sequence_shard(parallel_dims)
         positions = positions_here(shard, seq_len)
         self.settings = ForwardSettings(budgets="exact", sequence_shard=shard)
-        self.parts = [batch.part(positions) for batch in self.batches]  # what this rank has of them
+        self.parts = [batch.part(positions) for batch in self.batches]
         self.unigram = self._unigram_entropy(mixture.vocabulary)
         self.ranks = Ranks(dp_rank, dp_world_size, self._sum_answers, positions)
-        self.statistics: ModelStatistics | None = None  # of the model; set by the trainer
+        self.statistics: ModelStatistics | None = None  # set by the trainer
         self.tasks: list[Task] = load_tasks(Path(config.data_folder)) if config.tasks else []
         for task in self.tasks:
             if task.longest > seq_len:
@@ -103,10 +102,10 @@ class Validation(Validator):
     def measure(
         self, model: Decoder | Pipeline, objective: ChameleonObjective, vocabulary: Vocabulary
     ) -> dict[str, float]:
-        """Losses per modality and source, the unigram entropies to compare with, task accuracies.
+        """Losses per modality and source, unigram entropies for comparison, task accuracies.
 
-        With causal routers, losses and tasks under the causal rule too, and on these data the
-        routers' cross-entropy, precision and recall.
+        With causal routers also losses and tasks under the causal rule, and the routers'
+        cross-entropy, precision and recall on these rows.
         """
         was_training = model.training
         model.eval()
@@ -121,7 +120,7 @@ class Validation(Validator):
         metrics |= self._task_checks("task", model, self.settings)
         if self.statistics is not None and has_causal:
             metrics |= self.statistics.pop("causal")
-            self.statistics.discard()  # the others belong to training steps
+            self.statistics.discard()  # the other kinds are of training steps
             causal = replace(self.settings, rule="causal")
             metrics |= self._losses("causal_", model, objective, causal)
             metrics |= self._task_checks("causal_task", model, causal)
@@ -137,7 +136,7 @@ class Validation(Validator):
     ) -> dict[str, float]:
         """The objective's sums per label; see ``step_metrics.losses``."""
         device = next(model.parameters()).device
-        shape = (len(self.sources), MODALITIES)
+        shape = (len(self.sources), len(Modality))
         totals = {
             name: torch.zeros(shape, dtype=torch.float64, device=device)
             for name in (*objective.sum_names, "labels")
@@ -157,15 +156,14 @@ class Validation(Validator):
     def _task_checks(
         self, name: str, model: Decoder | Pipeline, settings: ForwardSettings
     ) -> dict[str, float]:
-        accuracies = {}
+        metrics: dict[str, float] = {}
         for task in self.tasks:
             accuracy = task.accuracy(model, self.batches, self.ranks, settings)
-            accuracies[f"{name}/{task.name}"] = accuracy
-            accuracies[f"chance/{task.name}"] = task.chance
-        return accuracies
+            metrics |= {f"{name}/{task.name}": accuracy, f"chance/{task.name}": task.chance}
+        return metrics
 
     def _sum_over_rows(self, tensor: torch.Tensor) -> torch.Tensor:
-        """And over the parts of rows: torchtitan's "loss" mesh has both."""
+        """Sum over data and context-parallel ranks: torchtitan's "loss" mesh."""
         if self.parallel_dims.dp_cp_enabled:
             dist.all_reduce(tensor, group=self.parallel_dims.get_mesh("loss").get_group())
         return tensor
@@ -180,7 +178,7 @@ class Validation(Validator):
         return self._sum_over_stages(self._sum_over_rows(on_device)).cpu()
 
     def _unigram_entropy(self, vocabulary: Vocabulary) -> list[float]:
-        """Entropy of the labels of each modality, nats: what no model of single tokens can beat."""
+        """Entropy of each modality's labels in nats: the loss of the best unigram model."""
         counts_V = torch.zeros(vocabulary.size, dtype=torch.float64)
         for batch in self.parts:
             labels_R = batch.labels_BS[batch.labels_BS != IGNORE_LABEL]
@@ -188,7 +186,7 @@ class Validation(Validator):
         counts_V = self._sum_over_rows(counts_V.to(titan_utils.device_type)).cpu()
         modality_V = vocabulary.modality_of(torch.arange(vocabulary.size))
         entropies = []
-        for modality in range(MODALITIES):
+        for modality in Modality:
             counts = counts_V[(modality_V == modality) & (counts_V > 0)]
             share = counts / counts.sum()
             entropies.append(float(-(share * share.log()).sum()))

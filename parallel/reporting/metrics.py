@@ -1,30 +1,26 @@
 """Logs a run's metrics to ``metrics.jsonl``, TensorBoard, Weights & Biases and the console.
 
-``metrics.jsonl`` has one JSON object per logged step. ``kind`` is "train" or "validation"; modality
-names and sources are the last part of a key (``loss/image``, ``loss_by_source/pairs``; so for every
-sum of the objective), and null is a number that is not finite (``metrics_file.py``). A resumed run
-first drops lines beyond its checkpoint, so the file reads as if the run had never stopped.
-
-With several ranks a logged step also has the times of the slowest (``stragglers.py``).
+``metrics.jsonl`` has a JSON object per logged step, of ``kind`` "train" or "validation". Modality
+and source are the last part of a name (``loss/image``, ``loss_by_source/pairs``), for every sum of
+the objective. A resumed run first drops lines beyond its checkpoint, so the file equals that of an
+unbroken run. With several ranks, a line also has the times of the slowest (``stragglers.py``).
 """
 
-import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 from torchtitan.components.metrics import BaseLogger, MetricsProcessor, WandBLogger
-from tqdm import tqdm
 
-from earlyfuse.data.console import printable
 from earlyfuse.parallel.reliability.stragglers import RankTimes
+from earlyfuse.parallel.reporting.console import Console
 from earlyfuse.parallel.reporting.metrics_file import (
     METRICS_FILE,
     TRAIN,
@@ -32,10 +28,11 @@ from earlyfuse.parallel.reporting.metrics_file import (
     as_line,
     drop_after,
 )
-from earlyfuse.parallel.reporting.optional_files import LineFile, tolerate
+from earlyfuse.parallel.reporting.optional_files import append_line, tolerate
+from earlyfuse.parallel.reporting.run_folder import CURVES, SAMPLES
 
-CLEARLY_SLOWER = 1.1
-QUIET = ("loss", "causal_loss", "z_loss", "causal_z_loss")  # shown before the others, or not at all
+if TYPE_CHECKING:
+    from earlyfuse.parallel.evaluation.sample_generation import Sample
 
 
 class RunMetrics(MetricsProcessor):
@@ -44,14 +41,14 @@ class RunMetrics(MetricsProcessor):
     @dataclass(kw_only=True, slots=True)
     class Config(MetricsProcessor.Config):
         log_freq: int = 10
-        """Steps between two logged steps; the first and the last are always logged."""
+        """Steps between logged steps; the first and last are always logged."""
 
         enable_tensorboard: bool = True
         """Write TensorBoard events to <run folder>/tb."""
 
         enable_wandb: bool = False
-        """Log to Weights & Biases too; its environment variables choose project, run and mode
-        (WANDB_PROJECT, WANDB_RUN_ID, WANDB_RESUME, WANDB_MODE=offline …)."""
+        """Also log to Weights & Biases, configured by its environment variables (WANDB_PROJECT,
+        WANDB_RUN_ID, WANDB_RESUME, WANDB_MODE=offline …)."""
 
     def __init__(self, config: Config, *, dump_folder: str, **runtime: Any):
         self.folder = Path(dump_folder)
@@ -73,17 +70,17 @@ class RunMetrics(MetricsProcessor):
         return RunLogger(self.folder, tensorboard, config_dict if config.enable_wandb else None)
 
     def start(self, step: int, steps: int) -> None:
-        """Begin at ``step`` of ``steps``: drop logged lines beyond it and open the console."""
+        """Open the outputs at ``step`` of ``steps``, dropping logged lines beyond it."""
         if isinstance(self.logger, RunLogger):
             self.logger.start(step)
-        self.console = Console(step, steps, sys.stdout) if self.is_main else None
+        self.console = Console(step, steps) if self.is_main else None
         self.rank_times.start(step)
         self.time_last_log = time.perf_counter()
 
     def log_step(self, step: int, metrics: dict[str, Any]) -> None:
-        """Write one training step's metrics with throughput since the last call; on every rank."""
+        """Log a training step, with throughput since the last call; call it on every rank."""
         elapsed = time.perf_counter() - self.time_last_log
-        # ranks of one tensor- or sequence-parallel group have read the same tokens
+        # the ranks of a tensor- or context-parallel group read the same tokens
         dims = self.parallel_dims
         tokens_per_second = self.ntokens_since_last_log / elapsed / dims.non_data_parallel_size
         data_wait = sum(self.data_loading_times)
@@ -101,24 +98,39 @@ class RunMetrics(MetricsProcessor):
         self.restart_clock()
 
     def tick(self, step: int) -> None:
-        """``step`` is done: move the live line of a terminal."""
+        """Advance the progress bar to ``step``."""
         self.rank_times.step = step
         if self.console:
             self.console.tick(step)
 
     def log_validation_step(self, step: int, metrics: dict[str, float]) -> None:
-        """Write one validation's metrics; its time does not count as training time."""
+        """Log a validation."""
         self.logger.log({"kind": VALIDATION, **metrics}, step)
         if self.console:
             self.console.validation(step, metrics)
 
-    def log_samples(self, step: int, pixels: np.ndarray, captions: str) -> None:
-        """Show a picture (H, W, 3) uint8 and Markdown text in TensorBoard; rank 0 only."""
-        if isinstance(self.logger, RunLogger):
-            self.logger.log_samples(step, pixels, captions)
+    def log_samples(self, step: int, samples: "Sequence[Sample]") -> None:
+        """Draw samples in samples.png and TensorBoard; nothing without samples (other ranks)."""
+        if not samples or not isinstance(self.logger, RunLogger):
+            return
+        with tolerate(self.folder / SAMPLES):
+            from earlyfuse.parallel.reporting import sample_grid  # matplotlib, on rank 0 only
+
+            pixels = sample_grid.draw_samples(samples, step)
+            self.logger.log_samples(step, pixels, sample_grid.as_table(samples))
+            sample_grid.write_picture(pixels, self.folder / SAMPLES)
+
+    def draw_curves(self, with_samples: bool) -> str:
+        """Draw loss_curves.png at the end of a run; returns the paths of the pictures as text."""
+        with tolerate(self.folder / CURVES):
+            from earlyfuse.parallel.reporting.plots import plot_curves  # matplotlib
+
+            samples = f", samples: {self.folder / SAMPLES}" if with_samples else ""
+            return f"Curves: {plot_curves(self.folder)}{samples}"
+        return ""
 
     def restart_clock(self) -> None:
-        """Throughput counts from now on."""
+        """Measure throughput from now on."""
         self.ntokens_since_last_log = 0
         self.data_loading_times.clear()
         self.rank_times.restart()
@@ -133,9 +145,9 @@ class RunMetrics(MetricsProcessor):
 
 
 class RunLogger(BaseLogger):
-    """``metrics.jsonl`` and TensorBoard events of one run folder; a full disk costs lines.
+    """``metrics.jsonl`` and TensorBoard events of a run folder; a full disk loses lines.
 
-    With ``wandb``, the config of the run, Weights & Biases gets the same numbers.
+    With ``wandb``, the config of the run, also Weights & Biases.
     """
 
     def __init__(
@@ -143,15 +155,11 @@ class RunLogger(BaseLogger):
     ) -> None:
         self.wandb_config, self.wandb = wandb, BaseLogger()
         self.path = folder / METRICS_FILE
-        self.lines = LineFile(self.path)
         self.tensorboard_folder = folder / tensorboard if tensorboard else None
         self.writer: SummaryWriter | None = None
 
     def start(self, step: int) -> None:
-        """Open for appending after ``step``; later lines of an interrupted run are dropped.
-
-        ``ValueError`` if the file is damaged.
-        """
+        """Open for appending after ``step``, dropping later lines; ``ValueError`` if damaged."""
         with tolerate(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if step and self.path.exists():
@@ -166,9 +174,9 @@ class RunLogger(BaseLogger):
             self.wandb = _wandb(self.path.parent, self.wandb_config)
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
-        """One line, and a scalar named ``kind``/name for each number."""
+        """Write a line, and a scalar ``kind``/name per number."""
         with tolerate(self.path):
-            self.lines.append(as_line(metrics, step))
+            append_line(self.path, as_line(metrics, step))
         kind = metrics["kind"]
         scalars = {f"{kind}/{n}": v for n, v in metrics.items() if not isinstance(v, str)}
         self.wandb.log(scalars, step)
@@ -177,7 +185,7 @@ class RunLogger(BaseLogger):
                 writer.add_scalar(name, value, step)
 
     def log_samples(self, step: int, pixels: np.ndarray, captions: str) -> None:
-        """A picture (H, W, 3) uint8 and Markdown text, in TensorBoard."""
+        """Write a picture (H, W, 3) uint8 and Markdown text to TensorBoard."""
         with self._events() as writer:
             if writer:
                 writer.add_image("samples", pixels, step, dataformats="HWC")
@@ -185,8 +193,6 @@ class RunLogger(BaseLogger):
 
     def close(self) -> None:
         """Close all outputs."""
-        with suppress(OSError):
-            self.lines.close()
         self.wandb.close()
         with self._events() as writer:
             if writer:
@@ -194,7 +200,7 @@ class RunLogger(BaseLogger):
 
     @contextmanager
     def _events(self) -> Iterator[Any]:
-        """The writer, None if there is none; one that has failed cannot write any more."""
+        """The TensorBoard writer, or None; a writer that failed once is not used again."""
         if self.writer is None or self.tensorboard_folder is None:
             yield None
             return
@@ -207,8 +213,8 @@ class RunLogger(BaseLogger):
 
 
 def _wandb(folder: Path, config: dict[str, Any]) -> BaseLogger:
-    """torchtitan's logger, its local files in ``folder``/wandb."""
-    import wandb  # config_checks has found it
+    """torchtitan's logger, with local files in ``folder``/wandb."""
+    import wandb  # config_checks has checked that it is installed
 
     try:
         return WandBLogger(str(folder), config)
@@ -220,7 +226,7 @@ def _wandb(folder: Path, config: dict[str, Any]) -> BaseLogger:
 
 
 def _expect_full_disks() -> None:
-    """Let TensorBoard's thread end without a traceback: its error comes back at the next write."""
+    """Silence tracebacks of TensorBoard's thread, whose error is raised again at the next write."""
     usual = threading.excepthook
 
     def hook(arguments: threading.ExceptHookArgs) -> None:
@@ -229,98 +235,3 @@ def _expect_full_disks() -> None:
             usual(arguments)
 
     threading.excepthook = hook
-
-
-class Console:
-    """One live line with ETA in a terminal; plain lines in a file."""
-
-    def __init__(self, step: int, steps: int, stream: TextIO):
-        self.step, self.steps, self.stream = step, steps, stream
-        self.started, self.first_step = time.monotonic(), step
-        self.bar: tqdm | None = None
-        if stream.isatty():
-            self.bar = tqdm(total=steps, initial=step, file=stream, unit="step", dynamic_ncols=True)
-
-    def tick(self, step: int) -> None:
-        """A step is done."""
-        if self.bar is not None:
-            self.bar.update(step - self.bar.n)
-
-    def train(self, step: int, metrics: dict[str, Any]) -> None:
-        """Show a training step."""
-        text = (
-            f"{_losses('loss', metrics)}{_other_sums(metrics)} | grad {metrics['grad_norm']:.2f} | "
-            f"lr {metrics['lr']:.1e} | {metrics['tokens_per_second']:,.0f} tok/s"
-        )
-        if "mfu" in metrics:
-            text += f" | mfu {metrics['mfu']:.1%}"
-        if "slowest_rank" in metrics:
-            text += f" | {_ranks(metrics)}"
-        if self.bar is not None:
-            self.bar.set_postfix_str(text, refresh=False)
-        else:
-            self._print(
-                f"step {step:>{len(str(self.steps))}}/{self.steps} | {text} | eta {self._eta(step)}"
-            )
-
-    def validation(self, step: int, metrics: dict[str, float]) -> None:
-        """Show a validation."""
-        tasks = "".join(
-            f" | {name.removeprefix('task/')} {value:.0%}"
-            for name, value in metrics.items()
-            if name.startswith("task/")
-        )
-        causal = f" | {_losses('causal_loss', metrics)}" if "causal_loss" in metrics else ""
-        losses = _losses("loss", metrics) + _other_sums(metrics)
-        self._print(f"validation at step {step} | {losses}{causal}{tasks}")
-
-    def close(self) -> None:
-        """Leave the line as it is."""
-        if self.bar is not None:
-            self.bar.close()
-
-    def _print(self, line: str) -> None:
-        line = printable(line)  # names of tasks come from the data
-        if self.bar is not None:
-            self.bar.write(line, file=self.stream)
-        else:
-            print(line, file=self.stream, flush=True)
-
-    def _eta(self, step: int) -> str:
-        done = max(step - self.first_step, 1)
-        seconds = (time.monotonic() - self.started) / done * (self.steps - step)
-        return tqdm.format_interval(seconds)
-
-
-def _losses(prefix: str, metrics: dict[str, float]) -> str:
-    """A sum per label, by modality and, where there are several sources, by source."""
-    parts = [f"{prefix.replace('_', ' ')} {metrics[prefix]:.3f}"]
-    parts += _under(f"{prefix}/", metrics)
-    sources = _under(f"{prefix}_by_source/", metrics)
-    if len(sources) > 1:
-        parts += ["by source", *sources]
-    return " ".join(parts)
-
-
-def _under(prefix: str, metrics: dict[str, float]) -> list[str]:
-    return [
-        f"{name.removeprefix(prefix)} {value:.3f}"
-        for name, value in metrics.items()
-        if name.startswith(prefix)
-    ]
-
-
-def _other_sums(metrics: dict[str, float]) -> str:
-    """Sums that an objective adds to its loss; the z-loss is too small for a line."""
-    names = [name.removesuffix("/text") for name in metrics if name.endswith("/text")]
-    shown = (name for name in names if name in metrics and name not in QUIET)
-    return "".join(f" | {_losses(name, metrics)}" for name in shown)
-
-
-def _ranks(metrics: dict[str, Any]) -> str:
-    """What the slowest rank saw; it is named where it is clearly slower than the fastest."""
-    slow, fast = metrics["rank_seconds/max"], metrics["rank_seconds/min"]
-    text = f"data wait {metrics['data_wait']:.0%} | step {fast:.3g}–{slow:.3g} s"
-    if slow > CLEARLY_SLOWER * fast:
-        text += f", slowest rank {metrics['slowest_rank']} on {metrics['slowest_host']}"
-    return text

@@ -1,8 +1,8 @@
-"""Reads and writes ``metrics.jsonl``: what a run has logged, a JSON object a line.
+"""Reads and writes ``metrics.jsonl``, the log of a run: a JSON object per line.
 
-Every line has ``step`` and ``kind`` ("train" or "validation"); the other fields are numbers, but
-for ``slowest_host``. ``null`` is a number that is not finite, such as the loss of a skipped step:
-JSON has no NaN. Earlier versions wrote NaN, which is read as well.
+Every line has ``step`` and ``kind`` ("train" or "validation"); other fields are numbers, except
+``slowest_host``. ``null`` is a number that is not finite, such as the loss of a skipped step; NaN,
+as earlier versions wrote it, is also read.
 """
 
 import json
@@ -21,11 +21,11 @@ TRAIN, VALIDATION = "train", "validation"
 
 LONGEST_LINE = 1 << 20  # bytes; a hundred layers with routers log 100 kB
 _WORDS = ("kind", "slowest_host")
-_REMEDY = "correct or remove that line, or move the file away to log anew"
+_REMEDY = "correct or remove that line, or move the file away"
 
 
 def as_line(metrics: Mapping[str, Any], step: int) -> str:
-    """One line of strict JSON, without its end; ``metrics`` has its ``kind``."""
+    """A line of strict JSON, without line break; ``metrics`` includes ``kind``."""
     finite = {
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in metrics.items()
@@ -34,14 +34,14 @@ def as_line(metrics: Mapping[str, Any], step: int) -> str:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All lines, with NaN for null; ``ValueError`` naming the line that is none of ours."""
+    """All lines, with NaN for null; ``ValueError`` naming an invalid line."""
     return list(_lines(path))
 
 
 def drop_after(path: Path, step: int) -> None:
-    """Remove lines beyond ``step``, and the half of a line that a killed run has left.
+    """Remove lines beyond ``step``, and an unfinished last line.
 
-    ``ValueError`` as in ``read_metrics``; the file is then as it was.
+    ``ValueError`` as in ``read_metrics``, leaving the file as it was.
     """
     replacement = path.with_suffix(".tmp")
     try:
@@ -56,9 +56,7 @@ def drop_after(path: Path, step: int) -> None:
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines. A last one without its end, which a killed run leaves, is dropped unless all that
-    it lacks is the line break.
-    """
+    """The lines, without an unfinished last one; if only the line break is missing, it counts."""
     with path.open("rb") as file:
         for number in count(1):
             raw = file.readline(LONGEST_LINE + 1)

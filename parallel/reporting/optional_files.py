@@ -1,9 +1,9 @@
-"""Writes files that a run can do without: failures are reported and counted, training continues.
+"""Tolerates failed writes of metrics, pictures and run.json: reports, counts, and continues.
 
-That holds for metrics, pictures and the description of the run. Checkpoints have rules of their own
-(``checkpoint/manager.py``).
+Checkpoints have rules of their own (``checkpoint/manager.py``).
 """
 
+import mmap
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ _in_all: Counter[Path] = Counter()
 
 @contextmanager
 def tolerate(path: Path) -> Iterator[None]:
-    """Lets the block fail to write ``path``: an ``OSError`` is said at the first of several."""
+    """Catch an ``OSError`` of writing ``path``; the first of several in a row is reported."""
     try:
         yield
     except OSError as error:
@@ -29,7 +29,7 @@ def tolerate(path: Path) -> Iterator[None]:
         if _in_a_row[path] == 1:
             rank_log.tell(
                 f"warning: {path} is not written: {error.strerror or error_text(error)}. "
-                "The run goes on without"
+                "The run continues without it"
             )
     else:
         if lost := _in_a_row.pop(path, 0):
@@ -37,53 +37,35 @@ def tolerate(path: Path) -> Iterator[None]:
 
 
 def lost_writes(folder: Path) -> str:
-    """What ``folder`` lacks, for the last line of a run; "" if nothing was lost."""
+    """Failed writes in ``folder``, for the last line of a run; "" if there were none."""
     lost = [f"{path.name} {n}" for path, n in _in_all.items() if path.is_relative_to(folder)]
     return f"Writes lost: {', '.join(lost)}. " if lost else ""
 
 
-class LineFile:
-    """Appends whole lines to a file: of one that does not fit on the disk, nothing stays."""
+def append_line(path: Path, line: str) -> None:
+    """Append ``line`` and a line break to ``path``, after dropping an unfinished last line.
 
-    def __init__(self, path: Path):
-        self.path = path
-        self._file: FileIO | None = None
-
-    def append(self, line: str) -> None:
-        """Write ``line`` and its end. ``OSError`` if it cannot be, and the file is as before."""
-        file = self._open()
-        size = os.fstat(file.fileno()).st_size
+    On ``OSError`` (a full disk) no part of ``line`` stays.
+    """
+    with FileIO(path, "a+") as file:
+        end = _end_of_lines(file)
+        file.truncate(end)
         left = memoryview(f"{line}\n".encode())
         try:
             while left:
                 left = left[file.write(left) :]
         except OSError:
-            file.truncate(size)
+            file.truncate(end)
             raise
 
-    def close(self) -> None:
-        """Close the file; the next line opens it again."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
 
-    def _open(self) -> FileIO:
-        if self._file is not None and os.fstat(self._file.fileno()).st_nlink:
-            return self._file
-        self.close()  # the file was deleted: its folder may be back
-        self._file = FileIO(self.path, "a+")
-        self._drop_unfinished_line(self._file)
-        return self._file
-
-    @staticmethod
-    def _drop_unfinished_line(file: FileIO) -> None:
-        """What a killed process wrote of its last line."""
-        end = file.seek(0, os.SEEK_END)
-        while end:
-            begin = max(0, end - 65536)
-            file.seek(begin)
-            found = file.read(end - begin).rfind(b"\n")
-            if found >= 0 or not begin:
-                file.truncate(begin + found + 1)
-                return
-            end = begin
+def _end_of_lines(file: FileIO) -> int:
+    """Size of the whole lines of ``file``; a killed process may leave a part of one."""
+    size = file.seek(0, os.SEEK_END)
+    if not size:
+        return 0
+    file.seek(-1, os.SEEK_END)
+    if file.read(1) == b"\n":
+        return size
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return content.rfind(b"\n") + 1

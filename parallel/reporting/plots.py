@@ -16,43 +16,38 @@ from earlyfuse.data.media import MEDIA
 from earlyfuse.parallel.reporting.metrics_file import METRICS_FILE, TRAIN, VALIDATION, read_metrics
 from earlyfuse.parallel.reporting.run_folder import CURVES
 
-COLOURS = {"text": "#1b6ca8", **{label: medium.colour for label, medium in MEDIA.items()}}
+_TEXT_COLOUR = "#1b6ca8"
+_DOTS = {"marker": "o", "markersize": 3}
+
+
+def colours() -> dict[str, str]:
+    """Label → colour of every modality."""
+    return {"text": _TEXT_COLOUR} | {label: medium.colour for label, medium in MEDIA.items()}
 
 
 def plot_curves(folder: Path) -> Path:
     """Draw ``folder``/loss_curves.png from the run's metrics; returns its path."""
-    lines = read_metrics(folder / METRICS_FILE)
-    train = [line for line in lines if line["kind"] == TRAIN]
-    validation = [line for line in lines if line["kind"] == VALIDATION]
-    labels = [label for label in COLOURS if any(f"loss/{label}" in line for line in train)]
-    tasks = sorted({key for line in validation for key in line if key.startswith("task/")})
-
-    sums = added_sums(validation or train)
-
-    panels = len(labels) + len(sums) + bool(tasks)
-    figure, axes = plt.subplots(
-        1, max(panels, 1), figsize=(4.6 * max(panels, 1), 3.6), squeeze=False
-    )
-    tokens_at = {line["step"]: _tokens(line) for line in train}
-    for axis, label in zip(axes[0], labels, strict=False):
-        _draw_losses(axis, label, train, validation, tokens_at)
-    for axis, name in zip(axes[0][len(labels) :], sums, strict=False):
-        _draw_sum(axis, name, train, validation, tokens_at)
+    run = _Run(read_metrics(folder / METRICS_FILE))
+    labels = [label for label in colours() if any(f"loss/{label}" in line for line in run.train)]
+    sums = added_sums(run.validation or run.train)
+    tasks = sorted({key for line in run.validation for key in line if key.startswith("task/")})
+    figure, axes = _panels(len(labels) + len(sums) + bool(tasks))
+    for axis, label in zip(axes, labels, strict=False):
+        _draw_losses(axis, label, run)
+    for axis, name in zip(axes[len(labels) :], sums, strict=False):
+        _draw_sum(axis, name, run)
     if tasks:
-        _draw_tasks(axes[0][-1], tasks, validation, tokens_at)
-    for axis in axes[0]:
-        axis.xaxis.set_major_locator(MaxNLocator(5))
-        axis.xaxis.set_major_formatter(EngFormatter())
-    _save(figure, folder / CURVES)
+        _draw_tasks(axes[-1], tasks, run)
+    _save(figure, axes, "tokens", folder / CURVES)
     return folder / CURVES
 
 
 def added_sums(lines: list[dict[str, Any]]) -> list[str]:
-    """Sums of an objective beside its loss, of which a modality has a part; without the z-loss."""
+    """Sums by modality that an objective has beside loss and z-loss."""
     keys = dict.fromkeys(key for line in lines for key in line)
     names = dict.fromkeys(
         key.removesuffix(f"/{label}")
-        for label in COLOURS
+        for label in colours()
         for key in keys
         if key.endswith(f"/{label}")
     )
@@ -66,128 +61,95 @@ def plot_study(
     picture: Path,
     equal_flops: float,
 ) -> None:
-    """Draw the held-out losses of several configs over FLOPs, a panel for each of ``labels``.
+    """Draw held-out losses of several configs over FLOPs, a panel for each of ``labels``.
 
     ``found``: config → ``flops`` (P,) and label → losses (seeds, P); lines are means, bands span
-    the seeds. A dotted line marks ``equal_flops``, at which they are compared.
+    the seeds. A dotted line marks ``equal_flops``, at which configs are compared.
     """
-    figure, axes = plt.subplots(1, len(labels), figsize=(4.6 * len(labels), 3.6), squeeze=False)
-    for axis, label in zip(axes[0], labels, strict=True):
+    figure, axes = _panels(len(labels))
+    for axis, label in zip(axes, labels, strict=True):
         for config, curve in found.items():
             losses, flops = curve[label], curve["flops"]
-            later = flops > 0.05 * flops[-1]  # the first steps would hide all else
+            later = flops > 0.05 * flops[-1]  # the first steps would set the scale
             mean = losses.mean(0)
-            (line,) = axis.plot(
-                flops[later],
-                mean[later],
-                marker="o",
-                markersize=3,
-                label=f"{config} ({mean[-1]:.3f} at its end)",
-            )
+            name = f"{config} ({mean[-1]:.3f} at its end)"
+            (line,) = axis.plot(flops[later], mean[later], label=name, **_DOTS)
             low, high = losses.min(0)[later], losses.max(0)[later]
             axis.fill_between(flops[later], low, high, color=line.get_color(), alpha=0.2)
         axis.axvline(equal_flops, color="grey", linestyle=":", linewidth=1)
-        axis.set_title(label)
-        axis.set_xlabel("training FLOPs")
-        axis.set_ylabel(f"held-out {label} loss (nats per token)")
+        axis.set(title=label, ylabel=f"held-out {label} loss (nats per token)")
+    _save(figure, axes, "training FLOPs", picture)
+
+
+class _Run:
+    """Logged lines of a run; ``points`` draws a metric over the tokens seen."""
+
+    def __init__(self, lines: list[dict[str, Any]]):
+        self.train = [line for line in lines if line["kind"] == TRAIN]
+        self.validation = [line for line in lines if line["kind"] == VALIDATION]
+        self.tokens_at = {
+            line["step"]: sum(value for key, value in line.items() if key.startswith("tokens/"))
+            for line in self.train
+        }
+
+    def draw(
+        self, axis: Any, lines: list[dict[str, Any]], key: str, *style: str, **options: Any
+    ) -> Any:
+        """Draw ``key`` of ``lines``; nothing, and None, without points (lines may be lost)."""
+        points = [
+            (self.tokens_at[line["step"]], line[key])
+            for line in lines
+            if key in line and line["step"] in self.tokens_at
+        ]
+        return axis.plot(*zip(*points, strict=True), *style, **options)[0] if points else None
+
+
+def _draw_losses(axis: Any, label: str, run: _Run) -> None:
+    key, colour = f"loss/{label}", colours()[label]
+    run.draw(axis, run.train, key, color=colour, alpha=0.35, linewidth=1, label="training")
+    if run.draw(axis, run.validation, key, color=colour, label="held out", **_DOTS):
+        style = {"color": colour, "linestyle": "--", "label": "held out, causal"}
+        run.draw(axis, run.validation, f"causal_{key}", **style)
+        if unigram := run.validation[-1].get(f"unigram_entropy/{label}"):
+            name = f"unigram entropy {unigram:.2f}"
+            axis.axhline(unigram, color="grey", linestyle=":", label=name)
+        last = [line[key] for line in run.validation if key in line][-1]
+        axis.set_title(f"{label}: held-out loss {last:.2f} nats")
+    axis.set_ylabel(f"{label} loss (nats per token)")
+
+
+def _draw_sum(axis: Any, name: str, run: _Run) -> None:
+    for lines, style, note in ((run.train, "-", ""), (run.validation, "o", ", held out")):
+        for label, colour in colours().items():
+            run.draw(axis, lines, f"{name}/{label}", style, color=colour, label=f"{label}{note}")
+    axis.set(title=name.replace("_", " "), ylabel=f"{name} per label")
+
+
+def _draw_tasks(axis: Any, tasks: list[str], run: _Run) -> None:
+    for task in tasks:
+        name = task.removeprefix("task/")
+        line = run.draw(axis, run.validation, task, label=name, **_DOTS)
+        chance = run.validation[-1].get(f"chance/{name}")
+        if line is not None and chance:
+            axis.axhline(chance, color=line.get_color(), linestyle=":", linewidth=1)
+    axis.set(title="held-out tasks (dotted: chance)", ylabel="accuracy", ylim=(0, 1))
+
+
+def _panels(count: int) -> tuple[Any, Sequence[Any]]:
+    figure, axes = plt.subplots(1, max(count, 1), figsize=(4.6 * max(count, 1), 3.6), squeeze=False)
+    return figure, axes[0]
+
+
+def _save(figure: Any, axes: Sequence[Any], over: str, picture: Path) -> None:
+    for axis in axes:
+        axis.set_xlabel(over)
         axis.xaxis.set_major_locator(MaxNLocator(5))
         axis.xaxis.set_major_formatter(EngFormatter())
-        axis.legend(frameon=False, fontsize=8)
-    _save(figure, picture)
-
-
-def _save(figure: Any, picture: Path) -> None:
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(frameon=False, fontsize=8)
     figure.tight_layout()
     try:
         with atomic_write(picture) as file:
             figure.savefig(file, format="png", dpi=110)
     finally:
         plt.close(figure)
-
-
-def _tokens(line: dict[str, Any]) -> float:
-    return sum(value for key, value in line.items() if key.startswith("tokens/"))
-
-
-def _draw_losses(
-    axis: Any,
-    label: str,
-    train: list[dict[str, Any]],
-    validation: list[dict[str, Any]],
-    tokens_at: dict[int, float],
-) -> None:
-    key, colour = f"loss/{label}", COLOURS[label]
-    points = [(tokens_at[line["step"]], line[key]) for line in train if key in line]
-    axis.plot(*zip(*points, strict=True), color=colour, alpha=0.35, linewidth=1, label="training")
-    held_out = [
-        (tokens_at[x["step"]], x[key]) for x in validation if key in x and x["step"] in tokens_at
-    ]
-    if held_out:
-        axis.plot(
-            *zip(*held_out, strict=True), color=colour, marker="o", markersize=3, label="held out"
-        )
-        causal = [
-            (tokens_at[x["step"]], x[f"causal_{key}"])
-            for x in validation
-            if f"causal_{key}" in x and x["step"] in tokens_at
-        ]
-        if causal:
-            axis.plot(
-                *zip(*causal, strict=True), color=colour, linestyle="--", label="held out, causal"
-            )
-        unigram = validation[-1].get(f"unigram_entropy/{label}")
-        if unigram:
-            axis.axhline(
-                unigram, color="grey", linestyle=":", label=f"unigram entropy {unigram:.2f}"
-            )
-        axis.set_title(f"{label}: held-out loss {held_out[-1][1]:.2f} nats")
-    axis.set_xlabel("tokens")
-    axis.set_ylabel(f"{label} loss (nats per token)")
-    axis.legend(frameon=False, fontsize=8)
-
-
-def _draw_sum(
-    axis: Any,
-    name: str,
-    train: list[dict[str, Any]],
-    validation: list[dict[str, Any]],
-    tokens_at: dict[int, float],
-) -> None:
-    for lines, style in ((train, "-"), (validation, "o")):
-        for label, colour in COLOURS.items():
-            key = f"{name}/{label}"
-            points = [
-                (tokens_at[x["step"]], x[key]) for x in lines if key in x and x["step"] in tokens_at
-            ]
-            if points:
-                held_out = ", held out" if lines is validation else ""
-                axis.plot(
-                    *zip(*points, strict=True), style, color=colour, label=f"{label}{held_out}"
-                )
-    axis.set_title(name.replace("_", " "))
-    axis.set_xlabel("tokens")
-    axis.set_ylabel(f"{name} per label")
-    axis.legend(frameon=False, fontsize=8)
-
-
-def _draw_tasks(
-    axis: Any, tasks: list[str], validation: list[dict[str, Any]], tokens_at: dict[int, float]
-) -> None:
-    for task in tasks:
-        points = [
-            (tokens_at[x["step"]], 100 * x[task])
-            for x in validation
-            if task in x and x["step"] in tokens_at
-        ]
-        if not points:  # their lines were lost on a full disk
-            continue
-        name = task.removeprefix("task/")
-        (line,) = axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
-        chance = validation[-1].get(f"chance/{name}")
-        if chance:
-            axis.axhline(100 * chance, color=line.get_color(), linestyle=":", linewidth=1)
-    axis.set_title("held-out tasks (dotted: chance)")
-    axis.set_xlabel("tokens")
-    axis.set_ylabel("% right")
-    axis.set_ylim(0, 100)
-    axis.legend(frameon=False, fontsize=8)

@@ -1,12 +1,11 @@
 """Redirects each rank's output to ``<run folder>/logs/rank-N.log`` under a launcher.
 
-Under a launcher (RANK is set) both output streams of the process, Python's and that of its
-libraries, go to the rank's own file, appended across restarts. Rank 0's Python output shows on the
-console as well; of the other ranks only ``tell`` and ``show`` do. Without a launcher nothing is
-redirected.
+With RANK set, stdout and stderr of the process, including those of libraries and child processes,
+are appended to the rank's file. Rank 0's Python output also goes to the console; other ranks reach
+it by ``tell`` and ``show`` only. Without a launcher nothing is redirected.
 
-Files are written without a thread or process in between: what a rank printed before it was killed
-is there. A console or a disk that takes no more costs lines and raises nothing.
+No thread or process is in between, so a killed rank loses no output. A console or disk that fails
+loses lines and raises nothing.
 """
 
 import faulthandler
@@ -27,9 +26,9 @@ _current: "_RankLog | None" = None
 
 
 def start(folder: Path) -> None:
-    """From now to its end, send this process's output to its rank's file in the run ``folder``.
+    """Redirect this process's output to its rank's file in the run ``folder``.
 
-    Without a launcher: nothing. A process that trains several runs calls it for each.
+    No effect without a launcher. A process that trains several runs calls it for each.
     """
     global _current
     if _current is not None:
@@ -43,17 +42,17 @@ def start(folder: Path) -> None:
 
 
 def is_open() -> bool:
-    """Whether this process's output goes to a file of its rank."""
+    """True if this process's output is redirected."""
     return _current is not None
 
 
 def path() -> Path | None:
-    """The file of this process's rank, if it has one."""
+    """The log file of this rank, if it is redirected."""
     return _current.path if _current is not None else None
 
 
 def tell(text: str) -> None:
-    """Print ``text`` on standard error, whatever this process's rank; with a launcher, name it."""
+    """Print ``text`` on the console and in the log, with the rank's name under a launcher."""
     if _current is None:
         name = f"[{_name()}] " if "RANK" in os.environ else ""
         print(name + printable(text, keep="\n\t"), file=sys.stderr, flush=True)
@@ -63,13 +62,13 @@ def tell(text: str) -> None:
 
 
 def note(text: str) -> None:
-    """Print ``text`` into the rank's file alone, if it has one."""
+    """Print ``text`` into the log file only, if there is one."""
     if _current is not None:
         _current.put(2, text)
 
 
 def show(text: str) -> None:
-    """Print ``text`` on the console alone, whatever this process's rank; it must have a file."""
+    """Print ``text`` on the console only; output must be redirected."""
     assert _current is not None, "show without a log of the rank"
     _current.put(_current.consoles[1], text)
 
@@ -108,7 +107,7 @@ class _RankLog:
         self._write(2, f"--- {header}\n")
 
     def put(self, descriptor: int, text: str) -> None:
-        """Write ``text`` with this rank's name, in one piece."""
+        """Write ``text`` with the rank's name in one call."""
         self._write(descriptor, f"[{self.name}] {text}\n")
 
     def _write(self, descriptor: int, text: str) -> None:
@@ -116,7 +115,7 @@ class _RankLog:
             os.write(descriptor, printable(text, keep="\n\t").encode())
 
     def close(self) -> None:
-        """Give the streams back to the console."""
+        """Restore the original streams."""
         faulthandler.disable()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -127,7 +126,7 @@ class _RankLog:
 
 
 class _Both(io.TextIOBase):
-    """A rank's file and the console; the live line of a terminal stays out of the file."""
+    """Writes to a rank's file and the console; progress bars only to the console."""
 
     def __init__(self, file: TextIO, console: TextIO):
         self.file, self.console = file, console

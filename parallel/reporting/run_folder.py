@@ -18,29 +18,29 @@ from earlyfuse.data.json_files import JsonObject, read_json
 from earlyfuse.parallel.reporting import rank_log
 
 DESCRIPTION, CURVES, SAMPLES = "run.json", "loss_curves.png", "samples.png"
-# how long the processes of a run that was killed may need to be gone: of another one, or, for ranks
-# that a launcher has started again, of the attempt before, which may be on a host that went away
+# time for the processes of a killed run to end: of another run, or, after a restart by the
+# launcher, of the previous attempt, whose host may be gone
 ENDING_SECONDS, RESTART_SECONDS = 10.0, 120.0
 PEAKS_KNOWN = ("A100", "H100", "H200", "B200", "A6000", "MI250", "MI300", "MI325", "MI355", "L40S")
 
 
 def check_writable(folder: Path) -> None:
-    """``ValueError`` if ``folder`` cannot be created or written; creates nothing."""
+    """``ValueError`` if ``folder`` cannot be created or written. Creates nothing."""
     existing = folder
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise ValueError(
-            f"dump_folder ({folder}) must be a folder that can be written, but {existing} is "
+            f"dump_folder ({folder}) must be writable, but {existing} is "
             f"{'read-only' if existing.is_dir() else 'a file'}; choose another with --dump_folder"
         )
 
 
 class Reservation:
-    """Keeps other runs out of ``folder`` until ``release``, or until this process ends.
+    """Locks ``folder`` against other runs until ``release`` or the end of this process.
 
-    One for a job: rank 0 takes it, the others take none. Creates the folder and writes nothing;
-    ``ValueError`` if another run has it, and not only because it was killed and still ends.
+    Rank 0 locks for the whole job. Creates the folder; ``ValueError`` if another run keeps it
+    locked for longer than a killed run needs to end.
     """
 
     def __init__(self, folder: Path):
@@ -54,15 +54,14 @@ class Reservation:
         restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
         if not self.lock.acquire(RESTART_SECONDS if restarted else ENDING_SECONDS):
             raise ValueError(
-                f"dump_folder ({printable(str(folder))}) is in use by another run, and two would "
-                "overwrite each other's checkpoints; wait for it to end, stop it, or choose "
-                "another with --dump_folder"
+                f"dump_folder ({printable(str(folder))}) is in use by another run; wait for it to "
+                "end, stop it, or choose another with --dump_folder"
             )
 
     def release(self) -> None:
-        """Let other runs in; folders that were made for a run that has written nothing go."""
+        """Unlock; remove folders created here that are still empty."""
         if self.lock is not None:
-            with suppress(OSError):  # they are no longer empty
+            with suppress(OSError):  # not empty
                 for path in self.created:
                     path.rmdir()
             self.lock.release()
@@ -71,9 +70,7 @@ class Reservation:
 def write_description(
     folder: Path, config: dict[str, Any], changes: Sequence[dict[str, Any]] = ()
 ) -> None:
-    """Write resolved config, what resumes have changed in it, source revision and versions to
-    ``run.json``; rank 0 only.
-    """
+    """Write ``run.json``: resolved config, its changes by resumes, revision, versions. Rank 0."""
     if os.environ.get("RANK", "0") != "0":
         return
     description = {
@@ -92,11 +89,11 @@ def write_description(
 def read_description(folder: Path) -> JsonObject:
     """``run.json`` of a run; ``ValueError`` if it is damaged."""
     path = folder / DESCRIPTION
-    return read_json(path, "restore it, or begin anew in another folder")
+    return read_json(path, "restore it, or start in another folder")
 
 
 def read_config(folder: Path) -> JsonObject:
-    """The resolved config of the run in ``folder``; ``ValueError`` if that is damaged."""
+    """The resolved config of the run in ``folder``; ``ValueError`` if damaged."""
     return read_description(folder).object("config")
 
 
@@ -116,5 +113,5 @@ def revision() -> str:
 
 
 def knows_peak(device_name: str) -> bool:
-    """Whether torchtitan knows this device's peak FLOP/s; it takes others for an A100."""
+    """True if torchtitan knows this device's peak FLOP/s; it assumes an A100 for others."""
     return any(name in device_name for name in PEAKS_KNOWN)

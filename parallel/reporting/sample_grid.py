@@ -1,4 +1,4 @@
-"""Draws a run's samples: captions, their true images, and what the model generated."""
+"""Draws samples of a run: held-out captions and images beside generated ones."""
 
 import textwrap
 import warnings
@@ -18,14 +18,14 @@ _LINE, _LINES = 26, 2  # characters of a line, lines of a caption
 
 
 def draw_samples(samples: Sequence[Sample], step: int) -> np.ndarray:
-    """All samples of ``step`` as one picture, uint8 (H, W, 3)."""
+    """All samples of ``step`` in one picture, uint8 (H, W, 3)."""
     columns = min(COLUMNS, len(samples))
     rows = -(-len(samples) // columns)
     figure = Figure(figsize=(2.6 * columns, 0.7 + 2.2 * rows), dpi=110, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     figure.suptitle(
-        f"step {step}: a held-out image, the one written from its caption (above);\n"
-        "below, the caption written from the held-out image",
+        f"step {step}: held-out image, image generated from its caption (above);\n"
+        "below: caption generated from the held-out image",
         fontsize=8,
     )
     for axis in (axes := figure.subplots(rows, columns, squeeze=False)).flat:
@@ -35,33 +35,24 @@ def draw_samples(samples: Sequence[Sample], step: int) -> np.ndarray:
         axis.set_title(_lines(sample.pair.caption), fontsize=7, parse_math=False)
         below = _lines(sample.caption) or "(nothing)"
         colour = "#2e7d32" if sample.caption == sample.pair.caption else "#777777"
-        axis.text(
-            0.5,
-            -0.04,
-            below,
-            transform=axis.transAxes,
-            ha="center",
-            va="top",
-            fontsize=7,
-            color=colour,
-            parse_math=False,
-        )
+        style = {"ha": "center", "va": "top", "fontsize": 7, "color": colour, "parse_math": False}
+        axis.text(0.5, -0.04, below, transform=axis.transAxes, **style)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # letters that the typeface lacks are drawn as boxes
+        warnings.simplefilter("ignore")  # glyphs that the font lacks are drawn as boxes
         canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 def write_picture(pixels: np.ndarray, path: Path) -> None:
-    """Put ``pixels`` at ``path``, as PNG."""
+    """Write ``pixels`` to ``path`` as PNG."""
     with atomic_write(path) as file:
         Image.fromarray(pixels).save(file, "PNG")
 
 
 def as_table(samples: Sequence[Sample]) -> str:
-    """True and written captions as a Markdown table, for TensorBoard."""
+    """Held-out and generated captions as a Markdown table, for TensorBoard."""
     rows = [f"| {_cell(s.pair.caption)} | {_cell(s.caption)} |" for s in samples]
-    return "\n".join(["| caption | written from the image |", "|---|---|", *rows])
+    return "\n".join(["| caption | generated from the image |", "|---|---|", *rows])
 
 
 def _side_by_side(sample: Sample) -> np.ndarray:

@@ -1,6 +1,6 @@
-"""Activation checkpointing, with torchtitan's policies: none, selective, full, memory budget.
+"""Activation checkpointing with torchtitan's policies: none, selective, full, memory budget.
 
-Recomputed blocks must route as they did: which rows an expert takes is saved, never chosen again.
+Recomputed blocks keep their routing: the rows that experts selected are saved, not selected again.
 """
 
 from typing import Any
@@ -17,23 +17,23 @@ from torchtitan.distributed.activation_checkpoint import (
 
 import earlyfuse.kernels.permute  # noqa: F401  registers the operator below
 
-CHOICES = {torch.ops.earlyfuse.select_top_k.default}
+SELECTIONS = {torch.ops.earlyfuse.select_top_k.default}
 
 
 def checkpoint_activations(
     model: nn.Module, config: ActivationCheckpointing.Config, dump_folder: str
 ) -> None:
-    """Wrap the blocks of ``model`` as ``config`` says, in place."""
+    """Wrap the blocks of ``model`` by the policy of ``config``, in place."""
     if isinstance(config, FullAC.Config):
-        KeepChoices(config, dump_folder).apply(model)
+        FullKeepRouting(config, dump_folder).apply(model)
     elif isinstance(config, SelectiveAC.Config):
-        KeepChoicesToo(config, dump_folder).apply(model)
+        SelectiveKeepRouting(config, dump_folder).apply(model)
     else:
         config.build(dump_folder=dump_folder).apply(model)
 
 
-class KeepChoices(FullAC):
-    """Recompute whole blocks, except what their routers chose."""
+class FullKeepRouting(FullAC):
+    """Recomputes whole blocks, except the selections of routers."""
 
     def _wrap_block(self, module: nn.Module, *, base_fqn: str | None = None) -> nn.Module:
         return checkpoint_wrapper(
@@ -46,12 +46,14 @@ class KeepChoices(FullAC):
         )
 
 
-class KeepChoicesToo(SelectiveAC):
-    """torchtitan's selection of what is saved, and what routers chose."""
+class SelectiveKeepRouting(SelectiveAC):
+    """Saves the operators of torchtitan's list, and the selections of routers."""
 
     def get_save_ops(self) -> set:
-        return super().get_save_ops() | CHOICES
+        return super().get_save_ops() | SELECTIONS
 
 
 def _policy(context: Any, function: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if function in CHOICES else CheckpointPolicy.PREFER_RECOMPUTE
+    return (
+        CheckpointPolicy.MUST_SAVE if function in SELECTIONS else CheckpointPolicy.PREFER_RECOMPUTE
+    )

@@ -1,13 +1,12 @@
-"""Sequence parallelism: the positions of each row, cut in order over the ranks of the ``cp`` mesh.
+"""Context parallelism: the positions of each row, sharded in order over the ``cp`` mesh.
 
-What works on single tokens needs nothing. Attention gathers the keys and values of the row;
-a convolution gets the last inputs of the ranks before. A scan is affine in its start, so ranks
-exchange what their part makes of a zero state and what it leaves of any state, two (B, I, N), and
-put their start together from those before them (kernels/selective_scan/README.md, "Over ranks").
-Backward mirrors each: the gradients of keys, values and inputs are summed where they came from;
-gradients of states travel the other way.
+Layers on single tokens need no communication. Attention all-gathers keys and values of the row; a
+convolution gets the last inputs of the previous rank. A scan is affine in its initial state: ranks
+all-gather their final state from zero and their decay, two (B, I, N), and compose their initial
+state from those of earlier ranks (kernels/selective_scan/README.md, "Over ranks"). Backward
+reduce-scatters the gradients of keys, values and inputs, and passes those of states backwards.
 
-Every rank takes part in every exchange, forward and backward, also where it has no use for it.
+Every rank takes part in every collective, forward and backward, whether it needs the result or not.
 
 B rows, S positions of a part, W ranks, K key/value heads, H width of a head, I channels, N states.
 """
@@ -28,19 +27,19 @@ from earlyfuse.models.decoder import Decoder
 
 
 def sequence_shard(parallel_dims: ParallelDims) -> SequenceShard:
-    """The part of each row that this rank has, for ``ForwardSettings``."""
+    """This rank's part of each row, for ``ForwardSettings``."""
     mesh = parallel_dims.get_optional_mesh("cp")
     return FullSequence() if mesh is None else ContextParallelShard(mesh)
 
 
 def positions_here(shard: SequenceShard, seq_len: int) -> slice:
-    """The positions of each row of ``seq_len`` that belong to ``shard``."""
+    """Positions of ``shard`` in rows of ``seq_len``."""
     size = seq_len // shard.parts
     return slice(shard.index * size, (shard.index + 1) * size)
 
 
 class ContextParallelShard:
-    """A ``SequenceShard`` whose others are on the ranks of ``mesh``, in their order."""
+    """A ``SequenceShard`` of rows sharded in order over the ranks of ``mesh``."""
 
     def __init__(self, mesh: DeviceMesh):
         self.mesh, self.index, self.parts = mesh, mesh.get_local_rank(), mesh.size()
@@ -48,25 +47,25 @@ class ContextParallelShard:
     def keys_and_values(
         self, k_BSKH: torch.Tensor, v_BSKH: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Both in one exchange; those behind the last position here are not looked at."""
+        """Both in one all-gather, up to the last position here."""
         seq_len, heads = k_BSKH.shape[1:3]
         whole = _Gather.apply(torch.cat([k_BSKH, v_BSKH], 2), self.mesh)
         k, v = whole[:, : (self.index + 1) * seq_len].split(heads, 2)
         return k, v
 
     def inputs_before(self, x_BSI: torch.Tensor, count: int) -> torch.Tensor:
-        """Of several ranks, where a part is shorter than ``count``."""
+        """From several ranks if a part is shorter than ``count``."""
         each = min(count, x_BSI.shape[1])
         lasts = _Gather.apply(x_BSI[:, -each:], self.mesh)
         return F.pad(lasts, (0, 0, count, 0))[:, self.index * each :][:, :count]
 
     def scan(self, *inputs: torch.Tensor | None) -> torch.Tensor:
-        """Scanned twice: for its final state, then from the start that follows from all of them."""
+        """Scans twice: for the final state from zero, then from the composed initial state."""
         return _Scan.apply(self.mesh, torch.is_grad_enabled(), *inputs)
 
 
 class _Gather(torch.autograd.Function):
-    """(B, S, …) of all ranks, one behind the other; gradients are summed where they belong."""
+    """All-gathers (B, S, …) along the positions; backward reduce-scatters."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
@@ -80,10 +79,10 @@ class _Gather(torch.autograd.Function):
 
 
 class _Scan(torch.autograd.Function):
-    """``selective_scan`` without its states, over the parts of all ranks.
+    """``selective_scan`` over the parts of all ranks, without its states.
 
-    Backward: what the outputs here want of the start is exchanged first; what later ranks want of
-    the final state here follows from it, and then all gradients.
+    Backward all-gathers the gradients of initial states, composes that of the final state here from
+    those of later ranks, and then computes all gradients.
     """
 
     @staticmethod
@@ -94,7 +93,7 @@ class _Scan(torch.autograd.Function):
         assert u is not None and delta is not None and A is not None
         assert B is not None and C is not None
         rank, backend = mesh.get_local_rank(), backend_for("auto", A, u)
-        # the state alone is wanted: neither skip nor gate
+        # only the state: neither skip nor gate
         _, final_BIN, _ = op.selective_scan(
             *(u, delta, A, B, C, None, None, bias, group, reset, None), False, backend
         )
@@ -133,32 +132,23 @@ class _Scan(torch.autograd.Function):
         return (None, None, *wanted)  # mesh, keep
 
 
-# ---------------------------------------------------------------- what cannot be cut
-
-
 def check_context_parallel(
     parallelism: ParallelismConfig, training: TrainingConfig, model: Decoder.Config
 ) -> None:
-    """``ValueError`` unless rows can be split, and all branches work on parts of them."""
+    """``ValueError`` unless rows can be sharded and all branches support it."""
     degree = parallelism.context_parallel_degree
     if degree == 1:
         return
     field = f"parallelism.context_parallel_degree ({degree})"
     if training.seq_len % (2 * degree):
         raise ValueError(
-            f"{field} must cut training.seq_len ({training.seq_len}) "
-            f"into equal parts of an even length (torchtitan's rule): make seq_len a multiple of "
-            f"{2 * degree}, or change the degree"
+            f"{field} must split training.seq_len ({training.seq_len}) into equal parts of even "
+            f"length; make seq_len a multiple of {2 * degree}, or change the degree"
         )
-    for name, why in (
-        ("tensor_parallel_degree", "whose ranks would share the parts of a row"),
-        ("expert_parallel_degree", "whose ranks may hold parts of the same row"),
-        ("pipeline_parallel_degree", "whose stages take whole rows"),
-    ):
+    for name in ("tensor_parallel_degree", "expert_parallel_degree", "pipeline_parallel_degree"):
         if getattr(parallelism, name) > 1:
             raise ValueError(
-                f"{field} must be 1 together with {name} ({getattr(parallelism, name)}), {why}: "
-                "the two have not been compared with one rank; use one of them, and FSDP for the "
-                "rest"
+                f"{field} must be 1 together with {name} ({getattr(parallelism, name)}): they are "
+                "not supported together; use one of them, and FSDP for the rest"
             )
     model.check_use("context_parallel", f"{field} must be 1")

@@ -1,14 +1,13 @@
-"""Expert parallelism: the experts of every pool are spread evenly over the ranks of a mesh.
+"""Expert parallelism: the experts of every pool are sharded evenly over a mesh.
 
-A rank sends each routed row to the rank that holds its expert, and gets the result back, in two
-all-to-alls. Expert choice with static budgets takes the same number of rows for every expert on
-every rank, so these are of fixed, equal sizes: no counts are exchanged and none reaches the host.
-With token choice, and with exact budgets (validation), ranks first tell each other how many rows
-each expert gets, and the host reads it: one wait for the device in a layer's forward.
+Two all-to-alls dispatch each routed row to the rank of its expert and return the result. Expert
+choice with static budgets selects equally many rows for every expert on every rank: sizes are
+fixed and equal, and no counts are exchanged. With token choice, and with exact budgets
+(validation), ranks first all-gather the rows per expert, which synchronises the host once per layer
+and forward.
 
-Collectives are waited for where their result is used, in forward and backward: the layer sends the
-rows of all pools before it computes the first, so one modality's rows travel while another's
-experts work.
+Collectives are waited for where their result is used, forward and backward: a layer dispatches the
+rows of all pools before it computes the first, so one modality's rows overlap another's compute.
 
 T tokens of this rank, R routed rows of this rank, W ranks, E experts of a pool, H of them on each
 rank, D width.
@@ -33,12 +32,12 @@ from earlyfuse.models.routes import Routes
 
 
 def is_split(module: nn.Module) -> bool:
-    """Whether expert parallelism shards the parameters of ``module`` along the first dimension."""
+    """True if expert parallelism shards the first dimension of ``module``'s parameters."""
     return getattr(module, "expert_split", False)
 
 
 def apply_expert_parallel(model: Decoder, mesh: DeviceMesh) -> None:
-    """Give each rank of ``mesh`` an equal part of every pool, in place, and connect them."""
+    """Shard the experts of every pool over ``mesh``, in place, and set its dispatcher."""
     for pool in model.modules():
         if isinstance(pool, ExpertPool):
             experts = pool.experts
@@ -49,7 +48,7 @@ def apply_expert_parallel(model: Decoder, mesh: DeviceMesh) -> None:
 
 
 def check_expert_parallel(parallelism: ParallelismConfig, model: Decoder.Config) -> None:
-    """``ValueError`` unless every rank can hold equally many experts of each modality."""
+    """``ValueError`` unless every pool has a multiple of the degree of experts."""
     degree = parallelism.expert_parallel_degree
     if degree == 1:
         return
@@ -59,17 +58,16 @@ def check_expert_parallel(parallelism: ParallelismConfig, model: Decoder.Config)
     for name, count in counts.items():
         if count % degree:
             raise ValueError(
-                f"{field} must divide {name} ({count}) of the model, so that every rank holds as "
-                "many; lower it or change the model"
+                f"{field} must divide {name} ({count}) of the model; lower it or change the model"
             )
 
 
 class Sent(NamedTuple):
-    """Rows on their way, and what is needed to bring them home.
+    """Dispatched rows, and what returning them needs.
 
-    ``rows_RD``    this rank's routed rows, sorted by expert, hence by the rank they go to
-    ``to_W``       rows that went to each rank
-    ``come_WH``    rows that came from each rank for each expert here
+    ``rows_RD``    rows in flight: dispatched sorted by expert, hence by rank
+    ``to_W``       rows sent to each rank
+    ``come_WH``    rows received from each rank for each expert here
     """
 
     rows_RD: torch.Tensor
@@ -81,34 +79,34 @@ class Sent(NamedTuple):
 
 
 class AllToAllDispatcher:
-    """All-to-all over the ranks of ``mesh``; each has ``experts_here`` experts of a pool."""
+    """All-to-all over ``mesh``, with ``experts_here`` experts of a pool on each rank."""
 
     def __init__(self, mesh: DeviceMesh, experts_here: int):
         self.mesh, self.experts_here = mesh, experts_here
 
     def send(self, x_TD: torch.Tensor, routes: Routes, static: bool) -> Sent:
-        """Start the rows' journey to their experts."""
+        """Start sending rows to the ranks of their experts."""
         ranks, here = self.mesh.size(), self.experts_here
         if static:
             rows = routes.row_R.shape[0] // (ranks * here)
             to_W, come_WH = [rows * here] * ranks, ((rows,) * here,) * ranks
         else:
             to_W, come_WH = self._counts(routes.offset_G1.diff())
-        travelling = self._exchange(gather_rows(x_TD, routes.row_R), to_W, _totals(come_WH))
-        return Sent(travelling, to_W, come_WH, static, x_TD.shape[0], routes)
+        rows_RD = self._exchange(gather_rows(x_TD, routes.row_R), to_W, _totals(come_WH))
+        return Sent(rows_RD, to_W, come_WH, static, x_TD.shape[0], routes)
 
     def receive(self, sent: Sent) -> tuple[torch.Tensor, Routes]:
-        """What arrived lies by sender, then expert; the routes read it by expert."""
+        """Received rows, ordered by sender and expert, and routes that read them by expert."""
         routes = _static_routes if sent.static else _routes
         return sent.rows_RD, routes(sent.come_WH, sent.rows_RD.device)
 
     def send_back(self, y_RD: torch.Tensor, sent: Sent) -> Sent:
-        """Start the results' journey home."""
-        travelling = self._exchange(y_RD, _totals(sent.come_WH), sent.to_W)
-        return sent._replace(rows_RD=travelling)
+        """Start returning the results."""
+        rows_RD = self._exchange(y_RD, _totals(sent.come_WH), sent.to_W)
+        return sent._replace(rows_RD=rows_RD)
 
     def combine(self, returned: Sent) -> torch.Tensor:
-        """(T, D): each token's weighted sum."""
+        """(T, D): the weighted sum of each token's rows."""
         row_R, _, weight_R = returned.routes
         return scatter_add_rows(returned.rows_RD, row_R, returned.tokens, weight_R)
 
@@ -116,7 +114,7 @@ class AllToAllDispatcher:
         return _AllToAll.apply(rows_RD, to_W, from_W, self.mesh)
 
     def _counts(self, count_E: torch.Tensor) -> tuple[list[int], tuple[tuple[int, ...], ...]]:
-        """Rows of this rank for each rank, and of each rank for each expert here."""
+        """Rows from this rank to each rank, and from each rank to each expert here."""
         rank, here = self.mesh.get_local_rank(), self.experts_here
         counts = count_E.new_empty(self.mesh.size() * len(count_E))
         dist.all_gather_single(counts, count_E, group=self.mesh.get_group())
@@ -131,7 +129,7 @@ def _totals(counts_WH: tuple[tuple[int, ...], ...]) -> list[int]:
 
 
 def _routes(counts_WH: tuple[tuple[int, ...], ...], device: torch.device) -> Routes:
-    """Rows that lie by sender, then expert, in the given numbers, read by expert."""
+    """Routes that read rows, ordered by sender and expert in the given numbers, by expert."""
     count_WH = torch.tensor(counts_WH, device=device)
     ranks, experts = count_WH.shape
     expert_R = torch.arange(experts, device=device).repeat(ranks)
@@ -144,7 +142,7 @@ _static_routes = lru_cache(maxsize=64)(_routes)
 
 
 class _AllToAll(torch.autograd.Function):
-    """Rows to other ranks; the gradient travels back. Neither waits for its own result."""
+    """Asynchronous all-to-all of rows; backward sends gradients back."""
 
     @staticmethod
     def forward(

@@ -1,12 +1,13 @@
 """FSDP2 and HSDP: which ranks shard each parameter, and the units that are gathered together.
 
-Units are the embedding, each block, and norm with head. With expert parallelism, the experts of a
-block are gathered beside the rest of it, from the ranks that hold the same ones. Modules that stay
-in fp32 (scans, routers) are units of their own.
+Units are the embedding, each block, and norm with head; fp32 modules (scans, routers) are units of
+their own. With expert parallelism, the experts of a block are gathered separately, from the ranks
+that hold the same ones.
 """
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ def apply_fsdp(
     """Shards ``model`` over the ``fsdp`` mesh, in place, and replicates over ``dp_replicate``."""
     replicate = ["dp_replicate"] if parallel_dims.dp_replicate_enabled else []
     mesh = parallel_dims.get_mesh([*replicate, "fsdp"])
-    # a stage stays gathered for all micro-batches of a schedule
+    # a pipeline stage stays gathered for all micro-batches
     reshard = parallelism.fsdp_reshard_after_forward != "never" and not parallel_dims.pp_enabled
     settings: dict[str, Any] = {
         "mp_policy": MixedPrecisionPolicy(
@@ -85,7 +86,7 @@ def apply_fsdp(
     for block in model.layers.values():
         shard(block, reshard)
     if model.norm is not None and model.lm_head is not None:
-        # backward begins with the head, at once: keep it gathered unless told otherwise
+        # backward begins with the head: keep it gathered by default
         shard([model.norm, model.lm_head], parallelism.fsdp_reshard_after_forward == "always")
     shard(model, False)
     for module in model.modules():
@@ -101,9 +102,9 @@ def _mesh_info(mesh: DeviceMesh) -> FSDPMeshInfo:
 
 
 def shard_dimension(shape: Sequence[int], split: Collection[int], ranks: int) -> int:
-    """The first dimension of a parameter that divides evenly and is not ``split`` already; else 0.
+    """The first dimension that divides evenly by ``ranks`` and is not ``split`` yet; else 0.
 
-    A few experts cannot be shared out whole among many ranks: their widths can.
+    Few experts cannot be sharded over many ranks, but their widths can.
     """
     even = (dim for dim, size in enumerate(shape) if dim not in split and size % ranks == 0)
     return next(even, 0)
@@ -113,25 +114,27 @@ def check_fsdp(parallelism: ParallelismConfig, ranks: int) -> None:
     """``ValueError`` unless the degrees make up the ``ranks`` of the job."""
     if parallelism.spmd_backend != "partial_dtensor":
         raise ValueError(
-            f"parallelism.spmd_backend ({parallelism.spmd_backend}) must be partial_dtensor: the "
+            f"parallelism.spmd_backend ({parallelism.spmd_backend}) must be partial_dtensor: "
             "others do not shard plain parameters on torch 2.13"
         )
-    shard, replicate = (
-        parallelism.data_parallel_shard_degree,
-        parallelism.data_parallel_replicate_degree,
-    )
-    tensor, experts = parallelism.tensor_parallel_degree, parallelism.expert_parallel_degree
-    pipeline, context = parallelism.pipeline_parallel_degree, parallelism.context_parallel_degree
-    fixed = replicate * tensor * pipeline * context * max(shard, 1)
+    degrees = {
+        "data_parallel_replicate": parallelism.data_parallel_replicate_degree,
+        "data_parallel_shard": parallelism.data_parallel_shard_degree,
+        "pipeline_parallel": parallelism.pipeline_parallel_degree,
+        "context_parallel": parallelism.context_parallel_degree,
+        "tensor_parallel": parallelism.tensor_parallel_degree,
+    }
+    shard = degrees["data_parallel_shard"]
+    fixed = prod(max(degree, 1) for degree in degrees.values())
     if ranks % fixed or (shard > 0 and ranks != fixed):
+        product = " x ".join(f"{name}_degree ({degree})" for name, degree in degrees.items())
         raise ValueError(
-            f"parallelism.data_parallel_replicate_degree ({replicate}) x "
-            f"data_parallel_shard_degree ({shard}; -1: all that is left) x "
-            f"pipeline_parallel_degree ({pipeline}) x context_parallel_degree ({context}) x "
-            f"tensor_parallel_degree ({tensor}) must make up the {ranks} ranks of the job; change "
-            "one of them or the number of ranks"
+            f"parallelism.{product} must make up the {ranks} ranks of the job (shard -1: all "
+            "remaining); change a degree or the number of ranks"
         )
-    sharded = ranks // (replicate * tensor * pipeline)
+    replicated = ("data_parallel_replicate", "pipeline_parallel", "tensor_parallel")
+    sharded = ranks // prod(degrees[name] for name in replicated)
+    experts = parallelism.expert_parallel_degree
     if sharded % experts:
         raise ValueError(
             f"parallelism.expert_parallel_degree ({experts}) must divide the {sharded} ranks that "

@@ -1,4 +1,4 @@
-"""Norms of gradients, whatever is sharded how, and clipping by them."""
+"""Clips gradients by their norm, for any sharding."""
 
 from collections.abc import Iterable, Sequence
 from math import prod
@@ -9,12 +9,10 @@ from torch.distributed.tensor import DTensor
 
 
 class GradientClipping:
-    """Scales the gradients of each group of parameters so that their joint norm is at most
-    ``max_norm``.
+    """Scales the gradients of each group of parameters to a joint norm of at most ``max_norm``.
 
-    Each rank sums the squares of its shards, divided by the number of ranks that hold the same; one
-    all-reduce of a number for each group adds them up. Of ``pipeline_ranks`` ranks each has
-    gradients of its own.
+    Each rank sums the squares of its shards, divided by the number of ranks with the same shard;
+    one all-reduce of a number per group adds them up. Pipeline ranks have different gradients.
     """
 
     def __init__(
@@ -22,14 +20,14 @@ class GradientClipping:
     ):
         self.groups = [list(group) for group in groups]
         self.max_norm = max_norm
-        self.alike = dist.get_world_size() // pipeline_ranks
-        # (group, gradients) → ranks that hold the same, by gradient
+        self.ranks = dist.get_world_size() // pipeline_ranks
+        # (group, number of gradients) → ranks with the same shard, of each gradient
         self.copies: dict[tuple[int, int], torch.Tensor] = {}
 
     @torch.no_grad()
     def __call__(self) -> torch.Tensor:
-        """Clip, in place. Returns the norm of each group before, equal on all ranks; 0 without
-        gradients. No host synchronisation, but in the first call.
+        """Clip in place; returns the norm of each group before, equal on all ranks, 0 without
+        gradients. Synchronises the host in the first call only.
         """
         gradients = [[p.grad for p in group if p.grad is not None] for group in self.groups]
         any_gradient = next(gradient for group in gradients for gradient in group)
@@ -47,14 +45,11 @@ class GradientClipping:
         return norms
 
     def _squares(self, index: int, gradients: list[torch.Tensor]) -> torch.Tensor:
-        """Sum of the squares of this rank's shards, each divided by the ranks that hold the same.
-
-        Those numbers are on the device from the first step on: they follow from the layout.
-        """
+        """Sum of squares of this rank's shards, each divided by the ranks with the same shard."""
         norms = torch.stack(torch._foreach_norm(_shards(gradients))).float()
         key = (index, len(gradients))
         if key not in self.copies:
-            copies = [self.alike // _shard_count(gradient) for gradient in gradients]
+            copies = [self.ranks // _shard_count(gradient) for gradient in gradients]
             self.copies[key] = torch.tensor(copies, device=norms.device)
         return (norms.square() / self.copies[key]).sum()
 
@@ -64,7 +59,7 @@ def _shards(gradients: list[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def _shard_count(gradient: torch.Tensor) -> int:
-    """Shards that a gradient has, each on a rank of its own."""
+    """Number of different shards of a gradient."""
     if not isinstance(gradient, DTensor):
         return 1
     mesh = gradient.device_mesh
@@ -74,7 +69,7 @@ def _shard_count(gradient: torch.Tensor) -> int:
 
 
 def _sum_over_ranks(totals: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-    """Under CPU offload gradients are on the host, but the ranks' collectives on the device."""
+    """All-reduce on the mesh's device, as gradients are on the host under CPU offload."""
     if isinstance(gradient, DTensor):
         totals = totals.to(gradient.device_mesh.device_type)
     dist.all_reduce(totals)

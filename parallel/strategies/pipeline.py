@@ -1,9 +1,8 @@
-"""Pipeline parallelism: each rank of the ``pp`` mesh holds some of the blocks, as one stage or two.
+"""Pipeline parallelism: each rank of the ``pp`` mesh holds one or two stages of blocks.
 
-The rows of a batch go through the stages in micro-batches of ``pipeline_parallel_microbatch_size``
-rows, by one of torch's schedules; activations travel forward, their gradients backward. Every rank
-of a pipeline reads the same rows: a stage works out masks, angles and routes from the modalities
-and positions itself, so nothing else travels. Only the rank of the last stage has losses.
+The rows of a batch pass the stages in micro-batches of ``pipeline_parallel_microbatch_size`` rows,
+by one of torch's schedules. Only activations and their gradients are sent: every rank of a pipeline
+reads the same rows and derives masks, angles and routes itself. The last stage has the losses.
 
 T tokens of a micro-batch, D width.
 """
@@ -28,17 +27,12 @@ from earlyfuse.models.context import ForwardSettings
 from earlyfuse.models.decoder import Decoder, Loss
 from earlyfuse.parallel import compat
 
-# the schedules that are tested against one rank, and the stages that each rank has
+# schedules that are tested against one rank → stages per rank
 SCHEDULES = {"1F1B": 1, "GPipe": 1, "Interleaved1F1B": 2}
-_OWN_CUTS = (
-    "module_fqns_per_model_part",
-    "pipeline_parallel_layers_per_stage",
-    "pipeline_parallel_schedule_csv",
-)
 
 
 class Pipeline(nn.Module):
-    """The stages that this rank holds: called, they evaluate a batch; ``step`` trains."""
+    """This rank's stages: ``forward`` evaluates a batch, ``step`` trains."""
 
     def __init__(
         self, parts: list[Decoder], stages: list[PipelineStage], schedule: Any, dtype: torch.dtype
@@ -48,10 +42,9 @@ class Pipeline(nn.Module):
         self.stages, self.schedule, self.dtype = stages, schedule, dtype
 
     def step(self, microbatches: list[dict[str, Any]]) -> None:
-        """Forward and backward of all micro-batches; adds up gradients.
+        """Forward and backward of all micro-batches; accumulates gradients.
 
-        ``microbatches``: arguments of ``Decoder.forward``; their ``loss`` returns what to minimise,
-        and is called on the ranks of the last stage alone.
+        ``microbatches``: arguments of ``Decoder.forward``; the last stage calls their ``loss``.
         """
         tokens = [(arguments["batch"].tokens_BS,) for arguments in microbatches]
         self.schedule.step(
@@ -69,9 +62,7 @@ class Pipeline(nn.Module):
         *,
         loss: Loss | None = None,
     ) -> Any:
-        """``Decoder.forward`` of any number of rows without gradients; None except from the last
-        stage.
-        """
+        """``Decoder.forward`` of any rows, without gradients; None before the last stage."""
         for stage in self.stages:
             ranks, index = dist.get_world_size(stage.group), stage.stage_index
             x = tokens_BS = batch.tokens_BS
@@ -101,13 +92,13 @@ def pipeline(
     **settings: Any,
 ) -> tuple[Pipeline, list[Decoder], bool, bool]:
     """torchtitan's ``pipelining_fn``: this rank's stages of ``model`` (on the meta device), each
-    spread over its ranks by ``parallelize_fn``, and whether the first and the last are among them.
+    parallelized by ``parallelize_fn``; True if the first, and if the last is among them.
     """
     mesh = parallel_dims.get_mesh("pp")
     blocks = stage_blocks(parallelism, len(model_config.layers))
     dtype = TORCH_DTYPE_MAP[training.mixed_precision_param]
     rows, seq_len = parallelism.pipeline_parallel_microbatch_size, training.seq_len
-    # what enters and leaves a stage is known: nothing has to be tried out in the first step
+    # given shapes, so that torch need not infer them in the first step
     tokens_BS = torch.empty(rows, seq_len, dtype=torch.int64, device="meta")
     activations_TD = torch.empty(
         rows * seq_len, model_config.dim, dtype=dtype, device="meta", requires_grad=True
@@ -144,15 +135,12 @@ def pipeline(
 def _take_activations(
     part: nn.Module, inputs: tuple[torch.Tensor], arguments: dict[str, Any]
 ) -> tuple[tuple[()], dict[str, Any]]:
-    """A schedule hands over what travels as the first argument; a ``Decoder`` has it last."""
+    """Pass activations by name, which schedules pass as the first argument."""
     return (), arguments | {"x_TD": inputs[0]}
 
 
-# ---------------------------------------------------------------- who holds what
-
-
 def stage_blocks(parallelism: ParallelismConfig, layers: int) -> list[range]:
-    """The blocks of each stage: equal parts, the first ones larger where it does not come out even.
+    """Blocks of each stage: equal parts, the first ones larger if uneven.
 
     Embedding and head count as ``pipeline_parallel_first_stage_less_layers`` and ``…_last_…``
     blocks. One stage without pipeline parallelism.
@@ -171,15 +159,15 @@ def stage_blocks(parallelism: ParallelismConfig, layers: int) -> list[range]:
 
 
 def rank_stages(parallelism: ParallelismConfig, rank: int) -> range:
-    """Stages on the ``rank``-th rank of a pipeline: every so many, from its own number on."""
+    """Stages on the ``rank``-th rank of a pipeline: rank, rank + degree …"""
     degree = parallelism.pipeline_parallel_degree
     stages = 1 if degree == 1 else SCHEDULES[parallelism.pipeline_parallel_schedule]
     return range(rank, degree * stages, degree)
 
 
 def microbatch(parallelism: ParallelismConfig, training: TrainingConfig) -> TrainingConfig:
-    """``training`` with what a rank takes at once: the rows that a stage does as its local batch,
-    the positions of a row that it has as the sequence length.
+    """``training`` with the rows of a stage's micro-batch as local batch, and the positions of a
+    context-parallel rank as sequence length.
     """
     rows = training.local_batch_size
     if parallelism.pipeline_parallel_degree > 1:
@@ -188,54 +176,41 @@ def microbatch(parallelism: ParallelismConfig, training: TrainingConfig) -> Trai
     return replace(training, local_batch_size=rows, seq_len=positions)
 
 
-# ---------------------------------------------------------------- what cannot be split
-
-
 def check_pipeline(
     parallelism: ParallelismConfig, training: TrainingConfig, model: Decoder.Config
 ) -> None:
-    """``ValueError`` for what cannot be split into stages, or was not compared with one rank."""
+    """``ValueError`` for pipelines that cannot work or are not tested against one rank."""
     degree, schedule = parallelism.pipeline_parallel_degree, parallelism.pipeline_parallel_schedule
     if degree == 1:
         return
     if not compat.can_pipeline():
         raise ValueError(
             f"parallelism.pipeline_parallel_degree ({degree}) must be 1: torchtitan 0.3's pipeline "
-            "schedules need torch 2.14, the pinned torch is 2.13; spread by FSDP "
+            "schedules need torch 2.14, the pinned torch is 2.13; use FSDP "
             "(data_parallel_shard_degree) and tensor_parallel_degree instead"
         )
     if schedule not in SCHEDULES:
         raise ValueError(
             f"parallelism.pipeline_parallel_schedule ({schedule}) must be one of "
-            f"{', '.join(SCHEDULES)}: the others have not been compared with one rank"
+            f"{', '.join(SCHEDULES)}: others are not supported; choose one of them"
         )
-    for field in _OWN_CUTS:
-        if getattr(parallelism, field):
-            raise ValueError(
-                f"parallelism.{field} ({getattr(parallelism, field)}) must not be set: blocks are "
-                "shared out evenly; move some by pipeline_parallel_first_stage_less_layers and "
-                "pipeline_parallel_last_stage_less_layers"
-            )
     if parallelism.fsdp_reshard_after_forward == "always":
         raise ValueError(
             "parallelism.fsdp_reshard_after_forward (always) must be default or never with "
-            "pipeline parallelism: a stage stays gathered for all micro-batches of the schedule"
+            "pipeline parallelism: stages stay gathered for all micro-batches"
         )
     _check_stages(parallelism, len(model.layers))
     _check_microbatches(parallelism, training, model)
 
 
 def _check_stages(parallelism: ParallelismConfig, layers: int) -> None:
-    blocks = stage_blocks(parallelism, layers)
-    if min(map(len, blocks)) < 1:
-        first = parallelism.pipeline_parallel_first_stage_less_layers
-        last = parallelism.pipeline_parallel_last_stage_less_layers
+    blocks = [len(stage) for stage in stage_blocks(parallelism, layers)]
+    if min(blocks) < 1:
         raise ValueError(
             f"parallelism.pipeline_parallel_degree ({parallelism.pipeline_parallel_degree}) makes "
-            f"{len(blocks)} stages by {parallelism.pipeline_parallel_schedule}, and each must have "
-            f"one of the {layers} layers at least, but they get {list(map(len, blocks))}; lower "
-            f"it, pipeline_parallel_first_stage_less_layers ({first}) or "
-            f"pipeline_parallel_last_stage_less_layers ({last}), or take more layers"
+            f"{len(blocks)} stages by {parallelism.pipeline_parallel_schedule}, each of which must "
+            f"have one of the {layers} layers, but they get {blocks}; lower it, "
+            "pipeline_parallel_first_stage_less_layers or pipeline_parallel_last_stage_less_layers"
         )
 
 
@@ -253,17 +228,17 @@ def _check_microbatches(
         if size % pool.router.routing_rows:
             raise ValueError(
                 f"{field} must be a multiple of routing_rows ({pool.router.routing_rows}) of "
-                f"{name}, within which a choice of experts is made; change one of them"
+                f"{name}; change one of them"
             )
     count = rows // size
     made = f"training.local_batch_size ({rows}) makes {count} micro-batches of {field}"
     if schedule != "GPipe" and count < degree:
         raise ValueError(
-            f"{made}, and {schedule} needs as many as pipeline_parallel_degree ({degree}); raise "
-            "the first or lower one of the others"
+            f"{made}; {schedule} needs at least pipeline_parallel_degree ({degree}); raise the "
+            "first or lower one of the others"
         )
     if schedule == "Interleaved1F1B" and count % (count // degree):
         raise ValueError(
-            f"{made}, which {schedule} cannot share out into {count // degree} equal rounds; make "
-            f"them a multiple of pipeline_parallel_degree ({degree})"
+            f"{made}; {schedule} needs {count // degree} equal rounds of them; make them a "
+            f"multiple of pipeline_parallel_degree ({degree})"
         )

@@ -1,12 +1,12 @@
-"""Tensor parallelism: attention heads, feed-forward widths and the vocabulary, cut over a mesh.
+"""Tensor parallelism: attention heads, feed-forward widths and the vocabulary, sharded over a mesh.
 
-Inside a cut region every rank works on the same tokens with its part of the parameters: the first
-matrix is cut by its outputs, the last by its inputs, so each rank has a summand of the region's
-output (Megatron-LM, arXiv 1909.08053). Entering costs an all-reduce of the input's gradient,
-leaving one of the output. Norms and routers are whole on every rank.
+Inside a parallel region every rank computes the same tokens with its shard of the parameters: the
+first matrix is sharded by outputs, the last by inputs, so each rank has a summand of the output
+(Megatron-LM, arXiv 1909.08053). Entering all-reduces the input's gradient, leaving the output.
+Norms and routers are replicated.
 
-The embedding is cut by columns, which an all-gather puts together; the head by words: a loss is
-told which words are here, logits are gathered.
+The embedding is sharded by columns, joined by an all-gather; the head by words: a loss is given its
+``VocabularyShard``, logits are all-gathered.
 
 T tokens, D width.
 """
@@ -28,13 +28,13 @@ from earlyfuse.models.routes import Routes
 
 
 def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh) -> None:
-    """Shards parameters by the ``tensor_split`` of each module, in place, and joins regions."""
+    """Shard parameters by the ``tensor_split`` of each module, in place, and hook its region."""
     for module in list(model.modules()):
         split = getattr(module, "tensor_split", None)
         if not split:
             continue
         for name, dim in split.items():
-            _cut(module, name, dim, mesh)
+            _shard(module, name, dim, mesh)
         if isinstance(module, Embedding):
             module.register_forward_hook(lambda _, args, out: _Gather.apply(out, mesh))
             continue
@@ -46,15 +46,14 @@ def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh) -> None:
 
 
 def check_tensor_parallel(parallelism: ParallelismConfig, model: Decoder.Config) -> None:
-    """``ValueError`` unless all that is split divides evenly."""
+    """``ValueError`` unless all sharded sizes divide evenly."""
     degree, experts = parallelism.tensor_parallel_degree, parallelism.expert_parallel_degree
     if degree == 1:
         return
     if experts > 1:
         raise ValueError(
             f"parallelism.expert_parallel_degree ({experts}) must be 1 together with "
-            f"tensor_parallel_degree ({degree}), which splits experts too; use one of the two, and "
-            "FSDP for the rest"
+            f"tensor_parallel_degree ({degree}), which shards experts too; use one, and FSDP"
         )
     field = f"parallelism.tensor_parallel_degree ({degree})"
     model.check_use("tensor_parallel", f"{field} must be 1")
@@ -66,7 +65,7 @@ def check_tensor_parallel(parallelism: ParallelismConfig, model: Decoder.Config)
             )
 
 
-def _cut(module: nn.Module, name: str, dim: int, mesh: DeviceMesh) -> None:
+def _shard(module: nn.Module, name: str, dim: int, mesh: DeviceMesh) -> None:
     owner_name, _, leaf = name.rpartition(".")
     owner = getattr(module, owner_name, None) if owner_name else module
     if owner is None:  # no qk-norm
@@ -77,9 +76,7 @@ def _cut(module: nn.Module, name: str, dim: int, mesh: DeviceMesh) -> None:
 
 
 def _enter(module: nn.Module, args: tuple[Any, ...], mesh: DeviceMesh) -> tuple[Any, ...]:
-    """What reaches a cut region has gradients from all ranks: tokens, and weights of routes. A loss
-    in the head is told which words this rank has.
-    """
+    """Sum the gradients of tokens and route weights over ranks; give a loss its words."""
     x_TD, *rest = args
     if isinstance(module, Head) and rest[0] is not None:
         rest = [partial(rest[0], shard=_words(module, mesh))]
@@ -96,13 +93,13 @@ def _words(head: Head, mesh: DeviceMesh) -> VocabularyShard:
 
 
 def _gather_logits(head: nn.Module, args: tuple[Any, ...], out: Any, mesh: DeviceMesh) -> Any:
-    """A loss is the same on all ranks already."""
+    """All-gather logits; a loss is equal on all ranks already."""
     _, loss = args
     return _Gather.apply(out, mesh) if loss is None else out
 
 
 class _Copy(torch.autograd.Function):
-    """The input; its gradient is the sum over ranks."""
+    """Identity; backward all-reduces."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
@@ -116,7 +113,7 @@ class _Copy(torch.autograd.Function):
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over ranks; every rank's summand has the gradient of the sum."""
+    """All-reduces; backward is the identity."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
@@ -129,7 +126,7 @@ class _Sum(torch.autograd.Function):
 
 
 class _Gather(torch.autograd.Function):
-    """All ranks' columns side by side; each rank's gradient is that of its own columns."""
+    """All-gathers columns; backward takes those of this rank."""
 
     @staticmethod
     def forward(ctx: Any, x_TC: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:

@@ -1,9 +1,8 @@
-"""Updates after each optimizer step, one explicit list, in order.
+"""Updates after each optimizer step: one explicit list, in order.
 
-An entry is called on all ranks with ``taken``, a bool tensor on the device: whether the step was
-taken or skipped. It must not wait for the device: what a skipped step must not change is multiplied
-by ``taken``. Moving averages of weights or a clip of attention logits would be one file each, and a
-line below.
+All ranks call each entry with ``taken``, a bool tensor () on the device, true if the step was not
+skipped. An entry must not synchronise the host: it multiplies by ``taken`` what a skipped step must
+not change. An EMA of the weights or QK-clip would be a file each, and a line below.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,5 +17,5 @@ AfterStep = Callable[[torch.Tensor], None]
 
 
 def after_step(parts: Sequence[nn.Module], parallel_dims: ParallelDims) -> list[AfterStep]:
-    """The updates of a model of these ``parts``."""
+    """The updates for a model of these ``parts``."""
     return [ExpertBias(parts, parallel_dims)]

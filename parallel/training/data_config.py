@@ -1,6 +1,6 @@
-"""Finds the data of a run (docs/data.md), mixes their sources, and checks them against the model.
+"""Finds the data of a run (docs/data.md), fills in what follows from them, and checks the model.
 
-Folder: ``train/<source>/``, ``validation/<source>/``, ``tokenizers/``.
+A data folder has ``train/<source>/``, ``validation/<source>/`` and ``tokenizers/``.
 """
 
 import math
@@ -23,9 +23,9 @@ from earlyfuse.data.vocabulary import check_same, load_vocabulary
 from earlyfuse.models.blocks.branch import Microbatch
 from earlyfuse.models.blocks.experts import ExpertPool
 from earlyfuse.models.vocabulary import Modality
-from earlyfuse.parallel.training.config_checks import default_of
+from earlyfuse.parallel.training.config_checks import accumulation_steps, default_of
 
-# where the embedded corpus is made, and the mix of its sources unless shares are given
+# folders of the embedded corpus, and shares of its sources unless given
 CORPUS, SPEECH_CORPUS = Path("runs", "data"), Path("runs", "data_speech")
 _MIX = {"text": 0.2, "glyphs": 0.4, "digits": 0.2, "interleaved": 0.2}
 _SPEECH_MIX = {"text": 0.15, "glyphs": 0.25, "digits": 0.15, "interleaved": 0.15, "speech": 0.3}
@@ -38,32 +38,33 @@ class DataSet(Configurable):
     @dataclass(kw_only=True, slots=True)
     class Config(Configurable.Config):
         folder: str = ""
-        """Folder written by the prepare tool, read and never written to. None given: the embedded
-        corpus, where the config has one."""
+        """Folder written by the prepare tool; read only. Default: the embedded corpus, if the
+        config has one."""
 
         shares: dict[str, float] = field(default_factory=dict)
-        """Source → share of the training tokens, summing to 1, in any order. None given: every
-        source of the folder, by the tokens that it has; of the embedded corpus a mix of its own."""
+        """Source → share of the training tokens, summing to 1. Default: every source of the
+        folder by its tokens; the embedded corpus has shares of its own."""
 
         embedded: bool = False
-        """Where no folder is given, train on the embedded corpus: made in runs/data at the first
-        start, and nowhere else."""
+        """Without a folder, train on the embedded corpus, which the first start makes in
+        runs/data."""
 
         speech: bool = False
-        """The embedded corpus is the one with speech, which needs the program espeak-ng to be
-        made. It goes into another folder than the one without, runs/data_speech."""
+        """Use the embedded corpus with speech, made in runs/data_speech; making it needs the
+        program espeak-ng."""
 
     def __init__(self, config: Config):
         if config.speech and not config.embedded:
             raise ValueError(
-                "data.speech (True) says which embedded corpus is made, and data.embedded is off; "
-                "set that too, or leave speech out: prepared data have the speech they have"
+                "data.speech (True) needs data.embedded: it selects an embedded corpus; set both, "
+                "or remove it"
             )
         folder = data_folder(config)
         if folder is None:
             raise ValueError(
-                "data.folder is required for this config: pass --data.folder FOLDER, written by "
-                "`python -m earlyfuse.tools.prepare build --out FOLDER …` (docs/data.md)"
+                "data.folder is required for this config: prepare one with `python -m "
+                "earlyfuse.tools.prepare build --out FOLDER …`, and pass --data.folder FOLDER "
+                "(docs/data.md)"
             )
         self.folder = folder
         self._opened: dict[Path, TokenSource] = {}
@@ -79,11 +80,12 @@ class DataSet(Configurable):
             raise ValueError(f"data.folder ({config.folder!r}) must be a folder; it is a file")
         if (self.folder / "tokenizers" / VOCABULARY_FILE).exists():
             return
-        lacks = "has no tokenizers/vocabulary.json" if self.folder.exists() else "does not exist"
+        problem = "has no tokenizers/vocabulary.json" if self.folder.exists() else "does not exist"
         or_corpus = "; without --data.folder the run takes the embedded corpus"
         raise ValueError(
             f"data.folder ({config.folder!r}) must be a folder written by "
-            f"`python -m earlyfuse.tools.prepare`: it {lacks}{or_corpus if config.embedded else ''}"
+            f"`python -m earlyfuse.tools.prepare`: it {problem}"
+            f"{or_corpus if config.embedded else ''}"
         )
 
     def _own_shares(self, embedded: bool) -> dict[str, float]:
@@ -91,9 +93,7 @@ class DataSet(Configurable):
         for mix in (_MIX, _SPEECH_MIX):
             if embedded and sources.keys() == mix.keys():
                 return dict(mix)
-        tokens = {
-            name: sum(self._source(folder).tokens.values()) for name, folder in sources.items()
-        }
+        tokens = {name: sum(self._source(path).tokens.values()) for name, path in sources.items()}
         return {name: count / sum(tokens.values()) for name, count in tokens.items()}
 
     def sources(self, split: str) -> dict[str, Path]:
@@ -105,9 +105,9 @@ class DataSet(Configurable):
         }
 
     def resolve(self, config: Any, ranks: int) -> Any:
-        """A copy of a ``Trainer.Config`` for ``ranks`` ranks with what follows from the data.
+        """A copy of a ``Trainer.Config`` for ``ranks`` ranks, filled in from the data.
 
-        Raises ``ValueError`` naming the field where config, data and model do not fit.
+        ``ValueError`` naming the field where config, data and model do not fit.
         """
         config = deepcopy(config)
         train = self.sources("train")
@@ -121,20 +121,14 @@ class DataSet(Configurable):
         for folder in (*(train[name] for name in self.shares), *held_out.values()):
             self._check_tokenizers(self._source(folder))
         training, validator = config.training, config.validator
-        # ranks of one tensor- or sequence-parallel group, and of one pipeline, share their rows
-        ranks //= config.parallelism.tensor_parallel_degree
-        ranks //= config.parallelism.context_parallel_degree
-        ranks //= config.parallelism.pipeline_parallel_degree
+        # the ranks of a tensor-, context- or pipeline-parallel group share their rows
+        parallelism = config.parallelism
+        ranks //= parallelism.tensor_parallel_degree * parallelism.context_parallel_degree
+        ranks //= parallelism.pipeline_parallel_degree
         rows = training.local_batch_size * ranks
-        if training.global_batch_size < 0:
-            training.global_batch_size = rows
+        training.global_batch_size = rows * accumulation_steps(training, ranks)
         if validator.batch_rows < 0:
             validator.batch_rows = rows
-        if training.global_batch_size % rows:
-            raise ValueError(
-                f"training.global_batch_size ({training.global_batch_size}) must be a multiple of "
-                f"local_batch_size times the data ranks ({rows}); change one of them"
-            )
         for field_name, value in {
             "dataloader.sources": {str(train[name]): share for name, share in self.shares.items()},
             "dataloader.order": sorted(self.shares, key=_place),
@@ -152,20 +146,20 @@ class DataSet(Configurable):
         return config
 
     def _source(self, folder: Path) -> TokenSource:
-        """The source in ``folder``; ``ValueError`` if it is none, or unfinished."""
+        """The source in ``folder``; ``ValueError`` if it is not a finished one."""
         if not (folder / MANIFEST).is_file():
             raise ValueError(
-                f"source {folder} has no {MANIFEST}: prepare did not finish there; run the same "
-                "prepare command again, or remove the folder"
+                f"source {folder} has no {MANIFEST}: prepare did not finish; run the same prepare "
+                "command again, or remove the folder"
             )
         if folder not in self._opened:
             self._opened[folder] = TokenSource(folder)
         return self._opened[folder]
 
     def _check_tokenizers(self, source: TokenSource) -> None:
-        """``ValueError`` where the tokenizers beside the data are not those of its tokens."""
+        """``ValueError`` unless the tokenizers beside the data are those of its tokens."""
         folder, manifest = self.folder / "tokenizers", source.folder / MANIFEST
-        # ids may be left free behind the last: a model of padded size, which resolve compares
+        # a vocabulary may be padded to the model's size, which ``_check_model`` compares
         size = max(self.vocabulary.size, source.vocabulary.size)
         data = replace(source.vocabulary, size=size)
         check_same(folder / VOCABULARY_FILE, self.vocabulary, data, manifest)
@@ -175,9 +169,8 @@ class DataSet(Configurable):
                 expected = source.tokenizers.get(kind)
                 if path.exists() and (found := sha256_file(path)) != expected:
                     raise ValueError(
-                        f"{path}: SHA-256 {found} must be that of the data ({expected}, by "
-                        f"{manifest}); "
-                        "copy the tokenizer again, or prepare the data again in another folder"
+                        f"{path}: SHA-256 {found} must be that of the data ({expected} in "
+                        f"{manifest}); copy the tokenizer again, or prepare in another folder"
                     )
 
     def _check_model(self, model: Any, training: Any, validation_rows: int) -> None:
@@ -186,7 +179,7 @@ class DataSet(Configurable):
                 f"model vocab_size ({model.vocab_size}) must equal the vocabulary of the data "
                 f"({self.vocabulary.size} ids in {self.folder}); set vocab_size="
                 f"{self.vocabulary.size} in a config of your own, or prepare with other "
-                "--text-vocab and --codes, or with --tokenizers of the model that was converted"
+                "--text-vocab and --codes, or with the --tokenizers of a converted model"
             )
         missing = [m.label for m in self.vocabulary.modalities if m not in model.modalities]
         if missing:
@@ -205,7 +198,7 @@ class DataSet(Configurable):
                         f"{field_name} ({rows}) must be a multiple of routing_rows "
                         f"({pool.router.routing_rows}) of {name}; change one of them"
                     )
-            if pool.router.static:  # raises where an expert would take no token
+            if pool.router.static:  # raises if an expert would take no token
                 pool.routed_rows(Microbatch(pool.router.routing_rows, training.seq_len))
 
 
@@ -213,15 +206,15 @@ def _fill_in(section: Any, name: str, value: Any, field_name: str) -> None:
     given = getattr(section, name)
     if given not in (default_of(section, name), value):
         raise ValueError(
-            f"{field_name} ({shown(given)}) must be left out: it follows from data.folder, "
-            "data.shares and training.global_batch_size"
+            f"{field_name} ({shown(given)}) must be left out: data.folder, data.shares and "
+            "training.global_batch_size determine it"
         )
     setattr(section, name, value)
 
 
 def _share_validation(validator: Any, model: Any, ranks: int) -> None:
-    """Make validation batches as wide as ``ranks`` need to have whole routing groups each, and
-    their number as much smaller: the rows stay those of one rank, but for rounding up.
+    """Round validation batches up to whole routing groups on each of ``ranks`` data ranks, and
+    make them fewer, so that about the same rows are read on any number of ranks.
     """
     pools = (pool for _, pool, _, _ in model.traverse(ExpertPool.Config))
     each = math.lcm(ranks, *(ranks * pool.router.routing_rows for pool in pools))
@@ -231,7 +224,7 @@ def _share_validation(validator: Any, model: Any, ranks: int) -> None:
 
 
 def data_folder(config: DataSet.Config) -> Path | None:
-    """The folder that is given, else that of the embedded corpus, if the config has one."""
+    """The given folder, else that of the embedded corpus, else None."""
     if config.folder:
         return Path(config.folder)
     if config.embedded:
@@ -240,15 +233,15 @@ def data_folder(config: DataSet.Config) -> Path | None:
 
 
 def _place(name: str) -> tuple[int, str]:
-    """Sorts sources by name, those of the embedded corpus as they were in the first runs."""
+    """Sort key of sources: those of the embedded corpus in a fixed order, then by name."""
     corpus = list(_SPEECH_MIX)
     return (corpus.index(name) if name in corpus else len(corpus), name)
 
 
 def _prepare_once(folder: Path, speech: bool) -> None:
-    """Rank 0 of each host makes the embedded corpus; the others wait for it."""
+    """Local rank 0 of each host makes the embedded corpus; the others wait for its files."""
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-        from earlyfuse.data.prepare.embedded import prepare_corpus  # tokenizers, fonts: when needed
+        from earlyfuse.data.prepare.embedded import prepare_corpus  # imports fonts, tokenizers
 
         prepare_corpus(folder, speech=speech)
         return
@@ -260,7 +253,7 @@ def _prepare_once(folder: Path, speech: bool) -> None:
 
 
 class NoTokenizer(Configurable):
-    """torchtitan builds a tokenizer for every run; token streams need none."""
+    """Satisfies torchtitan, which builds a tokenizer for every run; token streams need none."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(Configurable.Config):

@@ -1,8 +1,8 @@
-"""Load balancing of token choice: selection biases follow the load over all ranks, once a step.
+"""Load balancing of token choice: moves selection biases once a step by the load over all ranks.
 
-No auxiliary loss (arXiv 2408.15664). Every rank counts the rows that its tokens gave each expert,
-over all micro-batches of a step; the sums over ranks are the same everywhere, and so are the
-biases. A skipped step moves no bias. Recomputation counts everything twice, which changes no sign.
+No auxiliary loss (arXiv 2408.15664). Each router counts the rows of its experts over the
+micro-batches of a step; their sums over ranks, and so the biases, are equal on all ranks. A skipped
+step moves no bias. Recomputation counts every row twice, which changes no sign.
 
 E experts of a pool.
 """
@@ -18,24 +18,23 @@ from earlyfuse.parallel.training.rank_sums import all_stages, is_first_along, su
 
 
 class ExpertBias:
-    """Moves the biases of all routers that balance their own load."""
+    """Moves the biases of all routers with a ``bias_rate``."""
 
     def __init__(self, parts: Sequence[nn.Module], parallel_dims: ParallelDims):
-        routers = {
+        self.routers = {
             name: module
             for part in parts
             for name, module in part.named_modules()
             if isinstance(module, Router) and module.config.bias_rate
         }
-        self.routers = routers
-        # ranks of one tensor-parallel group have the same tokens: one of them counts
+        # the ranks of a tensor-parallel group have the same tokens: one of them counts
         self.counts = is_first_along(parallel_dims, "tp")
-        sizes = {name: len(router.load_E) for name, router in routers.items()}
+        sizes = {name: len(router.load_E) for name, router in self.routers.items()}
         self.sizes: dict[str, int] = all_stages(sizes, parallel_dims)
 
     @torch.no_grad()
     def __call__(self, taken: torch.Tensor) -> None:
-        """Move the biases if the step was taken; count from 0 again."""
+        """Move the biases if the step was taken; reset the counts."""
         if not self.sizes:
             return
         loads = {

@@ -13,44 +13,46 @@ from earlyfuse.models.routing.causal_router import causal_routers
 CAUSAL = ".causal."
 
 
-def causal_routers_alone(spread: Callable[..., Decoder]) -> Callable[..., Decoder]:
-    """A ``parallelize_fn`` that does what ``spread`` does and freezes all else.
+def causal_routers_alone(parallelize: Callable[..., Decoder]) -> Callable[..., Decoder]:
+    """``parallelize``, followed by freezing everything but the causal routers.
 
-    After the parameters are spread: each keeps its place, and the optimizer, which is built next,
-    takes up only those that learn.
+    In this order, as sharding replaces parameters; the optimizer, built next, takes the trainable.
     """
 
-    def spread_and_freeze(model: Decoder, **settings: Any) -> Decoder:
-        model = spread(model, **settings)
-        learning = {p for router in causal_routers(model) for p in router.parameters()}
+    def parallelize_and_freeze(model: Decoder, **settings: Any) -> Decoder:
+        model = parallelize(model, **settings)
+        trainable = {p for router in causal_routers(model) for p in router.parameters()}
         for parameter in model.parameters():
-            parameter.requires_grad_(parameter in learning)
+            parameter.requires_grad_(parameter in trainable)
         return model
 
-    return spread_and_freeze
+    return parallelize_and_freeze
 
 
 def check_optimizer(config: OptimizersContainer.Config, model: Decoder.Config) -> None:
-    """``ValueError`` unless there are causal routers, and each parameter group has some of them."""
+    """``ValueError`` unless the model has causal routers and each parameter group matches some."""
     with torch.device("meta"):
         names = [name for name, _ in model.build().named_parameters() if CAUSAL in name]
     if not names:
         raise ValueError(
-            "train_only (causal_routers) needs a model that has causal routers; set causal of its "
+            "train_only (causal_routers) needs a model with causal routers; set causal of its "
             "expert-choice routers, as configs.decoders.with_routers does"
         )
     for group in config.param_groups:
         if not any(re.search(group.pattern, name) for name in names):
             raise ValueError(
                 f"optimizer.param_groups has the pattern {group.pattern!r}, which no causal router "
-                "matches, and train_only (causal_routers) leaves nothing else to optimise; remove "
-                "that group, as configs.stages.causal_routers_only does"
+                "matches, and train_only (causal_routers) trains nothing else; remove that group, "
+                "as configs.stages.causal_routers_only does"
             )
 
 
-def apart(parameters: dict[str, torch.Tensor]) -> list[list[torch.Tensor]]:
-    """The main model's parameters and the causal routers', whose gradients are clipped apart: the
-    one must not move because the other is there.
+def split_router_parameters(parameters: dict[str, torch.Tensor]) -> list[list[torch.Tensor]]:
+    """Parameters of the main model, and of its causal routers.
+
+    Their gradients are clipped separately, so that training the one does not depend on the other.
     """
-    main = [p for name, p in parameters.items() if CAUSAL not in f".{name}"]
-    return [main, [p for name, p in parameters.items() if CAUSAL in f".{name}"]]
+    groups: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+    for name, parameter in parameters.items():
+        groups[CAUSAL in f".{name}"].append(parameter)
+    return list(groups)

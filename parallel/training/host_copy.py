@@ -4,10 +4,9 @@ import torch
 
 
 class HostCopy:
-    """A small tensor under way to the host.
+    """A small tensor on its way to the host.
 
-    On a GPU it is copied in the background, in the order of the device's work: reading it waits
-    until the device has come to where the copy was made, and no further.
+    On a GPU the copy is asynchronous; reading it waits for the device to reach the copy, no more.
     """
 
     def __init__(self, tensor: torch.Tensor):
@@ -25,7 +24,3 @@ class HostCopy:
         if self._arrived is not None:
             self._arrived.synchronize()
         return self._copy
-
-    def read(self) -> list[float]:
-        """The values of a vector."""
-        return self.tensor().tolist()

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: torchtitan's, and Chameleon's exponential decay."""
+"""Learning-rate schedules: torchtitan's, and exponential decay (Chameleon)."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -8,20 +8,20 @@ from torchtitan.components.optimizer import LRSchedulersContainer
 
 
 class LearningRate(LRSchedulersContainer):
-    """Linear warm-up, a stable phase if asked for, and decay."""
+    """Linear warm-up, optionally a constant phase, and decay."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(LRSchedulersContainer.Config):
         # the field is torchtitan's, with one more choice
         decay_type: Literal["linear", "sqrt", "cosine", "exponential"] = "linear"
-        """Decay of the learning rate; "exponential": by the same factor in each step, down to
-        min_lr_factor, which must be positive then: an exponential never reaches 0."""
+        """Decay of the learning rate; "exponential": by a constant factor per step, down to
+        min_lr_factor, which must then be positive."""
 
         def __post_init__(self) -> None:
             if self.decay_type == "exponential" and not 0 < self.min_lr_factor <= 1:
                 raise ValueError(
                     f"lr_scheduler.min_lr_factor ({self.min_lr_factor}) must be in (0, 1] with "
-                    "exponential decay, which ends there; 0.01 is usual"
+                    "exponential decay; 0.01 is usual"
                 )
 
         def build(self, *, optimizers: Any, training_steps: int) -> LRSchedulersContainer:
@@ -46,8 +46,8 @@ class LearningRate(LRSchedulersContainer):
 
 
 def exponential_factor(step: int, warmup: int, stable: int, decay: int, floor: float) -> float:
-    """Factor of the learning rate in ``step``, from 0: 1 at the end of ``warmup`` and throughout
-    ``stable`` steps, then ``floor`` to the power of the part of ``decay`` steps that is done.
+    """Factor of the peak rate in ``step`` (from 0): linear over ``warmup`` steps, 1 for ``stable``
+    steps, then ``floor`` to the power of the fraction of ``decay`` steps done.
     """
     if step < warmup:
         return (step + 1) / warmup

@@ -1,4 +1,4 @@
-"""Sums of named tensors over all ranks, in one collective."""
+"""Sums named tensors over all ranks in one collective."""
 
 from typing import TypeVar
 
@@ -10,7 +10,7 @@ Value = TypeVar("Value")
 
 
 def sum_over_ranks(named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Each tensor summed over all ranks; all ranks have the same names, shapes and dtype."""
+    """Each tensor summed over all ranks, which have the same names, shapes and one dtype."""
     if dist.get_world_size() == 1 or not named:
         return named
     flat = torch.cat([tensor.flatten() for tensor in named.values()])
@@ -23,13 +23,13 @@ def sum_over_ranks(named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def is_first_along(parallel_dims: ParallelDims, axis: str) -> bool:
-    """Whether this rank is the first of its group along a mesh axis."""
+    """True if this rank is the first of its group along a mesh axis."""
     mesh = parallel_dims.get_optional_mesh(axis)
     return mesh is None or mesh.get_local_rank() == 0
 
 
 def all_stages(here: dict[str, Value], parallel_dims: ParallelDims) -> dict[str, Value]:
-    """``here`` and the entries of the other pipeline stages, in the same order on all ranks."""
+    """``here`` and the entries of other pipeline stages, in the same order on all ranks."""
     if not parallel_dims.pp_enabled:
         return here
     group = parallel_dims.get_mesh("pp").get_group()

@@ -1,8 +1,8 @@
-"""Compares settings at a resume: a change is applied from the next step on, or refused by name.
+"""Compares settings at a resume: a changed one is applied from the next step on, or refused.
 
-Every checkpoint records the settings that decide the computation and the changes of earlier resumes
-(``settings.json``; equal runs have equal ones, wherever they are). A resume compares them with its
-config by the table below, so ``run.json`` always describes what is computed.
+Every checkpoint records in ``settings.json`` the settings that determine the computation, without
+paths, and the changes by earlier resumes. A resume compares them with its config by the table
+below, so that ``run.json`` always describes what is computed.
 """
 
 import json
@@ -28,17 +28,17 @@ _PARAMETERS = ("params", "param_names")
 
 
 class Effect(Enum):
-    """What a changed setting does at a resume."""
+    """Effect of a changed setting at a resume."""
 
-    NONE = "changes where, how fast or on which ranks a run is computed, or what is logged"
+    NONE = "affects placement, speed or logging, not the computation"
     APPLIED = "applied from the next step on, and noted in run.json"
-    DATA = "refused by the loader, which compares the data themselves"
+    DATA = "compared by the loader, which knows the data"
     FIXED = "refused"
-    UNREAD = "refused unless it has its default, at any start (config_checks.UNREAD)"
+    UNREAD = "must have its default at any start (config_checks.UNREAD)"
 
 
-# every field of a config by its section, "" being the config itself; the fields within model_spec,
-# loss and hyperparameters belong to whatever part is chosen and take the effect of the whole
+# every field of a config by its section ("" is the config itself); fields inside model_spec, loss
+# and hyperparameters depend on the chosen class and take the effect of the whole
 _FIELDS: dict[Effect, dict[str, str]] = {
     Effect.FIXED: {
         "": "model_spec train_only",
@@ -112,7 +112,7 @@ EFFECTS = {
     for name in names.split()
 } | dict.fromkeys(UNREAD, Effect.UNREAD)
 
-# objects whose names are values, not fields
+# dicts with names chosen by users, compared as values
 _NAMED_BY_USERS = (
     "data.shares",
     "dataloader.sources",
@@ -125,8 +125,9 @@ Difference = tuple[str, Any, Any]  # field, before, now
 
 
 def effect_of(field: str) -> Effect:
-    """What a resume does with a change of ``field``, as in ``model_spec.model.layers[0].dropout``:
-    the longest known prefix decides, and a field that the table does not know is refused.
+    """The effect of a change of ``field``, such as ``model_spec.model.layers[0].dropout``.
+
+    The longest prefix in the table decides; fields that are not in the table are ``FIXED``.
     """
     path = re.sub(r"\[\d+\]", "", field)
     while path and path not in EFFECTS:
@@ -135,12 +136,12 @@ def effect_of(field: str) -> Effect:
 
 
 def plain_config(config: Any) -> dict[str, Any]:
-    """A ``Trainer.Config`` as strict JSON has it: infinity and NaN are words."""
+    """A ``Trainer.Config`` as plain JSON values; infinity and NaN are strings."""
     return _finite(json.loads(json.dumps(config.to_dict(), default=repr)))
 
 
 def compared(config: dict[str, Any]) -> dict[str, Any]:
-    """What of a plain config is fixed or applied: neither paths, nor what the loader compares."""
+    """The fields of a plain config that are fixed or applied."""
 
     def matters(field: str) -> bool:
         path = re.sub(r"\[\d+\]", "", field)
@@ -151,7 +152,7 @@ def compared(config: dict[str, Any]) -> dict[str, Any]:
         if isinstance(value, dict) and field not in _NAMED_BY_USERS:
             names = {name: f"{field}.{name}" if field else name for name in value}
             parts = {n: part(value[n], inner) for n, inner in names.items() if matters(inner)}
-            # a section of which nothing matters is not a setting
+            # leave out sections that became empty
             return {n: kept for n, kept in parts.items() if kept != {} or value[n] == {}}
         if isinstance(value, list):
             return [part(inner, f"{field}[{place}]") for place, inner in enumerate(value)]
@@ -161,14 +162,13 @@ def compared(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def differences(before: Any, now: Any, field: str = "") -> Iterator[Difference]:
-    """Fields in which two results of ``plain_config`` differ.
+    """Fields in which two plain configs differ.
 
-    A field that only ``now`` has is one that the earlier version did not know: ``before`` is then
-    ``UNKNOWN``.
+    ``before`` is ``UNKNOWN`` for a field that only ``now`` has: an earlier version lacked it.
     """
     if isinstance(before, dict) and isinstance(now, dict) and field not in _NAMED_BY_USERS:
         gone = sorted(before.keys() - now.keys())
-        # where fields come and go at once, it is another kind of part
+        # if fields are also gone, the class of the part changed
         missing = None if gone else UNKNOWN
         for name in [*now, *gone]:
             inner = f"{field}.{name}" if field else name
@@ -181,38 +181,37 @@ def differences(before: Any, now: Any, field: str = "") -> Iterator[Difference]:
 
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> list[Difference]:
-    """``differences`` of two whole configs, what follows from other fields last."""
+    """``differences`` of two whole configs, with derived fields last."""
     return sorted(differences(before, now), key=lambda found: found[0].startswith(_DERIVED))
 
 
 class Settings:
-    """The settings of a run: ``config`` as it is now (``compared``), ``changes`` by resumes.
+    """Settings of a run: the present ``config`` (``compared``), and ``changes`` by resumes.
 
-    A change is ``{"step", "field", "before", "now"}``: steps after ``step`` are computed with
-    ``now``.
+    A change is ``{"step", "field", "before", "now"}``: ``now`` holds for the steps after ``step``.
     """
 
     def __init__(self, config: Any):
         plain = plain_config(config)
-        # with the kinds of its parts, which tell apart what has the same fields
+        # with class names, as different parts may have the same fields
         plain["model_spec"]["model"] = decoder_config.to_dict(config.model_spec.model)
         self.config = compared(plain)
         self.changes: list[dict[str, Any]] = []
         self.changed_now = ""
 
     def write(self, folder: Path) -> None:
-        """Put them into a checkpoint's folder."""
+        """Write ``settings.json`` into a checkpoint's folder."""
         atomic_write_json(folder / SETTINGS, {"config": self.config, "changes": self.changes})
 
     def resume(self, folder: Path, step: int) -> None:
-        """Take over what the checkpoint in ``folder`` says of the steps up to ``step``.
+        """Compare with the checkpoint of ``step`` in ``folder``, and take over its ``changes``.
 
-        ``ValueError`` for a change that is not applied, naming field, both values and remedy.
+        ``ValueError`` for a change that cannot be applied: field, both values and remedy.
         """
         if not (folder / SETTINGS).is_file():
             _warn(
-                f"checkpoint {folder} was written by a version that did not note its settings: "
-                "only model and data are compared"
+                f"checkpoint {folder} is of a version that did not record settings: only model and "
+                "data are compared"
             )
             return
         saved = read_json(folder / SETTINGS, "restore the checkpoint")
@@ -220,7 +219,7 @@ class Settings:
         for field, before, now in changes(saved.field("config", dict), self.config):
             effect = effect_of(field)
             if before is UNKNOWN:
-                _warn(f"checkpoint {folder} does not note {field}, which is {shown(now)} now")
+                _warn(f"checkpoint {folder} does not record {field}; it is now {shown(now)}")
             elif effect is Effect.FIXED and not _same_seed(field, before, now):
                 raise ValueError(_refusal(field, before, now, folder))
             elif effect is Effect.APPLIED:
@@ -232,23 +231,17 @@ class Settings:
 
 
 def _same_seed(field: str, before: Any, now: Any) -> bool:
-    """Whether both values of ``debug.seed`` draw the same; that of the model has its own field."""
+    """True for ``debug.seed`` None and 0, which seed alike."""
     return field == "debug.seed" and (before or 0) == (now or 0)
 
 
 def _refusal(field: str, before: Any, now: Any, folder: Path) -> str:
-    remedy = (
-        "use the value of the run, or start a new run with another --dump_folder, which can begin "
-        "with this one's parameters by --start.run"
-    )
-    if field.startswith(_BEGUN):
-        remedy = (
-            "it says what a run begins with, and this one has begun: use the value of the run, or "
-            "start a new run with another --dump_folder"
-        )
+    remedy = "start a new run with another --dump_folder"
+    if not field.startswith(_BEGUN):
+        remedy += ", which can begin with this one's parameters by --start.run"
     return (
         f"{field} ({shown(now)}) must stay {shown(before)}, as it is in checkpoint {folder}: a "
-        f"resume cannot change it; {remedy}"
+        f"resume cannot change it; use the value of the run, or {remedy}"
     )
 
 
@@ -266,7 +259,7 @@ def _finite(value: Any) -> Any:
 
 
 def hyperparameters(optimizers: Iterable[Optimizer]) -> list[list[dict[str, Any]]]:
-    """What the config says of each parameter group; loading a state overwrites it in place."""
+    """Hyperparameters of each parameter group as configured, before loading overwrites them."""
     return [
         [
             {name: value for name, value in group.items() if name not in _PARAMETERS}
@@ -281,7 +274,7 @@ def apply_hyperparameters(
     schedulers: Iterable[LRScheduler],
     configured: list[list[dict[str, Any]]],
 ) -> None:
-    """Undo what loading did to ``hyperparameters``; the rate is the schedule's at this step."""
+    """Restore ``hyperparameters`` after loading, with the scheduled learning rate of the step."""
     for optimizer, scheduler, groups in zip(optimizers, schedulers, configured, strict=True):
         rates = scheduler.get_last_lr()
         for group, values, rate in zip(optimizer.param_groups, groups, rates, strict=True):

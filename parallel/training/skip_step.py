@@ -1,15 +1,15 @@
-"""Skipped steps: non-finite ones, and, if asked for, spikes of loss or gradient norm.
+"""Skips non-finite steps and, on request, spikes of the loss or gradient norm.
 
-A skipped step leaves parameters and optimizer untouched. Data and learning-rate schedule move on,
-as both follow the step number. The decision is made on the device, where the optimizer reads it:
-the host waits for nothing. It learns of a step at the end of the next one, or sooner where the step
-is logged, validated or saved, and then counts and reports. The rule sees sums over all ranks only,
-hence every rank comes to the same answer, and its memory is in every checkpoint: a resumed run
-skips what the unbroken one does.
+A skipped step leaves parameters and optimizer state unchanged; data and learning-rate schedule
+advance, as both follow the step number. The decision is made on the device and read there by the
+optimizer, without host synchronisation. The host reads it at the end of the next step, or earlier
+if the step is logged, validated or saved, and then counts and reports it. The rule sees only sums
+over all ranks, so all ranks decide alike. Its state is in every checkpoint: a resumed run skips the
+same steps as the unbroken one.
 
-The guard against spikes follows OLMo-core's ``SkipStepOptimizer``: a step is skipped when its loss
-or gradient norm lies more than ``deviations`` standard deviations above the mean of the last
-``window`` steps. Spikes themselves enter the window, so that a level that stays is accepted.
+The spike guard follows OLMo-core's ``SkipStepOptimizer``: it skips a step whose loss or gradient
+norm is more than ``deviations`` standard deviations above the mean of the last ``window`` steps.
+Spikes enter the window too, so that a lasting change of level is accepted.
 
 W steps of the window.
 """
@@ -43,29 +43,13 @@ class SkipRule(Configurable):
         """Consecutive skipped steps that stop the job."""
 
         spike_guard: bool = False
-        """Also skip steps whose loss or gradient norm is far above that of the steps before."""
+        """Also skip steps whose loss or gradient norm is far above that of recent steps."""
 
         window: int = 128
-        """Steps that the guard compares with; it starts to judge when half of them are there."""
+        """Recent steps that the guard compares with; it starts once half of them are known."""
 
         deviations: float = 6.0
         """Standard deviations above the mean at which the guard skips."""
-
-        def __post_init__(self) -> None:
-            if self.max_skipped < 1:
-                raise ValueError(
-                    f"skip.max_skipped ({self.max_skipped}) must be at least 1: the number of "
-                    "consecutive skipped steps that stops the job"
-                )
-            if self.window < 4:
-                raise ValueError(
-                    f"skip.window ({self.window}) must be at least 4 steps; 128 is usual"
-                )
-            if not 0 < self.deviations < math.inf:
-                raise ValueError(
-                    f"skip.deviations ({self.deviations}) must be positive; 6 is usual, and "
-                    "--skip.no-spike-guard turns the guard off"
-                )
 
     def __init__(self, config: Config):
         self.config = config
@@ -83,10 +67,10 @@ class SkipRule(Configurable):
         grad_norm: torch.Tensor,
         own_sums: Iterable[torch.Tensor],
     ) -> torch.Tensor:
-        """Whether the optimizer may take ``step``, a bool tensor on the device of ``loss``.
+        """True if the optimizer may take ``step``: bool tensor () on the device of ``loss``.
 
-        ``loss`` in nats per label and ``grad_norm`` are those of all ranks, ``own_sums`` this
-        rank's sums of losses. No host synchronisation.
+        ``loss`` (nats per label) and ``grad_norm`` are over all ranks, ``own_sums`` are this rank's
+        sums of losses. No host synchronisation.
         """
         self._device = loss.device
         values_2 = torch.stack([loss.double(), grad_norm.to(loss.device).double()])
@@ -106,14 +90,14 @@ class SkipRule(Configurable):
     def settle(
         self, parameters: Iterable[torch.Tensor], last_checkpoint: str, but_last: int = 0
     ) -> None:
-        """Count and report the decided steps, ``but_last`` the latest ones.
+        """Count and report decided steps, except the latest ``but_last``.
 
-        Raises ``RuntimeError``, on all ranks, when no later step could be taken either, or too many
-        in a row were not.
+        ``RuntimeError`` on all ranks if parameters are not finite or ``max_skipped`` steps in a row
+        were skipped.
         """
         while len(self._pending) > but_last:
             step, record = self._pending.popleft()
-            taken, own_finite, loss, grad_norm, *statistics = record.read()
+            taken, own_finite, loss, grad_norm, *statistics = record.tensor().tolist()
             if self.config.spike_guard and is_finite(loss, grad_norm):
                 self.past.append((loss, grad_norm))
             if taken:
@@ -124,8 +108,8 @@ class SkipRule(Configurable):
                 losses, poisoned = ranks_not_finite(bool(own_finite), parameters, self._device)
                 if poisoned:
                     raise RuntimeError(
-                        f"non-finite parameters on ranks {poisoned} at step {step}: the run cannot "
-                        f"recover; resume from the last good checkpoint, {last_checkpoint}"
+                        f"non-finite parameters on ranks {poisoned} at step {step}: resume from "
+                        f"the last good checkpoint, {last_checkpoint}"
                     )
                 what += f" (first on ranks {losses})" if losses else " (only in the gradients)"
             self._count(what, last_checkpoint)
@@ -139,14 +123,12 @@ class SkipRule(Configurable):
         if self.in_a_row >= self.config.max_skipped:
             raise RuntimeError(
                 f"{self.in_a_row} steps in a row were skipped, the first of them: {self.origin}; "
-                f"the last good checkpoint is {last_checkpoint}. Lower the learning rate, look at "
+                f"the last good checkpoint is {last_checkpoint}. Lower the learning rate, check "
                 "data and hosts, or raise skip.max_skipped"
             )
 
     def reason(self, loss: float, grad_norm: float, statistics: list[float]) -> str:
-        """Why a step of this loss (nats) and gradient norm was skipped; ``statistics``: mean and
-        deviation of both in the window.
-        """
+        """Why a step was skipped; ``statistics``: mean and deviation of loss and norm."""
         if not is_finite(loss, grad_norm):
             return f"loss {loss:.4g} and gradient norm {grad_norm:.4g} must be finite"
         name, value, mean, deviation = max(
@@ -155,17 +137,17 @@ class SkipRule(Configurable):
         )
         return (
             f"{name} {value:.4g} is more than {self.config.deviations:g} standard deviations "
-            f"({deviation:.2g}) above the mean ({mean:.4g}) of the steps before"
+            f"({deviation:.2g}) above the mean ({mean:.4g}) of recent steps"
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """``total`` skipped steps of the run, and the rest as JSON, which keeps floats exactly."""
-        assert not self._pending, "settle comes before a checkpoint"
+        """``total`` skipped steps, and the rest as JSON, which keeps floats exactly."""
+        assert not self._pending, "call settle before saving"
         memory = {"in_a_row": self.in_a_row, "origin": self.origin, "past": list(self.past)}
         return {"total": self.total, "memory": json.dumps(memory)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Inverse of ``state_dict``; a window of another length keeps the latest steps."""
+        """Inverse of ``state_dict``; a shorter window keeps the latest steps."""
         where, remedy = "train_state.skip.memory of the checkpoint", "load another checkpoint"
         memory = JsonObject.of(load_json(state_dict["memory"], where, remedy), where, remedy)
         past = memory.items("past", list)
@@ -180,7 +162,7 @@ class SkipRule(Configurable):
 
 
 class Window:
-    """Loss and gradient norm of the last steps, on the device: (2, W), the latest on the right."""
+    """Loss and gradient norm of the last W steps on the device, (2, W), the latest on the right."""
 
     def __init__(self, past: Iterable[tuple[float, float]], size: int, device: torch.device):
         values = list(past)
@@ -190,7 +172,7 @@ class Window:
         self.used = torch.full((), len(values), device=device)
 
     def judge(self, values_2: torch.Tensor, deviations: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Whether a step of these values is a spike, and mean and deviation of both (4,)."""
+        """True (bool tensor ()) if the values are a spike; mean and deviation of both (4,)."""
         size = self.values_2W.shape[1]
         there_W = torch.arange(size, device=values_2.device) >= size - self.used
         mean_2 = (self.values_2W * there_W).sum(1) / self.used.clamp_min(1)
@@ -200,17 +182,16 @@ class Window:
         return spike, torch.stack([mean_2, deviation_2], 1).flatten()
 
     def push(self, values_2: torch.Tensor, wanted: torch.Tensor) -> None:
-        """Take in a step, where ``wanted`` is true."""
+        """Append a step if ``wanted``, a bool tensor ()."""
         pushed_2W = torch.cat([self.values_2W[:, 1:], values_2[:, None]], 1)
         self.values_2W = torch.where(wanted, pushed_2W, self.values_2W)
         self.used = (self.used + wanted).clamp_max(self.values_2W.shape[1])
 
 
 def step_unless_skipped(optimizers: OptimizersContainer, taken: torch.Tensor) -> None:
-    """One optimizer step where ``taken`` is true; else parameters, moments and counts stay.
+    """One optimizer step if ``taken``; else parameters, moments and counts stay.
 
-    Fused optimizers look at a flag on the device, made for gradient scalers. For others the host
-    waits.
+    Fused optimizers read a device flag made for gradient scalers; others synchronise the host.
     """
     for optimizer in optimizers:
         if getattr(optimizer, "_step_supports_amp_scaling", False):
@@ -223,7 +204,7 @@ def step_unless_skipped(optimizers: OptimizersContainer, taken: torch.Tensor) ->
 
 
 def is_finite(loss: float, grad_norm: float) -> bool:
-    """Whether a step could be taken at all."""
+    """True if a step with these values can be taken."""
     return math.isfinite(loss) and math.isfinite(grad_norm)
 
 
@@ -231,9 +212,9 @@ def is_finite(loss: float, grad_norm: float) -> bool:
 def ranks_not_finite(
     own_finite: bool, parameters: Iterable[torch.Tensor], device: torch.device
 ) -> tuple[list[int], list[int]]:
-    """Ranks whose own loss sums, and ranks whose shards of the ``parameters``, are not finite.
+    """Ranks with non-finite loss sums, and ranks with non-finite shards of ``parameters``.
 
-    All ranks call it, and all get the same lists.
+    Collective; all ranks return the same lists.
     """
     shards = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
     sound = torch.stack([shard.isfinite().all() for shard in shards]).all()
@@ -242,14 +223,12 @@ def ranks_not_finite(
     bad_2R[1, dist.get_rank()] = ~sound
     if dist.get_world_size() > 1:
         dist.all_reduce(bad_2R)
-    losses_R, parameters_R = bad_2R.tolist()
-    return [r for r, bad in enumerate(losses_R) if bad], [
-        r for r, bad in enumerate(parameters_R) if bad
-    ]
+    losses, parameters_ = ([r for r, bad in enumerate(bad_R) if bad] for bad_R in bad_2R.tolist())
+    return losses, parameters_
 
 
 def not_finite(states: dict[str, Any]) -> list[str]:
-    """Names of the tensors whose shard on this rank has a value that is not finite."""
+    """Names of the tensors whose shard on this rank is not finite."""
     shards = {
         name: value.to_local() if isinstance(value, DTensor) else value
         for name, value in states.items()

@@ -1,4 +1,4 @@
-"""Metrics of a step: losses by modality and source, work done, statistics of routers.
+"""Metrics of a step: losses by modality and source, tokens and FLOPs, statistics of routers.
 
 N data sources, M modality ids.
 """
@@ -20,10 +20,10 @@ from earlyfuse.parallel.training.rank_sums import all_stages, is_first_along, su
 def losses(
     sums: dict[str, torch.Tensor], labels_NM: torch.Tensor, sources: Sequence[str], prefix: str = ""
 ) -> dict[str, float]:
-    """Each sum per label: of all labels, of each modality and of each source that has some.
+    """Each sum per label: over all labels, by modality and by source; without empty ones.
 
-    ``sums``: name → (N, M) over all ranks; ``labels_NM``: labels of this step; both on the host.
-    Names: "loss", "loss/text", "loss_by_source/pairs", each behind ``prefix``.
+    ``sums``: name → (N, M) over all ranks; ``labels_NM``: label counts; both on the host.
+    Returns "loss", "loss/text", "loss_by_source/pairs" …, each with ``prefix``.
     """
     labels_M, labels_N = labels_NM.sum(0).tolist(), labels_NM.sum(1).tolist()
     found: dict[str, float] = {}
@@ -41,7 +41,7 @@ def losses(
 
 
 def work_done(model: Decoder.Config, seq_len: int, tokens_M: torch.Tensor) -> dict[str, float]:
-    """Tokens and FLOPs per modality of the run so far; ``tokens_M`` int64 (M,) on the host."""
+    """Tokens and FLOPs of the run per modality; ``tokens_M`` int64 (M,), on the host."""
     flops = training_flops(model, seq_len)
     done: dict[str, float] = {}
     for group, modality in enumerate(model.modalities):
@@ -51,7 +51,7 @@ def work_done(model: Decoder.Config, seq_len: int, tokens_M: torch.Tensor) -> di
 
 
 class ModelStatistics:
-    """All ``Statistics`` of a model, those on other pipeline stages included."""
+    """All ``Statistics`` of a model, including those on other pipeline stages."""
 
     def __init__(
         self, parts: Sequence[nn.Module], model: Decoder.Config, parallel_dims: ParallelDims
@@ -63,11 +63,11 @@ class ModelStatistics:
             if isinstance(module, Statistics)
         }
         self.found: dict[str, Statistics] = all_stages(here, parallel_dims)
-        # ranks of one tensor-parallel group compute the same sums: one of them counts
+        # the ranks of a tensor-parallel group compute the same sums: one of them counts
         self.counts = is_first_along(parallel_dims, "tp")
 
     def pop(self, kind: str = "") -> dict[str, float]:
-        """Metrics over all ranks since the last call, of one kind or all; counts from 0 again."""
+        """Metrics over all ranks since the last call, of one kind or all; resets their counts."""
         chosen = {name: s for name, s in self.found.items() if kind in ("", s.kind)}
         buffers = {
             f"{name} {leaf}": buffer
@@ -84,7 +84,7 @@ class ModelStatistics:
         }
 
     def discard(self) -> None:
-        """Count from 0 again."""
+        """Reset all counts."""
         for statistics in self.found.values():
             statistics._init_self_buffers()
 
@@ -93,8 +93,8 @@ class ModelStatistics:
 
 
 def metric_name(path: str, statistics: Statistics, modalities: Sequence[int]) -> str:
-    """``router/layer3.pool1`` of layers.3.feed_forward.pools.1.router.stats; with the modality
-    behind it where only one is counted.
+    """layers.3.feed_forward.pools.1.router.stats → ``router/layer3.pool1``, and the modality if
+    the statistics are of one.
     """
     parts = path.split(".")
     places = [

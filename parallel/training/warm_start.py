@@ -1,10 +1,8 @@
-"""Warm start: begins a run with the parameters and data position of another run's checkpoint.
+"""Warm start: begins a run with parameters and data position of another run's checkpoint.
 
-The models may differ: upcycling and second stages map parameters by ``models/upcycle.py``. The
-position of every lane is kept, so that no document comes twice. Optimizer, schedule, step, skip
-rule and the counters of tokens and FLOPs start at zero.
-
-Every rank reads its own shards, whatever layout wrote them.
+Models may differ: upcycling and second stages map parameters by ``models/upcycle.py``. Lanes keep
+their position, so that no document is read twice. Optimizer, schedule, step, skip rule and the
+counters of tokens and FLOPs start at zero. Every rank reads its own shards, from any layout.
 """
 
 from collections import defaultdict
@@ -40,7 +38,7 @@ from earlyfuse.parallel.reporting.run_folder import DESCRIPTION, read_config
 
 
 class WarmStart(Configurable):
-    """Loads parameters and data position of another run; does nothing if ``run`` is empty."""
+    """Loads parameters and data position of another run; no effect if ``run`` is empty."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(Configurable.Config):
@@ -48,56 +46,54 @@ class WarmStart(Configurable):
         """Folder of the run to start from; its model may be a parent of this one (docs/moma.md)."""
 
         step: int = -1
-        """Step of its checkpoint; -1: the one completed last."""
+        """Step of its checkpoint; -1: the latest complete one."""
 
         data: bool = True
-        """Continue in the data where that run stopped; otherwise start at their beginning."""
+        """Continue in the data where that run stopped, instead of at their beginning."""
 
     def __init__(self, config: Config):
         self.config = config
 
     def find(self, child: Decoder.Config) -> "ParentCheckpoint | None":
-        """The checkpoint to begin with; ``ValueError`` if there is none or it cannot become
-        ``child``. Reads no tensor. All ranks call it.
+        """The checkpoint to start from, or None; ``ValueError`` if it cannot become ``child``.
+
+        Reads no tensors. All ranks call it.
         """
         if not self.config.run:
             return None
         run = Path(self.config.run)
         if not (run / DESCRIPTION).is_file():
             raise ValueError(
-                f"start.run ({run}) must be the folder of a run, with its {DESCRIPTION}: that says "
-                "what model its checkpoints hold"
+                f"start.run ({run}) must be a run folder with {DESCRIPTION}, which describes the "
+                "model; correct the path"
             )
         described = read_config(run)
         folder = CheckpointFolder(checkpoints_of(run))
         step = self.config.step
         if step != -1 and step not in folder.steps():
             raise ValueError(
-                f"start.step ({step}) must be a step with a checkpoint in {folder.root}: "
+                f"start.step ({step}) must be the step of a checkpoint in {folder.root}: "
                 f"{folder.steps() or 'there is none'}"
             )
-        latest = step == -1
-        folder_of_step = latest_checkpoint(folder.root) if latest else folder.complete(step)
-        parent = ParentCheckpoint(
-            folder_of_step, described.object("model_spec").field("model", dict)
-        )
+        chosen = latest_checkpoint(folder.root) if step == -1 else folder.complete(step)
+        parent = ParentCheckpoint(chosen, described.object("model_spec").field("model", dict))
         if found := damage_seen_by_all(parent.folder):
             raise ValueError(
-                f"checkpoint {parent.folder} is damaged: {found}. Restore the files, or begin with "
-                "another one by --start.step"
+                f"checkpoint {parent.folder} is damaged: {found}. Restore the files, or choose "
+                "another with --start.step"
             )
         if self.config.data and read_manifest(parent.folder).holds != EVERYTHING:
             raise ValueError(
                 f"checkpoint {parent.folder} holds only weights (checkpoint.last_save_model_only), "
-                "not where its data stood; begin with an earlier one by --start.step, or from the "
+                "no data position; choose an earlier one with --start.step, or start at the "
                 "beginning of the data with --start.no-data"
             )
         try:
             inherit(parent.shapes(), parent.model, child)
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise ValueError(
-                f"{run / DESCRIPTION}: config.model_spec.model describes no model ({error!r}); "
-                "restore the file, or take another run"
+                f"{run / DESCRIPTION}: config.model_spec.model is invalid ({error!r}); "
+                "restore the file, or start from another run"
             ) from error
         return parent
 
@@ -108,38 +104,36 @@ class WarmStart(Configurable):
         parts: list[Any],
         loader: LaneLoader,
     ) -> str:
-        """Fill the parameters of ``parts`` in place and set the loader; returns what was done.
+        """Fill the parameters of ``parts`` in place and set the loader; returns a line about it.
 
-        ``ValueError`` if the data are not those of the other run. All ranks call it.
+        ``ValueError`` if the data are not those of the parent. All ranks call it.
         """
         if self.config.data:
             reader = DcpReader(parent.folder)
             try:
                 refuse_other_data(loader, reader)
             except ValueError as error:
-                raise ValueError(
-                    f"{error}; or begin anew in the data with --start.no-data"
-                ) from error
+                raise ValueError(f"{error}; or set --start.no-data") from error
             load_dcp({DATALOADER: loader}, reader)
         origins = inherit(parent.shapes(), parent.model, child)
         for part in parts:
             load_inherited(part, origins, parent.folder)
         fresh = sum(origin is None for origin in origins.values())
         return (
-            f"begun with {parent.folder}: {len(origins) - fresh} tensors of it, {fresh} new; data "
-            f"{'go on' if self.config.data else 'begin anew'}"
+            f"started from {parent.folder}: {len(origins) - fresh} of its tensors, {fresh} new; "
+            f"data {'continue' if self.config.data else 'start at their beginning'}"
         )
 
 
 @dataclass(frozen=True)
 class ParentCheckpoint:
-    """A checkpoint of another run, and ``Decoder.Config.to_dict`` of its model."""
+    """A checkpoint of another run; ``model`` is the ``Decoder.Config.to_dict`` of its model."""
 
     folder: Path
     model: dict[str, Any]
 
     def shapes(self) -> dict[str, Shape]:
-        """Of all parameters in the checkpoint, by name."""
+        """Name → shape of the parameters in the checkpoint."""
         metadata = DcpReader(self.folder).read_metadata().state_dict_metadata
         return {
             name: tuple(stored.size)
@@ -150,11 +144,11 @@ class ParentCheckpoint:
 
 @torch.no_grad()
 def load_inherited(model: nn.Module, origins: dict[str, Inherited | None], folder: Path) -> None:
-    """Fill the parameters of ``model``, whole or sharded, from a checkpoint. No communication."""
+    """Fill the parameters of ``model``, whole or sharded, from a checkpoint; no collectives."""
     regions = _Regions()
     copies: list[tuple[torch.Tensor, torch.Tensor]] = []
     for name, parameter in model.state_dict().items():
-        origin = origins.get(name)  # router biases are not inherited: they start at zero
+        origin = origins.get(name)  # router biases start at zero
         if origin is None:
             continue
         local, offset = local_region(parameter)
@@ -173,21 +167,19 @@ def load_inherited(model: nn.Module, origins: dict[str, Inherited | None], folde
 
 
 class _Regions(SafeLoadPlanner):
-    """Reads regions of stored tensors into given ones."""
+    """Reads regions of stored tensors into given tensors."""
 
     def __init__(self) -> None:
         super().__init__()
         self.chunks: dict[str, list[tuple[ChunkStorageMetadata, torch.Tensor]]] = defaultdict(list)
 
     def want(self, name: str, offset: tuple[int, ...], target: torch.Tensor) -> None:
-        """Fill ``target`` with the region of its shape that begins at ``offset`` of ``name``."""
+        """Read the region of ``name`` at ``offset`` into ``target``."""
         chunk = ChunkStorageMetadata(torch.Size(offset), target.shape)
         self.chunks[name].append((chunk, target))
 
     def read(self, name: str, offset: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
-        """A new tensor, on the host, for the region of the size of ``like``; one for all that want
-        the same.
-        """
+        """A host tensor for the region of the size of ``like``, shared by equal requests."""
         size = torch.Size((1,) * (len(offset) - like.ndim) + tuple(like.shape))
         wanted = ChunkStorageMetadata(torch.Size(offset), size)
         for chunk, target in self.chunks[name]:
@@ -199,11 +191,11 @@ class _Regions(SafeLoadPlanner):
     def set_up_planner(
         self, state_dict: Any, metadata: Metadata | None = None, is_coordinator: bool = False
     ) -> None:
-        """Ignore the state dict: the wanted regions are known."""
+        """Ignore the state dict: regions are known."""
         self.metadata = metadata
 
     def create_local_plan(self) -> LoadPlan:
-        """Where each region lies in the files."""
+        """Read items of all regions."""
         assert self.metadata is not None
         items = []
         for name, wanted in self.chunks.items():
@@ -214,6 +206,6 @@ class _Regions(SafeLoadPlanner):
         return LoadPlan(items)
 
     def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
-        """The tensor that a region is read into."""
+        """The target of a region."""
         assert index.index is not None
         return self.chunks[index.fqn][index.index][1].detach()

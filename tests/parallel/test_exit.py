@@ -19,8 +19,9 @@ from tiny_runs import tiny_config
 from toy import make_data
 
 from earlyfuse.data.console import console_stream, error_text
+from earlyfuse.parallel.reporting import metrics as run_metrics
 from earlyfuse.parallel.reporting import plots
-from earlyfuse.parallel.reporting.optional_files import LineFile
+from earlyfuse.parallel.reporting.optional_files import append_line
 from earlyfuse.tools.command import run_command
 
 HOST = socket.gethostname()
@@ -160,41 +161,36 @@ def small_disk():
 
 
 def test_of_a_line_that_does_not_fit_nothing_stays(tmp_path, small_disk):
-    lines = LineFile(tmp_path / "lines")
-    lines.append("first")
+    path = tmp_path / "lines"
+    append_line(path, "first")
     small_disk(10)  # half of the second
     with pytest.raises(OSError, match="too large"):
-        lines.append("second")
-    assert (tmp_path / "lines").read_text() == "first\n"
+        append_line(path, "second")
+    assert path.read_text() == "first\n"
     small_disk(resource.RLIM_INFINITY)
-    lines.append("third")
-    assert (tmp_path / "lines").read_text() == "first\nthird\n"
-    lines.close()
+    append_line(path, "third")
+    assert path.read_text() == "first\nthird\n"
 
 
 def test_a_line_that_a_killed_process_left_unfinished_is_dropped(tmp_path):
     for content in ("one\nhal", "hal", "", "one\n" + "x" * 200_000):
         path = tmp_path / "lines"
         path.write_text(content)
-        lines = LineFile(path)
-        lines.append("next")
-        lines.close()
+        append_line(path, "next")
         assert path.read_text() == content[: content.rfind("\n") + 1] + "next\n"
 
 
 def test_a_deleted_file_is_an_error_until_its_folder_is_back(tmp_path):
     path = tmp_path / "run" / "lines"
     path.parent.mkdir()
-    lines = LineFile(path)
-    lines.append("first")
+    append_line(path, "first")
     path.unlink()
     path.parent.rmdir()
     with pytest.raises(FileNotFoundError):
-        lines.append("second")
+        append_line(path, "second")
     path.parent.mkdir()
-    lines.append("third")
+    append_line(path, "third")
     assert path.read_text() == "third\n"
-    lines.close()
 
 
 def test_an_error_of_the_system_names_its_file():
@@ -207,19 +203,19 @@ def test_an_error_of_the_system_names_its_file():
 @pytest.fixture
 def full_disk(monkeypatch):
     """Lets ``metrics.jsonl`` fail in steps 2 and 3, and ``run.json`` altogether."""
-    append, replace = LineFile.append, Path.replace
+    replace = Path.replace
 
-    def failing(lines: LineFile, line: str) -> None:
+    def failing(path: Path, line: str) -> None:
         if json.loads(line)["step"] in (2, 3):
-            raise OSError(errno.ENOSPC, "No space left on device", str(lines.path))
-        append(lines, line)
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        append_line(path, line)
 
     def no_room(path: Path, target: Path) -> Path:
         if Path(target).name == "run.json":
             raise OSError(errno.ENOSPC, "No space left on device", str(target))
         return replace(path, target)
 
-    monkeypatch.setattr(LineFile, "append", failing)
+    monkeypatch.setattr(run_metrics, "append_line", failing)
     monkeypatch.setattr(Path, "replace", no_room)
 
 

@@ -7,7 +7,7 @@ from functools import reduce
 from pathlib import Path
 
 import pytest
-from tiny_runs import tiny_config
+from tiny_runs import changed, tiny_config
 from torchtitan.distributed.activation_checkpoint import FullAC, MemoryBudgetAC, SelectiveAC
 
 from earlyfuse.parallel.training.config_checks import (
@@ -19,15 +19,8 @@ from earlyfuse.parallel.training.config_checks import (
 from earlyfuse.parallel.training.resume_settings import EFFECTS, Effect
 
 
-def config():
-    return tiny_config(Path("unused"), Path("unused"))
-
-
-def changed(field: str, value):
-    found = config()
-    *sections, name = field.split(".")
-    setattr(reduce(getattr, sections, found), name, value)
-    return found
+def config(fields: dict | None = None):
+    return changed(tiny_config(Path("unused"), Path("unused")), fields or {})
 
 
 def outside(allowed) -> list[float]:
@@ -44,13 +37,13 @@ def outside(allowed) -> list[float]:
 def test_a_number_outside_its_range_is_refused_by_field_and_value(field):
     for value in outside(RANGES[field]):
         with pytest.raises(ValueError, match=rf"^{field} \({value}\) must be") as refusal:
-            check_config(changed(field, value))
+            check_config(config({field: value}))
         assert str(refusal.value).endswith("change it")
     ends = [RANGES[field].also, None if RANGES[field].above else RANGES[field].least]
     ends += [RANGES[field].most] if RANGES[field].most < math.inf else []
     for value in ends:
         if value is not None and field != "lr_scheduler.total_steps":
-            check_config(changed(field, value))
+            check_config(config({field: value}))
 
 
 @pytest.mark.parametrize("name", [*HYPERPARAMETERS, "betas"])
@@ -68,14 +61,14 @@ def test_hyperparameters_of_each_group_are_in_their_range(name):
 
 def test_a_schedule_that_ends_before_the_run_is_refused():
     with pytest.raises(ValueError, match=r"total_steps \(5\) must be at least training.steps \(6"):
-        check_config(changed("lr_scheduler.total_steps", 5))
-    check_config(changed("lr_scheduler.total_steps", 6))
+        check_config(config({"lr_scheduler.total_steps": 5}))
+    check_config(config({"lr_scheduler.total_steps": 6}))
 
 
 @pytest.mark.parametrize("share", [-0.5, 1.5, math.nan])
 def test_a_share_of_the_data_lies_between_0_and_1(share):
     with pytest.raises(ValueError, match=rf"data.shares.text \({share}\) must be in \[0, 1\]"):
-        check_config(changed("data.shares", {"text": share, "pairs": 1 - share}))
+        check_config(config({"data.shares": {"text": share, "pairs": 1 - share}}))
 
 
 def test_the_configs_of_the_catalogue_are_within():
@@ -140,7 +133,7 @@ def test_a_field_that_nothing_reads_is_refused_with_what_to_do_instead(field):
     other = OTHER.get(field, not now if isinstance(now, bool) else None)
     assert other != now, "the test needs another value"
     with pytest.raises(ValueError, match=rf"^{field} \(.* must be .*, since nothing reads it: \w"):
-        check_config(changed(field, other))
+        check_config(config({field: other}))
     assert EFFECTS[field] is Effect.UNREAD
 
 
@@ -157,15 +150,11 @@ def test_a_field_that_nothing_reads_is_refused_with_what_to_do_instead(field):
 )
 def test_what_would_be_ignored_or_end_a_run_later_is_refused(changes, rule, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    found = config()
-    for field, value in changes.items():
-        *sections, name = field.split(".")
-        setattr(reduce(getattr, sections, found), name, value)
     with pytest.raises(ValueError, match=rule):
-        check_config(found)
+        check_config(config(changes))
 
 
 def test_without_the_package_wandb_logging_to_it_is_refused_with_the_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match=r"enable_wandb \(True\) needs .* `pip install .* wandb`"):
-        check_config(changed("metrics.enable_wandb", True))
+        check_config(config({"metrics.enable_wandb": True}))

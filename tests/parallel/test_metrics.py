@@ -14,7 +14,6 @@ from earlyfuse.parallel.reporting.metrics import RunLogger
 from earlyfuse.parallel.reporting.metrics_file import (
     LONGEST_LINE,
     METRICS_FILE,
-    as_line,
     read_metrics,
 )
 from earlyfuse.parallel.reporting.plots import plot_curves
@@ -57,22 +56,15 @@ def test_a_last_line_that_lacks_only_its_end_stays(tmp_path):
     ("damage", "rule"),
     [
         (b'{"step": 2, "ki', "is not valid JSON"),
-        (b"\xff\xfe\x00", "is not valid JSON"),
         (b"[" * 100_000, "nested more than"),
-        (b'{"a":' * 300 + b"1" + b"}" * 300, "nested more than"),
-        (b"[1]", "must hold a JSON object"),
         (b"null", "must hold a JSON object"),
         (b'{"kind": "train"}', "has no field 'step'"),
-        (b'{"step": "2", "kind": "train"}', r"step \('2'\) must be a whole number"),
         (b'{"step": -1, "kind": "train"}', r"step \(-1\)"),
-        (b'{"step": true, "kind": "train"}', r"step \(True\)"),
         (b'{"step": 2}', "has no field 'kind'"),
-        (b'{"step": 2, "kind": ["train"]}', "kind"),
         (b'{"step": 2, "kind": "test"}', "must be one of train, validation"),
         (b'{"step": 2, "kind": "train", "loss": "low"}', r"loss \('low'\) must be a number"),
         (b'{"step": 2, "kind": "train", "flops/text": {}}', r"flops/text \({}\) must be a number"),
         (b'{"step": 2, "kind": "train", "loss": 1' + b"0" * 400 + b"}", "must be a number"),
-        (b'{"step": 2, "loss": 1' + b"0" * 5000 + b"}", "is not valid JSON"),
         (b" " * (LONGEST_LINE + 1), "is longer than"),
     ],
 )
@@ -89,28 +81,22 @@ def test_damage_is_refused_by_file_and_line_and_left_as_it_is(tmp_path, damage, 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_number_that_is_not_finite_is_null_and_read_as_nan(tmp_path, value):
-    line = as_line({"kind": "train", "loss": value, "loss/text": value, "tokens/text": 7}, 4)
-    found = json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
-    assert found["loss"] is None and found["tokens/text"] == 7
-    written(tmp_path, then=line.encode())
-    assert math.isnan(read_metrics(tmp_path / METRICS_FILE)[-1]["loss/text"])
+    logger = RunLogger(tmp_path, "tb")
+    logger.start(0)
+    logger.log({"kind": "train", "loss": value, "loss/text": value, "slowest_host": "a"}, 1)
+    logger.close()
+    path = tmp_path / METRICS_FILE
+    line = json.loads(path.read_text(), parse_constant=lambda word: pytest.fail(f"{word}: no JSON"))
+    assert line["loss"] is None and line["slowest_host"] == "a"
+    assert math.isnan(read_metrics(path)[0]["loss/text"])
     assert plot_curves(tmp_path).exists()
 
 
-def test_nan_of_an_earlier_version_is_read_and_written_anew_as_null(tmp_path):
+def test_nan_of_an_earlier_version_is_read_and_rewritten_as_null(tmp_path):
     path = written(tmp_path, then=b'{"step": 4, "kind": "train", "loss": NaN}\n')
     assert math.isnan(read_metrics(path)[-1]["loss"])
     resumed(tmp_path, 4)
     assert path.read_text().splitlines()[-1] == '{"step": 4, "kind": "train", "loss": null}'
-
-
-def test_the_logger_writes_strict_json_and_shows_what_is_finite_in_tensorboard(tmp_path):
-    logger = RunLogger(tmp_path, "tb")
-    logger.start(0)
-    logger.log({"kind": "train", "loss": math.nan, "slowest_host": "a", "grad_norm": 1.5}, 1)
-    logger.close()
-    text = (tmp_path / METRICS_FILE).read_text()
-    assert "NaN" not in text and json.loads(text)["loss"] is None
 
 
 def test_weights_and_biases_get_the_same_numbers_and_the_config(tmp_path, monkeypatch):

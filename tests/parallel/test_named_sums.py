@@ -11,8 +11,6 @@ from toy import make_data
 from earlyfuse.parallel.reporting.plots import added_sums
 from earlyfuse.parallel.training.step_metrics import losses
 
-BY_SOURCE = ("loss_by_source/text", "loss_by_source/pairs")
-
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
@@ -33,13 +31,8 @@ def test_an_added_sum_is_logged_by_modality_and_source(runs, ranks):
     events.Reload()
     lines = metrics(folder)
     for line in lines:
-        for key in (
-            "top1",
-            "top1/text",
-            "top1/image",
-            "top1_by_source/text",
-            "loss_by_source/pairs",
-        ):
+        names = ("top1", "top1/text", "top1/image", "top1_by_source/text", "loss_by_source/pairs")
+        for key in names:
             assert line[key] >= 0 and f"{line['kind']}/{key}" in events.Tags()["scalars"]
         assert line["top1"] <= 1
     assert "| top1 0." in output and "by source text" in output

@@ -5,12 +5,13 @@ goes with its process.
 import errno
 import fcntl
 import math
+import os
+import stat
 import subprocess
 import sys
 
 import pytest
-from tiny_runs import MODELS, tiny_config
-from toy import make_data
+from tiny_runs import MODELS, run, tiny_config
 
 from earlyfuse.data.folder_lock import LOCK, FolderLock
 from earlyfuse.parallel.reporting import run_folder
@@ -26,9 +27,9 @@ time.sleep(600)
 """
 
 
-def test_a_second_run_is_refused_and_the_folder_stays_as_it_is(tmp_path, monkeypatch, capsys):
+def test_a_second_run_is_refused_and_the_folder_stays_as_it_is(tmp_path, data, monkeypatch, capsys):
     monkeypatch.setattr(run_folder, "ENDING_SECONDS", 0.2)
-    data, folder = make_data(tmp_path / "data"), tmp_path / "run"
+    folder = tmp_path / "run"
     first = tiny_config(folder, data, MODELS["dense"](), steps=1).build()
     first.train()
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
@@ -38,9 +39,7 @@ def test_a_second_run_is_refused_and_the_folder_stays_as_it_is(tmp_path, monkeyp
     assert "waiting for another process" in capsys.readouterr().err
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
     first.close()
-    second = tiny_config(folder, data, MODELS["dense"](), steps=2).build()
-    second.train()
-    second.close()
+    run(tiny_config(folder, data, MODELS["dense"](), steps=2))
 
 
 def test_the_lock_goes_with_a_process_that_is_killed_while_another_waits(tmp_path):
@@ -65,30 +64,26 @@ def test_only_rank_0_of_a_job_takes_the_lock(tmp_path, monkeypatch):
     first.release()
 
 
-def test_ranks_that_are_started_again_wait_for_those_before(tmp_path, monkeypatch):
+def test_ranks_that_are_restarted_wait_longer(tmp_path, monkeypatch):
     waited = []
-
-    def acquire(lock, seconds):
-        waited.append(seconds)
-        return True
-
-    monkeypatch.setattr(FolderLock, "acquire", acquire)
+    monkeypatch.setattr(FolderLock, "acquire", lambda _, seconds: waited.append(seconds) or True)
     for count in ("0", "1"):
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
         run_folder.Reservation(tmp_path)
     assert waited == [run_folder.ENDING_SECONDS, run_folder.RESTART_SECONDS]
 
 
-def test_folders_that_were_made_for_nothing_go_and_others_stay(tmp_path):
-    run_folder.Reservation(tmp_path / "runs" / "a").release()
-    assert not list(tmp_path.iterdir())
-    (tmp_path / "runs").mkdir()
-    run_folder.Reservation(tmp_path / "runs" / "a").release()
-    assert list(tmp_path.iterdir()) == [tmp_path / "runs"]
-    used = run_folder.Reservation(tmp_path / "runs" / "b")
-    (tmp_path / "runs" / "b" / "file").touch()
+def test_created_folders_that_stay_empty_are_removed_and_others_stay(tmp_path):
+    runs = tmp_path / "runs"
+    run_folder.Reservation(runs / "a").release()
+    assert not runs.exists()
+    runs.mkdir()
+    run_folder.Reservation(runs / "a").release()
+    assert not any(runs.iterdir())
+    used = run_folder.Reservation(runs / "b")
+    (runs / "b" / "file").touch()
     used.release()
-    assert (tmp_path / "runs" / "b" / "file").exists()
+    assert (runs / "b" / "file").exists()
 
 
 @pytest.mark.parametrize("folders_only", [True, False])
@@ -97,9 +92,6 @@ def test_file_systems_that_do_not_lock_are_said(tmp_path, monkeypatch, folders_o
     flock, said = fcntl.flock, []
 
     def limited(descriptor, operation):
-        import os
-        import stat
-
         if not folders_only or stat.S_ISDIR(os.fstat(descriptor).st_mode):
             raise OSError(errno.ENOLCK, "No locks available")
         flock(descriptor, operation)

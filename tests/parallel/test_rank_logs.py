@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 from ranks import torchrun
-from tiny_runs import tiny_config
-from toy import make_data
+from tiny_runs import run, tiny_config
 
 STEPS = 6
 SLOW = 4
@@ -23,7 +22,6 @@ from earlyfuse.parallel.reporting import rank_log
 
 folder, data = Path(sys.argv[1]), Path(sys.argv[2])
 config = tiny_config(folder, data, steps={steps})
-config.training.local_batch_size = 2
 config.validator.batch_rows = 4
 config.parallelism.data_parallel_shard_degree = 2
 trainer = config.build()
@@ -50,12 +48,11 @@ if rank == 1:
 
 
 @pytest.fixture(scope="module")
-def job(tmp_path_factory) -> tuple[Path, str]:
+def job(tmp_path_factory, data) -> tuple[Path, str]:
     """A run of two ranks that is started twice: its folder and all that the console showed."""
     folder = tmp_path_factory.mktemp("logs")
     script = folder / "job.py"
     script.write_text(JOB.format(steps=STEPS, slow=SLOW))
-    data = make_data(folder / "data")
     fresh_store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # as tools/launch.py has it
     arguments = (str(script), str(folder / "run"), str(data))
     process = torchrun(2, *arguments, restarts=1, env=fresh_store)
@@ -101,11 +98,8 @@ def test_a_logged_step_names_the_slowest_rank(job):
     assert f", slowest rank 1 on {socket.gethostname()} | eta" in shown
 
 
-def test_a_run_alone_has_no_other_ranks_to_speak_of(tmp_path, capfd):
-    config = tiny_config(tmp_path / "run", make_data(tmp_path / "data"), steps=1)
-    trainer = config.build()
-    trainer.train()
-    trainer.close()
+def test_a_run_alone_has_no_other_ranks_to_speak_of(tmp_path, data, capfd):
+    run(tiny_config(tmp_path / "run", data, steps=1))
     assert "slowest" not in (tmp_path / "run" / "metrics.jsonl").read_text()
     line = next(line for line in capfd.readouterr().out.splitlines() if line.startswith("step"))
     assert line.count("|") == 5 and "rank" not in line

@@ -6,14 +6,17 @@ import json
 import math
 import re
 import shutil
-from pathlib import Path
+import warnings
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from tiny_runs import MODELS, metrics, run, tiny_config
+from tiny_runs import MODELS, SHAPE, changed, metrics, moma, run, tiny_config
 from toy import make_data
 
-from earlyfuse.parallel.trainer import Trainer, resolve
+from earlyfuse.configs import decoders
+from earlyfuse.parallel.reliability.watchdog import Watchdog
+from earlyfuse.parallel.trainer import resolve
 from earlyfuse.parallel.training.resume_settings import (
     SETTINGS,
     Effect,
@@ -25,40 +28,29 @@ from earlyfuse.parallel.training.resume_settings import (
 )
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return make_data(tmp_path_factory.mktemp("toy") / "data")
+def small(folder, data, model=None, **fields):
+    config = tiny_config(folder, data, model or MODELS["dense"]())
+    return changed(config, {"validator.freq": 100} | fields)
 
 
 @pytest.fixture(scope="module")
-def stopped(tmp_path_factory, data) -> Path:
+def stopped(tmp_path_factory, data):
     """A run that has saved step 3 of 6."""
     folder = tmp_path_factory.mktemp("stopped") / "run"
     run(small(folder, data), stop_after=3)
     return folder
 
 
-def small(folder: Path, data: Path) -> Trainer.Config:
-    config = tiny_config(folder, data, MODELS["dense"]())
-    config.validator.freq = 100
-    return config
-
-
-def again(stopped: Path, folder: Path, data: Path) -> Trainer.Config:
-    shutil.copytree(stopped, folder)
-    return small(folder, data)
-
-
-def parameters(trainer: Trainer) -> torch.Tensor:
-    return torch.cat([p.detach().flatten() for p in trainer.model.state_dict().values()])
+@pytest.fixture
+def folder(stopped, tmp_path):
+    """A copy of the stopped run."""
+    return shutil.copytree(stopped, tmp_path / "run")
 
 
 def test_the_first_step_of_a_resume_uses_the_hyperparameters_that_the_files_state(
-    stopped, tmp_path, data, capsys
+    folder, data, capsys
 ):
-    config = again(stopped, tmp_path / "run", data)
-    config.training.steps = 9
-    config.lr_scheduler.warmup_steps = 8
+    config = small(folder, data, **{"training.steps": 9, "lr_scheduler.warmup_steps": 8})
     config.lr_scheduler.decay_type = "linear"
     for group in config.optimizer.param_groups:
         group.optimizer_kwargs |= {"lr": 0.03, "betas": (0.8, 0.9), "eps": 1e-6}
@@ -73,71 +65,80 @@ def test_the_first_step_of_a_resume_uses_the_hyperparameters_that_the_files_stat
     trainer.train()
     trainer.close()
     used = [groups for groups in used if groups[0]["lr"]]  # making states to load into is at 0
-    rates = [line["lr"] for line in metrics(tmp_path / "run") if line["kind"] == "train"]
-    assert rates[3:] == [0.03 * step / 8 for step in (4, 5, 6)]
-    assert rates[3:] == [groups[0]["lr"] for groups in used]
+    rates = [line["lr"] for line in metrics(folder) if line["kind"] == "train"][3:]
+    assert rates == [0.03 * step / 8 for step in (4, 5, 6)] == [groups[0]["lr"] for groups in used]
     for groups in used:
         assert [(g["betas"], g["eps"]) for g in groups] == [((0.8, 0.9), 1e-6)] * 2
         assert [g["weight_decay"] for g in groups] == [0.0, 0.3]
-    described = json.loads((tmp_path / "run" / "run.json").read_text())
+    described = json.loads((folder / "run.json").read_text())
     changes = {c["field"]: (c["step"], c["before"], c["now"]) for c in described["changes"]}
-    assert changes["training.steps"] == (3, 6, 9)
     kwargs = "optimizer.param_groups[1].optimizer_kwargs"
+    assert changes["training.steps"] == (3, 6, 9)
     assert changes[f"{kwargs}.weight_decay"] == (3, 0.1, 0.3)
     assert changes[f"{kwargs}.betas[0]"] == (3, 0.9, 0.8)
     assert described["config"] == plain_config(trainer.config)
     assert "resumed at step 3, from here with" in capsys.readouterr().out
-    saved = json.loads((tmp_path / "run" / "checkpoint" / "step-6" / SETTINGS).read_text())
+    saved = json.loads((folder / "checkpoint" / "step-6" / SETTINGS).read_text())
     assert saved["changes"] == described["changes"]
 
 
 def test_every_other_setting_that_is_applied_changes_what_is_computed(stopped, tmp_path, data):
-    def resumed(name: str, change) -> torch.Tensor:
-        config = again(stopped, tmp_path / name, data)
-        change(config)
-        return parameters(run(config, stop_after=4))
-
-    def drop(config):
+    def resumed(name: str, **fields):
+        """Parameters after the next step, and the changes noted."""
+        dropout = fields.pop("dropout", 0.0)
+        folder = shutil.copytree(stopped, tmp_path / name)
+        config = small(folder, data, **fields)
         for layer in config.model_spec.model.layers:
-            layer.dropout = 0.3
+            layer.dropout = dropout
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            trainer = run(config, stop_after=4)
+        noted = json.loads((folder / "run.json").read_text())["changes"]
+        parameters = [p.detach().flatten() for p in trainer.model.state_dict().values()]
+        return torch.cat(parameters), [change["field"] for change in noted]
 
-    same = resumed("same", lambda config: None)
-    changes = {
-        "training.max_norm": lambda config: setattr(config.training, "max_norm", 1e-3),
-        "loss.z_loss": lambda config: setattr(config.loss, "z_loss", 1.0),
-        "model_spec.model.layers[0].dropout": drop,
-    }
-    for field, change in changes.items():
-        moved = resumed(field, change)
-        noted = json.loads((tmp_path / field / "run.json").read_text())["changes"]
-        assert field in [change["field"] for change in noted]
-        assert not torch.equal(moved, same), field
-    assert json.loads((tmp_path / "same" / "run.json").read_text())["changes"] == []
+    same, noted = resumed("same")
+    assert noted == []
+    for field, name, value in (
+        ("training.max_norm", "training.max_norm", 1e-3),
+        ("loss.z_loss", "loss.z_loss", 1.0),
+        ("model_spec.model.layers[0].dropout", "dropout", 0.3),
+    ):
+        moved, noted = resumed(field, **{name: value})
+        assert field in noted and not torch.equal(moved, same), field
 
 
 @pytest.mark.parametrize(
-    ("section", "name", "value", "before"),
+    ("fields", "rule"),
     [
-        ("debug", "seed", 1, "None"),
-        ("training", "seq_len", 16, "32"),
-        ("training", "dtype", "bfloat16", "'float32'"),
-        ("optimizer", "implementation", "foreach", "'fused'"),
-        ("checkpoint", "initial_load_path", "/elsewhere", "None"),
-        ("start", "run", "elsewhere", "''"),
+        ({"debug.seed": 1}, r"debug.seed \(1\) must stay None, as it is in checkpoint .*step-3"),
+        ({"training.seq_len": 16}, r"training.seq_len \(16\) must stay 32"),
+        ({"training.dtype": "bfloat16"}, r"training.dtype \('bfloat16'\) must stay 'float32'"),
+        ({"optimizer.implementation": "foreach"}, r"\('foreach'\) must stay 'fused'"),
+        ({"checkpoint.initial_load_path": "/a"}, r"initial_load_path \('/a'\) must stay None"),
+        ({"start.run": "elsewhere"}, r"start.run \('elsewhere'\) must stay ''"),
+        ({"training.steps": 2}, r"steps \(2\) must be at least 3, the step of the checkpoint in"),
+        ({"model": moma()}, "of another model: layers.0.feed_forward.pools.0.router.weight: not"),
+        (
+            {"model": decoders.dense(replace(SHAPE, hidden_dim=64))},
+            r"feed_forward.w1: \(64, 32\) here, \(48, 32\) in the checkpoint",
+        ),
+        ({"data": {"tokenizer": "cc"}}, "tokenizers of the data .*cc.* must be that of the check"),
+        ({"data": {"seed": 1}}, "data of the data|data .* must be that of the checkpoint"),
     ],
 )
 def test_what_a_resume_cannot_change_is_refused_with_both_values(
-    stopped, tmp_path, data, section, name, value, before
+    folder, tmp_path, data, fields, rule
 ):
-    config = again(stopped, tmp_path / "run", data)
-    setattr(getattr(config, section), name, value)
-    files = [tmp_path / "run" / name for name in ("run.json", "metrics.jsonl")]
-    as_it_was = [file.read_bytes() for file in files]
-    rule = rf"^{section}.{name} \({value!r}\) must stay {before}, as it is in checkpoint .*step-3"
+    if "data" in fields:
+        data = make_data(tmp_path / "other", **fields.pop("data"))
+    files = [folder / name for name in ("run.json", "metrics.jsonl")]
+    before = [file.read_bytes() for file in files]
     with pytest.raises(ValueError, match=rule) as refusal:
-        run(config)
-    assert "use the value of the run" in str(refusal.value)
-    assert [file.read_bytes() for file in files] == as_it_was
+        run(small(folder, data, **fields))
+    if "must stay" in rule:
+        assert "use the value of the run" in str(refusal.value)
+    assert [file.read_bytes() for file in files] == before
 
 
 def leaves(value, field: str = "") -> list[str]:
@@ -155,30 +156,27 @@ def with_another(value, field: str):
     """``value`` with another leaf at ``field``."""
     name, _, rest = re.sub(r"\[(\d+)\]", r".\1", field).partition(".")
     key = int(name) if isinstance(value, list) else name
-    changed = value.copy()
-    changed[key] = with_another(value[key], rest) if rest else "another"
-    return changed
+    copied = value.copy()
+    copied[key] = with_another(value[key], rest) if rest else "another"
+    return copied
 
 
-def test_every_field_of_a_config_is_applied_or_refused_or_without_effect(stopped, tmp_path, data):
-    config = tiny_config(tmp_path / "unused", data, MODELS["moma_causal"]())
-    config, _ = resolve(config)
-    settings = Settings(config)
+def test_every_field_of_a_config_is_applied_or_refused_or_without_effect(tmp_path, data):
+    config, _ = resolve(tiny_config(tmp_path / "unused", data, MODELS["moma_causal"]()))
+    settings, plain, seen = Settings(config), plain_config(config), set()
     settings.write(tmp_path)
-    seen = set()
     for field in leaves(settings.config):
         effect = effect_of(field)
         seen.add(effect)
-        changed = Settings(config)
-        changed.config = with_another(settings.config, field)
-        assert [found for found, _, _ in differences(settings.config, changed.config)] == [field]
+        other = Settings(config)
+        other.config = with_another(settings.config, field)
+        assert [found for found, _, _ in differences(settings.config, other.config)] == [field]
         if effect is Effect.FIXED:
             with pytest.raises(ValueError, match=rf"^{re.escape(field)} \("):
-                changed.resume(tmp_path, 3)
+                other.resume(tmp_path, 3)
         else:
-            changed.resume(tmp_path, 3)
-            assert [change["field"] for change in changed.changes] == [field]
-    plain = plain_config(config)
+            other.resume(tmp_path, 3)
+            assert [change["field"] for change in other.changes] == [field]
     for field in leaves(plain):
         effect = effect_of(field)
         if effect in (Effect.NONE, Effect.DATA, Effect.UNREAD):
@@ -187,20 +185,33 @@ def test_every_field_of_a_config_is_applied_or_refused_or_without_effect(stopped
     assert seen == set(Effect)
 
 
-def test_parts_of_another_kind_and_fields_of_another_version():
+def test_a_field_that_the_table_does_not_know_is_compared_and_refused(tmp_path, data):
+    @dataclass(kw_only=True, slots=True)
+    class Invented(Watchdog.Config):
+        invented: int = 0
+
+    def settings(value):
+        return Settings(small(tmp_path, data, watchdog=Invented(invented=value)))
+
+    settings(1).write(tmp_path)
+    settings(1).resume(tmp_path, 3)
+    with pytest.raises(ValueError, match=r"^watchdog.invented \(2\) must stay 1"):
+        settings(2).resume(tmp_path, 3)
+
+
+def test_parts_of_another_class_and_fields_of_another_version():
     part, other = {"x": {"top_k": 1, "dim": 2}}, {"x": {"capacity": 1.0, "dim": 2}}
     assert [d[0] for d in differences(part, other)] == ["x.capacity", "x.top_k"]
     older, newer = {"x": {"dim": 2}}, {"x": {"dim": 2, "later": 5}}
     ((field, before, now),) = differences(older, newer)
     assert (field, now) == ("x.later", 5) and before is not None
     assert list(differences(newer, older)) == [("x.later", 5, None)]
-    assert effect_of("section_of_a_later_version.field") is Effect.FIXED
 
 
-def test_a_checkpoint_that_does_not_note_its_settings_is_said(stopped, tmp_path, data, capsys):
+def test_a_checkpoint_that_does_not_record_its_settings_is_reported(tmp_path, data, capsys):
     settings = Settings(small(tmp_path, data))
     settings.resume(tmp_path, 3)
-    assert "was written by a version that did not note its settings" in capsys.readouterr().err
+    assert "is of a version that did not record settings" in capsys.readouterr().err
     assert settings.changes == []
     (tmp_path / SETTINGS).write_text("[[[")
     with pytest.raises(ValueError, match=rf"{SETTINGS} is not valid JSON"):
@@ -208,6 +219,5 @@ def test_a_checkpoint_that_does_not_note_its_settings_is_said(stopped, tmp_path,
 
 
 def test_infinity_is_a_word_in_the_files_of_a_run(tmp_path, data):
-    config = small(tmp_path, data)
-    config.training.max_norm = math.inf
+    config = small(tmp_path, data, **{"training.max_norm": math.inf})
     assert plain_config(config)["training"]["max_norm"] == "inf"

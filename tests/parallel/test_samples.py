@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_pairs import SHADES, make_pairs, pixels, png
-from tiny_runs import run, tiny_config
+from tiny_runs import changed, run, tiny_config
 
 from earlyfuse.configs import decoders
 from earlyfuse.data.tokenizers import Tokenizers
 from earlyfuse.parallel.evaluation import sample_generation
-from earlyfuse.parallel.evaluation.sample_generation import Sample, load_pairs
+from earlyfuse.parallel.evaluation.sample_generation import Pair, Sample, load_pairs
 from earlyfuse.parallel.reporting.sample_grid import draw_samples
 from earlyfuse.parallel.trainer import Trainer
 from earlyfuse.tools.documents import read_prompts
@@ -32,26 +32,28 @@ def data(tmp_path_factory) -> Path:
     return make_pairs(tmp_path_factory.mktemp("pairs") / "data")
 
 
-def config_of(folder: Path, data: Path, steps: int = 4) -> Trainer.Config:
-    config = tiny_config(folder, data, decoders.moe_1t1i(SHAPE), steps)
-    config.data = replace(config.data, shares={"pairs": 1.0})
-    config.dataloader.media_share = None
-    config.validator.freq = 2
-    config.checkpoint.interval = 2
-    return config
+def config_of(folder: Path, data: Path, dropout: float = 0.0, **fields) -> Trainer.Config:
+    config = tiny_config(folder, data, decoders.moe_1t1i(SHAPE), steps=4)
+    for layer in config.model_spec.model.layers:
+        layer.dropout = dropout  # a model left in evaluation mode would show
+    ours = {"data.shares": {"pairs": 1.0}, "dataloader.media_share": None}
+    return changed(config, ours | {"validator.freq": 2, "checkpoint.interval": 2} | fields)
 
 
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory, data) -> Path:
     """A run that has memorised the five pairs."""
     folder = tmp_path_factory.mktemp("learned") / "run"
-    config = config_of(folder, data, steps=160)
-    config.training.global_batch_size = 2
-    config.lr_scheduler.warmup_steps = 10
-    config.validator.freq = config.checkpoint.interval = config.metrics.log_freq = 1000
-    config.sampler.temperature, config.sampler.guidance = 0.0, 1.0
-    run(config)
+    rare = dict.fromkeys(("validator.freq", "checkpoint.interval", "metrics.log_freq"), 1000)
+    fields = {"training.steps": 160, "training.global_batch_size": 2}
+    fields |= {"lr_scheduler.warmup_steps": 10, "sampler.temperature": 0.0, "sampler.guidance": 1.0}
+    run(config_of(folder, data, **fields, **rare))
     return folder
+
+
+def pairs_of(data: Path) -> tuple[list[Pair], Tokenizers]:
+    tokenizers = Tokenizers.load(data / "tokenizers")
+    return load_pairs(data / "validation" / "prompts.json", tokenizers), tokenizers
 
 
 # ---------------------------------------------------------------- samples of a run
@@ -59,33 +61,28 @@ def learned(tmp_path_factory, data) -> Path:
 
 def test_a_run_that_has_learned_writes_what_it_was_shown(learned, data):
     picture = np.asarray(Image.open(learned / "samples.png").convert("RGB"))
-    tokenizers = Tokenizers.load(data / "tokenizers")
-    pairs = load_pairs(data / "validation" / "prompts.json", tokenizers)
-    shown = [
-        tokenizers.image.decode(np.array([pair.image_tokens[1:-1]]) - tokenizers.text.size)[0]
-        for pair in pairs
-    ]
+    pairs, tokenizers = pairs_of(data)
+    codes = np.array([pair.image_tokens[1:-1] for pair in pairs]) - tokenizers.text.size
+    shown = tokenizers.image.decode(codes)
     expected = [Sample(p, image, p.caption) for p, image in zip(pairs, shown, strict=True)]
     assert np.array_equal(picture, draw_samples(expected, 160))
     wrong = [replace(expected[0], image=shown[4]), *expected[1:]]
     assert not np.array_equal(picture, draw_samples(wrong, 160)), "the picture tells them apart"
 
 
-def dropping(folder: Path, data: Path) -> Trainer.Config:
-    config = config_of(folder, data)
-    for layer in config.model_spec.model.layers:
-        layer.dropout = 0.2  # a model left in evaluation mode would show
-    return config
+def test_samples_are_written_at_each_validation_and_do_not_change_a_run(tmp_path, data):
+    def parameters(name: str, stop_after: int | None = None, **fields) -> dict[str, torch.Tensor]:
+        config = config_of(tmp_path / name, data, 0.2, **fields)
+        return run(config, stop_after).model.state_dict()
 
-
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory, data) -> tuple[Path, dict[str, torch.Tensor]]:
-    folder = tmp_path_factory.mktemp("unbroken")
-    return folder, run(dropping(folder, data)).model.state_dict()
-
-
-def test_samples_are_in_tensorboard_at_each_validation(unbroken):
-    events = EventAccumulator(str(unbroken[0] / "tb"))
+    unbroken = parameters("unbroken")
+    without = parameters("without", **{"sampler.enable": False})
+    parameters("resumed", stop_after=3)
+    for other in (without, parameters("resumed")):
+        assert [name for name, p in unbroken.items() if not torch.equal(p, other[name])] == []
+    pictures = [tmp_path / name / "samples.png" for name in ("unbroken", "resumed", "without")]
+    assert pictures[0].read_bytes() == pictures[1].read_bytes() and not pictures[2].exists()
+    events = EventAccumulator(str(tmp_path / "unbroken" / "tb"))
     events.Reload()
     assert [event.step for event in events.Images("samples")] == [1, 2, 4]
     (text,) = [tag for tag in events.Tags()["tensors"] if tag.startswith("samples")]
@@ -93,53 +90,27 @@ def test_samples_are_in_tensorboard_at_each_validation(unbroken):
     assert all(caption in table for caption in SHADES)
 
 
-def test_samples_do_not_change_a_run(unbroken, tmp_path, data):
-    without = dropping(tmp_path, data)
-    without.sampler.enable = False
-    other = run(without).model.state_dict()
-    assert [
-        name for name, value in unbroken[1].items() if not torch.equal(value, other[name])
-    ] == []
-    assert not (tmp_path / "samples.png").exists()
-
-
-def test_a_resumed_run_writes_the_same_samples(unbroken, tmp_path, data):
-    run(dropping(tmp_path, data), stop_after=3)
-    other = run(dropping(tmp_path, data)).model.state_dict()
-    assert [
-        name for name, value in unbroken[1].items() if not torch.equal(value, other[name])
-    ] == []
-    expected = (unbroken[0] / "samples.png").read_bytes()
-    assert (tmp_path / "samples.png").read_bytes() == expected
-
-
-def test_prompts_that_do_not_fit_a_row_are_left_out(tmp_path, data, monkeypatch):
+def test_prompts_that_do_not_fit_a_row_are_left_out(data, monkeypatch):
     told: list[str] = []
     monkeypatch.setattr(sample_generation.rank_log, "tell", told.append)
-    lengths = sorted(
-        len(pair.caption_tokens) + len(pair.image_tokens) + 2
-        for pair in load_pairs(
-            data / "validation" / "prompts.json", Tokenizers.load(data / "tokenizers")
-        )
-    )
-    config = sample_generation.Sampler.Config(data_folder=str(data), number=4)
-    monkeypatch.setattr(sample_generation, "_rank", lambda: 0)
+    monkeypatch.setattr(sample_generation.dist, "get_rank", lambda: 0)
     monkeypatch.setattr(sample_generation.dist, "get_world_size", lambda: 1)
-
+    pairs, _ = pairs_of(data)
+    lengths = sorted(len(pair.caption_tokens) + len(pair.image_tokens) + 2 for pair in pairs)
+    config = sample_generation.Sampler.Config(data_folder=str(data), number=4)
     model = decoders.dense(SHAPE).build()
 
-    def pairs(seq_len):
-        return config.build(model=model, seq_len=seq_len).pairs
+    def number(seq_len):
+        return len(config.build(model=model, seq_len=seq_len).pairs)
 
-    assert len(pairs(lengths[-1])) == 4
-    assert lengths[0] < lengths[-1]
-    assert len(pairs(lengths[0])) == min(4, lengths.count(lengths[0]))
-    assert pairs(lengths[0] - 1) == []
-    assert told == [f"no samples are written: no prompt fits training.seq_len ({lengths[0] - 1})"]
+    assert number(lengths[-1]) == 4 and lengths[0] < lengths[-1]
+    assert number(lengths[0]) == min(4, lengths.count(lengths[0]))
+    assert number(lengths[0] - 1) == 0
+    assert told == [f"no samples are generated: no prompt fits training.seq_len ({lengths[0] - 1})"]
 
 
-def test_wrong_prompts_and_settings_are_refused_by_name(tmp_path, data):
-    tokenizers = Tokenizers.load(data / "tokenizers")
+def test_wrong_prompts_are_refused_by_name(tmp_path, data):
+    _, tokenizers = pairs_of(data)
     path = tmp_path / "prompts.json"
     for content in ("[]", '{"prompts": [{"caption": "x"}]}', "no json"):
         path.write_text(content)
@@ -147,10 +118,6 @@ def test_wrong_prompts_and_settings_are_refused_by_name(tmp_path, data):
             load_pairs(path, tokenizers)
     with pytest.raises(ValueError, match="no image tokenizer"):
         load_pairs(path, replace(tokenizers, media={}))
-    with pytest.raises(ValueError, match=r"sampler.number \(0\) must be at least 1"):
-        sample_generation.Sampler.Config(number=0)
-    with pytest.raises(ValueError, match=r"temperature \(-1\)"):
-        sample_generation.Sampler.Config(temperature=-1)
 
 
 # ---------------------------------------------------------------- the tool
@@ -161,29 +128,30 @@ def results(out: Path) -> list[dict]:
 
 
 def test_the_tool_writes_images_captions_and_both(learned, data, tmp_path, capsys):
-    out = tmp_path / "images"
-    greedy = ["--temperature", "0"]
-    assert (
-        main([str(learned), "--mode", "image", "--prompt", SHADES[2], "--out", str(out)] + greedy)
-        == 0
-    )
-    (line,) = results(out)
-    assert line["prompt"] == [{"text": SHADES[2]}] and line["ended"] and line["tokens"] == 6
-    image = np.asarray(Image.open(out / line["written"][0]["image"]))
     tokenizer = Tokenizers.load(data / "tokenizers").image
-    assert np.array_equal(image, tokenizer.decode(tokenizer.encode(pixels(2)[None]))[0])
+
+    def generated(name: str, *arguments: str) -> list[dict]:
+        words = [str(learned), *arguments, "--temperature", "0", "--out", str(tmp_path / name)]
+        assert main(words) == 0
+        return results(tmp_path / name)
+
+    def is_image(name: str, line: dict, shade: int) -> bool:
+        (written,) = line["written"]
+        image = np.asarray(Image.open(tmp_path / name / written["image"]))
+        expected = tokenizer.decode(tokenizer.encode(pixels(shade)[None]))[0]
+        return np.array_equal(image, expected)
+
+    (line,) = generated("images", "--mode", "image", "--prompt", SHADES[2])
+    assert line["prompt"] == [{"text": SHADES[2]}] and line["ended"] and line["tokens"] == 6
+    assert is_image("images", line, 2)
 
     (tmp_path / "iron.png").write_bytes(png(2))
     lines = [[{"image": "iron.png"}], [], [{"text": SHADES[3]}]]
     (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
     prompts = ["--prompts", str(tmp_path / "prompts.jsonl"), "--batch-size", "2"]
-    out = tmp_path / "mixed"
-    assert main([str(learned), *prompts, *greedy, "--out", str(out)]) == 0
-    after_image, _, after_text = results(out)
+    after_image, _, after_text = generated("mixed", *prompts)
     assert after_image["written"] == [{"text": SHADES[2]}] and after_image["ended"]
-    (written,) = after_text["written"]
-    image = np.asarray(Image.open(out / written["image"]))
-    assert np.array_equal(image, tokenizer.decode(tokenizer.encode(pixels(3)[None]))[0])
+    assert is_image("mixed", after_text, 3)
     assert SHADES[2] in capsys.readouterr().out
 
 

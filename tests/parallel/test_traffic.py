@@ -11,7 +11,7 @@ import torch
 import traffic_ranks
 from batches import batch_of, context_of
 from ranks import forked, output_of
-from tiny_runs import MAMBAS, MODELS, SHAPE, moma, tiny_config, token_choice
+from tiny_runs import MAMBAS, MODELS, SHAPE, changed, moma, tiny_config, token_choice
 from torchtitan.distributed import ParallelDims
 from toy import make_data
 from traffic_ranks import LAYOUTS
@@ -28,6 +28,7 @@ from earlyfuse.models.routing.expert_choice import expert_choice
 from earlyfuse.parallel.estimates import dry_run
 from earlyfuse.parallel.estimates.communication import Traffic, step_traffic, total
 from earlyfuse.parallel.estimates.memory import kept_by_head, rank_memory, saved_per_token
+from earlyfuse.parallel.estimates.step import Step
 from earlyfuse.tools.doctor import Cluster, main, step_time
 
 # counts of tokens and labels, loss sums, gradient norm: whatever the model
@@ -51,49 +52,26 @@ def counted(tmp_path_factory):
     return lambda ranks, layout: [counted[layout] for counted in launched(ranks)]
 
 
-EVERY_LAYOUT = pytest.mark.parametrize(
+@pytest.mark.parametrize(
     ("ranks", "layout"), [(ranks, name) for ranks, names in LAYOUTS.items() for name in names]
 )
-
-
-def as_counter(pairs, *, to_experts=True):
-    return Counter({tuple(call): n for call, n in pairs if to_experts or call[0] != "all_to_all"})
-
-
-@EVERY_LAYOUT
-def test_every_collective_is_predicted_and_no_other_is_sent(counted, ranks, layout):
+def test_collectives_shards_and_parts_in_flight_are_as_predicted(counted, ranks, layout):
+    """With token choice, experts get and return as many rows as predicted on average over ranks."""
+    uneven = layout.startswith("token choice, experts")
+    rows = {"seen": Counter(), "expected": Counter()}  # (calls, bytes)
     for rank in counted(ranks, layout):
-        same = not layout.startswith("token choice, experts")  # see the next test
-        expected, seen = (as_counter(rank[key], to_experts=same) for key in ("expected", "seen"))
-        assert expected - seen == Counter()
-        others = seen - expected
+        calls = {key: Counter({tuple(c): n for c, n in rank[key]}) for key in rows}
+        for key, counter in calls.items():
+            for call in [c for c in counter if uneven and c[0] == "all_to_all"]:
+                number = counter.pop(call)
+                rows[key] += Counter(calls=number, bytes=number * call[2])
+        expected, others = calls["expected"], calls["seen"] - calls["expected"]
+        assert expected and expected - calls["seen"] == Counter()
         assert all(kind == "all_reduce" and size <= SCALAR_BYTES for kind, _, size in others)
         assert others.total() <= SCALAR_CALLS
-        assert sum(expected.values()) > 0
-
-
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS[2] if "token choice, ex" in name])
-def test_rows_of_token_choice_are_as_many_as_predicted_on_average(counted, layout):
-    sent = {"expected": [], "seen": []}
-    for rank in counted(2, layout):
-        for key, calls in sent.items():
-            rows = as_counter(rank[key]) - as_counter(rank[key], to_experts=False)
-            calls.append((rows.total(), sum(size * n for (_, _, size), n in rows.items())))
-    calls, sizes = ({key: [one[i] for one in sent[key]] for key in sent} for i in (0, 1))
-    assert calls["seen"] == calls["expected"]
-    assert sum(sizes["seen"]) == sum(sizes["expected"]) > 0
-
-
-@EVERY_LAYOUT
-def test_a_rank_holds_the_shards_that_are_predicted(counted, ranks, layout):
-    for rank in counted(ranks, layout):
-        assert rank["held"] == rank["predicted"]
-
-
-@EVERY_LAYOUT
-def test_a_rank_of_a_pipeline_holds_as_many_parts_of_a_batch_as_predicted(counted, ranks, layout):
-    for rank in counted(ranks, layout):
-        assert rank["in_flight"] == rank["in_flight_predicted"]
+        assert rank["held"] == rank["predicted"], "elements of shards"
+        assert rank["in_flight"] == rank["in_flight_predicted"], "parts in a pipeline"
+    assert rows["seen"] == rows["expected"] and bool(rows["seen"]) == uneven
 
 
 def test_static_routing_reads_no_value_on_the_host():
@@ -107,43 +85,39 @@ def test_static_routing_reads_no_value_on_the_host():
         expert_choice(logits_TE, eligible_T, 2, budget=None, capacity_factor=1.0)
 
 
-def traffic_of(config, model, ranks, **degrees):
-    parallelism = replace(config.parallelism, **degrees)
-    dims = ParallelDims.from_config(parallelism, ranks)
-    return step_traffic(model, dims, config.training, parallelism, None), dims
-
-
 @pytest.fixture
 def run(tmp_path):
-    config = tiny_config(tmp_path, tmp_path)
-    config.training = replace(
-        config.training, mixed_precision_param="bfloat16", global_batch_size=-1, seq_len=4096
-    )
-    return config
+    fields = {"mixed_precision_param": "bfloat16", "global_batch_size": -1, "seq_len": 4096}
+    fields = {f"training.{name}": value for name, value in fields.items()}
+    return changed(tiny_config(tmp_path, tmp_path), fields)
 
 
-def preset(name):
+def step_of(config, model, ranks, **degrees):
+    parallelism = replace(config.parallelism, **degrees)
+    dims = ParallelDims.from_config(parallelism, ranks)
+    return Step(model, dims, config.training, parallelism, None)
+
+
+def preset(name="moma_1_4b_moe_4t4i"):
     return catalogue()[name]().model_spec.model
 
 
-@pytest.mark.parametrize("ranks", [8, 64, 1024])
 @pytest.mark.parametrize("name", ["moma_1_4b_moe_4t4i", "mot_7b_moe_4x"])
-def test_fsdp_receives_eight_bytes_per_parameter(run, name, ranks):
+def test_fsdp_receives_eight_bytes_per_parameter(run, name):
     model = preset(name)
-    sent, _ = traffic_of(run, model, ranks)
-    parameters = count_parameters(model).total
     head = model.vocab_size * model.dim  # stays gathered: no second gather
-    expected = (8 * parameters - 2 * head) * (ranks - 1) / ranks
-    assert total(sent) == pytest.approx(expected, rel=3e-3)  # padding is 0.2 % at most
+    for ranks in (8, 64, 1024):
+        expected = (8 * count_parameters(model).total - 2 * head) * (ranks - 1) / ranks
+        # padding is 0.2 % at most
+        assert total(step_traffic(step_of(run, model, ranks))) == pytest.approx(expected, rel=3e-3)
 
 
 def test_rows_of_experts_travel_four_times_whatever_the_number_of_experts(run):
-    model = preset("moma_1_4b_moe_4t4i")
-    sent, _ = traffic_of(run, model, 64, expert_parallel_degree=4)
+    model = preset()
+    sent = step_traffic(step_of(run, model, 64, expert_parallel_degree=4))
     tokens = run.training.local_batch_size * run.training.seq_len
-    rows = [one for one in sent if one.kind == "all_to_all"]
-    assert len(rows) == 1
-    assert rows[0].received == 4 * len(model.layers) * tokens * model.dim * 2 * 3 / 4
+    (rows,) = [one for one in sent if one.kind == "all_to_all"]
+    assert rows.received == 4 * len(model.layers) * tokens * model.dim * 2 * 3 / 4
 
 
 def test_what_scans_send_does_not_grow_with_rows_but_keys_and_values_do(run):
@@ -151,7 +125,7 @@ def test_what_scans_send_does_not_grow_with_rows_but_keys_and_values_do(run):
 
     def sent(model, seq_len):
         run.training.seq_len = seq_len
-        traffic, _ = traffic_of(run, model, 8, context_parallel_degree=8)
+        traffic = step_traffic(step_of(run, model, 8, context_parallel_degree=8))
         return sum(one.size for one in traffic if one.axis == "cp")
 
     mamba, dense = MAMBAS["mixture_of_mamba"](), decoders.dense(SHAPE)
@@ -159,17 +133,15 @@ def test_what_scans_send_does_not_grow_with_rows_but_keys_and_values_do(run):
     assert sent(dense, 8192) == 2 * sent(dense, 4096) > 0
 
 
-@pytest.mark.parametrize("name", ["dense", "mamba"])
-def test_activations_are_shared_out_over_the_ranks_of_a_row(run, name):
+@pytest.mark.parametrize(("name", "most"), [("dense", 0.4), ("mamba", 0.26)])
+def test_activations_are_divided_among_the_ranks_of_a_row(run, name, most):
     model = (MODELS | MAMBAS)[name]()
-
-    def activations(degree):
-        parallelism = replace(run.parallelism, context_parallel_degree=degree)
-        dims = ParallelDims.from_config(parallelism, degree)
-        return rank_memory(model, dims, run.training, parallelism, None).activations
-
+    alone, four = (
+        rank_memory(step_of(run, model, degree, context_parallel_degree=degree)).activations
+        for degree in (1, 4)
+    )
     # keys and values of other ranks' positions, in two of about forty tensors, come on top
-    assert 0.25 <= activations(4) / activations(1) < {"dense": 0.4, "mamba": 0.26}[name]
+    assert 0.25 <= four / alone < most
 
 
 def test_gloo_pays_twice_for_reduce_scatter_alone():
@@ -178,37 +150,29 @@ def test_gloo_pays_twice_for_reduce_scatter_alone():
 
 
 def test_traffic_hides_behind_compute_only_as_far_as_there_is_compute(run):
-    sent, dims = traffic_of(run, preset("moma_1_4b_moe_4t4i"), 64)
+    step = step_of(run, preset(), 64)
+    sent = step_traffic(step)
     cluster = Cluster(gpus_per_node=8, nvlink=1e11, network=1e10, flops=1e14, overlap=0.8)
     for flops in (1e10, 1e12, 1e14, 1e16):
-        time = step_time(sent, dims, flops, cluster)
+        time = step_time(sent, step.dims, flops, cluster)
         assert time.step >= max(time.compute, time.fsdp)
         assert time.step >= (time.compute + 0.2 * time.fsdp) * (1 - 1e-9)
         assert time.step <= time.compute + time.fsdp
-    alone = step_time(sent, dims, 1e14, replace(cluster, nvlink=1e30, network=1e30))
+    alone = step_time(sent, step.dims, 1e14, replace(cluster, nvlink=1e30, network=1e30))
     assert alone.step == pytest.approx(alone.compute)
-
-
-def test_a_node_more_makes_the_network_count(run):
-    cluster = Cluster(gpus_per_node=8, nvlink=1e11, network=1e9, flops=1e14, overlap=0.8)
-    inside, across = (
-        step_time(*traffic_of(run, preset("moma_1_4b_moe_4t4i"), ranks), 1e14, cluster)
-        for ranks in (8, 16)
-    )
-    assert across.fsdp > 2 * inside.fsdp
+    slow = replace(cluster, network=1e9)
+    inside = step_of(run, preset(), 8)  # a node more makes the network count
+    inside = step_time(step_traffic(inside), inside.dims, 1e14, slow)
+    assert step_time(sent, step.dims, 1e14, slow).fsdp > 2 * inside.fsdp
 
 
 def test_the_doctor_prints_a_row_per_number_of_gpus_and_says_it_is_a_model(capsys):
-    assert (
-        main(["traffic", "moma_1_4b_moe_4t4i", "--gpus", "8", "64", "--local-batch-size", "8"]) == 0
-    )
+    traffic = ["traffic", "moma_1_4b_moe_4t4i", "--gpus", "8"]
+    assert main([*traffic, "64", "--local-batch-size", "8"]) == 0
     text = capsys.readouterr().out
-    assert [line.split()[1] for line in text.splitlines() if line.startswith("| ")][1:] == [
-        "8",
-        "64",
-    ]
-    assert "A model, not a measurement" in text
-    assert main(["traffic", "moma_1_4b_moe_4t4i", "--gpus", "8", "--expert", "3"]) == 2
+    rows = [line.split()[1] for line in text.splitlines() if line.startswith("| ")]
+    assert rows[1:] == ["8", "64"] and "A model, not a measurement" in text
+    assert main([*traffic, "--expert", "3"]) == 2
     assert "expert_parallel_degree (3)" in capsys.readouterr().err
     assert main(["traffic", "mot_7b_mot", "--gpus", "8", "--context", "4"]) == 0
     header = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("| GPUs"))
@@ -218,40 +182,41 @@ def test_the_doctor_prints_a_row_per_number_of_gpus_and_says_it_is_a_model(capsy
 # ---------------------------------------------------------------- memory
 
 
-def saved_bytes(block_config):
-    """Bytes that autograd keeps of one block, each storage once, parameters left out."""
-    torch.manual_seed(0)
-    block = block_config.build()
-    for parameter in block.parameters():
-        torch.nn.init.normal_(parameter, std=0.02)
-    modality_BS = torch.zeros(2, 64, dtype=torch.uint8)
-    modality_BS[:, 16:48] = 1
-    positions_BS = torch.arange(64).expand(2, -1)
-    layout = context_of(modality_BS, positions_BS, (0, 1), 16, 10_000.0)
-    shared = {t.untyped_storage().data_ptr() for t in (layout.cos_BS1H, layout.sin_BS1H)}
-    shared |= {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
+def kept_by_autograd(compute, *others) -> int:
+    """Bytes of storages that autograd keeps of ``compute()``, without those of ``others``."""
     kept = {}
 
     def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in shared:
-            kept[storage.data_ptr()] = storage.nbytes()
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    x_TD = torch.randn(128, SHAPE.dim, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out_TD = block(x_TD, layout)
-    assert out_TD.requires_grad
+        assert compute().requires_grad
+    for tensor in others:
+        kept.pop(tensor.untyped_storage().data_ptr(), None)
     return sum(kept.values())
+
+
+def drawn(block):
+    torch.manual_seed(0)
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    return block
 
 
 @pytest.mark.parametrize("order", ["pre", "swin"])
 @pytest.mark.parametrize("name", MODELS)
 def test_the_estimate_of_activations_is_what_autograd_keeps(name, order):
-    block = MODELS[name]().layers[0]
-    block.norm_order = order
-    saved = saved_per_token(block, Microbatch(2, 64))
-    assert 4 * 128 * saved == pytest.approx(saved_bytes(block), rel=0.1)
+    config = MODELS[name]().layers[0]
+    config.norm_order = order
+    block = drawn(config.build())
+    modality_BS = torch.zeros(2, 64, dtype=torch.uint8)
+    modality_BS[:, 16:48] = 1
+    context = context_of(modality_BS, torch.arange(64).expand(2, -1), (0, 1), 16, 10_000.0)
+    x_TD = torch.randn(128, SHAPE.dim, requires_grad=True)
+    shared = (context.cos_BS1H, context.sin_BS1H, *block.parameters())
+    kept = kept_by_autograd(lambda: block(x_TD, context), *shared)
+    assert 4 * 128 * saved_per_token(config, Microbatch(2, 64)) == pytest.approx(kept, rel=0.1)
 
 
 WIDE = replace(SHAPE, dim=128, hidden_dim=192)  # what a router keeps by the token is little then
@@ -268,55 +233,34 @@ def test_what_a_mixture_keeps_in_bf16_is_predicted(name):
     block = config.build().bfloat16()
     for module in fp32_modules(block):
         module.float()
-    for parameter in block.parameters():
-        torch.nn.init.normal_(parameter, std=0.02)
+    drawn(block)
     modality_BS = torch.arange(1024).view(2, 512).remainder(2).to(torch.uint8)
-    positions_BS = torch.arange(512).expand(2, -1)
+    context = context_of(modality_BS, torch.arange(512).expand(2, -1), (0, 1), 0, 10_000.0)
     x_TD = torch.randn(1024, WIDE.dim, dtype=torch.bfloat16, requires_grad=True)
-    kept = {}
-
-    def pack(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    whole = context_of(modality_BS, positions_BS, (0, 1), 0, 10_000.0)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        assert block.feed_forward(x_TD, whole).requires_grad
-    for tensor in (x_TD, *block.parameters()):
-        kept.pop(tensor.untyped_storage().data_ptr(), None)
+    kept = kept_by_autograd(lambda: block.feed_forward(x_TD, context), x_TD, *block.parameters())
     predicted = config.feed_forward.saved(Microbatch(2, 512, itemsize=2))
-    assert 2 * 1024 * predicted == pytest.approx(sum(kept.values()), rel=0.1)
+    assert 2 * 1024 * predicted == pytest.approx(kept, rel=0.1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_the_head_keeps_is_predicted(dtype):
-    tokens, words, dim, kept = 24, 40, 6, {}
-
-    def pack(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
+    tokens, words, dim = 24, 40, 6
     x, w = (torch.randn(n, dim, dtype=dtype, requires_grad=True) for n in (tokens, words))
     labels = torch.arange(tokens)
     batch = batch_of(labels[None], labels_BS=labels[None], label_modality_BS=labels[None] % 2)
     loss = ChameleonObjective.Config().build().loss_of(batch)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        total = loss(x, w).total
-    assert total.requires_grad
-    assert sum(kept.values()) == kept_by_head(tokens, words, dim, dtype)
+    assert kept_by_autograd(lambda: loss(x, w).total) == kept_by_head(tokens, words, dim, dtype)
 
 
 @pytest.mark.parametrize("vocab_size", [1 << 16, 1 << 18])
 def test_memory_of_the_head_does_not_grow_with_tokens_but_by_their_gradients(run, vocab_size):
     model = decoders.dense(replace(SHAPE, vocab_size=vocab_size))
-    dims = ParallelDims.from_config(run.parallelism, 1)
 
     def head(rows):
-        training = replace(run.training, local_batch_size=rows)
-        return rank_memory(model, dims, training, run.parallelism, None).head
+        run.training.local_batch_size = rows
+        return rank_memory(step_of(run, model, 1)).head
 
-    tokens = 8 * run.training.seq_len
-    gradients = tokens * model.dim * 2
+    gradients = 8 * run.training.seq_len * model.dim * 2
     assert head(16) - head(8) == pytest.approx(gradients, rel=0.01)
 
 
@@ -325,32 +269,21 @@ def test_memory_of_the_head_does_not_grow_with_tokens_but_by_their_gradients(run
 
 def test_a_dry_run_writes_nothing_and_needs_no_data(tmp_path):
     config = tiny_config(tmp_path / "run", tmp_path / "data")
-    config.training.global_batch_size = -1
-    page = dry_run.describe("tiny", config, ranks=8)
+    page = dry_run.describe("tiny", changed(config, {"training.global_batch_size": -1}), ranks=8)
     assert "data does not have text, pairs yet: prepare them first" in page
     assert f"{count_parameters(config.model_spec.model).total / 1e3:.4g} k parameters" in page
     assert list(tmp_path.iterdir()) == []
     assert not torch.distributed.is_initialized()
 
 
-def test_a_dry_run_tells_how_often_the_data_are_read(tmp_path):
-    config = tiny_config(tmp_path / "run", make_data(tmp_path / "data"))
-    config.training.global_batch_size = -1
-    config.training.steps, config.validator.batch_rows = 1000, 16
-    page = dry_run.describe("tiny", config, ranks=8)
-    tokens = 1000 * 8 * 2 * 32
-    assert f"takes {tokens / 1e3:.4g} k tokens in 16 lanes" in page
+def test_a_dry_run_tells_how_often_data_are_read_and_refuses_what_a_start_would(tmp_path, data):
+    fields = {"training.global_batch_size": -1, "training.steps": 1000, "validator.batch_rows": 16}
+    page = dry_run.describe("tiny", changed(tiny_config(tmp_path, data), fields), ranks=8)
+    assert f"takes {1000 * 8 * 2 * 32 / 1e3:.4g} k tokens in 16 lanes" in page
     assert "300 documents" in page and "epochs" in page
-
-
-def test_a_dry_run_refuses_what_a_start_would(tmp_path):
-    config = tiny_config(tmp_path / "run", make_data(tmp_path / "data"))
-    config.parallelism.tensor_parallel_degree = 3
+    config = changed(tiny_config(tmp_path, data), {"parallelism.tensor_parallel_degree": 3})
     with pytest.raises(ValueError, match="tensor_parallel_degree"):
         dry_run.describe("tiny", config, ranks=8)
-    config.parallelism.tensor_parallel_degree = 1
-    config.model_spec = replace(
-        config.model_spec, model=decoders.dense(replace(SHAPE, vocab_size=50))
-    )
+    model = decoders.dense(replace(SHAPE, vocab_size=50))
     with pytest.raises(ValueError, match="vocab_size"):
-        dry_run.describe("tiny", config, ranks=1)
+        dry_run.describe("tiny", tiny_config(tmp_path, data, model), ranks=1)

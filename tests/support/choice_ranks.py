@@ -13,7 +13,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from layouts import whole
-from tiny_runs import MODELS, tiny_config
+from tiny_runs import MODELS, changed, tiny_config
 from torch.nn import functional
 
 from earlyfuse.models.blocks.experts import ExpertPool
@@ -28,16 +28,11 @@ ROUTED = ("moma_causal", "token_choice")
 
 
 def trainer_of(folder, name, model, dtype="float32", **parallelism):
-    config = tiny_config(folder / name, folder / "data", model)
-    config.training.mixed_precision_param = dtype
-    config.training.global_batch_size = 8
-    for field, value in parallelism.items():
-        setattr(config.parallelism, field, value)
-    config.metrics.log_freq = 100
-    config.metrics.enable_tensorboard = False
-    config.checkpoint.enable = config.validator.enable = False
-    config.validator.batch_rows = 8
-    return Trainer(config)
+    fields = {f"parallelism.{field}": value for field, value in parallelism.items()}
+    fields |= {"training.mixed_precision_param": dtype, "training.global_batch_size": 8}
+    fields |= {"metrics.log_freq": 100, "checkpoint.enable": False, "validator.enable": False}
+    fields |= {"metrics.enable_tensorboard": False, "validator.batch_rows": 8}
+    return Trainer(changed(tiny_config(folder / name, folder / "data", model), fields))
 
 
 def step(trainer):

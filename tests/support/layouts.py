@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -53,10 +54,10 @@ SCHEDULES = {"gpipe": "GPipe", "interleaved": "Interleaved1F1B"}
 class Case:
     """A model and its layout, as words: "moma-ep-apart-accumulated-full".
 
-    After the model: degrees of parallelism (FSDP takes the ranks that they leave), "apart" (the
-    first half of the rows is all image, the second all text), "accumulated" (two micro-batches),
-    "full" or "selective" (activation checkpointing), "gathered" (no resharding after forward),
-    "stage2" (only causal routers are trained), a pipeline schedule.
+    After the model: degrees of parallelism (FSDP takes the remaining ranks), "apart" (the first
+    half of the rows is all image, the second all text), "accumulated" (two micro-batches), "full"
+    or "selective" (activation checkpointing), "gathered" (no resharding after forward), "stage2"
+    (only causal routers are trained), a pipeline schedule.
     """
 
     name: str
@@ -72,8 +73,7 @@ class Case:
     @property
     def one_rank(self) -> str:
         """The case on one rank that computes the same."""
-        kept = [word for word in ("apart", "stage2") if word in self.words]
-        return "-".join([self.model, *kept])
+        return "-".join([self.model, *(w for w in ("apart", "stage2") if w in self.words)])
 
     @property
     def runs(self) -> bool:
@@ -81,55 +81,48 @@ class Case:
 
     def config(self, out: Path, data: Path, ranks: int) -> Trainer.Config:
         config = tiny_config(out, data, BY_NAME[self.model](), steps=STEPS)
-        config.checkpoint.enable = False
+        parallelism, seed = config.parallelism, str(data.with_name("seed"))
+        config.checkpoint.enable = config.metrics.enable_tensorboard = False
+        config.validator.batch_rows = config.training.global_batch_size = ROWS
         if self.model == "upcycled":
-            config.start.run = str(data.with_name("seed"))
+            config.start.run = seed
         if "stage2" in self.words:
-            stage2 = stages.causal_routers_only(config, str(data.with_name("seed")), lr=1e-2)
+            stage2 = stages.causal_routers_only(config, seed, lr=1e-2)
             config.train_only, config.optimizer = stage2.train_only, stage2.optimizer
-        config.metrics.enable_tensorboard = False
-        config.validator.batch_rows = ROWS
-        data_ranks, parallelism = ranks, config.parallelism
+        if "gathered" in self.words:
+            parallelism.fsdp_reshard_after_forward = "never"
         parallelism.pipeline_parallel_microbatch_size = 2
+        data_ranks = ranks * (2 if "accumulated" in self.words else 1)
         for word in self.words:
             for name, degree in DEGREES.get(word, {}).items():
                 setattr(parallelism, f"{name}_degree", degree)
                 if name in ("tensor_parallel", "context_parallel", "pipeline_parallel"):
                     data_ranks //= degree
-            if word in RECOMPUTE:
-                config.activation_checkpoint = RECOMPUTE[word]
-            if word in SCHEDULES:
-                parallelism.pipeline_parallel_schedule = SCHEDULES[word]
-        if "gathered" in self.words:
-            parallelism.fsdp_reshard_after_forward = "never"
-        config.training.global_batch_size = ROWS
-        micro_batches = 2 if "accumulated" in self.words else 1
-        config.training.local_batch_size = ROWS // data_ranks // micro_batches
+            config.activation_checkpoint = RECOMPUTE.get(word, config.activation_checkpoint)
+            schedule = parallelism.pipeline_parallel_schedule
+            parallelism.pipeline_parallel_schedule = SCHEDULES.get(word, schedule)
+        config.training.local_batch_size = ROWS // data_ranks
         return config
 
 
-# each model with each layout that it can have, and each layout with each of the other words
+# each model in each layout that treats it in a way of its own, and each layout with each other word
 TWO = """
-    dense-gathered dense-tp dense-cp
-    moe_8x moe_8x-tp moe_8x-ep
+    dense-gathered moe_8x-ep
     moma-apart-accumulated-selective moma-tp-accumulated moma-ep moma-ep-apart-accumulated-full
-    shared-apart-full shared-tp shared-ep-apart-selective
-    token_choice-apart-accumulated token_choice-tp-accumulated token_choice-cp
-    token_choice-ep-apart-accumulated-full token_choice-ep-selective
-    mot-apart mot-tp-full
-    moma_causal-apart
-    upcycled-accumulated-full upcycled-tp upcycled-ep upcycled-stage2 upcycled-ep-stage2-full
-    mamba-full mixture_of_mamba-apart-accumulated mixture_of_mamba-cp-accumulated-full
-    hybrid hybrid-cp-selective
-    dense-pp moe_8x-pp mot-pp token_choice-pp shared-pp-apart moma_causal-pp-selective
+    shared-tp-full shared-ep-apart-selective
+    token_choice-apart-accumulated token_choice-tp-selective token_choice-cp-apart
+    token_choice-ep-apart-accumulated-full
+    mot-tp-apart
+    upcycled-accumulated-full upcycled-tp upcycled-ep-apart upcycled-ep-stage2-full
+    mixture_of_mamba-apart-accumulated mixture_of_mamba-cp-accumulated-full hybrid-cp-selective
+    mot-pp-apart token_choice-pp shared-pp-apart moma_causal-pp-selective
     moma-pp-accumulated-full moma-pp-gpipe deep-pp-interleaved
 """
 # more ranks than a pool has experts, and two kinds of parallelism together
 FOUR = """
-    moma_causal moe_8x-ep upcycled-ep moma-ep-apart moma-hsdp-ep-full token_choice-hsdp-ep
-    moma-tp-accumulated token_choice-cp hybrid-cp4-full hybrid-hsdp-cp-accumulated
-    mixture_of_mamba-cp-apart
-    mot-pp moma-pp-hsdp moma-pp-tp moma-pp-ep-full token_choice-pp-ep deep-pp4 deep-pp-interleaved
+    moe_8x-ep upcycled-ep-apart moma-hsdp-ep-full moma-tp-accumulated
+    hybrid-cp4-full hybrid-hsdp-cp-accumulated
+    moma-pp-hsdp moma-pp-tp moma-pp-ep-full deep-pp4 deep-pp-interleaved
 """
 CASES = {ranks: [Case(name) for name in text.split()] for ranks, text in ((2, TWO), (4, FOUR))}
 CASES[1] = sorted({Case(case.one_rank) for ranks in (2, 4) for case in CASES[ranks] if case.runs})
@@ -160,8 +153,8 @@ class Keeping(Trainer):
     def train_step(self, data_iterator: Iterator[Any]) -> None:
         super().train_step(data_iterator)
         named = [(_plain(n), p) for part in self.model_parts for n, p in part.named_parameters()]
-        biases = [(_plain(n), b) for part in self.model_parts for n, b in part.named_buffers()]
-        biases = [(name, bias) for name, bias in biases if name.endswith("bias_E")]
+        buffers = [(_plain(n), b) for part in self.model_parts for n, b in part.named_buffers()]
+        biases = [(name, buffer) for name, buffer in buffers if name.endswith("bias_E")]
         kept = {
             "gradients": {name: whole(p.grad) for name, p in named if p.grad is not None},
             "parameters": {name: whole(p) for name, p in named + biases},
@@ -184,24 +177,15 @@ class Apart(Keeping):
         pass
 
     def batch_generator(self, data: Any) -> Iterator[Any]:
-        lanes = self.dataloader._lanes
-        row = 0
+        lanes = cycle(self.dataloader._lanes)
         for inputs, labels_BS in super().batch_generator(data):
             batch = inputs["batch"]
-            for tokens_S, label_S, modality_S, label_modality_S in zip(
-                batch.tokens_BS,
-                batch.labels_BS,
-                batch.modality_BS,
-                batch.label_modality_BS,
-                strict=True,
-            ):
-                text = lanes[row % len(lanes)] >= ROWS // 2
-                tokens_S.copy_(tokens_S % 27 + 5 if text else tokens_S % 16 + 32)
-                counted = label_S >= 0
-                label_S[counted] = label_S[counted] % 27 + 5 if text else label_S[counted] % 16 + 32
-                modality_S.fill_(0 if text else 1)
-                label_modality_S.copy_(counted * modality_S)
-                row += 1
+            image_B1 = torch.tensor([[next(lanes) < ROWS // 2] for _ in batch.tokens_BS])
+            for ids_BS in (batch.tokens_BS, batch.labels_BS):
+                moved_BS = torch.where(image_B1, ids_BS % 16 + 32, ids_BS % 27 + 5)
+                ids_BS.copy_(torch.where(ids_BS >= 0, moved_BS, ids_BS))
+            batch.modality_BS.copy_(image_B1.expand_as(batch.modality_BS))
+            batch.label_modality_BS.copy_(image_B1 & (batch.labels_BS >= 0))
             yield inputs, labels_BS
 
 

@@ -1,27 +1,25 @@
 """Compares models on whole rows with the same on rows sharded over ranks: started by
 ``test_sequence_parallel.py``.
 
-    python tests/support/sequence_ranks.py FOLDER
+    ranks.py 4 sequence_ranks FOLDER
 
-Starts its four ranks by fork, so that they import once. Rank 0 writes ``FOLDER/compared.pt``: for
+Rank 0 writes ``FOLDER/compared.pt``: for
 each case "model, length, parts" how far outputs and gradients are from those of whole rows,
 relative to their largest; and ``FOLDER/sent.pt``: what one forward and backward sends, by length.
 """
 
-import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from collective_counter import CollectiveCounter
 from tiny_runs import MAMBAS, MODELS, loud
-from torch import multiprocessing
 from torch.distributed.device_mesh import init_device_mesh
 
 from earlyfuse.models.batch import MixedBatch
 from earlyfuse.models.blocks.sequence_shard import FullSequence, SequenceShard
 from earlyfuse.models.context import ForwardSettings
 from earlyfuse.models.decoder import Decoder
-from earlyfuse.parallel.estimates.collective_counter import CollectiveCounter
 from earlyfuse.parallel.strategies.context import ContextParallelShard, positions_here
 
 WORDS = 48
@@ -88,10 +86,10 @@ def bytes_sent(model: Decoder, length: int, mesh) -> list[tuple[str, int, int]]:
     return sorted(tuple(call) for call in counter.seen)
 
 
-def main(rank: int, folder: Path) -> None:
+def main(root: str) -> None:
     torch.set_num_threads(1)
-    store = dist.FileStore(str(folder / "store"), RANKS)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
+    folder = Path(root)
+    dist.init_process_group("gloo")
     pairs = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "cp"))
     meshes = {2: pairs["cp"], 4: init_device_mesh("cpu", (4,))}
     compared, sent = {}, {}
@@ -111,7 +109,3 @@ def main(rank: int, folder: Path) -> None:
         torch.save(compared, folder / "compared.pt")
         torch.save(sent, folder / "sent.pt")
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    multiprocessing.start_processes(main, (Path(sys.argv[1]),), nprocs=RANKS, start_method="fork")

@@ -15,7 +15,8 @@ from tiny_runs import tiny_config
 
 from earlyfuse.models.batch import MixedBatch
 from earlyfuse.models.objectives.next_token import ChameleonObjective
-from earlyfuse.models.objectives.sums import MODALITIES, Losses, label_buckets
+from earlyfuse.models.objectives.sums import Losses, label_buckets
+from earlyfuse.models.vocabulary import Modality
 
 
 class WithAccuracy(ChameleonObjective):
@@ -33,8 +34,9 @@ class WithAccuracy(ChameleonObjective):
         def loss(x_TD: torch.Tensor, w_VD: torch.Tensor, **shard: Any) -> Losses:
             losses = loss_of(x_TD, w_VD, **shard)
             right_T = (F.linear(x_TD, w_VD).argmax(1) == batch.labels_BS.flatten()).float()
-            right_K = torch.zeros(sources * MODALITIES).index_add(0, label_buckets(batch), right_T)
-            return losses._replace(sums=losses.sums | {"top1": right_K.view(sources, MODALITIES)})
+            right_K = torch.zeros(sources * len(Modality))
+            right_K = right_K.index_add(0, label_buckets(batch), right_T)
+            return losses._replace(sums=losses.sums | {"top1": right_K.view(sources, -1)})
 
         return loss
 

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -67,26 +68,33 @@ def tiny_config(
 ) -> Trainer.Config:
     config = embedded.moma_4t4i()
     config.model_spec = replace(config.model_spec, model=model or moma())
-    config.dump_folder = str(folder)
-    config.data = replace(
-        config.data, folder=str(data), embedded=False, shares={"text": 0.5, "pairs": 0.5}
-    )
-    config.dataloader.media_share = 0.3
-    config.training.steps = steps
-    config.training.seq_len = 32
-    config.training.local_batch_size = 2
-    config.training.global_batch_size = 4
-    config.lr_scheduler.warmup_steps = 2
-    config.checkpoint.interval = 3
-    config.metrics.log_freq = 1
-    config.validator.freq = 3
-    config.validator.batch_rows = 2
+    shares = {"text": 0.5, "pairs": 0.5}
+    config.data = replace(config.data, folder=str(data), embedded=False, shares=shares)
+    fields = {
+        "dump_folder": str(folder),
+        "dataloader.media_share": 0.3,
+        "training.steps": steps,
+        "training.seq_len": 32,
+        "training.local_batch_size": 2,
+        "training.global_batch_size": 4,
+        "lr_scheduler.warmup_steps": 2,
+        "checkpoint.interval": 3,
+        "metrics.log_freq": 1,
+        "validator.freq": 3,
+        "validator.batch_rows": 2,
+    }
+    return changed(config, fields)
+
+
+def changed(config, fields: dict):
+    """``config`` with other values of ``fields``, in place: {"training.steps": 3}."""
+    for field, value in fields.items():
+        *sections, name = field.split(".")
+        setattr(reduce(getattr, sections, config), name, value)
     return config
 
 
 TIMES = {"tokens_per_second", "data_wait", "memory_gib", "mfu"}
-
-
 TIMES |= {"rank_seconds/max", "rank_seconds/min", "slowest_rank", "slowest_host"}
 
 
@@ -106,11 +114,8 @@ def metrics(folder: Path) -> list[dict]:
 
 def state(trainer: Trainer) -> dict[str, torch.Tensor]:
     flat = {f"model.{k}": v for k, v in trainer.model.state_dict().items()}
-    flat |= {
-        f"optimizer.{k}": v
-        for k, v in trainer.optimizers.state_dict().items()
-        if torch.is_tensor(v)
-    }
+    optimizer = trainer.optimizers.state_dict()
+    flat |= {f"optimizer.{k}": v for k, v in optimizer.items() if torch.is_tensor(v)}
     flat["lanes"], flat["tokens"] = trainer.dataloader.lanes, trainer.tokens_M
     return flat
 

@@ -35,22 +35,30 @@ def image_document(rng: random.Random) -> list[int]:
     return [0, 3, *codes, 4, 5 + label, 1]
 
 
-def write_source(folder: Path, documents: list[list[int]], tokenizers: dict[str, str]) -> None:
+def write_source(
+    folder: Path,
+    documents: list[list[int]],
+    tokenizers: dict[str, str],
+    vocabulary: Vocabulary = VOCABULARY,
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     arrays = [np.array(document) for document in documents]
     counted = [(a, [int((a < 32).sum()), int((a >= 32).sum())]) for a in arrays]
     record = ShardRecord(f"{shard_name(0)}.tar", "toy", "toy.tar", 0, "")
-    write_shard(folder, record, counted, VOCABULARY)
-    write_manifest(folder, VOCABULARY, tokenizers, [record])
+    write_shard(folder, record, counted, vocabulary)
+    write_manifest(folder, vocabulary, tokenizers, [record])
 
 
-def make_data(folder: Path, seed: int = 0, tokenizer: str = "aa") -> Path:
+def make_data(
+    folder: Path, seed: int = 0, tokenizer: str = "aa", vocabulary: Vocabulary = VOCABULARY
+) -> Path:
     """``folder`` with train/{text,pairs}, validation/{text,pairs}, tokenizers/vocabulary.json."""
     rng = random.Random(seed)
     hashes = {"text": tokenizer, "image": "bb"}
     for split, count in (("train", 300), ("validation", 40)):
-        write_source(folder / split / "text", [text_document(rng) for _ in range(count)], hashes)
-        write_source(folder / split / "pairs", [image_document(rng) for _ in range(count)], hashes)
+        for name, document in (("text", text_document), ("pairs", image_document)):
+            documents = [document(rng) for _ in range(count)]
+            write_source(folder / split / name, documents, hashes, vocabulary)
     (folder / "tokenizers").mkdir(exist_ok=True)
-    atomic_write_json(folder / "tokenizers" / "vocabulary.json", VOCABULARY.to_dict())
+    atomic_write_json(folder / "tokenizers" / "vocabulary.json", vocabulary.to_dict())
     return folder

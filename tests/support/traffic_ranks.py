@@ -14,101 +14,93 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from layouts import BY_NAME
-from tiny_runs import tiny_config
-from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
+from collective_counter import CollectiveCounter
+from layouts import BY_NAME, RECOMPUTE
+from tiny_runs import changed, tiny_config
 
 from earlyfuse.parallel.compat import can_pipeline
-from earlyfuse.parallel.estimates.collective_counter import CollectiveCounter
 from earlyfuse.parallel.estimates.communication import microbatch_calls
-from earlyfuse.parallel.estimates.fsdp_units import accumulation, axis_ranks, fsdp_units
+from earlyfuse.parallel.estimates.fsdp_units import fsdp_units
 from earlyfuse.parallel.estimates.memory import in_flight
+from earlyfuse.parallel.estimates.step import Step
 from earlyfuse.parallel.trainer import Trainer
 
-# ranks → name → model, parallelism, activation checkpointing, parameter dtype
-TWO = {
-    "fsdp": ("dense", {}, None, "float32"),
-    "fsdp, kept gathered": ("moma", {"fsdp_reshard_after_forward": "never"}, None, "float32"),
-    "fsdp, bf16, full": ("moma", {}, FullAC.Config(), "bfloat16"),
-    "replicated": ("moe_8x", {"data_parallel_replicate_degree": 2}, None, "float32"),
-    "tensor, full": ("moma", {"tensor_parallel_degree": 2}, FullAC.Config(), "float32"),
-    "experts, full": ("moma", {"expert_parallel_degree": 2}, FullAC.Config(), "float32"),
-    "shared, tensor": ("shared", {"tensor_parallel_degree": 2}, None, "float32"),
-    "token choice": ("token_choice", {}, None, "float32"),
-    "token choice, experts": ("token_choice", {"expert_parallel_degree": 2}, None, "float32"),
-    "token choice, experts, selective": (
-        "token_choice",
-        {"expert_parallel_degree": 2},
-        SelectiveAC.Config(),
-        "float32",
-    ),
-    "sequence": ("hybrid", {"context_parallel_degree": 2}, None, "float32"),
-    "sequence, bf16, full": ("hybrid", {"context_parallel_degree": 2}, FullAC.Config(), "bfloat16"),
-    "sequence, selective": (
-        "hybrid",
-        {"context_parallel_degree": 2},
-        SelectiveAC.Config(),
-        "float32",
-    ),
-}
+TENSOR, EXPERTS = {"tensor_parallel_degree": 2}, {"expert_parallel_degree": 2}
+SEQUENCE, REPLICAS = {"context_parallel_degree": 2}, {"data_parallel_replicate_degree": 2}
 PIPELINE = {"pipeline_parallel_degree": 2, "pipeline_parallel_microbatch_size": 2}
 INTERLEAVED = PIPELINE | {
     "pipeline_parallel_schedule": "Interleaved1F1B",
     "pipeline_parallel_first_stage_less_layers": 0,
     "pipeline_parallel_last_stage_less_layers": 0,
 }
-if can_pipeline():
-    TWO["pipeline"] = ("dense", PIPELINE, None, "float32")
-    gpipe = PIPELINE | {"pipeline_parallel_schedule": "GPipe"}
-    TWO["pipeline, bf16, full"] = ("moma", gpipe, FullAC.Config(), "bfloat16")
-TENSOR, EXPERTS = {"tensor_parallel_degree": 2}, {"expert_parallel_degree": 2}
-FOUR = {
-    "pipeline of shards": ("moma", PIPELINE, None, "float32"),
-    "pipeline of shards, interleaved": ("deep", INTERLEAVED, None, "float32"),
-    "pipeline of split tensors": ("moma", PIPELINE | TENSOR, None, "float32"),
-    "pipeline of experts": ("moma", PIPELINE | EXPERTS, None, "float32"),
+# name → model, parallelism, and "full", "selective" or "bf16"
+TWO = {
+    "fsdp": ("dense", {}),
+    "fsdp, kept gathered": ("moma", {"fsdp_reshard_after_forward": "never"}),
+    "fsdp, bf16, full": ("moma", {}, "bf16", "full"),
+    "replicated": ("moe_8x", REPLICAS),
+    "tensor, full": ("moma", TENSOR, "full"),
+    "experts, full": ("moma", EXPERTS, "full"),
+    "shared, tensor": ("shared", TENSOR),
+    "token choice": ("token_choice", {}),
+    "token choice, experts": ("token_choice", EXPERTS),
+    "token choice, experts, selective": ("token_choice", EXPERTS, "selective"),
+    "sequence": ("hybrid", SEQUENCE),
+    "sequence, bf16, full": ("hybrid", SEQUENCE, "bf16", "full"),
+    "sequence, selective": ("hybrid", SEQUENCE, "selective"),
 }
-LAYOUTS = {2: TWO, 4: FOUR if can_pipeline() else {}}
+PIPELINES = {
+    "pipeline": ("dense", PIPELINE),
+    "pipeline, bf16, full": (
+        *("moma", PIPELINE | {"pipeline_parallel_schedule": "GPipe"}),
+        *("bf16", "full"),
+    ),
+}
+FOUR = {
+    "pipeline of shards": ("moma", PIPELINE),
+    "pipeline of shards, interleaved": ("deep", INTERLEAVED),
+    "pipeline of split tensors": ("moma", PIPELINE | TENSOR),
+    "pipeline of experts": ("moma", PIPELINE | EXPERTS),
+}
+LAYOUTS = {2: TWO | PIPELINES, 4: FOUR} if can_pipeline() else {2: TWO, 4: {}}
 
 
 def counted_step(folder, name):
-    model, parallelism, ac_config, dtype = (TWO | FOUR)[name]
+    model, parallelism, *words = (TWO | PIPELINES | FOUR)[name]
     config = tiny_config(folder / name.replace(" ", "_"), folder / "data", BY_NAME[model]())
+    fields = {f"parallelism.{field}": value for field, value in parallelism.items()}
+    fields |= {"training.global_batch_size": 8, "validator.batch_rows": 8}
+    fields |= {"metrics.log_freq": 100, "checkpoint.enable": False, "validator.enable": False}
+    changed(config, fields)
     config.training.local_batch_size *= parallelism.get("pipeline_parallel_degree", 1)
-    for field, value in parallelism.items():
-        setattr(config.parallelism, field, value)
-    config.activation_checkpoint = ac_config
-    config.training.mixed_precision_param = dtype
-    config.training.global_batch_size = 8
-    config.metrics.log_freq = 100
-    config.checkpoint.enable = config.validator.enable = False
-    config.validator.batch_rows = 8
+    for word in words:
+        if word == "bf16":
+            config.training.mixed_precision_param = "bfloat16"
+        else:
+            config.activation_checkpoint = RECOMPUTE[word]
     trainer = Trainer(config)
     batches = trainer.batch_generator(trainer.dataloader)
     for trainer.step in (2, 3):  # step 1 would log
         with CollectiveCounter() as counter, noted_forwards(trainer) as in_flight_then:
             trainer.train_step(batches)
-    dims, training = trainer.parallel_dims, config.training
-    stage = dist.get_rank() * dims.pp // dims.world_size
-    arguments = (config.model_spec.model, dims, training, config.parallelism)
+    planned = Step.of(trainer.config, dist.get_world_size())
+    stage = dist.get_rank() * planned.dims.pp // dist.get_world_size()
     expected = Counter()
-    for call in microbatch_calls(*arguments, ac_config, stage):
-        if axis_ranks(dims, call.axis) > 1:
-            key = call.kind, axis_ranks(dims, call.axis), call.size
-            expected[key] += accumulation(training, dims)
+    for call in microbatch_calls(planned, stage):
+        if (ranks := planned.axis_ranks(call.axis)) > 1:
+            expected[call.kind, ranks, call.size] += planned.microbatches
     seen = Counter(tuple(call) for call in counter.seen)
     local = [p.to_local() if hasattr(p, "to_local") else p for p in trainer.model.parameters()]
     held = sum(p.numel() for p in local)
-    units = fsdp_units(*arguments[:2], config.parallelism, stage)
     trainer.close()
     return {
         "expected": sorted(expected.items()),
         "seen": sorted(seen.items()),
         "held": held,
-        "predicted": sum(unit.shard for unit in units),
+        "predicted": sum(unit.shard for unit in fsdp_units(planned, stage)),
         "host_reads": counter.host_reads,
         "in_flight": max(in_flight_then, default=0),
-        "in_flight_predicted": predicted_in_flight(config, stage),
+        "in_flight_predicted": in_flight(planned, stage) if planned.dims.pp > 1 else 0,
     }
 
 
@@ -127,14 +119,6 @@ def noted_forwards(trainer):
     yield waiting
     for hook in hooks:
         hook.remove()
-
-
-def predicted_in_flight(config, rank):
-    parallelism = config.parallelism
-    if parallelism.pipeline_parallel_degree == 1:
-        return 0
-    parts = config.training.local_batch_size // parallelism.pipeline_parallel_microbatch_size
-    return in_flight(parallelism, parts, rank)
 
 
 def main(root, *names):

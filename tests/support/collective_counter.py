@@ -1,11 +1,11 @@
-"""Counts the collectives that really run, and the places where the host waits for a value.
+"""Counts the collectives that run, and the reads of device values on the host.
 
     with CollectiveCounter() as counter:
         trainer.train_step(batches)
     counter.seen  # [Seen("all_gather", ranks=2, size=4096), …]
 
-What passes the dispatcher is seen, in forward and backward: FSDP2's collectives, functional ones
-and plain ``torch.distributed``, also those that the head's operator makes. Sizes are those of
+Sees all that passes the dispatcher, forward and backward: FSDP2's collectives, functional ones,
+plain ``torch.distributed``, and those inside the head's operator. Sizes are those of
 ``parallel/estimates/communication.py``.
 """
 
@@ -18,7 +18,7 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from earlyfuse.kernels.linear_cross_entropy import op
-from earlyfuse.parallel.estimates.communication import Kind
+from earlyfuse.models.blocks.branch import Kind
 
 # operator → kind, position of the whole tensor (or list of tensors), position of the group
 _PLAIN: dict[str, tuple[Kind, int, int]] = {

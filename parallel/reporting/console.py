@@ -1,0 +1,108 @@
+"""Shows a run on the console: a progress bar with ETA on a terminal, plain lines otherwise."""
+
+import sys
+import time
+from typing import Any
+
+from tqdm import tqdm
+
+from earlyfuse.data.console import printable
+
+CLEARLY_SLOWER = 1.1
+# losses have their own place in a line; z-losses are too small to show
+_NOT_ADDED = ("loss", "causal_loss", "z_loss", "causal_z_loss")
+
+
+class Console:
+    """A progress bar with ETA on a terminal, plain lines otherwise."""
+
+    def __init__(self, step: int, steps: int):
+        self.steps = steps
+        self.started, self.first_step = time.monotonic(), step
+        self.bar: tqdm | None = None
+        if sys.stdout.isatty():
+            options = {"total": steps, "initial": step, "unit": "step", "dynamic_ncols": True}
+            self.bar = tqdm(file=sys.stdout, **options)
+
+    def tick(self, step: int) -> None:
+        """Advance the progress bar to ``step``."""
+        if self.bar is not None:
+            self.bar.update(step - self.bar.n)
+
+    def train(self, step: int, metrics: dict[str, Any]) -> None:
+        """Show a training step."""
+        text = (
+            f"{_losses('loss', metrics)}{_other_sums(metrics)} | grad {metrics['grad_norm']:.2f} | "
+            f"lr {metrics['lr']:.1e} | {metrics['tokens_per_second']:,.0f} tok/s"
+        )
+        if "mfu" in metrics:
+            text += f" | mfu {metrics['mfu']:.1%}"
+        if "slowest_rank" in metrics:
+            text += f" | {_ranks(metrics)}"
+        if self.bar is not None:
+            self.bar.set_postfix_str(text, refresh=False)
+        else:
+            self._print(
+                f"step {step:>{len(str(self.steps))}}/{self.steps} | {text} | eta {self._eta(step)}"
+            )
+
+    def validation(self, step: int, metrics: dict[str, float]) -> None:
+        """Show a validation."""
+        tasks = "".join(
+            f" | {name.removeprefix('task/')} {value:.0%}"
+            for name, value in metrics.items()
+            if name.startswith("task/")
+        )
+        causal = f" | {_losses('causal_loss', metrics)}" if "causal_loss" in metrics else ""
+        losses = _losses("loss", metrics) + _other_sums(metrics)
+        self._print(f"validation at step {step} | {losses}{causal}{tasks}")
+
+    def close(self) -> None:
+        """Close the progress bar."""
+        if self.bar is not None:
+            self.bar.close()
+
+    def _print(self, line: str) -> None:
+        line = printable(line)  # names of tasks come from the data
+        if self.bar is not None:
+            self.bar.write(line, file=sys.stdout)
+        else:
+            print(line, flush=True)
+
+    def _eta(self, step: int) -> str:
+        done = max(step - self.first_step, 1)
+        seconds = (time.monotonic() - self.started) / done * (self.steps - step)
+        return tqdm.format_interval(seconds)
+
+
+def _losses(name: str, metrics: dict[str, float]) -> str:
+    """A sum per label, by modality and, if there are several, by source."""
+    words = [name.replace("_", " "), f"{metrics[name]:.3f}", *_parts(f"{name}/", metrics)]
+    sources = _parts(f"{name}_by_source/", metrics)
+    if len(sources) > 1:
+        words += ["by source", *sources]
+    return " ".join(words)
+
+
+def _parts(prefix: str, metrics: dict[str, float]) -> list[str]:
+    return [
+        f"{name.removeprefix(prefix)} {value:.3f}"
+        for name, value in metrics.items()
+        if name.startswith(prefix)
+    ]
+
+
+def _other_sums(metrics: dict[str, float]) -> str:
+    """Sums that an objective adds to its loss."""
+    names = [name.removesuffix("/text") for name in metrics if name.endswith("/text")]
+    shown = (name for name in names if name in metrics and name not in _NOT_ADDED)
+    return "".join(f" | {_losses(name, metrics)}" for name in shown)
+
+
+def _ranks(metrics: dict[str, Any]) -> str:
+    """Data wait and step times of the ranks, and the slowest rank if clearly slower."""
+    slow, fast = metrics["rank_seconds/max"], metrics["rank_seconds/min"]
+    text = f"data wait {metrics['data_wait']:.0%} | step {fast:.3g}–{slow:.3g} s"
+    if slow > CLEARLY_SLOWER * fast:
+        text += f", slowest rank {metrics['slowest_rank']} on {metrics['slowest_host']}"
+    return text
