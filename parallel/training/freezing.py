@@ -35,8 +35,8 @@ def check_optimizer(config: OptimizersContainer.Config, model: Decoder.Config) -
         names = [name for name, _ in model.build().named_parameters() if CAUSAL in name]
     if not names:
         raise ValueError(
-            "train_only (causal_routers) needs a model with causal routers; set causal of its "
-            "expert-choice routers, as configs.decoders.with_routers does"
+            "train_only (causal_routers) needs a model that has causal routers; set causal of "
+            "its expert-choice routers, as configs.decoders.with_routers does"
         )
     for group in config.param_groups:
         if not any(re.search(group.pattern, name) for name in names):

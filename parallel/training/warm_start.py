@@ -64,15 +64,15 @@ class WarmStart(Configurable):
         run = Path(self.config.run)
         if not (run / DESCRIPTION).is_file():
             raise ValueError(
-                f"start.run ({run}) must be a run folder with {DESCRIPTION}, which describes the "
-                "model; correct the path"
+                f"start.run ({run}) must be the folder of a run, with a {DESCRIPTION} that "
+                "describes its model; correct the path"
             )
         described = read_config(run)
         folder = CheckpointFolder(checkpoints_of(run))
         step = self.config.step
         if step != -1 and step not in folder.steps():
             raise ValueError(
-                f"start.step ({step}) must be the step of a checkpoint in {folder.root}: "
+                f"start.step ({step}) must be a step with a checkpoint in {folder.root}: "
                 f"{folder.steps() or 'there is none'}"
             )
         chosen = latest_checkpoint(folder.root) if step == -1 else folder.complete(step)
