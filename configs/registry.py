@@ -35,7 +35,7 @@ def load_config(name: str) -> Trainer.Config:
         if name not in (configs := catalogue()):
             raise ValueError(f"config ({name!r}) is unknown{_like(name, configs)}")
         return configs[name]()
-    module = _import(Path(file))
+    module = import_file(Path(file))
     function = getattr(module, "CONFIGS", {}).get(
         function_name, getattr(module, function_name or "", None)
     )
@@ -62,7 +62,7 @@ def load_config(name: str) -> Trainer.Config:
 def sections(file: str = "") -> dict[str, dict[str, ConfigFunction]]:
     """Title → configs by name, of each module of this project or of the Python file ``file``."""
     if file:
-        module = _import(Path(file))
+        module = import_file(Path(file))
         named = {f"{file}:{name}": function for name, function in _configs_of(module).items()}
         return {_first_line(module) or file: named}
     return {_first_line(module): _configs_of(module) for module in MODULES}
@@ -112,7 +112,7 @@ def _required_parameters(function: Callable[..., Any]) -> list[str]:
     ]
 
 
-def _import(path: Path) -> ModuleType:
+def import_file(path: Path) -> ModuleType:
     """Imports a user's file once; modules beside it can be imported by name or relatively."""
     if not path.is_file():
         raise ValueError(

@@ -223,6 +223,8 @@ class Decoder(BaseModel):
     ) -> Any:
         """Returns logits (B, S, V), or with ``loss`` its result, never materialising logits.
 
+        No layer reads ``batch.vectors_BSP``: a run on data with vectors is refused.
+
         ``settings``: of the step or call, by default ``default_settings``. With ``cache``, appends
         the tokens to it and returns logits after each row's last token only, (B, 1, V). ``x_TD``:
         activations of the previous pipeline stage. ``ValueError`` under ``torch.autocast``.

@@ -1,11 +1,31 @@
 """Runs a tool's command: one line and an exit status for what the user can change."""
 
 import sys
+from argparse import ArgumentParser
 from collections.abc import Callable
+from pathlib import Path
 
 from earlyfuse.data.console import error_text, protect_console
 
 REFUSED, INTERRUPTED = 2, 130
+
+
+def add_code_option(parser: ArgumentParser) -> None:
+    """Adds ``--code``, the user's file that defines classes of a model."""
+    parser.add_argument(
+        "--code",
+        type=Path,
+        metavar="FILE.py",
+        help="Python file to import first, for branches and routers of your own",
+    )
+
+
+def import_code(file: Path | None) -> None:
+    """Imports the file of ``--code``; ``ValueError`` with its line if it fails."""
+    if file is not None:
+        from earlyfuse.configs.registry import import_file  # --help does not pay for torch
+
+        import_file(file)
 
 
 def run_command(

@@ -28,7 +28,7 @@ from earlyfuse.models.vocabulary import Modality
 from earlyfuse.parallel.checkpoint.export_model import TARGETS
 from earlyfuse.parallel.checkpoint.manifest import MANIFEST, damage, read_manifest
 from earlyfuse.parallel.checkpoint.open_checkpoint import OpenModel, open_model
-from earlyfuse.tools.command import run_command
+from earlyfuse.tools.command import add_code_option, import_code, run_command
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_SHARD_SIZE = "5GB"
@@ -153,6 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _convert(arguments: Sequence[str] | None) -> None:
     options = _parser().parse_args(arguments)
     begin = time.perf_counter()
+    import_code(options.code)
     remarks = convert(
         options.source,
         options.destination,
@@ -198,6 +199,7 @@ def _parser() -> argparse.ArgumentParser:
         help="make a dense SRC sparse: 1t1i, mot, 8x, 4t4i …, mixture_of_mamba",
     )
     add("--verify", action="store_true", help="compare logits of both on random tokens")
+    add_code_option(parser)
     return parser
 
 

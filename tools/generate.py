@@ -17,7 +17,7 @@ from typing import Any
 
 from earlyfuse.data.console import printable
 from earlyfuse.data.media import MEDIA
-from earlyfuse.tools.command import run_command
+from earlyfuse.tools.command import add_code_option, import_code, run_command
 
 _EXAMPLES = """examples:
   an image:       … FOLDER --mode image --prompt "glyph: greek small letter alpha" --out samples
@@ -68,6 +68,7 @@ def write(options: argparse.Namespace) -> None:
     _check(options)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     _check_device(device)
+    import_code(options.code)
     model, vocabulary = load_model(options.folder, device=device)
     about = ModelFolder.read(options.folder)
     tokenizers = about.tokenizers(vocabulary, options.tokenizers)
@@ -268,6 +269,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of all samples (0)")
     add("--tokenizers", type=Path, metavar="DIR", help="tokenizers of the model's data, if moved")
     add("--device", help="cpu, cuda … (a GPU if there is one)")
+    add_code_option(parser)
     return parser
 
 

@@ -23,6 +23,10 @@ class ChameleonObjective(Configurable):
         """Weight of log² Z; 0 turns it off. Chameleon: 1e-5."""
 
         def __post_init__(self) -> None:
+            self.check()
+
+        def check(self) -> None:
+            """``ValueError`` for a value out of range; called again before a run starts."""
             if not 0 <= self.z_loss < math.inf:
                 raise ValueError(
                     f"z_loss ({self.z_loss}) must not be negative or infinite; 0 turns it off"

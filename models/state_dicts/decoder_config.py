@@ -87,8 +87,9 @@ def _config(classes: tuple[type, ...], fields: Any, place: str) -> Any:
     by_kind = {_kind(cls): cls for cls in classes}
     if fields[KIND] not in by_kind:
         raise ValueError(
-            f"{place}.{KIND} ({shown(fields[KIND])}) must be one of {sorted(by_kind)}; read it "
-            "with the version of earlyfuse that wrote it"
+            f"{place}.{KIND} ({shown(fields[KIND])}) must be one of {sorted(by_kind)}; if it "
+            "is a branch or router of your own, import its file first (generate and convert: "
+            "--code FILE.py), else read it with the version of earlyfuse that wrote it"
         )
     cls = by_kind[fields[KIND]]
     hints = typing.get_type_hints(cls)

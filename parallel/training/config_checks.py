@@ -68,7 +68,6 @@ RANGES = {
     "lr_scheduler.total_steps": COUNT,
     "lr_scheduler.decay_ratio": Range(0, 1, note="share of the steps in which the rate decays"),
     "lr_scheduler.min_lr_factor": Range(0, 1, note="final learning rate over its peak"),
-    "loss.z_loss": Range(0, note="0 turns it off"),
     "skip.max_skipped": COUNT,
     "skip.window": Range(4, note="128 is usual"),
     "skip.deviations": Range(0, above=True, note="6 is usual"),
@@ -153,6 +152,10 @@ def check_config(config: Any) -> None:
         value = reduce(getattr, field.split("."), config)
         if value is not None:
             allowed.check(field, value)
+    try:
+        config.loss.check()
+    except ValueError as error:
+        raise ValueError(f"loss.{error}") from error
     for name, share in config.data.shares.items():
         SHARE.check(f"data.shares.{name}", share)
     for field, remedy in UNREAD.items():

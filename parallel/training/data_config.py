@@ -119,7 +119,13 @@ class DataSet(Configurable):
             )
         held_out = self.sources("validation") if config.validator.enable else {}
         for folder in (*(train[name] for name in self.shares), *held_out.values()):
-            self._check_tokenizers(self._source(folder))
+            source = self._source(folder)
+            if source.vectors:
+                raise ValueError(
+                    f"source {folder} has continuous vectors ({', '.join(source.vectors.media)}), "
+                    "which no model reads yet; leave it out of data.shares"
+                )
+            self._check_tokenizers(source)
         training, validator = config.training, config.validator
         # the ranks of a tensor-, context- or pipeline-parallel group share their rows
         parallelism = config.parallelism
