@@ -24,6 +24,8 @@ from earlyfuse.data.stream.loader import LaneLoader
 from earlyfuse.data.stream.mixture import Mixture
 from earlyfuse.data.tokenizers import Tokenizers
 from earlyfuse.models.vocabulary import Modality
+from earlyfuse.parallel.trainer import Trainer
+from earlyfuse.parallel.training.data_config import DataSet
 
 SEQ_LEN, WIDTH, SIDES = 64, 3, 6
 SENTENCES = [f"thrown {n} times on table {n % 7}, and {n * 3} more" for n in range(60)]
@@ -226,6 +228,12 @@ def loader(out, **options):
         **options,
     )
     return LaneLoader(config, dp_world_size=1, dp_rank=0, seq_len=SEQ_LEN, local_batch_size=2)
+
+
+def test_a_run_on_vectors_that_no_model_reads_is_refused(prepared):
+    data = DataSet(DataSet.Config(folder=str(prepared[0])))
+    with pytest.raises(ValueError, match=r"has continuous vectors \(track\), which no model reads"):
+        data.resolve(Trainer.Config(), 1)
 
 
 def test_a_resumed_stream_goes_on_with_the_same_codes_and_vectors(prepared):

@@ -2,7 +2,7 @@
 
 import math
 import sys
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import reduce
 from pathlib import Path
 
@@ -19,6 +19,11 @@ from earlyfuse.parallel.training.config_checks import (
 from earlyfuse.parallel.training.resume_settings import EFFECTS, Effect
 
 
+@dataclass
+class NoNumbers:
+    """The config of an objective without weights to check."""
+
+
 def config(fields: dict | None = None):
     return changed(tiny_config(Path("unused"), Path("unused")), fields or {})
 
@@ -31,6 +36,16 @@ def outside(allowed) -> list[float]:
     values += [math.inf] if allowed.also != math.inf else []
     values += [allowed.most + step] if allowed.most < math.inf else []
     return [value for value in values if value != allowed.also]
+
+
+def test_an_objective_checks_its_own_numbers():
+    wrong = config()
+    wrong.loss.z_loss = -1.0
+    with pytest.raises(ValueError, match=r"^loss.z_loss \(-1.0\) must not be negative"):
+        check_config(wrong)
+    other = config()
+    other.loss = NoNumbers()
+    check_config(other)
 
 
 @pytest.mark.parametrize("field", RANGES)
