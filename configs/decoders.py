@@ -14,9 +14,10 @@ from functools import partial
 from typing import Any, Literal
 
 from earlyfuse.models.blocks.attention import Attention
+from earlyfuse.models.blocks.block import Block
 from earlyfuse.models.blocks.experts import ExpertPool, MixtureOfExperts
 from earlyfuse.models.blocks.feed_forward import FeedForward
-from earlyfuse.models.decoder import Block, Decoder
+from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.routing.expert_choice import ExpertChoice
 from earlyfuse.models.routing.token_choice import TokenChoice
 from earlyfuse.models.vocabulary import Modality

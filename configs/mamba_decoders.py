@@ -9,8 +9,9 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import Literal
 
+from earlyfuse.models.blocks.block import Block
 from earlyfuse.models.blocks.mamba import Mamba
-from earlyfuse.models.decoder import Block, Decoder
+from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.vocabulary import Modality
 
 FORM = "mixture_of_mamba"  # name of ``grown`` in tools/convert --upcycle

@@ -1,14 +1,13 @@
 """The decoder: embeddings → blocks → head, over one sequence of text, image and speech tokens.
 
 Chameleon's transformer (arXiv 2405.09818): RMSNorm, SwiGLU, RoPE, qk-norm, untied head. Variants
-differ only in the branches of their blocks: ``Attention`` or ``Mamba``, ``FeedForward`` or
-``MixtureOfExperts``, shared or untied by modality, or any other ``Branch``.
+differ only in what their blocks are composed of (``models/blocks/block.py``).
 
 B rows, S positions, T = B·S tokens, D width, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -18,16 +17,13 @@ from torchtitan.protocols.model import BaseModel
 from torchtitan.protocols.module import Module, ModuleDict
 
 from earlyfuse.models.batch import MixedBatch
-from earlyfuse.models.blocks.attention import Attention
+from earlyfuse.models.blocks.block import Block
 from earlyfuse.models.blocks.branch import Branch, Use
 from earlyfuse.models.blocks.cache import DecodeCache
-from earlyfuse.models.blocks.experts import MixtureOfExperts
-from earlyfuse.models.blocks.feed_forward import FeedForward
 from earlyfuse.models.blocks.indexed_parameters import embedding
 from earlyfuse.models.blocks.linear import RMSNorm, to_local
-from earlyfuse.models.blocks.mamba import Mamba
 from earlyfuse.models.context import ForwardContext, ForwardSettings
-from earlyfuse.models.field_checks import check_choices, check_positive
+from earlyfuse.models.field_checks import check_positive
 from earlyfuse.models.init_weights import Draw, init_weights, normal
 from earlyfuse.models.precision import refuse_autocast
 from earlyfuse.models.routing.gumbel_noise import name_noises, noise_of_step
@@ -35,83 +31,6 @@ from earlyfuse.models.routing.router_stats import OutputNorm
 
 # called as loss(hidden_TD, weight_VD) in the head; with ``shard`` under tensor parallelism
 Loss = Callable[..., Any]
-
-EXTRA = "extra_branches"
-BRANCHES = ("attention", "mamba", EXTRA, "feed_forward")  # in the order in which they run
-
-
-class Block(Module):
-    """A residual block: runs the configured branches in order, each with its own norm.
-
-    ``norm_order`` "pre": x + f(norm(x)); "swin": x + norm(f(x)), as in Chameleon-34B and MoMa.
-    """
-
-    @dataclass(kw_only=True, slots=True)
-    class Config(Module.Config):
-        """``extra_branches``: name → any other branch; its parameters have that name."""
-
-        attention: Attention.Config | None = None
-        mamba: Mamba.Config | None = None
-        extra_branches: dict[str, Branch.Config] = field(default_factory=dict)
-        feed_forward: FeedForward.Config | MixtureOfExperts.Config | None = None
-        norm_order: Literal["pre", "swin"] = "pre"
-        norm_groups: int = 1
-        dropout: float = 0.0
-
-        def __post_init__(self) -> None:
-            check_choices(self, norm_order=("pre", "swin"))
-            if not 0 <= self.dropout < 1:
-                raise ValueError(f"dropout ({self.dropout}) must be in [0, 1)")
-            if not self.branches:
-                raise ValueError(f"a block must have at least one of {', '.join(BRANCHES)}")
-            for name in self.extra_branches:
-                if name in BRANCHES or not name.isidentifier() or name.endswith("_norm"):
-                    raise ValueError(f"{EXTRA} must have names of their own, not {name!r}")
-            widths = {name: branch.dim for name, branch in self.branches.items()}
-            if len(set(widths.values())) > 1:
-                raise ValueError(f"dim must be the same in all branches of a block, not {widths}")
-
-        @property
-        def branches(self) -> dict[str, Any]:
-            """Configs of the branches by name, in order."""
-            found: dict[str, Any] = {}
-            for name in BRANCHES:
-                found |= self.extra_branches if name == EXTRA else {name: getattr(self, name)}
-            return {name: branch for name, branch in found.items() if branch is not None}
-
-        @property
-        def dim(self) -> int:
-            """Width of the block's input and output."""
-            return next(iter(self.branches.values())).dim
-
-        def traverse(self, config_cls: type, *, recurse: bool = False, _prefix: str = "") -> Any:
-            """torchtitan's, extended to the dict of extra branches."""
-            yield from Module.Config.traverse(self, config_cls, recurse=recurse, _prefix=_prefix)
-            for name, branch in self.extra_branches.items():
-                at = f"{_prefix}.{name}" if _prefix else name
-                for found, config, parent, place in branch.traverse(
-                    config_cls, recurse=recurse, _prefix=at
-                ):
-                    yield found, config, parent or self.extra_branches, place or name
-
-    def __init__(self, config: Config):
-        super().__init__()
-        self.norm_order, self.dropout = config.norm_order, config.dropout
-        self.branches = tuple(config.branches)
-        for name, branch in config.branches.items():
-            self.add_module(f"{name}_norm", RMSNorm(config.dim, config.norm_groups))
-            self.add_module(name, branch.build())
-
-    def forward(self, x_TD: torch.Tensor, context: ForwardContext) -> torch.Tensor:
-        """(T, D) → (T, D)."""
-        for name in self.branches:
-            norm, branch = getattr(self, f"{name}_norm"), getattr(self, name)
-            if self.norm_order == "pre":
-                out_TD = branch(norm(x_TD, context), context)
-            else:
-                out_TD = norm(branch(x_TD, context), context)
-            x_TD = x_TD + F.dropout(out_TD, self.dropout, self.training and self.dropout > 0)
-        return x_TD
 
 
 class Decoder(BaseModel):

@@ -29,14 +29,11 @@ def count_parameters(config: Decoder.Config) -> Parameters:
     """Parameters of the model, and of one token of each modality group."""
     head = config.vocab_size * config.dim + config.dim  # with the last norm
     total = config.vocab_size * config.dim + head
-    active = [config.dim + head for _ in config.modalities]
-    for layer in config.layers:
-        norms = len(layer.branches) * config.dim
-        total += norms * layer.norm_groups
-        total += sum(branch.parameters() for branch in layer.branches.values())
-        for group in range(len(active)):
-            branches = layer.branches.values()
-            active[group] += norms + sum(branch.parameters(group) for branch in branches)
+    total += sum(layer.parameters() for layer in config.layers)
+    active = (
+        config.dim + head + sum(layer.parameters(group) for layer in config.layers)
+        for group in range(len(config.modalities))
+    )
     return Parameters(total, tuple(active))
 
 
@@ -57,7 +54,8 @@ def mean_training_flops(config: Decoder.Config, seq_len: int) -> float:
 
 
 def _flops(config: Decoder.Config, seq_len: int) -> list[Flops]:
-    found = [products(float(config.vocab_size * config.dim)) for _ in config.modalities]
-    for _, branch in config.named_branches():
-        found = [flops + branch.flops(seq_len, group) for group, flops in enumerate(found)]
-    return found
+    head = products(float(config.vocab_size * config.dim))
+    return [
+        sum((layer.flops(seq_len, group) for layer in config.layers), head)
+        for group in range(len(config.modalities))
+    ]

@@ -20,8 +20,9 @@ from typing import Any
 
 import torch
 
+from earlyfuse.models.blocks.block import EXTRA
 from earlyfuse.models.blocks.branch import Inherited, Parent, Shape, same_or_untied
-from earlyfuse.models.decoder import EXTRA, Decoder
+from earlyfuse.models.decoder import Decoder
 
 _NO_BRANCH = ("norm_order", "norm_groups", "dropout", "kind", "param_init", "sharding_config")
 

@@ -14,8 +14,9 @@ from typing import Any
 from torchtitan.config import Configurable
 
 from earlyfuse.data.json_files import shown
+from earlyfuse.models.blocks.block import EXTRA
 from earlyfuse.models.blocks.branch import Branch
-from earlyfuse.models.decoder import EXTRA, Decoder
+from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.routing import token_choice  # noqa: F401  a kind that files may name
 from earlyfuse.models.routing.router import Router
 

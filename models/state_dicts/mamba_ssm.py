@@ -9,9 +9,10 @@ from math import ceil, inf, nextafter
 from typing import Any
 
 from earlyfuse.data.json_files import JsonObject, shown
+from earlyfuse.models.blocks.block import Block
 from earlyfuse.models.blocks.linear import NORM_EPS
 from earlyfuse.models.blocks.mamba import Mamba
-from earlyfuse.models.decoder import Block, Decoder
+from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.state_dicts import mamba
 from earlyfuse.models.state_dicts.config_json import CONFIG, describe, read_description
 from earlyfuse.models.state_dicts.plain_decoder import (

@@ -27,8 +27,8 @@ from operator import itemgetter
 import torch
 from torch import nn
 
+from earlyfuse.models.blocks.block import Block
 from earlyfuse.models.blocks.mamba import WIDTHS, Mamba
-from earlyfuse.models.decoder import Block
 from earlyfuse.models.state_dicts.mamba import MIXER_NAMES, export_map, import_map, refuse_mamba_2
 from earlyfuse.models.state_dicts.tensor_map import (
     Entry,

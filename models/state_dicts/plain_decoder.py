@@ -8,9 +8,10 @@ from typing import Any, Literal
 import torch
 
 from earlyfuse.models.blocks.attention import Attention
+from earlyfuse.models.blocks.block import Block
 from earlyfuse.models.blocks.feed_forward import FeedForward
 from earlyfuse.models.blocks.mamba import Mamba
-from earlyfuse.models.decoder import Block, Decoder
+from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.state_dicts.decoder_config import differences, to_dict
 from earlyfuse.models.state_dicts.tensor_map import Shape
 

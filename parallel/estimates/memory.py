@@ -17,8 +17,8 @@ from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 
 from earlyfuse.kernels.linear_cross_entropy.chunked import chunk_tokens
+from earlyfuse.models.blocks.block import Block
 from earlyfuse.models.blocks.branch import FP32, Microbatch
-from earlyfuse.models.decoder import Block
 from earlyfuse.parallel.estimates.fsdp_units import Unit, fsdp_units
 from earlyfuse.parallel.estimates.step import Step
 from earlyfuse.parallel.strategies.pipeline import SCHEDULES
