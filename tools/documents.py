@@ -19,15 +19,15 @@ from earlyfuse.data.media import MEDIA, medium_of
 from earlyfuse.data.tokenizers import TEXT_FILES, Tokenizers, text_file
 from earlyfuse.models.state_dicts.config_json import CONFIG, FORMAT, TOKENIZERS
 from earlyfuse.models.vocabulary import MediaCodes, Modality, Vocabulary
-from earlyfuse.parallel.checkpoint.files.dcp_metadata import METADATA
-from earlyfuse.parallel.checkpoint.files.dcp_reader import DcpReader
-from earlyfuse.parallel.checkpoint.identity import data_identity
-from earlyfuse.parallel.checkpoint.layout import (
+from earlyfuse.parallel.checkpoint.file_layout import (
     checkpoints_of,
     is_run,
     latest_checkpoint,
     run_of,
 )
+from earlyfuse.parallel.checkpoint.files.dcp_metadata import METADATA
+from earlyfuse.parallel.checkpoint.files.dcp_reader import DcpReader
+from earlyfuse.parallel.checkpoint.identity import data_identity
 from earlyfuse.parallel.reporting.run_folder import read_config
 
 Segment = dict[str, str]

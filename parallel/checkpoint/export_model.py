@@ -21,6 +21,7 @@ from earlyfuse.models.state_dicts import (
 from earlyfuse.models.state_dicts.config_json import CONFIG, REMEDY, TOKENIZERS
 from earlyfuse.models.state_dicts.public_config import Exported
 from earlyfuse.models.state_dicts.tensor_map import Merged, Tensors
+from earlyfuse.parallel.checkpoint.file_layout import HUGGINGFACE, VQ_FILE
 from earlyfuse.parallel.checkpoint.files.dcp import write_dcp
 from earlyfuse.parallel.checkpoint.files.safetensors import (
     SINGLE,
@@ -33,7 +34,6 @@ from earlyfuse.parallel.checkpoint.files.torch_save import (
     write_shards,
     write_torch_file,
 )
-from earlyfuse.parallel.checkpoint.layout import HUGGINGFACE, VQ_FILE
 from earlyfuse.parallel.checkpoint.manifest import WEIGHTS, Manifest, describe
 from earlyfuse.parallel.checkpoint.open_checkpoint import OpenModel
 from earlyfuse.parallel.checkpoint.tokenizers import find_tokenizers, import_tokenizers

@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 
 from earlyfuse.data.atomic import atomic_write, remove_temporaries
-from earlyfuse.parallel.checkpoint.layout import (
+from earlyfuse.parallel.checkpoint.file_layout import (
     DISCARDED,
     LATEST,
     PARTIAL,

@@ -17,9 +17,9 @@ from earlyfuse.data.console import printable
 from earlyfuse.data.json_files import JsonObject, load_json, shown
 from earlyfuse.data.stream.loader import LaneLoader
 from earlyfuse.models.state_dicts.decoder_config import differences
+from earlyfuse.parallel.checkpoint.file_layout import step_of
 from earlyfuse.parallel.checkpoint.files.dcp import is_parameter
 from earlyfuse.parallel.checkpoint.files.dcp_reader import DcpReader
-from earlyfuse.parallel.checkpoint.layout import step_of
 
 
 def refuse_other_run(states: dict[str, Any], state_dict: dict[str, Any], reader: DcpReader) -> None:

@@ -12,8 +12,8 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from earlyfuse.models.state_dicts.tensor_map import Tensors
+from earlyfuse.parallel.checkpoint.file_layout import checkpoints_of, is_run, latest_checkpoint
 from earlyfuse.parallel.checkpoint.files.dcp_metadata import METADATA
-from earlyfuse.parallel.checkpoint.layout import checkpoints_of, is_run, latest_checkpoint
 from earlyfuse.parallel.checkpoint.open_checkpoint import OpenModel, open_model
 
 

@@ -40,7 +40,7 @@ from earlyfuse.data.json_files import read_json
 from earlyfuse.models.state_dicts.config_json import CONFIG, REMEDY
 from earlyfuse.models.state_dicts.decoder_config import to_dict
 from earlyfuse.parallel.checkpoint import initial_load
-from earlyfuse.parallel.checkpoint.choose import choose, damage_seen_by_all
+from earlyfuse.parallel.checkpoint.file_layout import step_of
 from earlyfuse.parallel.checkpoint.files.dcp import Writer
 from earlyfuse.parallel.checkpoint.files.dcp_reader import DcpReader, load_dcp
 from earlyfuse.parallel.checkpoint.folder import CheckpointFolder
@@ -49,7 +49,6 @@ from earlyfuse.parallel.checkpoint.identity import (
     refuse_other_model,
     refuse_other_run,
 )
-from earlyfuse.parallel.checkpoint.layout import step_of
 from earlyfuse.parallel.checkpoint.manifest import (
     EVERYTHING,
     MANIFEST,
@@ -59,7 +58,8 @@ from earlyfuse.parallel.checkpoint.manifest import (
     read_manifest,
 )
 from earlyfuse.parallel.checkpoint.open_checkpoint import OpenModel
-from earlyfuse.parallel.checkpoint.together import check_finite, run_together
+from earlyfuse.parallel.checkpoint.rank_agreement import check_finite, run_together
+from earlyfuse.parallel.checkpoint.resume_point import choose, damage_seen_by_all
 from earlyfuse.parallel.reporting import rank_log
 from earlyfuse.parallel.training.resume_settings import Settings
 

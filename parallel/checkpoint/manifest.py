@@ -9,7 +9,7 @@ from pathlib import Path
 
 from earlyfuse.data.atomic import atomic_write, sha256_file
 from earlyfuse.data.json_files import JsonObject, read_json
-from earlyfuse.parallel.checkpoint.layout import step_of
+from earlyfuse.parallel.checkpoint.file_layout import step_of
 
 MANIFEST = "manifest.json"
 EVERYTHING, WEIGHTS = "everything", "weights"

@@ -39,17 +39,17 @@ from earlyfuse.models.state_dicts.tensor_map import (
     renamed,
 )
 from earlyfuse.models.vocabulary import Vocabulary
-from earlyfuse.parallel.checkpoint.files.dcp import DcpFolder
-from earlyfuse.parallel.checkpoint.files.dcp_metadata import METADATA
-from earlyfuse.parallel.checkpoint.files.safetensors import SafetensorsFiles, open_folder
-from earlyfuse.parallel.checkpoint.files.torch_save import PYTORCH_MODEL, MetaShards, TorchFiles
-from earlyfuse.parallel.checkpoint.layout import (
+from earlyfuse.parallel.checkpoint.file_layout import (
     HUGGINGFACE,
     VQ_FILE,
     checkpoints_of,
     is_run,
     latest_checkpoint,
 )
+from earlyfuse.parallel.checkpoint.files.dcp import DcpFolder
+from earlyfuse.parallel.checkpoint.files.dcp_metadata import METADATA
+from earlyfuse.parallel.checkpoint.files.safetensors import SafetensorsFiles, open_folder
+from earlyfuse.parallel.checkpoint.files.torch_save import PYTORCH_MODEL, MetaShards, TorchFiles
 from earlyfuse.parallel.checkpoint.manifest import MANIFEST, read_manifest
 
 _CARRIED_FILES = (

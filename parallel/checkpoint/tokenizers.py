@@ -9,7 +9,7 @@ from earlyfuse.data.tokenizers import Tokenizers, imports, text_file
 from earlyfuse.data.tokenizers.text import TextTokenizer
 from earlyfuse.models.state_dicts.config_json import CONFIG, REMEDY, TOKENIZERS
 from earlyfuse.models.vocabulary import Modality, Vocabulary
-from earlyfuse.parallel.checkpoint.layout import is_run, run_of
+from earlyfuse.parallel.checkpoint.file_layout import is_run, run_of
 from earlyfuse.parallel.checkpoint.open_checkpoint import OpenModel
 from earlyfuse.parallel.reporting.run_folder import read_config
 

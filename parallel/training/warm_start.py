@@ -26,14 +26,14 @@ from torchtitan.config import Configurable
 from earlyfuse.data.stream.loader import LaneLoader
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.upcycle import Inherited, Shape, inherit
-from earlyfuse.parallel.checkpoint.choose import damage_seen_by_all
+from earlyfuse.parallel.checkpoint.file_layout import checkpoints_of, latest_checkpoint
 from earlyfuse.parallel.checkpoint.files.dcp import is_parameter
 from earlyfuse.parallel.checkpoint.files.dcp_reader import DcpReader, SafeLoadPlanner, load_dcp
 from earlyfuse.parallel.checkpoint.folder import CheckpointFolder
 from earlyfuse.parallel.checkpoint.identity import refuse_other_data
 from earlyfuse.parallel.checkpoint.initial_load import local_region
-from earlyfuse.parallel.checkpoint.layout import checkpoints_of, latest_checkpoint
 from earlyfuse.parallel.checkpoint.manifest import EVERYTHING, read_manifest
+from earlyfuse.parallel.checkpoint.resume_point import damage_seen_by_all
 from earlyfuse.parallel.reporting.run_folder import DESCRIPTION, read_config
 
 

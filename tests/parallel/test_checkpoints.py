@@ -23,8 +23,8 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
+from earlyfuse.parallel.checkpoint.file_layout import latest_checkpoint
 from earlyfuse.parallel.checkpoint.files.dcp import Writer
-from earlyfuse.parallel.checkpoint.layout import latest_checkpoint
 from earlyfuse.parallel.checkpoint.manager import Checkpoints
 from earlyfuse.parallel.checkpoint.manifest import read_manifest
 from earlyfuse.parallel.training.skip_step import not_finite

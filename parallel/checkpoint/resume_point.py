@@ -7,8 +7,8 @@ from typing import Any
 import torch.distributed as dist
 
 from earlyfuse.data.json_files import load_json
+from earlyfuse.parallel.checkpoint.file_layout import LATEST, PARTIAL, names_in
 from earlyfuse.parallel.checkpoint.folder import CheckpointFolder
-from earlyfuse.parallel.checkpoint.layout import LATEST, PARTIAL, names_in
 from earlyfuse.parallel.checkpoint.manifest import EVERYTHING, damage, read_manifest
 from earlyfuse.parallel.reporting.metrics_file import METRICS_FILE
 from earlyfuse.parallel.reporting.run_folder import CURVES, DESCRIPTION, read_config
