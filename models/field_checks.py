@@ -15,7 +15,9 @@ def check_at_least(config: Any, least: float, *names: str) -> None:
     """These numbers are at least ``least`` and finite."""
     for name in names:
         if not least <= getattr(config, name) < math.inf:
-            raise ValueError(f"{name} ({getattr(config, name)}) must be at least {least}, finite")
+            raise ValueError(
+                f"{name} ({getattr(config, name)}) must be at least {least} and finite"
+            )
 
 
 def check_choices(config: Any, **allowed: tuple[str, ...]) -> None:

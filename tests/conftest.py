@@ -17,7 +17,7 @@ from raw_shards import prepared, raw  # noqa: F401  fixtures
 from toy import make_data
 
 # minutes each: they go first, so that no worker is left alone with one of them
-SLOW_FIXTURES = {"compiled"}
+SLOW_FIXTURES = {"compiled", "story"}  # of kernels, of a job under faults
 LONGEST = (
     "test_soak.py",
     "test_faults.py",

@@ -254,7 +254,7 @@ def test_what_cannot_be_written_is_refused_in_one_line(converted, mamba, tmp_pat
         ("--new-tokens (9999999999) must lie in", converted, ["--new-tokens", "9999999999"]),
         ("--new-tokens (0) must lie in", converted, ["--new-tokens", "0"]),
         ("--device (abacus) cannot be used", converted, ["--device", "abacus"]),
-        ("temperature (inf) must not be", converted, ["--temperature", "inf"]),
+        ("temperature (inf) must be at least 0 and finite", converted, ["--temperature", "inf"]),
         ("convert a public model first", mamba, []),
     ):
         assert write([str(folder), "--out", str(tmp_path / "out"), *options]) == 2

@@ -187,7 +187,7 @@ def test_what_the_tool_cannot_do_is_said(learned, data, tmp_path, capsys):
     refused(["nowhere", "is no folder"], folder=tmp_path / "nowhere")
     refused(["must hold a model"], folder=data)
     refused(["--samples 3", "another temperature"], "--temperature", "0", "--samples", "3")
-    refused(["guidance (-1.0) must not be negative"], "--guidance", "-1")
+    refused(["guidance (-1.0) must be at least 0"], "--guidance", "-1")
     refused(["--prompts and --prompt"], "--prompts", "x", "--prompt", "y")
     refused(["image none.png cannot be read"], "--image", "none.png")
     (tmp_path / "cut.png").write_bytes(png(1)[:40])

@@ -250,7 +250,10 @@ def test_what_torchtitan_imports_late_is_there_when_it_is_used(monkeypatch):
 @pytest.mark.parametrize(
     ("fields", "rule"),
     [
-        ({"training.seq_len": 5}, r"seq_len \(5\) must be at least 6: a block of 4 image codes"),
+        (
+            {"training.seq_len": 5},
+            r"seq_len \(5\) must be at least 6: each image block has 4 codes",
+        ),
         ({"validator.batch_rows": 3}, r"validator.batch_rows \(3\) must be a multiple"),
         ({"data.folder": __file__}, r"data.folder \(.*\) must be a folder; it is a file"),
         ({"data.folder": "nothing"}, "must be a folder written by"),
