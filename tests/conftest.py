@@ -16,8 +16,9 @@ if not torch.cuda.is_available():
 from raw_shards import prepared, raw  # noqa: F401  fixtures
 from toy import make_data
 
+# of kernels, of jobs under faults and a launcher, of collectives counted on ranks
+SLOW_FIXTURES = {"compiled", "story", "started_twice", "counted_on_ranks"}
 # minutes each: they go first, so that no worker is left alone with one of them
-SLOW_FIXTURES = {"compiled", "story"}  # of kernels, of a job under faults
 LONGEST = (
     "test_soak.py",
     "test_faults.py",

@@ -48,7 +48,7 @@ if rank == 1:
 
 
 @pytest.fixture(scope="module")
-def job(tmp_path_factory, data) -> tuple[Path, str]:
+def started_twice(tmp_path_factory, data) -> tuple[Path, str]:
     """A run of two ranks that is started twice: its folder and all that the console showed."""
     folder = tmp_path_factory.mktemp("logs")
     script = folder / "job.py"
@@ -61,8 +61,8 @@ def job(tmp_path_factory, data) -> tuple[Path, str]:
     return folder / "run", console
 
 
-def test_each_rank_writes_its_own_file_across_restarts(job):
-    folder, _ = job
+def test_each_rank_writes_its_own_file_across_restarts(started_twice):
+    folder, _ = started_twice
     for rank in (0, 1):
         log = (folder / "logs" / f"rank-{rank}.log").read_text()
         headers = re.findall(r"^--- .*", log, re.MULTILINE)
@@ -76,8 +76,8 @@ def test_each_rank_writes_its_own_file_across_restarts(job):
     assert log.count("RuntimeError: lost a wheel\n") == 1 and "Traceback" in log
 
 
-def test_the_console_is_that_of_rank_0_and_of_errors(job):
-    folder, console = job
+def test_the_console_is_that_of_rank_0_and_of_errors(started_twice):
+    folder, console = started_twice
     rank_0 = (folder / "logs" / "rank-0.log").read_text()
     steps = re.findall(r"^step .*", console, re.MULTILINE)
     assert steps == re.findall(r"^step .*", rank_0, re.MULTILINE) and len(steps) == STEPS
@@ -86,8 +86,8 @@ def test_the_console_is_that_of_rank_0_and_of_errors(job):
     assert console.count("] told to all\n") == 2
 
 
-def test_a_logged_step_names_the_slowest_rank(job):
-    folder, console = job
+def test_a_logged_step_names_the_slowest_rank(started_twice):
+    folder, console = started_twice
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     slow = next(line for line in lines if line["kind"] == "train" and line["step"] == SLOW)
     assert slow["slowest_rank"] == 1 and slow["slowest_host"] == socket.gethostname()

@@ -36,7 +36,7 @@ SCALAR_CALLS, SCALAR_BYTES = 4, 256
 
 
 @pytest.fixture(scope="module")
-def counted(tmp_path_factory):
+def counted_on_ranks(tmp_path_factory):
     """(ranks, layout) → what each rank counted in one step; a number of ranks is launched once."""
     folder = tmp_path_factory.mktemp("traffic")
     make_data(folder / "data")
@@ -55,11 +55,11 @@ def counted(tmp_path_factory):
 @pytest.mark.parametrize(
     ("ranks", "layout"), [(ranks, name) for ranks, names in LAYOUTS.items() for name in names]
 )
-def test_collectives_shards_and_parts_in_flight_are_as_predicted(counted, ranks, layout):
+def test_collectives_shards_and_parts_in_flight_are_as_predicted(counted_on_ranks, ranks, layout):
     """With token choice, experts get and return as many rows as predicted on average over ranks."""
     uneven = layout.startswith("token choice, experts")
     rows = {"seen": Counter(), "expected": Counter()}  # (calls, bytes)
-    for rank in counted(ranks, layout):
+    for rank in counted_on_ranks(ranks, layout):
         calls = {key: Counter({tuple(c): n for c, n in rank[key]}) for key in rows}
         for key, counter in calls.items():
             for call in [c for c in counter if uneven and c[0] == "all_to_all"]:
