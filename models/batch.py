@@ -77,11 +77,11 @@ class MixedBatch:
         )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "MixedBatch":
-        """The same batch on ``device``; ``non_blocking`` copies overlap only from pinned memory."""
+        """This batch on ``device``; ``non_blocking`` copies overlap only from pinned memory."""
         return self._map(lambda _, tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "MixedBatch":
-        """The same batch in page-locked host memory, for non-blocking copies."""
+        """This batch in page-locked host memory, for non-blocking copies."""
         return self._map(lambda _, tensor: tensor.pin_memory())
 
     def part(self, positions: slice) -> "MixedBatch":

@@ -20,7 +20,7 @@ from earlyfuse.models.routes import Routes, by_modality
 
 @dataclass(frozen=True)
 class ForwardSettings:
-    """What belongs to a step or call rather than to the model or the batch.
+    """Settings of a step or call, not of the model or the batch.
 
     ``rule``            how experts choose: "batch", the top tokens of each routing group; "causal",
                         by the causal routers, so that no output depends on later tokens or other

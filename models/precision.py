@@ -1,4 +1,4 @@
-"""Which parts of a model compute in fp32 whatever its dtype, and the refusal of autocast.
+"""Selects what computes in fp32 whatever the model's dtype, and refuses autocast.
 
 Sums, exponents and comparisons are computed ``wide``. Modules whose class sets ``keeps_fp32``
 (scans, routers) keep their parameters in fp32 too.

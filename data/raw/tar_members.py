@@ -87,7 +87,7 @@ def read_members(stream: ArchiveStream) -> Iterator[Member | None]:
 
 @dataclass
 class _Extension:
-    """What the headers before a member state about it."""
+    """Fields of the headers before a member."""
 
     records: dict[str, str] = field(default_factory=dict)
     long_name: str = ""

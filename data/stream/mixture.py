@@ -1,4 +1,4 @@
-"""Which document comes next: the order of each source, and the mixture of several.
+"""Chooses the next document: the order within each source, and the mixture of sources.
 
 - **Order**: epoch e of a source is a permutation of its documents, a pure function of (seed, e,
   name) that needs no memory. Epochs follow one another as one stream of positions; lane i of N
@@ -133,7 +133,7 @@ class Mixture:
         return self.vocabulary.modality_of(torch.arange(self.vocabulary.size)).numpy()
 
     def in_order(self, names: Sequence[str]) -> "Mixture":
-        """The same mixture with its sources in the order of ``names``, which must be theirs."""
+        """This mixture with its sources in the order of ``names``, which must be theirs."""
         by_name = {s.name: (s, x) for s, x in zip(self.sources, self.shares, strict=True)}
         if len(names) != len(by_name) or set(names) != by_name.keys():
             raise ValueError(f"order of the sources ({names}) must name {sorted(by_name)}")

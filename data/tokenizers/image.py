@@ -52,7 +52,7 @@ def limits(spec: "PrepareSpec") -> dict[str, Any]:
 
 
 def sampling(spec: "PrepareSpec") -> Sampling:
-    """As many images as improve the tokenizer, in bounded memory."""
+    """Number of images to train on: as many as improve the tokenizer, in bounded memory."""
     block = (spec.image_size // spec.patch) ** 2
     wanted = max(1024, _PATCHES[spec.image_tokenizer] // block)
     budget = min(wanted, max(1, _PIXEL_BYTES // (3 * spec.image_size**2)))

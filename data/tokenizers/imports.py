@@ -227,7 +227,7 @@ def _settings(source: Path, decoder: bool) -> dict[str, Any]:
 
 
 def _pixel_settings(source: Path, resolution: int) -> dict[str, Any]:
-    """How pixels become the network's input: preprocessor_config.json, else as in Meta's code."""
+    """Preprocessing of pixels: preprocessor_config.json, else as in Meta's code."""
     fields: JsonObject | None = None
     if (source / "preprocessor_config.json").exists():
         fields = read_json(source / "preprocessor_config.json", REMEDY)

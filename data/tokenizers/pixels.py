@@ -41,7 +41,7 @@ def image_pixels(encoded: bytes, size: int) -> np.ndarray:
 
 
 def image_pixels_whole(encoded: bytes, size: int, long_side: str) -> np.ndarray:
-    """As ``image_pixels``, pixel for pixel as Chameleon's own preparation, which is slower.
+    """Prepares pixels exactly as Chameleon does, which is slower than ``image_pixels``.
 
     JPEGs are decoded at full resolution, the whole image is resized, then cropped at whole pixels.
     ``long_side``: how the longer side becomes an integer, "round" (Meta) or "floor" (Hugging Face).

@@ -159,7 +159,7 @@ def limits(spec: "PrepareSpec") -> dict[str, Any]:
 
 
 def sampling(spec: "PrepareSpec") -> Sampling:
-    """As many frames as improve the tokenizer."""
+    """Number of frames to train on: as many as improve the tokenizer."""
 
     def read(encoded: bytes) -> np.ndarray:
         with decoding("corrupt-audio", "audio"):

@@ -199,7 +199,7 @@ class Branch(Module):
             )
 
         def collectives(self, batch: Microbatch) -> Iterator[Collective]:
-            """What tensor, expert and context parallelism send."""
+            """Collectives of tensor, expert and context parallelism."""
             yield from ()
 
         def even_sizes(self, axis: Literal["tensor", "expert"]) -> dict[str, int]:
@@ -207,7 +207,7 @@ class Branch(Module):
             return {}
 
         def refusal(self, use: Use) -> str | None:
-            """Why the branch cannot be used in that way; None if it can."""
+            """Reason that the branch cannot be used in that way; None if it can."""
             if use in self.supports:
                 return None
             return f"{self.kind} does not say how it works with {use.replace('_', ' ')}"
@@ -215,7 +215,7 @@ class Branch(Module):
         def inherit(
             self, name: str, shape: Shape, parent: Parent, modality_groups: int
         ) -> Inherited | None:
-            """Where upcycling takes the parameter ``name``, a full name, from; None: it is drawn.
+            """Source of the parameter ``name``, a full name, in upcycling; None: it is drawn.
 
             ``ValueError`` if the parent has no such tensor.
             """

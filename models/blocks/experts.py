@@ -113,7 +113,7 @@ class ExpertPool(Module):
         self.dispatcher: TokenDispatcher = LocalDispatcher()
 
     def route(self, x_TD: torch.Tensor, context: ForwardContext) -> Routes:
-        """Which of the tokens (T, D) each expert takes, and their weights."""
+        """Assigns the tokens (T, D) to experts, with weights."""
         return self.router(x_TD, self._eligible(context), context)
 
     def _eligible(self, context: ForwardContext) -> torch.Tensor | None:
@@ -212,7 +212,7 @@ class MixtureOfExperts(Branch):
                     )
 
         def matrices(self) -> list[Matrix]:
-            """Those of shared experts: a token uses some of the pools' alone."""
+            """Matrices of the shared experts; those of pools depend on the routes."""
             return [matrix for shared in self.shared for matrix in shared.matrices()]
 
         def parameters(self, group: int | None = None) -> int:

@@ -31,7 +31,7 @@ CAUSAL = ForwardSettings(rule="causal")
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn.
+    """Settings of sampling.
 
     ``temperature``: 0 takes the most likely token. ``top_p``: nucleus sampling (arXiv 1904.09751);
     1: off. ``top_k``: from the k most likely; 0: off. ``guidance``: classifier-free guidance (arXiv
@@ -205,7 +205,7 @@ class _Rereading:
 
 
 class _Cached(_Rereading):
-    """The same with a decode cache: reads the last token of each row, after the first call.
+    """Reads with a decode cache: takes the last token of each row, after the first call.
 
     A row may also begin another document, with its first token.
     """

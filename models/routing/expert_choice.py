@@ -71,7 +71,7 @@ class ExpertChoice(Router):
             return self.capacity_factor
 
         def routed_rows(self, batch: Microbatch, experts: int, share: float) -> int:
-            """By the static rule, which is the average of exact budgets."""
+            """Rows by the static rule, the average of exact budgets."""
             group_tokens = self.routing_rows * batch.seq_len
             budget = static_budget(share, self.capacity_factor, group_tokens, experts)
             return experts * budget * (batch.rows // self.routing_rows)
@@ -87,7 +87,7 @@ class ExpertChoice(Router):
             return Flops(flops.forward, flops.backward - spared)
 
         def saved(self, dim: int, experts: int, itemsize: int) -> int:
-            """Also the causal router's hidden units before and after SiLU, and its logits."""
+            """Adds the causal router's hidden units before and after SiLU, and its logits."""
             causal = 0 if self.causal is None else 2 * (dim // 2) + 2 * experts
             return Router.Config.saved(self, dim, experts, itemsize) + FP32 // itemsize * causal
 

@@ -47,7 +47,7 @@ class Statistics(Module, ABC):
 
 
 class RouterStats(Statistics):
-    """What a router did.
+    """Load, reach, weights and logits of a router.
 
     ``load_E``: real tokens of each expert. ``sums_K``: eligible tokens, those that some expert
     took, rows, rows of real tokens, their weights, squared logits. ``per_token``: experts that a

@@ -63,7 +63,7 @@ _TARGET = "Meta's Chameleon"
 
 @dataclass(frozen=True)
 class ShardLayout:
-    """How one of our tensors is sharded: along dimension ``dim``, or replicated.
+    """Sharding of one of our tensors: along dimension ``dim``, or replicated.
 
     ``heads``: rotary heads along dimension 0, reordered within each; 0 for none. ``row``: a shard
     has one row for all its heads.

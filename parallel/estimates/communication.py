@@ -79,7 +79,7 @@ class Traffic:
 
     @property
     def received_on_gloo(self) -> float:
-        """The same on gloo, whose reduce_scatter is an all_reduce."""
+        """Traffic on gloo, whose reduce_scatter is an all_reduce."""
         kind = "all_reduce" if self.kind == "reduce_scatter" else self.kind
         return received(kind, self.ranks, self.size)
 

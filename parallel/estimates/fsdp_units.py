@@ -39,7 +39,7 @@ class Unit:
         return self.shard * self.ranks
 
     def gathered_bytes(self, param: int) -> int:
-        """The same in bytes, for a parameter dtype of ``param`` bytes."""
+        """Bytes of the gathered tensor, for a parameter dtype of ``param`` bytes."""
         return self.gathered * (torch.float32.itemsize if self.fp32 else param)
 
 

@@ -154,7 +154,7 @@ def load_pairs(path: Path, tokenizers: Tokenizers) -> list[Pair]:
 
 
 def _cannot_generate(model: Decoder | Pipeline) -> str | None:
-    """Why ``model`` cannot generate; None if it can."""
+    """Reason that ``model`` cannot generate; None if it can."""
     if isinstance(model, Pipeline):
         return (
             "parallelism.pipeline_parallel_degree is above 1, and pipelines do not decode; use "

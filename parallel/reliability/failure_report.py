@@ -34,7 +34,7 @@ _WRONG_PATH = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirect
 
 
 class Cause(NamedTuple):
-    """Why a rank ended; ``text``: a line for the console."""
+    """Cause of a rank's end; ``text``: a line for the console."""
 
     rank: int
     status: int

@@ -128,7 +128,7 @@ class SkipRule(Configurable):
             )
 
     def reason(self, loss: float, grad_norm: float, statistics: list[float]) -> str:
-        """Why a step was skipped; ``statistics``: mean and deviation of loss and norm."""
+        """Cause of a skipped step; ``statistics``: mean and deviation of loss and norm."""
         if not is_finite(loss, grad_norm):
             return f"loss {loss:.4g} and gradient norm {grad_norm:.4g} must be finite"
         name, value, mean, deviation = max(

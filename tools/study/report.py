@@ -43,7 +43,7 @@ def _validations(lines: Sequence[dict[str, Any]]) -> tuple[np.ndarray, dict[str,
     trained = sorted((x for x in lines if x["kind"] == TRAIN), key=lambda x: x["step"])
     held_out = sorted((x for x in lines if x["kind"] == VALIDATION), key=lambda x: x["step"])
     if not trained or not held_out:
-        raise ValueError("a run has logged no validation; train it to its end, or anew")
+        raise ValueError("a run has logged no validation; train it to its end, or start it again")
     done = [sum(v for k, v in line.items() if k.startswith("flops/")) for line in trained]
     steps = [line["step"] for line in trained]
     flops_P = np.interp([line["step"] for line in held_out], steps, done)
@@ -83,7 +83,7 @@ class Comparison:
         return float(min(curve["flops"][-1] for curve in self.found.values()))
 
     def losses_S(self, config: str, label: str) -> np.ndarray:
-        """Of each seed at ``flops``; NaN where it has no loss on both sides."""
+        """Loss of each seed, interpolated at ``flops``; NaN where it has no loss on both sides."""
         curve = self.found[config]
         return np.array([float(_at(self.flops, curve["flops"], row_P)) for row_P in curve[label]])
 
