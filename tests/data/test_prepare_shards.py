@@ -26,7 +26,7 @@ def text_spec(raw, out, shards, **changes):
 
 
 def said_by(spec):
-    """What prepare writes to standard error, and the manifest of the source."""
+    """Runs prepare; returns its standard error and the manifest of the source."""
     progress = Progress(io.StringIO())
     manifest = prepare(spec, progress)["train/t"]
     return progress.file.getvalue(), manifest

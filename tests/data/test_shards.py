@@ -179,7 +179,7 @@ def test_a_shard_that_vanishes_or_changes_after_the_source_is_opened_is_named(wr
 
 @pytest.mark.parametrize("most", [1, 5])
 def test_any_number_of_shards_is_read_with_few_mapped(tmp_path, monkeypatch, most):
-    """Of two sources together no more than so many are mapped, whatever the order of reading."""
+    """Two sources together map at most so many shards, in any order of reading."""
     rng = np.random.default_rng(4)
     documents = [[mixed_document(rng) for _ in range(24)] for _ in range(2)]
     folders = [write_source(tmp_path / str(i), d, shards=8) for i, d in enumerate(documents)]

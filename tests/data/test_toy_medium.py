@@ -59,7 +59,7 @@ class ToyTokenizer:
 
 
 class ToyModule:
-    """What a row imports. The toy tokenizer learns nothing."""
+    """The module that a row imports. The toy tokenizer learns nothing."""
 
     QUALITY = "error"
 

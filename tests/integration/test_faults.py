@@ -206,7 +206,7 @@ def test_the_spike_guard_skips_what_stands_out_and_remembers_across_a_restart(tm
 
 
 def judged(rule: SkipRule, loss: float, grad_norm: float) -> str:
-    """What the rule says of one more step; "" if it is taken."""
+    """The rule's reason to skip one more step; "" if it is taken."""
     values = torch.tensor([loss, grad_norm], dtype=torch.float64)
     said = []
     rule._count = lambda what, last_checkpoint: said.append(what)

@@ -45,7 +45,7 @@ def until(condition: Callable[[], Any]) -> Any:
 
 
 def alive(pid: int) -> bool:
-    """Whether the process still runs; a zombie does not."""
+    """True if the process still runs; a zombie does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
@@ -72,7 +72,7 @@ class Job:
             )
 
     def pids(self) -> list[int]:
-        """Of both ranks, once they run."""
+        """Process ids of both ranks, once they run."""
         files = [self.folder / f"pid-{rank}" for rank in range(2)]
 
         def running() -> list[int]:
@@ -82,7 +82,7 @@ class Job:
         return until(running)
 
     def last_step(self) -> int:
-        """Of the lines logged; one that is being written is left out."""
+        """Last step logged; a line that is being written does not count."""
         path = self.folder / "metrics.jsonl"
         lines = path.read_text().rpartition("\n")[0].splitlines() if path.exists() else []
         return json.loads(lines[-1])["step"] if lines else 0

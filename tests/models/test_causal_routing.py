@@ -34,7 +34,7 @@ def causal_model(std: float = 0.3, **config) -> torch.nn.Module:
 
 
 def batch(first: int = 0) -> MixedBatch:
-    """Of two rows; tokens from ``first`` on, and all of the second row, are others if not 0."""
+    """Two rows; with ``first``, other tokens from there on and in all of the second row."""
     generator = torch.Generator().manual_seed(0)
     tokens_BS = torch.randint(SHAPE.vocab_size, (2, S), generator=generator)
     if first:

@@ -50,7 +50,7 @@ def gradients(layer, x, dy, *others):
 
 
 def errors(layer, x, *others) -> dict[str, float]:
-    """Of each parameter: by how much its gradient in bf16 is off from that in fp32, relative."""
+    """Relative error of each parameter's gradient in bf16, against fp32."""
     generator = torch.Generator().manual_seed(2)
     for parameter in layer.parameters():
         parameter.data = 0.5 + 0.3 * torch.randn(parameter.shape, generator=generator)

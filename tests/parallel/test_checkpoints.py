@@ -359,7 +359,7 @@ def test_a_checkpoint_that_latest_names_and_is_gone_is_refused_with_what_is_ther
 
 
 def trained_to(folder: Path, step: int, **settings) -> Path:
-    """What a run leaves besides its checkpoints."""
+    """Writes the files that a run leaves besides its checkpoints."""
     folder.mkdir(exist_ok=True)
     checkpoint = {"enable": True, "interval": 3, **settings}
     (folder / "run.json").write_text(json.dumps({"config": {"checkpoint": checkpoint}}))

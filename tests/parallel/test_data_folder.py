@@ -49,7 +49,7 @@ def resolved(config, ranks=1):
 
 
 def refusal(config) -> str:
-    """What the start of a run on its data says."""
+    """Console output of the start of a run on its data."""
     with pytest.raises(ValueError) as caught:
         resolved(config)
     return str(caught.value)

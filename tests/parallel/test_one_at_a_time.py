@@ -60,7 +60,9 @@ def test_only_rank_0_of_a_job_takes_the_lock(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     first = run_folder.Reservation(tmp_path)
     monkeypatch.setenv("RANK", "1")
-    run_folder.Reservation(tmp_path).release()
+    other = run_folder.Reservation(tmp_path)
+    assert first.lock is not None and other.lock is None
+    other.release()
     first.release()
 
 

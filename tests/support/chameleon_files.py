@@ -107,7 +107,7 @@ def processor(places: list[int]):
 
 
 def save_hugging_face(model, folder: Path) -> Path:
-    """What a user has: sharded weights, config, tokenizer.json and the processors' settings."""
+    """A user's folder: sharded weights, config, tokenizer.json and the processors' settings."""
     model.save_pretrained(folder, max_shard_size="200KB")
     processor(order()).save_pretrained(folder)
     assert (folder / "model.safetensors.index.json").exists()

@@ -174,7 +174,7 @@ def trace(case: str) -> list[str]:
 
 
 def _finish_step(model: Decoder, losses: Losses) -> None:
-    """What a trainer does between backward and the next step."""
+    """Runs the trainer's work between backward and the next step."""
     clipping = GradientClipping([list(model.parameters())], 1.0)
     clipping.copies[0, len(clipping.groups[0])] = torch.ones(
         len(clipping.groups[0]), dtype=torch.int64, device="cuda"

@@ -79,7 +79,7 @@ def in_pairs(halves: torch.Tensor, head_dim: int) -> torch.Tensor:
 
 
 def meta_shard(model: nn.Module, shard: int, shards: int) -> dict[str, torch.Tensor]:
-    """What one of Meta's model-parallel ranks holds of a Hugging Face model."""
+    """Shard of a Hugging Face model on one of Meta's model-parallel ranks."""
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     config = model.config
     head_dim = config.hidden_size // config.num_attention_heads

@@ -62,7 +62,7 @@ def sizes_of(model: nn.Module) -> dict:
 
 
 def write_mamba_ssm(folder: Path, model: nn.Module, **fields) -> Path:
-    """What ``MambaLMHeadModel.save_pretrained`` writes of the first released models."""
+    """Files as ``MambaLMHeadModel.save_pretrained`` wrote the first released models."""
     config = model.config
     folder.mkdir()
     description = {

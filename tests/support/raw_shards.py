@@ -98,7 +98,7 @@ def contents(folder):
 
 
 def files(folder) -> int:
-    """How many there are, finished or not, while others may be renaming them."""
+    """Number of shards, finished or not, while others may be renaming them."""
     return sum(len(names) for _, _, names in os.walk(folder))
 
 
