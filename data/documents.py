@@ -19,12 +19,14 @@ _LONGEST_MESSAGE = 1000  # characters; a damaged file can put anything into an e
 class Segment:
     """Content of one modality; ``payload`` is text, or the bytes of an image or audio file.
 
-    ``origin``: the member or entry it comes from, for messages.
+    ``origin``: the member or entry it comes from, for messages. ``continues``: it is a further
+    frame of the video to which the segment before it belongs.
     """
 
     modality: Modality
     payload: str | bytes
     origin: str = field(default="", compare=False)
+    continues: bool = False
 
     def __post_init__(self) -> None:
         wanted = str if self.modality == Modality.TEXT else bytes

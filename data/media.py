@@ -151,6 +151,7 @@ class Medium:
     ``item``              name of one of them
     ``suffixes``          of members in raw shards
     ``list_name``         its list in the JSON of interleaved samples
+    ``video_list``        the list of its videos there, each a list of frames; "": it has none
     ``caption_fields``    JSON fields with the caption of a pair, in order of preference
     ``sentinels``         control pieces of a text tokenizer, around a block
     ``module``            imports its code; at the top of a file, so that worker processes find it
@@ -175,6 +176,7 @@ class Medium:
     written: str
     colour: str
     always: bool = False
+    video_list: str = ""
 
     @property
     def label(self) -> str:
@@ -194,7 +196,7 @@ MEDIA: dict[str, Medium] = {
             modality=Modality.IMAGE,
             payload="image",
             item="image",
-            suffixes=("jpg", "jpeg", "png", "webp"),
+            suffixes=("jpg", "jpeg", "png", "webp", "gif"),
             list_name="images",
             caption_fields=("caption",),
             sentinels=("<image>", "</image>"),
@@ -204,6 +206,7 @@ MEDIA: dict[str, Medium] = {
             written="png",
             colour="#c8553d",
             always=True,
+            video_list="frames",
         ),
         Medium(
             modality=Modality.SPEECH,

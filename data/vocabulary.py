@@ -41,9 +41,9 @@ def check_same(path: Path, here: Vocabulary, data: Vocabulary, manifest: Path) -
 
 
 def _medium(fields: JsonObject) -> MediaCodes:
-    fields.check_names(("modality", *_CODES))
+    fields.check_names(("modality", *_CODES, "separator"))
     labels = [modality.label for modality in Modality if modality != Modality.TEXT]
     modality: Modality = Modality[fields.field("modality", str, choices=labels)]
-    return MediaCodes(
-        modality, **{name: fields.field(name, int, least=0, most=MOST_IDS) for name in _CODES}
-    )
+    codes = {name: fields.field(name, int, least=0, most=MOST_IDS) for name in _CODES}
+    separator = fields.field("separator", int, default=None, least=0, most=MOST_IDS)
+    return MediaCodes(modality, **codes, separator=separator)

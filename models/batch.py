@@ -58,7 +58,7 @@ class MixedBatch:
     ) -> "MixedBatch":
         """A batch from tokens alone: all text, one document per row, no labels, unless given.
 
-        Positions count from 0 in each document.
+        Positions count from 0 in each document; spans follow from ``modality_BS``.
         """
         bytes_BS = torch.zeros_like(tokens_BS, dtype=torch.uint8)
         ints_BS = torch.zeros_like(tokens_BS, dtype=torch.int32)
@@ -71,7 +71,7 @@ class MixedBatch:
             bytes_BS if label_modality_BS is None else label_modality_BS,
             document_BS,
             places_in_documents(document_BS) if positions_BS is None else positions_BS,
-            ints_BS,
+            ints_BS if modality_BS is None else spans(modality_BS),
             bytes_BS,
             vectors_BSP,
         )
@@ -98,6 +98,17 @@ class MixedBatch:
 
     def _map(self, function: Callable[[str, torch.Tensor], torch.Tensor]) -> "MixedBatch":
         return MixedBatch(**{name: function(name, t) for name, t in self.tensors().items()})
+
+
+def spans(modality_BS: torch.Tensor) -> torch.Tensor:
+    """(B, S) int32: number of the item (image, frame, utterance) in its row, from 1; 0 on text.
+
+    Sentinels stand between items and items are whole, so a run of one modality is one item.
+    """
+    media_BS = modality_BS != 0
+    begins_BS = media_BS.clone()
+    begins_BS[:, 1:] &= modality_BS[:, 1:] != modality_BS[:, :-1]
+    return begins_BS.cumsum(1, dtype=torch.int32) * media_BS
 
 
 def places_in_documents(document_BS: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ from a text piece: the layout is the contract between tokenizers, data and model
 and end of an image …) count as text, as in Chameleon.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -72,8 +72,9 @@ Modality.TEXT, Modality.IMAGE, Modality.SPEECH = Modality
 class MediaCodes:
     """One medium's codes: ``count`` ids from ``start``, and the sentinels around a block of them.
 
-    ``block``: codes between ``begin`` and ``end``; 0 where blocks vary in length. A continuous
-    medium has one code, the placeholder of its vectors.
+    ``block``: codes of an item; 0 where items vary in length. A continuous medium has one code, the
+    placeholder of its vectors. ``separator``: stands between the frames of a video, which is one
+    block of several items; None where the data have no videos.
     """
 
     modality: Modality
@@ -82,6 +83,29 @@ class MediaCodes:
     begin: int
     end: int
     block: int = 0
+    separator: int | None = None
+
+    @property
+    def sentinels(self) -> tuple[int, ...]:
+        """Begin, end and, if there is one, the separator."""
+        separators = () if self.separator is None else (self.separator,)
+        return (self.begin, self.end, *separators)
+
+    def block_of(self, items: Sequence[Sequence[int]]) -> list[int]:
+        """One item, or the frames of a video, as a block; codes are ids of the vocabulary.
+
+        ``ValueError`` for several items without a separator.
+        """
+        if len(items) > 1 and self.separator is None:
+            raise ValueError(
+                f"a video of {len(items)} frames needs a frame separator, which the vocabulary "
+                "lacks; prepare the data with --video-frames"
+            )
+        tokens = [self.begin, *items[0]]
+        for item in items[1:]:
+            assert self.separator is not None, "checked above"
+            tokens += [self.separator, *item]
+        return [*tokens, self.end]
 
 
 @dataclass(frozen=True)
@@ -114,6 +138,13 @@ class Vocabulary:
         for medium in self.media:
             sentinels[f"begin of {medium.modality.label}"] = medium.begin
             sentinels[f"end of {medium.modality.label}"] = medium.end
+            if medium.separator is not None:
+                sentinels[f"separator of {medium.modality.label}"] = medium.separator
+                if medium.separator in (medium.begin, medium.end):
+                    raise ValueError(
+                        f"separator of {medium.modality.label} ({medium.separator}) must differ "
+                        "from its begin and end; give it an id of its own"
+                    )
         for name, token in sentinels.items():
             if not 0 <= token < self.size:
                 raise ValueError(f"{name} ({token}) must lie in [0, {self.size}); correct the id")
@@ -149,6 +180,8 @@ class Vocabulary:
         fields = asdict(self)
         for medium in fields["media"]:
             medium["modality"] = Modality(medium["modality"]).label
+            if medium["separator"] is None:  # as vocabularies were before there were videos
+                del medium["separator"]
         fields["media"] = list(fields["media"])
         return fields
 

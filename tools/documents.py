@@ -1,6 +1,7 @@
 """Converts documents between files of a user and tokens of a model.
 
-A document is a list of segments: ``{"text": …}``, or ``{"image": path}`` and so on for each medium.
+A document is a list of segments: ``{"text": …}``, or ``{"image": path}`` and so on for each medium,
+or ``{"frames": [path, …]}``, the images of a video.
 The tokenizers must be those that the model was trained with: its checkpoint has their hashes.
 """
 
@@ -17,6 +18,7 @@ from earlyfuse.data.documents import BadSample
 from earlyfuse.data.json_files import MOST_BYTES, load_json, read_json, shown
 from earlyfuse.data.media import MEDIA, medium_of
 from earlyfuse.data.tokenizers import TEXT_FILES, Tokenizers, text_file
+from earlyfuse.data.tokenizers.animation import MOST_FRAMES
 from earlyfuse.models.state_dicts.config_json import CONFIG, FORMAT, TOKENIZERS
 from earlyfuse.models.vocabulary import MediaCodes, Modality, Vocabulary
 from earlyfuse.parallel.checkpoint.file_layout import (
@@ -30,7 +32,8 @@ from earlyfuse.parallel.checkpoint.files.dcp_reader import DcpReader
 from earlyfuse.parallel.checkpoint.identity import data_identity
 from earlyfuse.parallel.reporting.run_folder import read_config
 
-Segment = dict[str, str]
+Segment = dict[str, str | list[str]]
+FRAMES = "frames"
 _REMEDY = "copy it again"
 
 
@@ -138,21 +141,34 @@ def _segments(line: str, where: str, folder: Path) -> list[Segment]:
     right = isinstance(segments, list) and all(
         isinstance(s, dict)
         and len(s) == 1
-        and s.keys() <= {"text", *MEDIA}
-        and all(isinstance(value, str) for value in s.values())
+        and s.keys() <= {"text", *MEDIA, FRAMES}
+        and all(map(_is_value, s, s.values()))
         for s in segments
     )
     if not right:
         raise ValueError(
             f'{where} must be a list of {{"text": …}}'
             + "".join(f' and {{"{label}": path}}' for label in MEDIA)
+            + f' and {{"{FRAMES}": [path, …]}}'
             + f", not {shown(segments)}; correct that line"
         )
     return [
-        {kind: value if kind == "text" else str(folder / value)}
+        {
+            kind: [str(folder / path) for path in value]
+            if kind == FRAMES
+            else value
+            if kind == "text"
+            else str(folder / value)
+        }
         for segment in segments
         for kind, value in segment.items()
     ]
+
+
+def _is_value(kind: str, value: object) -> bool:
+    if kind != FRAMES:
+        return isinstance(value, str)
+    return isinstance(value, list) and bool(value) and all(isinstance(v, str) for v in value)
 
 
 def to_tokens(segments: Sequence[Segment], tokenizers: Tokenizers) -> list[int]:
@@ -160,13 +176,17 @@ def to_tokens(segments: Sequence[Segment], tokenizers: Tokenizers) -> list[int]:
     vocabulary = tokenizers.vocabulary
     tokens = [vocabulary.bos]
     for segment in segments:
-        if "text" in segment:
-            tokens += tokenizers.text.encode(segment["text"])
+        ((kind, value),) = segment.items()
+        if kind == "text":
+            tokens += tokenizers.text.encode(str(value))
             continue
-        ((kind, path),) = segment.items()
-        medium = _medium(kind, path, tokenizers)
-        codes = _codes(kind, path, tokenizers) + medium.start
-        tokens += [medium.begin, *codes.tolist(), medium.end]
+        label = "image" if kind == FRAMES else kind
+        paths = value if isinstance(value, list) else [value]
+        medium = _medium(label, paths[0], tokenizers)
+        if len(paths) > MOST_FRAMES:
+            raise ValueError(f"frames ({len(paths)}) must be at most {MOST_FRAMES}; give fewer")
+        codes = [_codes(label, path, tokenizers) + medium.start for path in paths]
+        tokens += medium.block_of([frame.tolist() for frame in codes])
     return tokens
 
 
@@ -198,22 +218,33 @@ def _codes(kind: str, path: str, tokenizers: Tokenizers) -> np.ndarray:
 def to_segments(
     tokens: Sequence[int], tokenizers: Tokenizers, folder: Path, stem: str
 ) -> list[Segment]:
-    """Decodes generated tokens; media are written to ``folder``/``stem``-0.png, -1.wav …."""
+    """Decodes generated tokens; media are written to ``folder``/``stem``-0.png, -1.wav …, each
+    frame of a video to a file of its own.
+    """
     vocabulary = tokenizers.vocabulary
     tokens = [token for token in tokens if token not in (vocabulary.bos, vocabulary.eos)]
     modality_T = vocabulary.modality_of(torch.tensor(tokens, dtype=torch.int64)).tolist()
+    separators = {medium.separator for medium in vocabulary.media}
     segments: list[Segment] = []
     media = 0
+    continues = False
     for modality, run in groupby(zip(modality_T, tokens, strict=True), key=lambda pair: pair[0]):
         ids = [token for _, token in run]
         if modality == Modality.TEXT:
-            text = tokenizers.text.decode(ids)  # sentinels of media decode to nothing
+            continues = ids[-1] in separators
+            # begin and end of media decode to nothing
+            text = tokenizers.text.decode([token for token in ids if token not in separators])
             segments += [{"text": text}] if text else []
             continue
         medium = medium_of(modality)
         codes = np.array(ids) - vocabulary.medium(medium.modality).start
         name = f"{stem}-{media}.{medium.written}"
         atomic_write_bytes(folder / name, tokenizers.media[medium.label].to_file(codes))
-        segments.append({medium.label: name})
         media += 1
+        if continues:  # the segment before is its first frames, if the prompt has not
+            (earlier,) = segments.pop().values() if segments else ([],)
+            frames = earlier if isinstance(earlier, list) else [earlier]
+            segments.append({FRAMES: [*frames, name]})
+        else:
+            segments.append({medium.label: name})
     return segments

@@ -54,11 +54,11 @@ def build(out: Path, train: list[str], validation: list[str], **options: Any) ->
     return inspect(out)
 
 
-def corpus(out: Path, scale: float, speech: bool, **options: Any) -> int:
+def corpus(out: Path, scale: float, extra: str | None, **options: Any) -> int:
     """Build the embedded corpus and prepare it."""
     from earlyfuse.data.prepare.embedded import prepare_corpus
 
-    prepare_corpus(out, scale=scale, speech=speech, **_given(options))
+    prepare_corpus(out, scale=scale, extra=extra, **_given(options))
     return inspect(out)
 
 
@@ -100,6 +100,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-bad-rate", type=float, help="stop above this share of bad samples (0.01)")
     replace = "rebuild existing sources that were made from other raw shards (off: refuse)"
     add("--replace", action="store_true", help=replace)
+    frames = "most frames of a video: a list of frames, an animated GIF or WebP (0: no videos)"
+    add("--video-frames", type=int, metavar="N", help=frames)
+    add("--frame-stride", type=int, metavar="N", help="take every N-th frame of a video (1)")
+    long_video = (
+        "of a video with more frames: even, take some at equal distances; first, take the first; "
+        "drop, count the sample as bad (even)"
+    )
+    add("--long-video", metavar="POLICY", help=long_video)
     _add_tokenizer_options(builder)
 
     embedded = commands.add_parser(
@@ -110,7 +118,11 @@ def _parser() -> argparse.ArgumentParser:
     add("out", type=Path, help="folder to write, or to resume in")
     add("--scale", type=float, default=1.0, help="share of the corpus to build (1.0)")
     speech = "with digits and names spoken by espeak-ng, which must be installed; 256 codes (off)"
-    add("--speech", action="store_true", help=speech)
+    clips = "with short clips of digits and glyphs in motion, described in words (off)"
+    choice = embedded.add_mutually_exclusive_group()
+    kind: dict[str, Any] = {"dest": "extra", "action": "store_const"}
+    choice.add_argument("--speech", const="speech", help=speech, **kind)
+    choice.add_argument("--clips", const="clips", help=clips, **kind)
     _add_tokenizer_options(embedded)
 
     viewer = commands.add_parser(

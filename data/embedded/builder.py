@@ -14,16 +14,17 @@ from typing import Any
 import soundfile
 from tqdm import tqdm
 
-from earlyfuse.data.embedded import compose, digits, glyphs, prose, speech
+from earlyfuse.data.embedded import clips, compose, digits, glyphs, prose, speech
 from earlyfuse.data.embedded.compose import Parts
 from earlyfuse.data.embedded.shards import write_shards
-from earlyfuse.data.embedded.tasks import prompts, spoken_task, tasks
+from earlyfuse.data.embedded.tasks import clip_task, prompts, spoken_task, tasks
 from earlyfuse.data.json_files import read_json, shown
 
 FORMAT = "earlyfuse-corpus/1"
 CORPUS_FILE = "corpus.json"  # identifies a folder as a corpus
 SOURCES = ("text", "glyphs", "digits", "interleaved")
-SPEECH = "speech"
+SPEECH, CLIPS = "speech", "clips"
+EXTRAS = (SPEECH, CLIPS)  # sources of corpora of their own
 SPLITS = ("train", "validation")
 
 _SAMPLES_PER_SHARD = 2500
@@ -32,6 +33,8 @@ _FACES = {"train": glyphs.TRAIN_FACES, "validation": glyphs.HELD_OUT_FACES}
 _INTERLEAVED = {"train": 3000, "validation": 300}
 _SPOKEN = {"train": 4000, "validation": 300}
 _SPOKEN_TASK = 15  # of each digit
+_CLIPS = {"train": 3000, "validation": 300}
+_CLIP_TASK = 15  # of each motion
 _GLYPHS_PER_WORD = {"train": 40, "validation": 25}  # of one script word in one face
 _HELD_OUT_TEXT = 0.05
 _SPELLED_WORDS = 400
@@ -53,11 +56,12 @@ _SPEECH_README = (
     "| speech | digits and glyph names spoken by espeak-ng, composed with the above "
     "| the program is GPL-3.0-or-later |\n"
 )
+_CLIPS_README = "| clips | digits and glyphs in motion, described in words | as above |\n"
 
 
-def sources_of(with_speech: bool) -> tuple[str, ...]:
+def sources_of(extra: str | None) -> tuple[str, ...]:
     """Names of the sources of the corpus."""
-    return (*SOURCES, SPEECH) if with_speech else SOURCES
+    return SOURCES if extra is None else (*SOURCES, extra)
 
 
 @dataclass(frozen=True)
@@ -85,14 +89,15 @@ def build_corpus(
     seed: int = 0,
     scale: float = 1.0,
     image_size: int = 16,
-    with_speech: bool = False,
+    extra: str | None = None,
     progress: bool = False,
 ) -> CorpusPaths:
     """Build the corpus in ``folder``, unless it is there; ``progress`` shows a bar.
 
     ``scale`` in (0, 1] is the share of documents to make, ``image_size`` a multiple of 8 pixels.
-    ``with_speech`` adds the source ``speech``; the others are the same with and without it. The
-    corpus is built in another folder and renamed at the end, so an existing one is complete.
+    ``extra`` ("speech" or "clips") adds the source of this name; the others are the same with and
+    without it. The corpus is built in another folder and renamed at the end, so an existing one is
+    complete.
     Raises ``ValueError`` for values out of range, for a folder that holds something else, and for
     speech without espeak-ng.
     """
@@ -104,11 +109,13 @@ def build_corpus(
         )
     folder = Path(folder)
     spec: dict[str, Any] = {"seed": seed, "scale": scale, "image_size": image_size}
-    if with_speech:
-        spec[SPEECH] = True
+    if extra is not None:
+        if extra not in EXTRAS:
+            raise ValueError(f"extra ({extra!r}) must be one of {', '.join(EXTRAS)}, or None")
+        spec[extra] = True
     if _is_built(folder, spec):
         return CorpusPaths(folder)
-    synthesiser = speech.espeak_version() if with_speech else None
+    synthesiser = speech.espeak_version() if extra == SPEECH else None
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as beside:
         made = Path(beside) / "corpus"
@@ -142,7 +149,7 @@ def _write(folder: Path, spec: dict[str, Any], synthesiser: str | None, progress
     for a corpus with speech.
     """
     seed, scale, size = spec["seed"], spec["scale"], spec["image_size"]
-    sources = sources_of(synthesiser is not None)
+    sources = sources_of(next((extra for extra in EXTRAS if extra in spec), None))
     total = 1 + len(SPLITS) * len(sources)
     with tqdm(total=total, desc="embedded corpus", unit="step", disable=not progress) as bar:
         text = _text(seed, scale)
@@ -155,6 +162,12 @@ def _write(folder: Path, spec: dict[str, Any], synthesiser: str | None, progress
             documents = _documents(split, spec, text[split], drawn[split], scans[split], words)
             if synthesiser is not None:
                 documents[SPEECH] = _speech(split, seed, scale, scans[split], drawn[split])
+            if CLIPS in sources:
+                documents[CLIPS] = clips.clip_documents(
+                    max(1, round(_CLIPS[split] * scale)),
+                    clips.subjects(scans[split], drawn[split]),
+                    random.Random(f"{seed}/clips/{split}"),
+                )
             counts[split] = {source: len(documents[source]) for source in sources}
             for source in sources:
                 write_shards(folder / split / source, documents[source], _SAMPLES_PER_SHARD)
@@ -169,6 +182,12 @@ def _write(folder: Path, spec: dict[str, Any], synthesiser: str | None, progress
         about["versions"][speech.PROGRAM] = synthesiser
         about["versions"]["libsndfile"] = soundfile.__libsndfile_version__
         about["held_out_timbres"] = list(speech.HELD_OUT_TIMBRES)
+    if CLIPS in sources:
+        subjects = clips.subjects(scans["validation"], drawn["validation"])
+        each = max(1, round(_CLIP_TASK * scale))
+        rng = random.Random(f"{seed}/clips/task")
+        checks["tasks"].append(clip_task(clips.moving(each, subjects, rng)))
+        readme += _CLIPS_README
     _write_json(folder / "validation" / "tasks.json", checks)
     _write_json(folder / "validation" / "prompts.json", prompts(*held_out))
     (folder / "README.md").write_text(readme, encoding="utf-8")
@@ -183,7 +202,7 @@ def _documents(
     scans: Sequence[digits.Digit],
     words: Sequence[str],
 ) -> dict[str, list[Parts]]:
-    """Shuffled documents of all sources but speech. ``words``: to be spelled in glyphs."""
+    """Shuffled documents of ``SOURCES``. ``words``: to be spelled in glyphs."""
     rng = random.Random(f"{spec['seed']}/{split}")
     documents: dict[str, list[Parts]] = {
         "text": text,

@@ -1,6 +1,7 @@
 """Composes documents of digit and glyph images and words, in true relations.
 
-A document is a list of parts: text as ``str``, an image as its PNG ``bytes``, an ``Utterance``.
+A document is a list of parts: text as ``str``, an image as its PNG ``bytes``, an ``Utterance``, a
+``Clip``.
 The words to predict follow the media as early as the sentence allows, after a constant prefix.
 """
 
@@ -19,7 +20,14 @@ class Utterance:
     flac: bytes
 
 
-Parts = list[str | bytes | Utterance]
+@dataclass(frozen=True)
+class Clip:
+    """A video as the PNGs of its frames."""
+
+    frames: tuple[bytes, ...]
+
+
+Parts = list[str | bytes | Utterance | Clip]
 
 IMAGE_FIRST = 0.7  # share of documents in which the images come before their words
 DIGIT_PREFIX = "handwritten digit "

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from webdataset import TarWriter
 
-from earlyfuse.data.embedded.compose import Parts
+from earlyfuse.data.embedded.compose import Clip, Parts
 
 
 def write_shards(folder: Path, documents: Sequence[Parts], per_shard: int) -> None:
@@ -24,8 +24,8 @@ def write_shards(folder: Path, documents: Sequence[Parts], per_shard: int) -> No
 
 
 def _members(parts: Parts) -> dict[str, bytes]:
-    lists: dict[str, list[str | None]] = {
-        name: [None] * len(parts) for name in ("texts", "images", "audio")
+    lists: dict[str, list[str | list[str] | None]] = {
+        name: [None] * len(parts) for name in ("texts", "images", "audio", "frames")
     }
     images: dict[str, bytes] = {}
     audio: dict[str, bytes] = {}
@@ -35,9 +35,14 @@ def _members(parts: Parts) -> dict[str, bytes]:
         elif isinstance(part, bytes):
             lists["images"][place] = name = f"{len(images)}.png"
             images[name] = part
+        elif isinstance(part, Clip):
+            names = [f"{len(images) + number}.png" for number in range(len(part.frames))]
+            lists["frames"][place] = list(names)
+            images |= zip(names, part.frames, strict=True)
         else:
             lists["audio"][place] = name = f"{len(audio)}.flac"
             audio[name] = part.flac
-    if not audio:
-        del lists["audio"]
+    for optional in ("audio", "frames"):
+        if not any(lists[optional]):
+            del lists[optional]
     return {"json": json.dumps(lists, ensure_ascii=False).encode(), **images, **audio}

@@ -3,7 +3,8 @@
 ``tasks.json`` is ``{"tasks": [{"name", "prefix", "candidates", "items": [{"image", "answer"}]}]}``
 with images as base64 of PNG. The answer follows image and prefix; chance is one in
 ``len(candidates)``, or the share of the most frequent answer, whichever is more. Items of a spoken
-task have ``speech``, base64 of FLAC, instead of an image.
+task have ``speech``, base64 of FLAC, instead of an image, those of a task on clips ``frames``, a
+list of images.
 
 ``prompts.json`` is ``{"prompts": [{"caption", "image"}]}``. A caption is a whole text as it stands
 before or after its image in a document.
@@ -16,7 +17,8 @@ from collections.abc import Sequence
 from itertools import cycle, islice, zip_longest
 from typing import Any
 
-from earlyfuse.data.embedded.compose import DIGIT_PREFIX, GLYPH_PREFIX
+from earlyfuse.data.embedded.clips import MOTION_PREFIX
+from earlyfuse.data.embedded.compose import DIGIT_PREFIX, GLYPH_PREFIX, Clip
 from earlyfuse.data.embedded.digits import Digit
 from earlyfuse.data.embedded.glyphs import glyph_name, script_word
 from earlyfuse.data.embedded.speech import SPOKEN_PREFIX
@@ -48,6 +50,19 @@ def spoken_task(utterances: Sequence[tuple[str, bytes]]) -> dict[str, Any]:
         "prefix": SPOKEN_PREFIX,
         "candidates": sorted({word for word, _ in utterances}),
         "items": [{"speech": _base64(flac), "answer": word} for word, flac in utterances],
+    }
+
+
+def clip_task(moving: Sequence[tuple[str, Clip]]) -> dict[str, Any]:
+    """The task of naming the motion, from all ``moving`` (motion, clip)."""
+    return {
+        "name": "clip motion",
+        "prefix": MOTION_PREFIX,
+        "candidates": sorted({motion for motion, _ in moving}),
+        "items": [
+            {"frames": [_base64(png) for png in clip.frames], "answer": motion}
+            for motion, clip in moving
+        ],
     }
 
 

@@ -37,6 +37,7 @@ from earlyfuse.data.prepare.existing_shards import (
     existing_shards,
     raw_hashes,
 )
+from earlyfuse.data.prepare.frames import FrameRule
 from earlyfuse.data.prepare.progress import Progress
 from earlyfuse.data.prepare.spec import SPLITS, PrepareSpec, Source
 from earlyfuse.data.prepare.tokenise import ShardJob, recipe_of, tokenise_shard
@@ -141,7 +142,8 @@ def _check_sources(
 
 def _jobs(spec: PrepareSpec, source: Source, tokenizers: Tokenizers) -> list[ShardJob]:
     limits = {label: MEDIA[label].module().limits(spec) for label in tokenizers.media}
-    recipe = recipe_of(tokenizers, spec.layout, spec.image_first, limits)
+    frames = FrameRule(spec.video_frames, spec.frame_stride, spec.long_video)
+    recipe = recipe_of(tokenizers, spec.layout, spec.image_first, limits, frames)
     return [
         ShardJob(
             raw=raw,
@@ -153,6 +155,7 @@ def _jobs(spec: PrepareSpec, source: Source, tokenizers: Tokenizers) -> list[Sha
             layout=spec.layout,
             image_first=spec.image_first,
             limits=limits,
+            frames=frames,
             on_bad=spec.on_bad,
             expected_size=expected,
         )

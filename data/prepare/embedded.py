@@ -5,34 +5,48 @@ from typing import Any
 
 from earlyfuse.data.atomic import atomic_write_bytes
 from earlyfuse.data.console import printable
-from earlyfuse.data.embedded.builder import CORPUS_FILE, CorpusPaths, build_corpus, sources_of
+from earlyfuse.data.embedded.builder import (
+    CLIPS,
+    CORPUS_FILE,
+    SPEECH,
+    CorpusPaths,
+    build_corpus,
+    sources_of,
+)
 from earlyfuse.data.prepare import prepare
 from earlyfuse.data.prepare.progress import Progress
 from earlyfuse.data.prepare.spec import SPLITS, PrepareSpec
 
-SPEECH_CODES = 256  # of the corpus: an hour of two dozen synthetic voices
+# speech: an hour of two dozen synthetic voices. Clips: as many ids as the corpus without, which has
+# no frame separator
+OPTIONS: dict[str, dict[str, Any]] = {
+    SPEECH: {"speech_tokenizer": "kmeans", "speech_codes": 256},
+    CLIPS: {"text_vocab": PrepareSpec.text_vocab - 1, "video_frames": 8},
+}
 
 
 def prepare_corpus(
     out: Path,
     *,
     scale: float = 1.0,
-    speech: bool = False,
+    extra: str | None = None,
     progress: Progress | None = None,
     **options: Any,
 ) -> CorpusPaths:
     """Build raw shards in ``<out>/raw`` and prepare ``out``; quick if that is done already.
 
-    ``scale``: share of the corpus to build; ``speech``: with spoken names, tokenised unless
-    ``options`` say otherwise. ``options``: fields of ``PrepareSpec``. Returns the raw corpus, for
-    its task checks and prompts.
+    ``scale``: share of the corpus to build; ``extra``: with "speech" or "clips", tokenised as
+    ``OPTIONS`` says. ``options``: fields of ``PrepareSpec``, which go before these. Returns the raw
+    corpus, for its task checks and prompts.
 
     Raises ``ValueError``, before anything is written, for a folder that holds anything else, and
     what ``build_corpus`` and ``prepare`` raise.
     """
     _check_own(out)
-    if speech and "tokenizers" not in options:
-        options = {"speech_tokenizer": "kmeans", "speech_codes": SPEECH_CODES, **options}
+    own = OPTIONS.get(extra or "", {})
+    if "tokenizers" in options:  # brings text pieces and codes
+        own = {name: value for name, value in own.items() if name == "video_frames"}
+    options = own | options
     progress = progress or Progress()
     if not (out / "raw" / CORPUS_FILE).exists():
         progress.tell(f"building the embedded corpus in {out} (once; some minutes)")
@@ -41,11 +55,11 @@ def prepare_corpus(
         seed=options.get("seed", PrepareSpec.seed),
         scale=scale,
         image_size=options.get("image_size", PrepareSpec.image_size),
-        with_speech=speech,
+        extra=extra,
         progress=progress.file.isatty(),
     )
     splits: dict[str, Any] = {
-        split: {name: paths.shards(split, name) for name in sources_of(speech)} for split in SPLITS
+        split: {name: paths.shards(split, name) for name in sources_of(extra)} for split in SPLITS
     }
     # of runs that start together and need the same corpus, one makes it
     prepare(PrepareSpec(out=out, **splits, **options), progress, wait=True)

@@ -53,6 +53,8 @@ def _tokenizer_lines(tokenizers: Tokenizers) -> list[str]:
     for label, tokenizer in tokenizers.media.items():
         about = [tokenizer.kind, *(f"{key} {value}" for key, value in tokenizer.settings.items())]
         about += [f"block {tokenizer.block}"] if tokenizer.block else []
+        separator = tokenizers.vocabulary.medium(Modality[label]).separator
+        about += [] if separator is None else [f"frame separator {separator}"]
         lines.append(f"{label:6} {', '.join(about)}, sha256 {tokenizer.sha256}")
     return lines
 

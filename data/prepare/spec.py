@@ -9,9 +9,11 @@ from pathlib import Path
 
 from earlyfuse.data.media import MEDIA, Medium
 from earlyfuse.data.prepare.bad_samples import POLICIES
+from earlyfuse.data.prepare.frames import LONG_VIDEO
 from earlyfuse.data.prepare.shard_files import Paths, check_kinds, find_shards, unused_files
 from earlyfuse.data.raw import LAYOUTS
 from earlyfuse.data.tokenizers import TEXT_FILES, text_file
+from earlyfuse.data.tokenizers.animation import MOST_FRAMES
 from earlyfuse.data.tokenizers.text import check_vocabulary_size
 
 SPLITS = ("train", "validation")
@@ -68,6 +70,10 @@ class PrepareSpec:
     ``speech_tokenizer``: "none", "kmeans" or the file of a ready one; a new one learns
     ``speech_codes`` codes of ``speech_frame_ms`` each. An utterance above ``speech_seconds`` is a
     bad sample: utterances are never split, and have to fit a row of training.
+    ``video_frames``: most frames of a video, lists of frames and animated files alike; 0: videos
+    are bad samples, animations their first frame. ``frame_stride``: take every n-th.
+    ``long_video``: of a video with more frames take some at "even" distances or the "first", or
+    "drop" the sample.
     ``media_tokenizers``: the same choice for media without a field of their own, by label.
     ``layout``, ``image_first``: see ``read_documents``. ``on_bad``: "skip" counts bad samples, up
     to the share ``max_bad_rate`` of a source, and stops at a shard that cannot be read to its end;
@@ -91,6 +97,9 @@ class PrepareSpec:
     speech_codes: int = 500
     speech_frame_ms: int = 40
     speech_seconds: float = 30.0
+    video_frames: int = 0
+    frame_stride: int = 1
+    long_video: str = "even"
     media_tokenizers: Mapping[str, str] = field(default_factory=dict)
     layout: str = "auto"
     image_first: float = 0.5
@@ -102,7 +111,11 @@ class PrepareSpec:
 
     def __post_init__(self) -> None:
         check_vocabulary_size(self.text_vocab)
-        for name, known in (("layout", ("auto", *LAYOUTS)), ("on_bad", POLICIES)):
+        for name, known in (
+            ("layout", ("auto", *LAYOUTS)),
+            ("on_bad", POLICIES),
+            ("long_video", LONG_VIDEO),
+        ):
             if getattr(self, name) not in known:
                 raise ValueError(
                     f"{name} ({getattr(self, name)}) must be one of {', '.join(known)}"
@@ -131,8 +144,24 @@ class PrepareSpec:
                 f"text_tokenizer ({self.text_tokenizer}) must be an existing .model or "
                 "tokenizer.json file"
             )
+        self._check_video()
         if self.tokenizers is not None:
             self._check_tokenizers(self.tokenizers)
+
+    def _check_video(self) -> None:
+        if not 0 <= self.video_frames <= MOST_FRAMES:
+            raise ValueError(f"video_frames ({self.video_frames}) must lie in [0, {MOST_FRAMES}]")
+        if self.frame_stride < 1:
+            raise ValueError(f"frame_stride ({self.frame_stride}) must be at least 1")
+        if not self.video_frames:
+            for name in ("frame_stride", "long_video"):
+                if (value := getattr(self, name)) != self.__dataclass_fields__[name].default:
+                    raise ValueError(f"{name} ({value}) needs video_frames above 0; set both")
+        elif self.image_tokenizer == "none":
+            raise ValueError(
+                f"video_frames ({self.video_frames}) needs an image tokenizer; leave it out, or "
+                "give another image_tokenizer than none"
+            )
 
     def _check_tokenizers(self, folder: Path) -> None:
         if not text_file(folder).is_file():

@@ -1,4 +1,5 @@
-"""Documents → token ids: ``[bos] segments [eos]``, a media item as begin, codes, end.
+"""Documents → token ids: ``[bos] segments [eos]``, a media item as begin, codes, end, a video as
+one such block with a separator between its frames.
 
 ``tokenise_shard`` is the unit of work that ``prepare`` gives to a process, and repeats after an
 interruption.
@@ -20,6 +21,7 @@ from earlyfuse.data.console import printable
 from earlyfuse.data.documents import BadSample, Document, Segment, decoding
 from earlyfuse.data.media import Medium, medium_of
 from earlyfuse.data.prepare.bad_samples import count_bad, without_path
+from earlyfuse.data.prepare.frames import FrameRule, chosen_frames
 from earlyfuse.data.raw import read_documents
 from earlyfuse.data.shards.writer import (
     FORMAT,
@@ -48,16 +50,18 @@ class ShardJob:
     layout: str
     image_first: float
     limits: dict[str, dict[str, Any]]  # label → arguments of its tokenizer's ``features``
+    frames: FrameRule
     on_bad: str
     expected_size: float  # see ``Source.expected_sizes``
 
 
 @dataclass
 class _Item:
-    """A media item: its features, then its codes or vectors too."""
+    """A media item: its features, then its codes or vectors too. ``continues``: see ``Segment``."""
 
     medium: Medium
     features: np.ndarray
+    continues: bool
     encoded: np.ndarray | None = None
 
 
@@ -65,7 +69,11 @@ _Part = list[int] | _Item  # text ids, or an item to be encoded with others
 
 
 def recipe_of(
-    tokenizers: Tokenizers, layout: str, image_first: float, limits: dict[str, dict[str, Any]]
+    tokenizers: Tokenizers,
+    layout: str,
+    image_first: float,
+    limits: dict[str, dict[str, Any]],
+    frames: FrameRule,
 ) -> str:
     """Hash of everything that decides the tokens besides the raw shard."""
     parts = [
@@ -75,6 +83,7 @@ def recipe_of(
         layout,
         str(image_first),
         *(str(value) for label in tokenizers.media for value in limits[label].values()),
+        *([str(frames)] if frames.most else []),
     ]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
@@ -111,7 +120,7 @@ def tokenise(
         try:
             if isinstance(document, BadSample):
                 raise document
-            parts = _parts(document, tokenizers, job.limits)
+            parts = _parts(document, tokenizers, job)
         except BadSample as bad:
             _drop(bad, job, record)
             continue
@@ -136,14 +145,16 @@ def _drop(bad: BadSample, job: ShardJob, record: ShardRecord) -> None:
     record.examples.setdefault(bad.cause, without_path(bad, job.raw))
 
 
-def _parts(
-    document: Document, tokenizers: Tokenizers, limits: dict[str, dict[str, Any]]
-) -> list[_Part]:
+def _parts(document: Document, tokenizers: Tokenizers, job: ShardJob) -> list[_Part]:
     """Segments as text ids and items to encode. ``BadSample`` where one cannot be used."""
     parts: list[_Part] = []
-    for segment in document.segments:
+    try:
+        segments = chosen_frames(document, job.frames)
+    except BadSample as bad:
+        raise BadSample(bad.cause, f"sample {document.key!r}: {bad.message}") from bad
+    for segment in segments:
         try:
-            parts.append(_part(segment, tokenizers, limits))
+            parts.append(_part(segment, tokenizers, job.limits))
         except BadSample as bad:
             where = f"sample {document.key!r}: {segment.origin or segment.modality.label}"
             raise BadSample(bad.cause, f"{where}: {bad.message}") from bad
@@ -162,7 +173,8 @@ def _part(segment: Segment, tokenizers: Tokenizers, limits: dict[str, dict[str, 
     if tokenizer is None:
         raise BadSample(f"no-{label}-tokenizer", f"{label} has no tokenizer")
     with decoding(f"corrupt-{medium.payload}", medium.payload):
-        return _Item(medium, tokenizer.features(segment.payload, **limits[label]))
+        features = tokenizer.features(segment.payload, **limits[label])
+        return _Item(medium, features, segment.continues)
 
 
 def _encode_batch(
@@ -177,7 +189,7 @@ def _encode_batch(
         ids = [vocabulary.bos]
         counts = dict.fromkeys(vocabulary.modalities, 0)
         vectors: list[np.ndarray] = []
-        for part in parts:
+        for part, following in zip(parts, [*parts[1:], None], strict=True):
             if isinstance(part, list):
                 ids += part
                 continue
@@ -187,7 +199,11 @@ def _encode_batch(
             if codes.ndim == 2:  # vectors, at repetitions of the placeholder
                 vectors.append(codes)
                 codes = np.zeros(len(codes), np.int64)
-            ids += [medium.begin, *(codes + medium.start).tolist(), medium.end]
+            before = medium.separator if part.continues else medium.begin
+            assert before is not None, "videos are refused without a separator"
+            ids += [before, *(codes + medium.start).tolist()]
+            if not (isinstance(following, _Item) and following.continues):
+                ids.append(medium.end)
             counts[medium.modality] += len(codes)
         ids.append(vocabulary.eos)
         counts[Modality.TEXT] = len(ids) - sum(counts.values())

@@ -1,6 +1,7 @@
 """The tokenizers of a prepared folder: made once, from training data, and never replaced."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from earlyfuse.data.atomic import atomic_write_bytes, atomic_write_json, remove_temporaries
@@ -16,6 +17,7 @@ from earlyfuse.data.tokenizers import (
     Tokenizers,
     load_media,
     text_file,
+    with_separator,
 )
 from earlyfuse.data.tokenizers.text import TextTokenizer
 from earlyfuse.data.vocabulary import check_same, load_vocabulary
@@ -39,6 +41,12 @@ def check_existing(spec: PrepareSpec) -> None:
                 f"out ({spec.out}) was prepared with another vocabulary ({stored}) than that of "
                 f"tokenizers ({spec.tokenizers}); ask for the same, or choose another folder"
             )
+        if spec.video_frames and not _has_separator(ready.vocabulary):
+            raise ValueError(
+                f"video_frames ({spec.video_frames}) needs a frame separator, which the "
+                f"vocabulary of tokenizers ({spec.tokenizers}) lacks; leave it out, or give "
+                "tokenizers of data with videos"
+            )
     else:
         wanted = [medium.label for medium in spec.media]
         given = spec.text_tokenizer
@@ -53,6 +61,8 @@ def check_existing(spec: PrepareSpec) -> None:
         if asked_text is None and text.size != spec.text_vocab:
             made_with = f"{text.sha256} of {text.size} pieces"
             _refuse(spec, "text", made_with, f"one of {spec.text_vocab} pieces")
+    if (folder / VOCABULARY_FILE).exists():
+        _check_videos(spec, load_vocabulary(folder / VOCABULARY_FILE))
     existing = load_media(folder)
     for label, tokenizer in existing.items():
         _check_medium(spec, MEDIA[label], tokenizer, asked.get(label))
@@ -120,12 +130,16 @@ def make_tokenizers(
             atomic_write_bytes(folder / medium.file, tokenizer.to_bytes())
     if text_ready is not None:
         text_ready()
-    return _with_vocabulary(folder)
+    return _with_vocabulary(folder, videos=spec.video_frames > 0)
 
 
-def _with_vocabulary(folder: Path) -> Tokenizers:
-    """Load the tokenizers of ``folder`` and store their vocabulary beside them."""
+def _with_vocabulary(folder: Path, videos: bool = False) -> Tokenizers:
+    """Load the tokenizers of ``folder`` and store their vocabulary beside them; a new one of data
+    with ``videos`` gets a frame separator.
+    """
     tokenizers = Tokenizers.load(folder)
+    if videos and not (folder / VOCABULARY_FILE).exists():
+        tokenizers = replace(tokenizers, vocabulary=with_separator(tokenizers.vocabulary))
     atomic_write_json(folder / VOCABULARY_FILE, tokenizers.vocabulary.to_dict())
     return tokenizers
 
@@ -140,8 +154,9 @@ def _check_manifest(
     """``media``: existing tokenizers; ``wanted``: labels of the media that ``spec`` asks for."""
     manifest, stored = read_manifest(folder), tokenizers / VOCABULARY_FILE
     recorded = manifest["tokenizers"]
+    data = Vocabulary.from_dict(manifest["vocabulary"])
+    _check_videos(spec, data)
     if stored.exists():
-        data = Vocabulary.from_dict(manifest["vocabulary"])
         check_same(stored, load_vocabulary(stored), data, folder / MANIFEST)
     text = text_file(tokenizers)
     if not text.exists():
@@ -156,6 +171,20 @@ def _check_manifest(
         if recorded.get(kind) != hashes.get(kind):
             made_with = f"{recorded.get(kind)} ({folder})"
             _refuse(spec, kind, made_with, f"{hashes.get(kind)} ({tokenizers})")
+
+
+def _has_separator(vocabulary: Vocabulary) -> bool:
+    return any(medium.separator is not None for medium in vocabulary.media)
+
+
+def _check_videos(spec: PrepareSpec, existing: Vocabulary) -> None:
+    """``ValueError`` unless the vocabulary of ``spec.out`` is for videos as ``spec`` is."""
+    if spec.tokenizers is None and _has_separator(existing) != (spec.video_frames > 0):
+        was = "for videos" if _has_separator(existing) else "without videos"
+        raise ValueError(
+            f"out ({spec.out}) was prepared {was}, but asked for is video_frames "
+            f"({spec.video_frames}); ask for the same, or choose another folder"
+        )
 
 
 def _refuse(spec: PrepareSpec, kind: str, made_with: str, asked: str) -> None:

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from earlyfuse.data.documents import BadSample, Document
-from earlyfuse.data.media import MEDIA
 from earlyfuse.data.raw.archive import Sample, read_samples
 from earlyfuse.data.raw.layouts import (
+    media_lists,
     media_members,
     parse_interleaved,
     parse_mmc4,
@@ -120,7 +120,7 @@ def _layout_of(sample: Sample) -> str | None:
     lists = {name for name, value in fields.items() if isinstance(value, list)}
     if lists >= {"text_list", "image_info"}:
         return "mmc4"
-    if "texts" in lists and lists & {medium.list_name for medium in MEDIA.values()}:
+    if "texts" in lists and lists & media_lists().keys():
         return "interleaved"
     if media_members(sample):
         return "pairs" if "txt" in members or "json" in members else None

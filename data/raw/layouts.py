@@ -3,12 +3,13 @@
 =============  ==================================================================================
 layout         members of one sample
 =============  ==================================================================================
-pairs          an image (jpg, jpeg, png, webp) or an utterance (wav, flac), and ``txt``, else
+pairs          an image (jpg, jpeg, png, webp, gif) or an utterance (wav, flac), and ``txt``, else
                ``caption`` in ``json``, else, of an utterance, ``text`` there
-interleaved    ``json`` with lists ``texts``, ``images`` and ``audio`` of one length, null in all
-               but one of them at each place, and a member for each name (OBELICS, Energon);
-               ``images`` or ``audio`` may be absent. With ``matched_text_indices``, images stand
-               before the text they match instead, and there is no audio
+interleaved    ``json`` with lists ``texts``, ``images``, ``frames`` and ``audio`` of one length,
+               null in all but one of them at each place, and a member for each name (OBELICS,
+               Energon); an entry of ``frames`` is a list of names, the frames of one video. All
+               lists but ``texts`` may be absent. With ``matched_text_indices``, images stand
+               before the text they match instead, and there is nothing else
 mmc4           ``json`` with ``text_list`` and ``image_info``, images in it as base64 or as members
                that ``image_name`` names
 text           ``txt``, else ``text`` in ``json``
@@ -25,6 +26,7 @@ Parsers raise ``BadSample``: ``missing-member``, ``bad-json``, ``not-utf8``, ``e
 
 import hashlib
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from earlyfuse.data.documents import Document, Segment
@@ -112,14 +114,13 @@ def parse_interleaved(sample: Sample) -> Document:
     if any(item is not None for item in _optional(fields, "video")):
         raise bad(sample, "unsupported-media", "video members are not read")
     texts = _list(sample, fields, "texts")
-    lists = {medium: _optional(fields, medium.list_name) for medium in MEDIA.values()}
-    columns = {m: names for m, names in lists.items() if any(n is not None for n in names)}
-    image = MEDIA[Modality.IMAGE.label]
+    media = media_lists()
+    lists = {name: _optional(fields, name) for name in media}
+    columns = {name: found for name, found in lists.items() if any(n is not None for n in found)}
+    image = MEDIA[Modality.IMAGE.label].list_name
     only_images = columns.keys() <= {image}
-    if image.list_name in fields or not any(
-        isinstance(fields.get(medium.list_name), list) for medium in MEDIA.values()
-    ):
-        columns[image] = _list(sample, fields, image.list_name)
+    if image in fields or not any(isinstance(fields.get(name), list) for name in media):
+        columns[image] = _list(sample, fields, image)
     parallel = all(len(names) == len(texts) for names in columns.values()) and all(
         sum(entry is not None for entry in row) <= 1
         for row in zip(texts, *columns.values(), strict=True)
@@ -127,16 +128,28 @@ def parse_interleaved(sample: Sample) -> Document:
     if not parallel and "matched_text_indices" in fields and only_images:
         return _matched(sample, fields, texts, columns[image])
     if not parallel:
-        found = " and ".join(f"{m.list_name} ({len(names)})" for m, names in columns.items())
+        found = " and ".join(f"{name} ({len(entries)})" for name, entries in columns.items())
         what = f"texts ({len(texts)}) and {found} must be of one length, with null in all but one"
         raise bad(sample, "foreign-layout", f"{what} of them at each place")
     segments: list[Segment] = []
-    for text, *names in zip(texts, *columns.values(), strict=True):
-        for medium, name in zip(columns, names, strict=True):
-            if name is not None:
-                segments.append(_medium(sample, medium, name))
+    for text, *entries in zip(texts, *columns.values(), strict=True):
+        for name, entry in zip(columns, entries, strict=True):
+            if entry is not None and name == media[name].video_list:
+                segments += _video(sample, media[name], entry)
+            elif entry is not None:
+                segments.append(_medium(sample, media[name], entry))
         segments += _text_entry(sample, text)
     return _document(sample, segments, ("json",))
+
+
+def media_lists() -> dict[str, Medium]:
+    """Name of a list in the JSON of interleaved samples → medium of its entries."""
+    return {
+        name: medium
+        for medium in MEDIA.values()
+        for name in (medium.list_name, medium.video_list)
+        if name
+    }
 
 
 def _matched(
@@ -235,6 +248,8 @@ def _medium(sample: Sample, medium: Medium, name: object) -> Segment:
     """The member ``name`` as a segment."""
     if not isinstance(name, str):
         what = f"{medium.list_name} holds {shown(name)}, not a member name or null"
+        if isinstance(name, list) and medium.video_list:
+            what += f"; the frames of a video are a list in {medium.video_list!r}"
         raise bad(sample, "foreign-layout", what)
     if not name.lower().endswith(tuple(f".{suffix}" for suffix in medium.suffixes)):
         what = f"{name!r} is no {medium.payload} that is read; known are {listed(medium.suffixes)}"
@@ -244,6 +259,15 @@ def _medium(sample: Sample, medium: Medium, name: object) -> Segment:
         what = f"json names {medium.payload} {name!r}, there is {listed(sample.members)}"
         raise bad(sample, "missing-member", what)
     return Segment(medium.modality, sample.members[member], member)
+
+
+def _video(sample: Sample, medium: Medium, names: object) -> list[Segment]:
+    """The members ``names``, in order, as the frames of one video."""
+    if not isinstance(names, list) or not names:
+        what = f"{medium.video_list} holds {shown(names)}, not a list of the members of one video"
+        raise bad(sample, "foreign-layout", f"{what}, or null")
+    frames = [_medium(sample, medium, name) for name in names]
+    return [frames[0], *(replace(frame, continues=True) for frame in frames[1:])]
 
 
 def _list(sample: Sample, fields: dict[str, Any], name: str) -> list[Any]:

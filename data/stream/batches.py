@@ -18,7 +18,7 @@ import torch
 
 from earlyfuse.data.stream.lanes import Lane, Piece
 from earlyfuse.data.stream.mixture import Mixture, check_seq_len
-from earlyfuse.models.batch import IGNORE_LABEL, PADDING, MixedBatch
+from earlyfuse.models.batch import IGNORE_LABEL, PADDING, MixedBatch, spans
 
 
 def assemble(rows: list[list[Piece]], seq_len: int, mixture: Mixture) -> MixedBatch:
@@ -69,7 +69,7 @@ def assemble(rows: list[list[Piece]], seq_len: int, mixture: Mixture) -> MixedBa
         label_modality_BS=tensor(label_modality_T),
         document_BS=tensor(document_T),
         positions_BS=tensor(positions_T),
-        span_BS=tensor(_spans(modality_T.reshape(-1, seq_len))),
+        span_BS=spans(tensor(modality_T)),
         source_BS=tensor(np.repeat(np.array([p.source for p in pieces], np.uint8), length_P)),
         vectors_BSP=_vectors(pieces, stop_P, len(rows), mixture),
     )
@@ -86,17 +86,6 @@ def _vectors(
         if piece.vectors is not None:
             vectors_TP[stop - len(piece.tokens) : stop] = torch.from_numpy(piece.vectors)
     return vectors_TP.reshape(rows, -1, mixture.vectors.width)
-
-
-def _spans(modality_BS: np.ndarray) -> np.ndarray:
-    """int32 (B, S): number of the media block in its row, from 1; 0 on text.
-
-    Sentinels stand between blocks and blocks are whole, so a run of one modality is one block.
-    """
-    begins_BS = modality_BS != 0
-    media_BS = begins_BS.copy()
-    begins_BS[:, 1:] &= modality_BS[:, 1:] != modality_BS[:, :-1]
-    return np.cumsum(begins_BS, axis=1, dtype=np.int32) * media_BS
 
 
 class Drawn(NamedTuple):

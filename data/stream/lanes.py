@@ -9,7 +9,8 @@ lane, state), and its state is a few integers, so a run resumes exactly and on a
   it.
 - **Packing**: text may be split at the end of a row; its tail is the source's next piece. A media
   block (begin, codes, end) is never split: another source's text fills the room, and if there is
-  none, padding.
+  none, padding. A video may be split between its frames, before a separator: its tail begins with
+  the separator, and the label of the frame before is still the separator.
 
 Columns of a lane's state, S sources and M modalities: documents taken (S), tokens taken of the
 current document (S), tokens drawn (S), codes drawn per medium (M-1), padding, rows.
@@ -57,8 +58,9 @@ class _Reader:
         self._open_at = -1  # value of ``taken`` that the fields below belong to
         self._tokens = np.empty(0, np.uint16)
         self._codes: list[int] = []  # of each medium in the whole document
-        # begin and stop (sentinels included) and medium of each block; found at the first split
-        self._blocks: tuple[list[int], list[int], list[int]] | None = None
+        # begin and stop (sentinels included), medium and codes of each block or frame of a video;
+        # found at the first split
+        self._blocks: tuple[list[int], list[int], list[int], list[int]] | None = None
 
     def fits(self, room: int) -> int:
         """Tokens of the current document that fit ``room`` positions; 0: none, or no document."""
@@ -67,7 +69,7 @@ class _Reader:
         end = self.offset + room
         if end >= len(self._tokens):
             return len(self._tokens) - self.offset
-        begins, stops, _ = self._find_blocks()
+        begins, stops, *_ = self._find_blocks()
         block = bisect_left(begins, end) - 1
         if block >= 0 and end < stops[block]:
             end = begins[block]
@@ -78,10 +80,10 @@ class _Reader:
         if count == len(self._tokens):
             return self._codes
         codes = [0] * len(self.media)
-        begins, stops, kinds = self._find_blocks()
+        begins, _, kinds, counts = self._find_blocks()
         first = bisect_left(begins, self.offset)
         for block in range(first, bisect_left(begins, self.offset + count)):
-            codes[kinds[block]] += stops[block] - begins[block] - 2
+            codes[kinds[block]] += counts[block]
         return codes
 
     def take(self, count: int) -> Piece:
@@ -119,10 +121,11 @@ class _Reader:
                 return True
             self.taken += 1
 
-    def _find_blocks(self) -> tuple[list[int], list[int], list[int]]:
+    def _find_blocks(self) -> tuple[list[int], list[int], list[int], list[int]]:
         if self._blocks is not None:
             return self._blocks
-        begins, stops, kinds = self._blocks = [], [], []
+        begins, stops, kinds, counts = self._blocks = [], [], [], []
+        vocabulary = self.source.vocabulary
         if any(self._codes):
             modality = self.modality_V[self._tokens]
             edges = np.flatnonzero(modality[1:] != modality[:-1]) + 1
@@ -131,20 +134,27 @@ class _Reader:
                     kind = self.media.index(Modality(int(modality[start])))
                     self._check_block(start, stop, kind)
                     begins.append(start - 1)
-                    stops.append(stop + 1)
+                    # a separator belongs to the frame after it
+                    ended = self._tokens[stop] == vocabulary.medium(self.media[kind]).end
+                    stops.append(stop + int(ended))
                     kinds.append(kind)
+                    counts.append(stop - start)
         return self._blocks
 
     def _check_block(self, start: int, stop: int, kind: int) -> None:
         medium = self.source.vocabulary.medium(self.media[kind])
         label, codes = medium.modality.label, stop - start
-        around = self._tokens[start - 1 : stop + 1 : codes + 1].tolist() if start else []
+        inside = start > 0 and stop < len(self._tokens)
+        before, after = self._tokens[[start - 1, stop]].tolist() if inside else (-1, -1)
         number = self._ahead[self.taken - self._ahead_from]
         where = f"document {number} of {self.source.folder}: {codes} {label} codes at {start}"
-        if around != [medium.begin, medium.end] or (medium.block and codes != medium.block):
+        framed = before in (medium.begin, medium.separator) and after in medium.sentinels[1:]
+        if not framed or (medium.block and codes != medium.block):
             raise ValueError(
                 f"{where} must be {medium.block or 'any number of'} codes between {medium.begin} "
-                f"and {medium.end}; prepare the source again"
+                f"and {medium.end}"
+                + ("" if medium.separator is None else f", or a separator {medium.separator}")
+                + "; prepare the source again"
             )
         if codes + 2 > self.seq_len:
             raise ValueError(

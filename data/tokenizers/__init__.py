@@ -10,7 +10,7 @@
 documents.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -97,7 +97,7 @@ class Tokenizers:
         """
         ids = torch.arange(self.vocabulary.size)
         sentinels = {self.vocabulary.bos, self.vocabulary.eos, self.vocabulary.pad}
-        sentinels |= {s for medium in self.vocabulary.media for s in (medium.begin, medium.end)}
+        sentinels |= {s for medium in self.vocabulary.media for s in medium.sentinels}
         return [
             token
             for token in ids[self.vocabulary.modality_of(ids) == Modality.TEXT].tolist()
@@ -146,6 +146,20 @@ def derived(text: TextTokenizer, media: dict[str, MediaTokenizer]) -> Vocabulary
     return Vocabulary(size, text.bos, text.eos, text.pad, tuple(codes))
 
 
+def with_separator(vocabulary: Vocabulary) -> Vocabulary:
+    """``vocabulary`` with one id more, which stands between the frames of a video.
+
+    It lies behind all others, so that text pieces and codes are those of data without videos.
+    """
+    media = tuple(
+        replace(medium, separator=vocabulary.size)
+        if MEDIA[medium.modality.label].video_list
+        else medium
+        for medium in vocabulary.media
+    )
+    return replace(vocabulary, size=vocabulary.size + 1, media=media)
+
+
 def _check_text(text: TextTokenizer, vocabulary: Vocabulary) -> None:
     """``ValueError`` unless no text can be mistaken for a sentinel or a code."""
     if text.pieces > vocabulary.size:
@@ -168,7 +182,7 @@ def _check_text(text: TextTokenizer, vocabulary: Vocabulary) -> None:
         never_text = text.image_codes if medium.modality == Modality.IMAGE else frozenset()
         codes = range(medium.start, min(medium.start + medium.count, text.pieces))
         spelled = [token for token in codes if token not in never_text]
-        spelled += filter(is_text, (medium.begin, medium.end))
+        spelled += filter(is_text, medium.sentinels)
         if spelled:
             raise ValueError(
                 f"the vocabulary gives id {spelled[0]} to {medium.modality.label}, but the text "

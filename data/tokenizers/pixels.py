@@ -78,7 +78,7 @@ def _upright_rgb(encoded: bytes, draft: int | None) -> Image.Image:
         if not encoded.startswith(_PNG):
             raise
         image = _decoded(_without_metadata(encoded), draft)
-    return _rgb(_upright(image))
+    return rgb(_upright(image))
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -125,7 +125,8 @@ def _png_chunks(png: bytes) -> Iterator[tuple[bytes, bytes]]:
         at += size + 12
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB; transparency is laid on white."""
     if image.mode.startswith("I"):  # 16 bits a sample: "RGB" alone would clip to white
         image = image.convert("I").point(lambda value: value / 256).convert("L")
     if image.has_transparency_data:

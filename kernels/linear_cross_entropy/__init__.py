@@ -10,6 +10,7 @@ argument          shape, dtype           meaning
 ``labels_T``      (T,) int64             ids in the whole vocabulary; -100: ignored
 ``modality_T``    (T,) uint8, int32 or   sum to which a token's loss belongs, 0 … M-1; ignored where
                   int64                  the label is -100
+``weight_T``      (T,) fp32, or None     factor of a token's part of the total; none: 1
 ================  =====================  ===========================================================
 
 Logits are computed a chunk of tokens at a time and turned at once into losses and gradients, in the
@@ -35,12 +36,13 @@ from earlyfuse.kernels.linear_cross_entropy.chunked import IGNORED, check_labels
 __all__ = ["LossSums", "VocabularyShard", "linear_cross_entropy"]
 
 _RULES = rules(x_TD=FLOATS, w_VD=(SAME,), labels_T=(torch.int64,), modality_T=INTEGERS)
+_WEIGHT_RULES = rules(x_TD=FLOATS, weight_T=(torch.float32,))
 
 
 class LossSums(NamedTuple):
     """Sums over tokens that are not ignored.
 
-    ``total``   () fp32, with gradient: Σ nll + z_weight · Σ log² Z
+    ``total``   () fp32, with gradient: Σ weight · (nll + z_weight · log² Z)
     ``nll_M``   (M,) fp32, without: negative log likelihood by modality, nats
     ``z_M``     (M,) fp32, without: log² Z by modality
     """
@@ -67,17 +69,21 @@ def linear_cross_entropy(
     *,
     modalities: int,
     z_weight: float = 0.0,
+    weight_T: torch.Tensor | None = None,
     shard: VocabularyShard | None = None,
     backend: str = "auto",
 ) -> LossSums:
     """Loss sums of logits x wᵀ; gradients reach ``x`` and ``w`` through ``total``.
 
+    ``weight_T`` has no gradient and does not change the sums by modality.
     With ``shard``, sums are those of the whole vocabulary, the same on all ranks; the gradient of
     ``w`` is that of its rows, and the gradient of ``x`` is *this rank's part*: the caller sums the
     parts, as for every column-sharded weight. Raises ``ValueError`` on wrong shapes, dtypes,
     devices or labels, and on an unavailable backend.
     """
     check(_RULES, (x_TD, w_VD, labels_T, modality_T))
+    if weight_T is not None:
+        check(_WEIGHT_RULES, (x_TD, weight_T))
     words = w_VD.shape[0]
     if words == 0:
         raise ValueError(f"w_VD {tuple(w_VD.shape)} must have rows; shard over fewer ranks")
@@ -100,14 +106,14 @@ def linear_cross_entropy(
     if chosen == "reference":
         check_labels(labels_T, words)
         nll_T, log_z_T = reference.token_losses(x_TD, w_VD, labels_T)
-        total = reference.total(nll_T, log_z_T, z_weight)
+        total = reference.total(nll_T, log_z_T, z_weight, weight_T)
     else:
         need = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (x_TD, w_VD)]
         where: tuple[int, int, str, int] = (0, words, "", 1)
         if shard is not None:
             where = (shard.first, shard.vocabulary, shard.group.group_name, shard.group.size())
         total, nll_T, log_z_T, _, _ = op.linear_cross_entropy(
-            x_TD, w_VD, labels_T, float(z_weight), need, *where, chosen
+            x_TD, w_VD, labels_T, float(z_weight), need, *where, chosen, weight_T
         )
     ids_M1 = torch.arange(modalities, device=labels_T.device)[:, None]
     member_MT = modality_T == ids_M1  # ignored tokens have losses of 0

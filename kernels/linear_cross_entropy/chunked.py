@@ -17,6 +17,7 @@ from functools import partial
 import torch
 
 from earlyfuse.kernels.checks import readable
+from earlyfuse.kernels.linear_cross_entropy.reference import total
 
 IGNORED = -100
 # in place of a label's row in w: the label is in another shard; the token is ignored
@@ -44,9 +45,13 @@ def forward(
     vocabulary: int,
     group: str,
     group_size: int,
+    weight_T: torch.Tensor | None,
     turn: Turn,
 ) -> Outputs:
     """Outputs of the op.
+
+    A token's weight is a factor of its row of dx and, in the product that gives dw, of its row of
+    x: no pass over logits.
 
     ``turn(logits_CV, rows_C, z_weight, combine, gradient)`` returns nll and log Z of a chunk and,
     if ``gradient``, leaves the gradient of the total in ``logits_CV``. ``rows_C`` are labels as
@@ -75,10 +80,14 @@ def forward(
         )
         if need_x:
             _multiply(logits_CV, w_VD, dx_TD[chunk])
+        if weight_T is not None:
+            weight_C1 = weight_T[chunk, None]
+            x_CD = (x_CD * weight_C1).to(x_CD.dtype)
+            if need_x:
+                dx_TD[chunk] *= weight_C1
         if need_w:
             _add_product(dw_VD, logits_CV.t(), x_CD, start == 0)
-    total = nll_T.sum() + z_weight * log_z_T.square().sum()
-    return total, nll_T, log_z_T, dx_TD, dw_VD
+    return total(nll_T, log_z_T, z_weight, weight_T), nll_T, log_z_T, dx_TD, dw_VD
 
 
 def _label_rows(labels_T: torch.Tensor, first: int, words: int, vocabulary: int) -> torch.Tensor:

@@ -27,12 +27,14 @@ def compute(
     group: str,
     group_size: int,
     backend: str,
+    weight_T: torch.Tensor | None = None,
 ) -> Outputs:
     """Total (), nll (T,), log Z (T,), and the total's gradients of x and of w, the latter in at
     least fp32; empty unless in ``need`` (of x, of w). w is rows ``first`` … of ``vocabulary``,
     sharded over ``group``; all rows if that is ""."""
     forward = implementation(__package__, backend).forward
-    return forward(x_TD, w_VD, labels_T, z_weight, need, first, vocabulary, group, group_size)
+    shard = (first, vocabulary, group, group_size)
+    return forward(x_TD, w_VD, labels_T, z_weight, need, *shard, weight_T)
 
 
 linear_cross_entropy = torch.library.custom_op(
@@ -80,7 +82,7 @@ def _backward(ctx: Any, dtotal: torch.Tensor | None, *_: None) -> tuple[Any, ...
     return (
         _scaled(dx_TD, dtotal, ctx.dtype) if need_x else None,
         _scaled(dw_VD, dtotal, ctx.dtype) if need_w else None,
-        *(None for _ in others),  # labels … backend
+        *(None for _ in others),  # labels … weights
     )
 
 

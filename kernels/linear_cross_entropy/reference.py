@@ -18,6 +18,14 @@ def token_losses(
     return log_z_T - torch.where(counted_T, label_T, 0.0), log_z_T
 
 
-def total(nll_T: torch.Tensor, log_z_T: torch.Tensor, z_weight: float) -> torch.Tensor:
-    """Σ nll + z_weight · Σ log² Z."""
+def total(
+    nll_T: torch.Tensor,
+    log_z_T: torch.Tensor,
+    z_weight: float,
+    weight_T: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Σ weight · (nll + z_weight · log² Z); a weight of 1 if none are given."""
+    if weight_T is not None:
+        nll_T, z_T = weight_T * nll_T, weight_T * log_z_T.square()
+        return nll_T.sum() + z_weight * z_T.sum()
     return nll_T.sum() + z_weight * log_z_T.square().sum()

@@ -1,11 +1,13 @@
 """Constrained decoding: which tokens may follow in a document, by the grammar of the vocabulary.
 
     document = bos (text piece | media block)* eos
-    media block = begin, codes, end
+    media block = begin, codes (separator, codes)*, end
 
 bos and eos may be one id, as GPT-2's and GPT-NeoX's ``<|endoftext|>``: the first token begins the
-document, the next such token ends it. A block has exactly ``MediaCodes.block`` codes, or any number
-from 1 where that is 0. Whatever a model prefers, the result is a document or the beginning of one.
+document, the next such token ends it. An item has exactly ``MediaCodes.block`` codes, or any number
+from 1 where that is 0. A block of several is a video, whose frames a separator divides; a prompt
+may hold one, and in mode "interleaved" a model may write one if the vocabulary has a separator.
+Whatever a model prefers, the result is a document or the beginning of one.
 
 V vocabulary.
 """
@@ -27,13 +29,14 @@ class Allowed(NamedTuple):
     """Choices for the next token.
 
     ``text``: a text piece or eos; ``begin``: begin of one of these media; ``codes``: a code of this
-    medium; ``end``: the end of its block.
+    medium; ``end``: the end of its block; ``separator``: before the next frame of this medium.
     """
 
     text: bool = False
     begin: tuple[MediaCodes, ...] = ()
     codes: MediaCodes | None = None
     end: MediaCodes | None = None
+    separator: MediaCodes | None = None
 
 
 @lru_cache(maxsize=64)
@@ -42,7 +45,7 @@ def allowed_ids(vocabulary: Vocabulary, allowed: Allowed) -> torch.Tensor:
     allowed_V = torch.zeros(vocabulary.size, dtype=torch.bool)
     if allowed.text:
         allowed_V |= vocabulary.modality_of(torch.arange(vocabulary.size)) == Modality.TEXT
-        sentinels = [s for medium in vocabulary.media for s in (medium.begin, medium.end)]
+        sentinels = [s for medium in vocabulary.media for s in medium.sentinels]
         allowed_V[[vocabulary.bos, vocabulary.pad, *sentinels]] = False
         allowed_V[vocabulary.eos] = True
     allowed_V[[medium.begin for medium in allowed.begin]] = True
@@ -50,6 +53,8 @@ def allowed_ids(vocabulary: Vocabulary, allowed: Allowed) -> torch.Tensor:
         allowed_V[allowed.codes.start : allowed.codes.start + allowed.codes.count] = True
     if allowed.end is not None:
         allowed_V[allowed.end.end] = True
+    if allowed.separator is not None:
+        allowed_V[allowed.separator.separator] = True
     return allowed_V
 
 
@@ -65,7 +70,7 @@ class Draft:
         self.vocabulary = vocabulary
         self.tokens: list[int] = []
         self.medium: MediaCodes | None = None
-        self.begun = 0  # where the open block begins
+        self.begun = self.item = 0  # where the open block and its last item begin
         self.done = False
         _check_request(vocabulary, prompt, mode, room)
         # prompts may have any content, whatever the mode
@@ -107,10 +112,17 @@ class Draft:
         if medium is None:
             return Allowed(text=True, begin=self._openable())
         if medium.block:
-            complete = self._codes() == medium.block
-            return Allowed(end=medium) if complete else Allowed(codes=medium)
-        codes, end = self.room > 1, self._codes() > 0
-        return Allowed(codes=medium if codes else None, end=medium if end else None)
+            end = self._codes() == medium.block
+            codes = not end
+        else:
+            codes, end = self.room > 1, self._codes() > 0
+        # a separator, codes (one at least) and end
+        another = end and self.mode == "interleaved" and self.room >= max(medium.block, 1) + 2
+        return Allowed(
+            codes=medium if codes else None,
+            end=medium if end else None,
+            separator=medium if another and medium.separator is not None else None,
+        )
 
     def write(self, token: int) -> None:
         """Add a token that is allowed."""
@@ -120,15 +132,18 @@ class Draft:
             opened = [medium for medium in self.vocabulary.media if medium.begin == token]
             if opened:
                 (self.medium,) = opened
-                self.begun = len(self.tokens) - 1
+                self.begun = self.item = len(self.tokens) - 1
             self.done = token == self.vocabulary.eos and len(self.tokens) > 1
         elif token == self.medium.end:
             self.medium = None
             self.done = self.mode not in DOCUMENT_MODES
+        elif token == self.medium.separator:
+            self.item = len(self.tokens) - 1
         self.done = self.done or self.room <= 0
 
     def _codes(self) -> int:
-        return len(self.tokens) - self.begun - 1
+        """Codes of the open item so far."""
+        return len(self.tokens) - self.item - 1
 
     def _openable(self) -> tuple[MediaCodes, ...]:
         if self.mode != "interleaved":

@@ -12,6 +12,7 @@ from earlyfuse.models.vocabulary import MediaCodes, Modality, Vocabulary
 BOS, PAD, EOS = "<s>", "<pad>", "</s>"
 BEGIN_IMAGE, END_IMAGE = "<racm3:break>", "<eoss>"
 PLACEHOLDER = "<image>"  # replaced by an image in transformers' processor
+SEPARATOR = "<earlyfuse:frame>"  # between the frames of a video; unknown to other tools
 _PREFIX, _SUFFIX = "IMGIMG", "Z"
 
 # ids of the released 7B and 30B models (arXiv 2405.09818), for checkpoints that come without a map
@@ -69,7 +70,8 @@ def to_vocabulary(tokens: JsonObject, config: JsonObject, block: int) -> tuple[V
     if max(ids) - min(ids) + 1 != len(ids):
         return text_only, f"images are left out: the ids of the {len(ids)} codes are not contiguous"
     begin, end = named[BEGIN_IMAGE], named[END_IMAGE]
-    codes = MediaCodes(Modality.IMAGE, min(ids), len(ids), begin, end, block)
+    first, count, separator = min(ids), len(ids), named.get(SEPARATOR)
+    codes = MediaCodes(Modality.IMAGE, first, count, begin, end, block, separator)
     try:
         return Vocabulary(size, bos, eos, pad, (codes,)), ""
     except ValueError as error:
@@ -93,6 +95,8 @@ def from_vocabulary(vocabulary: Vocabulary) -> dict[str, int]:
     if Modality.IMAGE in vocabulary.modalities:
         images = vocabulary.medium(Modality.IMAGE)
         named |= {BEGIN_IMAGE: images.begin, END_IMAGE: images.end}
+        if images.separator is not None:
+            named[SEPARATOR] = images.separator
         named |= {token_of_code(code): images.start + code for code in range(images.count)}
     return named
 

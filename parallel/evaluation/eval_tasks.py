@@ -1,9 +1,10 @@
 """Evaluation tasks: which of several words follows a held-out image or utterance?
 
-``validation/tasks.json`` of a data folder lists tasks; each item is a media item and the word that
-should follow it. The model reads begin-of-document, the item and the task's prefix, and chooses
-among the candidate words by their next token, repeatedly where several begin alike. The answer is
-never in the input, so routing that looks ahead cannot reveal it.
+``validation/tasks.json`` of a data folder lists tasks; each item is a media item, or a video as a
+list of its ``frames``, and the word that should follow it. The model reads begin-of-document, the
+item and the task's prefix, and chooses among the candidate words by their next token, repeatedly
+where several begin alike. The answer is never in the input, so routing that looks ahead cannot
+reveal it.
 """
 
 import base64
@@ -18,7 +19,8 @@ import torch
 from earlyfuse.data.json_files import JsonObject, read_json
 from earlyfuse.data.media import MEDIA, MediaTokenizer
 from earlyfuse.data.tokenizers import Tokenizers
-from earlyfuse.models.batch import PADDING, MixedBatch
+from earlyfuse.data.tokenizers.animation import MOST_FRAMES
+from earlyfuse.models.batch import PADDING, MixedBatch, spans
 from earlyfuse.models.context import ForwardSettings
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.vocabulary import Vocabulary
@@ -27,6 +29,7 @@ from earlyfuse.parallel.strategies.pipeline import Pipeline
 # largest share of a row that prompts take; the rest is held-out data, so that routers that choose
 # among the tokens of a batch see the mixture they were trained on
 PROMPT_SHARE = 0.25
+FRAMES = "frames"  # field of an item with a video: its frames, in order
 
 
 @dataclass(frozen=True)
@@ -139,10 +142,12 @@ class Task:
             tail = (rest == rest[:1]) & (rest != PADDING)
             positions_BS[row, stop:][tail] = torch.arange(int(tail.sum()))
             rest[rest != PADDING] += per_row  # distinct from the numbers of prompts
+        modality_BS = self.vocabulary.modality_of(tokens_BS)
         overlaid = replace(
             batch,
             tokens_BS=tokens_BS,
-            modality_BS=self.vocabulary.modality_of(tokens_BS),
+            modality_BS=modality_BS,
+            span_BS=spans(modality_BS),
             document_BS=document_BS,
             positions_BS=positions_BS,
         )
@@ -175,10 +180,13 @@ def _task(fields: JsonObject, tokenizers: Tokenizers) -> Task:
     if not items:
         raise fields.wrong("items", "must not be empty")
     answers = [words.index(item.field("answer", str, choices=words)) for item in items]
-    label = next((name for name in MEDIA if any(name in item for item in items)), "image")
-    tokenizer = media_tokenizer(label, tokenizers, items[0].where)
-    features = [decoded(item, label, tokenizer.features) for item in items]
-    blocks = media_tokens(label, features, tokenizers)
+    if any(FRAMES in item for item in items):
+        blocks = [_video(item, tokenizers) for item in items]
+    else:
+        label = next((name for name in MEDIA if any(name in item for item in items)), "image")
+        tokenizer = media_tokenizer(label, tokenizers, items[0].where)
+        features = [decoded(item, label, tokenizer.features) for item in items]
+        blocks = media_tokens(label, features, tokenizers)
     prompts = [[vocabulary.bos, *block, *prefix] for block in blocks]
     return Task(name, prompts, candidates, answers, vocabulary)
 
@@ -196,10 +204,19 @@ def media_tokenizer(label: str, tokenizers: Tokenizers, where: str) -> MediaToke
 def media_tokens(label: str, features: list[np.ndarray], tokenizers: Tokenizers) -> list[list[int]]:
     """Token ids of items of medium ``label``, sentinels included."""
     medium = tokenizers.vocabulary.medium(MEDIA[label].modality)
-    return [
-        [medium.begin, *(codes + medium.start).tolist(), medium.end]
-        for codes in tokenizers.media[label].encode_items(features)
-    ]
+    encoded = tokenizers.media[label].encode_items(features)
+    return [medium.block_of([(codes + medium.start).tolist()]) for codes in encoded]
+
+
+def _video(item: JsonObject, tokenizers: Tokenizers) -> list[int]:
+    """Token ids of the item's frames as a video, sentinels included."""
+    tokenizer = media_tokenizer("image", tokenizers, item.where)
+    medium = tokenizers.vocabulary.medium(MEDIA["image"].modality)
+    frames = [JsonObject({"image": f}, item.where, item.remedy) for f in item.items(FRAMES, str)]
+    if not 1 <= len(frames) <= (1 if medium.separator is None else MOST_FRAMES):
+        raise item.wrong(FRAMES, "must be one or more images; several need a frame separator")
+    encoded = tokenizer.encode_items([decoded(f, "image", tokenizer.features) for f in frames])
+    return medium.block_of([(codes + medium.start).tolist() for codes in encoded])
 
 
 def decoded(fields: JsonObject, label: str, decode: Callable[[bytes], np.ndarray]) -> np.ndarray:

@@ -27,8 +27,10 @@ from earlyfuse.parallel.training.config_checks import accumulation_steps, defaul
 
 # folders of the embedded corpus, and shares of its sources unless given
 CORPUS, SPEECH_CORPUS = Path("runs", "data"), Path("runs", "data_speech")
+CLIPS_CORPUS = Path("runs", "data_clips")
 _MIX = {"text": 0.2, "glyphs": 0.4, "digits": 0.2, "interleaved": 0.2}
 _SPEECH_MIX = {"text": 0.15, "glyphs": 0.25, "digits": 0.15, "interleaved": 0.15, "speech": 0.3}
+_CLIPS_MIX = {"text": 0.2, "glyphs": 0.2, "digits": 0.1, "interleaved": 0.1, "clips": 0.4}
 _SPLITS = ("train", "validation")
 
 
@@ -53,11 +55,20 @@ class DataSet(Configurable):
         """Use the embedded corpus with speech, made in runs/data_speech; making it needs the
         program espeak-ng."""
 
+        clips: bool = False
+        """Use the embedded corpus with clips of digits and glyphs in motion, made in
+        runs/data_clips."""
+
     def __init__(self, config: Config):
-        if config.speech and not config.embedded:
+        for name in ("speech", "clips"):
+            if getattr(config, name) and not config.embedded:
+                raise ValueError(
+                    f"data.{name} (True) needs data.embedded: it selects an embedded corpus; set "
+                    "both, or remove it"
+                )
+        if config.speech and config.clips:
             raise ValueError(
-                "data.speech (True) needs data.embedded: it selects an embedded corpus; set both, "
-                "or remove it"
+                "data.speech (True) and data.clips (True) select two embedded corpora; set one"
             )
         folder = data_folder(config)
         if folder is None:
@@ -71,7 +82,7 @@ class DataSet(Configurable):
         if config.folder:
             self._check_given(config)
         else:
-            _prepare_once(folder, config.speech)
+            _prepare_once(folder, _extra(config))
         self.vocabulary = load_vocabulary(folder / "tokenizers" / VOCABULARY_FILE)
         self.shares = config.shares or self._own_shares(config.embedded)
 
@@ -90,7 +101,7 @@ class DataSet(Configurable):
 
     def _own_shares(self, embedded: bool) -> dict[str, float]:
         sources = self.sources("train")
-        for mix in (_MIX, _SPEECH_MIX):
+        for mix in (_MIX, _SPEECH_MIX, _CLIPS_MIX):
             if embedded and sources.keys() == mix.keys():
                 return dict(mix)
         tokens = {name: sum(self._source(path).tokens.values()) for name, path in sources.items()}
@@ -148,6 +159,7 @@ class DataSet(Configurable):
         config.data.folder = str(self.folder)
         model = config.model_spec.model
         self._check_model(model, training, validator.batch_rows)
+        self._check_stream_loss(config.loss)
         _share_validation(validator, model, ranks)
         return config
 
@@ -179,6 +191,15 @@ class DataSet(Configurable):
                         f"{manifest}); copy the tokenizer again, or prepare in another folder"
                     )
 
+    def _check_stream_loss(self, loss: Any) -> None:
+        weight = getattr(loss, "stream_loss_weight", 1.0)
+        if weight != 1 and all(medium.separator is None for medium in self.vocabulary.media):
+            raise ValueError(
+                f"loss.stream_loss_weight ({weight}) needs videos, and the vocabulary of "
+                f"{self.folder} has no frame separator; prepare with --video-frames, or leave it "
+                "out"
+            )
+
     def _check_model(self, model: Any, training: Any, validation_rows: int) -> None:
         if model.vocab_size != self.vocabulary.size:
             raise ValueError(
@@ -197,15 +218,17 @@ class DataSet(Configurable):
             "training.local_batch_size": training.local_batch_size,
             "validator.batch_rows": validation_rows,
         }
-        for name, pool, _, _ in model.traverse(ExpertPool.Config):
+        for index, layer in enumerate(model.layers):
             for field_name, rows in whole_groups.items():
-                if rows % pool.router.routing_rows:
+                if rows % layer.routing_rows:
                     raise ValueError(
                         f"{field_name} ({rows}) must be a multiple of routing_rows "
-                        f"({pool.router.routing_rows}) of {name}; change one of them"
+                        f"({layer.routing_rows}) of layers[{index}]; change one of them"
                     )
-            if pool.router.static:  # raises if an expert would take no token
-                pool.routed_rows(Microbatch(pool.router.routing_rows, training.seq_len))
+            for _, pool, _, _ in layer.traverse(ExpertPool.Config):
+                if pool.router.static:  # raises if an expert would take no token
+                    one_group = Microbatch(pool.router.routing_rows, training.seq_len)
+                    pool.routed_rows(layer.inner(one_group))
 
 
 def _fill_in(section: Any, name: str, value: Any, field_name: str) -> None:
@@ -222,8 +245,7 @@ def _share_validation(validator: Any, model: Any, ranks: int) -> None:
     """Round validation batches up to whole routing groups on each of ``ranks`` data ranks, and
     make them fewer, so that about the same rows are read on any number of ranks.
     """
-    pools = (pool for _, pool, _, _ in model.traverse(ExpertPool.Config))
-    each = math.lcm(ranks, *(ranks * pool.router.routing_rows for pool in pools))
+    each = ranks * math.lcm(*(layer.routing_rows for layer in model.layers))
     rows = validator.batch_rows * validator.max_batches
     validator.batch_rows = each * -(-validator.batch_rows // each)
     validator.max_batches = -(-rows // validator.batch_rows)
@@ -234,7 +256,7 @@ def data_folder(config: DataSet.Config) -> Path | None:
     if config.folder:
         return Path(config.folder)
     if config.embedded:
-        return SPEECH_CORPUS if config.speech else CORPUS
+        return {None: CORPUS, "speech": SPEECH_CORPUS, "clips": CLIPS_CORPUS}[_extra(config)]
     return None
 
 
@@ -244,14 +266,19 @@ def _place(name: str) -> tuple[int, str]:
     return (corpus.index(name) if name in corpus else len(corpus), name)
 
 
-def _prepare_once(folder: Path, speech: bool) -> None:
+def _extra(config: DataSet.Config) -> str | None:
+    """The source that the embedded corpus has beside the others."""
+    return "speech" if config.speech else "clips" if config.clips else None
+
+
+def _prepare_once(folder: Path, extra: str | None) -> None:
     """Local rank 0 of each host makes the embedded corpus; the others wait for its files."""
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
         from earlyfuse.data.prepare.embedded import prepare_corpus  # imports fonts, tokenizers
 
-        prepare_corpus(folder, speech=speech)
+        prepare_corpus(folder, extra=extra)
         return
-    names = _SPEECH_MIX if speech else _MIX
+    names = {None: _MIX, "speech": _SPEECH_MIX, "clips": _CLIPS_MIX}[extra]
     parts = [folder / split / name / MANIFEST for split in _SPLITS for name in names]
     parts.append(folder / "validation" / "prompts.json")  # the last
     while not all(path.exists() for path in parts):

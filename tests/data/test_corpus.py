@@ -10,6 +10,7 @@ import subprocess
 import sys
 import unicodedata
 from collections import Counter
+from itertools import pairwise
 from string import ascii_lowercase
 
 import numpy as np
@@ -25,6 +26,8 @@ from earlyfuse.data.embedded.builder import (
     build_corpus,
 )
 from earlyfuse.data.embedded.tasks import tasks as tasks_of
+from earlyfuse.data.prepare import PrepareSpec
+from earlyfuse.data.prepare import embedded as prepare_embedded
 from earlyfuse.data.prepare.embedded import prepare_corpus
 from earlyfuse.data.prepare.progress import Progress
 from earlyfuse.data.raw import read_documents
@@ -286,7 +289,7 @@ def test_without_espeak_the_corpus_with_speech_is_refused_before_anything_is_wri
     monkeypatch.setenv("PATH", str(tmp_path))
     out = tmp_path / "out"
     with pytest.raises(ValueError, match=r"espeak-ng.*apt-get install espeak-ng"):
-        build_corpus(out / "raw", scale=0.01, with_speech=True)
+        build_corpus(out / "raw", scale=0.01, extra="speech")
     assert command.main(["corpus", str(out), "--speech", "--scale", "0.01"]) == 2
     assert "apt-get install espeak-ng" in capsys.readouterr().err and not out.exists()
 
@@ -297,7 +300,7 @@ def spoken(tmp_path_factory):
         pytest.skip(f"{speech.PROGRAM} is not installed")
     out = tmp_path_factory.mktemp("spoken") / "out"
     options = {"text_vocab": 400, "codes": 24, "speech_codes": 32, "workers": 1}
-    prepare_corpus(out, scale=SCALE, speech=True, progress=Progress(io.StringIO()), **options)
+    prepare_corpus(out, scale=SCALE, extra="speech", progress=Progress(io.StringIO()), **options)
     return out
 
 
@@ -361,10 +364,111 @@ def test_spoken_digits_are_a_task_of_validation(spoken):
 def test_a_finished_corpus_with_speech_needs_no_espeak(spoken, monkeypatch):
     before = contents(spoken / "raw")
     monkeypatch.setenv("PATH", "")
-    build_corpus(spoken / "raw", scale=SCALE, with_speech=True)
+    build_corpus(spoken / "raw", scale=SCALE, extra="speech")
     assert contents(spoken / "raw") == before
     with pytest.raises(ValueError, match="asked for is"):
         build_corpus(spoken / "raw", scale=SCALE)
+
+
+# ---- clips -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def moving(tmp_path_factory):
+    out = tmp_path_factory.mktemp("moving") / "out"
+    options = {"text_vocab": 399, "codes": 24, "workers": 1}
+    prepare_corpus(out, scale=SCALE, extra="clips", progress=Progress(io.StringIO()), **options)
+    return out
+
+
+def test_the_corpus_with_clips_is_the_other_one_and_a_source_more(corpus, moving):
+    plain, with_clips = contents(corpus.folder), contents(moving / "raw")
+    own = {name for name in with_clips if "/clips/" in name}
+    about = {"corpus.json", "README.md", "validation/tasks.json"}
+    assert own and with_clips.keys() - own == plain.keys()
+    assert {name for name in plain if plain[name] != with_clips[name]} == about
+    assert {json.loads((moving / "raw" / "corpus.json").read_text())["documents"][split]["clips"]
+            for split in ("train", "validation")} == {90, 9}  # fmt: skip
+
+
+def clip_of(document):
+    """Frames as grey levels, the number of them before the text, and the text."""
+    frames = [s.payload for s in document.segments if isinstance(s.payload, bytes)]
+    before = 0
+    for segment in document.segments:
+        if isinstance(segment.payload, str):
+            text = segment.payload
+            break
+        before += 1
+    return [np.asarray(Image.open(io.BytesIO(png)).convert("L")) for png in frames], before, text
+
+
+def ink(frame):
+    """Centre (row, column) and amount of what is drawn."""
+    dark = 255.0 - frame
+    rows, columns = np.mgrid[: len(frame), : len(frame)]
+    return (rows * dark).sum() / dark.sum(), (columns * dark).sum() / dark.sum(), dark.sum()
+
+
+MOVED = {
+    "moves left": lambda a, b: b[1] < a[1] - 0.9 and abs(b[0] - a[0]) < 0.1,
+    "moves right": lambda a, b: b[1] > a[1] + 0.9 and abs(b[0] - a[0]) < 0.1,
+    "moves up": lambda a, b: b[0] < a[0] - 0.9 and abs(b[1] - a[1]) < 0.1,
+    "moves down": lambda a, b: b[0] > a[0] + 0.9 and abs(b[1] - a[1]) < 0.1,
+    "grows": lambda a, b: b[2] > a[2],
+    "shrinks": lambda a, b: b[2] < a[2],
+    "turns left": lambda a, b: True,
+    "turns right": lambda a, b: True,
+    "stands still": lambda a, b: a == b,
+}
+
+
+def test_a_clip_does_what_is_said_and_a_streamed_one_is_named_when_it_is_clear(moving):
+    streamed, said, ends = 0, set(), set()
+    for document in documents(CorpusPaths(moving / "raw"), "train", "clips"):
+        frames, before, text = clip_of(document)
+        (motion,) = [m for m in MOVED if m in text]
+        said.add(motion)
+        assert 3 <= len(frames) <= 8
+        places = [ink(frame) for frame in frames]
+        if text != f"motion: {motion}":
+            assert before in (0, len(frames))
+            assert all(MOVED[motion](a, b) for a, b in pairwise(places[::3]))
+            continue
+        streamed += 1
+        ends.add(before == len(frames))
+        if motion == "stands still":
+            assert before == len(frames) == 8 and len({f.tobytes() for f in frames}) == 1
+        else:
+            assert MOVED[motion](places[before - 3], places[before - 1])
+            assert len({f.tobytes() for f in frames[: before - 2]}) == 1, "still until then"
+    assert said == MOVED.keys() and streamed > 20 and ends == {True, False}
+
+
+def test_clips_fill_the_vocabulary_of_the_corpus_without_and_the_motion_is_a_task(moving):
+    tokenizers = Tokenizers.load(moving / "tokenizers")
+    vocabulary = tokenizers.vocabulary
+    medium = vocabulary.medium(Modality.IMAGE)
+    assert (vocabulary.size, medium.separator) == (399 + 24 + 1, 399 + 24)
+    assert prepare_embedded.OPTIONS["clips"]["text_vocab"] + 1 == PrepareSpec.text_vocab
+    task = {task.name: task for task in load_tasks(moving)}["clip motion"]
+    for prompt in task.prompts:
+        frames = prompt.count(medium.separator) + 1
+        assert 4 <= frames <= 8 and prompt[1] == medium.begin
+        assert prompt[1 + frames * 17] == medium.end and prompt.count(medium.end) == 1
+    assert len(task.candidates) == 9
+
+
+@pytest.mark.parametrize("frames", [[], "a", ["a"], [1]])
+def test_a_task_with_other_frames_is_refused(moving, tmp_path, frames):
+    shutil.copytree(moving / "tokenizers", tmp_path / "tokenizers")
+    item = {"frames": frames, "answer": "grows"}
+    task = {"name": "motion", "prefix": "motion: ", "candidates": ["grows"], "items": [item]}
+    path = tmp_path / "validation" / "tasks.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps({"tasks": [task]}))
+    with pytest.raises(ValueError, match=r"tasks.json: tasks\[0\]: items\[0\].*(frames|image)"):
+        load_tasks(tmp_path)
 
 
 def test_wrong_requests_are_refused(corpus, tmp_path):
@@ -374,6 +478,11 @@ def test_wrong_requests_are_refused(corpus, tmp_path):
         (tmp_path / "corpus", {"image_size": 12}, r"image_size \(12\) must be a multiple of 8"),
         (corpus.folder, {"scale": SCALE, "seed": 5}, "asked for is"),
         (tmp_path, {}, "holds something else"),
+        (
+            tmp_path / "corpus",
+            {"extra": "smell"},
+            r"extra \('smell'\) must be one of speech, clips",
+        ),
     ):
         with pytest.raises(ValueError, match=said):
             build_corpus(folder, **options)

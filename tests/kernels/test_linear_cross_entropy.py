@@ -158,6 +158,27 @@ def test_gradients_are_the_slopes_of_the_total(backend):
     assert torch.autograd.gradcheck(total, (x, w))
 
 
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+@pytest.mark.usefixtures("small_chunks")
+def test_weights_of_tokens_scale_their_part_of_the_total_alone(backend):
+    x, w, labels, modality = problem(7, 1500, 5)
+    weight = torch.tensor([1.0, 5, 0, 2, 0.5, 3, 1], device=DEVICE)
+    total, nll, z, dx, dw = sums_and_gradients(x, w, labels, modality, backend, weight_T=weight)
+    logits = F.linear(x, w)
+    of_token = F.cross_entropy(logits, labels, reduction="none")
+    of_token = of_token + Z_WEIGHT * (labels != -100) * logits.logsumexp(1).square()
+    expected = (of_token * weight).sum()
+    assert rms_ratio(total, expected.detach()) <= 1e-6
+    for found, wanted in zip((dx, dw), torch.autograd.grad(expected / 7, [x, w]), strict=True):
+        assert rms_ratio(found, wanted) <= 1e-5
+    plain = sums_and_gradients(x, w, labels, modality, backend)
+    assert torch.equal(nll, plain[1]) and torch.equal(z, plain[2])
+    ones = sums_and_gradients(x, w, labels, modality, backend, weight_T=torch.ones_like(weight))
+    assert all(torch.equal(a, b) for a, b in zip(plain, ones, strict=True))
+    with pytest.raises(ValueError, match=r"weight_T \(6,\) must have the shape \(7\)"):
+        sums_and_gradients(x, w, labels, modality, backend, weight_T=weight[:6])
+
+
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.usefixtures("small_chunks")
 def test_two_runs_give_the_same_bits(backend):
@@ -188,7 +209,9 @@ def test_the_registered_op_keeps_the_rules_of_torch_library(backend):
     op = torch.ops.earlyfuse.linear_cross_entropy
     for need in ([True, True], [True, False]):
         with torch.set_grad_enabled(all(need)):
-            torch.library.opcheck(op, (x, w, labels, 0.1, need, 0, 6, "", 1, backend))
+            for weight in (None, torch.rand(4, device=DEVICE)):
+                given = (x, w, labels, 0.1, need, 0, 6, "", 1, backend, weight)
+                torch.library.opcheck(op, given)
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])

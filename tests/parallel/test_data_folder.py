@@ -90,15 +90,37 @@ def test_train_on_the_command_line_neither_makes_nor_fills_a_folder(data, no_cor
 def test_without_a_folder_the_corpus_is_made_in_its_own_place(no_corpus, monkeypatch):
     made = []
 
-    def make(folder, speech):
-        made.append((folder, speech))
+    def make(folder, extra):
+        made.append((folder, extra))
         make_data(folder)
 
     monkeypatch.setattr(PREPARE_CORPUS, make)
     config = embedded.moma_4t4i().data
-    for speech in (False, True):
-        DataSet(replace(config, speech=speech))
-    assert made == [(data_config.CORPUS, False), (data_config.SPEECH_CORPUS, True)]
+    for options in ({}, {"speech": True}, {"clips": True}):
+        DataSet(replace(config, **options))
+    folders = (data_config.CORPUS, data_config.SPEECH_CORPUS, data_config.CLIPS_CORPUS)
+    assert made == list(zip(folders, (None, "speech", "clips"), strict=True))
+    with pytest.raises(ValueError, match=r"data.speech .* and data.clips .* set one"):
+        DataSet(replace(config, speech=True, clips=True))
+    with pytest.raises(ValueError, match=r"data.clips \(True\) needs data.embedded"):
+        DataSet(replace(config, clips=True, embedded=False))
+
+
+def test_a_weight_of_frames_needs_videos(tmp_path):
+    config = embedded.moma_4t4i()
+    config.loss.stream_loss_weight = 2.0
+    media = (replace(VOCABULARY.media[0], separator=VOCABULARY.size),)
+    for name, vocabulary in (
+        ("stills", VOCABULARY),
+        ("videos", replace(VOCABULARY, size=VOCABULARY.size + 1, media=media)),
+    ):
+        config.data.folder = str(make_data(tmp_path / name, vocabulary=vocabulary))
+        config.model_spec.model.vocab_size = vocabulary.size
+        if name == "stills":
+            with pytest.raises(ValueError, match=r"stream_loss_weight \(2.0\) needs videos"):
+                DataSet(config.data).resolve(config, 1)
+        else:
+            assert DataSet(config.data).resolve(config, 1).loss.stream_loss_weight == 2.0
 
 
 def test_the_corpus_has_a_mix_and_an_order_of_its_own_wherever_it_is(tmp_path, no_corpus):
