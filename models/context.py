@@ -5,7 +5,7 @@ tokens, N routers with noise, H width of a head.
 """
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask
@@ -14,8 +14,10 @@ from earlyfuse.models.batch import PADDING, MixedBatch, places_in_documents
 from earlyfuse.models.blocks.cache import DecodeCache
 from earlyfuse.models.blocks.sequence_shard import FullSequence, SequenceShard
 from earlyfuse.models.field_checks import check_choices
-from earlyfuse.models.masks import attention_mask
+from earlyfuse.models.masks import MergedMasks, attention_mask, merged_masks
 from earlyfuse.models.routes import Routes, by_modality
+
+Rule = Literal["batch", "causal", "threshold"]
 
 
 @dataclass(frozen=True)
@@ -23,8 +25,9 @@ class ForwardSettings:
     """Settings of a step or call, not of the model or the batch.
 
     ``rule``            how experts choose: "batch", the top tokens of each routing group; "causal",
-                        by the causal routers, so that no output depends on later tokens or other
-                        rows. Both are the same for models without expert choice
+                        by the causal routers, or "threshold", by running thresholds, so that no
+                        output depends on later tokens or other rows. All are the same for models
+                        without expert choice
     ``budgets``         "configured" in each router, or "exact", from counts that the host waits for
     ``step``            training step, from 1, for router noise; 0: no noise
     ``step_tokens``     tokens of the step over all ranks and micro-batches, which normalise losses
@@ -34,7 +37,7 @@ class ForwardSettings:
     ``sequence_shard``  which part of each row the batch holds
     """
 
-    rule: Literal["batch", "causal"] = "batch"
+    rule: Rule = "batch"
     budgets: Literal["configured", "exact"] = "configured"
     step: int = 0
     step_tokens: float | None = None
@@ -43,7 +46,7 @@ class ForwardSettings:
     sequence_shard: SequenceShard = field(default_factory=FullSequence)
 
     def __post_init__(self) -> None:
-        check_choices(self, rule=("batch", "causal"), budgets=("configured", "exact"))
+        check_choices(self, rule=get_args(Rule), budgets=("configured", "exact"))
 
 
 @dataclass
@@ -60,6 +63,10 @@ class ForwardContext:
     ``row_place_T``   (T,) int64: row of the global batch · its length + position in the row
     ``noise_2N``      key and scale of each router's noise: see ``RouterNoise``
     ``cache``         states of earlier tokens, while decoding
+    ``depth_weights`` weight and bias of the depth router that layers share, if any do
+    ``real_T``        (T,) bool: False for tokens that only fill a selection up, which no expert
+                      takes; None: all are real
+    ``merged_rows``   rows of the batch that a row of a selection has tokens of
     """
 
     rows: int
@@ -69,12 +76,17 @@ class ForwardContext:
     by_group: Routes
     cos_BS1H: torch.Tensor
     sin_BS1H: torch.Tensor
-    mask: "torch.Tensor | BlockMask | None"
+    mask: "torch.Tensor | BlockMask | MergedMasks | None"
     document_BS: torch.Tensor
+    span_BS: torch.Tensor
     place_BS: torch.Tensor
     row_place_T: torch.Tensor
+    rope_theta: float = 10_000.0
     noise_2N: tuple[torch.Tensor, torch.Tensor] | None = None
     cache: DecodeCache | None = None
+    depth_weights: tuple[torch.Tensor, torch.Tensor | None] | None = None
+    real_T: torch.Tensor | None = None
+    merged_rows: int = 1
 
     @property
     def sequence_shard(self) -> SequenceShard:
@@ -92,6 +104,7 @@ class ForwardContext:
         rope_theta: float,
         cache: DecodeCache | None = None,
         noise_2N: tuple[torch.Tensor, torch.Tensor] | None = None,
+        depth_weights: tuple[torch.Tensor, torch.Tensor | None] | None = None,
     ) -> "ForwardContext":
         """The context of ``batch``; with ``cache``, of the next tokens of its documents, where a
         row is one whole document. ``head_dim`` 0: no attention.
@@ -104,7 +117,7 @@ class ForwardContext:
         device = batch.modality_BS.device
         first = shard.index * seq_len
         document_BL = batch.document_BS[:, : first + seq_len]
-        mask: torch.Tensor | BlockMask | None = None
+        mask: torch.Tensor | BlockMask | MergedMasks | None = None
         if cache is not None:
             place_BS, mask = cache.places(seq_len), cache.mask(seq_len)
         else:
@@ -124,47 +137,82 @@ class ForwardContext:
             *rotary_angles(batch.positions_BS, head_dim, rope_theta),
             mask,
             document_BL[:, first:],
+            batch.span_BS,
             place_BS,
             row_place_BS.flatten(),
+            rope_theta,
             noise_2N,
             cache,
+            depth_weights,
         )
 
-    def select(self, routes: Routes, rows: int = 1) -> "ForwardContext":
+    def select(
+        self,
+        routes: Routes,
+        rows: int = 1,
+        cache: DecodeCache | None = None,
+        *,
+        compacted: bool = False,
+        exact: bool = False,
+    ) -> "ForwardContext":
         """The context of the tokens of ``routes`` alone, for a block that runs on a selection.
 
         ``routes`` has one group; its ``row_R`` ascends. ``rows``: 1, all selected tokens in a row,
         or the rows of this context if each has equally many selected tokens. Either way a block
         computes what it would without the other tokens: documents stay separate, rotary positions
-        keep their gaps. Tokens of weight 0 are padding, which no other token sees; they interrupt
-        convolutions and scans, so they must come last in their row.
+        keep their gaps unless ``compacted``. Tokens of weight 0 are padding, which no other token
+        sees; they interrupt convolutions and scans, so they must come last in their row.
+        ``exact``: their number follows from the batch, so experts have exact budgets.
         """
-        if self.cache is not None or self.sequence_shard.parts > 1:
-            raise ValueError("select needs whole rows: no decode cache, no context parallelism")
+        if self.sequence_shard.parts > 1:
+            raise ValueError("select needs whole rows: no context parallelism")
+        if (self.cache is None) != (cache is None):
+            raise ValueError("while decoding, a selection needs a decode cache of its own")
         row_R = routes.row_R
         # documents of different rows may now share a row
         document_R = self.document_BS.flatten()[row_R] + (row_R // self.seq_len << 32)
         padding_R = self.document_BS.flatten()[row_R] == PADDING
+        real_R = None if self.real_T is None else self.real_T[row_R]
         if routes.weight_R is not None:
-            padding_R = padding_R | (routes.weight_R == 0)
+            filled_R = routes.weight_R != 0
+            real_R = filled_R if real_R is None else real_R & filled_R
+            padding_R = padding_R | ~filled_R
         document_BS = document_R.masked_fill(padding_R, PADDING).view(rows, -1)
-        cos_BS1H, sin_BS1H = (
-            angle.flatten(0, 1)[row_R].unflatten(0, document_BS.shape)
-            for angle in (self.cos_BS1H, self.sin_BS1H)
-        )
-        group_T = self.group_T[row_R]
+        group_T, head_dim = self.group_T[row_R], self.cos_BS1H.shape[-1]
+        mask: torch.Tensor | BlockMask | MergedMasks | None = None
+        if cache is not None:
+            place_BS, mask = cache.places(document_BS.shape[1]), cache.mask(document_BS.shape[1])
+        else:
+            place_BS = places_in_documents(document_BS)
+            if head_dim and rows < self.rows:
+                mask = merged_masks(document_BS, (row_R // self.seq_len).view(rows, -1))
+            if head_dim and mask is None:
+                mask = attention_mask(document_BS, padding_is_read=False)
+        if compacted:
+            cos_BS1H, sin_BS1H = rotary_angles(place_BS, head_dim, self.rope_theta)
+        else:
+            cos_BS1H, sin_BS1H = (
+                angle.flatten(0, 1)[row_R].unflatten(0, document_BS.shape)
+                for angle in (self.cos_BS1H, self.sin_BS1H)
+            )
+        settings = replace(self.settings, budgets="exact") if exact else self.settings
         return replace(
             self,
             rows=rows,
             seq_len=document_BS.shape[1],
+            settings=settings,
             group_T=group_T,
             by_group=by_modality(group_T, len(self.by_group.offset_G1) - 1),
             cos_BS1H=cos_BS1H,
             sin_BS1H=sin_BS1H,
-            mask=attention_mask(document_BS) if cos_BS1H.shape[-1] else None,
+            mask=mask,
             document_BS=document_BS,
-            place_BS=places_in_documents(document_BS),
+            span_BS=self.span_BS.flatten()[row_R].view(rows, -1),
+            place_BS=place_BS,
             row_place_T=self.row_place_T[row_R],
+            real_T=real_R,
+            cache=cache,
+            merged_rows=self.merged_rows * (self.rows // rows),
         )
 
 

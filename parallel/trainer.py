@@ -174,7 +174,8 @@ class Trainer(titan.Trainer):
             config.training.max_norm,
             self.parallel_dims.pp,
         )
-        self.after_step = after_step(self.model_parts, self.parallel_dims)
+        step_tokens = config.training.global_batch_size * config.training.seq_len
+        self.after_step = after_step(self.model_parts, self.parallel_dims, step_tokens)
         if not run_folder.knows_peak(self.metrics_processor.device_memory_monitor.device_name):
             self.metrics_processor.gpu_peak_flops = 0
 

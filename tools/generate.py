@@ -17,7 +17,7 @@ from typing import Any
 
 from earlyfuse.data.console import printable
 from earlyfuse.data.media import MEDIA
-from earlyfuse.tools.command import add_code_option, import_code, run_command
+from earlyfuse.tools.command import add_code_option, check_device, import_code, run_command
 
 _EXAMPLES = """examples:
   an image:       … FOLDER --mode image --prompt "glyph: greek small letter alpha" --out samples
@@ -37,7 +37,7 @@ _NEWLINE = "\n"
 class Work:
     """One document to write. ``stem``: how its files begin."""
 
-    segments: list[dict[str, str]]
+    segments: list[dict[str, str | list[str]]]
     tokens: list[int]
     sample: int
     seed: int
@@ -67,12 +67,13 @@ def write(options: argparse.Namespace) -> None:
     sampling = Sampling(options.temperature, options.top_p, options.top_k, options.guidance)
     _check(options)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    _check_device(device)
+    check_device(device)
     import_code(options.code)
     model, vocabulary = load_model(options.folder, device=device)
     about = ModelFolder.read(options.folder)
     tokenizers = about.tokenizers(vocabulary, options.tokenizers)
     _check_mode(options.mode, tokenizers)
+    rule = _rule(model, options.rule)
     works = _works(options, tokenizers, about.seq_len)
     options.out.mkdir(parents=True, exist_ok=True)
     with atomic_write(options.out / RESULTS) as file:
@@ -86,12 +87,13 @@ def write(options: argparse.Namespace) -> None:
                 mode=options.mode,
                 sampling=sampling,
                 seeds=[work.seed for work in batch],
+                rule=rule,
                 unused=tokenizers.unused,
             )
             for work, tokens in zip(batch, written, strict=True):
                 segments = to_segments(tokens, tokenizers, options.out, work.stem)
                 whole = tokens[-1:] == [vocabulary.eos] or options.mode in MEDIA
-                file.write(_line(options, work, segments, len(tokens), whole))
+                file.write(_line(options, rule, work, segments, len(tokens), whole))
                 shown = f"{work.stem}: {_shown(segments)}{'' if whole else ' …'}"
                 print(printable(shown), flush=True)
     print(printable(f"{len(works)} documents in {options.out / RESULTS}"))
@@ -121,17 +123,6 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(f"{options.folder} is no folder; give a run, a checkpoint or an export")
 
 
-def _check_device(name: str) -> None:
-    """Raises ``ValueError`` for a device that this machine does not have."""
-    import torch
-
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition(_NEWLINE)[0]
-        raise ValueError(f"--device ({name}) cannot be used: {reason}; give another") from error
-
-
 def _check_mode(mode: str, tokenizers: Any) -> None:
     """Raises ``ValueError`` where what is written could not be turned into files."""
     media = {medium.modality.label for medium in tokenizers.vocabulary.media}
@@ -147,6 +138,16 @@ def _check_mode(mode: str, tokenizers: Any) -> None:
                 f"--mode {mode} writes {MEDIA[label].item}s, and the {label} tokenizer has no "
                 "decoder: import one that has (vqgan.ckpt, docs/data.md), or write --mode text"
             )
+
+
+def _rule(model: Any, rule: Any) -> Any:
+    """The rule by which experts are chosen; raises ``ValueError`` if the model lacks it."""
+    from earlyfuse.models.routing.router import inference_rule
+
+    try:
+        return inference_rule(model, rule)
+    except ValueError as error:
+        raise ValueError(f"--rule ({rule}): {error}" if rule else str(error)) from error
 
 
 def _works(options: argparse.Namespace, tokenizers: Any, seq_len: int | None) -> list[Work]:
@@ -188,8 +189,9 @@ def _room(
 
 def _line(
     options: argparse.Namespace,
+    rule: str,
     work: Work,
-    segments: list[dict[str, str]],
+    segments: list[dict[str, str | list[str]]],
     tokens: int,
     whole: bool,
 ) -> bytes:
@@ -203,6 +205,7 @@ def _line(
         "top_p": options.top_p,
         "top_k": options.top_k,
         "guidance": options.guidance,
+        "rule": rule,
         "tokens": tokens,
         "ended": whole,
     }
@@ -210,9 +213,13 @@ def _line(
     return json.dumps(fields, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
 
 
-def _shown(segments: list[dict[str, str]]) -> str:
+def _shown(segments: list[dict[str, str | list[str]]]) -> str:
     return " ".join(
-        value if kind == "text" else f"[{value}]" for s in segments for kind, value in s.items()
+        str(value)
+        if kind == "text"
+        else f"[{value if isinstance(value, str) else ' '.join(value)}]"
+        for segment in segments
+        for kind, value in segment.items()
     )
 
 
@@ -266,6 +273,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--top-p", type=float, default=1.0, help="draw from this much of the probability (1.0)")
     add("--top-k", type=int, default=0, help="draw from so many tokens; 0: all (0)")
     add("--guidance", "--cfg", type=float, default=1.0, help="of codes by the prompt; 1: off (1.0)")
+    add(
+        "--rule",
+        choices=("causal", "threshold"),
+        help="how experts are chosen: by causal routers or by thresholds (the first it has)",
+    )
     add("--seed", type=int, default=0, help="of all samples (0)")
     add("--tokenizers", type=Path, metavar="DIR", help="tokenizers of the model's data, if moved")
     add("--device", help="cpu, cuda … (a GPU if there is one)")

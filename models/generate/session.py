@@ -2,8 +2,8 @@
 
 Each step reads the tokens just written, masks what the grammar of the vocabulary does not allow
 (``models/generate/constrained.py``), and draws. A decode cache keeps the state of earlier tokens
-(``models/blocks/cache.py``). Experts are chosen by the causal rule: batch routing would need tokens
-that are not written yet.
+(``models/blocks/cache.py``). Experts are chosen by a causal rule, of causal routers or thresholds:
+batch routing would need tokens that are not written yet.
 
 Every document has its own seed and is routed token by token, so it does not depend on the others in
 the batch; finished documents leave it.
@@ -19,14 +19,12 @@ import torch
 
 from earlyfuse.models.batch import MixedBatch
 from earlyfuse.models.blocks.cache import DecodeCache
-from earlyfuse.models.context import ForwardSettings
+from earlyfuse.models.context import ForwardSettings, Rule
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.field_checks import check_at_least
 from earlyfuse.models.generate.constrained import Draft, Mode, allowed_ids
-from earlyfuse.models.routing.router import check_causal
+from earlyfuse.models.routing.router import inference_rule
 from earlyfuse.models.vocabulary import Vocabulary
-
-CAUSAL = ForwardSettings(rule="causal")
 
 
 @dataclass(frozen=True)
@@ -60,6 +58,7 @@ def generate(
     mode: Mode = "interleaved",
     sampling: Sampling | None = None,
     seeds: Sequence[int] | None = None,
+    rule: Rule | None = None,
     cache: bool = True,
     unused: Sequence[int] = (),
     agree: Callable[[torch.Tensor], torch.Tensor] = lambda tokens_B: tokens_B,
@@ -68,14 +67,20 @@ def generate(
 
     ``prompts``: token ids from begin-of-document on. ``mode``: "text" or "interleaved" to the end
     of the document, "image" or "speech" one block with its sentinels. ``seeds``: of the documents,
-    by default 0 … B-1. ``cache=False`` reads the whole document for each token. ``unused``: ids
-    that are never written, such as padding rows of an embedding. ``agree``: makes the tokens (B,)
-    of a step equal on all ranks that write the same documents.
+    by default 0 … B-1. ``rule``: "causal" or "threshold", by default the first that the model has
+    (``models/routing/router.py``). ``cache=False`` reads the whole document for each token.
+    ``unused``: ids that are never written, such as padding rows of an embedding. ``agree``: makes
+    the tokens (B,) of a step equal on all ranks that write the same documents.
 
     ``ValueError`` for prompts that do not begin a document, blocks that do not fit into
-    ``new_tokens``, and models whose experts have no causal rule.
+    ``new_tokens``, and models that lack the rule.
     """
-    check_causal(model)
+    settings = ForwardSettings(rule=inference_rule(model, rule))
+    if not cache and (names := _needing_cache(model)):
+        raise ValueError(
+            f"cache (False) must be True for this model: {names[0]} decides in another way about "
+            "tokens after the prompt"
+        )
     sampling = sampling or Sampling()
     seeds = range(len(prompts)) if seeds is None else seeds
     rooms = [new_tokens] * len(prompts) if isinstance(new_tokens, int) else new_tokens
@@ -88,7 +93,9 @@ def generate(
     draws = [_draws(seed, room) for seed, room in zip(seeds, rooms, strict=True)]
     guided = sampling.guidance != 1 and mode != "text" and bool(vocabulary.media)
     longest = max((len(draft.tokens) + draft.room for draft in drafts), default=0)
-    reader = _Cached(model, vocabulary, longest) if cache else _Rereading(model, vocabulary)
+    reader = _Rereading(model, vocabulary, settings)
+    if cache:
+        reader = _Cached(model, vocabulary, settings, longest)
     was_training = model.training
     model.eval()
     # shapes change with each token: compiled blocks would recompile
@@ -179,18 +186,26 @@ def _guide(logits_RV: torch.Tensor, in_block: Sequence[bool], guidance: float) -
     return torch.where(in_block_B1, guided_BV, with_prompt_BV)
 
 
+def _needing_cache(model: Decoder) -> list[str]:
+    return [
+        name
+        for name, module in model.named_modules()
+        if getattr(getattr(module, "config", None), "needs_cache", False)
+    ]
+
+
 class _Rereading:
     """Next-token logits by a full forward over all rows."""
 
-    def __init__(self, model: Decoder, vocabulary: Vocabulary):
-        self.model, self.vocabulary = model, vocabulary
+    def __init__(self, model: Decoder, vocabulary: Vocabulary, settings: ForwardSettings):
+        self.model, self.vocabulary, self.settings = model, vocabulary, settings
         self.device = next(model.parameters()).device
 
     def read(self, rows: list[list[int]]) -> torch.Tensor:
         """Next-token logits (R, V) of each row."""
         tokens_RS, real_R = self._padded(rows)
         batch = MixedBatch.of(tokens_RS, self.vocabulary.modality_of(tokens_RS))
-        logits_RSV = self.model(batch, CAUSAL)
+        logits_RSV = self.model(batch, self.settings)
         return logits_RSV[torch.arange(len(rows), device=self.device), real_R - 1]
 
     def select(self, kept: list[int]) -> None:
@@ -210,8 +225,10 @@ class _Cached(_Rereading):
     A row may also begin another document, with its first token.
     """
 
-    def __init__(self, model: Decoder, vocabulary: Vocabulary, slots: int):
-        super().__init__(model, vocabulary)
+    def __init__(
+        self, model: Decoder, vocabulary: Vocabulary, settings: ForwardSettings, slots: int
+    ):
+        super().__init__(model, vocabulary, settings)
         model.config.check_use("decoding", "the model cannot generate with a cache (cache=True)")
         self.slots = slots
         self.cache: DecodeCache | None = None
@@ -231,7 +248,7 @@ class _Cached(_Rereading):
         batch = MixedBatch.of(
             tokens_RS, self.vocabulary.modality_of(tokens_RS), positions_BS=positions_RS
         )
-        return self.model(batch, CAUSAL, cache=self.cache).squeeze(1)
+        return self.model(batch, self.settings, cache=self.cache).squeeze(1)
 
     def select(self, kept: list[int]) -> None:
         """Keeps the cache of these rows."""

@@ -69,9 +69,7 @@ class CausalRouter(Module):
             taken_TE = taken_TE.scatter(1, logits_TE.argmax(1, keepdim=True), True)
         if eligible_T is not None:
             taken_TE = taken_TE & eligible_T[:, None]
-        expert_R, row_R = taken_TE.t().nonzero(as_tuple=True)
-        offset_G1 = F.pad(taken_TE.sum(0).cumsum(0), (1, 0))
-        return Routes(row_R, offset_G1, main_TE[row_R, expert_R].sigmoid())
+        return taken_routes(taken_TE, main_TE)
 
     def learn(
         self,
@@ -92,6 +90,20 @@ class CausalRouter(Module):
             return routes.weight_R
         logits_TE = self(x_TD)
         member_TE = members(routes, eligible_T, *logits_TE.shape)
+        return self.teach(logits_TE, member_TE, eligible_T, settings, routes.weight_R)
+
+    def teach(
+        self,
+        logits_TE: torch.Tensor,
+        member_TE: torch.Tensor,
+        eligible_T: torch.Tensor | None,
+        settings: ForwardSettings,
+        weight_R: torch.Tensor,
+    ) -> torch.Tensor:
+        """``weight_R``, through which the cross-entropy of ``logits_TE`` joins the graph.
+
+        ``member_TE`` (T, E) bool: what they are to predict.
+        """
         bce_TE = F.binary_cross_entropy_with_logits(
             logits_TE, member_TE.to(logits_TE.dtype), reduction="none"
         )
@@ -100,14 +112,23 @@ class CausalRouter(Module):
         if settings.recording:
             self.stats.record(bce_TE, logits_TE, member_TE, eligible_T)
         if not (self.training and torch.is_grad_enabled()):
-            return routes.weight_R
-        tokens = settings.step_tokens or len(x_TD)
-        return _Carry.apply(routes.weight_R, bce_TE.sum() / (self.share * tokens))
+            return weight_R
+        tokens = settings.step_tokens or len(logits_TE)
+        return carry_loss(weight_R, bce_TE.sum() / (self.share * tokens))
 
 
 def causal_routers(model: nn.Module) -> list[CausalRouter]:
     """All causal routers of a model, in order."""
     return [module for module in model.modules() if isinstance(module, CausalRouter)]
+
+
+def taken_routes(taken_TE: torch.Tensor, logits_TE: torch.Tensor) -> Routes:
+    """Routes of the tokens taken by each expert, weighed by sigmoid scores; the host waits for
+    their number.
+    """
+    expert_R, row_R = taken_TE.t().nonzero(as_tuple=True)
+    offset_G1 = F.pad(taken_TE.sum(0).cumsum(0), (1, 0))
+    return Routes(row_R, offset_G1, logits_TE[row_R, expert_R].sigmoid())
 
 
 def members(
@@ -118,6 +139,11 @@ def members(
     real_R = torch.ones_like(row_R, dtype=torch.bool) if eligible_T is None else eligible_T[row_R]
     member_TE = torch.zeros(tokens, experts, dtype=torch.bool, device=row_R.device)
     return member_TE.index_put((row_R, group_of_rows(offset_G1, len(row_R))), real_R)
+
+
+def carry_loss(carrier: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
+    """``carrier``, through which a scalar loss joins the graph with gradient 1."""
+    return _Carry.apply(carrier, loss)
 
 
 class _Carry(torch.autograd.Function):

@@ -17,15 +17,16 @@ from torch import nn
 
 from earlyfuse.kernels.permute import select_top_k
 from earlyfuse.models.blocks.branch import FP32, Flops, Microbatch
-from earlyfuse.models.context import ForwardContext
+from earlyfuse.models.context import ForwardContext, Rule
 from earlyfuse.models.field_checks import check_choices, check_positive
 from earlyfuse.models.init_weights import Draw, normal
 from earlyfuse.models.precision import wide
 from earlyfuse.models.routes import Routes, group_of_rows
-from earlyfuse.models.routing.causal_router import CausalRouter
+from earlyfuse.models.routing.causal_router import CausalRouter, members, taken_routes
 from earlyfuse.models.routing.gumbel_noise import RouterNoise
-from earlyfuse.models.routing.router import NO_CAUSAL_ROUTER, Router
+from earlyfuse.models.routing.router import LACKING, Router
 from earlyfuse.models.routing.router_stats import RouterStats
+from earlyfuse.models.routing.running_threshold import RunningThreshold
 
 
 class ExpertChoice(Router):
@@ -38,7 +39,8 @@ class ExpertChoice(Router):
         (MoMa eq. 1), or "normalised" to a sum of 1 over a token's experts. ``init`` "centred": the
         weight less its mean over experts, whose directions then form a simplex, so that they choose
         different tokens. ``causal``: a router for inference, trained along. ``noise``: in the
-        choice, while training."""
+        choice, while training. ``threshold``: a running one of each expert, for inference and, if
+        it ``chooses``, training; it follows the scores that training chooses by, with noise."""
 
         capacity_factor: float = 1.0
         routing_rows: int = 1
@@ -48,9 +50,20 @@ class ExpertChoice(Router):
         init_gain: float = 1.0
         causal: CausalRouter.Config | None = None
         noise: RouterNoise.Config | None = None
+        threshold: RunningThreshold.Config | None = None
 
         def __post_init__(self) -> None:
             check_positive(self, "routing_rows", "capacity_factor", "init_gain")
+            if self.threshold is not None and self.budget != "static":
+                raise ValueError(
+                    f'budget ({self.budget!r}) must be "static" with thresholds, which follow the '
+                    "last token of a static budget; set it, or leave threshold None"
+                )
+            if self.threshold is not None and self.threshold.chooses and self.causal is not None:
+                raise ValueError(
+                    "causal must be None where thresholds choose in training, which is a causal "
+                    "rule already; leave it out, or set threshold.chooses to False"
+                )
             check_choices(
                 self,
                 budget=("static", "exact"),
@@ -63,18 +76,23 @@ class ExpertChoice(Router):
             return self.budget == "static"
 
         @property
-        def decides_causally(self) -> bool:
-            return self.causal is not None
+        def causal_rules(self) -> tuple[Rule, ...]:
+            rules: dict[Rule, object] = {"causal": self.causal, "threshold": self.threshold}
+            return tuple(rule for rule, has in rules.items() if has is not None)
 
         @property
         def rows_per_token(self) -> float:
             return self.capacity_factor
 
         def routed_rows(self, batch: Microbatch, experts: int, share: float) -> int:
-            """Rows by the static rule, the average of exact budgets."""
+            """Rows by the static rule, the average of exact budgets; where thresholds choose, all
+            slots, of which ``rows_per_token`` counts those that are taken in expectation.
+            """
             group_tokens = self.routing_rows * batch.seq_len
-            budget = static_budget(share, self.capacity_factor, group_tokens, experts)
-            return experts * budget * (batch.rows // self.routing_rows)
+            slots = static_budget(share, self.capacity_factor, group_tokens, experts)
+            if self.threshold is not None:
+                slots = self.threshold.slots(slots, group_tokens)
+            return experts * slots * (batch.rows // self.routing_rows)
 
         def parameters(self, dim: int, experts: int) -> int:
             causal = 0 if self.causal is None else dim // 2 * (dim + experts)
@@ -99,15 +117,18 @@ class ExpertChoice(Router):
         sizes = {"dim": dim, "experts": experts, "share": share}
         self.causal = config.causal.build(**sizes) if config.causal is not None else None
         self.noise = config.noise.build() if config.noise is not None else None
+        self.threshold = (
+            config.threshold.build(experts=experts) if config.threshold is not None else None
+        )
 
     def draws(self) -> dict[str, Draw]:
         centred = self.config.init == "centred"
         return {"weight": normal(self.config.init_gain, centred=centred)}
 
     def static(self, context: ForwardContext) -> bool:
-        """True unless budgets are exact or the rule is causal."""
+        """True unless budgets are exact or the rule is not that of the batch."""
         settings = context.settings
-        exact = settings.rule == "causal" or settings.budgets == "exact"
+        exact = settings.rule != "batch" or settings.budgets == "exact"
         return self.config.budget == "static" and not exact
 
     def forward(
@@ -116,13 +137,20 @@ class ExpertChoice(Router):
         # router in fp32: ties in bf16 would reorder the top-k
         x_TD = wide(x_TD)
         logits_TE = F.linear(x_TD, wide(self.weight))
-        if context.settings.rule == "causal":
+        rule = context.settings.rule
+        if rule == "causal":
             if self.causal is None:
-                raise ValueError(f"an expert-choice router {NO_CAUSAL_ROUTER}")
+                raise ValueError(f"an expert-choice router {LACKING[rule]}")
             return self._weighed(self.causal.choose(x_TD, logits_TE, eligible_T), len(x_TD))
-        routes = self._weighed(self._choose(logits_TE, eligible_T, context), len(x_TD))
+        if rule == "threshold":
+            if self.threshold is None:
+                raise ValueError(f"an expert-choice router {LACKING[rule]}")
+            taken_TE = self.threshold.above(logits_TE, eligible_T)
+            return self._weighed(taken_routes(taken_TE, logits_TE), len(x_TD))
+        routes, taken_R = self._choose(logits_TE, eligible_T, context)
+        routes = self._weighed(routes, len(x_TD))
         if context.settings.recording:
-            self.stats.record(logits_TE, eligible_T, routes)
+            self.stats.record(logits_TE, eligible_T, routes, taken_R=taken_R)
         if self.causal is not None:
             weight_R = self.causal.learn(x_TD, routes, eligible_T, context.settings)
             routes = routes._replace(weight_R=weight_R)
@@ -133,29 +161,68 @@ class ExpertChoice(Router):
 
     def _choose(
         self, logits_TE: torch.Tensor, eligible_T: torch.Tensor | None, context: ForwardContext
-    ) -> Routes:
+    ) -> tuple[Routes, torch.Tensor | None]:
+        """Routes by the rule of training, and which of their rows are taken; None: all."""
         config = self.config
-        if context.rows % config.routing_rows:
+        # of a selection over several rows, a row holds the tokens of them all
+        rows, rest = divmod(config.routing_rows, context.merged_rows)
+        if rest or context.rows % rows:
             raise ValueError(
-                f"a batch of {context.rows} rows cannot be split into routing groups of "
-                f"routing_rows ({config.routing_rows}); make the local batch size a multiple of it"
+                f"a batch of {context.rows * context.merged_rows} rows cannot be split into "
+                f"routing groups of routing_rows ({config.routing_rows}); make the local batch "
+                "size a multiple of it"
             )
-        budget = None
+        groups, tokens = context.rows // rows, rows * context.seq_len
+        budget = slots = None
         if self.static(context):
-            tokens = config.routing_rows * context.seq_len
             experts = logits_TE.shape[1]
-            budget = static_budget(self.share, config.capacity_factor, tokens, experts)
+            budget = slots = static_budget(self.share, config.capacity_factor, tokens, experts)
+            if config.threshold is not None and self.training:
+                slots = config.threshold.slots(budget, tokens)
         selected_by_TE = logits_TE
         if self.noise is not None and self.training:
             selected_by_TE = self.noise(logits_TE, context)
-        return expert_choice(
+        routes = expert_choice(
             logits_TE,
             eligible_T,
-            context.rows // config.routing_rows,
-            budget=budget,
+            groups,
+            budget=slots,
             capacity_factor=config.capacity_factor,
             selected_by_TE=selected_by_TE,
         )
+        taken_R = None
+        if self.threshold is not None:
+            scores_TE = selected_by_TE.detach()
+            if context.settings.recording:
+                chosen = routes if budget is None else _first(routes, groups, budget)
+                member_TE = members(chosen, eligible_T, *logits_TE.shape)
+                self.threshold.compare(scores_TE, member_TE, eligible_T)
+            if budget is not None and self.training:
+                score_R = _scores(routes, scores_TE, eligible_T)
+                score_ENk = score_R.view(logits_TE.shape[1], groups, -1)
+                taken_R = self.threshold.follow(score_ENk, budget, context.settings.recording)
+        if taken_R is not None:
+            assert routes.weight_R is not None, "expert choice always weighs its rows"
+            routes = routes._replace(weight_R=routes.weight_R * taken_R)
+        return routes, taken_R
+
+
+def _scores(
+    routes: Routes, scores_TE: torch.Tensor, eligible_T: torch.Tensor | None
+) -> torch.Tensor:
+    """(R,) fp32 scores of the rows of ``routes``, -inf for tokens that are not eligible."""
+    row_R, offset_G1, _ = routes
+    score_R = scores_TE[row_R, group_of_rows(offset_G1, len(row_R))].float()
+    return score_R if eligible_T is None else score_R.masked_fill(~eligible_T[row_R], -torch.inf)
+
+
+def _first(routes: Routes, groups: int, budget: int) -> Routes:
+    """The first ``budget`` rows of each expert in each routing group, of static routes."""
+    experts = len(routes.offset_G1) - 1
+    row_R = routes.row_R.view(experts * groups, -1)[:, :budget].flatten()
+    per_expert = groups * budget
+    offset_G1 = torch.arange(experts + 1, device=row_R.device) * per_expert
+    return Routes(row_R, offset_G1)
 
 
 def normalised(routes: Routes, tokens: int) -> Routes:

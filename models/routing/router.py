@@ -17,16 +17,32 @@ from torch import nn
 from torchtitan.protocols.module import Module
 
 from earlyfuse.models.blocks.branch import FP32, Flops, Microbatch, products
-from earlyfuse.models.context import ForwardContext
+from earlyfuse.models.context import ForwardContext, Rule
 from earlyfuse.models.init_weights import Draw
 from earlyfuse.models.routes import Routes
 from earlyfuse.models.routing.causal_router import CausalRouter
+from earlyfuse.models.routing.running_threshold import measured
 
-NO_CAUSAL_ROUTER = (
-    "cannot route causally: it has no causal router. Train one on the finished model in a second "
-    "stage (--train-only causal_routers, docs/moma.md), or along with it by a config whose routers "
-    "have causal set"
+CAUSAL_RULES: tuple[Rule, ...] = ("causal", "threshold")
+"""Those that look at no later token, in order of preference."""
+
+_TRAIN_CAUSAL = (
+    "train a causal router (a predictor, for depth) on the finished model in a second stage "
+    "(--train-only causal_routers, docs/moma.md), or along with it by a config whose routers have "
+    "causal set"
 )
+_MEASURE_THRESHOLDS = (
+    "measure running thresholds on the finished model (configs.stages.thresholds_only, "
+    "docs/moma.md), or along with it by a config whose routers have threshold set"
+)
+LACKING = {
+    "causal": f"cannot route by the causal rule: it has no causal router; {_TRAIN_CAUSAL}",
+    "threshold": f"cannot route by thresholds: it has none; {_MEASURE_THRESHOLDS}",
+    None: (
+        "cannot route causally: it has no causal router and no thresholds; "
+        f"{_TRAIN_CAUSAL}; or {_MEASURE_THRESHOLDS}"
+    ),
+}
 
 
 class Router(Module, ABC):
@@ -79,9 +95,10 @@ class Router(Module, ABC):
             return False
 
         @property
-        def decides_causally(self) -> bool:
-            """True if it can route by the present and earlier tokens alone, as generation needs."""
-            return False
+        def causal_rules(self) -> tuple[Rule, ...]:
+            """Those of ``CAUSAL_RULES`` by which it can route, as generation needs. One whose
+            choice by a rule is not that of the batch has ``Statistics`` of this kind."""
+            return ()
 
         @property
         def bias_rate(self) -> float:
@@ -127,8 +144,57 @@ class Router(Module, ABC):
             return type(self).__qualname__.removesuffix(".Config")
 
 
-def check_causal(model: nn.Module) -> None:
-    """``ValueError`` if a router of ``model`` has no causal rule (``ForwardSettings.rule``)."""
-    for name, module in model.named_modules():
-        if isinstance(module, Router) and not module.config.decides_causally:
-            raise ValueError(f"{name} {NO_CAUSAL_ROUTER}")
+def routing_modules(model: nn.Module) -> dict[str, tuple[Rule, ...]]:
+    """The modules of ``model`` that route, by name: the ``causal_rules`` of their config."""
+    return {
+        name: module.config.causal_rules
+        for name, module in model.named_modules()
+        if hasattr(getattr(module, "config", None), "causal_rules")
+    }
+
+
+def causal_rules(model: nn.Module) -> list[Rule]:
+    """Those of ``CAUSAL_RULES`` that all routing modules of ``model`` have; all if it has none."""
+    found = routing_modules(model).values()
+    return [rule for rule in CAUSAL_RULES if all(rule in rules for rules in found)]
+
+
+def usable_rules(model: nn.Module) -> list[Rule]:
+    """``causal_rules``, without "threshold" before a step has measured thresholds."""
+    return [rule for rule in causal_rules(model) if rule != "threshold" or measured(model)]
+
+
+def selecting_rules(model: nn.Module) -> set[Rule]:
+    """Rules of inference under which some module of ``model`` compares tokens of a medium with
+    later ones, as if the medium were there as a whole.
+    """
+    configs = (getattr(module, "config", None) for module in model.modules())
+    return {rule for config in configs for rule in getattr(config, "selecting_rules", ())}
+
+
+def check_causal(model: nn.Module, rule: Rule | None = None) -> Rule:
+    """``rule``, or the first of ``causal_rules``; ``ValueError`` names a module that lacks it."""
+    if rule not in (None, *CAUSAL_RULES):
+        raise ValueError(
+            f"rule ({rule!r}) must be one of {', '.join(CAUSAL_RULES)}: others look at later tokens"
+        )
+    rules = causal_rules(model)
+    if rule in rules or (rule is None and rules):
+        return rule or rules[0]
+    found = routing_modules(model)
+    lacking = [name for name, own in found.items() if (rule not in own if rule else not own)]
+    if not lacking:  # each has a rule, and they have none in common
+        rule = CAUSAL_RULES[0]
+        lacking = [name for name, own in found.items() if rule not in own]
+    raise ValueError(f"{lacking[0]} {LACKING[rule]}")
+
+
+def inference_rule(model: nn.Module, rule: Rule | None = None) -> Rule:
+    """``check_causal``; also ``ValueError`` for thresholds that no training step has measured."""
+    rule = check_causal(model, rule)
+    if rule not in usable_rules(model):
+        raise ValueError(
+            "the model's thresholds are not measured: no training step was taken since they were "
+            f"added; train it, or {_MEASURE_THRESHOLDS}"
+        )
+    return rule

@@ -68,15 +68,19 @@ class RouterStats(Statistics):
         eligible_T: torch.Tensor | None,
         routes: Routes,
         own_E: torch.Tensor | None = None,
+        taken_R: torch.Tensor | None = None,
     ) -> None:
         """Add one forward's routing; with ``own_E``, of these experts alone, whose tokens are the
-        eligible ones. No host synchronisation.
+        eligible ones; with ``taken_R`` bool, of these rows alone, the others being padding. No host
+        synchronisation.
         """
         row_R, offset_G1, weight_R = routes
         assert weight_R is not None, "routers always weigh their rows"
         eligible = logits_TE.new_ones(len(logits_TE)) if eligible_T is None else eligible_T.float()
         real_R = eligible[row_R]
-        reached_T = torch.zeros_like(eligible).index_fill_(0, row_R, 1.0) * eligible
+        if taken_R is not None:
+            real_R = real_R * taken_R
+        reached_T = torch.zeros_like(eligible).scatter_reduce_(0, row_R, real_R, "amax")
         # experts may have different numbers of rows
         upto_R1 = F.pad(real_R.cumsum(0, dtype=torch.float64), (1, 0))
         load_E, rows_E = upto_R1[offset_G1].diff(), offset_G1.diff()
@@ -88,7 +92,7 @@ class RouterStats(Statistics):
 
     def summary(self) -> dict[str, float]:
         """``load_min``, ``load_max``: least and most loaded expert relative to an even share;
-        ``reached``: share of eligible tokens with an expert; ``filled``: share of the budget used;
+        ``reached``: share of eligible tokens with an expert; ``filled``: share of the slots used;
         ``weight``: mean weight of a chosen token; ``logit_rms``.
         """
         eligible, reached, rows, real, weight, squares = self.sums_K.tolist()
@@ -137,12 +141,78 @@ class CausalStats(Statistics):
         decisions that take a token (of the batch: capacity_factor / E).
         """
         decisions, bce, member, taken, both = self.sums_K.tolist()
-        return {
-            "bce": bce / max(decisions, 1),
-            "precision": both / max(taken, 1),
-            "recall": both / max(member, 1),
-            "taken": taken / max(decisions, 1),
-        }
+        return {"bce": bce / max(decisions, 1)} | _agreement(decisions, member, taken, both)
+
+
+def _agreement(decisions: float, member: float, taken: float, both: float) -> dict[str, float]:
+    return {
+        "precision": both / max(taken, 1),
+        "recall": both / max(member, 1),
+        "taken": taken / max(decisions, 1),
+    }
+
+
+class ThresholdStats(Statistics):
+    """Precision and recall of running thresholds against the batch's choice, and how training by
+    them fills budgets.
+
+    ``sums_K``: decisions (eligible tokens times experts), rows of the batch's choice, rows above
+    the thresholds, rows of both. ``slots_K``, in training by thresholds: budgets of top-k routing,
+    rows taken, those of them above the thresholds. Experts without a threshold, before
+    the first step, are not counted.
+    """
+
+    kind = "threshold"
+
+    def __init__(self) -> None:
+        super().__init__(sums=4)
+        self.register_buffer("slots_K", torch.zeros(3), persistent=False)
+
+    @torch.no_grad()
+    def record(
+        self,
+        above_TE: torch.Tensor,
+        member_TE: torch.Tensor,
+        eligible_T: torch.Tensor | None,
+        seen_E: torch.Tensor,
+    ) -> None:
+        """Add one forward. ``seen_E`` bool: experts that have a threshold. No host
+        synchronisation.
+        """
+        decided_TE = seen_E.expand_as(above_TE)
+        if eligible_T is not None:
+            decided_TE = decided_TE & eligible_T[:, None]
+        self.add(decided_TE, member_TE & seen_E, above_TE, above_TE & member_TE)
+
+    @torch.no_grad()
+    def record_slots(
+        self, taken_ENk: torch.Tensor, above_ENk: torch.Tensor, budget: int, seen_E: torch.Tensor
+    ) -> None:
+        """Add the slots of one training forward, those ``above`` the thresholds in front. No host
+        synchronisation.
+        """
+        budgets_EN = torch.full_like(taken_ENk[..., 0], budget, dtype=torch.float32)
+        rows = [budgets_EN, taken_ENk.sum(-1), (taken_ENk & above_ENk).sum(-1)]
+        self.slots_K += torch.stack([(rows_EN.float().sum(1) * seen_E).sum() for rows_EN in rows])
+
+    def summary(self) -> dict[str, float]:
+        """``precision``: share of the rows above the thresholds that the batch chose; ``recall``:
+        share of the batch's rows above them; ``taken``: share of all decisions above them.
+
+        In training by thresholds also ``used``: rows taken over the budget of top-k routing;
+        ``overflow``: share of the rows above the thresholds that did not fit; ``floor``: share of
+        the rows taken that are below.
+        """
+        decisions, member, above, both = self.sums_K.tolist()
+        budget, rows, within = self.slots_K.tolist()
+        found = _agreement(decisions, member, above, both) if decisions else {}
+        if budget:
+            found |= {
+                "used": rows / budget,
+                "overflow": (above - within) / max(above, 1),
+                "floor": (rows - within) / max(rows, 1),
+            }
+        return found
 
 
 class OutputNorm(Statistics):

@@ -23,12 +23,12 @@ from torchtitan.protocols.module import ModuleList
 
 from earlyfuse.kernels.permute import select_top_k
 from earlyfuse.models.blocks.branch import Microbatch
-from earlyfuse.models.context import ForwardContext
+from earlyfuse.models.context import ForwardContext, Rule
 from earlyfuse.models.field_checks import check_at_least
 from earlyfuse.models.init_weights import Draw, normal
 from earlyfuse.models.precision import wide
 from earlyfuse.models.routes import Routes
-from earlyfuse.models.routing.router import Router
+from earlyfuse.models.routing.router import CAUSAL_RULES, Router
 from earlyfuse.models.routing.router_stats import RouterStats
 
 
@@ -87,8 +87,8 @@ class TokenChoice(Router):
                 )
 
         @property
-        def decides_causally(self) -> bool:
-            return True
+        def causal_rules(self) -> tuple[Rule, ...]:
+            return CAUSAL_RULES
 
         @property
         def rows_per_token(self) -> float:
@@ -140,7 +140,6 @@ class TokenChoice(Router):
     def forward(
         self, x_TD: torch.Tensor, eligible_T: torch.Tensor | None, context: ForwardContext
     ) -> Routes:
-        assert eligible_T is None, "ExpertPool.Config refuses groups with token choice"
         # router in fp32: ties in bf16 would reorder the top-k
         logits_TE = F.linear(wide(x_TD), wide(self.weight))
         scores_TE = logits_TE.detach().float() + self.bias_E.float()  # of a model in fp64 too
@@ -148,19 +147,34 @@ class TokenChoice(Router):
             scores_TE = scores_TE.masked_fill(context.group_T[:, None] != self.serves_E, -torch.inf)
         config = self.config
         routes = token_choice(logits_TE, scores_TE, config.top_k, config.normalise, config.scale)
+        load_E = routes.offset_G1.diff()
+        if eligible_T is not None:  # tokens that only fill a selection up
+            real_R = eligible_T[routes.row_R]
+            assert routes.weight_R is not None, "token choice always weighs its rows"
+            routes = routes._replace(weight_R=routes.weight_R * real_R)
+            load_E = F.pad(real_R.cumsum(0), (1, 0))[routes.offset_G1].diff()
         if self.training and config.bias_rate:
-            self.load_E += routes.offset_G1.diff()
+            self.load_E += load_E
         if context.settings.recording:
-            self._record(logits_TE, context, routes)
+            self._record(logits_TE, eligible_T, context, routes)
         return routes
 
-    def _record(self, logits_TE: torch.Tensor, context: ForwardContext, routes: Routes) -> None:
+    def _record(
+        self,
+        logits_TE: torch.Tensor,
+        eligible_T: torch.Tensor | None,
+        context: ForwardContext,
+        routes: Routes,
+    ) -> None:
         if not self.config.serves:
-            self.stats[0].record(logits_TE, None, routes)
+            self.stats[0].record(logits_TE, eligible_T, routes)
             return
         by_group_E = self.serves_E.argsort(stable=True).split([len(s.load_E) for s in self.stats])
         for own_E, stats in zip(by_group_E, self.stats, strict=True):
-            stats.record(logits_TE, context.group_T == stats.group, routes, own_E)
+            own_T = context.group_T == stats.group
+            if eligible_T is not None:
+                own_T = own_T & eligible_T
+            stats.record(logits_TE, own_T, routes, own_E)
 
     @torch.no_grad()
     def balance(self, load_E: torch.Tensor, taken: torch.Tensor) -> None:

@@ -16,17 +16,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 from torchtitan.protocols.module import Module
 
 from earlyfuse.data.json_files import JsonObject, read_json, shown
-from earlyfuse.models.context import ForwardSettings
+from earlyfuse.models.context import ForwardSettings, Rule
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.precision import fp32_parameters, wide_type
-from earlyfuse.models.routing.causal_router import causal_routers
+from earlyfuse.models.routing.router import usable_rules
 from earlyfuse.models.state_dicts import huggingface, huggingface_mamba, mamba_ssm, meta
 from earlyfuse.models.state_dicts.config_json import CONFIG, FORMAT, REMEDY, read_description
 from earlyfuse.models.state_dicts.plain_decoder import tensor_shapes
@@ -244,10 +244,10 @@ def load_model(
 
     ``model(MixedBatch.of(tokens_BS, vocabulary.modality_of(tokens_BS)))`` returns logits (B, S, V).
     ``dtype`` None keeps the dtypes of the files; with a narrower one scans and routers stay in
-    fp32, as in training (``models/precision.py``). Needs no launcher or process group. Models with
-    causal routers route by the causal rule, others by batch with exact budgets, as in validation;
-    override it by ``ForwardSettings`` with the batch. ``ValueError`` says what is wrong with the
-    folder.
+    fp32, as in training (``models/precision.py``). Needs no launcher or process group. Models
+    route by the first causal rule that they have (causal routers, thresholds), others by batch with
+    exact budgets, as in validation; override it by ``ForwardSettings`` with the batch.
+    ``ValueError`` says what is wrong with the folder.
     """
     opened = open_model(folder)
     with torch.device("meta"):
@@ -270,6 +270,6 @@ def load_model(
             target = wide_type(dtype)
         values = values.to(device=device, dtype=target, copy=True)
         module.register_parameter(leaf, nn.Parameter(values))
-    rule: Literal["batch", "causal"] = "causal" if causal_routers(model) else "batch"
+    rule: Rule = next(iter(usable_rules(model)), "batch")
     model.default_settings = ForwardSettings(rule=rule, budgets="exact")
     return model.eval(), opened.vocabulary

@@ -20,7 +20,7 @@ from earlyfuse.data.json_files import read_json
 from earlyfuse.data.tokenizers import Tokenizers
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.generate.session import Sampling, generate
-from earlyfuse.models.routing.router import check_causal
+from earlyfuse.models.routing.router import check_causal, usable_rules
 from earlyfuse.models.vocabulary import Modality, Vocabulary
 from earlyfuse.parallel.evaluation.eval_tasks import decoded, media_tokenizer, media_tokens
 from earlyfuse.parallel.reporting import rank_log
@@ -94,6 +94,10 @@ class Sampler(Configurable):
     ) -> list[Sample]:
         """Samples of all pairs on rank 0, [] on others. All ranks call it."""
         assert isinstance(model, Decoder), "pipelines are turned off"
+        if not usable_rules(model):  # before the first step
+            if dist.get_rank() == 0:
+                rank_log.tell("no samples yet: the model's thresholds are not measured")
+            return []
         config, block = self.config, len(self.pairs[0].image_tokens)
 
         def generated(prompts: list[list[int]], mode: str, new_tokens: int) -> list[list[int]]:

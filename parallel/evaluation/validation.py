@@ -2,8 +2,9 @@
 
 Expert-choice routers see a whole routing group, later tokens included. ``loss`` uses this batch
 routing, as training does, with budgets from actual counts (the paper's exact rule). With causal
-routers, ``causal_loss`` and ``causal_task`` use the rule of inference, which does not look ahead.
-Task prompts never contain the answer.
+routers, ``causal_loss`` and ``causal_task`` use their rule, which does not look ahead; with running
+thresholds, ``threshold_loss`` and ``threshold_task`` use theirs, from the first step on. Task
+prompts never contain the answer.
 """
 
 from dataclasses import dataclass, field, replace
@@ -19,10 +20,11 @@ from earlyfuse.data.shards.source import TokenSource
 from earlyfuse.data.stream.batches import validation_batches
 from earlyfuse.data.stream.mixture import Mixture
 from earlyfuse.models.batch import IGNORE_LABEL
-from earlyfuse.models.context import ForwardSettings
+from earlyfuse.models.context import ForwardSettings, Rule
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.objectives.next_token import ChameleonObjective
 from earlyfuse.models.objectives.sums import label_counts
+from earlyfuse.models.routing.router import CAUSAL_RULES, selecting_rules, usable_rules
 from earlyfuse.models.vocabulary import Modality, Vocabulary
 from earlyfuse.parallel.evaluation.eval_tasks import Ranks, Task, load_tasks
 from earlyfuse.parallel.strategies.context import positions_here, sequence_shard
@@ -104,13 +106,13 @@ class Validation(Validator):
     ) -> dict[str, float]:
         """Losses per modality and source, unigram entropies for comparison, task accuracies.
 
-        With causal routers also losses and tasks under the causal rule, and the routers'
-        cross-entropy, precision and recall on these rows.
+        Losses and tasks also under each causal rule that differs from the batch's, and how it
+        agrees with the batch's choice on these rows: precision, recall …
         """
         was_training = model.training
         model.eval()
-        has_causal = self.statistics is not None and "causal" in self.statistics
-        recording = replace(self.settings, recording=has_causal)
+        rules = self._causal_rules(model)
+        recording = replace(self.settings, recording=bool(rules))
         metrics = self._losses("", model, objective, recording)
         metrics |= {
             f"unigram_entropy/{m.label}": self.unigram[m]
@@ -118,14 +120,31 @@ class Validation(Validator):
             if f"loss/{m.label}" in metrics
         }
         metrics |= self._task_checks("task", model, self.settings)
-        if self.statistics is not None and has_causal:
-            metrics |= self.statistics.pop("causal")
+        if self.statistics is not None and rules:
+            for rule in rules:
+                metrics |= self.statistics.pop(rule)
             self.statistics.discard()  # the other kinds are of training steps
-            causal = replace(self.settings, rule="causal")
-            metrics |= self._losses("causal_", model, objective, causal)
-            metrics |= self._task_checks("causal_task", model, causal)
+        for rule in rules:
+            settings = replace(self.settings, rule=rule)
+            metrics |= self._losses(f"{rule}_", model, objective, settings)
+            metrics |= self._task_checks(f"{rule}_task", model, settings)
         model.train(was_training)
         return metrics
+
+    def _causal_rules(self, model: Decoder | Pipeline) -> list[Rule]:
+        """Rules that all stages of ``model`` can use, of which some router has statistics, and
+        under which none compares tokens with later ones.
+        """
+        if self.statistics is None:
+            return []
+        usable = [rule for rule in usable_rules(model) if rule not in selecting_rules(model)]
+        lacking = torch.tensor([rule not in usable for rule in CAUSAL_RULES], dtype=torch.int64)
+        lacking = self._sum_over_stages(lacking.to(titan_utils.device_type))
+        return [
+            rule
+            for rule, lack in zip(CAUSAL_RULES, lacking.tolist(), strict=True)
+            if not lack and rule in self.statistics
+        ]
 
     def _losses(
         self,

@@ -9,8 +9,9 @@ from tqdm import tqdm
 from earlyfuse.data.console import printable
 
 CLEARLY_SLOWER = 1.1
+_RULES = ("", "causal_", "threshold_")  # prefixes of losses: by batch, or by a causal rule
 # losses have their own place in a line; z-losses are too small to show
-_NOT_ADDED = ("loss", "causal_loss", "z_loss", "causal_z_loss")
+_NOT_ADDED = [f"{rule}{name}" for rule in _RULES for name in ("loss", "z_loss")]
 
 
 class Console:
@@ -53,7 +54,8 @@ class Console:
             for name, value in metrics.items()
             if name.startswith("task/")
         )
-        causal = f" | {_losses('causal_loss', metrics)}" if "causal_loss" in metrics else ""
+        by_rule = [f"{rule}loss" for rule in _RULES[1:]]
+        causal = "".join(f" | {_losses(name, metrics)}" for name in by_rule if name in metrics)
         losses = _losses("loss", metrics) + _other_sums(metrics)
         self._print(f"validation at step {step} | {losses}{causal}{tasks}")
 

@@ -15,9 +15,13 @@ from torchtitan.distributed.activation_checkpoint import (
     SelectiveAC,
 )
 
-import earlyfuse.kernels.permute  # noqa: F401  registers the operator below
+import earlyfuse.kernels.permute
+import earlyfuse.models.routing.running_threshold  # noqa: F401  both register operators
 
-SELECTIONS = {torch.ops.earlyfuse.select_top_k.default}
+SELECTIONS = {
+    torch.ops.earlyfuse.select_top_k.default,
+    torch.ops.earlyfuse.count_above.default,
+}
 
 
 def checkpoint_activations(

@@ -12,10 +12,16 @@ from torch import nn
 from torchtitan.distributed import ParallelDims
 
 from earlyfuse.parallel.training.expert_bias import ExpertBias
+from earlyfuse.parallel.training.thresholds import Thresholds
 
 AfterStep = Callable[[torch.Tensor], None]
 
 
-def after_step(parts: Sequence[nn.Module], parallel_dims: ParallelDims) -> list[AfterStep]:
-    """The updates for a model of these ``parts``."""
-    return [ExpertBias(parts, parallel_dims)]
+def after_step(
+    parts: Sequence[nn.Module], parallel_dims: ParallelDims, step_tokens: int
+) -> list[AfterStep]:
+    """The updates for a model of these ``parts``; ``step_tokens``: tokens of the global batch."""
+    return [
+        ExpertBias(parts, parallel_dims),
+        Thresholds(parts, parallel_dims, step_tokens),
+    ]

@@ -14,7 +14,7 @@ from torch import nn
 from torchtitan.distributed import ParallelDims
 
 from earlyfuse.models.routing.router import Router
-from earlyfuse.parallel.training.rank_sums import all_stages, is_first_along, sum_over_ranks
+from earlyfuse.parallel.training.rank_sums import BufferSums
 
 
 class ExpertBias:
@@ -27,23 +27,11 @@ class ExpertBias:
             for name, module in part.named_modules()
             if isinstance(module, Router) and module.config.bias_rate
         }
-        # the ranks of a tensor-parallel group have the same tokens: one of them counts
-        self.counts = is_first_along(parallel_dims, "tp")
-        sizes = {name: len(router.load_E) for name, router in self.routers.items()}
-        self.sizes: dict[str, int] = all_stages(sizes, parallel_dims)
+        self.loads = BufferSums(self.routers, "load_E", parallel_dims)
 
     @torch.no_grad()
     def __call__(self, taken: torch.Tensor) -> None:
         """Move the biases if the step was taken; reset the counts."""
-        if not self.sizes:
-            return
-        loads = {
-            name: self.routers[name].load_E * self.counts
-            if name in self.routers
-            else torch.zeros(size, dtype=torch.int64, device=taken.device)
-            for name, size in self.sizes.items()
-        }
-        loads = sum_over_ranks(loads)
-        for name, router in self.routers.items():
-            router.balance(loads[name], taken)
-            router.load_E.zero_()
+        for name, load_E in self.loads(taken.device).items():
+            self.routers[name].balance(load_E, taken)
+            self.routers[name].load_E.zero_()

@@ -1,9 +1,11 @@
 """Sums named tensors over all ranks in one collective."""
 
+from collections.abc import Mapping
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torchtitan.distributed import ParallelDims
 
 Value = TypeVar("Value")
@@ -36,3 +38,29 @@ def all_stages(here: dict[str, Value], parallel_dims: ParallelDims) -> dict[str,
     stages: list[dict[str, Value]] = [{}] * dist.get_world_size(group)
     dist.all_gather_object(stages, here, group=group)
     return {name: here.get(name, value) for stage in stages for name, value in stage.items()}
+
+
+class BufferSums:
+    """Sums a buffer of some modules over all ranks, which have those of all pipeline stages."""
+
+    def __init__(self, modules: Mapping[str, nn.Module], buffer: str, parallel_dims: ParallelDims):
+        self.modules, self.buffer = modules, buffer
+        # the ranks of a tensor-parallel group have the same tokens: one of them counts
+        self.counts = is_first_along(parallel_dims, "tp")
+        here = {name: getattr(module, buffer) for name, module in modules.items()}
+        kinds = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in here.items()}
+        self.kinds: dict[str, tuple[tuple[int, ...], torch.dtype]] = all_stages(
+            kinds, parallel_dims
+        )
+
+    def __call__(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """The sum of each module here, by its name."""
+        summed = sum_over_ranks(
+            {
+                name: getattr(self.modules[name], self.buffer) * self.counts
+                if name in self.modules
+                else torch.zeros(shape, dtype=dtype, device=device)
+                for name, (shape, dtype) in self.kinds.items()
+            }
+        )
+        return {name: summed[name] for name in self.modules}

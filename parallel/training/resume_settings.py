@@ -56,6 +56,11 @@ _FIELDS: dict[Effect, dict[str, str]] = {
     Effect.APPLIED: {
         "model_spec.model.layers": "dropout",
         "model_spec.model.layers.feed_forward.pools.router": "noise bias_rate",
+        "model_spec.model.layers.feed_forward.pools.router.threshold": (
+            "half_life chooses slack floor"
+        ),
+        "model_spec.model.layers.depth.router": "bce",
+        "model_spec.model.layers.depth.router.threshold": "half_life chooses slack floor",
         "": "loss",
         "optimizer.param_groups.optimizer_kwargs": "lr betas eps weight_decay",
         "lr_scheduler": "warmup_steps total_steps decay_ratio decay_type min_lr_factor",
@@ -66,7 +71,7 @@ _FIELDS: dict[Effect, dict[str, str]] = {
         "checkpoint": "exclude_from_loading",
     },
     Effect.DATA: {
-        "data": "folder shares embedded speech",
+        "data": "folder shares embedded speech clips",
         "dataloader": "sources order global_batch_size seed media_share",
         "training": "global_batch_size",
     },

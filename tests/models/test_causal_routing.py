@@ -12,7 +12,6 @@ from torchtitan.distributed.activation_checkpoint import FullAC
 from earlyfuse.configs import decoders, stages
 from earlyfuse.models.batch import MixedBatch
 from earlyfuse.models.context import ForwardSettings
-from earlyfuse.models.generate.session import CAUSAL
 from earlyfuse.models.routes import group_of_rows
 from earlyfuse.models.routing.causal_router import CausalRouter, members
 from earlyfuse.models.routing.expert_choice import ExpertChoice, expert_choice
@@ -20,6 +19,7 @@ from earlyfuse.models.routing.router import check_causal
 from earlyfuse.parallel.strategies.activation_checkpointing import checkpoint_activations
 
 S = 16
+CAUSAL = ForwardSettings(rule="causal")
 
 
 def causal_model(std: float = 0.3, **config) -> torch.nn.Module:

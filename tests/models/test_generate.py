@@ -9,16 +9,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from public_chameleons import chameleon
-from tiny_runs import MAMBAS, MODELS, SHAPE
+from tiny_runs import MAMBAS, MODELS, SHAPE, THRESHOLDS
 from torch import nn
 from toy import VOCABULARY
 
 from earlyfuse.configs import decoders
 from earlyfuse.models.batch import MixedBatch
 from earlyfuse.models.blocks.cache import DecodeCache
+from earlyfuse.models.context import ForwardSettings
 from earlyfuse.models.generate.constrained import Draft
-from earlyfuse.models.generate.session import CAUSAL, Sampling, choose, generate
+from earlyfuse.models.generate.session import Sampling, choose, generate
 from earlyfuse.models.routing.causal_router import CausalRouter
+from earlyfuse.models.routing.router import CAUSAL_RULES as RULES
+from earlyfuse.models.routing.running_threshold import running_thresholds
 from earlyfuse.models.vocabulary import MediaCodes, Modality, Vocabulary
 from earlyfuse.parallel.checkpoint.open_checkpoint import load_model
 
@@ -42,6 +45,7 @@ FORMS = (
     {name: form for name, form in MODELS.items() if name not in SPARSE}
     | {f"{name}, causal routers": partial(with_causal_routers, MODELS[name]) for name in SPARSE}
     | MAMBAS
+    | THRESHOLDS
     | {
         "grouped heads": lambda: decoders.dense(replace(SHAPE, kv_heads=1)),
         "moe_1t1i, pre-norm": lambda: decoders.moe_1t1i(replace(SHAPE, norm_order="pre")),
@@ -50,7 +54,7 @@ FORMS = (
 
 
 def built(name: str) -> nn.Module:
-    """A model whose logits differ by more than rounding."""
+    """A model whose logits differ by more than rounding, with thresholds that decide."""
     model = FORMS[name]().build()
     model.init_states()
     generator = torch.Generator().manual_seed(0)
@@ -58,6 +62,9 @@ def built(name: str) -> nn.Module:
         for parameter in model.parameters():
             if parameter.ndim >= 2:
                 parameter.normal_(std=0.3, generator=generator)
+        for number, (_, threshold) in enumerate(running_thresholds(model)):
+            threshold.threshold_E.fill_(0.1 * number)
+            threshold.weight_E.fill_(1.0)
     return model.eval()
 
 
@@ -72,6 +79,7 @@ def mot() -> nn.Module:
 @pytest.mark.parametrize("name", FORMS)
 def test_logits_with_the_cache_equal_those_of_a_full_forward(name):
     model = built(name)
+    by_rule = ForwardSettings(rule="threshold" if name in THRESHOLDS else "causal")
     rows, steps = [list(prompt) for prompt in PROMPTS], 6
     decoding = DecodeCache(len(rows), max(map(len, rows)) + steps)
     follow = torch.randint(5, 48, (steps, len(rows)), generator=torch.Generator().manual_seed(1))
@@ -84,12 +92,12 @@ def test_logits_with_the_cache_equal_those_of_a_full_forward(name):
             decoding.start_step(lengths, max(map(len, rows)))
             kind = VOCABULARY.modality_of(tokens)
             inputs = MixedBatch.of(tokens, kind, positions_BS=positions)
-            cached = model(inputs, CAUSAL, cache=decoding)
+            cached = model(inputs, by_rule, cache=decoding)
             assert cached.shape == (len(rows), 1, VOCABULARY.size)
             for row, found in zip(rows, cached, strict=True):
                 whole = torch.tensor([row])
                 whole = MixedBatch.of(whole, VOCABULARY.modality_of(whole))
-                expected = model(whole, CAUSAL)[0, -1]
+                expected = model(whole, by_rule)[0, -1]
                 assert expected.std() > 0.1, "a comparison of zeros would prove nothing"
                 torch.testing.assert_close(found[0], expected, rtol=0, atol=1e-5)
             for row, token in zip(rows, follow[step].tolist(), strict=True):
@@ -107,6 +115,18 @@ def test_cached_decoding_writes_what_reading_anew_writes(name):
         options = {"new_tokens": 14, "mode": mode, "sampling": sampling}
         cached = generate(model, VOCABULARY, PROMPTS, **options)
         assert cached == generate(model, VOCABULARY, PROMPTS, **options, cache=False)
+
+
+def test_the_rule_of_experts_is_chosen_or_the_first_that_the_model_has():
+    model, options = built("moma_both"), {"new_tokens": 14, "mode": "text"}
+    first = generate(model, VOCABULARY, PROMPTS, **options)
+    by_rule = {rule: generate(model, VOCABULARY, PROMPTS, **options, rule=rule) for rule in RULES}
+    assert first == by_rule["causal"] != by_rule["threshold"]
+    with pytest.raises(ValueError, match="cannot route by thresholds"):
+        generate(built("moma_causal"), VOCABULARY, PROMPTS, **options, rule="threshold")
+    assert by_rule["threshold"] == generate(
+        model, VOCABULARY, PROMPTS, **options, rule="threshold", cache=False
+    )
 
 
 def test_a_document_too_long_for_its_session_is_refused():

@@ -170,6 +170,10 @@ def test_samples_of_the_tool_depend_on_their_seed_alone(learned, tmp_path):
         assert main([*arguments, "--temperature", "3", *options]) == 0
         return [(line["seed"], line["written"]) for line in results(tmp_path / name)]
 
+    by_default, by_rule = written("plain"), written("by_rule", "--rule", "threshold")
+    assert by_default == by_rule, "no expert of this model is chosen"
+    rules = [results(tmp_path / name)[0]["rule"] for name in ("plain", "by_rule")]
+    assert rules == ["causal", "threshold"]
     four = written("four", "--samples", "4")
     assert len({json.dumps(w) for _, w in four}) > 1
     assert written("again", "--samples", "4", "--batch-size", "3") == four
