@@ -5,10 +5,11 @@ All variants share shape, data, optimizer and schedule, so their losses are comp
 
 from dataclasses import replace
 
-from earlyfuse.configs import decoders, mamba_decoders, stages
+from earlyfuse.configs import decoders, depth, mamba_decoders, stages
 from earlyfuse.configs.base import base_config
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.routing.causal_router import CausalRouter
+from earlyfuse.models.routing.running_threshold import RunningThreshold
 from earlyfuse.models.vocabulary import Modality
 from earlyfuse.parallel.checkpoint.manager import Checkpoints
 from earlyfuse.parallel.trainer import Trainer
@@ -21,14 +22,23 @@ SHAPE = decoders.Shape(
     dim=192, layers=4, heads=4, hidden_dim=384, vocab_size=2560, norm_order="pre"
 )
 THREE = (Modality.TEXT, Modality.IMAGE, Modality.SPEECH)
+_MEASURED = RunningThreshold.Config(half_life=4096)
+_CHOOSING = replace(_MEASURED, chooses=True)
 # Smaller, since scans are slow on a CPU: 6 minutes, not 20. Comparable with one another only.
 MAMBA_SHAPE = mamba_decoders.MambaShape(dim=128, layers=2, vocab_size=SHAPE.vocab_size)
 SPEECH_SHAPE = replace(MAMBA_SHAPE, vocab_size=2816, modalities=THREE)
 
 
-def moma_4t4i() -> Trainer.Config:
+def moma_4t4i(shape: decoders.Shape = SHAPE) -> Trainer.Config:
     """MoMa with four text and four image experts: the default"""
-    return _run("moma_4t4i", decoders.with_routers(_moma_4t4i(), causal=CausalRouter.Config()))
+    return _run("moma_4t4i", decoders.with_routers(_moma_4t4i(shape), causal=CausalRouter.Config()))
+
+
+def moma_4t4i_threshold(shape: decoders.Shape = SHAPE) -> Trainer.Config:
+    """MoMa whose experts choose by running thresholds, in training and inference"""
+    return _run(
+        "moma_4t4i_threshold", decoders.with_routers(_moma_4t4i(shape), threshold=_CHOOSING)
+    )
 
 
 def moma_4t4i_upcycled() -> Trainer.Config:
@@ -49,9 +59,9 @@ def moma_4t4i_stage2() -> Trainer.Config:
     )
 
 
-def dense() -> Trainer.Config:
+def dense(shape: decoders.Shape = SHAPE) -> Trainer.Config:
     """dense Chameleon of the same FLOPs per token"""
-    return _run("dense", decoders.dense(SHAPE))
+    return _run("dense", decoders.dense(shape))
 
 
 def moe_8x() -> Trainer.Config:
@@ -96,9 +106,9 @@ def mamba_moma_hybrid() -> Trainer.Config:
     return _run("mamba_moma_hybrid", mamba_decoders.hybrid(_moma_4t4i(), "mmma"))
 
 
-def _moma_4t4i() -> Decoder.Config:
+def _moma_4t4i(shape: decoders.Shape = SHAPE) -> Decoder.Config:
     experts = {Modality.TEXT: 4, Modality.IMAGE: 4}
-    return decoders.moma(SHAPE, experts, SHARES, routing_rows=4)
+    return decoders.moma(shape, experts, SHARES, routing_rows=4)
 
 
 def _upcycled_4t4i() -> Decoder.Config:
@@ -125,9 +135,63 @@ def token_choice_8x() -> Trainer.Config:
     return _run("token_choice_8x", decoders.token_choice(SHAPE, 8))
 
 
+def mod(shape: decoders.Shape = SHAPE) -> Trainer.Config:
+    """Mixture-of-Depths: an eighth of each row in every other of seven blocks"""
+    return _run(
+        "mod", depth.mod(decoders.dense(replace(shape, layers=7)), start=0, threshold=_MEASURED)
+    )
+
+
+def moma_4t4i_mod(shape: decoders.Shape = SHAPE) -> Trainer.Config:
+    """MoMa 4t4i, a quarter of the tokens in every other of seven blocks"""
+    model = decoders.with_routers(
+        _moma_4t4i(replace(shape, layers=7)), causal=CausalRouter.Config()
+    )
+    return _run("moma_4t4i_mod", depth.moma_mod(model, routing_rows=4))
+
+
+def moma_4t4i_mod_threshold(shape: decoders.Shape = SHAPE) -> Trainer.Config:
+    """the same, both by running thresholds, in training and inference"""
+    model = decoders.with_routers(_moma_4t4i(replace(shape, layers=7)), threshold=_CHOOSING)
+    model = depth.moma_mod(model, routing_rows=4, causal="threshold", threshold=_CHOOSING)
+    return _run("moma_4t4i_mod_threshold", model)
+
+
+def p_mod(shape: decoders.Shape = SHAPE) -> Trainer.Config:
+    """p-MoD: fewer image tokens the deeper the block"""
+    model = decoders.dense(replace(shape, layers=5))
+    return _run(
+        "p_mod", depth.p_mod(model, media_share=IMAGE_SHARE, init="normal", threshold=_MEASURED)
+    )
+
+
+def gamma_mod(shape: decoders.Shape = SHAPE) -> Trainer.Config:
+    """γ-MoD: one router for all blocks between the first and the last"""
+    model = decoders.dense(replace(shape, layers=5))
+    return _run("gamma_mod", depth.gamma_mod(model, range(1, 4), media_share=IMAGE_SHARE))
+
+
+def videollm_mod(shape: decoders.Shape = SHAPE) -> Trainer.Config:
+    """VideoLLM-MoD on clips: a fifth of each frame in every other of five blocks"""
+    model = decoders.dense(replace(shape, layers=5))
+    model = depth.videollm_mod(model, media_share=IMAGE_SHARE, threshold=_MEASURED)
+    return with_clips(_run("videollm_mod", model))
+
+
+def dense_clips(shape: decoders.Shape = SHAPE) -> Trainer.Config:
+    """dense Chameleon on clips in motion"""
+    return with_clips(_run("dense_clips", decoders.dense(shape)))
+
+
 def _with_speech(config: Trainer.Config) -> Trainer.Config:
     """The same run on the corpus with spoken words and digits."""
     config.data.speech = True
+    return config
+
+
+def with_clips(config: Trainer.Config) -> Trainer.Config:
+    """The same run on the corpus with clips, runs/data_clips; its vocabulary is as large."""
+    config.data.clips = True
     return config
 
 

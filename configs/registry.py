@@ -12,7 +12,13 @@ from types import ModuleType
 from typing import Any, TypeAlias
 
 from earlyfuse.configs import embedded
-from earlyfuse.configs.presets import chameleon, mixture_of_mamba, mixture_of_transformers, moma
+from earlyfuse.configs.presets import (
+    chameleon,
+    mixture_of_depths,
+    mixture_of_mamba,
+    mixture_of_transformers,
+    moma,
+)
 from earlyfuse.data.json_files import shown
 from earlyfuse.parallel.trainer import Trainer
 
@@ -24,6 +30,7 @@ MODULES: tuple[ModuleType, ...] = (
     moma,
     mixture_of_mamba,
     mixture_of_transformers,
+    mixture_of_depths,
     chameleon,
 )
 

@@ -1,4 +1,4 @@
-"""Configs that continue a finished run: causal-router training (stage 2) and upcycling.
+"""Configs that continue a finished run: causal routers (stage 2), thresholds, upcycling.
 
 Each function returns a copy of a config that starts from another run, as ``--start.run`` does on
 the command line: its model may be a child of that run's (``models/upcycle.py``).
@@ -7,11 +7,13 @@ the command line: its model may be a child of that run's (``models/upcycle.py``)
 from copy import deepcopy
 from dataclasses import replace
 
-from earlyfuse.configs import decoders
+from earlyfuse.configs import decoders, depth
 from earlyfuse.configs.optimizers import adamw
+from earlyfuse.models.blocks.experts import ExpertPool
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.routing.causal_router import CausalRouter
 from earlyfuse.models.routing.gumbel_noise import RouterNoise
+from earlyfuse.models.routing.running_threshold import RunningThreshold
 from earlyfuse.parallel.trainer import Trainer
 from earlyfuse.parallel.training.lr_schedule import LearningRate
 from earlyfuse.parallel.training.warm_start import WarmStart
@@ -35,13 +37,35 @@ def causal_routers_only(
     """
     config = deepcopy(config)
     causal = CausalRouter.Config(at_least_one=at_least_one)
-    _set_model(config, decoders.with_routers(_model(config), causal=causal))
+    _set_model(config, _with_causal_routers(_model(config), causal))
     config.start = WarmStart.Config(run=run)
     config.train_only = "causal_routers"
     config.optimizer = adamw(lr, r"\.causal\.", not_decayed=None)
     config.lr_scheduler = LearningRate.Config(
         warmup_steps=warmup_steps, decay_type="linear", min_lr_factor=end_lr / lr
     )
+    config.training.steps = steps
+    return config
+
+
+def thresholds_only(config: Trainer.Config, run: str, *, steps: int = 100) -> Trainer.Config:
+    """Measures running thresholds on the finished ``run``, whose model stays as it is: its learning
+    rate is 0, and thresholds need no other training.
+
+    The thresholds are those of the routers of ``config``, or of default ones for inference.
+    """
+    config = deepcopy(config)
+    model = _model(config)
+    pools = [pool.router for _, pool, _, _ in model.traverse(ExpertPool.Config)]
+    depths = [layer.depth.router for layer in model.layers if layer.depth is not None]
+    threshold = RunningThreshold.Config()
+    if any(getattr(router, "threshold", None) is None for router in pools) or not depths:
+        model = decoders.with_routers(model, threshold=threshold)
+    if any(router.threshold is None for router in depths):
+        model = depth.with_depth_routers(model, threshold=threshold)
+    _set_model(config, model)
+    config.start = WarmStart.Config(run=run)
+    config.optimizer = adamw(0.0)
     config.training.steps = steps
     return config
 
@@ -61,6 +85,31 @@ def upcycled(
     _set_model(config, decoders.with_routers(_model(config), noise=noise))
     config.start = WarmStart.Config(run=run)
     return config
+
+
+def depth_adapted(config: Trainer.Config, run: str) -> Trainer.Config:
+    """``config``, depth-routed, started from its parent ``run``, the same model without depth
+    routing: at that run's position in the data, with new routers whose weights begin near 1
+    (``depth.near_parent``), a new schedule and optimizer.
+    """
+    config = deepcopy(config)
+    _set_model(config, depth.near_parent(_model(config)))
+    config.start = WarmStart.Config(run=run)
+    return config
+
+
+def _with_causal_routers(model: Decoder.Config, causal: CausalRouter.Config) -> Decoder.Config:
+    """``model`` with causal routers in all pools, and predictors in depth routers that have no rule
+    of inference of their own.
+    """
+    pools = list(model.traverse(ExpertPool.Config))
+    routed = [layer for layer in model.layers if layer.depth is not None]
+    if pools or not routed:
+        model = decoders.with_routers(model, causal=causal)
+    if any(layer.depth.router.inference is None for layer in routed if layer.depth is not None):
+        predictor = CausalRouter.Config()
+        model = depth.with_depth_routers(model, inference="predictor", predictor=predictor)
+    return model
 
 
 def _model(config: Trainer.Config) -> Decoder.Config:

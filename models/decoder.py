@@ -23,6 +23,7 @@ from earlyfuse.models.blocks.cache import DecodeCache
 from earlyfuse.models.blocks.indexed_parameters import embedding
 from earlyfuse.models.blocks.linear import RMSNorm, to_local
 from earlyfuse.models.context import ForwardContext, ForwardSettings
+from earlyfuse.models.depth.depth_router import DepthRouter, Projection
 from earlyfuse.models.field_checks import check_positive
 from earlyfuse.models.init_weights import Draw, init_weights, normal
 from earlyfuse.models.precision import refuse_autocast
@@ -63,6 +64,12 @@ class Decoder(BaseModel):
                     branch.check(len(self.modalities))
                 except ValueError as error:
                     raise ValueError(f"{name}: {error}") from None
+            shapes = {(r.outputs, r.bias, r.init) for r in self.shared_depth_routers()}
+            if len(shapes) > 1:
+                raise ValueError(
+                    "outputs, bias and init must be equal in all depth routers that are shared, "
+                    f"not {sorted(shapes)}"
+                )
             if len({layer.attention.head_dim for layer in self.layers if layer.attention}) > 1:
                 raise ValueError("head_dim must be equal in all layers: they share rotary angles")
 
@@ -86,12 +93,17 @@ class Decoder(BaseModel):
             }
 
         def check_use(self, use: Use, refused: str) -> None:
-            """``ValueError`` beginning with ``refused``, with the reason of the first branch that
+            """``ValueError`` beginning with ``refused``, with the reason of the first part that
             refuses ``use``.
             """
-            for name, branch in self.named_branches():
-                if reason := branch.refusal(use):
-                    raise ValueError(f"{refused}: {name}: {reason}")
+            for index, layer in enumerate(self.layers):
+                if reason := layer.refusal(use):
+                    raise ValueError(f"{refused}: layers[{index}].{reason}")
+
+        def shared_depth_routers(self) -> list[DepthRouter.Config]:
+            """Depth routers of the layers that share one projection."""
+            routers = (layer.depth.router for layer in self.layers if layer.depth is not None)
+            return [router for router in routers if router.shared]
 
         @property
         def head_dim(self) -> int:
@@ -114,6 +126,8 @@ class Decoder(BaseModel):
         self.tok_embeddings: Embedding | None = Embedding(config.vocab_size, config.dim)
         # by index: a block keeps its name on any pipeline stage
         self.layers = ModuleDict({str(i): layer.build() for i, layer in enumerate(config.layers)})
+        shared = config.shared_depth_routers()
+        self.depth_projection = Projection(shared[0], config.dim) if shared else None
         self.norm: RMSNorm | None = RMSNorm(config.dim)
         self.lm_head: Head | None = Head(config.vocab_size, config.dim)
         self.noises = name_noises(self)
@@ -159,6 +173,7 @@ class Decoder(BaseModel):
             rope_theta=config.rope_theta,
             cache=cache,
             noise_2N=noise_of_step(self.noises, settings.step, device) if self.training else None,
+            depth_weights=None if self.depth_projection is None else self.depth_projection(),
         )
         if self.tok_embeddings is not None:
             x_TD = self.tok_embeddings(batch.tokens_BS.reshape(-1))

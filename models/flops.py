@@ -5,7 +5,9 @@ and the head; not norms, softmax, routing sorts and the embedding lookup. Attent
 S × S square, as in PaLM's appendix B. Training is 3 × the matrix products of the forward pass,
 without recomputation, less the gradient that causal routers do not give to their input, and
 convolutions and scans both ways (kernels/*/README.md). With expert choice a token gets c experts on
-average, c the capacity factor, with token choice its top k; routers score every token. The second
+average, c the capacity factor, with token choice its top k; routers score every token. A
+depth-routed block counts for the fraction of tokens that it keeps in expectation, its attention in
+rows of as many; depth routers score every token. The second
 stage, which trains causal routers alone, takes about two thirds of what is counted here.
 """
 
@@ -29,9 +31,11 @@ def count_parameters(config: Decoder.Config) -> Parameters:
     """Parameters of the model, and of one token of each modality group."""
     head = config.vocab_size * config.dim + config.dim  # with the last norm
     total = config.vocab_size * config.dim + head
-    total += sum(layer.parameters() for layer in config.layers)
+    shared = config.shared_depth_routers()
+    projection = shared[0].projection_parameters(config.dim) if shared else 0
+    total += projection + sum(layer.parameters() for layer in config.layers)
     active = (
-        config.dim + head + sum(layer.parameters(group) for layer in config.layers)
+        config.dim + head + projection + sum(layer.parameters(group) for layer in config.layers)
         for group in range(len(config.modalities))
     )
     return Parameters(total, tuple(active))

@@ -4,6 +4,8 @@ Sums, exponents and comparisons are computed ``wide``. Modules whose class sets 
 (scans, routers) keep their parameters in fp32 too.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 
@@ -19,18 +21,25 @@ def wide(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def fp32_modules(model: nn.Module) -> list[nn.Module]:
-    """The modules of ``model`` whose parameters stay in fp32, in order."""
-    return [module for module in model.modules() if getattr(module, "keeps_fp32", False)]
+    """The outermost modules of ``model`` whose parameters stay in fp32, in order."""
+    return [module for _, module in _outermost(model)]
 
 
 def fp32_parameters(model: nn.Module) -> dict[str, str]:
     """Name of each parameter of ``fp32_modules`` → name of its module."""
     return {
         f"{prefix}.{name}": prefix
-        for prefix, module in model.named_modules()
-        if getattr(module, "keeps_fp32", False)
+        for prefix, module in _outermost(model)
         for name, _ in module.named_parameters()
     }
+
+
+def _outermost(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    inside: set[nn.Module] = set()
+    for prefix, module in model.named_modules():
+        if getattr(module, "keeps_fp32", False) and module not in inside:
+            inside |= set(module.modules())
+            yield prefix, module
 
 
 def refuse_autocast(device_type: str) -> None:

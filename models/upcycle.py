@@ -12,6 +12,7 @@ dense                  1t1i, Mixture-of-Transformers, any pools of experts
 1t1i                   Mixture-of-Transformers, pools of one modality each
 pools of experts       the same with a multiple of the experts, with causal routers
 Mamba, hybrids         the same with more projections untied by modality: Mixture-of-Mamba
+all of these           the same with depth-routed blocks, whose routers are new
 =====================  ===========================================================================
 """
 
@@ -24,7 +25,10 @@ from earlyfuse.models.blocks.block import EXTRA
 from earlyfuse.models.blocks.branch import Inherited, Parent, Shape, same_or_untied
 from earlyfuse.models.decoder import Decoder
 
-_NO_BRANCH = ("norm_order", "norm_groups", "dropout", "kind", "param_init", "sharding_config")
+_NO_BRANCH = (
+    *("norm_order", "norm_groups", "dropout", "depth", "kind"),
+    *("param_init", "sharding_config"),
+)
 
 
 def upcycle(parent: Decoder.Config, child: Decoder.Config) -> dict[str, Inherited | None]:
@@ -127,6 +131,8 @@ def _origin(
 ) -> Inherited | None:
     """The origin of one parameter; ``ValueError`` if it has none."""
     first, *path = name.split(".")
+    if first == "depth_projection" or (first == "layers" and path[1] == "depth"):
+        return Inherited(name, shape) if parent.get(name) == shape else None
     branch = child.layers[int(path[0])].branches.get(path[1]) if first == "layers" else None
     if branch is None:
         return same_or_untied(name, shape, parent)

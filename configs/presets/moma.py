@@ -2,7 +2,9 @@
 
 Three sizes, each dense and in five sparse variants of the same FLOPs per token: moe_8x, eight
 experts that choose among all tokens; 1t1i, one feed-forward per modality; 4t4i, 6t2i and 7t1i, so
-many text and image experts.
+many text and image experts. With mod, every other block takes a quarter of the tokens, and there
+are more blocks, at 1.4B wider ones, of about the same FLOPs. Its predictors are trained in a second
+stage (``stages.causal_routers_only``), as in the paper.
 
 From the paper: widths, layers, heads, steps, batches, learning rates (tables 1 and 5), the norms of
 Chameleon-34B. Not in the paper: the inner width, two thirds of 4 · dim by its totals, here the
@@ -12,9 +14,11 @@ tokens, here half, by the loader's quota; what ``recipe.Recipe`` takes from Cham
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 from earlyfuse.configs.decoders import Shape, dense, moe, moe_1t1i, moma
+from earlyfuse.configs.depth import moma_mod
 from earlyfuse.configs.presets.recipe import VOCABULARY, Recipe, preset
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.vocabulary import Modality
@@ -25,6 +29,12 @@ SIZES = {
     "90m": Shape(dim=512, layers=8, heads=8, hidden_dim=1360, vocab_size=VOCABULARY),
     "435m": Shape(dim=1024, layers=24, heads=16, hidden_dim=2736, vocab_size=VOCABULARY),
     "1_4b": Shape(dim=2048, layers=24, heads=16, hidden_dim=5456, vocab_size=VOCABULARY),
+}
+# the shapes with Mixture-of-Depths
+DEEPER = {
+    "90m": replace(SIZES["90m"], layers=14),
+    "435m": replace(SIZES["435m"], layers=40),
+    "1_4b": Shape(dim=2304, layers=32, heads=18, hidden_dim=6144, vocab_size=VOCABULARY),
 }
 SMALL = Recipe(steps=160_000, rows=1536, rows_at_once=6, decay="linear")
 LARGE = Recipe(steps=120_000, rows=2048, rows_at_once=2, decay="linear", recompute="selective")
@@ -52,6 +62,23 @@ def _variants(
     }
 
 
+def _with_depth(model: Callable[[], Decoder.Config], rows: int) -> Decoder.Config:
+    return moma_mod(model(), routing_rows=rows, causal=None)
+
+
+def _deeper(shape: Shape, routing_rows: int) -> dict[str, tuple[str, Callable[[], Decoder.Config]]]:
+    """Variants with Mixture-of-Depths: dense, eight experts, 1t1i, 4t4i."""
+    variants = _variants(shape, routing_rows)
+    named = {"mod": "dense"} | {f"mod_{name}": name for name in ("moe_8x", "moe_1t1i", "moe_4t4i")}
+    return {
+        name: (
+            f"{variants[of][0]}, Mixture-of-Depths",
+            partial(_with_depth, variants[of][1], routing_rows),
+        )
+        for name, of in named.items()
+    }
+
+
 CONFIGS = {
     f"moma_{size}_{variant}": preset(
         f"moma_{size}_{variant}",
@@ -60,6 +87,7 @@ CONFIGS = {
         RECIPES[size],
         media_share=IMAGE_SHARE,
     )
-    for size, shape in SIZES.items()
-    for variant, (title, model) in _variants(shape, RECIPES[size].rows_at_once).items()
+    for size in SIZES
+    for shape, variants in ((SIZES[size], _variants), (DEEPER[size], _deeper))
+    for variant, (title, model) in variants(shape, RECIPES[size].rows_at_once).items()
 }

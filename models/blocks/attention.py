@@ -32,6 +32,7 @@ from earlyfuse.models.blocks.cache import KVCache
 from earlyfuse.models.blocks.linear import HeadNorm, Linear
 from earlyfuse.models.context import ForwardContext
 from earlyfuse.models.init_weights import Draw, normal
+from earlyfuse.models.masks import MergedMasks
 
 
 class Attention(Branch):
@@ -122,6 +123,25 @@ class Attention(Branch):
 
     def forward(self, x_TD: torch.Tensor, context: ForwardContext) -> torch.Tensor:
         """(T, D) → (T, D)."""
+        q_BSNH, k_BSKH, v_BSKH = self._projected(x_TD, context)
+        if context.cache is None:
+            k_BLKH, v_BLKH = context.sequence_shard.keys_and_values(k_BSKH, v_BSKH)
+        else:
+            k_BLKH, v_BLKH = context.cache.state(self, KVCache).extend(k_BSKH, v_BSKH)
+        out_BSNH = attend(q_BSNH, k_BLKH, v_BLKH, context.mask)
+        return self.wo(out_BSNH.flatten(0, 1).flatten(1), context)
+
+    def queries_and_keys(
+        self, x_TD: torch.Tensor, context: ForwardContext
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, S, N, H) and (B, S, K, H) as they are multiplied, for analysis."""
+        q_BSNH, k_BSKH, _ = self._projected(x_TD, context)
+        return q_BSNH, k_BSKH
+
+    def _projected(
+        self, x_TD: torch.Tensor, context: ForwardContext
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries and keys, normalised and rotated, and values."""
         head_dim = self.config.head_dim
         q_TNH = self.wq(x_TD, context).unflatten(-1, (-1, head_dim))
         k_TKH = self.wk(x_TD, context).unflatten(-1, (-1, head_dim))
@@ -131,13 +151,7 @@ class Attention(Branch):
         q_BSNH, k_BSKH, v_BSKH = (
             t.unflatten(0, (context.rows, context.seq_len)) for t in (q_TNH, k_TKH, v_TKH)
         )
-        q_BSNH, k_BSKH = rotate(q_BSNH, context), rotate(k_BSKH, context)
-        if context.cache is None:
-            k_BLKH, v_BLKH = context.sequence_shard.keys_and_values(k_BSKH, v_BSKH)
-        else:
-            k_BLKH, v_BLKH = context.cache.state(self, KVCache).extend(k_BSKH, v_BSKH)
-        out_BSNH = attend(q_BSNH, k_BLKH, v_BLKH, context.mask)
-        return self.wo(out_BSNH.flatten(0, 1).flatten(1), context)
+        return rotate(q_BSNH, context), rotate(k_BSKH, context), v_BSKH
 
 
 def rotate(x_BSNH: torch.Tensor, context: ForwardContext) -> torch.Tensor:
@@ -174,9 +188,11 @@ def attend(
     q_BSNH: torch.Tensor,
     k_BLKH: torch.Tensor,
     v_BLKH: torch.Tensor,
-    mask: "torch.Tensor | BlockMask | None",
+    mask: "torch.Tensor | BlockMask | MergedMasks | None",
 ) -> torch.Tensor:
     """Softmax attention under ``mask`` (see ``models/masks.py``) → (B, S, N, H)."""
+    if isinstance(mask, MergedMasks):
+        return _attend_by_parts(q_BSNH, k_BLKH, v_BLKH, mask)
     q, k, v = (t.transpose(1, 2) for t in (q_BSNH, k_BLKH, v_BLKH))
     gqa = q.shape[1] != k.shape[1]
     if isinstance(mask, BlockMask):
@@ -186,6 +202,32 @@ def attend(
             q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa
         )
     return out.transpose(1, 2)
+
+
+def _attend_by_parts(
+    q_BSNH: torch.Tensor, k_BSKH: torch.Tensor, v_BSKH: torch.Tensor, mask: MergedMasks
+) -> torch.Tensor:
+    """Attention over each part of each row; 0 for the padding behind them."""
+    rows = []
+    for *row, parts in zip(q_BSNH, k_BSKH, v_BSKH, mask.parts, strict=True):
+        lengths = [length for length, _ in parts]
+        lengths.append(len(row[0]) - sum(lengths))
+        *pieces, (padding, _, _) = zip(*(x_SNH.split(lengths) for x_SNH in row), strict=True)
+        attended = [
+            attend(q_LNH[None], k_LNH[None], v_LNH[None], own)[0]
+            for (q_LNH, k_LNH, v_LNH), (_, own) in zip(pieces, parts, strict=True)
+        ]
+        rows.append(torch.cat([*attended, torch.zeros_like(padding)]))
+    return torch.stack(rows)
+
+
+def attention_map(q_SH: torch.Tensor, k_SH: torch.Tensor, visible_SS: torch.Tensor) -> torch.Tensor:
+    """The attention weights (S, S) of one head, which ``attend`` never materialises.
+
+    Softmax is computed in fp32 and rounded to the dtype of ``q_SH``, as eager attention does.
+    """
+    scores_SS = (q_SH @ k_SH.T).float() * q_SH.shape[-1] ** -0.5
+    return scores_SS.masked_fill(~visible_SS, -torch.inf).softmax(-1).to(q_SH.dtype)
 
 
 @cache

@@ -6,6 +6,8 @@ Models differ only in the branches of their blocks: ``Attention`` or ``Mamba``, 
 T tokens, D width.
 """
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -14,12 +16,13 @@ import torch.nn.functional as F
 from torchtitan.protocols.module import Module
 
 from earlyfuse.models.blocks.attention import Attention
-from earlyfuse.models.blocks.branch import Branch, Flops
-from earlyfuse.models.blocks.experts import MixtureOfExperts
+from earlyfuse.models.blocks.branch import Branch, Collective, Flops, Microbatch, Use
+from earlyfuse.models.blocks.experts import ExpertPool, MixtureOfExperts
 from earlyfuse.models.blocks.feed_forward import FeedForward
 from earlyfuse.models.blocks.linear import RMSNorm
 from earlyfuse.models.blocks.mamba import Mamba
 from earlyfuse.models.context import ForwardContext
+from earlyfuse.models.depth.mixture_of_depths import MixtureOfDepths, Scales
 from earlyfuse.models.field_checks import check_choices
 
 EXTRA = "extra_branches"
@@ -34,7 +37,8 @@ class Block(Module):
 
     @dataclass(kw_only=True, slots=True)
     class Config(Module.Config):
-        """``extra_branches``: name → any other branch; its parameters have that name."""
+        """``extra_branches``: name → any other branch; its parameters have that name. ``depth``:
+        which tokens pass the block; None: all."""
 
         attention: Attention.Config | None = None
         mamba: Mamba.Config | None = None
@@ -43,6 +47,7 @@ class Block(Module):
         norm_order: Literal["pre", "swin"] = "pre"
         norm_groups: int = 1
         dropout: float = 0.0
+        depth: MixtureOfDepths.Config | None = None
 
         def __post_init__(self) -> None:
             check_choices(self, norm_order=("pre", "swin"))
@@ -56,6 +61,22 @@ class Block(Module):
             widths = {name: branch.dim for name, branch in self.branches.items()}
             if len(set(widths.values())) > 1:
                 raise ValueError(f"dim must be the same in all branches of a block, not {widths}")
+            if self.depth is not None:
+                if self.depth.router.reads == "normed" and self.norm_order != "pre":
+                    raise ValueError(
+                        f'norm_order ({self.norm_order!r}) must be "pre" for a depth router that '
+                        'reads the "normed" input: other blocks have none; let it read the '
+                        '"residual"'
+                    )
+                merged = self.depth.selection.routing_rows
+                for name, pool, _, _ in self.traverse(ExpertPool.Config):
+                    whole = pool.router.needs_whole_rows
+                    if whole and pool.router.routing_rows % merged:
+                        raise ValueError(
+                            f"routing_rows ({pool.router.routing_rows}) of {name} must be a "
+                            f"multiple of routing_rows ({merged}) of the block's depth, which "
+                            "merges so many rows; change one of them"
+                        )
 
         @property
         def branches(self) -> dict[str, Any]:
@@ -73,13 +94,60 @@ class Block(Module):
         def parameters(self, group: int | None = None) -> int:
             """Number of parameters, norms included; see ``Branch.Config.parameters``."""
             norms = len(self.branches) * self.dim * (self.norm_groups if group is None else 1)
-            return norms + sum(branch.parameters(group) for branch in self.branches.values())
+            found = norms + sum(branch.parameters(group) for branch in self.branches.values())
+            return found + (0 if self.depth is None else self.depth.router.parameters(self.dim))
 
         def flops(self, seq_len: int, group: int) -> Flops:
-            """FLOPs of a token of a modality group in rows of ``seq_len``."""
-            return sum(
-                (branch.flops(seq_len, group) for branch in self.branches.values()), Flops(0, 0)
-            )
+            """FLOPs of a token of a modality group in rows of ``seq_len``, on average."""
+
+            def inside(seq_len: int) -> Flops:
+                branches = self.branches.values()
+                return sum((branch.flops(seq_len, group) for branch in branches), Flops(0, 0))
+
+            if self.depth is None:
+                return inside(seq_len)
+            return self.depth.flops(self.dim, inside, seq_len, group)
+
+        def inner(self, batch: Microbatch) -> Microbatch:
+            """The micro-batch that the branches compute."""
+            return batch if self.depth is None else self.depth.inner(batch)
+
+        def saved(self, batch: Microbatch) -> int:
+            """Elements per token of ``batch`` that autograd keeps: branches and norms."""
+            inner, branches = self.inner(batch), self.branches.values()
+            found = sum(branch.saved(inner) for branch in branches) + 2 * len(branches) * self.dim
+            if self.depth is None:
+                return found
+            return found * inner.tokens // batch.tokens + self.depth.saved(self.dim, batch)
+
+        def saved_by_selective(self, batch: Microbatch) -> int:
+            """Elements per token of ``batch`` kept under selective activation checkpointing."""
+            inner = self.inner(batch)
+            found = sum(branch.saved_by_selective(inner) for branch in self.branches.values())
+            return found * inner.tokens // batch.tokens
+
+        def collectives(self, batch: Microbatch) -> Iterator[Collective]:
+            """Collectives of tensor, expert and context parallelism."""
+            for branch in self.branches.values():
+                yield from branch.collectives(self.inner(batch))
+
+        def refusal(self, use: Use) -> str | None:
+            """Name of the part that refuses ``use``, and its reason; None if none does."""
+            for name, branch in self.branches.items():
+                if reason := branch.refusal(use):
+                    return f"{name}: {reason}"
+            if self.depth is not None and use == "context_parallel":
+                return (
+                    "depth: its router compares tokens of a whole row, of which a rank has a part; "
+                    "use data_parallel_shard_degree and activation checkpointing"
+                )
+            return None
+
+        @property
+        def routing_rows(self) -> int:
+            """Rows of the batch among which its routers choose, at least."""
+            pools = (pool.router.routing_rows for _, pool, _, _ in self.traverse(ExpertPool.Config))
+            return math.lcm(1 if self.depth is None else self.depth.selection.routing_rows, *pools)
 
         def traverse(self, config_cls: type, *, recurse: bool = False, _prefix: str = "") -> Any:
             """torchtitan's, extended to the dict of extra branches."""
@@ -98,14 +166,41 @@ class Block(Module):
         for name, branch in config.branches.items():
             self.add_module(f"{name}_norm", RMSNorm(config.dim, config.norm_groups))
             self.add_module(name, branch.build())
+        self.depth = None if config.depth is None else config.depth.build(dim=config.dim)
 
     def forward(self, x_TD: torch.Tensor, context: ForwardContext) -> torch.Tensor:
         """(T, D) → (T, D)."""
+        if self.depth is not None:
+            return self.depth(x_TD, context, self)
+        return self.run(x_TD, context)
+
+    def run(
+        self,
+        x_TD: torch.Tensor,
+        context: ForwardContext,
+        weight_T: torch.Tensor | None = None,
+        scales: Scales = "block",
+    ) -> torch.Tensor:
+        """(T, D) → (T, D), all tokens through all branches.
+
+        ``weight_T`` (T,) fp32 scales what each branch adds to the output, or the last branch alone;
+        branches read the residual without weights.
+        """
+        y_TD = x_TD
         for name in self.branches:
             norm, branch = getattr(self, f"{name}_norm"), getattr(self, name)
             if self.norm_order == "pre":
                 out_TD = branch(norm(x_TD, context), context)
             else:
                 out_TD = norm(branch(x_TD, context), context)
-            x_TD = x_TD + F.dropout(out_TD, self.dropout, self.training and self.dropout > 0)
-        return x_TD
+            out_TD = F.dropout(out_TD, self.dropout, self.training and self.dropout > 0)
+            x_TD = x_TD + out_TD
+            if weight_T is not None:
+                if scales == "block" or name == self.branches[-1]:
+                    out_TD = (out_TD * weight_T[:, None]).to(out_TD.dtype)
+                y_TD = y_TD + out_TD
+        return x_TD if weight_T is None else y_TD
+
+    def first_norm(self, x_TD: torch.Tensor, context: ForwardContext) -> torch.Tensor:
+        """The input of the first branch under ``norm_order`` "pre"."""
+        return getattr(self, f"{self.branches[0]}_norm")(x_TD, context)

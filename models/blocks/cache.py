@@ -22,6 +22,10 @@ from torch import nn
 class State(Protocol):
     """The state of one block."""
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+
     def select(self, row_R: torch.Tensor) -> None:
         """Keep only these rows, in this order."""
 
@@ -30,10 +34,14 @@ S = TypeVar("S", bound=State)
 
 
 class DecodeCache:
-    """The states of ``rows`` documents of at most ``slots`` tokens, over all blocks of a model."""
+    """The states of ``rows`` documents of at most ``slots`` tokens, over all blocks of a model.
 
-    def __init__(self, rows: int, slots: int):
+    ``reserved``: slots that are allocated at once, None for all; more are as documents grow.
+    """
+
+    def __init__(self, rows: int, slots: int, reserved: int | None = None):
         self.rows, self.slots = rows, slots
+        self.reserved = slots if reserved is None else reserved
         self.read_B: torch.Tensor | None = None  # tokens of each document before this call
         self.real_B: torch.Tensor | None = None
         self.longest = 0
@@ -84,6 +92,11 @@ class DecodeCache:
         rows_B = torch.arange(len(x_BSD), device=x_BSD.device)
         return x_BSD[rows_B, self.real_B - 1].unsqueeze(1)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated for all blocks."""
+        return sum(state.nbytes for state in self._states.values())
+
     def select(self, row_R: torch.Tensor) -> None:
         """Continue with these rows only, in this order."""
         self.rows = len(row_R)
@@ -105,17 +118,32 @@ class KVCache:
         self, k_BSKH: torch.Tensor, v_BSKH: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Add keys and values of this call; returns all so far, (B, longest, K, H)."""
-        if self.keys_BKLH is None or self.values_BKLH is None:
-            # zeros: masked slots have weight 0, and 0 · NaN is NaN
-            rows, _, heads, width = k_BSKH.shape
-            self.keys_BKLH = k_BSKH.new_zeros(rows, heads, self.cache.slots, width)
-            self.values_BKLH = torch.zeros_like(self.keys_BKLH)
+        self.keys_BKLH = self._with_room(self.keys_BKLH, k_BSKH)
+        self.values_BKLH = self._with_room(self.values_BKLH, v_BSKH)
         slot_BS, longest = self.cache.slot_BS, self.cache.longest
         row_B1 = torch.arange(len(slot_BS), device=slot_BS.device).unsqueeze(1)
         self.keys_BKLH[row_B1, :, slot_BS] = k_BSKH
         self.values_BKLH[row_B1, :, slot_BS] = v_BSKH
         keys_BKLH, values_BKLH = self.keys_BKLH[:, :, :longest], self.values_BKLH[:, :, :longest]
         return keys_BKLH.transpose(1, 2), values_BKLH.transpose(1, 2)
+
+    def _with_room(self, stored_BKLH: torch.Tensor | None, x_BSKH: torch.Tensor) -> torch.Tensor:
+        """Slots for the longest document: those there are, or a quarter more, with their values."""
+        cache, there = self.cache, 0 if stored_BKLH is None else stored_BKLH.shape[2]
+        if stored_BKLH is not None and there >= cache.longest:
+            return stored_BKLH
+        slots = max(cache.longest, min(cache.slots, there * 5 // 4 if there else cache.reserved))
+        # zeros: masked slots have weight 0, and 0 · NaN is NaN
+        rows, _, heads, width = x_BSKH.shape
+        room_BKLH = x_BSKH.new_zeros(rows, heads, slots, width)
+        if stored_BKLH is not None:
+            room_BKLH[:, :, :there] = stored_BKLH
+        return room_BKLH
+
+    @property
+    def nbytes(self) -> int:
+        """See ``State``."""
+        return sum(t.nbytes for t in (self.keys_BKLH, self.values_BKLH) if t is not None)
 
     def select(self, row_R: torch.Tensor) -> None:
         """See ``State``."""

@@ -118,9 +118,10 @@ class ExpertPool(Module):
 
     def _eligible(self, context: ForwardContext) -> torch.Tensor | None:
         if not self.config.groups:
-            return None
+            return context.real_T
         served = [context.group_T == group for group in self.config.groups]
-        return served[0] if len(served) == 1 else torch.stack(served).any(0)
+        eligible_T = served[0] if len(served) == 1 else torch.stack(served).any(0)
+        return eligible_T if context.real_T is None else eligible_T & context.real_T
 
 
 class Experts(Module):

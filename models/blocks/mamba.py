@@ -268,10 +268,14 @@ class MambaCache:
     def steps(self, delta_BSI: torch.Tensor) -> torch.Tensor:
         """Step sizes, 0 after the last real token, so that the state does not change there."""
         seq_len, real_B = delta_BSI.shape[1], self.cache.real_B
-        if seq_len == 1 or real_B is None:
-            return delta_BSI
+        assert real_B is not None, "start_step comes before a forward"
         behind_BS = torch.arange(seq_len, device=real_B.device) >= real_B.unsqueeze(1)
         return delta_BSI.masked_fill(behind_BS.unsqueeze(-1), -torch.inf)
+
+    @property
+    def nbytes(self) -> int:
+        """See ``cache.State``."""
+        return sum(t.nbytes for t in (self.inputs_BVI, self.state_BIN) if t is not None)
 
     def select(self, row_R: torch.Tensor) -> None:
         """See ``cache.State``."""

@@ -158,8 +158,7 @@ def _stage(step: Step, blocks: range) -> Iterator[Call]:
     else:
         yield Call("stage gradients", "receive", "pp", activations)
     for block in blocks:
-        for branch in model.layers[block].branches.values():
-            for one in branch.collectives(batch):
-                forwards = one.forward * (2 if full or (recomputed and not one.kept) else 1)
-                call = Call(one.purpose, one.kind, one.axis, one.size)
-                yield from [call] * (forwards + one.backward)
+        for one in model.layers[block].collectives(batch):
+            forwards = one.forward * (2 if full or (recomputed and not one.kept) else 1)
+            call = Call(one.purpose, one.kind, one.axis, one.size)
+            yield from [call] * (forwards + one.backward)

@@ -18,7 +18,7 @@ from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 
 from earlyfuse.kernels.linear_cross_entropy.chunked import chunk_tokens
 from earlyfuse.models.blocks.block import Block
-from earlyfuse.models.blocks.branch import FP32, Microbatch
+from earlyfuse.models.blocks.branch import FP32
 from earlyfuse.parallel.estimates.fsdp_units import Unit, fsdp_units
 from earlyfuse.parallel.estimates.step import Step
 from earlyfuse.parallel.strategies.pipeline import SCHEDULES
@@ -121,18 +121,9 @@ def kept_by_head(tokens: int, words: int, dim: int, dtype: torch.dtype) -> int:
 def _saved(layers: list[Block.Config], step: Step) -> tuple[int, int]:
     """Elements per token saved of all blocks, and of one while it is recomputed."""
     batch = step.local_batch
-    saved, inputs = [saved_per_token(layer, batch) for layer in layers], [x.dim for x in layers]
+    saved, inputs = [layer.saved(batch) for layer in layers], [layer.dim for layer in layers]
     if isinstance(step.recompute, FullAC.Config):
         return sum(inputs), max(saved)
     if isinstance(step.recompute, SelectiveAC.Config):
-        branches = [branch for layer in layers for branch in layer.branches.values()]
-        return sum(inputs) + sum(b.saved_by_selective(batch) for b in branches), max(saved)
+        return sum(inputs) + sum(layer.saved_by_selective(batch) for layer in layers), max(saved)
     return sum(saved), 0
-
-
-def saved_per_token(layer: Block.Config, batch: Microbatch) -> int:
-    """Elements per token saved of a block, by its branches and norms, on the rank with the last
-    positions of each row.
-    """
-    branches = layer.branches.values()
-    return sum(branch.saved(batch) for branch in branches) + 2 * len(branches) * layer.dim

@@ -1,4 +1,6 @@
-"""Plots losses and task accuracy of a run over tokens, and losses of several runs over FLOPs."""
+"""Plots losses and task accuracy of a run over tokens, losses of several runs over FLOPs, and ranks
+of attention maps over layers.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +19,7 @@ from earlyfuse.parallel.reporting.metrics_file import METRICS_FILE, TRAIN, VALID
 from earlyfuse.parallel.reporting.run_folder import CURVES
 
 _TEXT_COLOUR = "#1b6ca8"
+_BY_RULE = {"causal_": "--", "threshold_": "-."}  # losses by a causal rule, and their lines
 _DOTS = {"marker": "o", "markersize": 3}
 
 
@@ -51,8 +54,8 @@ def added_sums(lines: list[dict[str, Any]]) -> list[str]:
         for key in keys
         if key.endswith(f"/{label}")
     )
-    known = ("loss", "z_loss")
-    return [n for n in names if n in keys and n.removeprefix("causal_") not in known]
+    known = [f"{rule}{name}" for rule in ("", *_BY_RULE) for name in ("loss", "z_loss")]
+    return [name for name in names if name in keys and name not in known]
 
 
 def plot_study(
@@ -64,7 +67,8 @@ def plot_study(
     """Draw held-out losses of several configs over FLOPs, a panel for each of ``labels``.
 
     ``found``: config → ``flops`` (P,) and label → losses (seeds, P); lines are means, bands span
-    the seeds. A dotted line marks ``equal_flops``, at which configs are compared.
+    the seeds; dashed: under the rule "causal", dotted: "threshold". A vertical line marks
+    ``equal_flops``, at which configs are compared.
     """
     figure, axes = _panels(len(labels))
     for axis, label in zip(axes, labels, strict=True):
@@ -76,9 +80,34 @@ def plot_study(
             (line,) = axis.plot(flops[later], mean[later], label=name, **_DOTS)
             low, high = losses.min(0)[later], losses.max(0)[later]
             axis.fill_between(flops[later], low, high, color=line.get_color(), alpha=0.2)
+            for rule, style in ((", causal", "--"), (", threshold", ":")):
+                if label + rule in curve:
+                    ruled = curve[label + rule].mean(0)[later]
+                    axis.plot(flops[later], ruled, style, color=line.get_color(), linewidth=1)
         axis.axvline(equal_flops, color="grey", linestyle=":", linewidth=1)
         axis.set(title=label, ylabel=f"held-out {label} loss (nats per token)")
     _save(figure, axes, "training FLOPs", picture)
+
+
+def plot_ranks(
+    found: Mapping[str, np.ndarray], routed: Sequence[int], title: str, picture: Path
+) -> None:
+    """Draw values of attention maps over layers, a panel for each name in ``found``.
+
+    ``found``: name → (layers, samples), NaN in layers without attention; means over samples, bars
+    are standard deviations. Layers in ``routed``, which become depth-routed, are filled.
+    """
+    figure, axes = _panels(len(found))
+    for axis, (name, value_LP) in zip(axes, found.items(), strict=True):
+        layer_L, mean_L, sd_L = np.arange(len(value_LP)), value_LP.mean(1), value_LP.std(1, ddof=1)
+        (line,) = axis.plot(layer_L, mean_L, marker="o", markersize=5, markerfacecolor="white")
+        bars = {"fmt": "none", "ecolor": line.get_color(), "alpha": 0.5, "capsize": 2}
+        axis.errorbar(layer_L, mean_L, sd_L, **bars)
+        if chosen := list(routed):
+            style = {"color": line.get_color(), "label": "lowest ranks: depth-routed"}
+            axis.plot(layer_L[chosen], mean_L[chosen], "o", markersize=5, **style)
+        axis.set(title=title, ylabel=name)
+    _save(figure, axes, "layer", picture, MaxNLocator(integer=True))
 
 
 class _Run:
@@ -108,8 +137,9 @@ def _draw_losses(axis: Any, label: str, run: _Run) -> None:
     key, colour = f"loss/{label}", colours()[label]
     run.draw(axis, run.train, key, color=colour, alpha=0.35, linewidth=1, label="training")
     if run.draw(axis, run.validation, key, color=colour, label="held out", **_DOTS):
-        style = {"color": colour, "linestyle": "--", "label": "held out, causal"}
-        run.draw(axis, run.validation, f"causal_{key}", **style)
+        for rule, line in _BY_RULE.items():
+            style = {"color": colour, "linestyle": line, "label": f"held out, {rule[:-1]}"}
+            run.draw(axis, run.validation, f"{rule}{key}", **style)
         if unigram := run.validation[-1].get(f"unigram_entropy/{label}"):
             name = f"unigram entropy {unigram:.2f}"
             axis.axhline(unigram, color="grey", linestyle=":", label=name)
@@ -140,16 +170,28 @@ def _panels(count: int) -> tuple[Any, Sequence[Any]]:
     return figure, axes[0]
 
 
-def _save(figure: Any, axes: Sequence[Any], over: str, picture: Path) -> None:
+_MOST_INSIDE = 6  # lines of a legend inside its axes
+
+
+def _save(
+    figure: Any, axes: Sequence[Any], over: str, picture: Path, ticks: MaxNLocator | None = None
+) -> None:
     for axis in axes:
         axis.set_xlabel(over)
-        axis.xaxis.set_major_locator(MaxNLocator(5))
+        axis.xaxis.set_major_locator(ticks or MaxNLocator(5))
         axis.xaxis.set_major_formatter(EngFormatter())
-        if axis.get_legend_handles_labels()[0]:
+        labels = axis.get_legend_handles_labels()[0]
+        if len(labels) > _MOST_INSIDE:  # they would hide the curves
+            place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.18)}
+            axis.legend(frameon=False, fontsize=8, **place).set_in_layout(False)
+        elif labels:
             axis.legend(frameon=False, fontsize=8)
     figure.tight_layout()
+    for axis in axes:
+        if legend := axis.get_legend():
+            legend.set_in_layout(True)  # room for it, but not at the cost of the axes
     try:
         with atomic_write(picture) as file:
-            figure.savefig(file, format="png", dpi=110)
+            figure.savefig(file, format="png", dpi=110, bbox_inches="tight")
     finally:
         plt.close(figure)

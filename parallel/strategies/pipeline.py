@@ -22,7 +22,6 @@ from torchtitan.config import TORCH_DTYPE_MAP, ParallelismConfig, TrainingConfig
 from torchtitan.distributed import ParallelDims
 
 from earlyfuse.models.batch import MixedBatch
-from earlyfuse.models.blocks.experts import ExpertPool
 from earlyfuse.models.context import ForwardSettings
 from earlyfuse.models.decoder import Decoder, Loss
 from earlyfuse.parallel import compat
@@ -199,6 +198,12 @@ def check_pipeline(
             "parallelism.fsdp_reshard_after_forward (always) must be default or never with "
             "pipeline parallelism: stages stay gathered for all micro-batches"
         )
+    if model.shared_depth_routers():
+        raise ValueError(
+            f"parallelism.pipeline_parallel_degree ({degree}) must be 1 with a depth router that "
+            "layers of several stages share; use data_parallel_shard_degree, or routers of their "
+            "own (shared False)"
+        )
     _check_stages(parallelism, len(model.layers))
     _check_microbatches(parallelism, training, model)
 
@@ -224,11 +229,11 @@ def _check_microbatches(
         raise ValueError(
             f"{field} must divide training.local_batch_size ({rows}); change one of them"
         )
-    for name, pool, _, _ in model.traverse(ExpertPool.Config):
-        if size % pool.router.routing_rows:
+    for index, layer in enumerate(model.layers):
+        if size % layer.routing_rows:
             raise ValueError(
-                f"{field} must be a multiple of routing_rows ({pool.router.routing_rows}) of "
-                f"{name}; change one of them"
+                f"{field} must be a multiple of routing_rows ({layer.routing_rows}) of "
+                f"layers[{index}]; change one of them"
             )
     count = rows // size
     made = f"training.local_batch_size ({rows}) makes {count} micro-batches of {field}"

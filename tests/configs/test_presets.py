@@ -13,10 +13,16 @@ from toy import make_data
 from earlyfuse.configs import decoders
 from earlyfuse.configs.command_line import list_text
 from earlyfuse.configs.embedded import SHAPE as EMBEDDED
-from earlyfuse.configs.presets import chameleon, mixture_of_mamba, mixture_of_transformers
+from earlyfuse.configs.presets import (
+    chameleon,
+    mixture_of_depths,
+    mixture_of_mamba,
+    mixture_of_transformers,
+)
 from earlyfuse.configs.presets import moma as moma_presets
 from earlyfuse.configs.registry import catalogue, sections
 from earlyfuse.models.blocks.experts import MixtureOfExperts
+from earlyfuse.models.depth.capacity import mean_capacity, shifted_cosine
 from earlyfuse.models.flops import count_parameters, forward_flops, training_flops
 from earlyfuse.parallel.estimates import dry_run
 from earlyfuse.parallel.training.lr_schedule import LearningRate, exponential_factor
@@ -24,7 +30,10 @@ from earlyfuse.tools.doctor import presets
 
 PRESETS = [
     name
-    for module in (moma_presets, mixture_of_mamba, mixture_of_transformers, chameleon)
+    for module in (
+        *(moma_presets, mixture_of_mamba, mixture_of_transformers),
+        *(mixture_of_depths, chameleon),
+    )
     for name in module.CONFIGS
 ]
 
@@ -41,6 +50,7 @@ def model_of(name: str) -> decoders.Decoder.Config:
 # block's shapes.
 EIGHT_EXPERTS = ("moe_8x", "moe_4t4i", "moe_6t2i", "moe_7t1i")
 MOMA = {"90m": (90, 210), "435m": (435, 1900), "1_4b": (1400, 7100)}
+MOD = {"90m": (110, 317), "435m": (635, 3000), "1_4b": (2300, 12_000)}
 MOT = {"37m": 37, "94m": 94, "443m": 443, "1_5b": 1500, "7b": 7000}
 MAMBA = {"37m": 37.1, "94m": 94.2, "443m": 454, "880m": 917, "1_5b": 1540}
 TRANSFUSION = {"163m": 170, "760m": 814, "1_4b": 1400}
@@ -50,6 +60,11 @@ SIZES = (
         (f"moma_{size}_{variant}", sparse, 0.03)
         for size, (_, sparse) in MOMA.items()
         for variant in EIGHT_EXPERTS
+    ]
+    + [
+        (f"moma_{size}_{variant}", millions, 0.03)
+        for size, sizes in MOD.items()
+        for variant, millions in zip(("mod", "mod_moe_8x"), sizes, strict=True)
     ]
     + [(f"mot_{size}_dense", millions, 0.005) for size, millions in MOT.items()]
     + [
@@ -105,7 +120,7 @@ def test_parameters_of_the_decoders_for_transfusion(size):
     assert dense == pytest.approx(TRANSFUSION[size] * 1e6, rel=0.005) and mixture > 1.5 * dense
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", [name for name in PRESETS if "mod" not in name])
 def test_all_variants_of_a_size_cost_what_the_dense_one_does(name):
     size, family = model_of(name), re.sub("_(dense|mot|mom|moe_.*)$", "", name)
     dense = model_of(name if family == name else f"{family}_dense")
@@ -121,6 +136,27 @@ def test_all_variants_of_a_size_cost_what_the_dense_one_does(name):
     assert training_flops(size, 4096) == pytest.approx(spent)
     pairs = zip(count_parameters(size).active, count_parameters(dense).active, strict=True)
     assert all(plain <= active <= plain + routers for active, plain in pairs)
+
+
+@pytest.mark.parametrize("size", MOMA)
+def test_deeper_models_with_depth_routing_cost_about_what_dense_ones_do(size):
+    """Within 10 %, as layers of the paper's table 1 do."""
+    for variant in ("mod", "mod_moe_1t1i", "mod_moe_4t4i"):
+        deep, dense = (
+            sum(forward_flops(model_of(f"moma_{size}_{name}"), 4096)) for name in (variant, "dense")
+        )
+        assert 0.98 < deep / dense < 1.1, variant
+
+
+def test_p_mod_keeps_the_fractions_that_its_code_prints():
+    kept = [layer.depth and layer.depth.selection.capacity for layer in model_of("p_mod_7b").layers]
+    printed = ".8445 .8061 .7645 .7202 .6737 .6253 .5757 .5253 .4747 .4243 .3747 .3263 .2798 .2355"
+    expected = [*map(float, printed.split()), 0.1939, 0.1555, *[0.15] * 8]
+    assert kept[:8] == [None] * 8
+    assert kept[8:] == pytest.approx(expected, abs=5e-5)
+    for layers in (24, 32, 40):
+        assert mean_capacity(shifted_cosine(layers)) == pytest.approx(0.5375)
+    assert mean_capacity(shifted_cosine(24, last=31)) > 0.6  # the constant of the public code
 
 
 def test_embedded_variants_cost_what_the_dense_one_does():

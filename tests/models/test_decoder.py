@@ -9,13 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from batches import built, random_batch, with_modality
-from tiny_runs import MODELS, SHAPE
+from tiny_runs import MODELS, SHAPE, THRESHOLDS
 
 from earlyfuse.configs import decoders
 from earlyfuse.models.objectives.next_token import ChameleonObjective
 from earlyfuse.models.routing.expert_choice import ExpertChoice
 from earlyfuse.models.vocabulary import Modality
 
+FORMS = MODELS | THRESHOLDS
 ONE_EACH = {Modality.TEXT: 1, Modality.IMAGE: 1}
 
 
@@ -50,9 +51,9 @@ def test_one_expert_that_takes_everything_is_the_dense_model_with_its_weight():
     torch.testing.assert_close(moe(random_batch()), dense(random_batch()), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", FORMS)
 def test_a_loss_in_the_head_is_the_loss_of_the_logits(name):
-    model, batch = built(MODELS[name]()).train(), random_batch()
+    model, batch = built(FORMS[name]()).train(), random_batch()
     labels = batch.tokens_BS.roll(-1, 1)
     labels[:, :5] = -100
     labelled = replace(batch, labels_BS=labels, label_modality_BS=batch.modality_BS)
@@ -76,10 +77,10 @@ def test_a_loss_gets_hidden_states_and_the_head_and_its_result_is_returned():
     torch.testing.assert_close(found, model(batch).flatten(0, 1), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", FORMS)
 def test_stages_one_after_another_are_the_whole(name):
     """Each initialised by itself, as in a pipeline."""
-    whole, stages = MODELS[name]().build(), [MODELS[name]().build() for _ in range(2)]
+    whole, stages = FORMS[name]().build(), [FORMS[name]().build() for _ in range(2)]
     whole.init_states()
     values: dict[str, torch.Tensor] = {}
     for blocks, stage in zip((range(1), range(1, 2)), stages, strict=True):

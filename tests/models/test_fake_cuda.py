@@ -15,13 +15,24 @@ import torch
 from fake_cuda_trace import FAMILIES
 from places import SUPPORT
 
-TRAINING = [*FAMILIES, "dense:bfloat16", "moma:bfloat16", "mixture_of_mamba:bfloat16"]
+TRAINING = [
+    *FAMILIES,
+    "dense:bfloat16",
+    "mod:bfloat16",
+    "moma:bfloat16",
+    "mixture_of_mamba:bfloat16",
+]
 # routed by actual counts, or from a token alone: the host must know how many rows there are
 MEANT = {
     "moma_exact": "_exact",
     "moma:validation": "_exact",
     "moe_8x:validation": "_exact",
-    "moma_causal:causal": "choose",
+    "moma_causal:causal": "taken_routes",
+    "p_mod": "_fit",
+    "videollm_mod": "_fit",
+    "mod:validation": "_fit",
+    "mod:causal": "_fit",
+    "moma_threshold:threshold": "taken_routes",
 }
 STATIC = ["dense:validation", "token_choice:validation", "mixture_of_mamba:validation"]
 

@@ -1,23 +1,38 @@
 """Closed-form parameters and FLOPs against counted ones."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from batches import batch_of
-from tiny_runs import MODELS, SHAPE
+from tiny_runs import DEPTHS, MODELS, SHAPE
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from earlyfuse.configs import decoders
+from earlyfuse.configs import decoders, depth
 from earlyfuse.models.flops import count_parameters, forward_flops, training_flops
 from earlyfuse.models.objectives.next_token import ChameleonObjective
 from earlyfuse.models.vocabulary import Modality
 
+HALF = {Modality.TEXT: 0.5, Modality.IMAGE: 0.5}
+EXPERTS = {Modality.TEXT: 2, Modality.IMAGE: 4}
 ALL = {**MODELS, "moe_1t1i": lambda: decoders.moe_1t1i(SHAPE)}
+# the tokens of a row compete: merged rows would attend over more than their formula counts
+COUNTED = {
+    **ALL,
+    "moma": lambda: decoders.moma(SHAPE, EXPERTS, HALF),
+    "mod": DEPTHS["mod"],
+    "moma_mod": lambda: depth.moma_mod(decoders.moma(SHAPE, EXPERTS, HALF), 0.5),
+    "p_mod": lambda: depth.p_mod(decoders.moma(SHAPE, EXPERTS, HALF), (None, 0.5), media_share=0.5),
+    "gamma_mod": lambda: depth.gamma_mod(
+        decoders.dense(replace(SHAPE, norm_order="pre")), (0, 1), media_share=0.5
+    ),
+}
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", ALL | DEPTHS)
 def test_total_parameters_equal_the_model_s(name):
-    config = ALL[name]()
+    config = (ALL | DEPTHS)[name]()
     model = config.build()
     assert count_parameters(config).total == sum(p.numel() for p in model.parameters())
 
@@ -31,16 +46,12 @@ def test_active_parameters_of_a_dense_model_are_all_but_the_other_embeddings(kv_
     assert parameters.active == (parameters.total - 47 * 32,) * 2
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", COUNTED)
 def test_flops_equal_counted_matrix_products(name):
     """Half of the tokens are images: a step costs the mean of both modalities' FLOPs per token,
     with logits and with the loss that makes none.
     """
-    config = ALL[name]()
-    if name == "moma":
-        config = decoders.moma(
-            SHAPE, {Modality.TEXT: 2, Modality.IMAGE: 4}, {Modality.TEXT: 0.5, Modality.IMAGE: 0.5}
-        )
+    config = COUNTED[name]()
     rows, seq_len = 2, 16
     model = config.build()
     model.init_states()

@@ -88,6 +88,10 @@ class LastToken:
         self.last_B1D = both[torch.arange(len(both)), self.cache.real_B].unsqueeze(1)
         return both[:, :-1]
 
+    @property
+    def nbytes(self):
+        return self.last_B1D.nbytes
+
     def select(self, row_R):
         self.last_B1D = self.last_B1D[row_R]
 
@@ -110,8 +114,8 @@ class Threshold(Router):
         expected: float = 1.0
 
         @property
-        def decides_causally(self):
-            return True
+        def causal_rules(self):
+            return ("causal",)
 
         @property
         def rows_per_token(self):
@@ -255,7 +259,7 @@ def test_unsupported_uses_are_refused_by_name(data, tmp_path, monkeypatch):
             ValueError, match=rf"{axis}_parallel_degree \(2\) must be 1: {place} {axis} par"
         ):
             check_parallelism(parallelism, config.training, silent, 2)
-    for name in ("decides_causally", "needs_whole_rows"):
+    for name in ("causal_rules", "needs_whole_rows"):
         monkeypatch.setattr(Threshold.Config, name, getattr(Router.Config, name))
     assert "(Threshold)" in model().layers[0].feed_forward.refusal("context_parallel")
     with pytest.raises(ValueError, match=r"layers.0.feed_forward.pools.0.router cannot route"):

@@ -11,7 +11,7 @@ import torch
 from batches import batch_of, random_batch, with_modality
 from tiny_runs import MAMBA_SHAPE, MAMBAS, SHAPE, SHARES, metrics, moma, run, tiny_config
 
-from earlyfuse.configs import decoders, mamba_decoders, stages
+from earlyfuse.configs import decoders, depth, mamba_decoders, stages
 from earlyfuse.models.context import ForwardSettings
 from earlyfuse.models.routing.gumbel_noise import RouterNoise, noise_of_step
 from earlyfuse.models.upcycle import shapes, upcycle
@@ -183,6 +183,31 @@ def test_impossible_parents_are_refused_by_name(parent, child, says):
         upcycle(parent, child)
 
 
+WHOLE = (1.0, 1.0)  # every token is kept: what differs are weights
+
+
+@pytest.mark.parametrize(
+    ("child", "most"),
+    [
+        (depth.p_mod(UNTIED, WHOLE, media_share=0.3), 0.0),
+        (depth.mod(UNTIED, 1.0, every=1, start=0), 0.02),
+        (depth.moma_mod(all_tokens(moma()), 1.0, every=1), 0.02),
+    ],
+    ids=["p_mod", "mod", "moma_mod"],
+)
+def test_a_depth_routed_child_begins_near_its_parent(child, most):
+    """Also where the same start makes experts."""
+    parent = filled(UNTIED)
+    model = depth.near_parent(child).build()
+    model.init_states()
+    load = child_of(parent, model.config).state_dict()
+    model.load_state_dict(
+        {n: v if ".router." in n else load[n] for n, v in model.state_dict().items()}
+    )
+    expected, found = outputs(parent), outputs(model)
+    assert float((found - expected).norm() / expected.norm()) <= most
+
+
 # ---------------------------------------------------------------- a run that begins with another
 
 
@@ -212,6 +237,15 @@ def test_an_upcycled_run_goes_on_in_the_data_and_begins_all_else_anew(tmp_path, 
     # the same folder goes on with its own checkpoint, not with the seed's
     config.training.steps = 7
     assert run(config).dataloader.lanes[:, -1].tolist() == [3 + 7] * 4
+
+
+def test_a_run_is_adapted_to_depth_routing_in_its_data(tmp_path, data, seed):
+    model = depth.p_mod(UNTIED, (None, 0.5), media_share=0.3)
+    trainer = run(stages.depth_adapted(tiny_config(tmp_path, data, model, steps=2), str(seed)))
+    assert trainer.dataloader.lanes[:, -1].tolist() == [3 + 2] * 4
+    before, after = metrics(seed)[-1], metrics(tmp_path)[0]
+    assert before["kind"] == after["kind"] == "validation" and after["step"] == 0
+    assert after["loss"] == pytest.approx(before["loss"], abs=0.05)
 
 
 def test_without_its_data_a_run_begins_at_their_beginning(tmp_path, data, seed):

@@ -11,8 +11,9 @@ from torch.profiler import profile
 
 from earlyfuse.models import masks
 from earlyfuse.models.batch import MixedBatch, places_in_documents
+from earlyfuse.models.blocks.attention import attend
 from earlyfuse.models.context import ForwardContext
-from earlyfuse.models.masks import attention_mask, block_mask
+from earlyfuse.models.masks import attention_mask, block_mask, merged_masks, visible
 from earlyfuse.models.routes import Routes
 from earlyfuse.models.routing.expert_choice import ExpertChoice
 
@@ -54,9 +55,10 @@ def test_later_tokens_do_not_move_earlier_outputs_of_moma_with_routing_fixed(mon
 
     def once(router, logits, eligible, context):
         """The first forward's choice of rows, with the weights of the present logits."""
-        row, offset, _ = chosen.setdefault(router, choose(router, logits, eligible, context))
-        expert = torch.repeat_interleave(torch.arange(logits.shape[1]), offset.diff())
-        return Routes(row, offset, logits[row, expert].sigmoid() * eligible[row])
+        kept, taken = chosen.setdefault(router, choose(router, logits, eligible, context))
+        expert = torch.repeat_interleave(torch.arange(logits.shape[1]), kept.offset_G1.diff())
+        weight = logits[kept.row_R, expert].sigmoid() * eligible[kept.row_R]
+        return kept._replace(weight_R=weight), taken
 
     monkeypatch.setattr(ExpertChoice, "_choose", once)
     moved = moved_by(model, inputs(torch.ones(B, S, dtype=torch.int32)), 0, 7)
@@ -98,6 +100,62 @@ def test_masks_are_the_definition(monkeypatch, span, first):
                 assert bool(mask[b, 0, q - first, k]) == bool(expected)
     monkeypatch.setattr(masks, "compiled_create_block_mask", lambda: _create_token_mask)
     assert block_mask(DOCUMENTS, first, span).to_dense()[..., : S - first, :S].bool().equal(mask)
+
+
+def test_masks_of_interrupted_documents_are_the_definition():
+    """A document with padding inside, as where tokens are hidden, and documents out of order."""
+    for documents in ([[1, 0, 1, 1, 2, 0, 2, 0]], [[2, 2, 1, 1, 2, 0, 0, 0]]):
+        document_BL, place_L = torch.tensor(documents), torch.arange(8)
+        expected = visible(
+            place_L[:, None], place_L, document_BL[:, None, :, None], document_BL[:, None, None, :]
+        )
+        for read in (True, False):
+            assert attention_mask(document_BL, padding_is_read=read).equal(expected)
+
+
+def test_padding_that_nothing_reads_leaves_attention_plain_causal():
+    one, padded = torch.ones(2, 6, dtype=torch.int32), torch.tensor([[1, 1, 1, 1, 0, 0]])
+    assert attention_mask(one) is None and attention_mask(padded, padding_is_read=False) is None
+    assert attention_mask(padded)[0, 0, 4].tolist() == [False] * 4 + [True, False]
+    context = ForwardContext.build(
+        MixedBatch.of(one), modalities=(0, 1), head_dim=2, rope_theta=1e4
+    )
+    row_R, weight_R = torch.tensor([0, 2, 5, 7, 8, 9]), torch.tensor([1.0, 1, 0, 1, 1, 1])
+    selected = context.select(Routes(row_R, torch.tensor([0, 6]), weight_R), rows=2)
+    assert selected.mask is None
+
+
+def test_merged_rows_attend_over_each_row_alone():
+    """As under one mask of all their tokens, gradients included."""
+    generator = torch.Generator().manual_seed(0)
+    row_BL = torch.tensor([[0] * 5 + [1] * 4 + [0] * 3])
+    document_BL = torch.tensor([[1, 1, 1, 2, 2, 9, 9, 9, 9, 0, 0, 0]])
+    inputs = [torch.randn(1, 12, 2, 4, generator=generator).requires_grad_() for _ in range(3)]
+    found = []
+    for mask in (merged_masks(document_BL, row_BL), attention_mask(document_BL)):
+        out_BSNH = attend(*inputs, mask)[:, :9]
+        found.append([out_BSNH, *torch.autograd.grad(out_BSNH.square().sum(), inputs)])
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_block_mask_is_built_inside_a_compiled_block():
+    """As depth-routed blocks do, whose rows are their own."""
+
+    def blocks(document_BL):
+        mask = block_mask(document_BL)
+        return mask.kv_num_blocks, mask.full_kv_num_blocks
+
+    expected = create_block_mask(
+        lambda b, h, q, k: visible(q, k, DOCUMENTS_LONG[b, q], DOCUMENTS_LONG[b, k]),
+        *(2, None, 384, 384),
+        device="cpu",
+    )
+    found = torch.compile(blocks, fullgraph=True, backend="aot_eager")(DOCUMENTS_LONG)
+    assert found[0].equal(expected.kv_num_blocks) and found[1].equal(expected.full_kv_num_blocks)
+
+
+DOCUMENTS_LONG = torch.arange(384).div(150, rounding_mode="floor").int().expand(2, -1) + 1
 
 
 def _create_token_mask(*arguments, **options):

@@ -11,7 +11,16 @@ import torch
 import traffic_ranks
 from batches import batch_of, context_of
 from ranks import forked, output_of
-from tiny_runs import MAMBAS, MODELS, SHAPE, changed, moma, tiny_config, token_choice
+from tiny_runs import (
+    MAMBAS,
+    MODELS,
+    SHAPE,
+    THRESHOLDS,
+    changed,
+    moma,
+    tiny_config,
+    token_choice,
+)
 from torchtitan.distributed import ParallelDims
 from toy import make_data
 from traffic_ranks import LAYOUTS
@@ -27,7 +36,7 @@ from earlyfuse.models.routing.causal_router import CausalRouter
 from earlyfuse.models.routing.expert_choice import expert_choice
 from earlyfuse.parallel.estimates import dry_run
 from earlyfuse.parallel.estimates.communication import Traffic, step_traffic, total
-from earlyfuse.parallel.estimates.memory import kept_by_head, rank_memory, saved_per_token
+from earlyfuse.parallel.estimates.memory import kept_by_head, rank_memory
 from earlyfuse.parallel.estimates.step import Step
 from earlyfuse.tools.doctor import Cluster, main, step_time
 
@@ -205,9 +214,9 @@ def drawn(block):
 
 
 @pytest.mark.parametrize("order", ["pre", "swin"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*MODELS, "moma_threshold"])
 def test_the_estimate_of_activations_is_what_autograd_keeps(name, order):
-    config = MODELS[name]().layers[0]
+    config = (MODELS | THRESHOLDS)[name]().layers[0]
     config.norm_order = order
     block = drawn(config.build())
     modality_BS = torch.zeros(2, 64, dtype=torch.uint8)
@@ -216,7 +225,7 @@ def test_the_estimate_of_activations_is_what_autograd_keeps(name, order):
     x_TD = torch.randn(128, SHAPE.dim, requires_grad=True)
     shared = (context.cos_BS1H, context.sin_BS1H, *block.parameters())
     kept = kept_by_autograd(lambda: block(x_TD, context), *shared)
-    assert 4 * 128 * saved_per_token(config, Microbatch(2, 64)) == pytest.approx(kept, rel=0.1)
+    assert 4 * 128 * config.saved(Microbatch(2, 64)) == pytest.approx(kept, rel=0.1)
 
 
 WIDE = replace(SHAPE, dim=128, hidden_dim=192)  # what a router keeps by the token is little then

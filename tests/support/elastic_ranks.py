@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from tiny_runs import MAMBAS, moma, tiny_config
+from tiny_runs import MAMBAS, THRESHOLDS, tiny_config
 from torch.distributed.checkpoint.filesystem import FileSystem
 
 GLOBAL_BATCH = 8
@@ -39,7 +39,7 @@ WITH_FULL_DISK = "fsdp2"
 def config_of(folder: Path, data: Path, layout: str, *, alone: bool = False):
     """The run of a layout, or the same by one process. Experts that choose need whole rows."""
     degrees = LAYOUTS[layout][1]
-    model = MAMBAS["hybrid"]() if is_hybrid(layout) else moma()
+    model = MAMBAS["hybrid"]() if is_hybrid(layout) else THRESHOLDS["moma_threshold"]()
     config = tiny_config(folder, data, model, steps=STEPS)
     config.training.global_batch_size = config.validator.batch_rows = GLOBAL_BATCH
     config.metrics.enable_tensorboard = False

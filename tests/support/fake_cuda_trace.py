@@ -22,7 +22,7 @@ if __name__ == "__main__":
 
 import torch
 import torch.nn.functional as F
-from tiny_runs import MAMBA_SHAPE, MAMBAS, MODELS, SHAPE, moma
+from tiny_runs import DEPTHS, MAMBA_SHAPE, MAMBAS, MODELS, SHAPE, THRESHOLDS, moma
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -41,6 +41,8 @@ from earlyfuse.models.context import ForwardSettings
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.objectives.next_token import ChameleonObjective
 from earlyfuse.models.objectives.sums import Losses, label_counts
+from earlyfuse.models.routing.router import CAUSAL_RULES
+from earlyfuse.models.routing.running_threshold import RunningThreshold
 from earlyfuse.models.routing.token_choice import TokenChoice
 from earlyfuse.models.vocabulary import Modality
 from earlyfuse.parallel.strategies import gradient_clipping
@@ -53,6 +55,8 @@ SPEECH = tuple(Modality)
 FAMILIES: dict[str, Callable[[], Decoder.Config]] = (
     MODELS
     | MAMBAS
+    | DEPTHS
+    | THRESHOLDS
     | {
         "dense_dropout": lambda: decoders.dense(replace(SHAPE, dropout=0.1)),
         "moe_1t1i": lambda: decoders.moe_1t1i(SHAPE),
@@ -126,8 +130,8 @@ def _flex_attention(q: Any, k: Any, v: Any, block_mask: Any, enable_gqa: bool) -
 
 
 def trace(case: str) -> list[str]:
-    """Problems of one case: ``family``, ``family:bfloat16``, ``family:validation`` or
-    ``family:causal``.
+    """Problems of one case: ``family``, ``family:bfloat16``, ``family:validation``,
+    ``family:causal`` or ``family:threshold``.
     """
     family, _, form = case.partition(":")
     config = FAMILIES[family]()
@@ -146,7 +150,8 @@ def trace(case: str) -> list[str]:
     objective = ChameleonObjective(ChameleonObjective.Config())
     step = ForwardSettings(step=1, step_tokens=ROWS * SEQ_LEN, recording=True)
     validation = ForwardSettings(budgets="exact", recording=True)
-    settings = {"validation": validation, "causal": ForwardSettings(rule="causal")}
+    settings = {rule: ForwardSettings(rule=rule) for rule in CAUSAL_RULES}
+    settings["validation"] = validation
 
     try:
         with tokens_BS.fake_mode, watch, _WatchFactories(watch):
@@ -188,6 +193,8 @@ def _finish_step(model: Decoder, losses: Losses) -> None:
     for module in model.modules():
         if isinstance(module, TokenChoice):
             module.balance(module.load_E, taken)
+        if isinstance(module, RunningThreshold):
+            module.update(module.sums_2E, ROWS * SEQ_LEN, taken)
 
 
 class _NoHostCopy:

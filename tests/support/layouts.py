@@ -18,7 +18,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from tiny_runs import MAMBAS, MODELS, SHAPE, tiny_config
+from tiny_runs import DEPTHS, MAMBAS, MODELS, SHAPE, THRESHOLDS, tiny_config
 from torch.distributed._functional_collectives import AsyncCollectiveTensor as Collected
 from torch.distributed.tensor import DTensor
 from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
@@ -34,9 +34,10 @@ from earlyfuse.parallel.trainer import Trainer
 ROWS, STEPS = 8, 2
 # "deep": six blocks, for pipelines of several stages a rank. Dense, because the first tokens of all
 # documents tie exactly in routers, and over so many layers rounding comes to decide between them
-BY_NAME = MODELS | MAMBAS | {"deep": lambda: decoders.dense(replace(SHAPE, layers=6))}
+BY_NAME = MODELS | MAMBAS | DEPTHS | {"deep": lambda: decoders.dense(replace(SHAPE, layers=6))}
 # starts from the run of moe_1t1i in DATA's neighbour "seed"
 BY_NAME["upcycled"] = MODELS["moma_causal"]
+BY_NAME["moma_threshold"] = THRESHOLDS["moma_threshold"]
 DEGREES = {
     "hsdp": {"data_parallel_replicate": 2},
     "tp": {"tensor_parallel": 2},
@@ -109,19 +110,24 @@ class Case:
 TWO = """
     dense-gathered moe_8x-ep
     moma-apart-accumulated-selective moma-tp-accumulated moma-ep moma-ep-apart-accumulated-full
+    moma_threshold-tp-full moma_threshold-ep-apart-accumulated moma_threshold-pp
     shared-tp-full shared-ep-apart-selective
     token_choice-apart-accumulated token_choice-tp-selective token_choice-cp-apart
     token_choice-ep-apart-accumulated-full
     mot-tp-apart
     upcycled-accumulated-full upcycled-tp upcycled-ep-apart upcycled-ep-stage2-full
     mixture_of_mamba-apart-accumulated mixture_of_mamba-cp-accumulated-full hybrid-cp-selective
-    mot-pp-apart token_choice-pp shared-pp-apart moma_causal-pp-selective
+    mod-tp-accumulated-selective moma_mod-ep-apart-accumulated-full p_mod-apart-accumulated
+    p_mod-ep gamma_mod-apart-full gamma_mod-tp videollm_mod-apart-selective static-ep-apart
+    depth_threshold-ep-accumulated-full
+    mot-pp-apart mod-pp-apart token_choice-pp shared-pp-apart moma_causal-pp-selective
     moma-pp-accumulated-full moma-pp-gpipe deep-pp-interleaved
 """
 # more ranks than a pool has experts, and two kinds of parallelism together
 FOUR = """
     moe_8x-ep upcycled-ep-apart moma-hsdp-ep-full moma-tp-accumulated
-    hybrid-cp4-full hybrid-hsdp-cp-accumulated
+    moma_threshold-hsdp-ep-selective
+    hybrid-cp4-full hybrid-hsdp-cp-accumulated moma_mod-hsdp-ep gamma_mod-hsdp-accumulated
     moma-pp-hsdp moma-pp-tp moma-pp-ep-full deep-pp4 deep-pp-interleaved
 """
 CASES = {ranks: [Case(name) for name in text.split()] for ranks, text in ((2, TWO), (4, FOUR))}
@@ -154,10 +160,11 @@ class Keeping(Trainer):
         super().train_step(data_iterator)
         named = [(_plain(n), p) for part in self.model_parts for n, p in part.named_parameters()]
         buffers = [(_plain(n), b) for part in self.model_parts for n, b in part.named_buffers()]
-        biases = [(name, buffer) for name, buffer in buffers if name.endswith("bias_E")]
+        kinds = ("bias_E", "threshold_E", "weight_E")
+        moved = [(name, buffer) for name, buffer in buffers if name.endswith(kinds)]
         kept = {
             "gradients": {name: whole(p.grad) for name, p in named if p.grad is not None},
-            "parameters": {name: whole(p) for name, p in named + biases},
+            "parameters": {name: whole(p) for name, p in named + moved},
         }
         ranks = [kept] * dist.get_world_size()
         if self.parallel_dims.pp_enabled:

@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from earlyfuse.configs import decoders, embedded, mamba_decoders
+from earlyfuse.configs import decoders, depth, embedded, mamba_decoders
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.routing.causal_router import CausalRouter
 from earlyfuse.models.routing.gumbel_noise import RouterNoise
+from earlyfuse.models.routing.running_threshold import RunningThreshold
 from earlyfuse.models.routing.token_choice import TokenChoice
 from earlyfuse.models.vocabulary import Modality
 from earlyfuse.parallel.trainer import Trainer
@@ -50,6 +51,41 @@ MODELS = {
         weights="normalised",
         init="centred",
         init_gain=20.0,
+    ),
+}
+THRESHOLDS = {
+    "moma_threshold": lambda: decoders.with_routers(
+        moma(), threshold=RunningThreshold.Config(half_life=1000.0, chooses=True)
+    ),
+    # beside causal routers, for inference alone
+    "moma_both": lambda: decoders.with_routers(
+        MODELS["moma_causal"](), threshold=RunningThreshold.Config(half_life=1000.0)
+    ),
+}
+
+# two of their two or three blocks are depth-routed
+DEPTHS = {
+    "mod": lambda: depth.mod(decoders.dense(replace(SHAPE, layers=3)), 0.5, start=0),
+    "moma_mod": lambda: depth.moma_mod(MODELS["moma_causal"](), 0.5, every=1, routing_rows=2),
+    "p_mod": lambda: depth.p_mod(
+        MODELS["moma_causal"](), (0.6, 0.4), media_share=0.3, init="normal"
+    ),
+    "gamma_mod": lambda: depth.gamma_mod(
+        decoders.mixture_of_transformers(replace(SHAPE, norm_order="pre")), (0, 1), media_share=0.3
+    ),
+    "videollm_mod": lambda: depth.videollm_mod(
+        decoders.moe_1t1i(SHAPE), 0.5, every=1, start=0, media_share=0.3
+    ),
+    "depth_threshold": lambda: depth.moma_mod(
+        THRESHOLDS["moma_threshold"](),
+        0.5,
+        every=1,
+        routing_rows=2,
+        causal="threshold",
+        threshold=RunningThreshold.Config(half_life=1000.0, chooses=True),
+    ),
+    "static": lambda: depth.p_mod(
+        moma(), (0.5, 0.5), media_share=0.3, init="normal", budget="static"
     ),
 }
 

@@ -45,6 +45,8 @@ TWO = {
     "token choice": ("token_choice", {}),
     "token choice, experts": ("token_choice", EXPERTS),
     "token choice, experts, selective": ("token_choice", EXPERTS, "selective"),
+    "depth, experts, full": ("moma_mod", EXPERTS, "full"),
+    "depth, tensor": ("gamma_mod", TENSOR),
     "sequence": ("hybrid", SEQUENCE),
     "sequence, bf16, full": ("hybrid", SEQUENCE, "bf16", "full"),
     "sequence, selective": ("hybrid", SEQUENCE, "selective"),

@@ -24,7 +24,7 @@ from exported_models import (
 from public_chameleons import chameleon, logits, meta_shard, write_meta
 from public_mambas import hugging_face, mamba_ssm_state, sizes_of, write_mamba_ssm
 from safetensors.torch import load_file, save_file
-from tiny_runs import MAMBA_SHAPE, MAMBAS, MODELS, SHAPE
+from tiny_runs import MAMBA_SHAPE, MAMBAS, MODELS, SHAPE, THRESHOLDS
 
 from earlyfuse.configs import decoders, mamba_decoders
 from earlyfuse.configs.registry import catalogue
@@ -344,9 +344,9 @@ def test_norms_that_differ_between_shards_are_averaged(tmp_path):
 # ---------------------------------------------------------------- ours
 
 
-@pytest.mark.parametrize("kind", [*MODELS, *MAMBAS])
+@pytest.mark.parametrize("kind", [*MODELS, *MAMBAS, *THRESHOLDS])
 def test_every_kind_of_model_goes_through_every_format_of_ours(tmp_path, kind):
-    model = export((MODELS | MAMBAS)[kind](), tmp_path / "ours")
+    model = export((MODELS | MAMBAS | THRESHOLDS)[kind](), tmp_path / "ours")
     convert(tmp_path / "ours", tmp_path / "dcp", "dcp")
     convert(tmp_path / "dcp", tmp_path / "back")
     assert_same_files(tmp_path / "back", tmp_path / "ours", "config.json")
@@ -360,7 +360,7 @@ def test_every_kind_of_model_goes_through_every_format_of_ours(tmp_path, kind):
 
 def test_every_config_of_the_catalogue_survives_as_plain_values():
     configs = [make().model_spec.model for make in catalogue().values()]
-    configs += [make() for make in (MODELS | MAMBAS).values()]
+    configs += [make() for make in (MODELS | MAMBAS | THRESHOLDS).values()]
     for config in configs:
         text = json.dumps(decoder_config.to_dict(config))
         assert decoder_config.from_dict(json.loads(text)) == config

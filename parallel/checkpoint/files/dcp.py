@@ -21,7 +21,7 @@ from earlyfuse.models.state_dicts.tensor_map import Entry, Tensors
 from earlyfuse.parallel.checkpoint.files.dcp_reader import DcpReader, SafeLoadPlanner
 from earlyfuse.parallel.checkpoint.manifest import MANIFEST, damage, read_manifest
 
-_OF_THE_MODEL = ("layers", "tok_embeddings", "norm", "lm_head")
+_OF_THE_MODEL = ("layers", "tok_embeddings", "depth_projection", "norm", "lm_head")
 
 
 def is_parameter(key: str) -> bool:
