@@ -28,6 +28,17 @@ def import_code(file: Path | None) -> None:
         import_file(file)
 
 
+def check_device(name: str) -> None:
+    """Raises ``ValueError`` for a ``--device`` that this machine does not have."""
+    import torch
+
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"--device ({name}) cannot be used: {reason}; give another") from error
+
+
 def run_command(
     name: str,
     command: Callable[[], int | None],

@@ -77,6 +77,23 @@ def test_the_table_compares_with_the_first_config(tmp_path, capsys):
     assert json.loads((tmp_path / "study.json").read_text())["mamba"]["flops"] == [1, 100]
 
 
+def test_losses_under_rules_of_inference_stand_beside_those_of_the_batch(tmp_path):
+    run = written(tmp_path / "a", {4: 4.0, 8: 2.0})
+    log = tmp_path / "a" / "metrics.jsonl"
+    log.write_text(
+        log.read_text().replace('"loss/text": 2.0', '"loss/text": 2.0, "causal_loss/text": 3.0')
+    )
+    ruled = curve([run])
+    assert str(ruled["text, causal"].tolist()) == "[[nan, 3.0]]"
+    study_report.report(tmp_path, {"dense": points([40.0, 80.0], [4.0, 2.0]), "mod": ruled})
+    text = (tmp_path / "study.md").read_text()
+    assert "| config | text loss | text, causal | FLOPs to dense's text |" in text
+    assert "| dense | 2.000 (2.000-2.000) | – | 100.0% |" in text
+    assert "| mod | 2.000 (2.000-2.000) | 3.000 (3.000-3.000) | 100.0% |" in text
+    saved = json.loads((tmp_path / "study.json").read_text())
+    assert saved["mod"]["at_equal_flops"]["text, causal"] == [3.0]
+
+
 def points(flops, text, *more):
     return {"flops": np.array(flops), "text": np.array([text, *more])}
 

@@ -16,9 +16,11 @@ from earlyfuse.parallel.reporting.metrics_file import TRAIN, VALIDATION
 from earlyfuse.parallel.reporting.plots import plot_study
 
 Curve = dict[str, np.ndarray]
-"""``flops`` (P,), and losses by modality (S, P), NaN where a run has none."""
+"""``flops`` (P,), and losses (S, P) by modality, as "text", and under rules of inference, as "text,
+causal"; NaN where a run has none."""
 
-_LOSS = "loss/"
+# how validation names losses → what follows the modality here
+_RULES = {"loss/": "", "causal_loss/": ", causal", "threshold_loss/": ", threshold"}
 
 
 def curves(runs: Sequence[Sequence[dict[str, Any]]]) -> Curve:
@@ -31,7 +33,8 @@ def curves(runs: Sequence[Sequence[dict[str, Any]]]) -> Curve:
     first = max(flops_P[0] for flops_P, _ in seeds)
     last = min(flops_P[-1] for flops_P, _ in seeds)
     flops_P = np.unique(np.clip(seeds[0][0], first, last))
-    labels = [m.label for m in Modality if all(m.label in losses for _, losses in seeds)]
+    known = [m.label + rule for m in Modality for rule in _RULES.values()]
+    labels = [label for label in known if all(label in losses for _, losses in seeds)]
     return {"flops": flops_P} | {
         label: np.stack([_at(flops_P, own_P, losses[label]) for own_P, losses in seeds])
         for label in labels
@@ -47,10 +50,15 @@ def _validations(lines: Sequence[dict[str, Any]]) -> tuple[np.ndarray, dict[str,
     done = [sum(v for k, v in line.items() if k.startswith("flops/")) for line in trained]
     steps = [line["step"] for line in trained]
     flops_P = np.interp([line["step"] for line in held_out], steps, done)
-    labels = {key for line in held_out for key in line if key.startswith(_LOSS)}
+    keys = {
+        key: key.removeprefix(prefix) + rule
+        for line in held_out
+        for key in line
+        for prefix, rule in _RULES.items()
+        if key.startswith(prefix)
+    }
     return flops_P, {
-        label.removeprefix(_LOSS): np.array([line.get(label, np.nan) for line in held_out])
-        for label in labels
+        label: np.array([line.get(key, np.nan) for line in held_out]) for key, label in keys.items()
     }
 
 
@@ -76,6 +84,11 @@ class Comparison:
     def labels(self) -> list[str]:
         """The modalities that all configs have losses of."""
         return [m.label for m in Modality if all(m.label in curve for curve in self.found.values())]
+
+    def ruled(self, label: str) -> list[str]:
+        """The losses of a modality under rules of inference that any config has."""
+        names = (label + rule for rule in _RULES.values() if rule)
+        return [name for name in names if any(name in curve for curve in self.found.values())]
 
     @property
     def flops(self) -> float:
@@ -115,6 +128,12 @@ def report(out: Path, found: dict[str, Curve]) -> None:
         f"all runs have reached (linear between validations), mean of {seeds} seeds "
         f"(least-most).\n\n{table}\n"
     )
+    if any(map(compared.ruled, compared.labels)):
+        text += (
+            "\nExperts and depth routers choose by the batch, later tokens included; where a rule "
+            "of inference is named, from each token alone. –: the model has no such rule, or "
+            "routes nothing.\n"
+        )
     if gaps := _gaps(compared):
         text += f"\nNot finite, or not validated there: {'; '.join(gaps)}.\n"
     atomic_write_bytes(out / "study.md", text.encode())
@@ -128,7 +147,7 @@ def _rows(compared: Comparison) -> list[list[str]]:
     ends = {config: curve["flops"][-1] for config, curve in compared.found.items()}
     header = ["config"]
     for label in compared.labels:
-        header += [f"{label} loss", f"FLOPs to {baseline}'s {label}"]
+        header += [f"{label} loss", *compared.ruled(label), f"FLOPs to {baseline}'s {label}"]
     apart = max(ends.values()) > 1.001 * flops  # seeds differ a little: in their documents
     if apart:
         header += ["FLOPs at the end", *(f"{label} loss there" for label in compared.labels)]
@@ -140,6 +159,10 @@ def _rows(compared: Comparison) -> list[list[str]]:
             reached = flops_to_reach(curve, label, target)
             row += [
                 _spread(compared.losses_S(config, label)),
+                *(
+                    _spread(compared.losses_S(config, name)) if name in curve else "–"
+                    for name in compared.ruled(label)
+                ),
                 "not reached" if reached is None else f"{reached / flops:.1%}",
             ]
         if apart:
@@ -174,7 +197,12 @@ def _values(compared: Comparison) -> dict[str, Any]:
         config: {name: _plain(values) for name, values in curve.items()}
         | {
             "at_equal_flops": {"flops": compared.flops}
-            | {label: _plain(compared.losses_S(config, label)) for label in compared.labels}
+            | {
+                name: _plain(compared.losses_S(config, name))
+                for label in compared.labels
+                for name in (label, *compared.ruled(label))
+                if name in curve
+            }
         }
         for config, curve in compared.found.items()
     }
