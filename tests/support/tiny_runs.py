@@ -66,7 +66,9 @@ THRESHOLDS = {
 # two of their two or three blocks are depth-routed
 DEPTHS = {
     "mod": lambda: depth.mod(decoders.dense(replace(SHAPE, layers=3)), 0.5, start=0),
-    "moma_mod": lambda: depth.moma_mod(MODELS["moma_causal"](), 0.5, every=1, routing_rows=2),
+    "moma_mod": lambda: depth.moma_mod(
+        decoders.with_routers(moma(), causal=CausalRouter.Config()), 0.5, every=1, routing_rows=2
+    ),
     "p_mod": lambda: depth.p_mod(
         MODELS["moma_causal"](), (0.6, 0.4), media_share=0.3, init="normal"
     ),
