@@ -47,7 +47,7 @@ class Ranks:
 
     @property
     def layers(self) -> list[dict[str, Any] | None]:
-        """What is measured of each layer; None for one without attention."""
+        """Measurements of each layer; None for one without attention."""
         root = math.sqrt(len(self.tokens_P))
         return [
             None

@@ -37,7 +37,7 @@ _STREAMED = 0.4  # share of documents that name the motion while it goes on
 
 @dataclass(frozen=True)
 class Subject:
-    """What moves: its image as PNG, and its name."""
+    """The moving picture of a clip: its image as PNG, and its name."""
 
     png: bytes
     name: str

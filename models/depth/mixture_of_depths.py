@@ -189,7 +189,7 @@ class MixtureOfDepths(Module):
         return put_rows(base_TD, y_RD, row_R, real_R), decision
 
     def decide(self, scores: Scores, context: ForwardContext) -> Decision:
-        """Which tokens the block computes, by the rule of ``context.settings``."""
+        """Decides which tokens the block computes, by the rule of ``context.settings``."""
         selection, rule = self.config.selection, context.settings.rule
         if rule != "batch" and rule not in self.config.router.causal_rules:
             raise ValueError(f"a depth router {LACKING[rule]}")

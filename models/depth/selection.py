@@ -23,7 +23,7 @@ MILLION = 1_000_000
 
 @dataclass(kw_only=True, slots=True)
 class Selection(Configurable.Config):
-    """Which tokens compete, in which groups, and how many of a group are kept.
+    """The rule of a selection: competing tokens, their groups, and how many of a group are kept.
 
     ``capacity``         fraction of a group that is kept
     ``competing``        modality groups whose tokens compete, () for all; the others are forced:
@@ -116,7 +116,7 @@ class Kept(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """What a depth router decided about all tokens.
+    """A depth router's decision about all tokens.
 
     ``logits_T``, ``weight_T``  (T,) fp32 scores, and the weights that they map to
     ``decided_T``  (T,) bool: tokens that the router decides about: that compete, or are forced

@@ -96,7 +96,7 @@ class Router(Module, ABC):
 
         @property
         def causal_rules(self) -> tuple[Rule, ...]:
-            """Those of ``CAUSAL_RULES`` by which it can route, as generation needs. One whose
+            """Rules of ``CAUSAL_RULES`` by which it can route, as generation needs. A router whose
             choice by a rule is not that of the batch has ``Statistics`` of this kind."""
             return ()
 
@@ -154,7 +154,7 @@ def routing_modules(model: nn.Module) -> dict[str, tuple[Rule, ...]]:
 
 
 def causal_rules(model: nn.Module) -> list[Rule]:
-    """Those of ``CAUSAL_RULES`` that all routing modules of ``model`` have; all if it has none."""
+    """Rules of ``CAUSAL_RULES`` that all routing modules of ``model`` have; all if it has none."""
     found = routing_modules(model).values()
     return [rule for rule in CAUSAL_RULES if all(rule in rules for rules in found)]
 

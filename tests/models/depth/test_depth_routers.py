@@ -90,7 +90,7 @@ def test_the_predictor_moves_nothing_but_itself():
 
 
 def test_a_predictor_is_normalised_by_the_tokens_that_it_decides_about():
-    """Those that compete; forced tokens inside the capacity too, as some of them are dropped."""
+    """Competing tokens; forced ones inside the capacity too, as some of them are dropped."""
     router = DepthRouter.Config(inference="predictor", predictor=CausalRouter.Config())
     shares = [
         MixtureOfDepths.Config(
