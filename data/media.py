@@ -20,18 +20,28 @@ if TYPE_CHECKING:
 
 
 class VectorType(NamedTuple):
-    """``width`` P and ``dtype`` ("float16", "float32") of the vectors of a continuous medium."""
+    """``width`` P and ``dtype`` ("float16", "float32") of the vectors of a continuous medium.
+
+    ``channels``: the last, fastest axis of a vector (of an image: a square of pixels or latents,
+    row by row); 0: all of it.
+    """
 
     width: int
     dtype: str
+    channels: int = 0
 
 
 class Vectors(NamedTuple):
-    """Vectors of a prepared source: their type, and the labels of the continuous media."""
+    """Vectors of a prepared source: their type, the labels of the continuous media, and ``mean``
+    and ``std`` of each channel over all vectors, () until they are counted.
+    """
 
     width: int
     dtype: str
+    channels: int
     media: tuple[str, ...]
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
 
 
 class MediaTokenizer(Protocol):
@@ -106,6 +116,12 @@ class MediumModule(Protocol):
         """The tokenizer in a file. ``ValueError`` naming file and field for another file."""
         ...
 
+    def ready(self, path: Path, spec: "PrepareSpec") -> MediaTokenizer:
+        """``load``, also for a foreign folder that the medium can import with the sizes of
+        ``spec``.
+        """
+        ...
+
     def check(self, spec: "PrepareSpec") -> None:
         """Raise ``ValueError`` for invalid options of this medium."""
         ...
@@ -155,7 +171,8 @@ class Medium:
     ``caption_fields``    JSON fields with the caption of a pair, in order of preference
     ``sentinels``         control pieces of a text tokenizer, around a block
     ``module``            imports its code; at the top of a file, so that worker processes find it
-    ``kinds``             of tokenizer that ``prepare`` trains
+    ``kinds``             of tokenizer that ``prepare`` makes
+    ``foreign``           folders of others' tokenizers that ``ready`` imports, for ``--help``
     ``default``           choice of ``prepare``: one of ``kinds`` or "none"
     ``written``           suffix of the files that generation writes
     ``colour``            in plots
@@ -177,6 +194,7 @@ class Medium:
     colour: str
     always: bool = False
     video_list: str = ""
+    foreign: str = ""
 
     @property
     def label(self) -> str:
@@ -201,12 +219,13 @@ MEDIA: dict[str, Medium] = {
             caption_fields=("caption",),
             sentinels=("<image>", "</image>"),
             module=_image,
-            kinds=("kmeans", "vqvae"),
+            kinds=("kmeans", "vqvae", "pixels", "vae"),
             default="kmeans",
             written="png",
             colour="#c8553d",
             always=True,
             video_list="frames",
+            foreign="vae folder of a diffusers model (AutoencoderKL)",
         ),
         Medium(
             modality=Modality.SPEECH,

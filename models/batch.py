@@ -4,7 +4,7 @@ B rows, S positions of a row, P numbers in a continuous vector.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 
@@ -31,6 +31,11 @@ class MixedBatch:
                                           frame or utterance in the row
     ``source_BS``          (B, S) uint8   the data source that the position is from
     ``vectors_BSP``        (B, S, P)      continuous vectors at media positions, float, or none
+    ``has_vector_BS``      (B, S) bool    positions that hold one; none without ``vectors_BSP``
+    ``time_BS``            (B, S) fp32    diffusion time of each vector, from 0, clean, to 1, noise;
+                                          none: all are clean. Set by objective or sampler
+    ``target_BSP``         (B, S, P)      what a model should predict of each vector; set by the
+                                          objective
     =====================  =============  =========================================================
     """
 
@@ -43,6 +48,9 @@ class MixedBatch:
     span_BS: torch.Tensor
     source_BS: torch.Tensor
     vectors_BSP: torch.Tensor | None = None
+    has_vector_BS: torch.Tensor | None = None
+    time_BS: torch.Tensor | None = None
+    target_BSP: torch.Tensor | None = None
 
     @classmethod
     def of(
@@ -55,6 +63,8 @@ class MixedBatch:
         labels_BS: torch.Tensor | None = None,
         label_modality_BS: torch.Tensor | None = None,
         vectors_BSP: torch.Tensor | None = None,
+        has_vector_BS: torch.Tensor | None = None,
+        time_BS: torch.Tensor | None = None,
     ) -> "MixedBatch":
         """A batch from tokens alone: all text, one document per row, no labels, unless given.
 
@@ -74,6 +84,8 @@ class MixedBatch:
             ints_BS if modality_BS is None else spans(modality_BS),
             bytes_BS,
             vectors_BSP,
+            has_vector_BS,
+            time_BS,
         )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "MixedBatch":
@@ -109,6 +121,45 @@ def spans(modality_BS: torch.Tensor) -> torch.Tensor:
     begins_BS = media_BS.clone()
     begins_BS[:, 1:] &= modality_BS[:, 1:] != modality_BS[:, :-1]
     return begins_BS.cumsum(1, dtype=torch.int32) * media_BS
+
+
+def vector_spans(batch: MixedBatch) -> torch.Tensor | None:
+    """(B, S) int32: ``span_BS`` at positions that hold a vector, 0 elsewhere; None without any."""
+    return None if batch.has_vector_BS is None else batch.span_BS * batch.has_vector_BS
+
+
+def first_of_spans(span_BS: torch.Tensor) -> torch.Tensor:
+    """(B, S) int64: place in its row of the first position of each position's span; 0 outside."""
+    begins_BS = span_BS != 0
+    begins_BS[:, 1:] &= span_BS[:, 1:] != span_BS[:, :-1]
+    place_S = torch.arange(span_BS.shape[1], device=span_BS.device)
+    return torch.where(begins_BS, place_S, 0).cummax(1).values * (span_BS != 0)
+
+
+def without_clean_copies(span_BS: torch.Tensor) -> torch.Tensor:
+    """``vector_spans`` without clean copies; a copy follows the vectors it copies directly."""
+    previous_BS = span_BS.roll(1, 1)
+    previous_BS[:, 0] = 0
+    is_copy_BS = (previous_BS != 0) & (previous_BS != span_BS)
+    return span_BS * ~is_copy_BS.gather(1, first_of_spans(span_BS))
+
+
+def with_shared_positions(batch: MixedBatch) -> MixedBatch:
+    """``batch`` with one rotary position for all vectors of an image, so that the token after them
+    is one further.
+    """
+    if (span_BS := vector_spans(batch)) is None or batch.has_vector_BS is None:
+        return batch
+    counted_BS = without_clean_copies(span_BS)
+    place_S = torch.arange(span_BS.shape[1], device=span_BS.device)
+    again_BS = (counted_BS != 0) & (first_of_spans(counted_BS) != place_S)
+    skipped_BS = again_BS.cumsum(1)
+    begin_BS = place_S - places_in_documents(batch.document_BS)
+    position_BS = batch.positions_BS - (skipped_BS - skipped_BS.gather(1, begin_BS))
+    # of a clean copy too
+    first_BS = first_of_spans(batch.has_vector_BS.int())
+    shared_BS = position_BS.gather(1, first_BS)
+    return replace(batch, positions_BS=torch.where(batch.has_vector_BS, shared_BS, position_BS))
 
 
 def places_in_documents(document_BS: torch.Tensor) -> torch.Tensor:

@@ -86,6 +86,13 @@ class MediaCodes:
     separator: int | None = None
 
     @property
+    def continuous(self) -> bool:
+        """True where an item is vectors, at repetitions of the one id; codebooks have at least 2
+        codes.
+        """
+        return self.count == 1
+
+    @property
     def sentinels(self) -> tuple[int, ...]:
         """Begin, end and, if there is one, the separator."""
         separators = () if self.separator is None else (self.separator,)

@@ -21,9 +21,13 @@ _EXAMPLE = """example:
 # option, type, metavar, help with the default of ``PrepareSpec``
 _TOKENIZER_OPTIONS: tuple[tuple[str, type, str | None, str], ...] = (
     ("image-size", int, "PX", "images become squares of this side (16)"),
-    ("patch", int, "PX", "side of the square of one code (4)"),
+    ("patch", int, "PX", "side of the square of one code or vector (4)"),
     ("codes", int, "N", "image codes to learn (512)"),
     ("vq-steps", int, "N", "training steps of a vqvae (1500)"),
+    ("vae-factor", int, "PX", "side of the square of one latent of a vae, a power of two (2)"),
+    ("vae-channels", int, "N", "channels of the latents of a vae (4)"),
+    ("vae-steps", int, "N", "training steps of a vae (1500)"),
+    ("vae-kl", float, "X", "weight of the KL term of a vae beside the pixels' error (0.001)"),
     ("speech-codes", int, "N", "speech codes to learn (500)"),
     ("speech-frame-ms", int, "MS", "speech per code; 40 is 25 codes a second (40)"),
     ("speech-seconds", float, "S", "longest utterance; a longer one is a bad sample (30.0)"),
@@ -54,11 +58,13 @@ def build(out: Path, train: list[str], validation: list[str], **options: Any) ->
     return inspect(out)
 
 
-def corpus(out: Path, scale: float, extra: str | None, **options: Any) -> int:
+def corpus(
+    out: Path, scale: float, extra: str | None, image_first: float | None, **options: Any
+) -> int:
     """Build the embedded corpus and prepare it."""
     from earlyfuse.data.prepare.embedded import prepare_corpus
 
-    prepare_corpus(out, scale=scale, extra=extra, **_given(options))
+    prepare_corpus(out, scale=scale, extra=extra, image_first=image_first, **_given(options))
     return inspect(out)
 
 
@@ -118,11 +124,15 @@ def _parser() -> argparse.ArgumentParser:
     add("out", type=Path, help="folder to write, or to resume in")
     add("--scale", type=float, default=1.0, help="share of the corpus to build (1.0)")
     speech = "with digits and names spoken by espeak-ng, which must be installed; 256 codes (off)"
+    vectors = "with images as vectors of raw pixels, most of them after their captions (off)"
     clips = "with short clips of digits and glyphs in motion, described in words (off)"
     choice = embedded.add_mutually_exclusive_group()
     kind: dict[str, Any] = {"dest": "extra", "action": "store_const"}
     choice.add_argument("--speech", const="speech", help=speech, **kind)
     choice.add_argument("--clips", const="clips", help=clips, **kind)
+    choice.add_argument("--vectors", const="vectors", help=vectors, **kind)
+    first = "share of captioned documents that begin with their media (0.7; with --vectors 0.2)"
+    add("--image-first", type=float, metavar="SHARE", help=first)
     _add_tokenizer_options(embedded)
 
     viewer = commands.add_parser(
@@ -143,7 +153,8 @@ def _add_tokenizer_options(parser: argparse.ArgumentParser) -> None:
     add("--text-vocab", type=int, metavar="N", help="pieces to learn (2048)")
     for label, medium in MEDIA.items():
         kinds = ", ".join((*medium.kinds, "none"))
-        kind = f"{kinds}, or a ready .safetensors ({medium.default})"
+        foreign = f", the {medium.foreign}" if medium.foreign else ""
+        kind = f"{kinds}, a ready .safetensors{foreign} ({medium.default})"
         add(f"--{label}-tokenizer", metavar="KIND", help=kind)
     for name, kind_of, metavar, about in _TOKENIZER_OPTIONS:
         add(f"--{name}", type=kind_of, metavar=metavar, help=about)

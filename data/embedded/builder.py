@@ -17,7 +17,7 @@ from tqdm import tqdm
 from earlyfuse.data.embedded import clips, compose, digits, glyphs, prose, speech
 from earlyfuse.data.embedded.compose import Parts
 from earlyfuse.data.embedded.shards import write_shards
-from earlyfuse.data.embedded.tasks import clip_task, prompts, spoken_task, tasks
+from earlyfuse.data.embedded.tasks import clip_task, labelled, prompts, spoken_task, tasks
 from earlyfuse.data.json_files import read_json, shown
 
 FORMAT = "earlyfuse-corpus/1"
@@ -79,6 +79,10 @@ class CorpusPaths:
         return self.folder / "validation" / "tasks.json"
 
     @property
+    def labelled(self) -> Path:
+        return self.folder / "validation" / "labelled.json"
+
+    @property
     def prompts(self) -> Path:
         return self.folder / "validation" / "prompts.json"
 
@@ -90,14 +94,16 @@ def build_corpus(
     scale: float = 1.0,
     image_size: int = 16,
     extra: str | None = None,
+    image_first: float = compose.IMAGE_FIRST,
     progress: bool = False,
 ) -> CorpusPaths:
     """Build the corpus in ``folder``, unless it is there; ``progress`` shows a bar.
 
     ``scale`` in (0, 1] is the share of documents to make, ``image_size`` a multiple of 8 pixels.
     ``extra`` ("speech" or "clips") adds the source of this name; the others are the same with and
-    without it. The corpus is built in another folder and renamed at the end, so an existing one is
-    complete.
+    without it. ``image_first``: share of captioned documents whose media come before their words;
+    it decides the order of parts alone. The corpus is built in another folder and renamed at the
+    end, so an existing one is complete.
     Raises ``ValueError`` for values out of range, for a folder that holds something else, and for
     speech without espeak-ng.
     """
@@ -107,12 +113,16 @@ def build_corpus(
         raise ValueError(
             f"image_size ({image_size}) must be a multiple of 8, the size of a digit scan"
         )
+    if not 0 <= image_first <= 1:
+        raise ValueError(f"image_first ({image_first}) must lie in [0, 1]")
     folder = Path(folder)
     spec: dict[str, Any] = {"seed": seed, "scale": scale, "image_size": image_size}
     if extra is not None:
         if extra not in EXTRAS:
             raise ValueError(f"extra ({extra!r}) must be one of {', '.join(EXTRAS)}, or None")
         spec[extra] = True
+    if image_first != compose.IMAGE_FIRST:
+        spec["image_first"] = image_first
     if _is_built(folder, spec):
         return CorpusPaths(folder)
     synthesiser = speech.espeak_version() if extra == SPEECH else None
@@ -149,6 +159,7 @@ def _write(folder: Path, spec: dict[str, Any], synthesiser: str | None, progress
     for a corpus with speech.
     """
     seed, scale, size = spec["seed"], spec["scale"], spec["image_size"]
+    image_first = spec.get("image_first", compose.IMAGE_FIRST)
     sources = sources_of(next((extra for extra in EXTRAS if extra in spec), None))
     total = 1 + len(SPLITS) * len(sources)
     with tqdm(total=total, desc="embedded corpus", unit="step", disable=not progress) as bar:
@@ -161,12 +172,15 @@ def _write(folder: Path, spec: dict[str, Any], synthesiser: str | None, progress
         for split in SPLITS:
             documents = _documents(split, spec, text[split], drawn[split], scans[split], words)
             if synthesiser is not None:
-                documents[SPEECH] = _speech(split, seed, scale, scans[split], drawn[split])
+                documents[SPEECH] = _speech(
+                    split, seed, scale, scans[split], drawn[split], image_first
+                )
             if CLIPS in sources:
                 documents[CLIPS] = clips.clip_documents(
                     max(1, round(_CLIPS[split] * scale)),
                     clips.subjects(scans[split], drawn[split]),
                     random.Random(f"{seed}/clips/{split}"),
+                    image_first,
                 )
             counts[split] = {source: len(documents[source]) for source in sources}
             for source in sources:
@@ -189,6 +203,9 @@ def _write(folder: Path, spec: dict[str, Any], synthesiser: str | None, progress
         checks["tasks"].append(clip_task(clips.moving(each, subjects, rng)))
         readme += _CLIPS_README
     _write_json(folder / "validation" / "tasks.json", checks)
+    _write_json(
+        folder / "validation" / "labelled.json", labelled(scans["train"], scans["validation"])
+    )
     _write_json(folder / "validation" / "prompts.json", prompts(*held_out))
     (folder / "README.md").write_text(readme, encoding="utf-8")
     _write_json(folder / CORPUS_FILE, about)
@@ -204,10 +221,11 @@ def _documents(
 ) -> dict[str, list[Parts]]:
     """Shuffled documents of ``SOURCES``. ``words``: to be spelled in glyphs."""
     rng = random.Random(f"{spec['seed']}/{split}")
+    image_first = spec.get("image_first", compose.IMAGE_FIRST)
     documents: dict[str, list[Parts]] = {
         "text": text,
-        "glyphs": [compose.glyph_document(png, c, rng) for c, png in drawn],
-        "digits": compose.digit_documents(scans, _DIGIT_PASSES[split], rng),
+        "glyphs": [compose.glyph_document(png, c, rng, image_first) for c, png in drawn],
+        "digits": compose.digit_documents(scans, _DIGIT_PASSES[split], rng, image_first),
         "interleaved": compose.interleaved_documents(
             max(1, round(_INTERLEAVED[split] * spec["scale"])),
             scans,
@@ -215,6 +233,7 @@ def _documents(
             words,
             spec["image_size"],
             rng,
+            image_first,
         ),
     }
     for source in SOURCES:
@@ -258,11 +277,12 @@ def _speech(
     scale: float,
     scans: Sequence[digits.Digit],
     drawn: Sequence[tuple[str, bytes]],
+    image_first: float,
 ) -> list[Parts]:
     timbres = speech.TIMBRES if split == "train" else speech.HELD_OUT_TIMBRES
     count = max(1, round(_SPOKEN[split] * scale))
     rng = random.Random(f"{seed}/speech/{split}")
-    return speech.speech_documents(count, scans, drawn, timbres, rng)
+    return speech.speech_documents(count, scans, drawn, timbres, rng, image_first)
 
 
 def _spoken_task(seed: int, scale: float) -> dict[str, Any]:

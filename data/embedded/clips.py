@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from earlyfuse.data.embedded.compose import DIGIT_PREFIX, IMAGE_FIRST, Clip, Parts
+from earlyfuse.data.embedded.compose import DIGIT_PREFIX, Clip, Parts
 from earlyfuse.data.embedded.digits import Digit
 from earlyfuse.data.embedded.glyphs import encode_png, glyph_name
 
@@ -52,14 +52,18 @@ def subjects(digits: Sequence[Digit], glyphs: Sequence[tuple[str, bytes]]) -> li
 
 
 def clip_documents(
-    count: int, kinds: Sequence[Sequence[Subject]], rng: random.Random
+    count: int, kinds: Sequence[Sequence[Subject]], rng: random.Random, image_first: float
 ) -> list[Parts]:
     """``count`` documents, of each kind of subject about equally many."""
     documents = []
     for _ in range(count):
         subject, motion = rng.choice(rng.choice(kinds)), rng.choice(MOTIONS)
         streamed = rng.random() < _STREAMED
-        documents.append((_streamed if streamed else _described)(subject, motion, rng))
+        documents.append(
+            _streamed(subject, motion, rng)
+            if streamed
+            else _described(subject, motion, rng, image_first)
+        )
     return documents
 
 
@@ -74,14 +78,14 @@ def moving(
     ]
 
 
-def _described(subject: Subject, motion: str, rng: random.Random) -> Parts:
+def _described(subject: Subject, motion: str, rng: random.Random, image_first: float) -> Parts:
     """``[frames] motion: moves left, handwritten digit seven``, or the text first."""
     clip = Clip(_drawn(subject, motion, 0, _length(rng), rng))
     if rng.random() < 0.5:
         text = f"{MOTION_PREFIX}{motion}, {subject.name}"
     else:
         text = f"{CLIP_PREFIX}{subject.name} {motion}"
-    return [clip, text] if rng.random() < IMAGE_FIRST else [text, clip]
+    return [clip, text] if rng.random() < image_first else [text, clip]
 
 
 def _streamed(subject: Subject, motion: str, rng: random.Random) -> Parts:

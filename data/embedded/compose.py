@@ -29,21 +29,23 @@ class Clip:
 
 Parts = list[str | bytes | Utterance | Clip]
 
-IMAGE_FIRST = 0.7  # share of documents in which the images come before their words
+IMAGE_FIRST = 0.7  # share of captioned documents in which the images come first, unless given
 DIGIT_PREFIX = "handwritten digit "
 GLYPH_PREFIX = "glyph: "
 
 
-def glyph_document(png: bytes, character: str, rng: random.Random) -> Parts:
-    """``[image] glyph: greek small letter alpha``."""
-    return _ordered([png], GLYPH_PREFIX + glyph_name(character), rng)
+def glyph_document(png: bytes, character: str, rng: random.Random, image_first: float) -> Parts:
+    """``[image] glyph: greek small letter alpha``, or the words first."""
+    return _ordered([png], GLYPH_PREFIX + glyph_name(character), rng, image_first)
 
 
-def digit_documents(digits: Sequence[Digit], passes: int, rng: random.Random) -> list[Parts]:
+def digit_documents(
+    digits: Sequence[Digit], passes: int, rng: random.Random, image_first: float
+) -> list[Parts]:
     """Each digit once alone, then ``passes - 1`` times beside another one."""
 
     def labelled(digit: Digit) -> Parts:
-        return _ordered([digit.png], DIGIT_PREFIX + digit.word, rng)
+        return _ordered([digit.png], DIGIT_PREFIX + digit.word, rng, image_first)
 
     documents = [labelled(digit) for digit in digits]
     for _ in range(passes - 1):
@@ -60,13 +62,14 @@ def interleaved_documents(
     words: Sequence[str],
     size: int,
     rng: random.Random,
+    image_first: float,
 ) -> list[Parts]:
     """``count`` sums, readings, comparisons and spellings in fixed proportions."""
     makers: list[Callable[[], Parts]] = [
         lambda: _sum(digits, rng),
-        lambda: _reading(digits, rng),
+        lambda: _reading(digits, rng, image_first),
         lambda: _comparison(digits, rng),
-        lambda: _spelling(faces, words, size, rng),
+        lambda: _spelling(faces, words, size, rng, image_first),
     ]
     return [maker() for maker in rng.choices(makers, weights=(35, 25, 15, 25), k=count)]
 
@@ -81,12 +84,11 @@ def _sum(digits: Sequence[Digit], rng: random.Random) -> Parts:
     return parts
 
 
-def _reading(digits: Sequence[Digit], rng: random.Random) -> Parts:
+def _reading(digits: Sequence[Digit], rng: random.Random, image_first: float) -> Parts:
     """``[7] [2] [9] reads seven two nine``."""
     chosen = [rng.choice(digits) for _ in range(rng.randint(2, 4))]
-    return _ordered(
-        [digit.png for digit in chosen], "reads " + " ".join(d.word for d in chosen), rng
-    )
+    text = "reads " + " ".join(digit.word for digit in chosen)
+    return _ordered([digit.png for digit in chosen], text, rng, image_first)
 
 
 def _comparison(digits: Sequence[Digit], rng: random.Random) -> Parts:
@@ -98,12 +100,15 @@ def _comparison(digits: Sequence[Digit], rng: random.Random) -> Parts:
     return [first.png, relation, second.png]
 
 
-def _spelling(faces: Sequence[str], words: Sequence[str], size: int, rng: random.Random) -> Parts:
+def _spelling(
+    faces: Sequence[str], words: Sequence[str], size: int, rng: random.Random, image_first: float
+) -> Parts:
     """``[t] [u] [p] [l] [e] spells tuple``, all letters from one face."""
     face, word = rng.choice(faces), rng.choice(words)
     assert len(covered(face, word)) == len(word), f"{face} cannot spell {word!r}"
-    return _ordered([glyph_png(face, letter, size) for letter in word], f"spells {word}", rng)
+    images = [glyph_png(face, letter, size) for letter in word]
+    return _ordered(images, f"spells {word}", rng, image_first)
 
 
-def _ordered(images: Sequence[bytes], text: str, rng: random.Random) -> Parts:
-    return [*images, text] if rng.random() < IMAGE_FIRST else [text, *images]
+def _ordered(images: Sequence[bytes], text: str, rng: random.Random, image_first: float) -> Parts:
+    return [*images, text] if rng.random() < image_first else [text, *images]

@@ -17,7 +17,6 @@ import soundfile
 from earlyfuse.data.embedded.compose import (
     DIGIT_PREFIX,
     GLYPH_PREFIX,
-    IMAGE_FIRST,
     Parts,
     Utterance,
 )
@@ -90,6 +89,7 @@ def speech_documents(
     glyphs: Sequence[tuple[str, bytes]],
     timbres: Sequence[str],
     rng: random.Random,
+    image_first: float,
 ) -> list[Parts]:
     """``count`` documents: a spoken digit or glyph name and its words, half of them with image."""
     said: list[tuple[str, Voice]] = []
@@ -106,7 +106,7 @@ def speech_documents(
         rest.append((png, prefix + word) if pictured else (None, SPOKEN_PREFIX + word))
     utterances = _spoken(said)
     return [
-        _arranged(utterance, png, text, rng)
+        _arranged(utterance, png, text, rng, image_first)
         for utterance, (png, text) in zip(utterances, rest, strict=True)
     ]
 
@@ -118,10 +118,12 @@ def spoken_digits(each: int, timbres: Sequence[str], rng: random.Random) -> list
     return [(word, said.flac) for word, said in zip(words, utterances, strict=True)]
 
 
-def _arranged(utterance: Utterance, png: bytes | None, text: str, rng: random.Random) -> Parts:
+def _arranged(
+    utterance: Utterance, png: bytes | None, text: str, rng: random.Random, image_first: float
+) -> Parts:
     """Text last or first, media in either order."""
     media: Parts = [utterance] if png is None else rng.sample([utterance, png], 2)
-    first = 0.5 if png is None else IMAGE_FIRST
+    first = 0.5 if png is None else image_first
     return [*media, text] if rng.random() < first else [text, *media]
 
 

@@ -6,6 +6,10 @@ with images as base64 of PNG. The answer follows image and prefix; chance is one
 task have ``speech``, base64 of FLAC, instead of an image, those of a task on clips ``frames``, a
 list of images.
 
+``labelled.json`` is ``{"name", "prefix", "train": [{"image", "label"}], "held_out": [...]}``: true
+images of training and validation, from which generated images are judged. A label follows the
+prefix in a caption.
+
 ``prompts.json`` is ``{"prompts": [{"caption", "image"}]}``. A caption is a whole text as it stands
 before or after its image in a document.
 """
@@ -23,6 +27,7 @@ from earlyfuse.data.embedded.digits import Digit
 from earlyfuse.data.embedded.glyphs import glyph_name, script_word
 from earlyfuse.data.embedded.speech import SPOKEN_PREFIX
 
+DIGIT_TASK = "digit label"
 _ITEMS = 200
 _FEWEST = 15  # items of a script word that make it a candidate
 _PROMPTS = 30
@@ -37,7 +42,7 @@ def tasks(digits: Sequence[Digit], glyphs: Glyphs, seed: int) -> dict[str, list[
     scripts = [(script_word(character), png) for character, png in glyphs]
     return {
         "tasks": [
-            _task("digit label", DIGIT_PREFIX, labelled, seed),
+            _task(DIGIT_TASK, DIGIT_PREFIX, labelled, seed),
             _task("glyph script", GLYPH_PREFIX, scripts, seed),
         ]
     }
@@ -63,6 +68,15 @@ def clip_task(moving: Sequence[tuple[str, Clip]]) -> dict[str, Any]:
             {"frames": [_base64(png) for png in clip.frames], "answer": motion}
             for motion, clip in moving
         ],
+    }
+
+
+def labelled(train: Sequence[Digit], held_out: Sequence[Digit]) -> dict[str, Any]:
+    """All digits with their words."""
+    splits = {"train": train, "held_out": held_out}
+    return {"name": DIGIT_TASK, "prefix": DIGIT_PREFIX} | {
+        split: [{"image": _base64(digit.png), "label": digit.word} for digit in digits]
+        for split, digits in splits.items()
     }
 
 

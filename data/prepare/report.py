@@ -10,7 +10,7 @@ from earlyfuse.data.documents import LOST_CAUSES, Tally
 from earlyfuse.data.media import MEDIA
 from earlyfuse.data.prepare.bad_samples import lost
 from earlyfuse.data.prepare.spec import SPLITS
-from earlyfuse.data.shards.manifest import MANIFEST, read_manifest
+from earlyfuse.data.shards.manifest import MANIFEST, read_manifest, vectors_of
 from earlyfuse.data.shards.source import TokenSource
 from earlyfuse.data.tokenizers import VOCABULARY_FILE, Tokenizers
 from earlyfuse.data.tokenizers.tokenizer_file import code_usage
@@ -39,6 +39,7 @@ def describe(out: Path) -> str:
     lines = [*_tokenizer_lines(tokenizers), ""]
     rows = [_row(folder, manifest, tokenizers) for folder, manifest in done]
     lines += _table([_heading(tokenizers), *rows])
+    lines += _vector_lines(done)
     lines += [
         f"{f.parent.name}/{f.name}: unfinished" for f in folders if not (f / MANIFEST).exists()
     ]
@@ -51,8 +52,11 @@ def _tokenizer_lines(tokenizers: Tokenizers) -> list[str]:
     text = tokenizers.text
     lines = [f"text   {text.kind}, {text.size} pieces, sha256 {text.sha256}"]
     for label, tokenizer in tokenizers.media.items():
-        about = [tokenizer.kind, *(f"{key} {value}" for key, value in tokenizer.settings.items())]
+        plain = {k: v for k, v in tokenizer.settings.items() if not isinstance(v, dict)}
+        about = [tokenizer.kind, *(f"{key} {value}" for key, value in plain.items())]
         about += [f"block {tokenizer.block}"] if tokenizer.block else []
+        if vectors := tokenizer.vectors:
+            about.append(f"vectors of {vectors.width} {vectors.dtype}")
         separator = tokenizers.vocabulary.medium(Modality[label]).separator
         about += [] if separator is None else [f"frame separator {separator}"]
         lines.append(f"{label:6} {', '.join(about)}, sha256 {tokenizer.sha256}")
@@ -87,6 +91,17 @@ def _row(folder: Path, manifest: dict[str, Any], tokenizers: Tokenizers) -> list
         if not tokenizer.block:
             row.append(str(manifest.get("longest", {}).get(label, "-")))
     return row
+
+
+def _vector_lines(done: list[tuple[Path, dict[str, Any]]]) -> list[str]:
+    """Mean and standard deviation of each channel of the vectors, for each source with some."""
+    lines = []
+    for folder, manifest in done:
+        vectors = vectors_of(manifest)
+        if vectors is not None and any(manifest["tokens"][label] for label in vectors.media):
+            mean, std = (" ".join(f"{v:.2f}" for v in x) for x in (vectors.mean, vectors.std))
+            lines.append(f"{folder.parent.name}/{folder.name} vectors: mean {mean}, std {std}")
+    return ["", *lines] if lines else []
 
 
 def _usage(folder: Path, manifest: dict[str, Any], label: str) -> tuple[str, str]:

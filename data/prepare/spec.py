@@ -65,8 +65,11 @@ class PrepareSpec:
     ``tokenizers``: folder of ready tokenizers, as a prepared folder or an import has it; all of
     them are used, with their vocabulary. Else ``text_tokenizer``: a sentencepiece .model or a
     Hugging Face tokenizer.json; none: train one of ``text_vocab`` pieces.
-    ``image_tokenizer``: "kmeans", "vqvae", "none" (text only), or the file of a ready one. A new
-    one splits images of ``image_size`` pixels into patches of ``patch`` and learns ``codes`` codes.
+    ``image_tokenizer``: "kmeans", "vqvae", "pixels", "vae", "none" (text only), the file of a ready
+    one, or a folder of diffusers' ``AutoencoderKL``. It splits images of ``image_size`` pixels into
+    patches of ``patch``: each becomes one of ``codes`` codes, or (the last three) a vector. A "vae"
+    has ``vae_channels`` latents for each square of ``vae_factor`` pixels, ``vae_kl`` weighs the KL
+    term against the squared error of pixels.
     ``speech_tokenizer``: "none", "kmeans" or the file of a ready one; a new one learns
     ``speech_codes`` codes of ``speech_frame_ms`` each. An utterance above ``speech_seconds`` is a
     bad sample: utterances are never split, and have to fit a row of training.
@@ -93,6 +96,10 @@ class PrepareSpec:
     patch: int = 4
     codes: int = 512
     vq_steps: int = 1500
+    vae_factor: int = 2
+    vae_channels: int = 4
+    vae_steps: int = 1500
+    vae_kl: float = 1e-3
     speech_tokenizer: str = "none"
     speech_codes: int = 500
     speech_frame_ms: int = 40
@@ -129,10 +136,12 @@ class PrepareSpec:
             raise ValueError("train names no source to train tokenizers on; give at least one")
         for medium in MEDIA.values():
             given, kinds = self.tokenizer_of(medium), (*medium.kinds, "none")
-            if given not in kinds and not Path(given).is_file():
+            folder = bool(medium.foreign) and Path(given).is_dir()
+            if given not in kinds and not (folder or Path(given).is_file()):
+                foreign = f", the {medium.foreign}" if medium.foreign else ""
                 raise ValueError(
-                    f"{medium.label}_tokenizer ({given}) must be one of {', '.join(kinds)} or an "
-                    "existing tokenizer file"
+                    f"{medium.label}_tokenizer ({given}) must be one of {', '.join(kinds)}, an "
+                    f"existing tokenizer file{foreign}"
                 )
             medium.module().check(self)
         if unknown := self.media_tokenizers.keys() - MEDIA.keys():

@@ -53,7 +53,8 @@ def check_existing(spec: PrepareSpec) -> None:
         asked_text = None if given is None else TextTokenizer.load(given, wanted)
         for medium in spec.media:
             if spec.tokenizer_of(medium) not in medium.kinds:
-                asked[medium.label] = medium.module().load(Path(spec.tokenizer_of(medium)))
+                path = Path(spec.tokenizer_of(medium))
+                asked[medium.label] = medium.module().ready(path, spec)
     if text_file(folder).exists():
         text = TextTokenizer.load(text_file(folder), wanted)
         if asked_text is not None and asked_text.sha256 != text.sha256:
@@ -126,7 +127,7 @@ def make_tokenizers(
             if (kind := spec.tokenizer_of(medium)) in medium.kinds:
                 tokenizer = train_medium(medium, spec, shards, progress)
             else:
-                tokenizer = medium.module().load(Path(kind))
+                tokenizer = medium.module().ready(Path(kind), spec)
             atomic_write_bytes(folder / medium.file, tokenizer.to_bytes())
     if text_ready is not None:
         text_ready()

@@ -6,6 +6,7 @@ records of their shards; repeating the prepare command adds it without tokenisin
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -45,8 +46,7 @@ def write_manifest(
     vectors: Vectors | None = None,
 ) -> dict[str, Any]:
     """Declare ``folder`` a data set. ``tokenizers``: kind → SHA-256. Returns the manifest."""
-    stored = vectors and {**vectors._asdict(), "media": list(vectors.media)}
-    content = _manifest_of(vocabulary.to_dict(), tokenizers, records, stored)
+    content = _manifest_of(vocabulary.to_dict(), tokenizers, records, vectors)
     manifest = {**content, "sha256": manifest_hash(content)}
     atomic_write_json(folder / MANIFEST, manifest)
     return manifest
@@ -56,7 +56,7 @@ def _manifest_of(
     vocabulary: dict[str, Any],
     tokenizers: dict[str, str],
     records: Sequence[ShardRecord],
-    vectors: dict[str, Any] | None,
+    vectors: Vectors | None,
 ) -> dict[str, Any]:
     """A manifest without its own hash."""
     labels = [Modality.TEXT.label, *(medium["modality"] for medium in vocabulary["media"])]
@@ -84,9 +84,29 @@ def _manifest_of(
         "unused": unused.counts,
         "examples": dropped.examples | unused.examples,
         "longest": longest,
-        "vectors": vectors,
+        "vectors": vectors and _counted(vectors, records),
     }
     return manifest | {name: value for name, value in optional.items() if value}
+
+
+def _counted(vectors: Vectors, records: Sequence[ShardRecord]) -> dict[str, Any]:
+    """Type and media of the vectors, mean and standard deviation of each channel."""
+    positions = sum(r.tokens.get(label, 0) for r in records for label in vectors.media)
+    count = max(1, positions * vectors.width // vectors.channels)
+    sums = zip(*(r.channel_sums for r in records), strict=True)
+    squares = zip(*(r.channel_squares for r in records), strict=True)
+    # fsum rounds once, so that the order of shards decides nothing
+    mean = [math.fsum(one) / count for one in sums]
+    square = [math.fsum(one) / count for one in squares]
+    std = [math.sqrt(max(0.0, s - m * m)) for s, m in zip(square, mean, strict=True)]
+    return {**vectors._asdict(), "media": list(vectors.media), "mean": mean, "std": std}
+
+
+def vectors_of(manifest: dict[str, Any]) -> Vectors | None:
+    """Type, media and statistics of the vectors in a manifest of format 2; else None."""
+    fields = manifest.get("vectors")
+    lists = ("media", "mean", "std")
+    return fields and Vectors(**{**fields, **{name: tuple(fields[name]) for name in lists}})
 
 
 def _dropped_and_unused(records: Iterable[ShardRecord]) -> tuple[Tally, Tally]:
@@ -133,8 +153,15 @@ def _check_fields(manifest: JsonObject) -> None:
     with_vectors = manifest.values["format"] == VECTOR_FORMAT
     if with_vectors:
         vectors = manifest.object("vectors")
-        vectors.field("width", int, least=1)
+        vectors.check_names(Vectors._fields)
+        width = vectors.field("width", int, least=1)
         vectors.field("dtype", str, choices=("float16", "float32"))
+        channels = vectors.field("channels", int, least=1, most=width)
+        if width % channels:
+            raise vectors.wrong("channels", f"must divide width ({width})")
+        for name in ("mean", "std"):
+            if len(vectors.items(name, float)) != channels:
+                raise vectors.wrong(name, f"must have {channels} numbers, one for each channel")
         if not set(vectors.items("media", str)) <= set(labels[1:]):
             raise vectors.wrong("media", f"must be some of {', '.join(labels[1:])}")
     documents, tokens = 0, dict.fromkeys(labels, 0)
@@ -177,7 +204,7 @@ def _check_records(folder: Path, content: dict[str, Any]) -> None:
     """``ValueError`` unless the manifest follows from the records of its shards."""
     found = [ShardRecord.read(folder, number) for number in range(len(content["shards"]))]
     records = [record for record in found if record is not None]
-    about = (content["vocabulary"], content["tokenizers"], records, content.get("vectors"))
+    about = (content["vocabulary"], content["tokenizers"], records, vectors_of(content))
     if len(records) < len(found) or _manifest_of(*about) != content:
         raise ValueError(
             f"{folder / MANIFEST} has no sha256 of its own and differs from the records beside it "

@@ -19,8 +19,7 @@ from typing import Any
 import numpy as np
 
 from earlyfuse.data.atomic import sha256_file
-from earlyfuse.data.media import Vectors
-from earlyfuse.data.shards.manifest import MANIFEST, read_manifest
+from earlyfuse.data.shards.manifest import MANIFEST, read_manifest, vectors_of
 from earlyfuse.data.shards.mapped_files import (
     REMEDY,
     MappedShard,
@@ -49,7 +48,7 @@ class TokenSource:
     ``tokenizers``     kind → SHA-256 of the tokenizer's file
     ``tokens``         modality label → number of tokens in all documents
     ``longest``        label of a medium whose blocks vary in length → codes of the longest one
-    ``vectors``        type of the vectors of its continuous media, None without any
+    ``vectors``        type and statistics of the vectors of its media, None without any
     ``identity``       SHA-256 over everything that decides the tokens, not over the path
     =================  =========================================================================
 
@@ -74,8 +73,7 @@ class TokenSource:
         self._labels = [modality.label for modality in self.vocabulary.modalities]
         self.tokens: dict[str, int] = {label: manifest["tokens"][label] for label in self._labels}
         self.longest: dict[str, int] = manifest.get("longest", {})
-        vectors = manifest.get("vectors")
-        self.vectors = vectors and Vectors(**{**vectors, "media": tuple(vectors["media"])})
+        self.vectors = vectors_of(manifest)
         self._suffixes = (*_SUFFIXES, VECTOR_SUFFIX) if self.vectors else _SUFFIXES
         # columns of the index that count a document's vectors
         continuous = self.vectors.media if self.vectors else ()
@@ -115,9 +113,11 @@ class TokenSource:
             *per_modality, _ = per_modality
             checksum = zlib.crc32(self._vectors(mapped, place).data, checksum)
         if checksum != mapped.checksums[place]:
+            path = self._path(shard, ".tar")
+            vectors = f" or {path.with_suffix(VECTOR_SUFFIX).name}" if self.vectors else ""
             raise ValueError(
-                f"{self._path(shard, '.tar')}: document {place} differs from its checksum, the "
-                f"file was damaged or exchanged; {REMEDY}"
+                f"{path}{vectors}: document {place} differs from its checksum, the file was "
+                f"damaged or exchanged; {REMEDY}"
             )
         return tokens, per_modality
 
@@ -143,11 +143,6 @@ class TokenSource:
             last = np.append(first[1:], len(starts)) - 1
             for begin, end in zip(starts[first].tolist(), stops[last].tolist(), strict=True):
                 yield mapped.tokens[begin:end]
-
-    @property
-    def media_fraction(self) -> float:
-        """Media codes (image, speech …) as a fraction of the tokens of all documents."""
-        return 1.0 - self.tokens[self._labels[0]] / sum(self.tokens.values())
 
     def verify(self) -> None:
         """Read every shard; ``ValueError`` names a file whose SHA-256 is not the manifest's."""

@@ -15,7 +15,8 @@ Format 2, of sources with a continuous medium, adds::
                              for each position of a continuous medium
 
 and to the index a last column, the number of the document's first vector; a document's CRC-32
-continues over its vectors. Other sources are written in format 1.
+continues over its vectors. The record has sums by channel, for the manifest's statistics, and its
+own SHA-256. Other sources are written in format 1.
 
 A tar of few large members is quick to skip through and remains an ordinary WebDataset tar. Nothing
 here depends on time, host or user: equal documents give equal bytes.
@@ -23,13 +24,14 @@ here depends on time, host or user: equal documents give equal bytes.
 
 import hashlib
 import io
+import json
 import tarfile
 import zlib
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, get_args
+from typing import Any, BinaryIO, NamedTuple, get_args, get_origin
 
 import numpy as np
 
@@ -43,7 +45,9 @@ MEMBER_BYTES = 1 << 20
 SHARD_SUFFIXES = (".tar", ".index.npy", ".crc.npy", ".json")
 VECTOR_SUFFIX = ".vectors.npy"
 _ARRAY_HEADER = 128  # bytes before the data of a 1-D .npy file, which numpy pads
-_IF_ANY = {"unused", "examples", "vectors_bytes", "vectors_sha256"}  # omitted when empty
+_OF_VECTORS = {"vectors_bytes", "vectors_sha256", "channel_sums", "channel_squares"}
+_IF_ANY = {"unused", "examples", *_OF_VECTORS}  # omitted when empty
+_OWN_HASH = "record_sha256"  # of format 2
 
 
 def token_dtype(vocabulary_size: int) -> str:
@@ -114,17 +118,22 @@ class _VectorFile:
     def __init__(self, file: BinaryIO, vectors: Vectors) -> None:
         self.file, self.width, self.rows = file, vectors.width, 0
         self.dtype = np.dtype(vectors.dtype).newbyteorder("<")
+        # of each channel over all vectors: sum of the values, and of their squares
+        self.sums_2C = np.zeros((2, vectors.channels))
         self._write_header()
         self._header = file.tell()
 
     def add(self, vectors: np.ndarray) -> bytes:
         """Append (n, P); returns the bytes written. ``ValueError`` unless finite and of width P."""
-        stored = vectors.astype(self.dtype)
+        with np.errstate(over="ignore"):  # refused below
+            stored = vectors.astype(self.dtype)
         if stored.ndim != 2 or stored.shape[1] != self.width or not np.isfinite(stored).all():
             raise ValueError(
                 f"vectors {vectors.shape} must be (n, {self.width}) and finite in {self.dtype.name}"
             )
         self.rows += len(stored)
+        values_NC = stored.reshape(-1, self.sums_2C.shape[1]).astype(np.float64)
+        self.sums_2C += values_NC.sum(0), np.square(values_NC).sum(0)
         self.file.write(stored.tobytes())
         return stored.tobytes()
 
@@ -165,6 +174,8 @@ class ShardRecord:
     layout, format). ``media``: label → reconstruction error of its tokenizer on (some of) the
     shard. ``unused``: counts by kind (``.cls``) of parts of good samples that no document uses.
     ``examples``: the first of each cause in ``drops`` and of each kind in ``unused``.
+    ``channel_sums``, ``channel_squares``: sums over the values of each channel of the vectors, and
+    over their squares. A record with vectors also has the SHA-256 of its other fields.
     """
 
     name: str
@@ -184,6 +195,8 @@ class ShardRecord:
     examples: dict[str, str] = field(default_factory=dict)
     vectors_bytes: int = 0
     vectors_sha256: str = ""
+    channel_sums: list[float] = field(default_factory=list)
+    channel_squares: list[float] = field(default_factory=list)
 
     @property
     def suffixes(self) -> tuple[str, ...]:
@@ -200,6 +213,8 @@ class ShardRecord:
             if label in media or label == Modality.IMAGE.label:
                 found = media.get(label, asdict(Measured()))
                 values |= zip(_measured_keys(label), found.values(), strict=False)
+        if self.vectors_sha256:
+            values[_OWN_HASH] = _digest(values)
         atomic_write_json(folder / f"{Path(self.name).stem}.json", values)
 
     @classmethod
@@ -210,12 +225,17 @@ class ShardRecord:
         required = own.keys() - _IF_ANY | {*measured[Modality.IMAGE.label]}
         try:
             values = read_json(folder / f"{shard_name(number)}.json", "make it again")
+            own_hash = values.values.pop(_OWN_HASH, None)
             if not required <= values.values.keys() <= own.keys() | {*sum(measured.values(), ())}:
+                return None
+            if own_hash != (_digest(values.values) if "vectors_sha256" in values else None):
                 return None
             found: dict[str, Any] = {}
             for name, kind in own.items():
                 if name in values and kind in (int, str):
                     found[name] = values.field(name, kind, least=0)
+                elif name in values and get_origin(kind) is list:
+                    found[name] = values.items(name, float)
                 elif name in values:  # dict[str, item]
                     _, item = get_args(kind)
                     found[name] = values.mapping(name, item, least=0)
@@ -278,7 +298,8 @@ def write_shard(
         if vector_file is not None:
             vector_file.close()
     record.bytes, record.sha256 = tar_path.stat().st_size, sha256_file(tar_path)
-    if vectors is not None:
+    if vector_file is not None:
+        record.channel_sums, record.channel_squares = vector_file.sums_2C.tolist()
         record.vectors_bytes = vector_path.stat().st_size
         record.vectors_sha256 = sha256_file(vector_path)
     labels = [modality.label for modality in vocabulary.modalities]
@@ -289,6 +310,10 @@ def write_shard(
     totals = index[:, 2 : 2 + len(labels)].sum(0).tolist()
     record.tokens = dict(zip(labels, totals, strict=True))
     record.save(folder)
+
+
+def _digest(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _array_bytes(array: np.ndarray) -> bytes:

@@ -16,7 +16,7 @@ from typing import Generic, NamedTuple, TypeVar
 import numpy as np
 import torch
 
-from earlyfuse.data.stream.lanes import Lane, Piece
+from earlyfuse.data.stream.lanes import Lane, Piece, clean_copies
 from earlyfuse.data.stream.mixture import Mixture, check_seq_len
 from earlyfuse.models.batch import IGNORE_LABEL, PADDING, MixedBatch, spans
 
@@ -24,7 +24,11 @@ from earlyfuse.models.batch import IGNORE_LABEL, PADDING, MixedBatch, spans
 def assemble(rows: list[list[Piece]], seq_len: int, mixture: Mixture) -> MixedBatch:
     """Packs the pieces of B rows into a batch of ``seq_len`` positions each.
 
-    A padding position has the pad id, label -100, document 0 and position 0.
+    A padding position has the pad id, label -100, document 0 and position 0. Neither vectors nor
+    what follows them are labels of a language model: a label that is a continuous medium's
+    placeholder, and the one of a position that holds a vector, are -100. A clean copy has a span of
+    its own and the positions of the item it copies, so that what follows is where it would be
+    without copies.
 
     Raises ``ValueError`` for an id outside the vocabulary.
     """
@@ -52,12 +56,18 @@ def assemble(rows: list[list[Piece]], seq_len: int, mixture: Mixture) -> MixedBa
     labels_T = np.empty_like(tokens_T)
     labels_T[:-1] = tokens_T[1:]
     labels_T[stop_P - 1] = [piece.label_after for piece in pieces]
+    has_vector_T = mixture.continuous_V[tokens_T]
+    modality_T = mixture.modality_V[tokens_T]
+    item_T = modality_T
+    if mixture.clean_copies:
+        clean_T, delay_T = clean_copies(has_vector_T)
+        positions_T -= delay_T - np.repeat(delay_T[stop_P - length_P], length_P)
+        item_T = np.where(clean_T, 255, modality_T)  # as of another modality: another span
     padding_T = document_T == PADDING
     positions_T[padding_T] = 0
-    labels_T[padding_T] = IGNORE_LABEL
+    labels_T[padding_T | has_vector_T | mixture.continuous_V[labels_T.clip(0)]] = IGNORE_LABEL
     # ids below 0 pick some modality, which is then set to 0
     label_modality_T = mixture.modality_V[labels_T.clip(0)] * (labels_T != IGNORE_LABEL)
-    modality_T = mixture.modality_V[tokens_T]
 
     def tensor(values_T: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(values_T.reshape(len(rows), seq_len))
@@ -69,9 +79,10 @@ def assemble(rows: list[list[Piece]], seq_len: int, mixture: Mixture) -> MixedBa
         label_modality_BS=tensor(label_modality_T),
         document_BS=tensor(document_T),
         positions_BS=tensor(positions_T),
-        span_BS=spans(tensor(modality_T)),
+        span_BS=spans(tensor(item_T)),
         source_BS=tensor(np.repeat(np.array([p.source for p in pieces], np.uint8), length_P)),
         vectors_BSP=_vectors(pieces, stop_P, len(rows), mixture),
+        has_vector_BS=tensor(has_vector_T) if mixture.vectors else None,
     )
 
 

@@ -11,6 +11,8 @@ lane, state), and its state is a few integers, so a run resumes exactly and on a
   block (begin, codes, end) is never split: another source's text fills the room, and if there is
   none, padding. A video may be split between its frames, before a separator: its tail begins with
   the separator, and the label of the frame before is still the separator.
+- **Clean copies**: each item of a continuous medium is doubled when its document is opened, as in
+  BAGEL (arXiv 2505.14683): the copy that the objective noises, then the one that later tokens see.
 
 Columns of a lane's state, S sources and M modalities: documents taken (S), tokens taken of the
 current document (S), tokens drawn (S), codes drawn per medium (M-1), padding, rows.
@@ -25,7 +27,7 @@ import numpy as np
 from earlyfuse.data.shards.source import TokenSource
 from earlyfuse.data.stream.mixture import Mixture, Order
 from earlyfuse.models.batch import IGNORE_LABEL
-from earlyfuse.models.vocabulary import Modality
+from earlyfuse.models.vocabulary import MediaCodes, Modality
 
 _AHEAD = 64  # documents whose numbers are computed at once: amortises numpy's call overhead
 
@@ -45,13 +47,13 @@ class _Reader:
     """A lane's place in one source: the current document, the part taken, where it may be split."""
 
     def __init__(
-        self, number: int, source: TokenSource, order: Order, modality_V: np.ndarray, seq_len: int
+        self, number: int, source: TokenSource, order: Order, mixture: Mixture, seq_len: int
     ) -> None:
-        self.number, self.source, self.order = number, source, order
-        self.modality_V, self.seq_len = modality_V, seq_len
+        self.number, self.source, self.order, self.seq_len = number, source, order, seq_len
+        self.modality_V, self.clean_copies = mixture.modality_V, mixture.clean_copies
         self.media = source.vocabulary.modalities[1:]
-        labels = source.vectors.media if source.vectors else ()
-        self.continuous_V = np.isin(modality_V, [Modality[label] for label in labels])
+        self.continuous = [bool(mixture.continuous_V[self._medium(m).start]) for m in self.media]
+        self.placeholders = np.flatnonzero(mixture.continuous_V)
         self.taken, self.offset, self.drawn = 0, 0, 0
         self._ahead: list[int] = []
         self._ahead_from = 0
@@ -100,10 +102,14 @@ class _Reader:
     def _vectors(self, start: int, end: int) -> np.ndarray:
         """(end - start, P): vectors of these positions of the current document."""
         found = self.source.document_vectors(self._ahead[self.taken - self._ahead_from])
-        continuous = self.continuous_V[self._tokens[:end]]
-        first = int(continuous[:start].sum())
         vectors = np.zeros((end - start, found.shape[1]), np.float32)
-        vectors[continuous[start:]] = found[first : first + int(continuous[start:].sum())]
+        copies = [np.isin(self._tokens[:end], self.placeholders)]
+        if self.clean_copies:
+            clean, _ = clean_copies(copies[0])
+            copies = [copies[0] & ~clean, clean]
+        for copy in copies:
+            first = int(copy[:start].sum())
+            vectors[copy[start:]] = found[first : first + int(copy[start:].sum())]
         return vectors
 
     def _open(self) -> bool:
@@ -117,15 +123,22 @@ class _Reader:
                     return False
             self._tokens, (_, *self._codes) = self.source.document(self._ahead[place])
             if len(self._tokens):
+                if self.clean_copies:
+                    self._add_clean_copies()
                 self._open_at, self._blocks = self.taken, None
                 return True
             self.taken += 1
+
+    def _add_clean_copies(self) -> None:
+        if any(count for count, twice in zip(self._codes, self.continuous, strict=True) if twice):
+            # the placeholders of an item are equal: repeating each repeats the item
+            self._tokens = self._tokens.repeat(1 + np.isin(self._tokens, self.placeholders))
+            self._codes = [n * (1 + c) for n, c in zip(self._codes, self.continuous, strict=True)]
 
     def _find_blocks(self) -> tuple[list[int], list[int], list[int], list[int]]:
         if self._blocks is not None:
             return self._blocks
         begins, stops, kinds, counts = self._blocks = [], [], [], []
-        vocabulary = self.source.vocabulary
         if any(self._codes):
             modality = self.modality_V[self._tokens]
             edges = np.flatnonzero(modality[1:] != modality[:-1]) + 1
@@ -135,15 +148,19 @@ class _Reader:
                     self._check_block(start, stop, kind)
                     begins.append(start - 1)
                     # a separator belongs to the frame after it
-                    ended = self._tokens[stop] == vocabulary.medium(self.media[kind]).end
+                    ended = self._tokens[stop] == self._medium(self.media[kind]).end
                     stops.append(stop + int(ended))
                     kinds.append(kind)
                     counts.append(stop - start)
         return self._blocks
 
+    def _medium(self, modality: Modality) -> MediaCodes:
+        return self.source.vocabulary.medium(modality)
+
     def _check_block(self, start: int, stop: int, kind: int) -> None:
-        medium = self.source.vocabulary.medium(self.media[kind])
-        label, codes = medium.modality.label, stop - start
+        medium = self._medium(self.media[kind])
+        copies = 1 + (self.clean_copies and self.continuous[kind])
+        label, codes = medium.modality.label, (stop - start) // copies
         inside = start > 0 and stop < len(self._tokens)
         before, after = self._tokens[[start - 1, stop]].tolist() if inside else (-1, -1)
         number = self._ahead[self.taken - self._ahead_from]
@@ -156,11 +173,27 @@ class _Reader:
                 + ("" if medium.separator is None else f", or a separator {medium.separator}")
                 + "; prepare the source again"
             )
-        if codes + 2 > self.seq_len:
+        if stop - start + 2 > self.seq_len:
+            with_copy = ", their clean copy" if copies > 1 else ""
             raise ValueError(
-                f"{where} and 2 sentinels must fit seq_len ({self.seq_len}), as blocks are never "
-                "split; raise seq_len"
+                f"{where}{with_copy} and 2 sentinels must fit seq_len ({self.seq_len}), as blocks "
+                "are never split; raise seq_len"
             )
+
+
+def clean_copies(vector_T: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Finds the clean copies among positions whose runs of ``vector_T`` are an item and its copy.
+
+    Returns the positions of copies, (T,) bool, and by how many positions the copies up to here,
+    the open one included, have put off what follows, (T,) int64.
+    """
+    edges = np.flatnonzero(np.diff(vector_T.astype(np.int8), prepend=0, append=0))
+    half_R = (edges[1::2] - edges[::2]) // 2
+    clean_T = np.zeros(len(vector_T) + 1, np.int8)
+    clean_T[edges[1::2]], clean_T[edges[::2] + half_R] = -1, 1
+    delay_T = np.zeros(len(vector_T), np.int64)
+    delay_T[edges[::2] + half_R] = half_R
+    return clean_T.cumsum()[:-1].astype(bool), delay_T.cumsum()
 
 
 class Lane:
@@ -173,7 +206,7 @@ class Lane:
         self.quota = mixture.media_share
         self.shares = mixture.effective_shares()
         self.readers = [
-            _Reader(number, source, order, mixture.modality_V, seq_len)
+            _Reader(number, source, order, mixture, seq_len)
             for number, (source, order) in enumerate(zip(mixture.sources, orders, strict=True))
         ]
         if state is None:

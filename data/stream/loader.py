@@ -28,6 +28,7 @@ Batch = tuple[dict[str, Any], torch.Tensor]  # (inputs, labels), as torchtitan e
 _REMEDY = {
     "seed": "use the seed of the run, or start a new run",
     "global_batch_size": "change ranks, local batch or accumulation instead, or start a new run",
+    "clean_copies": "set later_see of the model's vectors as in the checkpoint",
     "tokenizers": "the model would read other ids; use the data this checkpoint was trained on",
 }
 
@@ -72,6 +73,10 @@ class LaneLoader(BaseDataLoader):
         prefetch: int = 2
         """Micro-batches drawn ahead in the background; 0: drawn on demand."""
 
+        clean_copies: bool = False
+        """Give each item of a continuous medium twice: the copy that the objective noises, and the
+        clean one that later tokens see. Filled in from the model."""
+
     def __init__(
         self,
         config: Config,
@@ -101,7 +106,8 @@ class LaneLoader(BaseDataLoader):
         self.world_size, self.seq_len, self.rows = dp_world_size, seq_len, local_batch_size
         given = tuple(TokenSource(folder) for folder in config.sources)
         self._given = tuple(source.name for source in given)
-        self.mixture = Mixture(given, tuple(config.sources.values()), config.media_share)
+        shares = tuple(config.sources.values())
+        self.mixture = Mixture(given, shares, config.media_share, config.clean_copies)
         self.mixture = self.mixture.in_order(config.order or self._given)
         check_seq_len(seq_len, self.mixture)
         self._lanes = range(dp_rank * lanes, (dp_rank + 1) * lanes)
@@ -171,6 +177,7 @@ class LaneLoader(BaseDataLoader):
             "tokens": {source.name: source.tokens for source in sources},
             "shares": {s.name: share for s, share in zip(sources, shares, strict=True)},
             "media_share": self.mixture.media_share,
+            **({"clean_copies": True} if self.mixture.clean_copies else {}),
         }
 
     def check_identity(self, saved: str) -> None:
@@ -181,13 +188,15 @@ class LaneLoader(BaseDataLoader):
         ``state = {"dataloader": {"identity": ""}}; dcp.load(state, checkpoint_id=folder)``.
         """
         fields = _saved(saved)
-        for name, here in json.loads(json.dumps(self.identity())).items():
+        without = {"clean_copies": False}
+        for name, here in (without | json.loads(json.dumps(self.identity()))).items():
             if name == "tokens" and name not in fields:
                 continue  # older checkpoints have none
-            if fields.values.get(name) != here:
+            there = fields.values.get(name, without.get(name))
+            if there != here:
                 raise ValueError(
                     f"{name} of the data ({here}) must be that of the checkpoint "
-                    f"({shown(fields.values.get(name))}); "
+                    f"({shown(there)}); "
                     f"{_REMEDY.get(name, 'restore it, or load the weights only into a new run')}"
                 )
 

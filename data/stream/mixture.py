@@ -20,7 +20,7 @@ import torch
 
 from earlyfuse.data.media import Vectors
 from earlyfuse.data.shards.source import TokenSource, check_same_vocabulary
-from earlyfuse.models.vocabulary import Vocabulary
+from earlyfuse.models.vocabulary import Modality, Vocabulary
 
 # Maps a lane's positions (int64, increasing) to document numbers; shorter where the stream ends.
 Order = Callable[[np.ndarray], np.ndarray]
@@ -79,12 +79,15 @@ class Mixture:
     """Sources, their shares of the tokens, and the quota of media codes.
 
     ``shares`` are positive and sum to 1; ``media_share`` in (0, 1) needs a source with more media
-    codes and one with fewer. ``ValueError`` otherwise, or when the sources' tokenizers differ.
+    codes and one with fewer. ``clean_copies``: each item of a continuous medium comes twice, first
+    the copy that the objective noises, then one that stays clean (``lanes.py``); it needs such a
+    medium. ``ValueError`` otherwise, or when the sources' tokenizers differ.
     """
 
     sources: tuple[TokenSource, ...]
     shares: tuple[float, ...]
     media_share: float | None = None
+    clean_copies: bool = False
 
     def __post_init__(self) -> None:
         if not self.sources or len(self.sources) != len(self.shares):
@@ -109,7 +112,12 @@ class Mixture:
             raise ValueError(
                 f"shares of sources {named} must sum to 1, not {total:.6g}; rescale them"
             )
-        fractions = {source.name: round(source.media_fraction, 4) for source in self.sources}
+        if self.clean_copies and self.vectors is None:
+            raise ValueError(
+                "clean_copies (True) needs a source with continuous vectors; turn it off, or "
+                "prepare one, for images with --image-tokenizer pixels or vae"
+            )
+        fractions = {s.name: round(self.media_fraction(s), 4) for s in self.sources}
         if self.media_share is not None and not min(excess := self._excess()) < 0 < max(excess):
             raise ValueError(
                 f"media_share ({self.media_share}) must lie between the lowest and the highest "
@@ -127,10 +135,21 @@ class Mixture:
         """Type of the vectors of continuous media; tokenizers decide it, so all sources agree."""
         return next((source.vectors for source in self.sources if source.vectors), None)
 
+    def media_fraction(self, source: TokenSource) -> float:
+        """Media (codes and vectors) as a fraction of the positions of all documents."""
+        tokens = positions_of(source, self.clean_copies)
+        return 1 - tokens[Modality.TEXT.label] / sum(tokens.values())
+
     @cached_property
     def modality_V(self) -> np.ndarray:
         """uint8 (V,): modality of every id of the vocabulary."""
         return self.vocabulary.modality_of(torch.arange(self.vocabulary.size)).numpy()
+
+    @cached_property
+    def continuous_V(self) -> np.ndarray:
+        """bool (V,): ids that are the placeholder of a continuous medium's vectors."""
+        labels = self.vectors.media if self.vectors else ()
+        return np.isin(self.modality_V, [Modality[label] for label in labels])
 
     def in_order(self, names: Sequence[str]) -> "Mixture":
         """This mixture with its sources in the order of ``names``, which must be theirs."""
@@ -158,7 +177,7 @@ class Mixture:
     def _excess(self) -> list[float]:
         """f − m of each source."""
         assert self.media_share is not None, "only a mixture with a quota has an excess"
-        return [source.media_fraction - self.media_share for source in self.sources]
+        return [self.media_fraction(source) - self.media_share for source in self.sources]
 
     def state_size(self) -> int:
         """Number of integers in a lane's state (``lanes.py``)."""
@@ -181,12 +200,20 @@ class Mixture:
         return [until(len(source)) for source in self.sources]
 
 
+def positions_of(source: TokenSource, clean_copies: bool) -> dict[str, int]:
+    """Modality label → positions that all documents of ``source`` take in rows."""
+    doubled = source.vectors.media if clean_copies and source.vectors else ()
+    return {label: count * (1 + (label in doubled)) for label, count in source.tokens.items()}
+
+
 def check_seq_len(seq_len: int, mixture: Mixture) -> None:
     """``ValueError`` when a media block with its sentinels does not fit a row."""
     if seq_len < 1:
         raise ValueError(f"seq_len ({seq_len}) must be at least 1")
     for medium in mixture.vocabulary.media:
         label = medium.modality.label
+        copies = 1 + (mixture.clean_copies and bool(mixture.continuous_V[medium.start]))
+        twice = ", each twice for its clean copy," if copies > 1 else ""
         blocks = [
             (medium.block, f"each {label} block", "prepare with fewer codes a block"),
             *(
@@ -199,8 +226,9 @@ def check_seq_len(seq_len: int, mixture: Mixture) -> None:
             ),
         ]
         for codes, block, remedy in blocks:
-            if codes + 2 > seq_len:
+            if copies * codes + 2 > seq_len:
                 raise ValueError(
-                    f"seq_len ({seq_len}) must be at least {codes + 2}: {block} has {codes} codes "
-                    f"and 2 sentinels, and is never split; raise seq_len or {remedy}"
+                    f"seq_len ({seq_len}) must be at least {copies * codes + 2}: {block} has "
+                    f"{codes} codes{twice} and 2 sentinels, and is never split; raise seq_len or "
+                    f"{remedy}"
                 )

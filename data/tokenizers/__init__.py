@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+import numpy as np
 import torch
 
 from earlyfuse.data.media import MEDIA, MediaTokenizer, Vectors
@@ -73,6 +74,20 @@ class Tokenizers:
         """The speech tokenizer, for code that handles speech alone."""
         return cast("SpeechTokenizer | None", self.media.get(Modality.SPEECH.label))
 
+    def block_of(self, label: str, *items: np.ndarray) -> tuple[list[int], np.ndarray | None]:
+        """The features of an item of medium ``label``, or of a video's frames, as prepared
+        documents have them: token ids with sentinels, and of a continuous medium the float32
+        vectors (n, P) of its placeholders in turn.
+        """
+        tokenizer = self.media[label]
+        medium = self.vocabulary.medium(MEDIA[label].modality)
+        encoded = tokenizer.encode_items(items)
+        if tokenizer.vectors is None:
+            return medium.block_of([(codes + medium.start).tolist() for codes in encoded]), None
+        stored = np.concatenate(encoded).astype(tokenizer.vectors.dtype)
+        tokens = medium.block_of([[medium.start] * len(vectors) for vectors in encoded])
+        return tokens, stored.astype(np.float32)
+
     @property
     def hashes(self) -> dict[str, str]:
         """Modality label → SHA-256 of the tokenizer's file."""
@@ -87,8 +102,10 @@ class Tokenizers:
         """
         types = {label: t.vectors for label, t in self.media.items() if t.vectors is not None}
         if len(set(types.values())) > 1:
-            raise ValueError(f"media must have vectors of one width and dtype, not {types}")
-        return next((Vectors(*kind, tuple(types)) for kind in types.values()), None)
+            raise ValueError(f"media must have vectors of one type, not {types}")
+        for width, dtype, channels in types.values():
+            return Vectors(width, dtype, channels or width, tuple(types))
+        return None
 
     @property
     def unused(self) -> list[int]:

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from earlyfuse.data.json_files import JsonObject
-from earlyfuse.data.tokenizers.image_tokenizer import ImageTokenizer
-from earlyfuse.data.tokenizers.image_vqvae import to_pixels
+from earlyfuse.data.tokenizers.image_tokenizer import ImageCodes
+from earlyfuse.data.tokenizers.image_vectors import to_pixels
 from earlyfuse.data.tokenizers.pixels import image_pixels_whole
 from earlyfuse.data.tokenizers.tokenizer_file import (
     LARGEST_CODEBOOK,
@@ -33,7 +33,7 @@ _MOST_LEVELS = 16
 _SHAPE = VQGANShape.__dataclass_fields__.keys()
 
 
-class ChameleonTokenizer(ImageTokenizer):
+class ChameleonTokenizer(ImageCodes):
     """Encoder, nearest entry of the codebook and, where the source had one, decoder; in float32.
 
     ``rank_K``: int64, place of each codebook row's token among the image tokens, a permutation.
@@ -61,7 +61,7 @@ class ChameleonTokenizer(ImageTokenizer):
 
     @classmethod
     def from_file(cls, file: TokenizerFile) -> Self:
-        """See ``CodeTokenizer``."""
+        """See ``FileTokenizer``."""
         _check_settings(file.settings)
         settings = file.settings.values
         with torch.device("meta"):
@@ -73,7 +73,7 @@ class ChameleonTokenizer(ImageTokenizer):
         return cls(net, rank_K, settings)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """See ``CodeTokenizer``."""
+        """See ``FileTokenizer``."""
         weights = {name: tensor.contiguous() for name, tensor in self.net.state_dict().items()}
         return {**weights, "rank": self.rank_K}
 

@@ -12,7 +12,12 @@ import numpy as np
 import torch
 
 from earlyfuse.data.tokenizers import kmeans
-from earlyfuse.data.tokenizers.image_tokenizer import ImageTokenizer, check_image_geometry
+from earlyfuse.data.tokenizers.image_tokenizer import (
+    ImageCodes,
+    check_image_geometry,
+    from_patches,
+    to_patches,
+)
 from earlyfuse.data.tokenizers.tokenizer_file import (
     LARGEST_CODEBOOK,
     LARGEST_SIDE,
@@ -20,7 +25,7 @@ from earlyfuse.data.tokenizers.tokenizer_file import (
 )
 
 
-class KMeansTokenizer(ImageTokenizer):
+class KMeansTokenizer(ImageCodes):
     """Nearest codeword for each patch. ``codebook_KD``: distinct rows, uint8."""
 
     kind = "kmeans"
@@ -51,7 +56,7 @@ class KMeansTokenizer(ImageTokenizer):
 
     @classmethod
     def from_file(cls, file: TokenizerFile) -> Self:
-        """See ``CodeTokenizer``."""
+        """See ``FileTokenizer``."""
         settings = file.settings
         settings.field("image_size", int, least=1, most=LARGEST_SIDE)
         patch = settings.field("patch", int, least=1, most=LARGEST_SIDE)
@@ -62,7 +67,7 @@ class KMeansTokenizer(ImageTokenizer):
         return cls(tensors["codebook"].numpy(), settings.values)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """See ``CodeTokenizer``."""
+        """See ``FileTokenizer``."""
         return {"codebook": torch.from_numpy(self.codebook_KD)}
 
     def encode(self, images: np.ndarray) -> np.ndarray:
@@ -74,17 +79,4 @@ class KMeansTokenizer(ImageTokenizer):
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
         """int64 (N, P) → uint8 (N, H, H, 3)."""
-        side, patch = self.side, self.patch
-        patches = self.codebook_KD[codes].reshape(-1, side, side, patch, patch, 3)
-        return patches.transpose(0, 1, 3, 2, 4, 5).reshape(-1, self.image_size, self.image_size, 3)
-
-
-def to_patches(images: np.ndarray, patch: int) -> np.ndarray:
-    """(N, H, W, 3) → (N, P, D), patches in raster order. ``ValueError`` unless they tile."""
-    count, height, width, channels = images.shape
-    if height % patch or width % patch:
-        raise ValueError(
-            f"images of {height}×{width} must divide into patches of {patch}; resize them"
-        )
-    grid = images.reshape(count, height // patch, patch, width // patch, patch, channels)
-    return grid.transpose(0, 1, 3, 2, 4, 5).reshape(count, -1, patch * patch * channels)
+        return from_patches(self.codebook_KD[codes], self.side, self.patch)

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from earlyfuse.data.tokenizers.image_tokenizer import ImageTokenizer, check_image_geometry
+from earlyfuse.data.tokenizers.image_tokenizer import ImageCodes, check_image_geometry
+from earlyfuse.data.tokenizers.image_vectors import to_floats, to_pixels
 from earlyfuse.data.tokenizers.tokenizer_file import (
     LARGEST_CODEBOOK,
     LARGEST_SIDE,
@@ -37,7 +38,7 @@ _MOST = {
 }  # fmt: skip
 
 
-class VQVAETokenizer(ImageTokenizer):
+class VQVAETokenizer(ImageCodes):
     """Encoder, nearest entry of the codebook, decoder."""
 
     kind = "vqvae"
@@ -75,33 +76,22 @@ class VQVAETokenizer(ImageTokenizer):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             net = build_vqvae(settings)
-        parameters = [p for p in net.parameters() if p.requires_grad]
-        optimizer = torch.optim.Adam(parameters, lr=learning_rate, betas=(0.9, 0.99))
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, learning_rate, total_steps=max(2, steps), pct_start=0.1
-        )
         warm_up = round(_WARM_UP * steps)
         pixels = torch.from_numpy(images)
-        for step in range(steps):
-            picked = torch.randint(len(pixels), (batch,), generator=rng)
-            x_BCHH = to_floats(pixels[picked])
+
+        def loss_of(step: int, x_BCHH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             if step == warm_up:
                 wanted = max(batch, 8 * codes // (images.shape[1] // patch) ** 2)
                 seen = torch.randint(len(pixels), (wanted,), generator=rng)
                 net.seed_codebook(to_floats(pixels[seen]), rng)
-            loss, reconstruction = net.loss(x_BCHH, quantise=step >= warm_up, rng=rng)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            schedule.step()
-            if progress is not None:
-                progress(step + 1, float(reconstruction))
+            return net.loss(x_BCHH, quantise=step >= warm_up, rng=rng)
+
+        fit(net, pixels, loss_of, steps, batch, learning_rate, rng, progress)
         return cls(net, settings)
 
     @classmethod
     def from_file(cls, file: TokenizerFile) -> Self:
-        """See ``CodeTokenizer``."""
+        """See ``FileTokenizer``."""
         settings = file.settings
         for name, most in _MOST.items():
             settings.field(name, int, least=1, most=most)
@@ -115,7 +105,7 @@ class VQVAETokenizer(ImageTokenizer):
         return cls(net, settings.values)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """See ``CodeTokenizer``."""
+        """See ``FileTokenizer``."""
         return {name: tensor.contiguous() for name, tensor in self.net.state_dict().items()}
 
     @torch.no_grad()
@@ -146,8 +136,8 @@ class VQVAE(nn.Module):
 
     def __init__(self, codes: int, latent: int, width: int, halvings: int) -> None:
         super().__init__()
-        self.encoder = _encoder(latent, width, halvings)
-        self.decoder = _decoder(latent, width, halvings)
+        self.encoder = encoder(latent, width, halvings)
+        self.decoder = decoder(latent, width, halvings)
         self.register_buffer("codebook_KE", torch.zeros(codes, latent))
         # moving averages, for training, of the number of latents that chose a code and of their sum
         self.register_buffer("count_K", torch.ones(codes), persistent=False)
@@ -215,6 +205,36 @@ class VQVAE(nn.Module):
         self.codebook_KE[codes] = drawn + noise
 
 
+def fit(
+    net: nn.Module,
+    images: torch.Tensor,
+    loss_of: Callable[[int, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+    steps: int,
+    batch: int,
+    learning_rate: float,
+    rng: torch.Generator,
+    progress: Callable[[int, float], None] | None,
+) -> None:
+    """Minimise ``loss_of(step, x_BCHH) -> (loss, pixel error)`` on batches that ``rng`` draws from
+    ``images``, uint8 (N, H, H, 3); Adam with one cycle of the learning rate.
+    """
+    parameters = [p for p in net.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(parameters, lr=learning_rate, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, learning_rate, total_steps=max(2, steps), pct_start=0.1
+    )
+    for step in range(steps):
+        picked = torch.randint(len(images), (batch,), generator=rng)
+        loss, reconstruction = loss_of(step, to_floats(images[picked]))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        if progress is not None:
+            progress(step + 1, float(reconstruction))
+
+
 class ResidualBlock(nn.Module):
     """Residual branch: a 3×3 convolution to half the channels and a 1×1 back."""
 
@@ -246,17 +266,7 @@ def check_patch(patch: int) -> None:
         raise ValueError(f"patch ({patch}) must be a power of two for a vqvae; choose 2, 4, 8 …")
 
 
-def to_floats(pixels_BHHC: torch.Tensor) -> torch.Tensor:
-    """uint8 (B, H, H, 3) → float32 (B, 3, H, H) in [-1, 1]."""
-    return pixels_BHHC.permute(0, 3, 1, 2).to(torch.float32) / 127.5 - 1
-
-
-def to_pixels(x_BCHH: torch.Tensor) -> torch.Tensor:
-    """Inverse of ``to_floats``, rounded and clipped."""
-    return ((x_BCHH + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
-
-
-def _encoder(latent: int, width: int, halvings: int) -> nn.Sequential:
+def encoder(latent: int, width: int, halvings: int) -> nn.Sequential:
     """Halves the side ``halvings`` times; half the width at the first, finest, level."""
     layers: list[nn.Module] = []
     channels = 3
@@ -268,7 +278,7 @@ def _encoder(latent: int, width: int, halvings: int) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-def _decoder(latent: int, width: int, halvings: int) -> nn.Sequential:
+def decoder(latent: int, width: int, halvings: int) -> nn.Sequential:
     """The encoder mirrored."""
     layers: list[nn.Module] = [nn.Conv2d(latent, width, 3, padding=1), ResidualBlock(width)]
     channels = width

@@ -22,7 +22,7 @@ from earlyfuse.data.tokenizers.audio import wav_file, waveform
 from earlyfuse.data.tokenizers.log_mel import MELS, RATE, STEP_DB, levels, signal_of
 from earlyfuse.data.tokenizers.tokenizer_file import (
     LARGEST_CODEBOOK,
-    CodeTokenizer,
+    FileTokenizer,
     TokenizerFile,
     check_codes,
     code_usage,
@@ -39,18 +39,19 @@ _FRAMES = 1 << 16  # given to the training of a tokenizer, which draws half of t
 _DECODED_RMS = 0.1
 
 
-class SpeechTokenizer(CodeTokenizer):
+class SpeechTokenizer(FileTokenizer):
     """Nearest codeword for each frame. ``codebook_KD``: distinct rows, uint8."""
 
     file_format = "earlyfuse-speech-tokenizer/1"
     kind = "kmeans"
     decodes = True
+    vectors = None
     block = 0
     batch = 1024  # utterances; encoding them together gains nothing
 
     def __init__(self, codebook_KD: np.ndarray, settings: dict[str, Any]) -> None:
         super().__init__(settings)
-        self.frame_ms = settings["frame_ms"]
+        self.frame_ms, self.codes = settings["frame_ms"], settings["codes"]
         check_speech_geometry(self.frame_ms, self.codes)
         self.hops = self.frame_ms // 10
         kmeans.check_codebook(codebook_KD, self.codes, self.hops * MELS)
@@ -78,7 +79,7 @@ class SpeechTokenizer(CodeTokenizer):
 
     @classmethod
     def from_file(cls, file: TokenizerFile) -> Self:
-        """See ``CodeTokenizer``."""
+        """See ``FileTokenizer``."""
         settings = file.settings
         frame_ms = settings.field("frame_ms", int, least=10, most=LONGEST_FRAME_MS)
         codes = settings.field("codes", int, least=2, most=LARGEST_CODEBOOK)
@@ -88,7 +89,7 @@ class SpeechTokenizer(CodeTokenizer):
         return cls(tensors["codebook"].numpy(), settings.values)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """See ``CodeTokenizer``."""
+        """See ``FileTokenizer``."""
         return {"codebook": torch.from_numpy(self.codebook_KD)}
 
     def features(self, payload: bytes, longest: float = float("inf")) -> np.ndarray:
@@ -137,6 +138,11 @@ def check_speech_geometry(frame_ms: int, codes: int) -> None:
 def load(path: Path) -> SpeechTokenizer:
     """See ``MediumModule``."""
     return load_tokenizer("speech", path, (SpeechTokenizer,))
+
+
+def ready(path: Path, spec: "PrepareSpec") -> SpeechTokenizer:
+    """See ``MediumModule``; nothing foreign is imported."""
+    return load(path)
 
 
 def check(spec: "PrepareSpec") -> None:

@@ -1,6 +1,4 @@
-"""Media tokenizers with a codebook, and their file: safetensors with format, kind and settings in
-its metadata.
-"""
+"""The file of media tokenizers: safetensors with format, kind and settings in its metadata."""
 
 import hashlib
 import json
@@ -24,18 +22,14 @@ LARGEST_CODEBOOK = 1 << 20
 _REMEDY = "copy the file again, make it with prepare, or name a kind"
 
 
-class CodeTokenizer(ABC):
-    """Base of the discrete ``MediaTokenizer`` classes (``data/media.py``); ``settings["codes"]`` is
-    the size of the codebook.
-    """
+class FileTokenizer(ABC):
+    """Base of our ``MediaTokenizer`` classes (``data/media.py``): settings, tensors, one file."""
 
     file_format: str
     kind: str
-    vectors = None
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.settings = settings
-        self.codes: int = settings["codes"]
         self._sha256: str | None = None
 
     @classmethod
@@ -70,7 +64,7 @@ class CodeTokenizer(ABC):
         self._sha256 = value
 
 
-Loaded = TypeVar("Loaded", bound=CodeTokenizer)
+Loaded = TypeVar("Loaded", bound=FileTokenizer)
 
 
 def load_tokenizer(label: str, path: Path, kinds: Sequence[type[Loaded]]) -> Loaded:
@@ -106,26 +100,35 @@ class TokenizerFile:
     settings: JsonObject
 
     def tensors(self, expected: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The file's tensors. ``ValueError`` unless they are finite and have the names, shapes and
-        dtypes of ``expected``.
-        """
+        """The file's tensors. ``ValueError`` unless they are those ``expected``."""
         try:
             tensors = load_tensors(self.content)
         except SafetensorError as error:
-            raise self._wrong(f"is damaged or truncated: {error}") from error
-        if odd := sorted(tensors.keys() ^ expected.keys()):
-            what = "lacks the tensor" if odd[0] in expected else "holds the unknown tensor"
-            raise self._wrong(f"{what} {shown(odd[0])} for its settings")
-        for name, tensor in tensors.items():
-            found, wanted = _type_of(tensor), _type_of(expected[name])
-            if found != wanted:
-                raise self._wrong(f"tensor {name} ({found}) must be {wanted} for its settings")
-            if tensor.is_floating_point() and not tensor.isfinite().all():
-                raise self._wrong(f"tensor {name} holds values that are not finite")
+            what = f"{self.where} is damaged or truncated: {error}; {_REMEDY}"
+            raise ValueError(what) from error
+        check_tensors(self.where, tensors, expected)
         return tensors
 
-    def _wrong(self, what: str) -> ValueError:
-        return ValueError(f"{self.where} {what}; {_REMEDY}")
+
+def check_tensors(
+    where: str, tensors: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]
+) -> None:
+    """``ValueError`` with ``where`` unless ``tensors`` are finite and have the names, shapes and
+    dtypes of ``expected``.
+    """
+
+    def wrong(what: str) -> ValueError:
+        return ValueError(f"{where} {what}; {_REMEDY}")
+
+    if odd := sorted(tensors.keys() ^ expected.keys()):
+        what = "lacks the tensor" if odd[0] in expected else "holds the unknown tensor"
+        raise wrong(f"{what} {shown(odd[0])} for its settings")
+    for name, tensor in tensors.items():
+        found, wanted = _type_of(tensor), _type_of(expected[name])
+        if found != wanted:
+            raise wrong(f"tensor {name} ({found}) must be {wanted} for its settings")
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise wrong(f"tensor {name} holds values that are not finite")
 
 
 def check_codes(option: str, codes: int) -> None:

@@ -31,10 +31,12 @@ from earlyfuse.data.prepare import embedded as prepare_embedded
 from earlyfuse.data.prepare.embedded import prepare_corpus
 from earlyfuse.data.prepare.progress import Progress
 from earlyfuse.data.raw import read_documents
+from earlyfuse.data.shards.source import TokenSource
 from earlyfuse.data.tokenizers import Tokenizers
 from earlyfuse.data.tokenizers.audio import waveform
 from earlyfuse.models.vocabulary import Modality
 from earlyfuse.parallel.evaluation.eval_tasks import load_tasks
+from earlyfuse.parallel.evaluation.image_checks import ImageChecks
 from earlyfuse.tools import prepare as command
 
 SCALE = 0.03
@@ -94,7 +96,7 @@ def test_another_process_with_other_hashes_and_locale_writes_the_same_bytes(corp
     )
     odd = {"PYTHONHASHSEED": "77", "LC_ALL": "C", "TZ": "Asia/Tokyo", "PYTHONUTF8": "0"}
     subprocess.run([sys.executable, "-c", program, again], env=os.environ | odd, check=True)
-    assert len(contents(again)) == 12
+    assert len(contents(again)) == 13
     assert contents(again) == contents(corpus.folder)
 
 
@@ -149,7 +151,7 @@ def test_every_composed_sentence_is_true(corpus, meaning, split):
     scans = [digits.Digit(png, v) for png, v in meaning[split].items() if isinstance(v, int)]
     faces = glyphs.TRAIN_FACES if split == "train" else glyphs.HELD_OUT_FACES
     more = compose.interleaved_documents(
-        600, scans, faces, ["spam", "eggs"], 16, random.Random(0)
+        600, scans, faces, ["spam", "eggs"], 16, random.Random(0), 0.5
     )  # so that rare cases occur, a tie of two digits among them
     split_parts = [parts(document) for document in documents(corpus, split, "interleaved")]
     split_parts += [
@@ -471,12 +473,64 @@ def test_a_task_with_other_frames_is_refused(moving, tmp_path, frames):
         load_tasks(tmp_path)
 
 
+# ---- captions first ----------------------------------------------------------------------------
+
+
+def test_image_first_reorders_documents_and_changes_nothing_else(corpus, tmp_path):
+    other = build_corpus(tmp_path / "corpus", scale=SCALE, image_first=0.2)
+    for split in ("train", "validation"):
+        for source in SOURCES:
+            pairs = list(zip(*(documents(c, split, source) for c in (corpus, other)), strict=True))
+            for one, two in pairs:
+                assert [sorted(p, key=str) for p in parts(one)] == [
+                    sorted(p, key=str) for p in parts(two)
+                ]
+    said = {json.loads((c.folder / "corpus.json").read_text())["spec"].get("image_first")
+            for c in (corpus, other)}  # fmt: skip
+    assert said == {None, 0.2}, "a corpus of before is the one of today"
+    glyphs = [d.segments[0].modality for d in documents(other, "train", "glyphs")]
+    share = sum(m == Modality.IMAGE for m in glyphs) / len(glyphs)
+    assert len(glyphs) > 100 and share == pytest.approx(0.2, abs=0.1)
+    about = {"corpus.json"}
+    one, two = contents(corpus.folder), contents(other.folder)
+    assert {n for n in one if one[n] != two[n] and not n.endswith(".tar")} == about
+
+
+def test_the_corpus_of_vectors_puts_captions_first_and_images_into_patches(corpus, tmp_path):
+    out = tmp_path / "out"
+    options = ["--scale", str(SCALE), "--text-vocab", "399", "--workers", "1"]
+    assert command.main(["corpus", str(out), "--vectors", *options]) == 0
+    captions_first = json.loads((out / "raw" / "corpus.json").read_text())["spec"]["image_first"]
+    assert captions_first == 0.2
+    tokenizers = Tokenizers.load(out / "tokenizers")
+    medium = tokenizers.vocabulary.medium(Modality.IMAGE)
+    assert (medium.start, medium.count, medium.block) == (399, 1, 16)
+    assert tokenizers.vocabulary.size == 400, "2,048 without --text-vocab"
+    assert prepare_embedded.OPTIONS["vectors"]["text_vocab"] == 2047
+    assert {path.parent.name for path in (out / "train").glob("*/manifest.json")} == set(SOURCES)
+    source = TokenSource(out / "train" / "digits")
+    assert source.vectors.width == 48
+    (png, *_), _ = parts(next(iter(documents(CorpusPaths(out / "raw"), "train", "digits"))))
+    pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+    first = source.document_vectors(0)[0].reshape(4, 4, 3)
+    assert np.array_equal(np.round((first.astype(float) + 1) * 127.5), pixels[:4, :4])
+    task = load_tasks(out)[0]
+    assert task.vectors[0].shape == (16, 48) and task.prompts[0].count(399) == 16
+    checks = ImageChecks.load(out)
+    assert len(checks.labels) == 10 and checks.prefix == "handwritten digit "
+    plain, other = contents(corpus.folder), contents(out / "raw")
+    assert plain.keys() == other.keys()
+    assert plain["validation/tasks.json"] == other["validation/tasks.json"]
+
+
 def test_wrong_requests_are_refused(corpus, tmp_path):
     (tmp_path / "thesis.tex").write_text("mine")
     for folder, options, said in (
         (tmp_path / "corpus", {"scale": 0}, r"scale \(0\)"),
         (tmp_path / "corpus", {"image_size": 12}, r"image_size \(12\) must be a multiple of 8"),
         (corpus.folder, {"scale": SCALE, "seed": 5}, "asked for is"),
+        (corpus.folder, {"scale": SCALE, "image_first": 0.2}, "asked for is"),
+        (tmp_path / "corpus", {"image_first": 1.5}, r"image_first \(1.5\) must lie in"),
         (tmp_path, {}, "holds something else"),
         (
             tmp_path / "corpus",

@@ -28,7 +28,7 @@ from earlyfuse.data.vocabulary import load_vocabulary
 from earlyfuse.models.generate.constrained import Draft, allowed_ids
 from earlyfuse.models.state_dicts.vocabulary_map import from_vocabulary, to_vocabulary
 from earlyfuse.models.vocabulary import Modality, Vocabulary
-from earlyfuse.tools.documents import read_prompts, to_segments, to_tokens
+from earlyfuse.tools.documents import read_prompts, to_prompt, to_segments
 
 SEPARATOR = VOCABULARY.size
 IMAGES = replace(VOCABULARY.media[0], separator=SEPARATOR)
@@ -447,7 +447,7 @@ def test_after_each_frame_a_model_goes_on_or_ends_the_video():
     assert ids(draft) == [END], "another frame would not fit"
     draft.write(END)
     assert not {SEPARATOR, END}.intersection(ids(draft)) and EOS in ids(draft)
-    assert draft.unconditional == [BOS]
+    assert draft.unconditional.tokens == [BOS]
 
 
 @pytest.mark.parametrize("mode", ["text", "image"])
@@ -467,13 +467,13 @@ def test_a_prompt_with_frames_is_read_and_written_back(clips, prepared, tmp_path
     line = [{"frames": ["0.png", "1.png"]}, {"text": "red"}, {"image": "2.png"}]
     (tmp_path / "prompts.jsonl").write_text(json.dumps(line))
     (segments,) = read_prompts(tmp_path / "prompts.jsonl")
-    tokens = to_tokens(segments, tokenizers)
+    tokens = to_prompt(segments, tokenizers).tokens
     assert len(block_at(tokens, medium)) == 2 and tokens.count(medium.begin) == 2
     written = to_segments(tokens[1:], tokenizers, tmp_path, "w")
     assert written == [{"frames": ["w-0.png", "w-1.png"]}, {"text": "red"}, {"image": "w-2.png"}]
     again = [{kind: v if kind == "text" else paths(tmp_path, v) for kind, v in s.items()}
              for s in written]  # fmt: skip
-    rest = to_tokens(again, tokenizers)
+    rest = to_prompt(again, tokenizers).tokens
     assert len(rest) == len(tokens) and rest.count(medium.separator) == 1
     (tmp_path / "prompts.jsonl").write_text('[{"frames": []}]')
     with pytest.raises(ValueError, match=r'and {"frames": \[path, …\]}'):

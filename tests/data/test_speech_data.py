@@ -22,7 +22,7 @@ from earlyfuse.data.tokenizers.text import TextTokenizer
 from earlyfuse.models.generate.constrained import Draft
 from earlyfuse.models.vocabulary import Modality, Vocabulary
 from earlyfuse.tools import prepare as command
-from earlyfuse.tools.documents import read_prompts, to_segments, to_tokens
+from earlyfuse.tools.documents import read_prompts, to_prompt, to_segments
 
 
 @pytest.fixture(scope="module")
@@ -241,18 +241,18 @@ def test_documents_go_to_tokens_and_back_to_files(data, tokenizers, tmp_path):
     (tmp_path / "prompts.jsonl").write_text(json.dumps(lines))
     (segments,) = read_prompts(tmp_path / "prompts.jsonl")
     assert segments == [{"text": "x"}, {"speech": str(tmp_path / "a.flac")}]
-    tokens = to_tokens(segments, tokenizers)
+    tokens = to_prompt(segments, tokenizers).tokens
     medium = tokenizers.vocabulary.medium(Modality.SPEECH)
     assert tokens[-15] == medium.begin and tokens[-1] == medium.end
     written = to_segments(tokens[1:], tokenizers, tmp_path, "said")
     assert written == [{"text": "x"}, {"speech": "said-0.wav"}]
-    again = to_tokens([{"speech": str(tmp_path / "said-0.wav")}], tokenizers)
+    again = to_prompt([{"speech": str(tmp_path / "said-0.wav")}], tokenizers).tokens
     assert len(again) == 1 + 15
     for name, content in (("none.wav", None), ("cut.wav", encoded(wave)[:900])):
         if content:
             (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=rf"speech .*{name} cannot be read"):
-            to_tokens([{"speech": str(tmp_path / name)}], tokenizers)
+            to_prompt([{"speech": str(tmp_path / name)}], tokenizers)
 
 
 def test_a_draft_of_speech_is_one_utterance(tokenizers):

@@ -194,7 +194,7 @@ def test_media_quota_is_kept_within_a_row(folders, quota):
     progress = quoted.progress()["tokens"]
     assert progress["image"] / sum(progress.values()) == pytest.approx(quota, abs=0.01)
     shares = quoted.mixture.effective_shares()
-    fractions = [source.media_fraction for source in quoted.mixture.sources]
+    fractions = [quoted.mixture.media_fraction(source) for source in quoted.mixture.sources]
     assert sum(s * f for s, f in zip(shares, fractions, strict=True)) == pytest.approx(quota)
     assert shares[1] == pytest.approx(shares[2]), "equal shares on one side of the quota stay equal"
 

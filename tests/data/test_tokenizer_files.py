@@ -3,6 +3,7 @@
 import json
 import random
 import struct
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -11,7 +12,10 @@ from safetensors.torch import load, save
 
 from earlyfuse.data.tokenizers import image, speech
 from earlyfuse.data.tokenizers.image_chameleon import ChameleonTokenizer, shape_of
+from earlyfuse.data.tokenizers.image_diffusers import DiffusersTokenizer
 from earlyfuse.data.tokenizers.image_kmeans import KMeansTokenizer
+from earlyfuse.data.tokenizers.image_vae import VAETokenizer, build_vae
+from earlyfuse.data.tokenizers.image_vectors import PixelTokenizer
 from earlyfuse.data.tokenizers.image_vqvae import VQVAETokenizer, build_vqvae
 from earlyfuse.data.tokenizers.log_mel import MELS
 from earlyfuse.data.tokenizers.vqgan import VQGAN
@@ -25,6 +29,21 @@ SETTINGS = {
     "kmeans": {"image_size": 16, "patch": 4, "codes": 8, "seed": 0},
     "vqvae": {
         "image_size": 16, "patch": 4, "codes": 8, "steps": 1, "seed": 0, "width": 32, "latent": 4,
+    },
+    "pixels": {"image_size": 16, "patch": 4},
+    "vae": {
+        "image_size": 16, "patch": 4, "factor": 2, "channels": 3, "kl": 0.001, "steps": 1,
+        "seed": 0, "width": 32,
+    },
+    "diffusers": {
+        "image_size": 16, "patch": 4, "config": {
+            "in_channels": 3, "out_channels": 3, "act_fn": "silu", "block_out_channels": [8, 8],
+            "layers_per_block": 1, "latent_channels": 3, "norm_num_groups": 4,
+            "down_block_types": ["DownEncoderBlock2D"] * 2,
+            "up_block_types": ["UpDecoderBlock2D"] * 2, "use_quant_conv": True,
+            "use_post_quant_conv": True, "mid_block_add_attention": False, "scaling_factor": 0.5,
+            "shift_factor": None, "latents_mean": None, "latents_std": None,
+        },
     },
     "chameleon": {
         "codes": 8, "embed": 4, "latent": 4, "width": 32, "multipliers": [1, 1], "blocks": 1,
@@ -42,8 +61,20 @@ FILES = {
     ),
     "speech": speech.SpeechTokenizer(rows(4 * MELS), SETTINGS["speech"]),
 }
+FILES |= {
+    "pixels": PixelTokenizer(SETTINGS["pixels"]),
+    "vae": VAETokenizer(build_vae(SETTINGS["vae"]), torch.zeros(3), torch.ones(3), SETTINGS["vae"]),
+}
+if find_spec("diffusers"):
+    from diffusers import AutoencoderKL
+
+    config = {n: v for n, v in SETTINGS["diffusers"]["config"].items() if v is not None}
+    FILES["diffusers"] = DiffusersTokenizer(AutoencoderKL(**config), SETTINGS["diffusers"])
 FILES = {kind: tokenizer.to_bytes() for kind, tokenizer in FILES.items()}
-each_kind = pytest.mark.parametrize("kind", FILES)
+absent = pytest.mark.skipif("diffusers" not in FILES, reason="diffusers is not installed")
+KINDS = [*dict.fromkeys([*FILES, "diffusers"])]
+KINDS[-1] = pytest.param(KINDS[-1], marks=absent)
+each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 def rewritten(kind, about=None, tensors=None, **settings):
@@ -108,6 +139,7 @@ def test_settings_that_do_not_fit_one_another_or_the_tensors_are_refused(kind, r
     for name, value in (
         ("codes", 9), ("codes", 1 << 20), ("patch", 3), ("width", 64), ("blocks", 60),
         ("frame_ms", 35), ("frame_ms", 50), ("multipliers", [16] * 16), ("image_size", 15),
+        ("factor", 4), ("channels", 4), ("image_size", 1 << 14), ("patch", 32),
     ):  # fmt: skip
         if name in SETTINGS[kind]:
             refused += bool(refusal(kind, rewritten(kind, **SETTINGS[kind] | {name: value})))
@@ -124,7 +156,7 @@ def test_metadata_of_another_shape_are_refused(kind, refusal):
             assert field in refusal(kind, rewritten(kind, {field: value}))
 
 
-@each_kind
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "pixels"])
 def test_tensors_that_are_not_as_settings_say_are_named(kind, refusal):
     first = sorted(load(FILES[kind]))[0]
     floats = load(FILES[kind])[first].is_floating_point()
@@ -147,6 +179,14 @@ def test_tensors_that_are_not_as_settings_say_are_named(kind, refusal):
     assert "unknown tensor" in refusal(kind, more)
     fewer = rewritten(kind, tensors=lambda t: {k: v for k, v in t.items() if k != first})
     assert "lacks the tensor" in refusal(kind, fewer)
+
+
+def test_pixels_have_no_tensors_and_no_scale_may_be_zero(refusal):
+    more = rewritten("pixels", tensors=lambda t: {"scale": torch.ones(3)})
+    assert "unknown tensor 'scale'" in refusal("pixels", more)
+    for std in (0.0, -1.0):
+        content = rewritten("vae", tensors=lambda t, s=std: {**t, "std": torch.full((3,), s)})
+        assert "tensor std must be positive" in refusal("vae", content)
 
 
 def test_an_order_of_codes_that_is_none_is_refused(refusal):
@@ -179,4 +219,5 @@ def test_files_that_cannot_be_read_are_named(kind, tmp_path, refusal):
             loaded(kind, path)
     huge = struct.pack("<Q", 1 << 62) + FILES[kind][8:]
     for content in (b"", b"\x80\x04.", b"x" * 100, b"\x02\0\0\0\0\0\0\0{}", huge):
-        assert "must be a safetensors file of format" in refusal(kind, content)
+        message = refusal(kind, content)
+        assert "must be a safetensors file of format" in message or "is damaged or" in message

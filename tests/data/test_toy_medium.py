@@ -4,7 +4,9 @@
 vectors of three numbers.
 """
 
+import base64
 import hashlib
+import itertools
 import json
 import shutil
 
@@ -13,6 +15,7 @@ import pytest
 import torch
 from raw_shards import contents, quiet, write_tar
 
+from earlyfuse.configs import embedded
 from earlyfuse.data.documents import BadSample
 from earlyfuse.data.media import MEDIA, Medium, Sampling, VectorType
 from earlyfuse.data.prepare import PrepareSpec, prepare
@@ -23,8 +26,10 @@ from earlyfuse.data.stream.batches import validation_batches
 from earlyfuse.data.stream.loader import LaneLoader
 from earlyfuse.data.stream.mixture import Mixture
 from earlyfuse.data.tokenizers import Tokenizers
+from earlyfuse.models.batch import IGNORE_LABEL
+from earlyfuse.models.blocks.vector_adapters import VectorAdapters
 from earlyfuse.models.vocabulary import Modality
-from earlyfuse.parallel.trainer import Trainer
+from earlyfuse.parallel.evaluation.eval_tasks import load_tasks
 from earlyfuse.parallel.training.data_config import DataSet
 
 SEQ_LEN, WIDTH, SIDES = 64, 3, 6
@@ -218,6 +223,30 @@ def test_batches_have_the_vectors_at_the_placeholders_and_zeros_elsewhere(prepar
     for batch, mask in zip(batches, there, strict=True):
         assert not batch.vectors_BSP[~mask].any()
         assert (batch.span_BS[mask] > 0).all()
+        assert torch.equal(batch.has_vector_BS, mask) and batch.time_BS is None
+        assert torch.equal(batch.part(slice(5, 20)).has_vector_BS, mask[:, 5:20])
+
+
+def test_text_and_codes_are_labels_and_vectors_and_what_follows_them_are_not(prepared):
+    out, _, _ = prepared
+    mixture = Mixture((TokenSource(out / "train" / "mixed"),), (1.0,))
+    track = mixture.vocabulary.medium(Modality["track"])
+    unlabelled = set()
+    for batch in validation_batches(mixture, SEQ_LEN, 4):
+        same_BS = batch.document_BS[:, 1:] == batch.document_BS[:, :-1]
+        same_BS &= batch.document_BS[:, 1:] > 0
+        here_BS, next_BS = batch.tokens_BS[:, :-1], batch.tokens_BS[:, 1:]
+        vector_BS = (here_BS == track.start) | (next_BS == track.start)
+        labels_BS = batch.labels_BS[:, :-1]
+        labelled_BS = same_BS & ~vector_BS
+        assert torch.equal(labels_BS[labelled_BS], next_BS[labelled_BS])
+        assert (labels_BS[same_BS & vector_BS] == IGNORE_LABEL).all()
+        pairs = zip(here_BS[vector_BS].tolist(), next_BS[vector_BS].tolist(), strict=True)
+        unlabelled |= set(pairs)
+        assert not (batch.label_modality_BS == track.modality).any()
+        assert (batch.label_modality_BS[batch.labels_BS == IGNORE_LABEL] == 0).all()
+    p = track.start
+    assert unlabelled >= {(track.begin, p), (p, p), (p, track.end)}
 
 
 def loader(out, **options):
@@ -230,20 +259,91 @@ def loader(out, **options):
     return LaneLoader(config, dp_world_size=1, dp_rank=0, seq_len=SEQ_LEN, local_batch_size=2)
 
 
-def test_a_run_on_vectors_that_no_model_reads_is_refused(prepared):
-    data = DataSet(DataSet.Config(folder=str(prepared[0])))
-    with pytest.raises(ValueError, match=r"has continuous vectors \(track\), which no model reads"):
-        data.resolve(Trainer.Config(), 1)
+def run_on(folder, vectors):
+    """The resolved config of a run on ``folder``, of a model with ``vectors``."""
+    config = embedded.dense()
+    config.data.folder, config.validator.enable = str(folder), False
+    model = config.model_spec.model
+    model.vocab_size, model.modalities = 330 + SIDES + 1, tuple(Modality)
+    model.vectors = vectors
+    return DataSet(config.data).resolve(config, 1)
 
 
-def test_a_resumed_stream_goes_on_with_the_same_codes_and_vectors(prepared):
+def adapters(width=WIDTH, media=("track",), **fields):
+    modalities = tuple(Modality[label] for label in media)
+    return VectorAdapters.Config(width=width, modalities=modalities, **fields)
+
+
+def test_a_model_and_its_data_agree_about_vectors(prepared, tmp_path):
     out, _, _ = prepared
-    unbroken = loader(out)
+    for later_see in ("noised", "clean"):
+        found = run_on(out, adapters(later_see=later_see))
+        copies = later_see == "clean"
+        assert found.dataloader.clean_copies == found.validator.clean_copies == copies
+    spec = toy_spec(tmp_path, out.parent / "pairs.tar", media_tokenizers={"dice": "toy"})
+    prepare(spec, quiet())
+    for folder, vectors, said in (
+        (out, None, r"has continuous vectors \(track\), which a model without vectors"),
+        (tmp_path, adapters(), r"vectors \(of width 3\) need data with .*pairs has none"),
+        (out, adapters(width=4), r"vectors.width \(4\) must be the width .*mixed \(3\)"),
+        (out, adapters(media=("image",)), r"modalities \(image\) must be .*mixed \(track\)"),
+        (out, adapters(media=("image", "track")), r"modalities \(image, track\) must be"),
+        (out, adapters(channels=1), r"vectors.channels \(1\) must be .*mixed \(3\)"),
+        (out, adapters(block=4), r"vectors.block \(4\) must be .*mixed \(any number\)"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            run_on(folder, vectors)
+
+
+def test_default_shares_count_clean_copies(prepared):
+    shares = [
+        run_on(prepared[0], adapters(later_see=later_see)).dataloader.sources
+        for later_see in ("noised", "clean")
+    ]
+    for copies, found in enumerate(shares):
+        sources = [TokenSource(folder) for folder in found]
+        sizes = [sum(s.tokens.values()) + copies * s.tokens["track"] for s in sources]
+        assert list(found.values()) == [size / sum(sizes) for size in sizes]
+    assert shares[0] != shares[1]
+
+
+def test_a_block_of_an_item_is_that_of_prepared_documents(prepared):
+    out, thrown, paths = prepared
+    source, tokenizers = TokenSource(out / "train" / "mixed"), Tokenizers.load(out / "tokenizers")
+    (ids, _), vectors = source.document(0), source.document_vectors(0)
+    tracks = [tokenizers.block_of("track", path) for path in (paths[0], paths[0][::-1])]
+    dice, none = tokenizers.block_of("dice", thrown[0].astype(np.int64))
+    assert none is None and [t.dtype for _, t in tracks] == [np.float32] * 2
+    assert np.array_equal(np.concatenate([found for _, found in tracks]), vectors)
+    text = str(ids.tolist())
+    assert all(str(block)[1:-1] in text for block in (dice, tracks[0][0], tracks[1][0]))
+    third = np.full((1, WIDTH), 1 / 3, np.float32)
+    assert (tokenizers.block_of("track", third)[1] == np.float16(1 / 3)).all(), "as stored"
+
+
+def test_a_task_of_vectors_is_read_and_answered(prepared, tmp_path):
+    out, _, paths = prepared
+    shutil.copytree(out / "tokenizers", tmp_path / "tokenizers")
+    items = [{"track": base64.b64encode(path.tobytes()).decode(), "answer": "table"}
+             for path in paths[:5]]  # fmt: skip
+    task = {"name": "place", "prefix": "on ", "candidates": ["table", "floor"], "items": items}
+    (tmp_path / "validation").mkdir()
+    (tmp_path / "validation" / "tasks.json").write_text(json.dumps({"tasks": [task]}))
+    (loaded,) = load_tasks(tmp_path)
+    assert all(np.array_equal(*pair) for pair in zip(loaded.vectors, paths[:5], strict=True))
+    track = loaded.vocabulary.medium(Modality["track"]).start
+    assert [p.count(track) for p in loaded.prompts] == [len(path) for path in paths[:5]]
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_a_resumed_stream_goes_on_with_the_same_codes_and_vectors(prepared, copies):
+    out, _, _ = prepared
+    unbroken = loader(out, clean_copies=copies)
     batches = iter(unbroken)
     for _ in range(6):
         next(batches)
     state = unbroken.state_dict()
-    resumed = loader(out, prefetch=0)
+    resumed = loader(out, prefetch=0, clean_copies=copies)
     resumed.load_state_dict(state)
     seen = set()
     for expected, found in zip(range(20), resumed, strict=False):
@@ -256,6 +356,101 @@ def test_a_resumed_stream_goes_on_with_the_same_codes_and_vectors(prepared):
         seen |= set(flat[0]["modality_BS"].unique().tolist())
     assert {Modality["dice"], Modality["track"]} <= seen
     unbroken.close()
+
+
+def noised(batch):
+    """Positions of the first half of each run of vectors."""
+    first_BS = torch.zeros_like(batch.has_vector_BS)
+    for row, has_vector in enumerate(batch.has_vector_BS.tolist()):
+        at = 0
+        for inside, run in itertools.groupby(has_vector):
+            length = len(list(run))
+            first_BS[row, at : at + length // 2] = inside
+            at += length
+    return first_BS
+
+
+def whole_documents(batches, dropped):
+    """Tokens and vectors of each document that no row divides → its other fields, without the
+    positions ``dropped`` of each batch.
+    """
+    found = {}
+    for batch, drop_BS in zip(batches, dropped, strict=True):
+        for row, documents in enumerate(batch.document_BS):
+            for number in documents.unique().tolist():
+                here = (documents == number) & ~drop_BS[row]
+                fields = {name: t[row][here].tolist() for name, t in batch.tensors().items()}
+                del fields["span_BS"], fields["document_BS"]
+                key = str([fields.pop("tokens_BS"), fields.pop("vectors_BSP")])
+                if number and key.startswith("[[1, ") and fields["labels_BS"][-1] == IGNORE_LABEL:
+                    found[key] = fields
+    return found
+
+
+def test_clean_copies_follow_their_items_and_change_nothing_else(prepared):
+    sources = (TokenSource(prepared[0] / "train" / "mixed"),)
+    plain, copied = (
+        validation_batches(Mixture(sources, (1.0,), clean_copies=copies), 256, 4)
+        for copies in (False, True)
+    )
+    first = [noised(batch) for batch in copied]
+    nothing = [torch.zeros_like(batch.has_vector_BS) for batch in plain]
+    one, other = whole_documents(plain, nothing), whole_documents(copied, first)
+    shared = one.keys() & other.keys()
+    assert len(shared) > 30 and all(one[key] == other[key] for key in shared)
+    for batch, noised_BS in zip(copied, first, strict=True):
+        clean_BS = batch.has_vector_BS & ~noised_BS
+        for name in ("tokens_BS", "positions_BS", "vectors_BSP", "document_BS"):
+            tensor = getattr(batch, name)
+            assert torch.equal(tensor[noised_BS], tensor[clean_BS]), name
+        assert torch.equal(batch.span_BS[noised_BS] + 1, batch.span_BS[clean_BS])
+        assert (batch.labels_BS[batch.has_vector_BS] == IGNORE_LABEL).all()
+        for row in batch.span_BS:
+            numbers = row.unique_consecutive()
+            numbers = numbers[numbers > 0].tolist()
+            assert numbers == list(range(1, 1 + len(numbers))), "each span has a number of its own"
+
+
+def test_quota_and_progress_count_clean_copies(prepared):
+    one = loader(prepared[0], clean_copies=True, media_share=0.4, prefetch=0)
+    seen = torch.zeros(len(Modality), dtype=torch.int64)
+    stream = iter(one)
+    for _ in range(60):
+        batch = next(stream)[0]["batch"]
+        real = batch.modality_BS[batch.document_BS > 0].long()
+        seen += torch.bincount(real, minlength=len(Modality))
+    counted = one.progress()["tokens"]
+    assert {label: int(seen[Modality[label]]) for label in counted} == counted
+    codes = counted["dice"] + counted["track"]
+    assert codes / sum(counted.values()) == pytest.approx(0.4, abs=0.02)
+    mixed = TokenSource(prepared[0] / "train" / "mixed")
+    text, dice, track = (mixed.tokens[label] for label in ("text", "dice", "track"))
+    fraction = (dice + 2 * track) / (text + dice + 2 * track)
+    assert one.mixture.media_fraction(mixed) == pytest.approx(fraction)
+
+
+def test_rows_must_hold_an_item_and_its_clean_copy(prepared):
+    source = TokenSource(prepared[0] / "train" / "mixed")
+    longest = source.longest["track"]
+    assert source.longest["dice"] < 2 * longest
+    for length in (2 * longest + 1, 2 * longest + 2):
+        mixture = Mixture((source,), (1.0,), clean_copies=True)
+        if length < 2 * longest + 2:
+            with pytest.raises(ValueError, match=rf"at least {2 * longest + 2}: .* clean copy"):
+                validation_batches(mixture, length, 1)
+        else:
+            validation_batches(mixture, length, 1)
+    shards = TokenSource(prepared[0] / "train" / "pairs")
+    shards.vectors = None
+    with pytest.raises(ValueError, match=r"clean_copies \(True\) needs a source with continuous"):
+        Mixture((shards,), (1.0,), clean_copies=True)
+
+
+def test_a_run_with_clean_copies_does_not_resume_without(prepared):
+    plain, copied = loader(prepared[0]), loader(prepared[0], clean_copies=True)
+    for one, other in ((plain, copied), (copied, plain)):
+        with pytest.raises(ValueError, match=r"clean_copies of the data .* later_see"):
+            one.load_state_dict(other.state_dict())
 
 
 def test_damaged_vectors_are_refused_by_document(prepared, tmp_path):

@@ -11,6 +11,7 @@ from tiny_sources import write_source
 
 from earlyfuse.data.tokenizers import Tokenizers
 from earlyfuse.data.tokenizers.image_kmeans import KMeansTokenizer
+from earlyfuse.data.tokenizers.image_vectors import PixelTokenizer
 from earlyfuse.data.tokenizers.text import TextTokenizer
 
 SHADES = ["shade coal", "shade iron", "shade ash", "shade silver", "shade white as bones"]
@@ -30,7 +31,7 @@ def png(shade: int) -> bytes:
     return stream.getvalue()
 
 
-def make_pairs(folder: Path, image_tokenizer: bool = True) -> Path:
+def make_pairs(folder: Path, image_tokenizer: bool = True, pixels_as_vectors: bool = False) -> Path:
     """``folder`` as ``prepare`` leaves it: tokenizers, train/pairs, validation/pairs, prompts."""
     text = TextTokenizer.train(
         [f"{s}, {i} of {len(SHADES)}" for i, s in enumerate(SHADES * 9)], 330
@@ -40,16 +41,18 @@ def make_pairs(folder: Path, image_tokenizer: bool = True) -> Path:
     if image_tokenizer:
         images = np.stack([pixels(shade) for shade in range(len(SHADES))])
         fitted = KMeansTokenizer.train(images, patch=4, codes=CODES)
+        if pixels_as_vectors:
+            fitted = PixelTokenizer({"image_size": 8, "patch": 4})
         fitted.save(folder / "tokenizers" / "image.safetensors")
     tokenizers = Tokenizers.load(folder / "tokenizers")
     vocabulary = tokenizers.vocabulary
     (folder / "tokenizers" / "vocabulary.json").write_text(json.dumps(vocabulary.to_dict()))
-    documents = []
+    documents, own = [], []
     for shade, caption in enumerate(SHADES):
-        words, image = text.encode(caption), []
+        words, image, vectors = text.encode(caption), [], None
         if tokenizers.image is not None:
-            codes = tokenizers.image.encode(pixels(shade)[None])[0] + text.size
-            image = [text.begin["image"], *codes.tolist(), text.end["image"]]
+            image, vectors = tokenizers.block_of("image", pixels(shade))
+        own += [vectors, vectors]
         documents += [[text.bos, *words, *image, text.eos], [text.bos, *image, *words, text.eos]]
     for split in ("train", "validation"):
         write_source(
@@ -58,6 +61,8 @@ def make_pairs(folder: Path, image_tokenizer: bool = True) -> Path:
             shards=1,
             hashes=tokenizers.hashes,
             vocabulary=vocabulary,
+            vectors=tokenizers.vectors,
+            own=own * 4,
         )
     if image_tokenizer:
         prompts = [

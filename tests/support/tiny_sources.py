@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from earlyfuse.data.media import Vectors
 from earlyfuse.data.shards.manifest import write_manifest
-from earlyfuse.data.shards.writer import ShardRecord, shard_name, write_shard
+from earlyfuse.data.shards.writer import ShardRecord, Tokenised, shard_name, write_shard
 from earlyfuse.data.stream.loader import LaneLoader
 from earlyfuse.models.vocabulary import MediaCodes, Modality, Vocabulary
 
@@ -42,17 +43,27 @@ def image_document(rng: np.random.Generator) -> list[int]:
     return [BOS, *image(int(rng.integers(8))), EOS]
 
 
-def write_source(folder: Path, documents, shards=2, hashes=HASHES, vocabulary=VOCABULARY) -> Path:
+def write_source(
+    folder: Path,
+    documents,
+    shards=2,
+    hashes=HASHES,
+    vocabulary=VOCABULARY,
+    vectors: Vectors | None = None,
+    own=(),
+) -> Path:
+    """``own``: vectors of each document, of type ``vectors``."""
     folder.mkdir(parents=True)
-    records = []
+    records, own = [], own or [None] * len(documents)
     for number in range(shards):
         part = [np.array(d, np.int64) for d in documents[number::shards]]
         modality = [vocabulary.modality_of(torch.from_numpy(d)) for d in part]
         counts = [[int((m == kind).sum()) for kind in vocabulary.modalities] for m in modality]
         record = ShardRecord(f"{shard_name(number)}.tar", "", f"raw-{number}", 0, "")
-        write_shard(folder, record, zip(part, counts, strict=True), vocabulary)
+        found = map(Tokenised, part, counts, own[number::shards])
+        write_shard(folder, record, found, vocabulary, vectors)
         records.append(record)
-    write_manifest(folder, vocabulary, hashes, records)
+    write_manifest(folder, vocabulary, hashes, records, vectors)
     return folder
 
 
