@@ -8,13 +8,12 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 import torch
-from torch.nn.attention.flex_attention import BlockMask
 
 from earlyfuse.models.batch import PADDING, MixedBatch, places_in_documents
 from earlyfuse.models.blocks.cache import DecodeCache
 from earlyfuse.models.blocks.sequence_shard import FullSequence, SequenceShard
 from earlyfuse.models.field_checks import check_choices
-from earlyfuse.models.masks import MergedMasks, attention_mask, merged_masks
+from earlyfuse.models.masks import Mask, attention_mask, attention_spans, merged_masks
 from earlyfuse.models.routes import Routes, by_modality
 
 Rule = Literal["batch", "causal", "threshold"]
@@ -67,6 +66,7 @@ class ForwardContext:
     ``real_T``        (T,) bool: False for tokens that only fill a selection up, which no expert
                       takes; None: all are real
     ``merged_rows``   rows of the batch that a row of a selection has tokens of
+    ``attention_span_BS``  (B, S): see ``attention_spans``; None: attention is causal
     """
 
     rows: int
@@ -76,7 +76,7 @@ class ForwardContext:
     by_group: Routes
     cos_BS1H: torch.Tensor
     sin_BS1H: torch.Tensor
-    mask: "torch.Tensor | BlockMask | MergedMasks | None"
+    mask: Mask
     document_BS: torch.Tensor
     span_BS: torch.Tensor
     place_BS: torch.Tensor
@@ -87,6 +87,7 @@ class ForwardContext:
     depth_weights: tuple[torch.Tensor, torch.Tensor | None] | None = None
     real_T: torch.Tensor | None = None
     merged_rows: int = 1
+    attention_span_BS: torch.Tensor | None = None
 
     @property
     def sequence_shard(self) -> SequenceShard:
@@ -105,10 +106,21 @@ class ForwardContext:
         cache: DecodeCache | None = None,
         noise_2N: tuple[torch.Tensor, torch.Tensor] | None = None,
         depth_weights: tuple[torch.Tensor, torch.Tensor | None] | None = None,
+        bidirectional: bool = False,
+        noised_hidden: bool = False,
     ) -> "ForwardContext":
         """The context of ``batch``; with ``cache``, of the next tokens of its documents, where a
         row is one whole document. ``head_dim`` 0: no attention.
+
+        ``bidirectional``: attention inside spans of vectors; with a cache, a call holds all vectors
+        of a span. ``noised_hidden``: spans are there twice, and no later token sees the noised copy
+        (``attention_spans``); with a cache they are there once.
         """
+        if noised_hidden and not bidirectional:
+            raise ValueError(
+                "noised_hidden (True) needs bidirectional (True): a noised copy that is hidden "
+                "from later tokens is a bidirectional span; set both, or neither"
+            )
         settings = settings or ForwardSettings()
         if cache is not None:
             settings = replace(settings, sequence_shard=FullSequence())
@@ -117,13 +129,18 @@ class ForwardContext:
         device = batch.modality_BS.device
         first = shard.index * seq_len
         document_BL = batch.document_BS[:, : first + seq_len]
-        mask: torch.Tensor | BlockMask | MergedMasks | None = None
+        span_BS = None
+        if bidirectional:
+            span_BS = attention_spans(batch, noised_hidden)
+        if span_BS is not None and shard.parts > 1:
+            raise ValueError("bidirectional attention needs whole rows: no context parallelism")
+        mask: Mask = None
         if cache is not None:
-            place_BS, mask = cache.places(seq_len), cache.mask(seq_len)
+            place_BS, mask = cache.places(seq_len), cache.mask(seq_len, span_BS)
         else:
             place_BS = places_in_documents(document_BL)[:, first:].contiguous()
             if head_dim:
-                mask = attention_mask(document_BL, first)
+                mask = attention_mask(document_BL, first, span_BS)
         row_B1 = torch.arange(rows, device=device)[:, None] + settings.first_row
         column_S = torch.arange(seq_len, device=device)
         row_place_BS = (row_B1 * shard.parts + shard.index) * seq_len + column_S
@@ -144,6 +161,7 @@ class ForwardContext:
             noise_2N,
             cache,
             depth_weights,
+            attention_span_BS=span_BS,
         )
 
     def select(
@@ -179,15 +197,19 @@ class ForwardContext:
             padding_R = padding_R | ~filled_R
         document_BS = document_R.masked_fill(padding_R, PADDING).view(rows, -1)
         group_T, head_dim = self.group_T[row_R], self.cos_BS1H.shape[-1]
-        mask: torch.Tensor | BlockMask | MergedMasks | None = None
+        span_BS = self.attention_span_BS
+        if span_BS is not None:
+            span_BS = span_BS.flatten()[row_R].view(rows, -1)
+        mask: Mask = None
         if cache is not None:
-            place_BS, mask = cache.places(document_BS.shape[1]), cache.mask(document_BS.shape[1])
+            seq_len = document_BS.shape[1]
+            place_BS, mask = cache.places(seq_len), cache.mask(seq_len, span_BS)
         else:
             place_BS = places_in_documents(document_BS)
             if head_dim and rows < self.rows:
-                mask = merged_masks(document_BS, (row_R // self.seq_len).view(rows, -1))
+                mask = merged_masks(document_BS, (row_R // self.seq_len).view(rows, -1), span_BS)
             if head_dim and mask is None:
-                mask = attention_mask(document_BS, padding_is_read=False)
+                mask = attention_mask(document_BS, 0, span_BS, padding_is_read=False)
         if compacted:
             cos_BS1H, sin_BS1H = rotary_angles(place_BS, head_dim, self.rope_theta)
         else:
@@ -213,6 +235,7 @@ class ForwardContext:
             real_T=real_R,
             cache=cache,
             merged_rows=self.merged_rows * (self.rows // rows),
+            attention_span_BS=span_BS,
         )
 
 

@@ -1,5 +1,7 @@
 """Attention masks: who sees whom, defined once.
 
+Causal within each document; inside the spans of ``attention_spans`` bidirectional.
+
 B rows, S positions here, L positions of their row up to the last.
 """
 
@@ -7,10 +9,11 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from earlyfuse.kernels.checks import readable
-from earlyfuse.models.batch import PADDING, places_in_documents
+from earlyfuse.models.batch import PADDING, MixedBatch, places_in_documents, vector_spans
 
 
 def visible(
@@ -23,14 +26,53 @@ def visible(
 ) -> torch.Tensor:
     """True where positions ``query`` of a row see positions ``key``: same document, not later.
 
-    With spans, for objectives that are bidirectional inside media, also later positions of the same
-    span. A padding token sees itself alone. All tensors broadcast.
+    With spans (``attention_spans``) also later positions of the same span, and positions of a
+    negative span from inside it alone. A padding token sees itself alone. All tensors broadcast.
     """
     seen = key <= query
     if query_span is not None and key_span is not None:
-        seen = seen | ((query_span == key_span) & (query_span != 0))
-    same_document = (query_document == key_document) & (query_document != PADDING)
+        same_span = (query_span == key_span) & (key_span != 0)
+        seen = (seen & (key_span >= 0)) | same_span
+    same_document = (query_document == key_document) & (key_document != PADDING)
     return (same_document & seen) | (query == key)
+
+
+def attention_spans(batch: MixedBatch, noised_hidden: bool = False) -> torch.Tensor | None:
+    """(B, S): numbers of the spans of vectors, 0 elsewhere; None if the batch has none.
+
+    ``noised_hidden``: where a span follows another directly, the two are copies of one item, first
+    noised, then clean. The number of a noised copy is negative: later tokens see the clean one.
+    """
+    span_BS = vector_spans(batch)
+    if span_BS is None or not noised_hidden:
+        return span_BS
+    last_BS = F.pad(span_BS[:, :-1] != span_BS[:, 1:], (0, 1), value=True)
+    followed_BS = F.pad(span_BS[:, 1:], (0, 1)) != 0
+    place_S = torch.arange(span_BS.shape[1], device=span_BS.device)
+    last_place_BS = torch.where(last_BS, place_S, len(place_S)).flip(1).cummin(1).values.flip(1)
+    return torch.where(followed_BS.gather(1, last_place_BS), -span_BS, span_BS)
+
+
+SMALLEST_BLOCK, LARGEST_BLOCK = 64, 256
+
+
+class QueryBlocks(NamedTuple):
+    """A mask in blocks of queries: queries, the keys that any of them sees, and the mask between
+    them, boolean (B, 1, queries, keys). SDPA on CPU computes all keys that a mask hides.
+    """
+
+    parts: list[tuple[slice, slice, torch.Tensor]]
+
+
+class MergedMasks(NamedTuple):
+    """Masks of rows that hold the tokens of several rows one after another, then padding: a
+    (rows, parts) list of the number of tokens of each part and its ``attention_mask``.
+    """
+
+    parts: "list[list[tuple[int, Mask]]]"
+
+
+Mask = torch.Tensor | BlockMask | QueryBlocks | MergedMasks | None
 
 
 def attention_mask(
@@ -39,16 +81,18 @@ def attention_mask(
     span_BL: torch.Tensor | None = None,
     *,
     padding_is_read: bool = True,
-) -> "torch.Tensor | BlockMask | None":
+) -> Mask:
     """The mask of positions from ``first`` on, over their whole row up to the last.
 
-    ``span_BL``: for an objective that is bidirectional inside media. ``padding_is_read`` False:
-    what padding at the end of a row computes is discarded, so that it may see any position. On CUDA
-    a FlexAttention ``BlockMask``; elsewhere a boolean (B, 1, S, L) tensor for SDPA, or None (plain
-    causal) where every row is whole and one document.
+    ``span_BL``: see ``attention_spans``. ``padding_is_read`` False: what padding at the end of a
+    row computes is discarded, so that it may see any position. On CUDA a FlexAttention
+    ``BlockMask``; elsewhere a boolean (B, 1, S, L) tensor for SDPA, with spans in ``QueryBlocks``,
+    or None (plain causal) where every row is whole and one document.
     """
     if document_BL.device.type == "cuda":
         return block_mask(document_BL, first, span_BL)
+    if span_BL is not None and readable(span_BL) and not bool(span_BL.any()):
+        span_BL = None
     padding_BL = document_BL == PADDING
     ascending = False
     if span_BL is None and readable(document_BL):  # and so contiguous, padding last
@@ -69,18 +113,27 @@ def attention_mask(
         if value_BL is not None
         for value in (value_BL[:, None, first:, None], value_BL[:, None, None, :])
     ]
-    return visible(place_L[first:, None], place_L, *pairs)
+    mask = visible(place_L[first:, None], place_L, *pairs)
+    return mask if span_BL is None or not readable(mask) else query_blocks(mask)
 
 
-class MergedMasks(NamedTuple):
-    """Masks of rows that hold the tokens of several rows one after another, then padding: a
-    (rows, parts) list of the number of tokens of each part and its ``attention_mask``.
-    """
+def query_blocks(mask: torch.Tensor) -> QueryBlocks | torch.Tensor:
+    """``mask`` (B, 1, S, L) in about four blocks, or as it is where it is small."""
+    queries = mask.shape[2]
+    parts, size = [], min(max(queries // 4, SMALLEST_BLOCK), LARGEST_BLOCK)
+    if queries <= size:
+        return mask
+    for start in range(0, queries, size):
+        block = slice(start, min(start + size, queries))
+        seen = mask[:, :, block].flatten(0, 2).any(0).nonzero()[:, 0].tolist()
+        keys = slice(seen[0], seen[-1] + 1)
+        parts.append((block, keys, mask[:, :, block, keys]))
+    return QueryBlocks(parts)
 
-    parts: list[list[tuple[int, torch.Tensor | BlockMask | None]]]
 
-
-def merged_masks(document_BL: torch.Tensor, row_BL: torch.Tensor) -> MergedMasks | None:
+def merged_masks(
+    document_BL: torch.Tensor, row_BL: torch.Tensor, span_BL: torch.Tensor | None = None
+) -> MergedMasks | None:
     """The masks of rows whose real tokens come from the ascending rows ``row_BL``, so that
     attention is over each of these rows alone; None if padding is not last, or where values cannot
     be read for free: on CUDA, FlexAttention leaves out what a mask hides.
@@ -91,10 +144,14 @@ def merged_masks(document_BL: torch.Tensor, row_BL: torch.Tensor) -> MergedMasks
     if bool((real_BL[:, 1:] & ~real_BL[:, :-1]).any()):  # padding in between
         return None
     found = []
-    for document_L, row_L, real_L in zip(document_BL, row_BL, real_BL, strict=True):
-        lengths = row_L[real_L].unique_consecutive(return_counts=True)[1].tolist()
-        parts = document_L[real_L].split(lengths)
-        found.append([(len(one_L), attention_mask(one_L[None])) for one_L in parts])
+    for row, real_L in enumerate(real_BL):
+        lengths = row_BL[row][real_L].unique_consecutive(return_counts=True)[1].tolist()
+        masks, stop = [], 0
+        for length in lengths:
+            part = slice(row, row + 1), slice(stop, stop := stop + length)
+            span_1L = None if span_BL is None else span_BL[part]
+            masks.append((length, attention_mask(document_BL[part], 0, span_1L)))
+        found.append(masks)
     return MergedMasks(found)
 
 

@@ -1,4 +1,5 @@
-"""Chameleon's attention: grouped-query, qk-norm before RoPE, causal within each document.
+"""Chameleon's attention: grouped-query, qk-norm before RoPE, causal within each document, or
+bidirectional inside spans of vectors (``models/masks.py``).
 
 Shared, or with projections and norms untied by modality (Mixture-of-Transformers): the attention
 product itself always runs over the whole mixed sequence.
@@ -32,7 +33,7 @@ from earlyfuse.models.blocks.cache import KVCache
 from earlyfuse.models.blocks.linear import HeadNorm, Linear
 from earlyfuse.models.context import ForwardContext
 from earlyfuse.models.init_weights import Draw, normal
-from earlyfuse.models.masks import MergedMasks
+from earlyfuse.models.masks import Mask, MergedMasks, QueryBlocks
 
 
 class Attention(Branch):
@@ -185,14 +186,17 @@ def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor
 
 
 def attend(
-    q_BSNH: torch.Tensor,
-    k_BLKH: torch.Tensor,
-    v_BLKH: torch.Tensor,
-    mask: "torch.Tensor | BlockMask | MergedMasks | None",
+    q_BSNH: torch.Tensor, k_BLKH: torch.Tensor, v_BLKH: torch.Tensor, mask: Mask
 ) -> torch.Tensor:
     """Softmax attention under ``mask`` (see ``models/masks.py``) → (B, S, N, H)."""
     if isinstance(mask, MergedMasks):
         return _attend_by_parts(q_BSNH, k_BLKH, v_BLKH, mask)
+    if isinstance(mask, QueryBlocks):
+        blocks = [
+            attend(q_BSNH[:, queries], k_BLKH[:, keys], v_BLKH[:, keys], own)
+            for queries, keys, own in mask.parts
+        ]
+        return torch.cat(blocks, 1)
     q, k, v = (t.transpose(1, 2) for t in (q_BSNH, k_BLKH, v_BLKH))
     gqa = q.shape[1] != k.shape[1]
     if isinstance(mask, BlockMask):

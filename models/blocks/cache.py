@@ -7,7 +7,8 @@
 A row holds one document, and the cache counts its tokens: the slot of a token is its number,
 whatever its rotary position. Rows are filled from the left, so prompts of different lengths end at
 different places, ``real_B``. What a state stored after that place it overwrites before any token
-may see it; a state that sums over positions must leave it out.
+may see it; a state that sums over positions must leave it out. A call that is not ``kept``, as a
+step of denoising, computes with what was read before, and leaves the cache as it was.
 
 B rows, S positions of this call, L slots, K key/value heads, H width of a head, D width.
 """
@@ -17,6 +18,8 @@ from typing import Protocol, TypeVar
 
 import torch
 from torch import nn
+
+from earlyfuse.models.masks import visible
 
 
 class State(Protocol):
@@ -44,39 +47,59 @@ class DecodeCache:
         self.reserved = slots if reserved is None else reserved
         self.read_B: torch.Tensor | None = None  # tokens of each document before this call
         self.real_B: torch.Tensor | None = None
+        self.kept = True
         self.longest = 0
         self._states: dict[nn.Module, State] = {}
 
     def start_step(
-        self, real_B: torch.Tensor, longest: int, restart_B: torch.Tensor | None = None
+        self,
+        real_B: torch.Tensor,
+        longest: int,
+        restart_B: torch.Tensor | None = None,
+        kept: bool = True,
     ) -> None:
         """Call before each forward. ``real_B``: real tokens of each row, from the left;
-        ``longest``: tokens of the longest document after it; ``restart_B`` bool: rows that begin
-        another document.
+        ``longest``: slots that the call needs, at least the tokens of the longest document after
+        it; ``restart_B`` bool: rows that begin another document; ``kept`` False: the next call
+        continues where this one does.
         """
         if longest > self.slots:
             raise ValueError(
                 f"a document of {longest} tokens does not fit into the {self.slots} slots of the "
                 "cache; create it with more"
             )
-        if self.read_B is None or self.real_B is None:
-            self.read_B = torch.zeros_like(real_B, dtype=torch.int64)
-        else:
-            self.read_B = self.read_B + self.real_B
+        self.read_B = self.tokens(real_B)
         if restart_B is not None:
             self.read_B = self.read_B.masked_fill(restart_B, 0)
-        self.real_B, self.longest = real_B, longest
+        self.real_B, self.longest, self.kept = real_B, longest, kept
+
+    def tokens(self, like_B: torch.Tensor) -> torch.Tensor:
+        """(B,) int64: tokens of each document that were read and kept, the last call's too."""
+        if self.read_B is None or self.real_B is None:
+            return torch.zeros_like(like_B, dtype=torch.int64)
+        return self.read_B + self.real_B if self.kept else self.read_B
 
     def places(self, seq_len: int) -> torch.Tensor:
         """(B, S) int64: the slots of this call's tokens."""
         assert self.read_B is not None, "start_step comes before a forward"
         return self.read_B[:, None] + torch.arange(seq_len, device=self.read_B.device)
 
-    def mask(self, seq_len: int) -> torch.Tensor:
-        """(B, 1, S, longest) bool: slots that each token of this call may see."""
+    def mask(self, seq_len: int, span_BS: torch.Tensor | None = None) -> torch.Tensor:
+        """(B, 1, S, longest) bool: slots that each token of this call may see: earlier ones, and
+        those of its span of vectors, which this call holds as a whole.
+        """
         self.slot_BS = self.places(seq_len)
         slot_L = torch.arange(self.longest, device=self.slot_BS.device)
-        return slot_L <= self.slot_BS[:, None, :, None]
+        slot_B1S1 = self.slot_BS[:, None, :, None]
+        if span_BS is None or seq_len == 1:
+            return slot_L <= slot_B1S1
+        assert self.read_B is not None and self.real_B is not None
+        here_BL = slot_L - self.read_B[:, None]  # place in this call
+        real_BL = (here_BL >= 0) & (here_BL < self.real_B[:, None])
+        span_BL = span_BS.gather(1, here_BL.clamp(0, seq_len - 1)).masked_fill(~real_BL, 0)
+        spans = span_BS[:, None, :, None], span_BL[:, None, None, :]
+        document = torch.ones_like(slot_L)  # one in a row
+        return visible(slot_B1S1, slot_L, document, document, *spans)
 
     def state(self, block: nn.Module, kind: Callable[["DecodeCache"], S]) -> S:
         """The state of ``block``, created by ``kind(self)``."""

@@ -222,7 +222,9 @@ class Scan(Module):
         )
         if kept is None:
             return context.sequence_shard.scan(*inputs)
-        y_BSI, kept.state_BIN = selective_scan(*inputs, kept.state_BIN)
+        y_BSI, state_BIN = selective_scan(*inputs, kept.state_BIN)
+        if kept.cache.kept:
+            kept.state_BIN = state_BIN
         return y_BSI
 
 
@@ -255,11 +257,15 @@ class MambaCache:
         self.state_BIN: torch.Tensor | None = None
 
     def inputs(self, x_BSI: torch.Tensor, taps: int) -> torch.Tensor:
-        """The convolution's ``taps`` inputs before this call, (B, V, I); appends ``x_BSI``."""
+        """The convolution's ``taps`` inputs before this call, (B, V, I); appends ``x_BSI``, if the
+        call is kept.
+        """
         if self.inputs_BVI is None:
             self.inputs_BVI = x_BSI.new_zeros(x_BSI.shape[0], taps, x_BSI.shape[2])
         before_BVI, real_B = self.inputs_BVI, self.cache.real_B
         assert real_B is not None, "start_step comes before a forward"
+        if not self.cache.kept:
+            return before_BVI
         row_B1 = torch.arange(len(real_B), device=real_B.device).unsqueeze(1)
         last_BV = real_B.unsqueeze(1) + torch.arange(taps, device=real_B.device)
         self.inputs_BVI = torch.cat([before_BVI, x_BSI], 1)[row_B1, last_BV]

@@ -76,7 +76,7 @@ def attention_ranks(model: Decoder, batch: MixedBatch, samples: list[Sample]) ->
             record = partial(_record, ranks[layer], layer, samples)
             for branch in branches:
                 hooks.enter_context(branch.register_forward_pre_hook(record))
-        model(batch, loss=lambda hidden_TD, weight_VD: None)  # the head computes no logits
+        model(batch, loss=lambda hidden_TD, weight_VD, **_: None)  # the head computes no logits
     rank_LP = torch.full((len(model.layers), len(samples)), torch.nan, dtype=torch.float64)
     for layer, found in ranks.items():
         rank_LP[layer] = torch.cat(found, 1).mean(1)
@@ -104,9 +104,12 @@ def _head_ranks(
     row, start, stop = sample
     q_SNH, k_SKH = q_BSNH[row, start:stop], k_BSKH[row, start:stop]
     k_SNH = k_SKH.repeat_interleave(q_SNH.shape[1] // k_SKH.shape[1], 1)
-    document_S = context.document_BS[row, start:stop]
-    place_S = torch.arange(len(document_S), device=document_S.device)
-    seen_SS = visible(place_S[:, None], place_S, document_S[:, None], document_S)
+    place_S = torch.arange(len(q_SNH), device=q_SNH.device)
+    numbers = [place_S, context.document_BS[row, start:stop]]
+    if context.attention_span_BS is not None:
+        numbers.append(context.attention_span_BS[row, start:stop])
+    seen_SS = visible(*(pair for number_S in numbers for pair in (number_S[:, None], number_S)))
     heads = zip(q_SNH.unbind(1), k_SNH.unbind(1), strict=True)
-    maps = (attention_map(q_SH, k_SH, seen_SS).float().tril(-1) for q_SH, k_SH in heads)
+    off_diagonal_SS = place_S[:, None] != place_S
+    maps = (attention_map(q_SH, k_SH, seen_SS).float() * off_diagonal_SS for q_SH, k_SH in heads)
     return [int(torch.linalg.matrix_rank(map_SS)) for map_SS in maps]

@@ -22,12 +22,10 @@ class KeptCache:
         assert self.outer.read_B is not None, "start_step comes before a forward"
         restart_B = self.outer.read_B == 0
         real_B = real_BS.sum(1)
-        before_B = torch.zeros_like(real_B)
-        if self.cache.read_B is not None and self.cache.real_B is not None:
-            before_B = (self.cache.read_B + self.cache.real_B).masked_fill(restart_B, 0)
+        before_B = self.cache.tokens(real_B).masked_fill(restart_B, 0)
         # slots of tokens that only fill up are written too, and overwritten later
         longest = int((before_B + real_BS.shape[1]).max())
-        self.cache.start_step(real_B, longest, restart_B)
+        self.cache.start_step(real_B, longest, restart_B, self.outer.kept)
 
     def select(self, row_R: torch.Tensor) -> None:
         """See ``State``."""

@@ -19,7 +19,7 @@ from earlyfuse.models.routing.expert_choice import ExpertChoice
 
 B, S = 2, 12
 DOCUMENTS = torch.tensor([[1] * 5 + [2] * 4 + [0] * 3, [1] * 2 + [2] * 10], dtype=torch.int32)
-SPANS = torch.tensor([[0, 1, 1, 1, 0, 1, 1, 2, 2, 0, 0, 0], [0] * 2 + [1] * 5 + [2] * 5])
+SPANS = torch.tensor([[0, 1, 1, 1, 0, 1, 1, 2, 2, 0, 0, 0], [0] * 2 + [-1] * 5 + [2] * 5])
 PLACE = torch.arange(S).expand(B, S)
 FORMS = {name: MODELS[name] for name in ("dense", "mot", "token_choice")} | MAMBAS
 
@@ -96,7 +96,8 @@ def test_masks_are_the_definition(monkeypatch, span, first):
             for k in range(S):
                 same = DOCUMENTS[b, q] == DOCUMENTS[b, k] and DOCUMENTS[b, q] != 0
                 both = span is not None and span[b, q] == span[b, k] != 0
-                expected = (same and (k <= q or both)) or q == k
+                shown = span is None or span[b, k] >= 0
+                expected = (same and ((k <= q and shown) or both)) or q == k
                 assert bool(mask[b, 0, q - first, k]) == bool(expected)
     monkeypatch.setattr(masks, "compiled_create_block_mask", lambda: _create_token_mask)
     assert block_mask(DOCUMENTS, first, span).to_dense()[..., : S - first, :S].bool().equal(mask)
@@ -139,23 +140,25 @@ def test_merged_rows_attend_over_each_row_alone():
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_block_mask_is_built_inside_a_compiled_block():
+@pytest.mark.parametrize("span", [None, "images of 200"])
+def test_a_block_mask_is_built_inside_a_compiled_block(span):
     """As depth-routed blocks do, whose rows are their own."""
+    fields = (DOCUMENTS_LONG,) if span is None else (DOCUMENTS_LONG, SPANS_LONG)
 
-    def blocks(document_BL):
-        mask = block_mask(document_BL)
+    def blocks(document_BL, span_BL=None):
+        mask = block_mask(document_BL, 0, span_BL)
         return mask.kv_num_blocks, mask.full_kv_num_blocks
 
-    expected = create_block_mask(
-        lambda b, h, q, k: visible(q, k, DOCUMENTS_LONG[b, q], DOCUMENTS_LONG[b, k]),
-        *(2, None, 384, 384),
-        device="cpu",
-    )
-    found = torch.compile(blocks, fullgraph=True, backend="aot_eager")(DOCUMENTS_LONG)
+    def seen(b, h, q, k):
+        return visible(q, k, *(pair for field in fields for pair in (field[b, q], field[b, k])))
+
+    expected = create_block_mask(seen, 2, None, 384, 384, device="cpu")
+    found = torch.compile(blocks, fullgraph=True, backend="aot_eager")(*fields)
     assert found[0].equal(expected.kv_num_blocks) and found[1].equal(expected.full_kv_num_blocks)
 
 
-DOCUMENTS_LONG = torch.arange(384).div(150, rounding_mode="floor").int().expand(2, -1) + 1
+DOCUMENTS_LONG = torch.arange(384).div(300, rounding_mode="floor").int().expand(2, -1) + 1
+SPANS_LONG = torch.tensor([0] * 60 + [1] * 200 + [0] * 124).int().expand(2, -1)
 
 
 def _create_token_mask(*arguments, **options):
