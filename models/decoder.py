@@ -8,6 +8,7 @@ B rows, S positions, T = B·S tokens, D width, V vocabulary.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -16,12 +17,13 @@ from torch import nn
 from torchtitan.protocols.model import BaseModel
 from torchtitan.protocols.module import Module, ModuleDict
 
-from earlyfuse.models.batch import MixedBatch
+from earlyfuse.models.batch import MixedBatch, with_shared_positions
 from earlyfuse.models.blocks.block import Block
 from earlyfuse.models.blocks.branch import Branch, Use
 from earlyfuse.models.blocks.cache import DecodeCache
 from earlyfuse.models.blocks.indexed_parameters import embedding
 from earlyfuse.models.blocks.linear import RMSNorm, to_local
+from earlyfuse.models.blocks.vector_adapters import VectorAdapters, VectorInput, VectorOutput
 from earlyfuse.models.context import ForwardContext, ForwardSettings
 from earlyfuse.models.depth.depth_router import DepthRouter, Projection
 from earlyfuse.models.field_checks import check_positive
@@ -40,7 +42,8 @@ class Decoder(BaseModel):
     @dataclass(kw_only=True, slots=True)
     class Config(BaseModel.Config):
         """``modalities``: ids (``models/vocabulary.py``) in the order of the modality groups that
-        untied parameters and expert pools refer to. ``seed``: of the initial parameters."""
+        untied parameters and expert pools refer to. ``seed``: of the initial parameters.
+        ``vectors``: of continuous media, which a model without it does not read."""
 
         dim: int
         vocab_size: int
@@ -49,6 +52,7 @@ class Decoder(BaseModel):
         rope_theta: float = 10_000.0
         init_std: float = 0.02
         seed: int = 0
+        vectors: VectorAdapters.Config | None = None
 
         def __post_init__(self) -> None:
             check_positive(self, "rope_theta", "init_std")
@@ -64,6 +68,13 @@ class Decoder(BaseModel):
                     branch.check(len(self.modalities))
                 except ValueError as error:
                     raise ValueError(f"{name}: {error}") from None
+            if self.vectors is not None:
+                self.vectors.check(self.modalities)
+                if self.vectors.later_see == "clean" and any(x.mamba for x in self.layers):
+                    raise ValueError(
+                        'vectors.later_see ("clean") must be "noised" in a model with Mamba: its '
+                        "state cannot leave out the noised vectors"
+                    )
             shapes = {(r.outputs, r.bias, r.init) for r in self.shared_depth_routers()}
             if len(shapes) > 1:
                 raise ValueError(
@@ -96,6 +107,11 @@ class Decoder(BaseModel):
             """``ValueError`` beginning with ``refused``, with the reason of the first part that
             refuses ``use``.
             """
+            if self.vectors is not None and use == "context_parallel":
+                raise ValueError(
+                    f"{refused}: vectors: an image may be on two ranks, and its vectors see one "
+                    "another both ways; use data_parallel_shard_degree and activation checkpointing"
+                )
             for index, layer in enumerate(self.layers):
                 if reason := layer.refusal(use):
                     raise ValueError(f"{refused}: layers[{index}].{reason}")
@@ -125,11 +141,14 @@ class Decoder(BaseModel):
         self.default_settings = ForwardSettings()
         self.tok_embeddings: Embedding | None = Embedding(config.vocab_size, config.dim)
         # by index: a block keeps its name on any pipeline stage
+        vectors, dim = config.vectors, config.dim
+        self.vector_input = None if vectors is None else VectorInput(vectors, dim)
         self.layers = ModuleDict({str(i): layer.build() for i, layer in enumerate(config.layers)})
         shared = config.shared_depth_routers()
         self.depth_projection = Projection(shared[0], config.dim) if shared else None
         self.norm: RMSNorm | None = RMSNorm(config.dim)
         self.lm_head: Head | None = Head(config.vocab_size, config.dim)
+        self.vector_output = None if vectors is None else VectorOutput(vectors, dim)
         self.noises = name_noises(self)
         self.output_norm = OutputNorm()
 
@@ -141,9 +160,9 @@ class Decoder(BaseModel):
             if index not in blocks:
                 del self.layers[str(index)]
         if blocks.start > 0:
-            self.tok_embeddings = None
+            self.tok_embeddings = self.vector_input = None
         if blocks.stop < len(self.config.layers):
-            self.norm = self.lm_head = None
+            self.norm = self.lm_head = self.vector_output = None
 
     def forward(
         self,
@@ -156,15 +175,18 @@ class Decoder(BaseModel):
     ) -> Any:
         """Returns logits (B, S, V), or with ``loss`` its result, never materialising logits.
 
-        No layer reads ``batch.vectors_BSP``: a run on data with vectors is refused.
+        ``loss`` is called with hidden states (T, D), the head's weight (V, D), and by a model with
+        vectors also with ``predicted_TP`` (T, P), its predictions of vectors.
 
         ``settings``: of the step or call, by default ``default_settings``. With ``cache``, appends
         the tokens to it and returns logits after each row's last token only, (B, 1, V). ``x_TD``:
         activations of the previous pipeline stage. ``ValueError`` under ``torch.autocast``.
         """
         settings, config = settings or self.default_settings, self.config
-        device = batch.modality_BS.device
+        device, vectors, skips = batch.modality_BS.device, config.vectors, None
         refuse_autocast(device.type)
+        if vectors is not None and vectors.rotary == "shared" and cache is None:
+            batch = with_shared_positions(batch)
         context = ForwardContext.build(
             batch,
             settings,
@@ -172,11 +194,16 @@ class Decoder(BaseModel):
             head_dim=config.head_dim,
             rope_theta=config.rope_theta,
             cache=cache,
+            bidirectional=vectors is not None and vectors.bidirectional,
+            noised_hidden=vectors is not None and vectors.later_see == "clean",
             noise_2N=noise_of_step(self.noises, settings.step, device) if self.training else None,
             depth_weights=None if self.depth_projection is None else self.depth_projection(),
         )
         if self.tok_embeddings is not None:
             x_TD = self.tok_embeddings(batch.tokens_BS.reshape(-1))
+        if self.vector_input is not None:
+            assert x_TD is not None, "it is in the stage of the embedding"
+            x_TD, skips = self.vector_input(x_TD, batch)
         assert x_TD is not None, "a stage without the embedding takes activations"
         for layer in self.layers.values():
             x_TD = layer(x_TD, context)
@@ -185,6 +212,9 @@ class Decoder(BaseModel):
         if settings.recording:
             self.output_norm.record(x_TD)
         x_BSD = self.norm(x_TD, context).unflatten(0, batch.modality_BS.shape)
+        if self.vector_output is not None:
+            predicted_TP = self.vector_output(x_BSD.flatten(0, 1), skips)
+            loss = None if loss is None else partial(loss, predicted_TP=predicted_TP)
         return self.lm_head(x_BSD if cache is None else cache.last(x_BSD), loss)
 
     def init_states(self, *, buffer_device: torch.device | None = None) -> None:

@@ -7,7 +7,8 @@ without recomputation, less the gradient that causal routers do not give to thei
 convolutions and scans both ways (kernels/*/README.md). With expert choice a token gets c experts on
 average, c the capacity factor, with token choice its top k; routers score every token. A
 depth-routed block counts for the fraction of tokens that it keeps in expectation, its attention in
-rows of as many; depth routers score every token. The second
+rows of as many; depth routers score every token. A vector passes both adapters and, as on a GPU,
+the head. The second
 stage, which trains causal routers alone, takes about two thirds of what is counted here.
 """
 
@@ -33,9 +34,13 @@ def count_parameters(config: Decoder.Config) -> Parameters:
     total = config.vocab_size * config.dim + head
     shared = config.shared_depth_routers()
     projection = shared[0].projection_parameters(config.dim) if shared else 0
-    total += projection + sum(layer.parameters() for layer in config.layers)
+    adapters = 0 if config.vectors is None else config.vectors.parameters(config.dim)
+    total += adapters + projection + sum(layer.parameters() for layer in config.layers)
     active = (
-        config.dim + head + projection + sum(layer.parameters(group) for layer in config.layers)
+        (adapters if _holds_vectors(config, group) else config.dim)
+        + head
+        + projection
+        + sum(layer.parameters(group) for layer in config.layers)
         for group in range(len(config.modalities))
     )
     return Parameters(total, tuple(active))
@@ -58,8 +63,17 @@ def mean_training_flops(config: Decoder.Config, seq_len: int) -> float:
 
 
 def _flops(config: Decoder.Config, seq_len: int) -> list[Flops]:
-    head = products(float(config.vocab_size * config.dim))
+    head, adapters = products(float(config.vocab_size * config.dim)), Flops(0, 0)
+    if config.vectors is not None:
+        adapters = config.vectors.flops(config.dim)
     return [
-        sum((layer.flops(seq_len, group) for layer in config.layers), head)
+        sum(
+            (layer.flops(seq_len, group) for layer in config.layers),
+            head + adapters if _holds_vectors(config, group) else head,
+        )
         for group in range(len(config.modalities))
     ]
+
+
+def _holds_vectors(config: Decoder.Config, group: int) -> bool:
+    return config.vectors is not None and config.modalities[group] in config.vectors.modalities

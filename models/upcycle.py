@@ -94,9 +94,24 @@ def _differences(parent: Mapping[str, Any], child: Decoder.Config) -> Iterator[s
             for name, branch in layer.branches.items()
             for field in branch.inherited_fields
         ]
+    if parent.get("vectors") and child.vectors is not None:
+        # absent if one of them has no vectors: then the adapters' tensors are missing
+        pairs += _flat_pairs("vectors", parent["vectors"], fields["vectors"])
     for name, theirs, ours in pairs:
         if theirs != ours:
             yield f"{name} ({ours}) must be that of the parent ({theirs})"
+
+
+def _flat_pairs(
+    place: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]
+) -> Iterator[tuple[str, Any, Any]]:
+    """Name and both values of each field of two descriptions of one kind, nested ones too."""
+    for name in (*ours, *(name for name in theirs if name not in ours)):
+        their, our = theirs.get(name), ours.get(name)
+        if isinstance(their, Mapping) and isinstance(our, Mapping):
+            yield from _flat_pairs(f"{place}.{name}", their, our)
+        else:
+            yield f"{place}.{name}", their, our
 
 
 def _branches(layer: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,6 @@ any number of ranks, in any micro-batch, after a resume, and when a block is rec
 T tokens, E experts, N routers with noise.
 """
 
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from torch import nn
 from torchtitan.protocols.module import Module
 
 from earlyfuse.models.context import ForwardContext
+from earlyfuse.models.hashed_noise import key_of, uniform
 
 
 class RouterNoise(Module):
@@ -55,8 +55,7 @@ class RouterNoise(Module):
 
     def key(self, step: int) -> int:
         """64-bit key of the noise of ``step``."""
-        digest = hashlib.blake2b(f"{self.name}/{step}".encode(), digest_size=8).digest()
-        return int.from_bytes(digest, "little", signed=True)
+        return key_of(self.name, step)
 
     def scale(self, step: int) -> float:
         """The temperature at ``step``, from 1."""
@@ -69,10 +68,8 @@ class RouterNoise(Module):
         key, scale = (values_N.index_select(0, self.index_1) for values_N in context.noise_2N)
         experts = logits_TE.shape[1]
         expert_E = torch.arange(experts, device=logits_TE.device)
-        bits_TE = _scrambled(key + _scrambled(context.row_place_T[:, None] * experts + expert_E))
-        # 23 bits and a half: exact in fp32, and never 0 or 1
-        uniform_TE = ((bits_TE & 0x7FFFFF).float() + 0.5) * 2.0**-23
-        return logits_TE.detach() + scale * uniform_TE.logit()
+        index_TE = context.row_place_T[:, None] * experts + expert_E
+        return logits_TE.detach() + scale * uniform(key, index_TE).logit()
 
 
 def name_noises(model: nn.Module) -> list[RouterNoise]:
@@ -95,20 +92,3 @@ def noise_of_step(
     keys = [torch.full((), noise.key(step), device=device) for noise in noises]
     scales = [torch.full((), noise.scale(step), device=device) for noise in noises]
     return torch.stack(keys), torch.stack(scales)
-
-
-def _scrambled(value: torch.Tensor) -> torch.Tensor:
-    """Hash of an int64: the finaliser of splitmix64."""
-    value = value + _signed(0x9E3779B97F4A7C15)
-    value = (value ^ _shifted(value, 30)) * _signed(0xBF58476D1CE4E5B9)
-    value = (value ^ _shifted(value, 27)) * _signed(0x94D049BB133111EB)
-    return value ^ _shifted(value, 31)
-
-
-def _shifted(value: torch.Tensor, bits: int) -> torch.Tensor:
-    """Logical right shift of an int64."""
-    return (value >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _signed(value: int) -> int:
-    return value - (1 << 64) if value >> 63 else value

@@ -31,7 +31,7 @@ def to_dict(config: Configurable.Config) -> dict[str, Any]:
     fields: dict[str, Any] = {KIND: _kind(type(config))}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if field.name in (EXTRA, "depth") and not value:
+        if field.name in (EXTRA, "depth", "vectors") and not value:
             continue  # absent in files from before the field existed
         if field.name not in _NOT_WRITTEN:
             fields[field.name] = _plain(value, field.name)

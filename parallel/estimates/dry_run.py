@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from earlyfuse.data.shards.source import TokenSource
-from earlyfuse.data.stream.mixture import Mixture
+from earlyfuse.data.stream.mixture import Mixture, positions_of
 from earlyfuse.data.tokenizers import VOCABULARY_FILE
 from earlyfuse.models.flops import count_parameters, training_flops
 from earlyfuse.models.vocabulary import Modality
@@ -90,6 +90,7 @@ def _memory(step: Step) -> Iterator[str]:
     checkpointing = "no checkpointing" if recompute is None else policy
     for what, size in (
         ("parameters", memory.parameters),
+        *([("their averages", memory.averages)] if memory.averages else []),
         ("gradients", memory.gradients),
         ("optimizer", memory.optimizer),
         ("gathered by FSDP, about", memory.gathered),
@@ -131,14 +132,16 @@ def _data(config: Trainer.Config, step: Step) -> Iterator[str]:
             return
     # refuses what the start would refuse, without making the embedded corpus
     data = DataSet(replace(config.data, folder=str(folder)))
-    data.resolve(config, step.dims.world_size)
+    found = data.resolve(config, step.dims.world_size)
     sources = tuple(TokenSource(folder / "train" / name) for name in data.shares)
-    mixture = Mixture(sources, tuple(data.shares.values()), config.dataloader.media_share)
+    loader = found.dataloader
+    shares = tuple(data.shares.values())
+    mixture = Mixture(sources, shares, loader.media_share, loader.clean_copies)
     lanes = step.rows
     tokens = step.training.steps * lanes * step.training.seq_len
     yield f"the run takes {quantity(tokens)} tokens in {_count(lanes, 'lane')} of {folder}:"
     for source, share in zip(sources, mixture.effective_shares(), strict=True):
-        size = sum(source.tokens.values())
+        size = sum(positions_of(source, mixture.clean_copies).values())
         yield (
             f"{source.name}: {len(source):,} documents, {quantity(size)} tokens; {share:.0%} of "
             f"the run, {tokens * share / size:.3g} epochs"

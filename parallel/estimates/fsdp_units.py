@@ -69,14 +69,14 @@ def fsdp_units(step: Step, pipeline_rank: int = 0) -> list[Unit]:
 
 
 def _held(step: Step, pipeline_rank: int) -> set[str]:
-    """Names of the embedding, blocks and head on a rank of a pipeline."""
+    """Names of the embedding, adapters, blocks and head on a rank of a pipeline."""
     names: set[str] = set()
     for blocks in step.stages(pipeline_rank):
         names |= {f"layers.{block}" for block in blocks}
         if blocks.start == 0:
-            names.add("embedding")
+            names |= {"embedding", "vector_input"}
         if blocks.stop == len(step.model.layers):
-            names.add("head")
+            names |= {"head", "vector_output"}
     return names
 
 
@@ -113,10 +113,12 @@ def _unit_of(name: str, dims: ParallelDims) -> tuple[str, str]:
 
 
 def _part_of(name: str) -> str:
-    """Embedding, head or block of a parameter."""
+    """Embedding, head, adapter or block of a parameter."""
     first, second, *_ = name.split(".")
     if first == "layers":
         return f"{first}.{second}"
+    if first in ("vector_input", "vector_output"):
+        return first
     return "embedding" if first == "tok_embeddings" else "head"
 
 

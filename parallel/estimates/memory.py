@@ -1,8 +1,9 @@
 """Estimates the bytes that a rank needs in a training step, from the config alone.
 
-Parameters, gradients and optimizer states are exact: a rank's shard of every unit, with padding.
-The rest estimates the peak, in the head: gathered units, tensors saved by autograd, gradients of
-the head, which its forward computes, and a chunk of logits. In a pipeline the fullest rank counts.
+Parameters, their averages, gradients and optimizer states are exact: a rank's shard of every unit,
+with padding. The rest estimates the peak, in the head: gathered units, tensors saved by autograd,
+gradients of the head, which its forward computes, and a chunk of logits. In a pipeline the fullest
+rank counts.
 Not counted: fragmentation, the runtime, buffers of the collectives library.
 
 T tokens of a micro-batch, D width, N heads of width H, K key/value heads, F inner width, R routed
@@ -31,6 +32,7 @@ class Memory:
     """Bytes on one rank. ``gathered``: whole units and their gradients in FSDP."""
 
     parameters: int
+    averages: int
     gradients: int
     optimizer: int
     gathered: int
@@ -53,15 +55,19 @@ def _memory(step: Step, rank: int) -> Memory:
     """Memory of a rank of a pipeline."""
     model, batch, stages = step.model, step.local_batch, step.stages(rank)
     units = fsdp_units(step, rank)
-    held = sum(unit.shard for unit in units) * TORCH_DTYPE_MAP[step.training.dtype].itemsize
+    shard = sum(unit.shard for unit in units)
+    held = shard * TORCH_DTYPE_MAP[step.training.dtype].itemsize
     parts = in_flight(step, rank)
     has_head = stages[-1].stop == len(model.layers)
     layers = [model.layers[block] for blocks in stages for block in blocks]
     kept, recomputed = _saved(layers, step)
     kept += 2 * model.dim * has_head  # around the last norm
+    if model.vectors is not None and stages[0].start == 0:
+        kept += model.vectors.saved(model.dim)
     saved = parts * kept // len(stages) + recomputed
     return Memory(
         parameters=held,
+        averages=step.averages * shard * FP32,
         gradients=held,
         optimizer=ADAM_STATES * held,
         gathered=_gathered(units, step),

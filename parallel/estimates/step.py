@@ -23,13 +23,15 @@ class Step:
     training: TrainingConfig
     parallelism: ParallelismConfig
     recompute: ActivationCheckpointing.Config | None
+    averages: bool = False  # of the parameters
 
     @classmethod
     def of(cls, config: Trainer.Config, ranks: int) -> "Step":
         """The step of ``config`` on ``ranks`` ranks; ``ValueError`` if it cannot run there."""
         model = check(config, ranks)
         dims = ParallelDims.from_config(config.parallelism, ranks)
-        return cls(model, dims, config.training, config.parallelism, config.activation_checkpoint)
+        averages, recompute = config.ema.decay > 0, config.activation_checkpoint
+        return cls(model, dims, config.training, config.parallelism, recompute, averages)
 
     @property
     def param_dtype(self) -> torch.dtype:

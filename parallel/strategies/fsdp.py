@@ -1,8 +1,8 @@
 """FSDP2 and HSDP: which ranks shard each parameter, and the units that are gathered together.
 
-Units are the embedding, each block, and norm with head; fp32 modules (scans, routers) are units of
-their own. With expert parallelism, the experts of a block are gathered separately, from the ranks
-that hold the same ones.
+Units are the embedding, each block, norm with head, and the adapters of vectors; fp32 modules
+(scans, routers) are units of their own. With expert parallelism, the experts of a block are
+gathered separately, from the ranks that hold the same ones.
 """
 
 from collections.abc import Collection, Sequence
@@ -83,6 +83,9 @@ def apply_fsdp(
 
     if model.tok_embeddings is not None:
         shard(model.tok_embeddings, reshard)
+    for adapter in (model.vector_input, model.vector_output):
+        if adapter is not None:
+            shard(adapter, reshard)
     for block in model.layers.values():
         shard(block, reshard)
     if model.norm is not None and model.lm_head is not None:

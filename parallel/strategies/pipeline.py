@@ -204,6 +204,12 @@ def check_pipeline(
             "layers of several stages share; use data_parallel_shard_degree, or routers of their "
             "own (shared False)"
         )
+    if model.vectors is not None and model.vectors.adapter == "unet":
+        raise ValueError(
+            f"parallelism.pipeline_parallel_degree ({degree}) must be 1 with a U-Net as vectors."
+            "adapter, whose skip connections reach from the first stage to the last; use "
+            'data_parallel_shard_degree, or the adapter "linear"'
+        )
     _check_stages(parallelism, len(model.layers))
     _check_microbatches(parallelism, training, model)
 

@@ -18,24 +18,27 @@ from earlyfuse.parallel.training.rank_sums import all_stages, is_first_along, su
 
 
 def losses(
-    sums: dict[str, torch.Tensor], labels_NM: torch.Tensor, sources: Sequence[str], prefix: str = ""
+    sums: dict[str, torch.Tensor],
+    counts: dict[str, torch.Tensor],
+    sources: Sequence[str],
+    prefix: str = "",
 ) -> dict[str, float]:
-    """Each sum per label: over all labels, by modality and by source; without empty ones.
+    """Each sum by its count: over everything, by modality and by source; without empty ones.
 
-    ``sums``: name → (N, M) over all ranks; ``labels_NM``: label counts; both on the host.
-    Returns "loss", "loss/text", "loss_by_source/pairs" …, each with ``prefix``.
+    ``sums``, ``counts``: name of a sum → (N, M) over all ranks, on the host. Returns "loss",
+    "loss/text", "loss_by_source/pairs" …, each with ``prefix``.
     """
-    labels_M, labels_N = labels_NM.sum(0).tolist(), labels_NM.sum(1).tolist()
     found: dict[str, float] = {}
     for name, sums_NM in sums.items():
+        count_M, count_N = counts[name].sum(0).tolist(), counts[name].sum(1).tolist()
         sums_M, sums_N = sums_NM.double().sum(0).tolist(), sums_NM.double().sum(1).tolist()
         name = prefix + name
-        found[name] = sum(sums_M) / max(sum(labels_M), 1)
-        found |= {f"{name}/{m.label}": sums_M[m] / labels_M[m] for m in Modality if labels_M[m]}
+        found[name] = sum(sums_M) / max(sum(count_M), 1)
+        found |= {f"{name}/{m.label}": sums_M[m] / count_M[m] for m in Modality if count_M[m]}
         found |= {
-            f"{name}_by_source/{source}": sums_N[n] / labels_N[n]
+            f"{name}_by_source/{source}": sums_N[n] / count_N[n]
             for n, source in enumerate(sources)
-            if labels_N[n]
+            if count_N[n]
         }
     return found
 

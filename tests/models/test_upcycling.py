@@ -9,9 +9,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 from batches import batch_of, random_batch, with_modality
-from tiny_runs import MAMBA_SHAPE, MAMBAS, SHAPE, SHARES, metrics, moma, run, tiny_config
+from tiny_runs import (
+    MAMBA_SHAPE,
+    MAMBAS,
+    SHAPE,
+    SHARES,
+    metrics,
+    moma,
+    run,
+    tiny_config,
+    with_vectors,
+)
 
 from earlyfuse.configs import decoders, depth, mamba_decoders, stages
+from earlyfuse.configs.transfusion import PAPER
 from earlyfuse.models.context import ForwardSettings
 from earlyfuse.models.routing.gumbel_noise import RouterNoise, noise_of_step
 from earlyfuse.models.upcycle import shapes, upcycle
@@ -222,6 +233,21 @@ def test_a_checkpoint_read_in_regions_gives_what_the_map_says(seed):
     expected = child_of(parent, config).state_dict() | routers
     for name, value in model.state_dict().items():
         assert value.equal(expected[name]), name
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"diffusion": PAPER}, "vectors.diffusion.schedule"),
+        ({"later_see": "clean"}, "vectors.later_see"),
+        ({"rotary": "shared"}, "vectors.rotary"),
+    ],
+)
+def test_vectors_of_another_function_are_not_inherited(fields, field):
+    parent, child = with_vectors(DENSE), with_vectors(MOT)
+    assert upcycle(parent, child)
+    with pytest.raises(ValueError, match=rf"{field} \(.*\) must be that of the parent"):
+        upcycle(parent, with_vectors(MOT, **fields))
 
 
 def test_an_upcycled_run_goes_on_in_the_data_and_begins_all_else_anew(tmp_path, data, seed):
