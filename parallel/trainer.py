@@ -27,11 +27,13 @@ from earlyfuse.models.batch import MixedBatch
 from earlyfuse.models.context import ForwardSettings
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.objectives.next_token import ChameleonObjective
-from earlyfuse.models.objectives.sums import label_counts
+from earlyfuse.models.objectives.sums import LABELS
+from earlyfuse.models.objectives.transfusion import TransfusionObjective
 from earlyfuse.models.state_dicts.config_json import describe
 from earlyfuse.models.vocabulary import Modality
 from earlyfuse.parallel import compat
 from earlyfuse.parallel import torchtitan_run as titan
+from earlyfuse.parallel.checkpoint.files.dcp import EMA
 from earlyfuse.parallel.checkpoint.manager import Checkpoints
 from earlyfuse.parallel.evaluation.sample_generation import Sampler
 from earlyfuse.parallel.evaluation.validation import Validation
@@ -49,6 +51,7 @@ from earlyfuse.parallel.training.after_step import after_step
 from earlyfuse.parallel.training.config_checks import check_config
 from earlyfuse.parallel.training.data_config import DataSet, NoTokenizer
 from earlyfuse.parallel.training.dropout_seed import seed_dropout
+from earlyfuse.parallel.training.ema import Ema
 from earlyfuse.parallel.training.freezing import (
     causal_routers_alone,
     check_optimizer,
@@ -78,6 +81,8 @@ def resolve(config: "Trainer.Config") -> tuple["Trainer.Config", DataSet]:
     model = check(config, ranks)
     if config.debug.seed is not None:
         model.seed = config.debug.seed
+        if isinstance(config.loss, TransfusionObjective.Config) and config.loss.seed is None:
+            config.loss.seed = config.debug.seed
     data = DataSet(config.data)
     return data.resolve(config, ranks), data
 
@@ -89,6 +94,13 @@ def check(config: "Trainer.Config", ranks: int) -> Decoder.Config:
     assert isinstance(model, Decoder.Config)
     check_config(config)
     check_parallelism(config.parallelism, config.training, model, ranks)
+    config.loss.build().for_model(model)
+    ema = config.ema
+    if config.sampler.checked_images and ema.decay and ema.validation != ema.samples:
+        raise ValueError(
+            f"ema.samples ({ema.samples}) must equal ema.validation ({ema.validation}) with "
+            "sampler.checked_images, whose scores stand in the line of the validation; set both"
+        )
     return model
 
 
@@ -109,6 +121,7 @@ class Trainer(titan.Trainer):
         skip: SkipRule.Config = field(default_factory=SkipRule.Config)
         watchdog: Watchdog.Config = field(default_factory=Watchdog.Config)
         start: WarmStart.Config = field(default_factory=WarmStart.Config)
+        ema: Ema.Config = field(default_factory=Ema.Config)
 
         train_only: Literal["everything", "causal_routers"] = "everything"
         """Parameters to train; only the causal routers in a second stage (docs/moma.md)."""
@@ -157,6 +170,7 @@ class Trainer(titan.Trainer):
         self.checkpointer.description = describe(
             config.model_spec.model, self.vocabulary, self._provenance()
         )
+        self.loss_fn = self.loss_fn.for_model(model)
         self.model: Decoder | Pipeline = self.pp_schedule if pipelined else self.model_parts[0]
         self.sampler = config.sampler.build(model=self.model, seq_len=config.training.seq_len)
         # the ranks of a context-parallel group read the same rows, each its own positions of them
@@ -175,7 +189,10 @@ class Trainer(titan.Trainer):
             self.parallel_dims.pp,
         )
         step_tokens = config.training.global_batch_size * config.training.seq_len
-        self.after_step = after_step(self.model_parts, self.parallel_dims, step_tokens)
+        self.ema = config.ema.build(parts=self.model_parts)
+        if self.ema and config.checkpoint.enable:
+            self.checkpointer.states[EMA] = self.ema
+        self.after_step = after_step(self.model_parts, self.parallel_dims, step_tokens, self.ema)
         if not run_folder.knows_peak(self.metrics_processor.device_memory_monitor.device_name):
             self.metrics_processor.gpu_peak_flops = 0
 
@@ -230,16 +247,15 @@ class Trainer(titan.Trainer):
         self.watchdog.enter(step, Phase.FORWARD_BACKWARD)
         counts = self._global_counts([batch for batch, _ in microbatches])
         counts_here = {name: HostCopy(count) for name, count in counts.items()}
-        labels = counts["labels_NM"].sum()
-        shape = counts["labels_NM"].shape
+        shape = counts[LABELS].shape
         sums = {name: torch.zeros(shape, device=self.device) for name in self.loss_fn.sum_names}
         for first in range(0, len(microbatches), together):
-            self._forward_backward(microbatches[first : first + together], labels, sums)
+            self._forward_backward(microbatches[first : first + together], counts, sums)
             self.watchdog.enter(step, Phase.FORWARD_BACKWARD)
 
         self.watchdog.enter(step, Phase.OPTIMIZER)
         totals = sum_over_ranks({name: s * self._counts_sums for name, s in sums.items()})
-        loss = totals["loss"].double().sum() / labels.clamp_min(1)
+        loss = self.loss_fn.minimised(totals, counts)
         norms = self.clipping()
         # of the trained group; not finite if the norm of either group is not
         grad_norm = norms[int(config.train_only == "causal_routers")] + 0 * norms.sum()
@@ -257,7 +273,8 @@ class Trainer(titan.Trainer):
         self._settle(but_last=0 if logging else 1)
         if logging:
             totals |= {"grad_norm": grad_norm}
-            self._log(totals, counts_here["labels_NM"].tensor(), learning_rate)
+            counts = {name: count.tensor() for name, count in counts_here.items()}
+            self._log(totals, counts, learning_rate)
 
     def _next_batch(
         self, data_iterator: Iterator[Any], settings: ForwardSettings
@@ -270,7 +287,7 @@ class Trainer(titan.Trainer):
     def _forward_backward(
         self,
         microbatches: list[tuple[MixedBatch, ForwardSettings]],
-        global_labels: torch.Tensor,
+        counts: dict[str, torch.Tensor],
         sums: dict[str, torch.Tensor],
     ) -> None:
         """Accumulate gradients of a micro-batch, or of all that pass the pipeline together, and on
@@ -279,13 +296,14 @@ class Trainer(titan.Trainer):
 
         def arguments(batch: MixedBatch, settings: ForwardSettings) -> dict[str, Any]:
             batch = batch.to(self.device, non_blocking=True)
+            batch = self.loss_fn.prepare(batch, settings)
             losses_of = self.loss_fn.loss_of(batch, len(self.dataloader.sources))
 
             def loss(*head: torch.Tensor, **shard: Any) -> torch.Tensor:
                 losses = losses_of(*head, **shard)
                 for name, sums_NM in losses.sums.items():
                     sums[name] += sums_NM
-                return losses.total / global_labels
+                return losses.mean(counts)
 
             return {"batch": batch, "settings": settings, "loss": loss}
 
@@ -297,18 +315,20 @@ class Trainer(titan.Trainer):
                 self.model(**arguments(*only)).backward()
 
     def _global_counts(self, batches: list[MixedBatch]) -> dict[str, torch.Tensor]:
-        """Input tokens (M,), labels (N, M) and stop requests of this step, over all ranks."""
+        """Input tokens (M,), counts of the objective (N, M) and stop requests of this step, over
+        all ranks.
+        """
         modalities, sources = len(Modality), len(self.dataloader.sources)
         tokens_M = torch.zeros(modalities, dtype=torch.int64)
-        labels_NM = torch.zeros(sources, modalities, dtype=torch.int64)
+        counts: dict[str, torch.Tensor] = {}
         for batch in batches:
             tokens_M += torch.bincount(batch.modality_BS.flatten(), minlength=modalities)
-            labels_NM += label_counts(batch, sources)
+            for name, count_NM in self.loss_fn.counts(batch, sources).items():
+                counts[name] = counts.get(name, 0) + count_NM
         counts = {
-            "tokens_M": tokens_M * self._counts_rows,
-            "labels_NM": labels_NM * self._counts_rows,
-            "asked_to_stop": torch.tensor(preemption.requested(), dtype=torch.int64),
+            name: n * self._counts_rows for name, n in {"tokens_M": tokens_M, **counts}.items()
         }
+        counts["asked_to_stop"] = torch.tensor(preemption.requested(), dtype=torch.int64)
         return sum_over_ranks({name: count.to(self.device) for name, count in counts.items()})
 
     def _settle(self, but_last: int = 0) -> None:
@@ -320,13 +340,16 @@ class Trainer(titan.Trainer):
         return "none" if newest is None else f"step-{newest}"
 
     def _log(
-        self, totals: dict[str, torch.Tensor], labels_NM: torch.Tensor, learning_rate: float
+        self,
+        totals: dict[str, torch.Tensor],
+        counts: dict[str, torch.Tensor],
+        learning_rate: float,
     ) -> None:
         """Log a step; synchronises the host."""
         config = self.config
         totals_here = {name: total.cpu() for name, total in totals.items()}
         grad_norm = float(totals_here.pop("grad_norm"))
-        metrics = losses(totals_here, labels_NM, self.dataloader.sources)
+        metrics = losses(totals_here, self.loss_fn.counts_of(counts), self.dataloader.sources)
         metrics |= {"grad_norm": grad_norm, "lr": learning_rate, "skipped_steps": self.skip.total}
         metrics |= work_done(self.model.config, config.training.seq_len, self.tokens_M)
         metrics |= self.statistics.pop()
@@ -353,6 +376,7 @@ class Trainer(titan.Trainer):
         configured = hyperparameters(self.optimizers)
         if not self.checkpointer.load(step=config.checkpoint.load_step):
             begun = self._begin()
+        ema_begun = self.ema.begin()
         apply_hyperparameters(self.optimizers, self.lr_schedulers, configured)
         metrics.start(self.step, config.training.steps)
         # not earlier: a refused resume must not overwrite run.json
@@ -363,6 +387,7 @@ class Trainer(titan.Trainer):
         if self.step:
             begun = f"resumed at step {self.step}"
             begun += f", from here with {settings.changed_now}" if settings.changed_now else ""
+            begun += ema_begun
         if begun and dist.get_rank() == 0:
             print(begun, flush=True)
         if begun and not self.step and config.validator.enable:
@@ -405,14 +430,17 @@ class Trainer(titan.Trainer):
     def _validate(self) -> None:
         self.watchdog.enter(self.step, Phase.VALIDATION)
         self._settle()
-        self.metrics_processor.log_validation_step(
-            self.step, self.validator.measure(self.model, self.loss_fn, self.vocabulary)
-        )
+        with self.ema.weights(self.config.ema.validation) as measured:
+            metrics = self.validator.measure(self.model, self.loss_fn, self.vocabulary)
         if self.sampler.pairs:
             self.watchdog.enter(self.step, Phase.VALIDATION)
             seq_len = self.config.training.seq_len
-            samples = self.sampler.write(self.model, self.vocabulary, seq_len)
-            self.metrics_processor.log_samples(self.step, samples)
+            with self.ema.weights(self.config.ema.samples) as used:
+                samples = self.sampler.write(self.model, self.vocabulary, seq_len)
+                self.watchdog.enter(self.step, Phase.VALIDATION)
+                metrics |= self.sampler.check(self.model, self.vocabulary)
+            self.metrics_processor.log_samples(self.step, samples, used)
+        self.metrics_processor.log_validation_step(self.step, metrics | measured)
         self.metrics_processor.restart_clock()
 
     def _finish(self, saved: bool) -> None:

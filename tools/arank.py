@@ -15,7 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from earlyfuse.data.console import printable
-from earlyfuse.tools.command import add_code_option, check_device, import_code, run_command
+from earlyfuse.tools.command import (
+    add_code_option,
+    add_weights_option,
+    check_device,
+    import_code,
+    run_command,
+)
 
 if TYPE_CHECKING:  # --help does not pay for torch
     import numpy as np
@@ -80,18 +86,18 @@ def _arank(options: argparse.Namespace) -> None:
 
     from earlyfuse.data.atomic import atomic_write_json
     from earlyfuse.models.depth.attention_rank import check_comparable
-    from earlyfuse.parallel.checkpoint.open_checkpoint import load_model, open_model
+    from earlyfuse.parallel.checkpoint.open_checkpoint import as_module, open_model
     from earlyfuse.parallel.reporting.plots import plot_ranks
     from earlyfuse.tools.documents import ModelFolder
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device)
     import_code(options.code)
-    opened = open_model(options.folder)
+    opened = open_model(options.folder, options.weights)
     check_comparable(opened.config)
     about = ModelFolder.read(options.folder)
     sources = _sources(options, about, opened)
-    model, _ = load_model(options.folder, device=device, dtype=getattr(torch, options.dtype))
+    model = as_module(opened, device=device, dtype=getattr(torch, options.dtype))
     _check_layers(model, options)
     options.seq_len = options.seq_len or about.seq_len or SEQ_LEN
     ranks = _measure(model, _batches(model, sources, options), device, options)
@@ -107,6 +113,7 @@ def _arank(options: argparse.Namespace) -> None:
     plot_ranks(panels, routed, title, options.out / PICTURE)
     settings = {
         "model": printable(str(opened.folder)),
+        "weights": opened.weights,
         "rule": model.default_settings.rule,
         "sources": {source.name: source.identity for source in sources},
         **{name: getattr(options, name) for name in _RECORDED},
@@ -192,8 +199,8 @@ def _sources(
     for source in sources:
         if source.vectors:
             raise ValueError(
-                f"source {source.folder} has continuous vectors, which no model reads; name others "
-                "with --sources"
+                f"source {source.folder} has continuous vectors, which arank does not read; name "
+                "others with --sources"
             )
         trained = about.hashes or source.tokenizers
         # a model's vocabulary may be padded
@@ -313,6 +320,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch-size", type=int, default=4, metavar="N", help="rows at once (4)")
     add("--seed", type=int, default=0, help="of the order of documents (0)")
     add("--dtype", choices=DTYPES, default="float32", help="of the model and its maps (float32)")
+    add_weights_option(parser)
     add("--device", help="cpu, cuda … (a GPU if there is one)")
     add_code_option(parser)
     return parser

@@ -20,6 +20,15 @@ def add_code_option(parser: ArgumentParser) -> None:
     )
 
 
+def add_weights_option(parser: ArgumentParser) -> None:
+    """Adds ``--weights``, for checkpoints of runs that average their weights."""
+    parser.add_argument(
+        "--weights",
+        choices=("ema", "trained"),
+        help="of a checkpoint: averaged over the steps, or as trained (averaged, if it has them)",
+    )
+
+
 def import_code(file: Path | None) -> None:
     """Imports the file of ``--code``; ``ValueError`` with its line if it fails."""
     if file is not None:

@@ -23,25 +23,29 @@ from earlyfuse.models.state_dicts import huggingface_mamba, meta
 from earlyfuse.models.state_dicts.config_json import CONFIG, REMEDY
 from earlyfuse.models.state_dicts.mamba import HEAD
 from earlyfuse.models.state_dicts.plain_decoder import mamba_mixer
-from earlyfuse.models.vocabulary import Vocabulary
 from earlyfuse.parallel.checkpoint.files.safetensors import open_folder
 from earlyfuse.parallel.checkpoint.files.torch_save import PYTORCH_MODEL, MetaShards, TorchFiles
-from earlyfuse.parallel.checkpoint.open_checkpoint import OpenModel, load_model, open_model
+from earlyfuse.parallel.checkpoint.open_checkpoint import (
+    OpenModel,
+    Weights,
+    as_module,
+    open_model,
+)
 
 SEQ_LEN = 64
 LARGEST_KL = 1e-6  # nats per token, without --dtype; another order of fp32 sums gives 1e-9
 
 
-def compare(left: Path, right: Path, *, exact: bool) -> None:
+def compare(left: Path, right: Path, *, exact: bool, weights: Weights) -> None:
     """Prints the largest difference of logits and the mean KL; ``ValueError`` if ``exact`` and the
-    KL exceeds rounding.
+    KL exceeds rounding. ``weights``: those of ``left`` that ``right`` was made from.
     """
-    opened = open_model(left)
+    opened = open_model(left, weights)
     routers = opened.config.traverse(ExpertChoice.Config)
     rows = lcm(2, *(router.routing_rows for _, router, _, _ in routers))
     random = torch.Generator().manual_seed(0)
     tokens_BS = torch.randint(opened.vocabulary.size, (rows, SEQ_LEN), generator=random)
-    logits = [logits_of(folder, tokens_BS, opened.vocabulary) for folder in (left, right)]
+    logits = [logits_of(model, tokens_BS) for model in (opened, open_model(right))]
     if not logits[0].isfinite().all():
         raise ValueError(
             f"{left} itself has logits that are no numbers: some weights are NaN, infinite or "
@@ -63,17 +67,17 @@ def compare(left: Path, right: Path, *, exact: bool) -> None:
 
 
 @torch.no_grad()
-def logits_of(folder: Path, tokens_BS: torch.Tensor, vocabulary: Vocabulary) -> torch.Tensor:
+def logits_of(opened: OpenModel, tokens_BS: torch.Tensor) -> torch.Tensor:
     """Returns fp32 logits (B, S, V), each row one document, by the code of the folder's project."""
-    opened = open_model(folder)
+    folder = opened.folder
     if opened.format == "huggingface":
         return _by_transformers(folder, tokens_BS)
     if opened.format == "mamba_ssm":
         return _by_transformers_from_mamba_ssm(opened, tokens_BS)
     if opened.format == "meta":
         return _by_pairs(opened.config, MetaShards(folder), tokens_BS)
-    model, _ = load_model(folder, dtype=torch.float32)
-    return model(MixedBatch.of(tokens_BS, vocabulary.modality_of(tokens_BS)))
+    model = as_module(opened, dtype=torch.float32)
+    return model(MixedBatch.of(tokens_BS, opened.vocabulary.modality_of(tokens_BS)))
 
 
 def _transformers() -> Any:

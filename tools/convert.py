@@ -1,8 +1,8 @@
 """Conversion of models between earlyfuse, Hugging Face, ``mamba_ssm``, Meta's files and DCP.
 
 ``python -m earlyfuse.tools.convert SRC DST [--to FORMAT] [--dtype TYPE] [--max-shard-size SIZE]
-[--upcycle FORM] [--verify]``. The format of SRC is detected; DST is written whole or not at all.
-docs/conversion.md describes the formats and what is refused.
+[--weights WHICH] [--upcycle FORM] [--verify]``. The format of SRC is detected; DST is written whole
+or not at all. docs/conversion.md describes the formats and what is refused.
 """
 
 import argparse
@@ -27,8 +27,8 @@ from earlyfuse.models.upcycle import upcycle as upcycle_origins
 from earlyfuse.models.vocabulary import Modality
 from earlyfuse.parallel.checkpoint.export_model import TARGETS
 from earlyfuse.parallel.checkpoint.manifest import MANIFEST, damage, read_manifest
-from earlyfuse.parallel.checkpoint.open_checkpoint import OpenModel, open_model
-from earlyfuse.tools.command import add_code_option, import_code, run_command
+from earlyfuse.parallel.checkpoint.open_checkpoint import OpenModel, Weights, open_model
+from earlyfuse.tools.command import add_code_option, add_weights_option, import_code, run_command
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_SHARD_SIZE = "5GB"
@@ -44,9 +44,11 @@ def convert(
     max_shard_bytes: int = 5 * 10**9,
     upcycle: str | None = None,
     verify: bool = False,
+    weights: Weights | None = None,
 ) -> list[str]:
     """Converts a folder; returns remarks on what the target format leaves out.
 
+    ``weights`` as of ``open_model``: by default averages, if the source has any.
     ``dtype`` None keeps the dtypes of the source. ``upcycle``: the sparse form of a dense source,
     "1t1i", "mot", "8x", "4t4i" … or "mixture_of_mamba"; its logits differ, so it is not verified.
     ``ValueError`` before anything is written if the source is damaged, foreign or not what its
@@ -57,7 +59,7 @@ def convert(
         raise ValueError(f"{destination} exists already; give another DST, or remove it")
     if upcycle is not None and verify:
         raise ValueError("--verify needs equal logits, and --upcycle changes them; drop one")
-    opened = open_model(source)
+    opened = open_model(source, weights)
     manifest = opened.folder / MANIFEST
     if manifest.is_file() and (found := damage(opened.folder, read_manifest(opened.folder).files)):
         raise ValueError(f"{opened.folder} is damaged: {'; '.join(found[:4])}; copy it again")
@@ -69,7 +71,7 @@ def convert(
         if verify:
             from earlyfuse.tools.compare_logits import compare
 
-            compare(opened.folder, folder, exact=dtype is None)
+            compare(opened.folder, folder, exact=dtype is None, weights=opened.weights)
     return ([opened.remark] if opened.remark else []) + export.remarks
 
 
@@ -162,6 +164,7 @@ def _convert(arguments: Sequence[str] | None) -> None:
         upcycle=options.upcycle,
         max_shard_bytes=shard_bytes(options.max_shard_size),
         verify=options.verify,
+        weights=options.weights,
     )
     for remark in remarks:
         print(f"note: {printable(remark)}")
@@ -198,6 +201,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FORM",
         help="make a dense SRC sparse: 1t1i, mot, 8x, 4t4i …, mixture_of_mamba",
     )
+    add_weights_option(parser)
     add("--verify", action="store_true", help="compare logits of both on random tokens")
     add_code_option(parser)
     return parser

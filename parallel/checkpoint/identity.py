@@ -21,6 +21,13 @@ from earlyfuse.parallel.checkpoint.file_layout import step_of
 from earlyfuse.parallel.checkpoint.files.dcp import is_parameter
 from earlyfuse.parallel.checkpoint.files.dcp_reader import DcpReader
 
+# fields of a model that decide what its parameters compute, and none of their shapes
+_FUNCTION = (
+    "norm_order", "rope_theta",
+    *("diffusion.schedule", "diffusion.predicts", "diffusion.steps", "diffusion.shift"),
+    *("vectors.bidirectional", "vectors.rotary", "vectors.later_see"),
+)  # fmt: skip
+
 
 def refuse_other_run(states: dict[str, Any], state_dict: dict[str, Any], reader: DcpReader) -> None:
     """``ValueError`` naming the part of model, data or step that differs from the checkpoint's.
@@ -101,7 +108,7 @@ def refuse_other_function(here: dict[str, Any] | None, there: Any, folder: Path)
     wrong = [
         line
         for line in differences(here["model"], there)
-        if line.partition(" ")[0].endswith((".norm_order", ".rope_theta"))
+        if line.partition(" ")[0].endswith(tuple(f".{name}" for name in _FUNCTION))
     ]
     if wrong:
         raise ValueError(

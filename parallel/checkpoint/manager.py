@@ -41,7 +41,7 @@ from earlyfuse.models.state_dicts.config_json import CONFIG, REMEDY
 from earlyfuse.models.state_dicts.decoder_config import to_dict
 from earlyfuse.parallel.checkpoint import initial_load
 from earlyfuse.parallel.checkpoint.file_layout import step_of
-from earlyfuse.parallel.checkpoint.files.dcp import Writer
+from earlyfuse.parallel.checkpoint.files.dcp import EMA, Writer, averages
 from earlyfuse.parallel.checkpoint.files.dcp_reader import DcpReader, load_dcp
 from earlyfuse.parallel.checkpoint.folder import CheckpointFolder
 from earlyfuse.parallel.checkpoint.identity import (
@@ -174,6 +174,8 @@ class Checkpoints(CheckpointManager):
         step = step_of(Path(checkpoint_id).name)
         assert step is not None, checkpoint_id
         holds = EVERYTHING if OPTIMIZER in state_dict else WEIGHTS
+        if holds == WEIGHTS and EMA in self.states:  # weights too, which torchtitan leaves out
+            state_dict = state_dict | self._exported_averages()
         writer = Writer(self.disk.partial(step))
         _, errors = self._on_rank_0(lambda: self._prepare(step))
         if errors:
@@ -193,6 +195,11 @@ class Checkpoints(CheckpointManager):
             done = self._finisher.submit(self._finish, step, holds, begun.upload_completion.result)
             return AsyncSaveResponse(begun.staging_completion, done)
         return self._finisher.submit(self._finish, step, holds, begun.result)
+
+    def _exported_averages(self) -> dict[str, torch.Tensor]:
+        """Averaged weights in the dtype of the last save's weights."""
+        state = {f"{EMA}.{name}": value for name, value in self.states[EMA].state_dict().items()}
+        return {key: state[key].to(self.export_dtype) for key in averages(state).values()}
 
     def _prepare(self, step: int) -> None:
         self.disk.prepare(step)
@@ -351,8 +358,16 @@ class Checkpoints(CheckpointManager):
             described = read_json(reader.folder / CONFIG, REMEDY).values.get("model")
             refuse_other_function(self.description, described, reader.folder)
         refuse_other_run(self.states, state_dict, reader)
-        if self.settings is not None and reader.folder.parent == self.disk.root:
+        resumes = reader.folder.parent == self.disk.root
+        if self.settings is not None and resumes:
             self.settings.resume(reader.folder, read_manifest(reader.folder).step)
+        stored = averages(reader.read_metadata().state_dict_metadata)
+        if EMA in state_dict and not stored:
+            del state_dict[EMA]  # they begin with the weights
+        if stored and resumes and EMA not in self.states:
+            self._warn(
+                f"checkpoint {reader.folder} has averaged weights, which end here: ema.decay is 0"
+            )
         with warnings.catch_warnings():
             # torchtitan's schedule computes its rate itself
             warnings.filterwarnings("ignore", "To get the last learning rate")

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -52,6 +52,7 @@ from earlyfuse.parallel.checkpoint.files.safetensors import SafetensorsFiles, op
 from earlyfuse.parallel.checkpoint.files.torch_save import PYTORCH_MODEL, MetaShards, TorchFiles
 from earlyfuse.parallel.checkpoint.manifest import MANIFEST, read_manifest
 
+_AVERAGED = "these are the averaged weights; --weights trained takes the others"
 _CARRIED_FILES = (
     "generation_config.json",
     "tokenizer.json",
@@ -66,13 +67,16 @@ _CARRIED_FILES = (
 )
 
 
+Weights = Literal["trained", "ema"]
+
+
 @dataclass(frozen=True)
 class OpenModel:
     """A model in a folder of any format; ``tensors`` have our names.
 
     ``carried``: configs of other formats that the model came with, by format. ``vq``: tensors of an
     image tokenizer under Hugging Face's names; ``files``: further files of Hugging Face.
-    ``remark``: a note on the vocabulary for the user, or "".
+    ``remark``: a note for the user, or "".
     """
 
     format: str
@@ -86,17 +90,33 @@ class OpenModel:
     files: list[Path] = field(default_factory=list)
     remark: str = ""
 
+    @property
+    def weights(self) -> Weights:
+        """Which weights the tensors are: as trained, or their averages over the steps."""
+        return self.source.get("weights", "trained")
 
-def open_model(folder: str | Path) -> OpenModel:
+
+def open_model(folder: str | Path, weights: Weights | None = None) -> OpenModel:
     """Recognises and opens ``folder``: checks all keys and shapes, reads no tensor.
 
-    ``ValueError`` says what is wrong with it, listing all wrong keys.
+    ``weights``: "ema" for the averages that a run with ``ema.decay`` keeps in its checkpoints,
+    "trained" for the others, None for the averages if there are any. ``ValueError`` says what is
+    wrong with the folder, listing all wrong keys, or that it does not have these weights.
     """
-    folder = Path(folder)
+    opened = _recognised(Path(folder), weights)
+    if weights not in (None, opened.weights):
+        raise ValueError(
+            f"weights ({weights}): {opened.folder} has only {opened.weights} ones; leave the "
+            f"option out, or give {opened.weights}"
+        )
+    return opened
+
+
+def _recognised(folder: Path, weights: Weights | None) -> OpenModel:
     if is_run(folder):
         folder = latest_checkpoint(checkpoints_of(folder))
     if (folder / METADATA).is_file():
-        return _checkpoint(folder)
+        return _checkpoint(folder, weights)
     if (folder / CONFIG).is_file():
         raw = read_json(folder / CONFIG, REMEDY)
         if raw.values.get("format") == FORMAT:
@@ -131,13 +151,22 @@ def _naming(path: Path) -> Iterator[None]:
 # ---------------------------------------------------------------- ours
 
 
-def _checkpoint(folder: Path) -> OpenModel:
+def _checkpoint(folder: Path, weights: Weights | None) -> OpenModel:
     if not (folder / CONFIG).is_file():
         raise ValueError(
             f"{folder} is a checkpoint without {CONFIG}, which describes its model; copy it from "
             "another checkpoint of the same run"
         )
-    opened = _ours(folder, read_json(folder / CONFIG, REMEDY), DcpFolder(folder))
+    tensors = DcpFolder(folder, averaged=weights != "trained")
+    opened = _ours(folder, read_json(folder / CONFIG, REMEDY), tensors)
+    if tensors.averages and weights != "trained":
+        with torch.device("meta"):
+            parameters = {name for name, _ in opened.config.build().named_parameters()}
+        if missing := sorted(parameters - tensors.averages.keys()):
+            raise ValueError(f"{folder} has no average of {missing[0]}; copy it again")
+        opened.source["weights"] = "ema"
+        if weights is None:
+            opened = replace(opened, remark=_AVERAGED)
     if (folder / MANIFEST).is_file() and opened.source.get("format") == "checkpoint":
         opened.source["step"] = read_manifest(folder).step
     return replace(opened, format="checkpoint")
@@ -149,6 +178,7 @@ def _ours(folder: Path, raw: JsonObject, tensors: Tensors) -> OpenModel:
     with _naming(folder / CONFIG):
         config, vocabulary, source = read_description(raw)
         same = {name: renamed(name, shape) for name, shape in tensor_shapes(config).items()}
+    raw.object("source").field("weights", str, default="trained", choices=get_args(Weights))
     check_keys(same, tensors.entries, str(folder))
     beside = folder / HUGGINGFACE
     return OpenModel(
@@ -239,6 +269,7 @@ def load_model(
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
+    weights: Weights | None = None,
 ) -> tuple[Decoder, Vocabulary]:
     """Loads a model of any format: a module in evaluation mode, and its vocabulary.
 
@@ -246,10 +277,17 @@ def load_model(
     ``dtype`` None keeps the dtypes of the files; with a narrower one scans and routers stay in
     fp32, as in training (``models/precision.py``). Needs no launcher or process group. Models
     route by the first causal rule that they have (causal routers, thresholds), others by batch with
-    exact budgets, as in validation; override it by ``ForwardSettings`` with the batch.
-    ``ValueError`` says what is wrong with the folder.
+    exact budgets, as in validation; override it by ``ForwardSettings`` with the batch. ``weights``
+    as of ``open_model``. ``ValueError`` says what is wrong with the folder.
     """
-    opened = open_model(folder)
+    opened = open_model(folder, weights)
+    return as_module(opened, device=device, dtype=dtype), opened.vocabulary
+
+
+def as_module(
+    opened: OpenModel, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> Decoder:
+    """The module of ``load_model``."""
     with torch.device("meta"):
         model = opened.config.build()
     for module in model.modules():
@@ -272,4 +310,4 @@ def load_model(
         module.register_parameter(leaf, nn.Parameter(values))
     rule: Rule = next(iter(usable_rules(model)), "batch")
     model.default_settings = ForwardSettings(rule=rule, budgets="exact")
-    return model.eval(), opened.vocabulary
+    return model.eval()

@@ -47,17 +47,23 @@ class Console:
                 f"step {step:>{len(str(self.steps))}}/{self.steps} | {text} | eta {self._eta(step)}"
             )
 
-    def validation(self, step: int, metrics: dict[str, float]) -> None:
+    def validation(self, step: int, metrics: dict[str, Any]) -> None:
         """Show a validation."""
         tasks = "".join(
             f" | {name.removeprefix('task/')} {value:.0%}"
             for name, value in metrics.items()
             if name.startswith("task/")
         )
+        tasks += "".join(
+            f" | generated {name.partition('/')[2]} {value:.0%}"
+            for name, value in metrics.items()
+            if name.startswith("generated_accuracy/")
+        )
         by_rule = [f"{rule}loss" for rule in _RULES[1:]]
         causal = "".join(f" | {_losses(name, metrics)}" for name in by_rule if name in metrics)
         losses = _losses("loss", metrics) + _other_sums(metrics)
-        self._print(f"validation at step {step} | {losses}{causal}{tasks}")
+        weights = f" ({metrics['weights']} weights)" if "weights" in metrics else ""
+        self._print(f"validation at step {step}{weights} | {losses}{causal}{tasks}")
 
     def close(self) -> None:
         """Close the progress bar."""
@@ -96,7 +102,7 @@ def _parts(prefix: str, metrics: dict[str, float]) -> list[str]:
 
 def _other_sums(metrics: dict[str, float]) -> str:
     """Sums that an objective adds to its loss."""
-    names = [name.removesuffix("/text") for name in metrics if name.endswith("/text")]
+    names = dict.fromkeys(name.rpartition("/")[0] for name in metrics)
     shown = (name for name in names if name in metrics and name not in _NOT_ADDED)
     return "".join(f" | {_losses(name, metrics)}" for name in shown)
 

@@ -103,20 +103,23 @@ class RunMetrics(MetricsProcessor):
         if self.console:
             self.console.tick(step)
 
-    def log_validation_step(self, step: int, metrics: dict[str, float]) -> None:
-        """Log a validation."""
+    def log_validation_step(self, step: int, metrics: dict[str, Any]) -> None:
+        """Log a validation; ``weights`` says which were measured, where a run averages them."""
         self.logger.log({"kind": VALIDATION, **metrics}, step)
         if self.console:
             self.console.validation(step, metrics)
 
-    def log_samples(self, step: int, samples: "Sequence[Sample]") -> None:
-        """Draw samples in samples.png and TensorBoard; nothing without samples (other ranks)."""
+    def log_samples(self, step: int, samples: "Sequence[Sample]", used: dict[str, str]) -> None:
+        """Draw samples in samples.png and TensorBoard; nothing without samples (other ranks).
+
+        ``used``: the ``weights`` that generated them, with averages of them.
+        """
         if not samples or not isinstance(self.logger, RunLogger):
             return
         with tolerate(self.folder / SAMPLES):
             from earlyfuse.parallel.reporting import sample_grid  # matplotlib, on rank 0 only
 
-            pixels = sample_grid.draw_samples(samples, step)
+            pixels = sample_grid.draw_samples(samples, step, used.get("weights"))
             self.logger.log_samples(step, pixels, sample_grid.as_table(samples))
             sample_grid.write_picture(pixels, self.folder / SAMPLES)
 

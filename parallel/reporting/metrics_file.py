@@ -1,8 +1,8 @@
 """Reads and writes ``metrics.jsonl``, the log of a run: a JSON object per line.
 
 Every line has ``step`` and ``kind`` ("train" or "validation"); other fields are numbers, except
-``slowest_host``. ``null`` is a number that is not finite, such as the loss of a skipped step; NaN,
-as earlier versions wrote it, is also read.
+``slowest_host`` and ``weights``. ``null`` is a number that is not finite, such as the loss of a
+skipped step; NaN, as earlier versions wrote it, is also read.
 """
 
 import json
@@ -20,7 +20,7 @@ METRICS_FILE = "metrics.jsonl"
 TRAIN, VALIDATION = "train", "validation"
 
 LONGEST_LINE = 1 << 20  # bytes; a hundred layers with routers log 100 kB
-_WORDS = ("kind", "slowest_host")
+_WORDS = ("kind", "slowest_host", "weights")
 _REMEDY = "correct or remove that line, or move the file away"
 
 

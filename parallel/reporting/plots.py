@@ -20,6 +20,7 @@ from earlyfuse.parallel.reporting.run_folder import CURVES
 
 _TEXT_COLOUR = "#1b6ca8"
 _BY_RULE = {"causal_": "--", "threshold_": "-."}  # losses by a causal rule, and their lines
+_ACCURACIES = ("task/", "generated_accuracy/")
 _DOTS = {"marker": "o", "markersize": 3}
 
 
@@ -33,7 +34,7 @@ def plot_curves(folder: Path) -> Path:
     run = _Run(read_metrics(folder / METRICS_FILE))
     labels = [label for label in colours() if any(f"loss/{label}" in line for line in run.train)]
     sums = added_sums(run.validation or run.train)
-    tasks = sorted({key for line in run.validation for key in line if key.startswith("task/")})
+    tasks = sorted({key for line in run.validation for key in line if key.startswith(_ACCURACIES)})
     figure, axes = _panels(len(labels) + len(sums) + bool(tasks))
     for axis, label in zip(axes, labels, strict=False):
         _draw_losses(axis, label, run)
@@ -85,7 +86,8 @@ def plot_study(
                     ruled = curve[label + rule].mean(0)[later]
                     axis.plot(flops[later], ruled, style, color=line.get_color(), linewidth=1)
         axis.axvline(equal_flops, color="grey", linestyle=":", linewidth=1)
-        axis.set(title=label, ylabel=f"held-out {label} loss (nats per token)")
+        unit = "squared error" if label.endswith("diffusion") else "nats per token"
+        axis.set(title=label, ylabel=f"held-out {label} loss ({unit})")
     _save(figure, axes, "training FLOPs", picture)
 
 
@@ -157,9 +159,13 @@ def _draw_sum(axis: Any, name: str, run: _Run) -> None:
 
 def _draw_tasks(axis: Any, tasks: list[str], run: _Run) -> None:
     for task in tasks:
-        name = task.removeprefix("task/")
+        kind, _, name = task.partition("/")
+        if kind != "task":
+            name = f"generated {name}"
         line = run.draw(axis, run.validation, task, label=name, **_DOTS)
-        chance = run.validation[-1].get(f"chance/{name}")
+        chance = run.validation[-1].get(
+            task.replace("task/", "chance/").replace("accuracy", "chance")
+        )
         if line is not None and chance:
             axis.axhline(chance, color=line.get_color(), linestyle=":", linewidth=1)
     axis.set(title="held-out tasks (dotted: chance)", ylabel="accuracy", ylim=(0, 1))

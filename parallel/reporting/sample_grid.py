@@ -17,14 +17,15 @@ COLUMNS = 4
 _LINE, _LINES = 26, 2  # characters of a line, lines of a caption
 
 
-def draw_samples(samples: Sequence[Sample], step: int) -> np.ndarray:
-    """All samples of ``step`` in one picture, uint8 (H, W, 3)."""
+def draw_samples(samples: Sequence[Sample], step: int, weights: str | None = None) -> np.ndarray:
+    """All samples of ``step`` in one picture, uint8 (H, W, 3); ``weights``: which ones, if said."""
     columns = min(COLUMNS, len(samples))
     rows = -(-len(samples) // columns)
     figure = Figure(figsize=(2.6 * columns, 0.7 + 2.2 * rows), dpi=110, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     figure.suptitle(
-        f"step {step}: held-out image, image generated from its caption (above);\n"
+        f"step {step}{f' ({weights} weights)' if weights else ''}: held-out image, image generated "
+        "from its caption (above);\n"
         "below: caption generated from the held-out image",
         fontsize=8,
     )

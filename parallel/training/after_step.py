@@ -2,7 +2,7 @@
 
 All ranks call each entry with ``taken``, a bool tensor () on the device, true if the step was not
 skipped. An entry must not synchronise the host: it multiplies by ``taken`` what a skipped step must
-not change. An EMA of the weights or QK-clip would be a file each, and a line below.
+not change. QK-clip would be a file, and a line below.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torchtitan.distributed import ParallelDims
 
+from earlyfuse.parallel.training.ema import Ema
 from earlyfuse.parallel.training.expert_bias import ExpertBias
 from earlyfuse.parallel.training.thresholds import Thresholds
 
@@ -18,10 +19,11 @@ AfterStep = Callable[[torch.Tensor], None]
 
 
 def after_step(
-    parts: Sequence[nn.Module], parallel_dims: ParallelDims, step_tokens: int
+    parts: Sequence[nn.Module], parallel_dims: ParallelDims, step_tokens: int, ema: Ema
 ) -> list[AfterStep]:
     """The updates for a model of these ``parts``; ``step_tokens``: tokens of the global batch."""
     return [
         ExpertBias(parts, parallel_dims),
         Thresholds(parts, parallel_dims, step_tokens),
+        *([ema] if ema else []),
     ]

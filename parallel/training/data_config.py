@@ -15,22 +15,31 @@ from torchtitan.config import Configurable
 
 from earlyfuse.data.atomic import sha256_file
 from earlyfuse.data.json_files import shown
-from earlyfuse.data.media import MEDIA
+from earlyfuse.data.media import MEDIA, Vectors
 from earlyfuse.data.shards.manifest import MANIFEST
 from earlyfuse.data.shards.source import TokenSource
+from earlyfuse.data.stream.mixture import positions_of
 from earlyfuse.data.tokenizers import TEXT_FILES, VOCABULARY_FILE
 from earlyfuse.data.vocabulary import check_same, load_vocabulary
 from earlyfuse.models.blocks.branch import Microbatch
 from earlyfuse.models.blocks.experts import ExpertPool
+from earlyfuse.models.blocks.vector_adapters import VectorAdapters
 from earlyfuse.models.vocabulary import Modality
 from earlyfuse.parallel.training.config_checks import accumulation_steps, default_of
 
 # folders of the embedded corpus, and shares of its sources unless given
 CORPUS, SPEECH_CORPUS = Path("runs", "data"), Path("runs", "data_speech")
-CLIPS_CORPUS = Path("runs", "data_clips")
+CLIPS_CORPUS, VECTORS_CORPUS = Path("runs", "data_clips"), Path("runs", "data_vectors")
 _MIX = {"text": 0.2, "glyphs": 0.4, "digits": 0.2, "interleaved": 0.2}
 _SPEECH_MIX = {"text": 0.15, "glyphs": 0.25, "digits": 0.15, "interleaved": 0.15, "speech": 0.3}
 _CLIPS_MIX = {"text": 0.2, "glyphs": 0.2, "digits": 0.1, "interleaved": 0.1, "clips": 0.4}
+# option of an embedded corpus → its folder and mix
+_CORPORA: dict[str | None, tuple[Path, dict[str, float]]] = {
+    None: (CORPUS, _MIX),
+    "speech": (SPEECH_CORPUS, _SPEECH_MIX),
+    "clips": (CLIPS_CORPUS, _CLIPS_MIX),
+    "vectors": (VECTORS_CORPUS, _MIX),
+}
 _SPLITS = ("train", "validation")
 
 
@@ -59,17 +68,21 @@ class DataSet(Configurable):
         """Use the embedded corpus with clips of digits and glyphs in motion, made in
         runs/data_clips."""
 
+        vectors: bool = False
+        """Use the embedded corpus with images as vectors of raw pixels, most of them after their
+        captions, made in runs/data_vectors. For models with vectors."""
+
     def __init__(self, config: Config):
-        for name in ("speech", "clips"):
-            if getattr(config, name) and not config.embedded:
+        chosen = [name for name in _CORPORA if name and getattr(config, name)]
+        for name in chosen:
+            if not config.embedded:
                 raise ValueError(
                     f"data.{name} (True) needs data.embedded: it selects an embedded corpus; set "
                     "both, or remove it"
                 )
-        if config.speech and config.clips:
-            raise ValueError(
-                "data.speech (True) and data.clips (True) select two embedded corpora; set one"
-            )
+        if len(chosen) > 1:
+            both = " and ".join(f"data.{name} (True)" for name in chosen)
+            raise ValueError(f"{both} select different embedded corpora; set one")
         folder = data_folder(config)
         if folder is None:
             raise ValueError(
@@ -99,13 +112,16 @@ class DataSet(Configurable):
             f"{or_corpus if config.embedded else ''}"
         )
 
-    def _own_shares(self, embedded: bool) -> dict[str, float]:
+    def _own_shares(self, embedded: bool, clean_copies: bool = False) -> dict[str, float]:
         sources = self.sources("train")
-        for mix in (_MIX, _SPEECH_MIX, _CLIPS_MIX):
+        for _, mix in _CORPORA.values():
             if embedded and sources.keys() == mix.keys():
                 return dict(mix)
-        tokens = {name: sum(self._source(path).tokens.values()) for name, path in sources.items()}
-        return {name: count / sum(tokens.values()) for name, count in tokens.items()}
+        sizes = {
+            name: sum(positions_of(self._source(path), clean_copies).values())
+            for name, path in sources.items()
+        }
+        return {name: size / sum(sizes.values()) for name, size in sizes.items()}
 
     def sources(self, split: str) -> dict[str, Path]:
         """Name → folder of every source of ``split`` ("train" or "validation"), finished or not."""
@@ -121,6 +137,11 @@ class DataSet(Configurable):
         ``ValueError`` naming the field where config, data and model do not fit.
         """
         config = deepcopy(config)
+        model = config.model_spec.model
+        vectors: VectorAdapters.Config | None = model.vectors
+        clean_copies = vectors is not None and vectors.later_see == "clean"
+        if clean_copies and not config.data.shares:
+            self.shares = self._own_shares(config.data.embedded, clean_copies)
         train = self.sources("train")
         unknown = sorted(set(self.shares) - set(train))
         if unknown or not self.shares:
@@ -131,11 +152,7 @@ class DataSet(Configurable):
         held_out = self.sources("validation") if config.validator.enable else {}
         for folder in (*(train[name] for name in self.shares), *held_out.values()):
             source = self._source(folder)
-            if source.vectors:
-                raise ValueError(
-                    f"source {folder} has continuous vectors ({', '.join(source.vectors.media)}), "
-                    "which no model reads yet; leave it out of data.shares"
-                )
+            _check_vectors(source, vectors)
             self._check_tokenizers(source)
         training, validator = config.training, config.validator
         # the ranks of a tensor-, context- or pipeline-parallel group share their rows
@@ -150,6 +167,8 @@ class DataSet(Configurable):
             "dataloader.sources": {str(train[name]): share for name, share in self.shares.items()},
             "dataloader.order": sorted(self.shares, key=_place),
             "dataloader.global_batch_size": training.global_batch_size,
+            "dataloader.clean_copies": clean_copies,
+            "validator.clean_copies": clean_copies,
             "validator.sources": [str(folder) for folder in held_out.values()],
             "validator.data_folder": str(self.folder),
             "sampler.data_folder": str(self.folder),
@@ -157,7 +176,6 @@ class DataSet(Configurable):
             section, name = field_name.split(".")
             _fill_in(getattr(config, section), name, value, field_name)
         config.data.folder = str(self.folder)
-        model = config.model_spec.model
         self._check_model(model, training, validator.batch_rows)
         self._check_stream_loss(config.loss)
         _share_validation(validator, model, ranks)
@@ -193,11 +211,12 @@ class DataSet(Configurable):
 
     def _check_stream_loss(self, loss: Any) -> None:
         weight = getattr(loss, "stream_loss_weight", 1.0)
-        if weight != 1 and all(medium.separator is None for medium in self.vocabulary.media):
+        # what follows a vector is no label
+        if weight != 1 and all(m.separator is None or m.continuous for m in self.vocabulary.media):
             raise ValueError(
-                f"loss.stream_loss_weight ({weight}) needs videos, and the vocabulary of "
-                f"{self.folder} has no frame separator; prepare with --video-frames, or leave it "
-                "out"
+                f"loss.stream_loss_weight ({weight}) needs videos of codes, and the vocabulary of "
+                f"{self.folder} has no frame separator between codes; prepare with --video-frames "
+                "and a tokenizer of codes, or leave it out"
             )
 
     def _check_model(self, model: Any, training: Any, validation_rows: int) -> None:
@@ -231,12 +250,61 @@ class DataSet(Configurable):
                     pool.routed_rows(layer.inner(one_group))
 
 
+def _check_vectors(source: TokenSource, vectors: VectorAdapters.Config | None) -> None:
+    """``ValueError`` unless a model with ``vectors`` (its adapters' config, or None) reads those of
+    ``source``.
+    """
+    if source.vectors is None:
+        if vectors is not None:
+            raise ValueError(
+                f"model vectors (of width {vectors.width}) need data with continuous vectors, and "
+                f"source {source.folder} has none; prepare with --image-tokenizer pixels or vae, "
+                "or train a model without"
+            )
+    elif vectors is None:
+        raise ValueError(
+            f"source {source.folder} has continuous vectors ({', '.join(source.vectors.media)}), "
+            "which a model without vectors does not read; train one with vectors, or prepare with "
+            "a tokenizer of codes"
+        )
+    elif vectors.width != source.vectors.width:
+        raise ValueError(
+            f"model vectors.width ({vectors.width}) must be the width of the vectors of source "
+            f"{source.folder} ({source.vectors.width}); change it, or prepare with another patch"
+        )
+    else:
+        _check_items(source, source.vectors, vectors)
+
+
+def _check_items(source: TokenSource, found: Vectors, vectors: VectorAdapters.Config) -> None:
+    """``ValueError`` unless media, channels and vectors of an item are those of ``source``."""
+    labels = {Modality(modality).label for modality in vectors.modalities}
+    if labels != set(found.media):
+        raise ValueError(
+            f"model vectors.modalities ({', '.join(sorted(labels))}) must be the continuous media "
+            f"of source {source.folder} ({', '.join(found.media)}); change them"
+        )
+    if vectors.channels not in (0, found.channels):
+        raise ValueError(
+            f"model vectors.channels ({vectors.channels}) must be the channels of the vectors of "
+            f"source {source.folder} ({found.channels}); change it"
+        )
+    blocks = {label: source.vocabulary.medium(Modality[label]).block for label in found.media}
+    for label, block in blocks.items():
+        if vectors.block not in (0, block):
+            raise ValueError(
+                f"model vectors.block ({vectors.block}) must be the vectors of an item of {label} "
+                f"in source {source.folder} ({block or 'any number'}); change it, or prepare with "
+                "another patch or image size"
+            )
+
+
 def _fill_in(section: Any, name: str, value: Any, field_name: str) -> None:
     given = getattr(section, name)
     if given not in (default_of(section, name), value):
         raise ValueError(
-            f"{field_name} ({shown(given)}) must be left out: data.folder, data.shares and "
-            "training.global_batch_size determine it"
+            f"{field_name} ({shown(given)}) must be left out: data.folder, data.shares, "
+            "training.global_batch_size and the model determine it"
         )
     setattr(section, name, value)
 
@@ -256,7 +324,7 @@ def data_folder(config: DataSet.Config) -> Path | None:
     if config.folder:
         return Path(config.folder)
     if config.embedded:
-        return {None: CORPUS, "speech": SPEECH_CORPUS, "clips": CLIPS_CORPUS}[_extra(config)]
+        return _CORPORA[_extra(config)][0]
     return None
 
 
@@ -267,8 +335,8 @@ def _place(name: str) -> tuple[int, str]:
 
 
 def _extra(config: DataSet.Config) -> str | None:
-    """The source that the embedded corpus has beside the others."""
-    return "speech" if config.speech else "clips" if config.clips else None
+    """The option that selects the embedded corpus; None: that of text and image codes."""
+    return next((name for name in _CORPORA if name and getattr(config, name)), None)
 
 
 def _prepare_once(folder: Path, extra: str | None) -> None:
@@ -278,8 +346,7 @@ def _prepare_once(folder: Path, extra: str | None) -> None:
 
         prepare_corpus(folder, extra=extra)
         return
-    names = {None: _MIX, "speech": _SPEECH_MIX, "clips": _CLIPS_MIX}[extra]
-    parts = [folder / split / name / MANIFEST for split in _SPLITS for name in names]
+    parts = [folder / split / name / MANIFEST for split in _SPLITS for name in _CORPORA[extra][1]]
     parts.append(folder / "validation" / "prompts.json")  # the last
     while not all(path.exists() for path in parts):
         time.sleep(1)

@@ -42,7 +42,7 @@ class Effect(Enum):
 _FIELDS: dict[Effect, dict[str, str]] = {
     Effect.FIXED: {
         "": "model_spec train_only",
-        "start": "run step data",
+        "start": "run step data weights",
         "override": "imports",
         "debug": "seed",
         "optimizer": "implementation optimizer_factory_kwargs_by_name",
@@ -66,13 +66,17 @@ _FIELDS: dict[Effect, dict[str, str]] = {
         "lr_scheduler": "warmup_steps total_steps decay_ratio decay_type min_lr_factor",
         "training": "steps max_norm mixed_precision_param mixed_precision_reduce",
         "validator": "freq enable batch_rows max_batches tasks",
-        "sampler": "enable number temperature top_p guidance caption_tokens",
+        "sampler": (
+            "enable number temperature top_p guidance denoising_steps denoising_method "
+            "caption_tokens checked_images"
+        ),
+        "ema": "decay validation samples",
         "skip": "max_skipped spike_guard window deviations",
         "checkpoint": "exclude_from_loading",
     },
     Effect.DATA: {
-        "data": "folder shares embedded speech clips",
-        "dataloader": "sources order global_batch_size seed media_share",
+        "data": "folder shares embedded speech clips vectors",
+        "dataloader": "sources order global_batch_size seed media_share clean_copies",
         "training": "global_batch_size",
     },
     Effect.NONE: {
@@ -81,7 +85,7 @@ _FIELDS: dict[Effect, dict[str, str]] = {
         "debug": "deterministic deterministic_warn_only detect_anomaly save_config_file",
         "training": "local_batch_size enable_cpu_offload gc_freq gc_debug",
         "dataloader": "prefetch",
-        "validator": "sources data_folder",
+        "validator": "sources data_folder clean_copies",
         "sampler": "data_folder",
         "checkpoint": (
             "enable folder interval last_save_model_only last_save_in_hf export_dtype "

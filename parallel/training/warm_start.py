@@ -6,9 +6,10 @@ counters of tokens and FLOPs start at zero. Every rank reads its own shards, fro
 """
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -27,7 +28,7 @@ from earlyfuse.data.stream.loader import LaneLoader
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.upcycle import Inherited, Shape, inherit
 from earlyfuse.parallel.checkpoint.file_layout import checkpoints_of, latest_checkpoint
-from earlyfuse.parallel.checkpoint.files.dcp import is_parameter
+from earlyfuse.parallel.checkpoint.files.dcp import averages, is_parameter
 from earlyfuse.parallel.checkpoint.files.dcp_reader import DcpReader, SafeLoadPlanner, load_dcp
 from earlyfuse.parallel.checkpoint.folder import CheckpointFolder
 from earlyfuse.parallel.checkpoint.identity import refuse_other_data
@@ -50,6 +51,9 @@ class WarmStart(Configurable):
 
         data: bool = True
         """Continue in the data where that run stopped, instead of at their beginning."""
+
+        weights: Literal["trained", "ema"] = "trained"
+        """Its weights as trained, or the averages that it kept (ema.decay)."""
 
     def __init__(self, config: Config):
         self.config = config
@@ -89,12 +93,18 @@ class WarmStart(Configurable):
                 "beginning of the data with --start.no-data"
             )
         try:
-            inherit(parent.shapes(), parent.model, child)
+            origins = inherit(parent.shapes(), parent.model, child)
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise ValueError(
                 f"{run / DESCRIPTION}: config.model_spec.model is invalid ({error!r}); "
                 "restore the file, or start from another run"
             ) from error
+        named = {origin.name for origin in origins.values() if origin is not None}
+        if self.config.weights == "ema" and (missing := sorted(named - parent.averages().keys())):
+            raise ValueError(
+                f"start.weights (ema) needs averaged weights, and checkpoint {parent.folder} has "
+                f"none of {missing[0]}; choose trained, or a run with ema.decay"
+            )
         return parent
 
     def take_over(
@@ -116,11 +126,13 @@ class WarmStart(Configurable):
                 raise ValueError(f"{error}; or set --start.no-data") from error
             load_dcp({DATALOADER: loader}, reader)
         origins = inherit(parent.shapes(), parent.model, child)
+        averaged = self.config.weights == "ema"
         for part in parts:
-            load_inherited(part, origins, parent.folder)
+            load_inherited(part, origins, parent.folder, parent.averages() if averaged else None)
         fresh = sum(origin is None for origin in origins.values())
         return (
-            f"started from {parent.folder}: {len(origins) - fresh} of its tensors, {fresh} new; "
+            f"started from {parent.folder}: {len(origins) - fresh} of its "
+            f"{'averaged ' if averaged else ''}tensors, {fresh} new; "
             f"data {'continue' if self.config.data else 'start at their beginning'}"
         )
 
@@ -141,10 +153,21 @@ class ParentCheckpoint:
             if is_parameter(name) and isinstance(stored, TensorStorageMetadata)
         }
 
+    def averages(self) -> dict[str, str]:
+        """Parameter → key of its average in the checkpoint."""
+        return averages(DcpReader(self.folder).read_metadata().state_dict_metadata)
+
 
 @torch.no_grad()
-def load_inherited(model: nn.Module, origins: dict[str, Inherited | None], folder: Path) -> None:
-    """Fill the parameters of ``model``, whole or sharded, from a checkpoint; no collectives."""
+def load_inherited(
+    model: nn.Module,
+    origins: dict[str, Inherited | None],
+    folder: Path,
+    averages: Mapping[str, str] | None = None,
+) -> None:
+    """Fill the parameters of ``model``, whole or sharded, from a checkpoint, or from its
+    ``averages``; no collectives.
+    """
     regions = _Regions()
     copies: list[tuple[torch.Tensor, torch.Tensor]] = []
     for name, parameter in model.state_dict().items():
@@ -154,13 +177,14 @@ def load_inherited(model: nn.Module, origins: dict[str, Inherited | None], folde
         local, offset = local_region(parameter)
         if not local.numel():
             continue
+        key = (averages or {}).get(origin.name, origin.name)
         if origin.parts is None:
-            regions.want(origin.name, offset, local)
+            regions.want(key, offset, local)
             continue
         for place, target in enumerate(local):
             part = origin.parts[offset[0] + place]
             start = offset[1:] if part is None else (part, *offset[1:])
-            copies.append((target, regions.read(origin.name, start, target)))
+            copies.append((target, regions.read(key, start, target)))
     load_dcp(dict.fromkeys(regions.chunks), DcpReader(folder), planner=regions, alone=True)
     for target, source in copies:
         target.copy_(source.view_as(target))

@@ -1,6 +1,7 @@
 """Reads the model in a DCP checkpoint as tensors by name, without a process group; writes both."""
 
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +22,10 @@ from earlyfuse.models.state_dicts.tensor_map import Entry, Tensors
 from earlyfuse.parallel.checkpoint.files.dcp_reader import DcpReader, SafeLoadPlanner
 from earlyfuse.parallel.checkpoint.manifest import MANIFEST, damage, read_manifest
 
-_OF_THE_MODEL = ("layers", "tok_embeddings", "depth_projection", "norm", "lm_head")
+_OF_THE_MODEL = (
+    "layers", "tok_embeddings", "vector_input", "depth_projection", "norm", "lm_head",
+    "vector_output",
+)  # fmt: skip
 
 
 def is_parameter(key: str) -> bool:
@@ -29,13 +33,24 @@ def is_parameter(key: str) -> bool:
     return key.partition(".")[0] in _OF_THE_MODEL
 
 
+EMA = "ema"  # the state of ``training/ema.py``: averages as ema.<parameter>
+
+
+def averages(keys: Iterable[str]) -> dict[str, str]:
+    """Parameter → key of its average, among the ``keys`` of a checkpoint."""
+    named = {key.removeprefix(f"{EMA}."): key for key in keys if key.startswith(f"{EMA}.")}
+    return {name: key for name, key in named.items() if is_parameter(name)}
+
+
 class DcpFolder:
     """The model's tensors in a checkpoint, each assembled from its chunks when it is read.
 
-    ``ValueError`` if DCP's metadata or files are missing, damaged or foreign.
+    ``averaged``: read the averages of parameters that the checkpoint has, ``averages``, instead of
+    the parameters themselves. ``ValueError`` if DCP's metadata or files are missing, damaged or
+    foreign.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, averaged: bool = False):
         self.folder = folder
         if (folder / MANIFEST).is_file():
             # tensors have own checksums, verified when they are read; metadata has none
@@ -44,17 +59,21 @@ class DcpFolder:
                 raise ValueError(f"{folder}: {found[0]}; copy the checkpoint again")
         self._reader = DcpReader(folder)
         self._metadata = self._reader.read_metadata()
+        metadata = self._metadata.state_dict_metadata
+        self.averages = averages(metadata)
+        self._keys = {name: name for name in metadata if is_parameter(name)}
+        self._keys |= self.averages if averaged else {}
         self.entries = {
             name: Entry(tuple(stored.size), stored.properties.dtype)
-            for name, stored in self._metadata.state_dict_metadata.items()
-            if isinstance(stored, TensorStorageMetadata) and is_parameter(name)
+            for name, key in self._keys.items()
+            if isinstance(stored := metadata[key], TensorStorageMetadata)
         }
         if not self.entries:
             raise ValueError(f"{folder} is a DCP checkpoint without earlyfuse model weights")
 
     def read(self, name: str) -> torch.Tensor:
         """Returns the whole tensor."""
-        entry = self.entries[name]
+        entry, name = self.entries[name], self._keys[name]
         state = {name: torch.empty(entry.shape, dtype=entry.dtype)}
         planner = SafeLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         planner.set_up_planner(state, self._metadata, True)
