@@ -19,8 +19,9 @@ from earlyfuse.data.json_files import MOST_BYTES, load_json, read_json, shown
 from earlyfuse.data.media import MEDIA, medium_of
 from earlyfuse.data.tokenizers import TEXT_FILES, Tokenizers, text_file
 from earlyfuse.data.tokenizers.animation import MOST_FRAMES
+from earlyfuse.models.generate.constrained import Prompt
 from earlyfuse.models.state_dicts.config_json import CONFIG, FORMAT, TOKENIZERS
-from earlyfuse.models.vocabulary import MediaCodes, Modality, Vocabulary
+from earlyfuse.models.vocabulary import Modality, Vocabulary
 from earlyfuse.parallel.checkpoint.file_layout import (
     checkpoints_of,
     is_run,
@@ -171,10 +172,9 @@ def _is_value(kind: str, value: object) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(v, str) for v in value)
 
 
-def to_tokens(segments: Sequence[Segment], tokenizers: Tokenizers) -> list[int]:
+def to_prompt(segments: Sequence[Segment], tokenizers: Tokenizers) -> Prompt:
     """Tokenises begin-of-document and the segments, as in training data."""
-    vocabulary = tokenizers.vocabulary
-    tokens = [vocabulary.bos]
+    tokens, vectors = [tokenizers.vocabulary.bos], []
     for segment in segments:
         ((kind, value),) = segment.items()
         if kind == "text":
@@ -182,15 +182,17 @@ def to_tokens(segments: Sequence[Segment], tokenizers: Tokenizers) -> list[int]:
             continue
         label = "image" if kind == FRAMES else kind
         paths = value if isinstance(value, list) else [value]
-        medium = _medium(label, paths[0], tokenizers)
+        _check_medium(label, paths[0], tokenizers)
         if len(paths) > MOST_FRAMES:
             raise ValueError(f"frames ({len(paths)}) must be at most {MOST_FRAMES}; give fewer")
-        codes = [_codes(label, path, tokenizers) + medium.start for path in paths]
-        tokens += medium.block_of([frame.tolist() for frame in codes])
-    return tokens
+        items = [_features(label, path, tokenizers) for path in paths]
+        block, found_nP = tokenizers.block_of(label, *items)
+        tokens += block
+        vectors += [] if found_nP is None else [torch.from_numpy(found_nP)]
+    return Prompt(tokens, torch.cat(vectors) if vectors else None)
 
 
-def _medium(kind: str, path: str, tokenizers: Tokenizers) -> MediaCodes:
+def _check_medium(kind: str, path: str, tokenizers: Tokenizers) -> None:
     known = [m.label for m in tokenizers.vocabulary.modalities if m.label in tokenizers.hashes]
     if kind not in known:
         trained = "text alone" if known == ["text"] else " and ".join(known)
@@ -198,16 +200,12 @@ def _medium(kind: str, path: str, tokenizers: Tokenizers) -> MediaCodes:
             f"{kind} {path} cannot be read: the model was trained on {trained} and "
             f"has no {kind} tokenizer; give {' and '.join(known)} only"
         )
-    if tokenizers.media[kind].vectors is not None:
-        raise ValueError(f"{kind} {path} cannot be read: prompts of vectors are not supported")
-    return tokenizers.vocabulary.medium(Modality[kind])
 
 
-def _codes(kind: str, path: str, tokenizers: Tokenizers) -> np.ndarray:
-    """Encodes a file; codes count from 0."""
+def _features(kind: str, path: str, tokenizers: Tokenizers) -> np.ndarray:
+    """Reads what the tokenizer of a medium encodes from a file."""
     try:
-        tokenizer = tokenizers.media[kind]
-        return tokenizer.encode_items([tokenizer.features(Path(path).read_bytes())])[0]
+        return tokenizers.media[kind].features(Path(path).read_bytes())
     except (OSError, BadSample) as error:
         raise ValueError(f"{kind} {path} cannot be read: {error}") from error
 
@@ -216,17 +214,21 @@ def _codes(kind: str, path: str, tokenizers: Tokenizers) -> np.ndarray:
 
 
 def to_segments(
-    tokens: Sequence[int], tokenizers: Tokenizers, folder: Path, stem: str
+    tokens: Sequence[int],
+    tokenizers: Tokenizers,
+    folder: Path,
+    stem: str,
+    vectors: torch.Tensor | None = None,
 ) -> list[Segment]:
-    """Decodes generated tokens; media are written to ``folder``/``stem``-0.png, -1.wav …, each
-    frame of a video to a file of its own.
+    """Decodes generated tokens, and ``vectors`` of their placeholders; media are written to
+    ``folder``/``stem``-0.png, -1.wav …, each frame of a video to a file of its own.
     """
     vocabulary = tokenizers.vocabulary
     tokens = [token for token in tokens if token not in (vocabulary.bos, vocabulary.eos)]
     modality_T = vocabulary.modality_of(torch.tensor(tokens, dtype=torch.int64)).tolist()
     separators = {medium.separator for medium in vocabulary.media}
     segments: list[Segment] = []
-    media = 0
+    media = used = 0
     continues = False
     for modality, run in groupby(zip(modality_T, tokens, strict=True), key=lambda pair: pair[0]):
         ids = [token for _, token in run]
@@ -238,6 +240,8 @@ def to_segments(
             continue
         medium = medium_of(modality)
         codes = np.array(ids) - vocabulary.medium(medium.modality).start
+        if vectors is not None and vocabulary.medium(medium.modality).continuous:
+            codes, used = vectors[used : used + len(ids)].numpy(), used + len(ids)
         name = f"{stem}-{media}.{medium.written}"
         atomic_write_bytes(folder / name, tokenizers.media[medium.label].to_file(codes))
         media += 1

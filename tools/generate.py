@@ -17,7 +17,13 @@ from typing import Any
 
 from earlyfuse.data.console import printable
 from earlyfuse.data.media import MEDIA
-from earlyfuse.tools.command import add_code_option, check_device, import_code, run_command
+from earlyfuse.tools.command import (
+    add_code_option,
+    add_weights_option,
+    check_device,
+    import_code,
+    run_command,
+)
 
 _EXAMPLES = """examples:
   an image:       … FOLDER --mode image --prompt "glyph: greek small letter alpha" --out samples
@@ -35,10 +41,10 @@ _NEWLINE = "\n"
 
 @dataclass(frozen=True)
 class Work:
-    """One document to write. ``stem``: how its files begin."""
+    """One document to write; ``prompt``: a ``Prompt``. ``stem``: how its files begin."""
 
     segments: list[dict[str, str | list[str]]]
-    tokens: list[int]
+    prompt: Any
     sample: int
     seed: int
     room: int
@@ -60,48 +66,56 @@ def write(options: argparse.Namespace) -> None:
     import torch
 
     from earlyfuse.data.atomic import atomic_write
-    from earlyfuse.models.generate.session import Sampling, generate
-    from earlyfuse.parallel.checkpoint.open_checkpoint import load_model
+    from earlyfuse.models.generate.denoising import Denoising
+    from earlyfuse.models.generate.session import Sampling, write_documents
+    from earlyfuse.parallel.checkpoint.open_checkpoint import as_module, open_model
     from earlyfuse.tools.documents import ModelFolder, to_segments
 
     sampling = Sampling(options.temperature, options.top_p, options.top_k, options.guidance)
     _check(options)
+    denoising = Denoising(options.denoising_steps, options.denoising_method)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device)
     import_code(options.code)
-    model, vocabulary = load_model(options.folder, device=device)
+    opened = open_model(options.folder, options.weights)
+    model, vocabulary = as_module(opened, device=device), opened.vocabulary
+    options.weights = opened.weights
     about = ModelFolder.read(options.folder)
     tokenizers = about.tokenizers(vocabulary, options.tokenizers)
     _check_mode(options.mode, tokenizers)
+    _check_samples(options, model, vocabulary)
     rule = _rule(model, options.rule)
     works = _works(options, tokenizers, about.seq_len)
     options.out.mkdir(parents=True, exist_ok=True)
     with atomic_write(options.out / RESULTS) as file:
         todo = iter(works)
         while batch := list(islice(todo, options.batch_size)):
-            written = generate(
+            drafts = write_documents(
                 model,
                 vocabulary,
-                [work.tokens for work in batch],
+                [work.prompt for work in batch],
                 new_tokens=[work.room for work in batch],
                 mode=options.mode,
                 sampling=sampling,
+                denoising=denoising,
                 seeds=[work.seed for work in batch],
                 rule=rule,
                 unused=tokenizers.unused,
             )
-            for work, tokens in zip(batch, written, strict=True):
-                segments = to_segments(tokens, tokenizers, options.out, work.stem)
+            for work, draft in zip(batch, drafts, strict=True):
+                tokens = draft.written
+                segments = to_segments(tokens, tokenizers, options.out, work.stem, draft.vectors)
                 whole = tokens[-1:] == [vocabulary.eos] or options.mode in MEDIA
                 file.write(_line(options, rule, work, segments, len(tokens), whole))
                 shown = f"{work.stem}: {_shown(segments)}{'' if whole else ' …'}"
                 print(printable(shown), flush=True)
-    print(printable(f"{len(works)} documents in {options.out / RESULTS}"))
+    by = " by the averaged weights" if opened.weights == "ema" else ""
+    print(printable(f"{len(works)} documents{by} in {options.out / RESULTS}"))
 
 
 def _check(options: argparse.Namespace) -> None:
     """Raises ``ValueError`` for what is wrong before anything is loaded."""
-    for name in ("batch_size", "samples", "new_tokens"):
+    for name in ("batch_size", "samples", "new_tokens", "denoising_steps"):
         value = getattr(options, name)
         if value is not None and not 1 <= value <= MOST:
             option = f"--{name.replace('_', '-')}"
@@ -109,11 +123,6 @@ def _check(options: argparse.Namespace) -> None:
     if options.segments and options.prompts:
         raise ValueError(
             f"--prompts and --prompt or {_options()} were given; give one or the other"
-        )
-    if options.temperature == 0 and options.samples > 1:
-        raise ValueError(
-            f"--temperature 0 writes the same in each of --samples {options.samples}; give another "
-            "temperature, or one sample"
         )
     if options.out.exists() and not options.out.is_dir():
         raise ValueError(f"--out ({options.out}) must be a folder; it is a file")
@@ -140,6 +149,20 @@ def _check_mode(mode: str, tokenizers: Any) -> None:
             )
 
 
+def _check_samples(options: argparse.Namespace, model: Any, vocabulary: Any) -> None:
+    """Raises ``ValueError`` for equal samples, and for steps that the model's schedule has not."""
+    media = [m for m in vocabulary.media if options.mode in ("interleaved", m.modality.label)]
+    draws_vectors = any(medium.continuous for medium in media)
+    if options.temperature == 0 and options.samples > 1 and not draws_vectors:
+        raise ValueError(
+            f"--temperature 0 writes the same in each of --samples {options.samples}; give another "
+            "temperature, or one sample"
+        )
+    if draws_vectors and (vectors := model.config.vectors) is not None:
+        diffusion = vectors.diffusion.build()
+        diffusion.check_method(options.denoising_method, options.denoising_steps)
+
+
 def _rule(model: Any, rule: Any) -> Any:
     """The rule by which experts are chosen; raises ``ValueError`` if the model lacks it."""
     from earlyfuse.models.routing.router import inference_rule
@@ -155,19 +178,19 @@ def _works(options: argparse.Namespace, tokenizers: Any, seq_len: int | None) ->
 
     A seed follows from ``--seed``, the prompt's number and the sample's alone.
     """
-    from earlyfuse.tools.documents import read_prompts, to_tokens
+    from earlyfuse.tools.documents import read_prompts, to_prompt
 
     documents = read_prompts(options.prompts) if options.prompts else [options.segments or []]
     works = []
     for number, segments in enumerate(documents):
         try:
-            tokens = to_tokens(segments, tokenizers)
+            prompt = to_prompt(segments, tokenizers)
         except ValueError as error:
             raise ValueError(f"prompt {number}: {error}") from error
-        room = _room(options, tokenizers.vocabulary, number, len(tokens), seq_len)
+        room = _room(options, tokenizers.vocabulary, number, len(prompt.tokens), seq_len)
         for sample in range(options.samples):
             seed = zlib.crc32(f"{options.seed}:{number}:{sample}".encode())
-            works.append(Work(segments, tokens, sample, seed, room, f"{number:06d}-{sample}"))
+            works.append(Work(segments, prompt, sample, seed, room, f"{number:06d}-{sample}"))
     return works
 
 
@@ -205,7 +228,10 @@ def _line(
         "top_p": options.top_p,
         "top_k": options.top_k,
         "guidance": options.guidance,
+        "denoising_steps": options.denoising_steps,
+        "denoising_method": options.denoising_method,
         "rule": rule,
+        "weights": options.weights,
         "tokens": tokens,
         "ended": whole,
     }
@@ -272,7 +298,16 @@ def _parser() -> argparse.ArgumentParser:
     add("--temperature", type=float, default=1.0, help="0: the most likely tokens (1.0)")
     add("--top-p", type=float, default=1.0, help="draw from this much of the probability (1.0)")
     add("--top-k", type=int, default=0, help="draw from so many tokens; 0: all (0)")
-    add("--guidance", "--cfg", type=float, default=1.0, help="of codes by the prompt; 1: off (1.0)")
+    guided = "of codes and vectors by the prompt; 1: off (1.0)"
+    add("--guidance", "--cfg", type=float, default=1.0, help=guided)
+    steps = "steps that turn noise into images of vectors (50)"
+    add("--denoising-steps", type=int, default=50, metavar="N", help=steps)
+    add(
+        "--denoising-method",
+        choices=("ddim", "euler", "heun"),
+        default="ddim",
+        help="of these steps; heun reads the model twice in each (ddim)",
+    )
     add(
         "--rule",
         choices=("causal", "threshold"),
@@ -280,6 +315,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--seed", type=int, default=0, help="of all samples (0)")
     add("--tokenizers", type=Path, metavar="DIR", help="tokenizers of the model's data, if moved")
+    add_weights_option(parser)
     add("--device", help="cpu, cuda … (a GPU if there is one)")
     add_code_option(parser)
     return parser

@@ -1,30 +1,38 @@
-"""Samples documents (text, images, speech, mixed) from the next-token logits of a ``Decoder``.
+"""Samples documents (text, images, speech, mixed) with a ``Decoder``: tokens from its next-token
+logits, items of continuous media by denoising.
 
-Each step reads the tokens just written, masks what the grammar of the vocabulary does not allow
-(``models/generate/constrained.py``), and draws. A decode cache keeps the state of earlier tokens
-(``models/blocks/cache.py``). Experts are chosen by a causal rule, of causal routers or thresholds:
-batch routing would need tokens that are not written yet.
+Each step reads what was just written, masks what the grammar of the vocabulary does not allow
+(``models/generate/constrained.py``), and draws. Documents that have begun an item of vectors wait
+until all others have, or are finished; then the items are denoised together
+(``models/generate/denoising.py``), and read clean. A decode cache keeps the state of earlier tokens
+(``models/generate/readers.py``). Experts are chosen by a causal rule, of causal routers or
+thresholds: batch routing would need tokens that are not written yet.
 
 Every document has its own seed and is routed token by token, so it does not depend on the others in
 the batch; finished documents leave it.
 
-B documents, R rows of the model (2 B with guidance), S positions, V vocabulary.
+B documents, R rows of the model (2 B with guidance), V vocabulary, n vectors of an item, P numbers
+in a vector.
 """
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 
-from earlyfuse.models.batch import MixedBatch
-from earlyfuse.models.blocks.cache import DecodeCache
 from earlyfuse.models.context import ForwardSettings, Rule
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.field_checks import check_at_least
-from earlyfuse.models.generate.constrained import Draft, Mode, allowed_ids
+from earlyfuse.models.generate.constrained import Draft, Mode, Prompt, allowed_ids
+from earlyfuse.models.generate.denoising import Denoising, denoise, noise
+from earlyfuse.models.generate.readers import Cached, Rereading
+from earlyfuse.models.objectives.diffusion import Diffusion
 from earlyfuse.models.routing.router import inference_rule
-from earlyfuse.models.vocabulary import Vocabulary
+from earlyfuse.models.vocabulary import Modality, Vocabulary
+
+Agree = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -33,8 +41,9 @@ class Sampling:
 
     ``temperature``: 0 takes the most likely token. ``top_p``: nucleus sampling (arXiv 1904.09751);
     1: off. ``top_k``: from the k most likely; 0: off. ``guidance``: classifier-free guidance (arXiv
-    2207.12598) of codes, u + guidance · (c - u), with u the logits after begin-of-document and the
-    block so far alone; 1: off.
+    2207.12598) of codes and vectors, u + guidance · (c - u), with u the logits after
+    begin-of-document and the block so far alone, or the prediction of vectors in a block alone; 1:
+    off.
     """
 
     temperature: float = 1.0
@@ -48,32 +57,44 @@ class Sampling:
             raise ValueError(f"top_p ({self.top_p}) must be in (0, 1]; 1 is off")
 
 
-@torch.no_grad()
 def generate(
+    model: Decoder, vocabulary: Vocabulary, prompts: Sequence[Sequence[int]], **options: Any
+) -> list[list[int]]:
+    """Returns the tokens that ``write_documents`` writes after each prompt of tokens."""
+    drafts = write_documents(model, vocabulary, [Prompt(tokens) for tokens in prompts], **options)
+    return [draft.written for draft in drafts]
+
+
+@torch.no_grad()
+def write_documents(
     model: Decoder,
     vocabulary: Vocabulary,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Prompt],
     *,
     new_tokens: int | Sequence[int],
     mode: Mode = "interleaved",
     sampling: Sampling | None = None,
+    denoising: Denoising | None = None,
     seeds: Sequence[int] | None = None,
     rule: Rule | None = None,
     cache: bool = True,
     unused: Sequence[int] = (),
-    agree: Callable[[torch.Tensor], torch.Tensor] = lambda tokens_B: tokens_B,
-) -> list[list[int]]:
-    """Returns the continuation of each prompt, at most ``new_tokens`` (of each, or one for all).
+    agree: Agree = lambda values: values,
+) -> list[Draft]:
+    """Continues each prompt by at most ``new_tokens`` (of each, or one for all); what is new are
+    ``written`` and ``vectors`` of the returned drafts.
 
-    ``prompts``: token ids from begin-of-document on. ``mode``: "text" or "interleaved" to the end
-    of the document, "image" or "speech" one block with its sentinels. ``seeds``: of the documents,
-    by default 0 … B-1. ``rule``: "causal" or "threshold", by default the first that the model has
-    (``models/routing/router.py``). ``cache=False`` reads the whole document for each token.
-    ``unused``: ids that are never written, such as padding rows of an embedding. ``agree``: makes
-    the tokens (B,) of a step equal on all ranks that write the same documents.
+    ``prompts``: token ids from begin-of-document on, and the vectors of their placeholders.
+    ``mode``: "text" or "interleaved" to the end of the document, "image" or "speech" one block with
+    its sentinels. ``seeds``: of the documents, by default 0 … B-1. ``rule``: "causal" or
+    "threshold", by default the first that the model has (``models/routing/router.py``).
+    ``cache=False`` reads the whole document for each token and step of denoising. ``unused``: ids
+    that are never written, such as padding rows of an embedding. ``agree``: makes the tokens (B,)
+    of a step, and vectors (B, n, P), equal on all ranks that write the same documents.
 
     ``ValueError`` for prompts that do not begin a document, blocks that do not fit into
-    ``new_tokens``, and models that lack the rule.
+    ``new_tokens``, models that lack the rule, and vectors that the model does not have, or predicts
+    as numbers that are not finite.
     """
     settings = ForwardSettings(rule=inference_rule(model, rule))
     if not cache and (names := _needing_cache(model)):
@@ -81,63 +102,129 @@ def generate(
             f"cache (False) must be True for this model: {names[0]} decides in another way about "
             "tokens after the prompt"
         )
-    sampling = sampling or Sampling()
+    sampling, denoising = sampling or Sampling(), denoising or Denoising()
+    _check_vectors(model, vocabulary, prompts, denoising)
     seeds = range(len(prompts)) if seeds is None else seeds
     rooms = [new_tokens] * len(prompts) if isinstance(new_tokens, int) else new_tokens
     for name, values in (("seeds", seeds), ("new_tokens", rooms)):
         if len(values) != len(prompts):
             raise ValueError(f"{name} ({len(values)}) must be as many as prompts ({len(prompts)})")
-    drafts = [
-        Draft(vocabulary, prompt, mode, room) for prompt, room in zip(prompts, rooms, strict=True)
+    works = [
+        _Work(Draft(vocabulary, prompt, mode, room), seed, _draws(seed, room))
+        for prompt, room, seed in zip(prompts, rooms, seeds, strict=True)
     ]
-    draws = [_draws(seed, room) for seed, room in zip(seeds, rooms, strict=True)]
     guided = sampling.guidance != 1 and mode != "text" and bool(vocabulary.media)
-    longest = max((len(draft.tokens) + draft.room for draft in drafts), default=0)
-    reader = _Rereading(model, vocabulary, settings)
+    reader = Rereading(model, vocabulary, settings)
     if cache:
-        reader = _Cached(model, vocabulary, settings, longest)
+        longest = max((len(work.draft.tokens) + work.draft.room for work in works), default=0)
+        # a row that waits is padded by as many as another row reads
+        item = max((m.block + 1 for m in vocabulary.media if m.continuous), default=0)
+        reader = Cached(model, vocabulary, settings, longest + item)
     was_training = model.training
     model.eval()
     # shapes change with each token: compiled blocks would recompile
     eager = torch.compiler.set_stance("force_eager") if cache else nullcontext()
     try:
         with eager:
-            _write(drafts, draws, reader, sampling, guided, unused, agree)
+            _write(works, reader, sampling, denoising, guided, unused, agree)
     finally:
         model.train(was_training)
-    return [draft.written for draft in drafts]
+    return [work.draft for work in works]
+
+
+class NotFinite(ValueError):
+    """A model predicts vectors that are not finite."""
+
+
+class _Work(NamedTuple):
+    """A document, its seed, and a number in [0, 1) for each token that it may get."""
+
+    draft: Draft
+    seed: int
+    draws: torch.Tensor
 
 
 def _write(
-    drafts: Sequence[Draft],
-    draws: Sequence[torch.Tensor],
-    reader: "_Rereading",
+    works: Sequence[_Work],
+    reader: Rereading,
     sampling: Sampling,
+    denoising: Denoising,
     guided: bool,
     unused: Sequence[int],
-    agree: Callable[[torch.Tensor], torch.Tensor],
+    agree: Agree,
 ) -> None:
-    """Writes all drafts to their end."""
-    going = [(draft, draw) for draft, draw in zip(drafts, draws, strict=True) if not draft.done]
+    """Writes all documents to their end."""
+    going = [work for work in works if not work.draft.done]
     while going:
-        rows = [draft.tokens for draft, _ in going]
+        rows = [work.draft.row for work in going]
         if guided:
-            rows += [draft.unconditional for draft, _ in going]
-        logits_BV = reader.read(rows)
-        allowed = [draft.allowed() for draft, _ in going]
-        if guided:
-            in_block = [next_is.codes is not None for next_is in allowed]
-            logits_BV = _guide(logits_BV, in_block, sampling.guidance)
-        ids_BV = torch.stack([allowed_ids(reader.vocabulary, next_is) for next_is in allowed])
-        ids_BV[:, list(unused)] = False
-        draw_B = torch.stack([draw[len(draft.written)] for draft, draw in going])
-        tokens_B = choose(logits_BV, ids_BV.to(logits_BV.device), draw_B, sampling)
-        for (draft, _), token in zip(going, agree(tokens_B).tolist(), strict=True):
-            draft.write(token)
-        kept = [row for row, (draft, _) in enumerate(going) if not draft.done]
+            rows += [work.draft.unconditional for work in going]
+        logits_RV = reader.read(rows)
+        writing = [row for row, work in enumerate(going) if not work.draft.awaits_vectors]
+        if writing:
+            if guided:
+                in_block = [work.draft.allowed().codes is not None for work in going]
+                logits_RV = _guide(logits_RV, in_block, sampling.guidance)
+            texts = [going[row] for row in writing]
+            _write_tokens(texts, logits_RV[writing], reader.vocabulary, sampling, unused, agree)
+        else:
+            scale = sampling.guidance if guided else 1.0
+            _write_vectors(going, reader, denoising, scale, agree)
+        kept = [row for row, work in enumerate(going) if not work.draft.done]
         if len(kept) < len(going):
             reader.select(kept + [len(going) + row for row in kept if guided])
             going = [going[row] for row in kept]
+
+
+def _write_tokens(
+    works: Sequence[_Work],
+    logits_BV: torch.Tensor,
+    vocabulary: Vocabulary,
+    sampling: Sampling,
+    unused: Sequence[int],
+    agree: Agree,
+) -> None:
+    """Writes a token to each document."""
+    ids_BV = torch.stack([allowed_ids(vocabulary, work.draft.allowed()) for work in works])
+    ids_BV[:, list(unused)] = False
+    draw_B = torch.stack([work.draws[len(work.draft.written)] for work in works])
+    tokens_B = choose(logits_BV, ids_BV.to(logits_BV.device), draw_B, sampling)
+    for work, token in zip(works, agree(tokens_B).tolist(), strict=True):
+        work.draft.write(token)
+
+
+def _write_vectors(
+    works: Sequence[_Work], reader: Rereading, denoising: Denoising, guidance: float, agree: Agree
+) -> None:
+    """Denoises an item for each document, all together."""
+    drafts = [work.draft for work in works]
+    media = [draft.medium for draft in drafts if draft.medium is not None]
+    rows = [draft.row for draft in drafts]
+    guided = guidance != 1
+    if guided:
+        rows += [draft.unconditional for draft in drafts]
+
+    def predict(z_BnP: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        if not guided:
+            return reader.predict(rows, media, z_BnP, time)
+        both_RnP = reader.predict(rows, media * 2, z_BnP.repeat(2, 1, 1), time)
+        with_prompt_BnP, without_BnP = both_RnP.chunk(2)
+        if not denoising.guides(time):
+            return with_prompt_BnP
+        return without_BnP + guidance * (with_prompt_BnP - without_BnP)
+
+    shape = max(medium.block for medium in media), reader.width
+    seeds, numbers = [work.seed for work in works], [len(draft.items) for draft in drafts]
+    z_BnP = noise(seeds, numbers, shape, reader.device)
+    vectors_BnP = agree(denoise(predict, z_BnP, _diffusion(reader.model), denoising).contiguous())
+    for number, (draft, medium) in enumerate(zip(drafts, media, strict=True)):
+        vectors_nP = vectors_BnP[number, : medium.block].cpu()
+        if not vectors_nP.isfinite().all():
+            raise NotFinite(
+                f"document {number} has vectors of {medium.modality.label} that are not finite: "
+                "the model's weights or predictions are not; use another checkpoint"
+            )
+        draft.write_vectors(vectors_nP)
 
 
 def choose(
@@ -186,71 +273,42 @@ def _guide(logits_RV: torch.Tensor, in_block: Sequence[bool], guidance: float) -
     return torch.where(in_block_B1, guided_BV, with_prompt_BV)
 
 
+def _diffusion(model: Decoder) -> Diffusion:
+    assert model.config.vectors is not None, "checked"
+    return model.config.vectors.diffusion.build()
+
+
+def _check_vectors(
+    model: Decoder, vocabulary: Vocabulary, prompts: Sequence[Prompt], denoising: Denoising
+) -> None:
+    """``ValueError`` unless the model has the vectors of vocabulary and prompts, and its schedule
+    the steps of denoising.
+    """
+    continuous = {medium.modality for medium in vocabulary.media if medium.continuous}
+    vectors = model.config.vectors
+    if continuous != (set() if vectors is None else {Modality(m) for m in vectors.modalities}):
+        ours, theirs = (
+            " and ".join(sorted(Modality(m).label for m in modalities)) or "no medium"
+            for modalities in (continuous, () if vectors is None else vectors.modalities)
+        )
+        raise ValueError(
+            f"there are vectors of {ours} in the vocabulary, and of {theirs} in the model; use the "
+            "vocabulary of the model's data"
+        )
+    if vectors is None:
+        return
+    _diffusion(model).check_method(denoising.method, denoising.steps)
+    for number, prompt in enumerate(prompts):
+        if prompt.vectors is not None and prompt.vectors.shape[1:] != (vectors.width,):
+            raise ValueError(
+                f"vectors {tuple(prompt.vectors.shape)} of prompt {number} must have width "
+                f"{vectors.width}, as those that the model was trained on"
+            )
+
+
 def _needing_cache(model: Decoder) -> list[str]:
     return [
         name
         for name, module in model.named_modules()
         if getattr(getattr(module, "config", None), "needs_cache", False)
     ]
-
-
-class _Rereading:
-    """Next-token logits by a full forward over all rows."""
-
-    def __init__(self, model: Decoder, vocabulary: Vocabulary, settings: ForwardSettings):
-        self.model, self.vocabulary, self.settings = model, vocabulary, settings
-        self.device = next(model.parameters()).device
-
-    def read(self, rows: list[list[int]]) -> torch.Tensor:
-        """Next-token logits (R, V) of each row."""
-        tokens_RS, real_R = self._padded(rows)
-        batch = MixedBatch.of(tokens_RS, self.vocabulary.modality_of(tokens_RS))
-        logits_RSV = self.model(batch, self.settings)
-        return logits_RSV[torch.arange(len(rows), device=self.device), real_R - 1]
-
-    def select(self, kept: list[int]) -> None:
-        """Keeps these rows; nothing is cached."""
-
-    def _padded(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """(R, S), filled from the left, and the length of each row, (R,)."""
-        longest = max(map(len, rows))
-        padded = [row + [self.vocabulary.pad] * (longest - len(row)) for row in rows]
-        lengths = [len(row) for row in rows]
-        return torch.tensor(padded, device=self.device), torch.tensor(lengths, device=self.device)
-
-
-class _Cached(_Rereading):
-    """Reads with a decode cache: takes the last token of each row, after the first call.
-
-    A row may also begin another document, with its first token.
-    """
-
-    def __init__(
-        self, model: Decoder, vocabulary: Vocabulary, settings: ForwardSettings, slots: int
-    ):
-        super().__init__(model, vocabulary, settings)
-        model.config.check_use("decoding", "the model cannot generate with a cache (cache=True)")
-        self.slots = slots
-        self.cache: DecodeCache | None = None
-
-    def read(self, rows: list[list[int]]) -> torch.Tensor:
-        """Next-token logits (R, V) of each row."""
-        if self.cache is None:
-            self.cache = DecodeCache(len(rows), self.slots)
-            new = rows
-        else:
-            new = [row[-1:] for row in rows]
-        tokens_RS, real_R = self._padded(new)
-        before = [len(row) - len(tokens) for row, tokens in zip(rows, new, strict=True)]
-        before_R = torch.tensor(before, device=self.device)
-        positions_RS = before_R[:, None] + torch.arange(tokens_RS.shape[1], device=self.device)
-        self.cache.start_step(real_R, max(map(len, rows)), before_R == 0)
-        batch = MixedBatch.of(
-            tokens_RS, self.vocabulary.modality_of(tokens_RS), positions_BS=positions_RS
-        )
-        return self.model(batch, self.settings, cache=self.cache).squeeze(1)
-
-    def select(self, kept: list[int]) -> None:
-        """Keeps the cache of these rows."""
-        if self.cache is not None and kept:
-            self.cache.select(torch.tensor(kept, device=self.device))

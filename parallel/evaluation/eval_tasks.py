@@ -23,6 +23,7 @@ from earlyfuse.data.tokenizers.animation import MOST_FRAMES
 from earlyfuse.models.batch import PADDING, MixedBatch, spans
 from earlyfuse.models.context import ForwardSettings
 from earlyfuse.models.decoder import Decoder
+from earlyfuse.models.generate.constrained import Prompt
 from earlyfuse.models.vocabulary import Vocabulary
 from earlyfuse.parallel.strategies.pipeline import Pipeline
 
@@ -50,6 +51,9 @@ class Ranks:
 class Task:
     """A task: token ids of each item's prompt, token ids of each candidate word, and the index of
     the right word of each item.
+
+    ``vectors``: of each prompt, float32 (n, P) of its placeholders in turn, where the medium is
+    continuous; else none. The model reads them as clean data.
     """
 
     name: str
@@ -57,6 +61,7 @@ class Task:
     candidates: list[tuple[int, ...]]
     answers: list[int]
     vocabulary: Vocabulary
+    vectors: list[np.ndarray] = field(default_factory=list)
 
     @property
     def chance(self) -> float:
@@ -82,7 +87,13 @@ class Task:
         """
         chosen: list[tuple[int, ...]] = [() for _ in self.prompts]
         while undecided := [i for i, word in enumerate(chosen) if word not in self.candidates]:
-            prompts = [self.prompts[i] + list(chosen[i]) for i in undecided]
+            prompts = [
+                Prompt(
+                    self.prompts[i] + list(chosen[i]),
+                    torch.from_numpy(self.vectors[i]) if self.vectors else None,
+                )
+                for i in undecided
+            ]
             picked = torch.zeros(len(prompts), dtype=torch.int64)
             for at, logits_V in self._last_logits(model, prompts, batches, ranks, settings):
                 begun = chosen[undecided[at]]
@@ -96,7 +107,7 @@ class Task:
     def _last_logits(
         self,
         model: Decoder | Pipeline,
-        prompts: list[list[int]],
+        prompts: list[Prompt],
         batches: list[MixedBatch],
         ranks: Ranks,
         settings: ForwardSettings | None,
@@ -107,7 +118,7 @@ class Task:
         """
         device = next(model.parameters()).device
         rows, seq_len = batches[0].tokens_BS.shape
-        longest = max(map(len, prompts))
+        longest = max(len(prompt.tokens) for prompt in prompts)
         per_row = max(1, int(PROMPT_SHARE * seq_len / longest))
         own = per_row * rows
         here = range(seq_len)[ranks.positions]
@@ -123,35 +134,45 @@ class Task:
                     yield at, logits_BSV[row, end - here.start]
 
     def _overlay(
-        self, prompts: list[list[int]], batch: MixedBatch, per_row: int
+        self, prompts: list[Prompt], batch: MixedBatch, per_row: int
     ) -> tuple[MixedBatch, list[tuple[int, int]]]:
         """``batch`` with ``per_row`` prompts at the start of each row; row and end of each."""
-        tokens_BS, positions_BS = batch.tokens_BS.clone(), batch.positions_BS.clone()
-        document_BS = batch.document_BS.clone()
+        batch = replace(batch, **{name: t.clone() for name, t in batch.tensors().items()})
         ends: list[tuple[int, int]] = []
         for row, first in enumerate(range(0, len(prompts), per_row)):
             stop = 0
             for number, prompt in enumerate(prompts[first : first + per_row], start=1):
-                begin, stop = stop, stop + len(prompt)
-                tokens_BS[row, begin:stop] = torch.tensor(prompt)
-                document_BS[row, begin:stop] = number
-                positions_BS[row, begin:stop] = torch.arange(len(prompt))
+                begin, stop = stop, stop + len(prompt.tokens)
+                self._put(batch, row, begin, prompt)
+                batch.document_BS[row, begin:stop] = number
                 ends.append((row, stop - 1))
-            rest = document_BS[row, stop:]
+            batch.span_BS[row, :stop] = spans(batch.modality_BS[row : row + 1, :stop])
+            rest, rest_span = batch.document_BS[row, stop:], batch.span_BS[row, stop:]
             # the rest of the document under the last prompt becomes a document of its own
             tail = (rest == rest[:1]) & (rest != PADDING)
-            positions_BS[row, stop:][tail] = torch.arange(int(tail.sum()))
-            rest[rest != PADDING] += per_row  # distinct from the numbers of prompts
-        modality_BS = self.vocabulary.modality_of(tokens_BS)
-        overlaid = replace(
-            batch,
-            tokens_BS=tokens_BS,
-            modality_BS=modality_BS,
-            span_BS=spans(modality_BS),
-            document_BS=document_BS,
-            positions_BS=positions_BS,
-        )
-        return overlaid, ends
+            positions = batch.positions_BS[row, stop:]
+            positions[tail] -= positions[:1]
+            # numbers distinct from those of prompts
+            rest[rest != PADDING] += per_row
+            rest_span[rest_span != 0] += stop
+        return batch, ends
+
+    def _put(self, batch: MixedBatch, row: int, begin: int, prompt: Prompt) -> None:
+        """Write tokens, modalities, positions and vectors of ``prompt`` into ``batch``."""
+        here = slice(begin, begin + len(prompt.tokens))
+        tokens = torch.tensor(prompt.tokens)
+        batch.tokens_BS[row, here] = tokens
+        batch.modality_BS[row, here] = self.vocabulary.modality_of(tokens)
+        batch.positions_BS[row, here] = torch.arange(len(tokens))
+        if batch.vectors_BSP is None or batch.has_vector_BS is None:
+            assert prompt.vectors is None, "the tokenizers of the batch made the prompts"
+            return
+        continuous = [medium.start for medium in self.vocabulary.media if medium.continuous]
+        has_vector = torch.isin(tokens, torch.tensor(continuous))
+        batch.has_vector_BS[row, here] = has_vector
+        batch.vectors_BSP[row, here] = 0
+        if prompt.vectors is not None:
+            batch.vectors_BSP[row, here][has_vector] = prompt.vectors
 
 
 def load_tasks(folder: Path) -> list[Task]:
@@ -185,10 +206,12 @@ def _task(fields: JsonObject, tokenizers: Tokenizers) -> Task:
     else:
         label = next((name for name in MEDIA if any(name in item for item in items)), "image")
         tokenizer = media_tokenizer(label, tokenizers, items[0].where)
-        features = [decoded(item, label, tokenizer.features) for item in items]
-        blocks = media_tokens(label, features, tokenizers)
-    prompts = [[vocabulary.bos, *block, *prefix] for block in blocks]
-    return Task(name, prompts, candidates, answers, vocabulary)
+        blocks = [
+            tokenizers.block_of(label, decoded(item, label, tokenizer.features)) for item in items
+        ]
+    prompts = [[vocabulary.bos, *block, *prefix] for block, _ in blocks]
+    vectors = [found for _, found in blocks if found is not None]
+    return Task(name, prompts, candidates, answers, vocabulary, vectors)
 
 
 def media_tokenizer(label: str, tokenizers: Tokenizers, where: str) -> MediaTokenizer:
@@ -201,22 +224,15 @@ def media_tokenizer(label: str, tokenizers: Tokenizers, where: str) -> MediaToke
     return tokenizers.media[label]
 
 
-def media_tokens(label: str, features: list[np.ndarray], tokenizers: Tokenizers) -> list[list[int]]:
-    """Token ids of items of medium ``label``, sentinels included."""
-    medium = tokenizers.vocabulary.medium(MEDIA[label].modality)
-    encoded = tokenizers.media[label].encode_items(features)
-    return [medium.block_of([(codes + medium.start).tolist()]) for codes in encoded]
-
-
-def _video(item: JsonObject, tokenizers: Tokenizers) -> list[int]:
-    """Token ids of the item's frames as a video, sentinels included."""
+def _video(item: JsonObject, tokenizers: Tokenizers) -> tuple[list[int], np.ndarray | None]:
+    """``Tokenizers.block_of`` the item's frames."""
     tokenizer = media_tokenizer("image", tokenizers, item.where)
     medium = tokenizers.vocabulary.medium(MEDIA["image"].modality)
     frames = [JsonObject({"image": f}, item.where, item.remedy) for f in item.items(FRAMES, str)]
     if not 1 <= len(frames) <= (1 if medium.separator is None else MOST_FRAMES):
         raise item.wrong(FRAMES, "must be one or more images; several need a frame separator")
-    encoded = tokenizer.encode_items([decoded(f, "image", tokenizer.features) for f in frames])
-    return medium.block_of([(codes + medium.start).tolist() for codes in encoded])
+    pixels = [decoded(frame, "image", tokenizer.features) for frame in frames]
+    return tokenizers.block_of("image", *pixels)
 
 
 def decoded(fields: JsonObject, label: str, decode: Callable[[bytes], np.ndarray]) -> np.ndarray:

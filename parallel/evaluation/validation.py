@@ -18,12 +18,11 @@ from torchtitan.distributed import ParallelDims
 
 from earlyfuse.data.shards.source import TokenSource
 from earlyfuse.data.stream.batches import validation_batches
-from earlyfuse.data.stream.mixture import Mixture
+from earlyfuse.data.stream.mixture import Mixture, positions_of
 from earlyfuse.models.batch import IGNORE_LABEL
 from earlyfuse.models.context import ForwardSettings, Rule
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.objectives.next_token import ChameleonObjective
-from earlyfuse.models.objectives.sums import label_counts
 from earlyfuse.models.routing.router import CAUSAL_RULES, selecting_rules, usable_rules
 from earlyfuse.models.vocabulary import Modality, Vocabulary
 from earlyfuse.parallel.evaluation.eval_tasks import Ranks, Task, load_tasks
@@ -57,6 +56,9 @@ class Validation(Validator):
         sources: list[str] = field(default_factory=list)
         """Prepared folders; filled in from data.folder."""
 
+        clean_copies: bool = False
+        """As dataloader.clean_copies; filled in from the model."""
+
         data_folder: str = ""
         """Filled in from data.folder."""
 
@@ -78,8 +80,10 @@ class Validation(Validator):
                 f"validator.enable (True) needs a validation split in {config.data_folder}; "
                 "prepare one with --validation, or turn it off with --validator.no-enable"
             )
-        tokens = [sum(source.tokens.values()) for source in sources]
-        mixture = Mixture(sources, tuple(count / sum(tokens) for count in tokens))
+        copies = config.clean_copies
+        tokens = [sum(positions_of(source, copies).values()) for source in sources]
+        shares = tuple(count / sum(tokens) for count in tokens)
+        mixture = Mixture(sources, shares, clean_copies=copies)
         self.sources = [source.name for source in sources]
         self.batches = validation_batches(
             mixture, seq_len, config.batch_rows, config.max_batches, dp_rank, dp_world_size
@@ -153,24 +157,26 @@ class Validation(Validator):
         objective: ChameleonObjective,
         settings: ForwardSettings,
     ) -> dict[str, float]:
-        """The objective's sums per label; see ``step_metrics.losses``."""
+        """The objective's sums by their counts; see ``step_metrics.losses``."""
         device = next(model.parameters()).device
-        shape = (len(self.sources), len(Modality))
+        sources = len(self.sources)
         totals = {
-            name: torch.zeros(shape, dtype=torch.float64, device=device)
-            for name in (*objective.sum_names, "labels")
+            name: torch.zeros(sources, len(Modality), dtype=torch.float64, device=device)
+            for name in (*objective.sum_names, *objective.count_names)
         }
-        for batch in self.parts:
-            batch = batch.to(device)
-            found = model(batch, settings, loss=objective.loss_of(batch, len(self.sources)))
+        for number, batch in enumerate(self.parts):
+            rows = len(batch.tokens_BS)
+            first_row = (number * self.ranks.count + self.ranks.rank) * rows
+            settings = replace(settings, first_row=first_row)
+            batch = objective.prepare(batch.to(device), settings)
+            found = model(batch, settings, loss=objective.loss_of(batch, sources))
             if found is not None:
-                for name, sums_NM in found.sums.items():
+                for name, sums_NM in (found.sums | objective.counts(batch, sources)).items():
                     totals[name] += sums_NM
-                totals["labels"] += label_counts(batch, len(self.sources))
         flat = self._sum_over_stages(self._sum_over_rows(torch.stack([*totals.values()])))
-        *sums, labels_NM = flat.cpu()
-        named = dict(zip(objective.sum_names, sums, strict=True))
-        return losses(named, labels_NM, self.sources, prefix)
+        summed = dict(zip(totals, flat.cpu(), strict=True))
+        sums = {name: summed[name] for name in objective.sum_names}
+        return losses(sums, objective.counts_of(summed), self.sources, prefix)
 
     def _task_checks(
         self, name: str, model: Decoder | Pipeline, settings: ForwardSettings

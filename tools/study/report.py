@@ -16,11 +16,15 @@ from earlyfuse.parallel.reporting.metrics_file import TRAIN, VALIDATION
 from earlyfuse.parallel.reporting.plots import plot_study
 
 Curve = dict[str, np.ndarray]
-"""``flops`` (P,), and losses (S, P) by modality, as "text", and under rules of inference, as "text,
-causal"; NaN where a run has none."""
+"""``flops`` (P,), and losses (S, P) by modality, as "text" or "image diffusion", and under rules of
+inference, as "text, causal"; NaN where a run has none."""
 
 # how validation names losses → what follows the modality here
-_RULES = {"loss/": "", "causal_loss/": ", causal", "threshold_loss/": ", threshold"}
+_KINDS = {"loss/": "", "diffusion_loss/": " diffusion"}
+_RULES = {"": "", "causal_": ", causal", "threshold_": ", threshold"}
+_NAMES = {
+    rule + kind: named + ruled for kind, named in _KINDS.items() for rule, ruled in _RULES.items()
+}
 
 
 def curves(runs: Sequence[Sequence[dict[str, Any]]]) -> Curve:
@@ -33,7 +37,7 @@ def curves(runs: Sequence[Sequence[dict[str, Any]]]) -> Curve:
     first = max(flops_P[0] for flops_P, _ in seeds)
     last = min(flops_P[-1] for flops_P, _ in seeds)
     flops_P = np.unique(np.clip(seeds[0][0], first, last))
-    known = [m.label + rule for m in Modality for rule in _RULES.values()]
+    known = [m.label + name for m in Modality for name in _NAMES.values()]
     labels = [label for label in known if all(label in losses for _, losses in seeds)]
     return {"flops": flops_P} | {
         label: np.stack([_at(flops_P, own_P, losses[label]) for own_P, losses in seeds])
@@ -51,10 +55,10 @@ def _validations(lines: Sequence[dict[str, Any]]) -> tuple[np.ndarray, dict[str,
     steps = [line["step"] for line in trained]
     flops_P = np.interp([line["step"] for line in held_out], steps, done)
     keys = {
-        key: key.removeprefix(prefix) + rule
+        key: key.removeprefix(prefix) + name
         for line in held_out
         for key in line
-        for prefix, rule in _RULES.items()
+        for prefix, name in _NAMES.items()
         if key.startswith(prefix)
     }
     return flops_P, {
@@ -82,8 +86,9 @@ class Comparison:
 
     @property
     def labels(self) -> list[str]:
-        """The modalities that all configs have losses of."""
-        return [m.label for m in Modality if all(m.label in curve for curve in self.found.values())]
+        """The modalities that all configs have losses of, and the diffusion losses."""
+        known = (m.label + kind for m in Modality for kind in _KINDS.values())
+        return [name for name in known if all(name in curve for curve in self.found.values())]
 
     def ruled(self, label: str) -> list[str]:
         """The losses of a modality under rules of inference that any config has."""
@@ -124,9 +129,9 @@ def report(out: Path, found: dict[str, Curve]) -> None:
     seeds = len(found[compared.baseline][compared.labels[0]])
     table = "\n".join(f"| {' | '.join(row)} |" for row in _rows(compared))
     text = (
-        f"Held-out loss in nats per token after {compared.flops:.3g} training FLOPs, the most that "
-        f"all runs have reached (linear between validations), mean of {seeds} seeds "
-        f"(least-most).\n\n{table}\n"
+        f"Held-out loss (nats per token; diffusion: squared error) after {compared.flops:.3g} "
+        "training FLOPs, the most that all runs have reached (linear between validations), mean of "
+        f"{seeds} seeds (least-most).\n\n{table}\n"
     )
     if any(map(compared.ruled, compared.labels)):
         text += (
