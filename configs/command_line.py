@@ -28,6 +28,7 @@ COMMON_FIELDS = (
     ("lr_scheduler.decay_type", "linear, cosine, sqrt or exponential; decay_ratio: share of steps"),
     ("dataloader.seed", "order of the documents"),
     ("debug.seed", "initial values and dropout"),
+    ("ema.decay", "average of the weights, to validate, generate and export; 0: off"),
     ("checkpoint.interval", "steps between checkpoints"),
     ("validator.freq", "steps between validations"),
     ("sampler.number", "held-out prompts continued at each validation; --sampler.no-enable: none"),

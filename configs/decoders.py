@@ -36,6 +36,7 @@ class Shape:
     norm_order: Literal["pre", "swin"] = "swin"
     init_std: float = 0.02
     dropout: float = 0.0
+    qk_norm: bool = True
     modalities: tuple[Modality, ...] = (Modality.TEXT, Modality.IMAGE)
 
 
@@ -275,6 +276,7 @@ def _decoder(
             heads=shape.heads,
             kv_heads=shape.kv_heads or shape.heads,
             head_dim=shape.dim // shape.heads,
+            qk_norm=shape.qk_norm,
             groups=groups,
         ),
         feed_forward=feed_forward,

@@ -7,7 +7,9 @@ from dataclasses import replace
 
 from earlyfuse.configs import decoders, depth, mamba_decoders, stages
 from earlyfuse.configs.base import base_config
+from earlyfuse.configs.transfusion import JIT, PAPER, jit_loss, paper_loss, with_vectors
 from earlyfuse.models.decoder import Decoder
+from earlyfuse.models.objectives.diffusion import Diffusion
 from earlyfuse.models.routing.causal_router import CausalRouter
 from earlyfuse.models.routing.running_threshold import RunningThreshold
 from earlyfuse.models.vocabulary import Modality
@@ -26,6 +28,11 @@ _MEASURED = RunningThreshold.Config(half_life=4096)
 _CHOOSING = replace(_MEASURED, chooses=True)
 # Smaller, since scans are slow on a CPU: 6 minutes, not 20. Comparable with one another only.
 MAMBA_SHAPE = mamba_decoders.MambaShape(dim=128, layers=2, vocab_size=SHAPE.vocab_size)
+# 16 x 16 pixels in 16 patches
+VECTOR_WIDTH, VECTOR_VOCABULARY = 4 * 4 * 3, 2048
+VECTOR_SHAPE = replace(SHAPE, vocab_size=VECTOR_VOCABULARY)
+VECTOR_MAMBA_SHAPE = replace(MAMBA_SHAPE, vocab_size=VECTOR_VOCABULARY)
+PAPER_PIXELS = replace(PAPER, data_range=1.0)
 SPEECH_SHAPE = replace(MAMBA_SHAPE, vocab_size=2816, modalities=THREE)
 
 
@@ -181,6 +188,56 @@ def videollm_mod(shape: decoders.Shape = SHAPE) -> Trainer.Config:
 def dense_clips(shape: decoders.Shape = SHAPE) -> Trainer.Config:
     """dense Chameleon on clips in motion"""
     return with_clips(_run("dense_clips", decoders.dense(shape)))
+
+
+def transfusion(shape: decoders.Shape = VECTOR_SHAPE) -> Trainer.Config:
+    """Transfusion: text, and diffusion on patches of pixels (x-prediction, loss on v)"""
+    return _on_vectors("transfusion", decoders.dense(shape))
+
+
+def transfusion_epsilon(shape: decoders.Shape = VECTOR_SHAPE) -> Trainer.Config:
+    """the same with the paper's diffusion: noise is predicted, cosine schedule"""
+    config = _on_vectors("transfusion_epsilon", decoders.dense(shape), PAPER_PIXELS)
+    config.loss = paper_loss()
+    return config
+
+
+def transfusion_mot(shape: decoders.Shape = VECTOR_SHAPE) -> Trainer.Config:
+    """Transfusion, all parameters of a block by modality"""
+    return _on_vectors("transfusion_mot", decoders.mixture_of_transformers(shape))
+
+
+def transfusion_moma(shape: decoders.Shape = VECTOR_SHAPE) -> Trainer.Config:
+    """Transfusion, four text and four image experts"""
+    model = decoders.with_routers(_moma_4t4i(shape), causal=CausalRouter.Config())
+    return _on_vectors("transfusion_moma", model)
+
+
+def transfusion_mamba(shape: mamba_decoders.MambaShape = VECTOR_MAMBA_SHAPE) -> Trainer.Config:
+    """Transfusion, dense Mamba: vectors of an image in raster order"""
+    return _on_vectors("transfusion_mamba", mamba_decoders.mamba(shape))
+
+
+def transfusion_mom(
+    shape: mamba_decoders.MambaShape = VECTOR_MAMBA_SHAPE,
+) -> Trainer.Config:
+    """the same with all projections per modality"""
+    return _on_vectors("transfusion_mom", mamba_decoders.mixture_of_mamba(shape))
+
+
+def _on_vectors(
+    name: str, model: Decoder.Config, diffusion: Diffusion.Config = JIT
+) -> Trainer.Config:
+    """A run of ``model`` on the corpus whose images are vectors, runs/data_vectors."""
+    model = with_vectors(model, VECTOR_WIDTH, diffusion, block=16, place_embedding=True)
+    config = _run(name, model)
+    config.loss = jit_loss()
+    config.data.vectors = True
+    config.ema.decay = 0.99
+    sampler = config.sampler
+    sampler.guidance, sampler.denoising_steps = 4.0, 25
+    sampler.checked_images = 100
+    return config
 
 
 def _with_speech(config: Trainer.Config) -> Trainer.Config:

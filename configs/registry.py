@@ -18,6 +18,7 @@ from earlyfuse.configs.presets import (
     mixture_of_mamba,
     mixture_of_transformers,
     moma,
+    transfusion,
 )
 from earlyfuse.data.json_files import shown
 from earlyfuse.parallel.trainer import Trainer
@@ -31,6 +32,7 @@ MODULES: tuple[ModuleType, ...] = (
     mixture_of_mamba,
     mixture_of_transformers,
     mixture_of_depths,
+    transfusion,
     chameleon,
 )
 

@@ -4,8 +4,7 @@ The Chameleon setting (text and discrete image tokens) and the one with speech, 
 Mamba blocks replace a transformer layer of ``mixture_of_transformers``, from which the names of
 sizes, batches, steps and rates are taken, since the paper's are not established.
 
-``transfusion`` returns the decoders of the third setting, text and continuous image patches, whose
-objective is not implemented yet.
+The third setting, text and image patches as vectors, is in ``transfusion``.
 """
 
 from functools import partial
@@ -13,7 +12,6 @@ from functools import partial
 from earlyfuse.configs.mamba_decoders import MambaShape, mamba, mixture_of_mamba
 from earlyfuse.configs.presets.mixture_of_transformers import RECIPES as TRANSFORMER_RECIPES
 from earlyfuse.configs.presets.recipe import VOCABULARY, Recipe, preset
-from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.vocabulary import Modality
 
 TEXT_IMAGE = (Modality.TEXT, Modality.IMAGE)
@@ -27,8 +25,6 @@ SIZES = {
     "880m": (1536, 24),
     "1_5b": (2048, 24),
 }
-TRANSFUSION_SIZES = {"163m": (768, 16), "760m": (1536, 24), "1_4b": (2048, 24)}
-TRANSFUSION_VOCABULARY = 32_000
 RECIPES = {name: TRANSFORMER_RECIPES[name] for name in ("37m", "94m", "443m", "1_5b")} | {
     "880m": Recipe(steps=120_000, rows=512, rows_at_once=4, decay="linear", recompute="selective")
 }
@@ -38,13 +34,6 @@ def shape(size: str, modalities: tuple[Modality, ...]) -> MambaShape:
     """The decoder of a size, for these modalities."""
     dim, layers = SIZES[size]
     return MambaShape(dim=dim, layers=layers, vocab_size=VOCABULARY, modalities=modalities)
-
-
-def transfusion(size: str, *, mixture: bool) -> Decoder.Config:
-    """The decoder of one of ``TRANSFUSION_SIZES``, Mixture-of-Mamba or dense."""
-    dim, layers = TRANSFUSION_SIZES[size]
-    wanted = MambaShape(dim=dim, layers=layers, vocab_size=TRANSFUSION_VOCABULARY)
-    return mixture_of_mamba(wanted) if mixture else mamba(wanted)
 
 
 CONFIGS = {

@@ -5,12 +5,14 @@ A preset needs ``--data.folder``. Sources are read in proportion to their tokens
 """
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Literal
 
 from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 
 from earlyfuse.configs.base import base_config
+from earlyfuse.configs.optimizers import adamw
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.objectives.next_token import ChameleonObjective
 from earlyfuse.parallel.trainer import Trainer
@@ -27,17 +29,20 @@ class Recipe:
     """Steps, batches and learning rates of a paper.
 
     ``rows`` of 4096 tokens per step; ``rows_at_once``: per rank and micro-batch. The learning rate
-    rises for ``warmup`` steps to ``lr`` and ends at a hundredth of it. Optimizer: AdamW 0.9/0.95,
-    eps 1e-5, weight decay 0.1 except norms and biases, clipping at 1, z-loss 1e-5 (arXiv
-    2405.09818, 2.3), also where a paper that follows Chameleon does not repeat them.
+    rises for ``warmup`` steps to ``lr`` and ends at ``least_lr``, by default a hundredth of it.
+    Optimizer: AdamW 0.9/0.95, ``eps``, weight decay 0.1 except norms and biases, clipping at 1,
+    z-loss 1e-5 (arXiv 2405.09818, 2.3), also where a paper that follows Chameleon does not repeat
+    them.
     """
 
     steps: int
     rows: int
     rows_at_once: int
-    decay: Literal["linear", "exponential"]
+    decay: Literal["linear", "exponential", "cosine"]
     warmup: int = 4000
     lr: float = 1e-4
+    least_lr: float | None = None
+    eps: float = 1e-5
     recompute: Literal["none", "selective", "full"] = "none"
 
 
@@ -47,23 +52,30 @@ def preset(
     model: Callable[[], Decoder.Config],
     recipe: Recipe,
     media_share: float | None = None,
+    loss: ChameleonObjective.Config | None = None,
 ) -> Callable[[], Trainer.Config]:
     """A config function; ``title`` is its line in ``--list``."""
 
     def config() -> Trainer.Config:
-        return _run(name, model(), recipe, media_share)
+        return _run(name, model(), recipe, media_share, loss)
 
     config.__name__, config.__doc__ = name, title
     return config
 
 
 def _run(
-    name: str, model: Decoder.Config, recipe: Recipe, media_share: float | None
+    name: str,
+    model: Decoder.Config,
+    recipe: Recipe,
+    media_share: float | None,
+    loss: ChameleonObjective.Config | None,
 ) -> Trainer.Config:
     config = base_config(name, model, recipe.lr)
-    config.loss = ChameleonObjective.Config(z_loss=1e-5)
+    config.optimizer = adamw(recipe.lr, eps=recipe.eps)
+    config.loss = deepcopy(loss) if loss else ChameleonObjective.Config(z_loss=1e-5)
+    least = 0.01 if recipe.least_lr is None else recipe.least_lr / recipe.lr
     config.lr_scheduler = LearningRate.Config(
-        warmup_steps=recipe.warmup, decay_type=recipe.decay, min_lr_factor=0.01
+        warmup_steps=recipe.warmup, decay_type=recipe.decay, min_lr_factor=least
     )
     training = config.training
     training.local_batch_size, training.global_batch_size = recipe.rows_at_once, recipe.rows

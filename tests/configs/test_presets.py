@@ -7,8 +7,8 @@ from itertools import pairwise
 
 import pytest
 from places import ROOT
-from tiny_runs import MAMBAS, SHAPE, metrics, moma, run
-from toy import make_data
+from tiny_runs import MAMBAS, SHAPE, VECTORS, metrics, moma, run
+from toy import VECTOR_VOCABULARY, make_data
 
 from earlyfuse.configs import decoders
 from earlyfuse.configs.command_line import list_text
@@ -18,6 +18,7 @@ from earlyfuse.configs.presets import (
     mixture_of_depths,
     mixture_of_mamba,
     mixture_of_transformers,
+    transfusion,
 )
 from earlyfuse.configs.presets import moma as moma_presets
 from earlyfuse.configs.registry import catalogue, sections
@@ -32,7 +33,7 @@ PRESETS = [
     name
     for module in (
         *(moma_presets, mixture_of_mamba, mixture_of_transformers),
-        *(mixture_of_depths, chameleon),
+        *(mixture_of_depths, transfusion, chameleon),
     )
     for name in module.CONFIGS
 ]
@@ -53,7 +54,8 @@ MOMA = {"90m": (90, 210), "435m": (435, 1900), "1_4b": (1400, 7100)}
 MOD = {"90m": (110, 317), "435m": (635, 3000), "1_4b": (2300, 12_000)}
 MOT = {"37m": 37, "94m": 94, "443m": 443, "1_5b": 1500, "7b": 7000}
 MAMBA = {"37m": 37.1, "94m": 94.2, "443m": 454, "880m": 917, "1_5b": 1540}
-TRANSFUSION = {"163m": 170, "760m": 814, "1_4b": 1400}
+TRANSFUSION = {"160m": 160, "370m": 370, "760m": 760, "1_4b": 1400, "7b": 6740}
+TRANSFUSION_MAMBA = {"160m": 170, "760m": 814, "1_4b": 1400}
 SIZES = (
     [(f"moma_{size}_dense", dense, 0.055) for size, (dense, _) in MOMA.items()]
     + [
@@ -71,6 +73,11 @@ SIZES = (
         (f"mom_{size}_{setting}dense", millions, 0.005)
         for size, millions in MAMBA.items()
         for setting in ("", "speech_")
+    ]
+    + [(f"transfusion_{size}", millions, 0.03) for size, millions in TRANSFUSION.items()]
+    + [
+        (f"transfusion_{size}_mamba", millions, 0.005)
+        for size, millions in TRANSFUSION_MAMBA.items()
     ]
     + [("chameleon_7b", 7000, 0.005), ("chameleon_34b", 34_000, 0.01)]
 )
@@ -111,19 +118,26 @@ def test_mixture_of_mamba_has_another_set_of_all_but_convolution_A_D_and_norm(si
     assert parameters(f"{name}mom") - dense == further
 
 
-@pytest.mark.parametrize("size", TRANSFUSION)
-def test_parameters_of_the_decoders_for_transfusion(size):
-    dense, mixture = (
-        count_parameters(mixture_of_mamba.transfusion(size, mixture=mixture)).total
-        for mixture in (False, True)
-    )
-    assert dense == pytest.approx(TRANSFUSION[size] * 1e6, rel=0.005) and mixture > 1.5 * dense
+def test_adapters_of_transfusion_have_the_paper_s_parameters():
+    """Linear ones less than half a percent, a U-Net 0.27 B (arXiv 2408.11039, 4.1)."""
+    linear, unet = (model_of(name).vectors for name in ("transfusion_7b", "transfusion_7b_unet"))
+    assert linear.parameters(4096) < 0.005 * parameters("transfusion_7b")
+    assert unet.parameters(4096) == pytest.approx(270e6, rel=0.03)
+    # 256 pixels to 32 x 32 latents, 2 x 2 of them a vector
+    assert linear.block == 256 and linear.width == 2 * 2 * 8
+
+
+def dense_of(name: str) -> str:
+    """The dense model of the same size."""
+    if name.startswith("transfusion"):
+        return re.sub("_mom$", "_mamba", re.sub("_(mot|moma)$", "", name))
+    family = re.sub("_(dense|mot|mom|moe_.*)$", "", name)
+    return name if family == name else f"{family}_dense"
 
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if "mod" not in name])
 def test_all_variants_of_a_size_cost_what_the_dense_one_does(name):
-    size, family = model_of(name), re.sub("_(dense|mot|mom|moe_.*)$", "", name)
-    dense = model_of(name if family == name else f"{family}_dense")
+    size, dense = model_of(name), model_of(dense_of(name))
     routers = sum(
         pool.experts * pool.dim
         for layer in size.layers
@@ -175,10 +189,12 @@ def recipe(name: str) -> tuple:
     config = catalogue()[name]()
     training, schedule = config.training, config.lr_scheduler
     kwargs = [group.optimizer_kwargs for group in config.optimizer.param_groups]
-    assert {group["eps"] for group in kwargs} == {1e-5}
+    of_transfusion = name.startswith("transfusion")
+    assert {group["eps"] for group in kwargs} == {1e-8 if of_transfusion else 1e-5}
     assert {group["betas"] for group in kwargs} == {(0.9, 0.95)}
     assert [group["weight_decay"] for group in kwargs] == [0.0, 0.1]
-    assert training.max_norm == 1.0 and config.loss.z_loss == 1e-5 and training.seq_len == 4096
+    assert config.loss.z_loss == (0 if of_transfusion else 1e-5)
+    assert training.max_norm == 1.0 and training.seq_len == 4096
     assert training.mixed_precision_param == "bfloat16" and schedule.warmup_steps == 4000
     (lr,) = {group["lr"] for group in kwargs}
     tokens = training.global_batch_size * training.seq_len
@@ -197,6 +213,9 @@ def test_recipes_are_those_of_the_papers():
     for size in MOT:
         *_, steps, tokens = recipe(f"mot_{size}_mot")
         assert 0.167e12 <= steps * tokens <= 0.378e12
+    for size in TRANSFUSION:
+        assert recipe(f"transfusion_{size}") == (3e-4, 1.5e-5, "cosine", 250_000, 2**21)
+    assert catalogue()["transfusion_7b"]().loss.diffusion_weight == 5.0
     orders = {
         name: [(layer.norm_order, layer.dropout) for layer in model_of(name).layers[:1]]
         for name in ("chameleon_7b", "chameleon_34b", "moma_90m_moe_4t4i")
@@ -229,11 +248,13 @@ def test_a_dry_run_on_64_ranks_works_without_data(name):
         ("moma_90m_moe_4t4i", moma),
         ("chameleon_7b", lambda: decoders.dense(replace(SHAPE, norm_order="pre", dropout=0.1))),
         ("mom_37m_mom", MAMBAS["mixture_of_mamba"]),
+        ("transfusion_160m_mot", VECTORS["tf_paper"]),
     ],
 )
 def test_a_preset_trains_on_a_folder_given_to_it(tmp_path, name, model):
     """At a tiny size, on toy data, from all its sources in bf16, for a few steps."""
-    data = make_data(tmp_path / "data")
+    media = {"vocabulary": VECTOR_VOCABULARY} if model().vectors else {}
+    data = make_data(tmp_path / "data", **media)
     config = catalogue()[name]()
     assert config.data.shares == {} and config.data.folder == ""
     config.model_spec = replace(config.model_spec, model=model())
@@ -246,9 +267,11 @@ def test_a_preset_trains_on_a_folder_given_to_it(tmp_path, name, model):
     run(config)
     lines = metrics(tmp_path / "run")
     assert [line["step"] for line in lines if line["kind"] == "train"] == [1, 2, 3]
-    assert all("loss/text" in line and "loss/image" in line for line in lines)
+    image = "diffusion_loss/image" if model().vectors else "loss/image"
+    assert all("loss/text" in line and image in line for line in lines)
     last = next(line for line in lines if line["step"] == 3 and line["kind"] == "train")
-    assert 0.0099e-4 < last["lr"] < 1e-4
+    peak = config.optimizer.param_groups[0].optimizer_kwargs["lr"]
+    assert 0.0099 * peak < last["lr"] < peak
 
 
 def test_without_a_folder_the_error_says_what_to_do(capsys, monkeypatch, tmp_path):

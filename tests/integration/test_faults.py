@@ -17,6 +17,7 @@ from places import SUPPORT
 from ranks import output_of, torchrun
 from tiny_runs import TIMES, state, tiny_config
 
+from earlyfuse.models.objectives.sums import LABELS
 from earlyfuse.parallel import compat
 from earlyfuse.parallel.reliability.rank_consistency import Facts, differences, flattened
 from earlyfuse.parallel.reliability.watchdog import DONE, Phase, Report, find_stall
@@ -140,7 +141,7 @@ def train(config, factors=None, until_step=None) -> Trainer:
             found = loss_of(*batch)(*head)
             factor = (factors or {}).get(trainer.step, 1.0) if torch.is_grad_enabled() else 1.0
             sums = found.sums | {"loss": found.sums["loss"] * factor}
-            return found._replace(total=found.total * factor, sums=sums)
+            return found._replace(totals={LABELS: found.total * factor}, sums=sums)
 
         return loss
 

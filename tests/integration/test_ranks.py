@@ -15,15 +15,25 @@ import torch
 from layouts import BY_NAME, CASES, ROWS
 from places import SUPPORT
 from ranks import forked, output_of
-from tiny_runs import SHAPE, changed, moma, run, tiny_config, token_choice
+from tiny_runs import SHAPE, VECTORS, changed, moma, run, tiny_config, token_choice
 from torch.torch_version import TorchVersion
-from toy import make_data
+from toy import VECTOR_VOCABULARY, make_data
 
 from earlyfuse.configs import decoders, embedded
 from earlyfuse.parallel.plan import check_parallelism
 
 TOLERANCE = 1e-5
-EQUAL = ("loss", "grad_norm", "z_loss", "output_norm", "unigram_entropy", "router", "task")
+EQUAL = (
+    "loss",
+    "diffusion_loss",
+    "causal_diffusion_loss",
+    "grad_norm",
+    "z_loss",
+    "output_norm",
+    "unigram_entropy",
+    "router",
+    "task",
+)
 EQUAL += ("depth", "tokens", "flops", "lr", "skipped_steps", "causal", "causal_loss", "causal_task")
 EQUAL += ("threshold", "threshold_loss", "threshold_task")
 # exact budgets pad all rows of a micro-batch to the longest
@@ -38,6 +48,7 @@ def results(tmp_path_factory):
     """(ranks, case) → what ``layouts.py`` wrote; each number of ranks is launched once."""
     folder = tmp_path_factory.mktemp("layouts")
     data = make_data(folder / "data")
+    make_data(folder / "vectors", vocabulary=VECTOR_VOCABULARY)
     # a run of moe_1t1i, from which others are upcycled
     parent = tiny_config(folder / "seed", data, decoders.moe_1t1i(SHAPE), steps=3)
     parent.training.global_batch_size = parent.validator.batch_rows = ROWS
@@ -91,9 +102,10 @@ def test_each_layout_is_run_with_each_other_word():
     words = [case.words for case in CASES[2]]
     for layout, other in product(("tp", "ep", "cp"), ("apart", "accumulated", "full", "selective")):
         assert any({layout, other} <= case for case in words), (layout, other)
-    assert {case.model for case in CASES[2]} >= BY_NAME.keys() - {
-        "mamba"
-    }  # mixture_of_mamba's part
+    parts = {"mamba", "tf_mixture_of_mamba"}  # of mixture_of_mamba and tf_hybrid
+    covered = {case.model for ranks in (2, 4) for case in CASES[ranks]}
+    assert covered >= BY_NAME.keys() - parts
+    assert {case.model for case in CASES[2]} >= BY_NAME.keys() - parts - VECTORS.keys()
 
 
 def test_ranks_without_a_modality_are_among_the_cases(results):
@@ -140,6 +152,8 @@ def test_layouts_that_cannot_work_are_refused_by_name(monkeypatch):
     assert "must divide layers[0].attention.heads (2)" in refusal(4, DENSE, tensor=4)
     assert "must make up the 3 ranks" in refusal(3, DENSE, context=2)
     assert "experts that choose among all tokens" in refusal(2, moma(), context=2)
+    message = refusal(2, BY_NAME["tf_dense"](), context=2)
+    assert "context_parallel_degree (2) must be 1: vectors: an image may be on two" in message
     for other in ("tensor", "expert", "pipeline"):
         message = refusal(4, token_choice(), context=2, **{other: 2})
         assert f"{other}_parallel_degree (2)" in message
@@ -160,6 +174,7 @@ def test_pipelines_that_cannot_work_are_refused_by_name(monkeypatch):
     assert "microbatch_size (3) must divide training.local_batch_size (4)" in refused(DENSE, size=3)
     assert "microbatch_size (0) must divide" in refused(DENSE, size=0)
     assert "multiple of routing_rows (2)" in refused(moma(), size=1)
+    assert "must be 1 with a U-Net as vectors.adapter" in refused(BY_NAME["tf_unet"]())
     assert "makes 1 micro-batches" in refused(DENSE, rows=2)
     assert "equal rounds" in refused(DEEP, rows=10, **interleaved)
     message = refused(DENSE, data_parallel_shard_degree=2)

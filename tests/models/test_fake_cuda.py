@@ -21,6 +21,9 @@ TRAINING = [
     "mod:bfloat16",
     "moma:bfloat16",
     "mixture_of_mamba:bfloat16",
+    "tf_unet:bfloat16",
+    "dense:spans",
+    "mod:spans",
 ]
 # routed by actual counts, or from a token alone: the host must know how many rows there are
 MEANT = {

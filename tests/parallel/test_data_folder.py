@@ -7,13 +7,14 @@ import random
 import runpy
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from places import ROOT
 from raw_shards import contents
-from tiny_runs import changed, tiny_config
-from toy import VOCABULARY, make_data, text_document, write_source
+from tiny_runs import VECTORS, changed, tiny_config
+from toy import VECTOR_VOCABULARY, VOCABULARY, make_data, text_document, write_source
 
 from earlyfuse.configs import embedded
 from earlyfuse.configs.command_line import help_text, override
@@ -96,10 +97,11 @@ def test_without_a_folder_the_corpus_is_made_in_its_own_place(no_corpus, monkeyp
 
     monkeypatch.setattr(PREPARE_CORPUS, make)
     config = embedded.moma_4t4i().data
-    for options in ({}, {"speech": True}, {"clips": True}):
+    for options in ({}, {"speech": True}, {"clips": True}, {"vectors": True}):
         DataSet(replace(config, **options))
-    folders = (data_config.CORPUS, data_config.SPEECH_CORPUS, data_config.CLIPS_CORPUS)
-    assert made == list(zip(folders, (None, "speech", "clips"), strict=True))
+    names = ("data", "data_speech", "data_clips", "data_vectors")
+    folders = [Path("runs", name) for name in names]
+    assert made == list(zip(folders, (None, "speech", "clips", "vectors"), strict=True))
     with pytest.raises(ValueError, match=r"data.speech .* and data.clips .* set one"):
         DataSet(replace(config, speech=True, clips=True))
     with pytest.raises(ValueError, match=r"data.clips \(True\) needs data.embedded"):
@@ -121,6 +123,18 @@ def test_a_weight_of_frames_needs_videos(tmp_path):
                 DataSet(config.data).resolve(config, 1)
         else:
             assert DataSet(config.data).resolve(config, 1).loss.stream_loss_weight == 2.0
+
+
+def test_frames_of_vectors_have_no_weight(tmp_path):
+    """What follows a vector is no label."""
+    medium = replace(VECTOR_VOCABULARY.media[0], separator=VECTOR_VOCABULARY.size)
+    vocabulary = replace(VECTOR_VOCABULARY, size=VECTOR_VOCABULARY.size + 1, media=(medium,))
+    folder = make_data(tmp_path / "videos", vocabulary=vocabulary)
+    config = tiny_config(tmp_path / "run", folder, VECTORS["tf_dense"]())
+    config.model_spec.model.vocab_size = vocabulary.size
+    config.loss.stream_loss_weight = 2.0
+    with pytest.raises(ValueError, match=r"stream_loss_weight \(2.0\) needs videos of codes"):
+        DataSet(config.data).resolve(config, 1)
 
 
 def test_the_corpus_has_a_mix_and_an_order_of_its_own_wherever_it_is(tmp_path, no_corpus):

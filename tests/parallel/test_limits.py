@@ -33,6 +33,7 @@ def outside(allowed) -> list[float]:
     step = 1e-3 if allowed.most == 1 or allowed.above else 1
     values = [math.nan, -math.inf, -1e-3 if allowed.least == 0 else allowed.least - step]
     values += [allowed.least] if allowed.above else []
+    values += [allowed.most] if allowed.below else []
     values += [math.inf] if allowed.also != math.inf else []
     values += [allowed.most + step] if allowed.most < math.inf else []
     return [value for value in values if value != allowed.also]
@@ -54,8 +55,9 @@ def test_a_number_outside_its_range_is_refused_by_field_and_value(field):
         with pytest.raises(ValueError, match=rf"^{field} \({value}\) must be") as refusal:
             check_config(config({field: value}))
         assert str(refusal.value).endswith("change it")
-    ends = [RANGES[field].also, None if RANGES[field].above else RANGES[field].least]
-    ends += [RANGES[field].most] if RANGES[field].most < math.inf else []
+    allowed = RANGES[field]
+    ends = [allowed.also, None if allowed.above else allowed.least]
+    ends += [allowed.most] if allowed.most < math.inf and not allowed.below else []
     for value in ends:
         if value is not None and field != "lr_scheduler.total_steps":
             check_config(config({field: value}))

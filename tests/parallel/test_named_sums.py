@@ -50,7 +50,8 @@ def test_sums_of_two_ranks_are_those_of_one(runs):
 
 def test_sources_add_up_to_the_whole():
     sums = {"loss": torch.tensor([[2.0, 6.0, 0.0], [4.0, 0.0, 0.0]])}
-    found = losses(sums, torch.tensor([[2, 3, 0], [1, 0, 0]]), ["a", "b"])
+    counts = {"loss": torch.tensor([[2, 3, 0], [1, 0, 0]])}
+    found = losses(sums, counts, ["a", "b"])
     assert found == {
         "loss": 2.0,
         "loss/text": 2.0,

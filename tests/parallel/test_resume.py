@@ -11,10 +11,13 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from tiny_runs import MODELS, SHAPE, changed, metrics, moma, run, tiny_config
-from toy import make_data
+from tiny_runs import MODELS, SHAPE, VECTORS, changed, metrics, moma, run, tiny_config
+from toy import VECTOR_VOCABULARY, make_data
 
 from earlyfuse.configs import decoders
+from earlyfuse.models.objectives.diffusion import Diffusion
+from earlyfuse.models.state_dicts.decoder_config import to_dict
+from earlyfuse.parallel.checkpoint.identity import refuse_other_function
 from earlyfuse.parallel.reliability.watchdog import Watchdog
 from earlyfuse.parallel.trainer import resolve
 from earlyfuse.parallel.training.resume_settings import (
@@ -221,3 +224,40 @@ def test_a_checkpoint_that_does_not_record_its_settings_is_reported(tmp_path, da
 def test_infinity_is_a_word_in_the_files_of_a_run(tmp_path, data):
     config = small(tmp_path, data, **{"training.max_norm": math.inf})
     assert plain_config(config)["training"]["max_norm"] == "inf"
+
+
+@pytest.mark.parametrize("name", ["tf_clean"])
+def test_a_run_with_vectors_resumes_bit_for_bit(name, tmp_path):
+    """Noise, times and dropped conditions go on as in an unbroken run."""
+    data = make_data(tmp_path / "vectors", vocabulary=VECTOR_VOCABULARY)
+
+    def config(folder):
+        return small(folder, data, VECTORS[name](), **{"training.steps": 4})
+
+    unbroken = run(config(tmp_path / "unbroken"))
+    run(config(tmp_path / "stopped"), stop_after=3)
+    resumed = run(config(tmp_path / "stopped"))
+    assert metrics(tmp_path / "stopped") == metrics(tmp_path / "unbroken")
+    for key, tensor in unbroken.model.state_dict().items():
+        assert torch.equal(tensor, resumed.model.state_dict()[key]), key
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rotary": "running"},
+        {"later_see": "clean"},
+        {"diffusion": Diffusion.Config(predicts="v")},
+        {"diffusion": Diffusion.Config(steps=100)},
+        {"diffusion": Diffusion.Config(schedule="flow")},
+    ],
+    ids=str,
+)
+def test_weights_of_another_diffusion_are_refused(fields, tmp_path):
+    """Shapes of parameters do not tell them apart."""
+    model = VECTORS["tf_paper"]()
+    other = replace(model, vectors=replace(model.vectors, **fields))
+    here, there = ({"model": to_dict(config)} for config in (model, other))
+    refuse_other_function(here, here["model"], tmp_path)
+    with pytest.raises(ValueError, match=r"is of another model: here, model\.vectors\."):
+        refuse_other_function(here, there["model"], tmp_path)

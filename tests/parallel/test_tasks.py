@@ -2,7 +2,9 @@
 
 import base64
 import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from batches import batch_of
@@ -11,6 +13,7 @@ from toy import VOCABULARY
 
 from earlyfuse.data.tokenizers import Tokenizers
 from earlyfuse.models.batch import MixedBatch, places_in_documents
+from earlyfuse.models.vocabulary import MediaCodes, Modality, Vocabulary
 from earlyfuse.parallel.evaluation.eval_tasks import Ranks, Task, load_tasks
 
 WORDS = [(10,), (11, 12), (11, 13, 14)]  # two of them begin alike
@@ -87,6 +90,58 @@ def test_prompts_lie_among_untouched_held_out_data():
     )
     assert torch.equal(seen.positions_BS[:, 15:], original.positions_BS[:, 15:])
     assert torch.equal(seen.modality_BS, VOCABULARY.modality_of(seen.tokens_BS))
+
+
+def test_prompts_bring_their_vectors_and_leave_those_of_the_rest(seq_len=60, width=3):
+    images = MediaCodes(Modality.IMAGE, 48, 1, begin=3, end=4)
+    vocabulary = Vocabulary(49, bos=0, eos=1, pad=2, media=(images,))
+    # documents of an image and its clean copy: their positions and spans are not those of tokens
+    document = [0, 3, *[48] * 16, 4, 9, 10, 1]
+    tokens = torch.tensor([(document * 3)[:seq_len]] * 2)
+    modality = vocabulary.modality_of(tokens)
+    places = torch.tensor([*range(10), *range(2, 14)]).repeat(3)[:seq_len].repeat(2, 1)
+    at = torch.arange(seq_len)
+    span = modality.int() * (at // 22 * 2 + 1 + (at % 22 > 9))
+    batch = batch_of(tokens, modality, places)
+    batch = replace(
+        batch,
+        span_BS=span.int(),
+        has_vector_BS=modality == 1,
+        vectors_BSP=torch.randn(2, seq_len, width) * modality[..., None],
+    )
+    before = {name: tensor.clone() for name, tensor in batch.tensors().items()}
+    prompts = [[0, 3, 48, 48, 48, 48, 4, 20 + i] for i in range(4)]
+    vectors = [np.full((4, width), i + 1, np.float32) for i in range(4)]
+    seen = []
+
+    def model(batch, settings):
+        seen.append(batch)
+        return torch.zeros(*batch.tokens_BS.shape, vocabulary.size)
+
+    module = torch.nn.Linear(1, 1)
+    module.forward = model
+    Task("toy", prompts, [(10,), (11,)], [0] * 4, vocabulary, vectors).accuracy(
+        module, [batch], Ranks()
+    )
+    length = len(prompts[0])
+    assert len(seen) == 4 / 2, "a quarter of each row"
+    for number, found in enumerate(seen):
+        assert torch.equal(found.has_vector_BS, found.tokens_BS == 48) and found.time_BS is None
+        assert not found.vectors_BSP[~found.has_vector_BS].any()
+        for row in range(2):
+            assert found.tokens_BS[row, :length].tolist() == prompts[2 * number + row]
+            assert (found.vectors_BSP[row, 2:6] == 1 + 2 * number + row).all()
+            assert found.span_BS[row, :length].tolist() == [0, 0, 1, 1, 1, 1, 0, 0]
+        for name in ("tokens_BS", "vectors_BSP", "has_vector_BS", "labels_BS", "modality_BS"):
+            assert torch.equal(getattr(found, name)[:, length:], before[name][:, length:]), name
+        # the copies that lie behind the prompt keep their distances, and spans of their own
+        moved = before["positions_BS"] - found.positions_BS
+        assert (moved[:, length:22] == moved[:, length : length + 1]).all()
+        assert torch.equal(found.positions_BS[:, 22:], before["positions_BS"][:, 22:])
+        rest, was = found.span_BS[:, length:], before["span_BS"][:, length:]
+        assert torch.equal(rest != 0, was != 0) and 1 not in rest
+        assert torch.equal(rest[:, :, None] == rest[:, None], was[:, :, None] == was[:, None])
+    assert all(torch.equal(before[name], tensor) for name, tensor in batch.tensors().items())
 
 
 def test_tasks_of_a_folder_are_tokenised_as_training_data_is(tmp_path):

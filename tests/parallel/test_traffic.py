@@ -22,7 +22,7 @@ from tiny_runs import (
     token_choice,
 )
 from torchtitan.distributed import ParallelDims
-from toy import make_data
+from toy import VECTOR_VOCABULARY, make_data
 from traffic_ranks import LAYOUTS
 
 from earlyfuse.configs import decoders
@@ -49,12 +49,14 @@ def counted_on_ranks(tmp_path_factory):
     """(ranks, layout) → what each rank counted in one step; a number of ranks is launched once."""
     folder = tmp_path_factory.mktemp("traffic")
     make_data(folder / "data")
+    make_data(folder / "vectors", vocabulary=VECTOR_VOCABULARY)
 
     @cache
     def launched(ranks):
         out = folder / str(ranks)
         out.mkdir()
-        (out / "data").symlink_to(folder / "data")
+        for name in ("data", "vectors"):
+            (out / name).symlink_to(folder / name)
         output_of(forked(ranks, Path(traffic_ranks.__file__), str(out), *LAYOUTS[ranks]))
         return [json.loads((out / f"counted-{rank}.json").read_text()) for rank in range(ranks)]
 

@@ -14,15 +14,18 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
+from unittest import mock
 
 if __name__ == "__main__":
     LIBRARY = ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)  # before torch
 
 import torch
 import torch.nn.functional as F
-from tiny_runs import DEPTHS, MAMBA_SHAPE, MAMBAS, MODELS, SHAPE, THRESHOLDS, moma
+from tiny_runs import DEPTHS, MAMBA_SHAPE, MAMBAS, MODELS, SHAPE, THRESHOLDS, VECTORS, moma
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -37,10 +40,11 @@ from earlyfuse.configs import decoders, mamba_decoders
 from earlyfuse.models import masks
 from earlyfuse.models.batch import MixedBatch
 from earlyfuse.models.blocks import attention
-from earlyfuse.models.context import ForwardSettings
+from earlyfuse.models.context import ForwardContext, ForwardSettings
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.objectives.next_token import ChameleonObjective
-from earlyfuse.models.objectives.sums import Losses, label_counts
+from earlyfuse.models.objectives.sums import Losses
+from earlyfuse.models.objectives.transfusion import TransfusionObjective
 from earlyfuse.models.routing.router import CAUSAL_RULES
 from earlyfuse.models.routing.running_threshold import RunningThreshold
 from earlyfuse.models.routing.token_choice import TokenChoice
@@ -57,6 +61,7 @@ FAMILIES: dict[str, Callable[[], Decoder.Config]] = (
     | MAMBAS
     | DEPTHS
     | THRESHOLDS
+    | {name: VECTORS[name] for name in ("tf_unet", "tf_clean", "tf_mixture_of_mamba")}
     | {
         "dense_dropout": lambda: decoders.dense(replace(SHAPE, dropout=0.1)),
         "moe_1t1i": lambda: decoders.moe_1t1i(SHAPE),
@@ -130,8 +135,9 @@ def _flex_attention(q: Any, k: Any, v: Any, block_mask: Any, enable_gqa: bool) -
 
 
 def trace(case: str) -> list[str]:
-    """Problems of one case: ``family``, ``family:bfloat16``, ``family:validation``,
-    ``family:causal`` or ``family:threshold``.
+    """Problems of one case: ``family``, ``family:bfloat16``, ``family:spans`` (of vectors, inside
+    which attention is bidirectional), ``family:validation``, ``family:causal`` or
+    ``family:threshold``.
     """
     family, _, form = case.partition(":")
     config = FAMILIES[family]()
@@ -147,21 +153,29 @@ def trace(case: str) -> list[str]:
         batch = MixedBatch.of(
             tokens_BS, modality_BS, labels_BS=tokens_BS, label_modality_BS=modality_BS
         )
-    objective = ChameleonObjective(ChameleonObjective.Config())
+        if form == "spans" or config.vectors:
+            batch.has_vector_BS = modality_BS != 0
+        if config.vectors:
+            batch.vectors_BSP = torch.randn(ROWS, SEQ_LEN, config.vectors.width)
+    kind = TransfusionObjective if config.vectors else ChameleonObjective
+    objective = kind.Config().build().for_model(config)
     step = ForwardSettings(step=1, step_tokens=ROWS * SEQ_LEN, recording=True)
     validation = ForwardSettings(budgets="exact", recording=True)
     settings = {rule: ForwardSettings(rule=rule) for rule in CAUSAL_RULES}
     settings["validation"] = validation
 
     try:
-        with tokens_BS.fake_mode, watch, _WatchFactories(watch):
+        build = partial(_with_spans, ForwardContext.build) if form == "spans" else None
+        patched = mock.patch.object(ForwardContext, "build", build) if build else nullcontext()
+        with tokens_BS.fake_mode, watch, _WatchFactories(watch), patched:
+            batch = objective.prepare(batch, step)
             if form in settings:
                 model.eval()
                 with torch.no_grad():
                     model(batch, settings[form], loss=objective.loss_of(batch))
             else:
                 losses = model(batch, step, loss=objective.loss_of(batch))
-                (losses.total / label_counts(batch, 1).sum()).backward()
+                losses.mean(objective.counts(batch)).backward()
                 without = [n for n, p in model.named_parameters() if p.grad is None]
                 watch.problems += [f"{name} has no gradient" for name in without]
                 _finish_step(model, losses)
@@ -176,6 +190,10 @@ def trace(case: str) -> list[str]:
     except RuntimeError as error:
         watch.problems.append(f"{type(error).__name__}: {error}"[:500])
     return list(dict.fromkeys(watch.problems))
+
+
+def _with_spans(build: Callable[..., ForwardContext], *args: Any, **options: Any) -> ForwardContext:
+    return build(*args, **(options | {"bidirectional": True, "noised_hidden": True}))
 
 
 def _finish_step(model: Decoder, losses: Losses) -> None:

@@ -21,6 +21,7 @@ import torch
 from tiny_runs import tiny_config
 from torch.distributed.tensor import DTensor
 
+from earlyfuse.models.objectives.sums import LABELS
 from earlyfuse.parallel.checkpoint.folder import CheckpointFolder
 from earlyfuse.parallel.evaluation.validation import Validation
 from earlyfuse.parallel.reliability import preemption
@@ -74,7 +75,7 @@ def spoil_losses(trainer: Trainer) -> None:
             if trainer.step not in NOT_A_NUMBER or not torch.is_grad_enabled():
                 return found
             sums = found.sums | {"loss": found.sums["loss"] * torch.nan}
-            return found._replace(total=found.total * torch.nan, sums=sums)
+            return found._replace(totals={LABELS: found.total * torch.nan}, sums=sums)
 
         return loss
 

@@ -18,14 +18,17 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from tiny_runs import DEPTHS, MAMBAS, MODELS, SHAPE, THRESHOLDS, tiny_config
+from tiny_runs import DEPTHS, MAMBAS, MODELS, SHAPE, THRESHOLDS, VECTORS, tiny_config
 from torch.distributed._functional_collectives import AsyncCollectiveTensor as Collected
 from torch.distributed.tensor import DTensor
 from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 from toy import VOCABULARY
 
 from earlyfuse.configs import decoders, stages
+from earlyfuse.models.batch import MixedBatch
 from earlyfuse.models.blocks.experts import Experts
+from earlyfuse.models.blocks.vector_layers import Last, LastConv
+from earlyfuse.models.init_weights import constant, normal
 from earlyfuse.parallel.compat import can_pipeline
 from earlyfuse.parallel.evaluation.eval_tasks import Task
 from earlyfuse.parallel.strategies.expert import _AllToAll
@@ -38,6 +41,7 @@ BY_NAME = MODELS | MAMBAS | DEPTHS | {"deep": lambda: decoders.dense(replace(SHA
 # starts from the run of moe_1t1i in DATA's neighbour "seed"
 BY_NAME["upcycled"] = MODELS["moma_causal"]
 BY_NAME["moma_threshold"] = THRESHOLDS["moma_threshold"]
+BY_NAME |= VECTORS  # on DATA's neighbour "vectors"
 DEGREES = {
     "hsdp": {"data_parallel_replicate": 2},
     "tp": {"tensor_parallel": 2},
@@ -81,6 +85,8 @@ class Case:
         return can_pipeline() or not self.words & {"pp", "pp4"}
 
     def config(self, out: Path, data: Path, ranks: int) -> Trainer.Config:
+        if self.model in VECTORS:
+            data = data.with_name("vectors")
         config = tiny_config(out, data, BY_NAME[self.model](), steps=STEPS)
         parallelism, seed = config.parallelism, str(data.with_name("seed"))
         config.checkpoint.enable = config.metrics.enable_tensorboard = False
@@ -120,6 +126,8 @@ TWO = """
     mod-tp-accumulated-selective moma_mod-ep-apart-accumulated-full p_mod-apart-accumulated
     p_mod-ep gamma_mod-apart-full gamma_mod-tp videollm_mod-apart-selective static-ep-apart
     depth_threshold-ep-accumulated-full
+    tf_dense-apart-accumulated-full tf_unet-tp-full tf_moma-ep-apart-accumulated-full
+    tf_clean-tp-accumulated tf_hybrid-accumulated-full tf_dense-pp tf_clean-pp-accumulated-full
     mot-pp-apart mod-pp-apart token_choice-pp shared-pp-apart moma_causal-pp-selective
     moma-pp-accumulated-full moma-pp-gpipe deep-pp-interleaved
 """
@@ -127,6 +135,8 @@ TWO = """
 FOUR = """
     moe_8x-ep upcycled-ep-apart moma-hsdp-ep-full moma-tp-accumulated
     moma_threshold-hsdp-ep-selective
+    tf_moma-hsdp-ep tf_unet-hsdp-apart tf_paper-tp tf_mot-apart-selective tf_mod-hsdp-apart
+    tf_p_mod-ep
     hybrid-cp4-full hybrid-hsdp-cp-accumulated moma_mod-hsdp-ep gamma_mod-hsdp-accumulated
     moma-pp-hsdp moma-pp-tp moma-pp-ep-full deep-pp4 deep-pp-interleaved
 """
@@ -153,7 +163,7 @@ class Keeping(Trainer):
 
     def __init__(self, config: Trainer.Config):
         super().__init__(config)
-        self.validator.tasks = [TASK]
+        self.validator.tasks = [TASK] if config.model_spec.model.vectors is None else []
         self.validator.should_validate = lambda step: False  # but at the end, as always
 
     def train_step(self, data_iterator: Iterator[Any]) -> None:
@@ -187,6 +197,10 @@ class Apart(Keeping):
         lanes = cycle(self.dataloader._lanes)
         for inputs, labels_BS in super().batch_generator(data):
             batch = inputs["batch"]
+            if batch.has_vector_BS is not None:
+                without_vectors(batch, [next(lanes) >= ROWS // 2 for _ in batch.tokens_BS])
+                yield inputs, labels_BS
+                continue
             image_B1 = torch.tensor([[next(lanes) < ROWS // 2] for _ in batch.tokens_BS])
             for ids_BS in (batch.tokens_BS, batch.labels_BS):
                 moved_BS = torch.where(image_B1, ids_BS % 16 + 32, ids_BS % 27 + 5)
@@ -194,6 +208,17 @@ class Apart(Keeping):
             batch.modality_BS.copy_(image_B1.expand_as(batch.modality_BS))
             batch.label_modality_BS.copy_(image_B1 & (batch.labels_BS >= 0))
             yield inputs, labels_BS
+
+
+def without_vectors(batch: MixedBatch, rows: list[bool]) -> None:
+    """Makes text of these rows of ``batch``, in place."""
+    text_B1 = torch.tensor(rows)[:, None]
+    was_text_BS = ~batch.has_vector_BS
+    batch.has_vector_BS &= ~text_B1
+    batch.vectors_BSP *= batch.has_vector_BS[..., None]
+    batch.tokens_BS.copy_(torch.where(text_B1, batch.tokens_BS % 27 + 5, batch.tokens_BS))
+    for name in ("modality_BS", "span_BS"):
+        getattr(batch, name).mul_(~text_B1 | was_text_BS)
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -242,6 +267,8 @@ def _plain(name: str) -> str:
 
 def main(out: str, data: str, *names: str) -> None:
     torch.set_num_threads(1)
+    for last in (Last, LastConv):  # zeros would leave the decoder without gradients of vectors
+        last.draws = lambda _: {"weight": normal(), "bias": constant(0.1)}
     for name in names:
         run(Case(name), Path(out), Path(data))
         gc.collect()  # a trainer is in reference cycles: nothing of it is left beside the next

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from earlyfuse.configs import decoders, depth, embedded, mamba_decoders
+from earlyfuse.configs import decoders, depth, embedded, mamba_decoders, transfusion
+from earlyfuse.configs.transfusion import JIT, PAPER, jit_loss, paper_loss
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.routing.causal_router import CausalRouter
 from earlyfuse.models.routing.gumbel_noise import RouterNoise
@@ -101,12 +102,34 @@ MAMBAS = {
 }
 
 
+def with_vectors(model: Decoder.Config, **adapters) -> Decoder.Config:
+    """``model`` for the toy data with images as vectors."""
+    adapters = {"diffusion": JIT, "block": 4, "channels": 3, "features": 16} | adapters
+    return transfusion.with_vectors(model, 12, **adapters)
+
+
+VECTORS = {
+    "tf_dense": lambda: with_vectors(decoders.dense(SHAPE), place_embedding=True),
+    "tf_paper": lambda: with_vectors(decoders.dense(SHAPE), diffusion=PAPER, rotary="shared"),
+    "tf_unet": lambda: with_vectors(decoders.dense(SHAPE), adapter="unet", diffusion=PAPER),
+    "tf_mot": lambda: with_vectors(MODELS["mot"](), bottleneck=8),
+    "tf_moma": lambda: with_vectors(MODELS["moma_causal"]()),
+    "tf_clean": lambda: with_vectors(decoders.moe_1t1i(SHAPE), later_see="clean"),
+    "tf_mixture_of_mamba": lambda: with_vectors(MAMBAS["mixture_of_mamba"]()),
+    "tf_hybrid": lambda: with_vectors(MAMBAS["hybrid"]()),
+    "tf_mod": lambda: with_vectors(DEPTHS["mod"]()),
+    "tf_p_mod": lambda: with_vectors(DEPTHS["p_mod"]()),
+}
+
+
 def tiny_config(
     folder: Path, data: Path, model: Decoder.Config | None = None, steps: int = 6
 ) -> Trainer.Config:
     config = embedded.moma_4t4i()
     config.model_spec = replace(config.model_spec, model=model or moma())
     shares = {"text": 0.5, "pairs": 0.5}
+    if model is not None and model.vectors is not None:
+        config.loss = jit_loss() if model.vectors.diffusion == JIT else paper_loss()
     config.data = replace(config.data, folder=str(data), embedded=False, shares=shares)
     fields = {
         "dump_folder": str(folder),

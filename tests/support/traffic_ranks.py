@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from collective_counter import CollectiveCounter
 from layouts import BY_NAME, RECOMPUTE
-from tiny_runs import changed, tiny_config
+from tiny_runs import VECTORS, changed, tiny_config
 
 from earlyfuse.parallel.compat import can_pipeline
 from earlyfuse.parallel.estimates.communication import microbatch_calls
@@ -47,6 +47,7 @@ TWO = {
     "token choice, experts, selective": ("token_choice", EXPERTS, "selective"),
     "depth, experts, full": ("moma_mod", EXPERTS, "full"),
     "depth, tensor": ("gamma_mod", TENSOR),
+    "vectors": ("tf_mot", {}),
     "sequence": ("hybrid", SEQUENCE),
     "sequence, bf16, full": ("hybrid", SEQUENCE, "bf16", "full"),
     "sequence, selective": ("hybrid", SEQUENCE, "selective"),
@@ -69,7 +70,8 @@ LAYOUTS = {2: TWO | PIPELINES, 4: FOUR} if can_pipeline() else {2: TWO, 4: {}}
 
 def counted_step(folder, name):
     model, parallelism, *words = (TWO | PIPELINES | FOUR)[name]
-    config = tiny_config(folder / name.replace(" ", "_"), folder / "data", BY_NAME[model]())
+    data = folder / ("vectors" if model in VECTORS else "data")
+    config = tiny_config(folder / name.replace(" ", "_"), data, BY_NAME[model]())
     fields = {f"parallelism.{field}": value for field, value in parallelism.items()}
     fields |= {"training.global_batch_size": 8, "validator.batch_rows": 8}
     fields |= {"metrics.log_freq": 100, "checkpoint.enable": False, "validator.enable": False}
