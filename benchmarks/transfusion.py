@@ -348,7 +348,7 @@ def beside_theirs(report: Report, setting: Setting) -> str:
 
 
 def beside_ourselves(report: Report, setting: Setting) -> str:
-    """What vectors, noise, masks and adapters cost."""
+    """Measures the cost of vectors, noise, masks and adapters."""
     rows = rows_of(setting)
     build = partial(ours, setting, rows, setting.hidden_dim)
     unet: dict[str, Any] = {"adapter": "unet", "block": BLOCK, "channels": 12}

@@ -157,7 +157,7 @@ class VectorAdapters:
 
 
 class Skips(NamedTuple):
-    """What an output adapter takes over from the input adapter of the same batch."""
+    """Skip connections from the input adapter to the output adapter of a batch."""
 
     grid: "Grid"
     time_ID: torch.Tensor

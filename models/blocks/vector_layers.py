@@ -99,7 +99,7 @@ class Conv(Module):
 
     @property
     def multiply_adds(self) -> int:
-        """Of one output position."""
+        """Multiply-adds of one output position."""
         return self.weight.numel()
 
     def forward(self, x_ICHW: torch.Tensor) -> torch.Tensor:
@@ -143,7 +143,7 @@ class Residual(Module):
 
     @property
     def multiply_adds(self) -> int:
-        """Of one position, without the time."""
+        """Multiply-adds of one position, without the time."""
         across = 0 if self.across is None else self.across.multiply_adds
         return self.first.multiply_adds + self.second.multiply_adds + across
 
@@ -168,7 +168,7 @@ class Down(Module):
         self.last = Conv(features, dim, 1)
 
     def multiply_adds(self) -> int:
-        """Of one patch, without the time."""
+        """Multiply-adds of one patch, without the time."""
         found = self.first.multiply_adds * self.patch**2 + self.last.multiply_adds
         for level, block in enumerate(self.blocks):
             found += block.multiply_adds * (self.patch >> level) ** 2
@@ -203,7 +203,7 @@ class Up(Module):
         self.norm, self.last = Norm(features), LastConv(features, channels)
 
     def multiply_adds(self) -> int:
-        """Of one patch, without the time."""
+        """Multiply-adds of one patch, without the time."""
         found = self.first.multiply_adds + self.last.multiply_adds * self.patch**2
         for level, block in enumerate(self.blocks):
             found += block.multiply_adds * (1 << level) ** 2

@@ -76,7 +76,7 @@ class Row(NamedTuple):
     items: list[Item]
 
     def part(self, start: int) -> "Row":
-        """What follows the first ``start`` tokens."""
+        """The tokens and items after the first ``start`` tokens."""
         later = [Item(at - start, vectors) for at, vectors in self.items if at >= start]
         return Row(self.tokens[start:], later)
 

@@ -37,7 +37,7 @@ class Rereading:
     def predict(
         self, rows: list[Row], media: Sequence[MediaCodes], z_RnP: torch.Tensor, time: torch.Tensor
     ) -> torch.Tensor:
-        """What the model predicts of noised vectors that follow each row, (R, n, P) fp32; a row has
+        """Predictions for noised vectors that follow each row, (R, n, P) fp32; a row has
         as many of them as an item of its medium, the others mean nothing.
         """
         batch, real_R = self._batch(_with_items(rows, media, z_RnP))

@@ -50,7 +50,7 @@ class Values(NamedTuple):
 
 
 class Diffusion(Configurable):
-    """What a model predicts of noised vectors, and how they are noised."""
+    """Noise schedule, prediction target and sampler steps of a model of vectors."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(Configurable.Config):
@@ -129,7 +129,7 @@ class Diffusion(Configurable):
         return alpha * x + sigma * epsilon
 
     def target(self, x: torch.Tensor, epsilon: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
-        """What the model should predict of vectors (…, P) at times (…)."""
+        """The prediction target of vectors (…, P) at times (…)."""
         if self.config.predicts == "v":
             _, _, alpha_v, sigma_v = self.coefficients(time.unsqueeze(-1))
             return alpha_v * x + sigma_v * epsilon

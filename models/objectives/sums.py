@@ -35,7 +35,7 @@ class Losses(NamedTuple):
         return self.totals[LABELS]
 
     def mean(self, counts: dict[str, torch.Tensor]) -> torch.Tensor:
-        """What is minimised; ``counts``: of each name, global, (N, M) or ()."""
+        """The loss to minimise; ``counts``: of each name, global, (N, M) or ()."""
         parts = [total / counts[name].sum().clamp_min(1) for name, total in self.totals.items()]
         return torch.stack(parts).sum() if parts[1:] else parts[0]
 

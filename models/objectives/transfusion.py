@@ -69,7 +69,7 @@ class TransfusionObjective(ChameleonObjective):
         """Share of images that do not see what precedes them in training, for guidance."""
 
         seed: int | None = None
-        """Of times, noise and dropped conditions; by default debug.seed, or 0."""
+        """Seed of times, noise and dropped conditions; by default debug.seed, or 0."""
 
         def check(self) -> None:
             """``ValueError`` for a value out of range."""
