@@ -24,7 +24,7 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -qq -c $(CON
 # large tensors on huge pages, as train.py has them
 export THP_MEM_ALLOC_ENABLE ?= 1
 
-.PHONY: train test lint bench setup clean
+.PHONY: train test pytest lint bench setup clean
 .DELETE_ON_ERROR:
 
 train: setup
@@ -32,7 +32,11 @@ train: setup
 
 setup: $(VENV)/installed
 
-test: lint
+# beside each other: the type checker keeps one core busy
+test: $(VENV)/installed-test
+	@$(MAKE) --no-print-directory -j2 lint pytest
+
+pytest: $(VENV)/installed-test
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
 	  $(if $(SLOW),,-m "not slow") $(ARGS)
 

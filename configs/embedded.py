@@ -234,6 +234,7 @@ def _on_vectors(
     config.loss = jit_loss()
     config.data.vectors = True
     config.ema.decay = 0.99
+    config.training.steps, config.validator.freq, config.checkpoint.interval = 1400, 350, 350
     sampler = config.sampler
     sampler.guidance, sampler.denoising_steps = 4.0, 25
     sampler.checked_images = 100

@@ -15,7 +15,7 @@ from earlyfuse.models.objectives.transfusion import TransfusionObjective
 
 PAPER = Diffusion.Config(schedule="cosine", predicts="epsilon")
 # times count from data to noise here, the other way round in the paper: its mean is -0.8
-JIT = Diffusion.Config(schedule="flow", predicts="x", least=0.05, data_range=1.0)
+JIT = Diffusion.Config(schedule="flow", predicts="x", min_denominator=0.05, data_range=1.0)
 
 
 def with_vectors(

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 import torch
+import torch.nn.functional as F
 
 IGNORE_LABEL = -100
 PADDING = 0  # in document_BS
@@ -137,11 +138,15 @@ def first_of_spans(span_BS: torch.Tensor) -> torch.Tensor:
 
 
 def without_clean_copies(span_BS: torch.Tensor) -> torch.Tensor:
-    """``vector_spans`` without clean copies; a copy follows the vectors it copies directly."""
-    previous_BS = span_BS.roll(1, 1)
-    previous_BS[:, 0] = 0
-    is_copy_BS = (previous_BS != 0) & (previous_BS != span_BS)
-    return span_BS * ~is_copy_BS.gather(1, first_of_spans(span_BS))
+    """``vector_spans`` without clean copies, which follow the noised copy directly."""
+    return span_BS * ~directly_after_another(span_BS)
+
+
+def directly_after_another(span_BS: torch.Tensor) -> torch.Tensor:
+    """(B, S) bool: positions of spans that follow another one without a token between."""
+    previous_BS = F.pad(span_BS[:, :-1], (1, 0))
+    after_BS = (previous_BS != 0) & (previous_BS != span_BS)
+    return after_BS.gather(1, first_of_spans(span_BS)) & (span_BS != 0)
 
 
 def with_shared_positions(batch: MixedBatch) -> MixedBatch:

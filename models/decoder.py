@@ -43,7 +43,7 @@ class Decoder(BaseModel):
     class Config(BaseModel.Config):
         """``modalities``: ids (``models/vocabulary.py``) in the order of the modality groups that
         untied parameters and expert pools refer to. ``seed``: of the initial parameters.
-        ``vectors``: of continuous media, which a model without it does not read."""
+        ``vectors``: adapters of continuous media; without them the model reads none."""
 
         dim: int
         vocab_size: int

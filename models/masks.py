@@ -9,11 +9,16 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from earlyfuse.kernels.checks import readable
-from earlyfuse.models.batch import PADDING, MixedBatch, places_in_documents, vector_spans
+from earlyfuse.models.batch import (
+    PADDING,
+    MixedBatch,
+    directly_after_another,
+    places_in_documents,
+    vector_spans,
+)
 
 
 def visible(
@@ -46,22 +51,19 @@ def attention_spans(batch: MixedBatch, noised_hidden: bool = False) -> torch.Ten
     span_BS = vector_spans(batch)
     if span_BS is None or not noised_hidden:
         return span_BS
-    last_BS = F.pad(span_BS[:, :-1] != span_BS[:, 1:], (0, 1), value=True)
-    followed_BS = F.pad(span_BS[:, 1:], (0, 1)) != 0
-    place_S = torch.arange(span_BS.shape[1], device=span_BS.device)
-    last_place_BS = torch.where(last_BS, place_S, len(place_S)).flip(1).cummin(1).values.flip(1)
-    return torch.where(followed_BS.gather(1, last_place_BS), -span_BS, span_BS)
+    noised_BS = directly_after_another(span_BS.flip(1)).flip(1)
+    return torch.where(noised_BS, -span_BS, span_BS)
 
 
 SMALLEST_BLOCK, LARGEST_BLOCK = 64, 256
 
 
 class QueryBlocks(NamedTuple):
-    """A mask in blocks of queries: queries, the keys that any of them sees, and the mask between
+    """A mask in blocks of successive queries: the keys that any of them sees, and the mask between
     them, boolean (B, 1, queries, keys). SDPA on CPU computes all keys that a mask hides.
     """
 
-    parts: list[tuple[slice, slice, torch.Tensor]]
+    parts: list[tuple[slice, torch.Tensor]]
 
 
 class MergedMasks(NamedTuple):
@@ -124,10 +126,10 @@ def query_blocks(mask: torch.Tensor) -> QueryBlocks | torch.Tensor:
     if queries <= size:
         return mask
     for start in range(0, queries, size):
-        block = slice(start, min(start + size, queries))
-        seen = mask[:, :, block].flatten(0, 2).any(0).nonzero()[:, 0].tolist()
+        block = mask[:, :, start : start + size]
+        seen = block.flatten(0, 2).any(0).nonzero()[:, 0].tolist()
         keys = slice(seen[0], seen[-1] + 1)
-        parts.append((block, keys, mask[:, :, block, keys]))
+        parts.append((keys, block[..., keys]))
     return QueryBlocks(parts)
 
 

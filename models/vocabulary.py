@@ -163,6 +163,11 @@ class Vocabulary:
         """Its modalities in id order, text first."""
         return (Modality.TEXT, *sorted(m.modality for m in self.media))
 
+    @property
+    def placeholders(self) -> tuple[int, ...]:
+        """The ids that stand for vectors, one of each continuous medium."""
+        return tuple(medium.start for medium in self.media if medium.continuous)
+
     def medium(self, modality: Modality) -> MediaCodes:
         """The codes of ``modality``; ``KeyError`` if there are none."""
         for media in self.media:
@@ -181,6 +186,12 @@ class Vocabulary:
             inside = (tokens >= medium.start) & (tokens < medium.start + medium.count)
             modality.masked_fill_(inside, int(medium.modality))
         return modality
+
+    def holds_vector(self, tokens: "torch.Tensor") -> "torch.Tensor":
+        """True where an id is a placeholder; bool of the same shape."""
+        import torch
+
+        return torch.isin(tokens, tokens.new_tensor(self.placeholders))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; ``from_dict`` is its inverse."""

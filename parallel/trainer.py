@@ -95,6 +95,9 @@ def check(config: "Trainer.Config", ranks: int) -> Decoder.Config:
     check_config(config)
     check_parallelism(config.parallelism, config.training, model, ranks)
     config.loss.build().for_model(model)
+    if model.vectors is not None and (sampler := config.sampler).enable:
+        diffusion = model.vectors.diffusion.build()
+        diffusion.check_method(sampler.denoising_method, sampler.denoising_steps)
     ema = config.ema
     if config.sampler.checked_images and ema.decay and ema.validation != ema.samples:
         raise ValueError(

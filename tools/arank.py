@@ -179,6 +179,7 @@ def _sources(
 ) -> "list[TokenSource]":
     """The sources to measure on; ``ValueError`` if there are none, or not of the model's tokens."""
     from earlyfuse.data.shards.source import TokenSource
+    from earlyfuse.parallel.training.data_config import check_vectors
 
     folder = options.data or about.data
     if folder is None:
@@ -197,11 +198,6 @@ def _sources(
         )
     sources = [TokenSource(found[name]) for name in dict.fromkeys(wanted)]
     for source in sources:
-        if source.vectors:
-            raise ValueError(
-                f"source {source.folder} has continuous vectors, which arank does not read; name "
-                "others with --sources"
-            )
         trained = about.hashes or source.tokenizers
         # a model's vocabulary may be padded
         same = replace(source.vocabulary, size=opened.vocabulary.size) == opened.vocabulary
@@ -210,6 +206,7 @@ def _sources(
                 f"source {source.folder} was made by other tokenizers than the model's; give "
                 "--data that was prepared with the model's"
             )
+        check_vectors(source, opened.config.vectors)
     return sources
 
 

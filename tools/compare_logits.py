@@ -1,10 +1,11 @@
 """Compares the logits of two folders on random tokens; public formats by code independent of ours.
+Of models with vectors also the predictions of random vectors.
 
 Hugging Face and ``mamba_ssm`` (whose own code needs a GPU) by transformers; Meta by a forward that
 rotates neighbouring pairs, straight from the shards; ours by ``load_model``. In fp32, one model in
 memory at a time.
 
-B rows, S positions, V vocabulary, D width, H width of a head.
+B rows, S positions, T = B·S, V vocabulary, P numbers in a vector, D width, H width of a head.
 """
 
 from math import lcm
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from earlyfuse.data.json_files import read_json
 from earlyfuse.models.batch import MixedBatch
 from earlyfuse.models.blocks.linear import NORM_EPS
+from earlyfuse.models.blocks.vector_adapters import VectorAdapters
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.routing.expert_choice import ExpertChoice
 from earlyfuse.models.state_dicts import huggingface_mamba, meta
@@ -33,19 +35,24 @@ from earlyfuse.parallel.checkpoint.open_checkpoint import (
 )
 
 SEQ_LEN = 64
+LARGEST_ERROR = 1e-5  # of predictions of vectors, relative
 LARGEST_KL = 1e-6  # nats per token, without --dtype; another order of fp32 sums gives 1e-9
 
 
 def compare(left: Path, right: Path, *, exact: bool, weights: Weights) -> None:
-    """Prints the largest difference of logits and the mean KL; ``ValueError`` if ``exact`` and the
-    KL exceeds rounding. ``weights``: those of ``left`` that ``right`` was made from.
+    """Prints the largest difference of logits and the mean KL, and that of predictions of vectors;
+    ``ValueError`` if ``exact`` and one exceeds rounding. ``weights``: those of ``left`` that
+    ``right`` was made from.
     """
     opened = open_model(left, weights)
     routers = opened.config.traverse(ExpertChoice.Config)
     rows = lcm(2, *(router.routing_rows for _, router, _, _ in routers))
     random = torch.Generator().manual_seed(0)
-    tokens_BS = torch.randint(opened.vocabulary.size, (rows, SEQ_LEN), generator=random)
-    logits = [logits_of(model, tokens_BS) for model in (opened, open_model(right))]
+    vectors = opened.config.vectors
+    seq_len = SEQ_LEN + (0 if vectors is None else vectors.block)
+    tokens_BS = torch.randint(opened.vocabulary.size, (rows, seq_len), generator=random)
+    outputs = [outputs_of(model, tokens_BS) for model in (opened, open_model(right))]
+    logits, predicted = zip(*outputs, strict=True)
     if not logits[0].isfinite().all():
         raise ValueError(
             f"{left} itself has logits that are no numbers: some weights are NaN, infinite or "
@@ -59,6 +66,14 @@ def compare(left: Path, right: Path, *, exact: bool, weights: Weights) -> None:
         f"verified on {tokens_BS.numel()} random tokens: largest difference of logits "
         f"{difference:.2e} (their spread {spread:.2e}), KL {kl:.2e} nats per token"
     )
+    if vectors is not None:
+        error = ((predicted[0] - predicted[1]).norm() / predicted[0].norm().clamp(min=1e-9)).item()
+        print(f"and on random vectors: relative error of predictions {error:.2e}")
+        if not error <= (LARGEST_ERROR if exact else float("inf")):
+            raise ValueError(
+                f"the converted model has other predictions of vectors (relative error {error:.2e},"
+                f" at most {LARGEST_ERROR:.0e}); nothing was kept; report this with both configs"
+            )
     if not kl <= (LARGEST_KL if exact else float("inf")):
         raise ValueError(
             f"the converted model has other logits (KL {kl:.2e}, at most {LARGEST_KL:.0e}); "
@@ -67,17 +82,38 @@ def compare(left: Path, right: Path, *, exact: bool, weights: Weights) -> None:
 
 
 @torch.no_grad()
-def logits_of(opened: OpenModel, tokens_BS: torch.Tensor) -> torch.Tensor:
-    """Returns fp32 logits (B, S, V), each row one document, by the code of the folder's project."""
-    folder = opened.folder
+def outputs_of(opened: OpenModel, tokens_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns fp32 logits (B, S, V), each row one document, by the code of the folder's project,
+    and predictions (T, P) of a model with vectors, else (0,).
+    """
+    folder, none = opened.folder, torch.zeros(0)
     if opened.format == "huggingface":
-        return _by_transformers(folder, tokens_BS)
+        return _by_transformers(folder, tokens_BS), none
     if opened.format == "mamba_ssm":
-        return _by_transformers_from_mamba_ssm(opened, tokens_BS)
+        return _by_transformers_from_mamba_ssm(opened, tokens_BS), none
     if opened.format == "meta":
-        return _by_pairs(opened.config, MetaShards(folder), tokens_BS)
+        return _by_pairs(opened.config, MetaShards(folder), tokens_BS), none
     model = as_module(opened, dtype=torch.float32)
-    return model(MixedBatch.of(tokens_BS, opened.vocabulary.modality_of(tokens_BS)))
+    batch = MixedBatch.of(tokens_BS, opened.vocabulary.modality_of(tokens_BS))
+    logits_BSV = model(batch)
+    if opened.config.vectors is None:
+        return logits_BSV, none
+    batch = _with_vectors(batch, opened.config.vectors)
+    return logits_BSV, model(batch, loss=lambda *_, predicted_TP: predicted_TP)
+
+
+def _with_vectors(batch: MixedBatch, vectors: VectorAdapters.Config) -> MixedBatch:
+    """``batch`` with an item of random vectors in each row, after its first token."""
+    shape, random = batch.tokens_BS.shape, torch.Generator().manual_seed(1)
+    has_vector_BS = torch.zeros(shape, dtype=torch.bool)
+    has_vector_BS[:, 1 : 1 + (vectors.block or SEQ_LEN // 2)] = True
+    return MixedBatch.of(
+        batch.tokens_BS,
+        batch.modality_BS.masked_fill(has_vector_BS, int(vectors.modalities[0])),
+        vectors_BSP=torch.randn(*shape, vectors.width, generator=random),
+        has_vector_BS=has_vector_BS,
+        time_BS=has_vector_BS * torch.rand(shape[0], 1, generator=random),
+    )
 
 
 def _transformers() -> Any:

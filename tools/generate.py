@@ -73,7 +73,7 @@ def write(options: argparse.Namespace) -> None:
 
     sampling = Sampling(options.temperature, options.top_p, options.top_k, options.guidance)
     _check(options)
-    denoising = Denoising(options.denoising_steps, options.denoising_method)
+    denoising = Denoising(options.denoising_steps, options.denoising_method, options.guided_until)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device)
     import_code(options.code)
@@ -228,6 +228,7 @@ def _line(
         "top_p": options.top_p,
         "top_k": options.top_k,
         "guidance": options.guidance,
+        "guided_until": options.guided_until,
         "denoising_steps": options.denoising_steps,
         "denoising_method": options.denoising_method,
         "rule": rule,
@@ -300,6 +301,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--top-k", type=int, default=0, help="draw from so many tokens; 0: all (0)")
     guided = "of codes and vectors by the prompt; 1: off (1.0)"
     add("--guidance", "--cfg", type=float, default=1.0, help=guided)
+    until = "time up to which vectors are guided, from 0, the data, to 1, noise; JiT: 0.9 (1.0)"
+    add("--guided-until", type=float, default=1.0, metavar="T", help=until)
     steps = "steps that turn noise into images of vectors (50)"
     add("--denoising-steps", type=int, default=50, metavar="N", help=steps)
     add(

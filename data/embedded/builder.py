@@ -95,6 +95,7 @@ def build_corpus(
     image_size: int = 16,
     extra: str | None = None,
     image_first: float = compose.IMAGE_FIRST,
+    few_glyphs: bool = False,
     progress: bool = False,
 ) -> CorpusPaths:
     """Build the corpus in ``folder``, unless it is there; ``progress`` shows a bar.
@@ -102,8 +103,9 @@ def build_corpus(
     ``scale`` in (0, 1] is the share of documents to make, ``image_size`` a multiple of 8 pixels.
     ``extra`` ("speech" or "clips") adds the source of this name; the others are the same with and
     without it. ``image_first``: share of captioned documents whose media come before their words;
-    it decides the order of parts alone. The corpus is built in another folder and renamed at the
-    end, so an existing one is complete.
+    it decides the order of parts alone. ``few_glyphs``: the source "glyphs" has Basic Latin and
+    Greek alone, so that a short run sees each character often. The corpus is built in another
+    folder and renamed at the end, so an existing one is complete.
     Raises ``ValueError`` for values out of range, for a folder that holds something else, and for
     speech without espeak-ng.
     """
@@ -123,6 +125,8 @@ def build_corpus(
         spec[extra] = True
     if image_first != compose.IMAGE_FIRST:
         spec["image_first"] = image_first
+    if few_glyphs:
+        spec["few_glyphs"] = True
     if _is_built(folder, spec):
         return CorpusPaths(folder)
     synthesiser = speech.espeak_version() if extra == SPEECH else None
@@ -166,7 +170,7 @@ def _write(folder: Path, spec: dict[str, Any], synthesiser: str | None, progress
         text = _text(seed, scale)
         words = prose.frequent_words([str(parts[0]) for parts in text["train"]], _SPELLED_WORDS)
         bar.update()
-        drawn = _glyphs(seed, scale, size)
+        drawn = _glyphs(seed, scale, size, "few_glyphs" in spec)
         scans = dict(zip(SPLITS, digits.load(size, seed, scale), strict=True))
         counts: dict[str, dict[str, int]] = {}
         for split in SPLITS:
@@ -254,9 +258,9 @@ def _text(seed: int, scale: float) -> dict[str, list[Parts]]:
     return split
 
 
-def _glyphs(seed: int, scale: float, size: int) -> dict[str, list[tuple[str, bytes]]]:
+def _glyphs(seed: int, scale: float, size: int, few: bool) -> dict[str, list[tuple[str, bytes]]]:
     """(character, PNG) by split, without repeated images: slanted faces draw many signs upright."""
-    characters = glyphs.characters()
+    characters = glyphs.characters(glyphs.FEW_BLOCKS if few else glyphs.BLOCKS)
     seen: set[bytes] = set()
     drawn: dict[str, list[tuple[str, bytes]]] = {name: [] for name in SPLITS}
     for split, faces in _FACES.items():

@@ -7,7 +7,7 @@ A character is used if a face has an outline of its own for it. Of characters wi
 import io
 import random
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -51,6 +51,8 @@ BLOCKS = (
     (0x1D538, 0x1D56B),  # Mathematical Double-Struck
 )
 
+FEW_BLOCKS = ((0x0021, 0x007E), (0x0370, 0x03FF))  # Basic Latin, Greek
+
 _DRAWN_PX = 64  # outlines are drawn large, measured, then reduced: no hinting, exact centring
 _CAPITAL = 0.72  # height of a capital H as a share of the image
 _MARGIN_PX = 1
@@ -66,9 +68,9 @@ def script_word(character: str) -> str:
     return glyph_name(character).split()[0]
 
 
-def characters() -> list[str]:
-    """Characters of ``BLOCKS`` with a shape of their own in the reference face, by code point."""
-    candidates = [chr(point) for first, last in BLOCKS for point in range(first, last + 1)]
+def characters(blocks: Sequence[tuple[int, int]] = BLOCKS) -> list[str]:
+    """Characters of ``blocks`` with a shape of their own in the reference face, by code point."""
+    candidates = [chr(point) for first, last in blocks for point in range(first, last + 1)]
     named = [c for c in candidates if unicodedata.category(c)[0] in "LNPS"]
     shapes: dict[bytes, str] = {}
     for character in covered(REFERENCE_FACE, named):

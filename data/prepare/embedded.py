@@ -67,6 +67,7 @@ def prepare_corpus(
         image_size=options.get("image_size", PrepareSpec.image_size),
         extra=source,
         image_first=image_first,
+        few_glyphs=extra == VECTORS,
         progress=progress.file.isatty(),
     )
     splits: dict[str, Any] = {

@@ -129,7 +129,8 @@ class _VectorFile:
             stored = vectors.astype(self.dtype)
         if stored.ndim != 2 or stored.shape[1] != self.width or not np.isfinite(stored).all():
             raise ValueError(
-                f"vectors {vectors.shape} must be (n, {self.width}) and finite in {self.dtype.name}"
+                f"vectors {vectors.shape} must be (n, {self.width}) and finite in "
+                f"{self.dtype.name}; prepare with another tokenizer"
             )
         self.rows += len(stored)
         values_NC = stored.reshape(-1, self.sums_2C.shape[1]).astype(np.float64)

@@ -52,8 +52,8 @@ class _Reader:
         self.number, self.source, self.order, self.seq_len = number, source, order, seq_len
         self.modality_V, self.clean_copies = mixture.modality_V, mixture.clean_copies
         self.media = source.vocabulary.modalities[1:]
-        self.continuous = [bool(mixture.continuous_V[self._medium(m).start]) for m in self.media]
-        self.placeholders = np.flatnonzero(mixture.continuous_V)
+        self.continuous = [self._medium(m).continuous for m in self.media]
+        self.placeholders = source.vocabulary.placeholders
         self.taken, self.offset, self.drawn = 0, 0, 0
         self._ahead: list[int] = []
         self._ahead_from = 0

@@ -148,8 +148,7 @@ class Mixture:
     @cached_property
     def continuous_V(self) -> np.ndarray:
         """bool (V,): ids that are the placeholder of a continuous medium's vectors."""
-        labels = self.vectors.media if self.vectors else ()
-        return np.isin(self.modality_V, [Modality[label] for label in labels])
+        return self.vocabulary.holds_vector(torch.arange(self.vocabulary.size)).numpy()
 
     def in_order(self, names: Sequence[str]) -> "Mixture":
         """This mixture with its sources in the order of ``names``, which must be theirs."""
@@ -212,7 +211,7 @@ def check_seq_len(seq_len: int, mixture: Mixture) -> None:
         raise ValueError(f"seq_len ({seq_len}) must be at least 1")
     for medium in mixture.vocabulary.media:
         label = medium.modality.label
-        copies = 1 + (mixture.clean_copies and bool(mixture.continuous_V[medium.start]))
+        copies = 1 + (mixture.clean_copies and medium.continuous)
         twice = ", each twice for its clean copy," if copies > 1 else ""
         blocks = [
             (medium.block, f"each {label} block", "prepare with fewer codes a block"),

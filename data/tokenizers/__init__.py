@@ -102,7 +102,9 @@ class Tokenizers:
         """
         types = {label: t.vectors for label, t in self.media.items() if t.vectors is not None}
         if len(set(types.values())) > 1:
-            raise ValueError(f"media must have vectors of one type, not {types}")
+            raise ValueError(
+                f"media must have vectors of one type, not {types}; choose another patch for one"
+            )
         for width, dtype, channels in types.values():
             return Vectors(width, dtype, channels or width, tuple(types))
         return None

@@ -11,7 +11,7 @@ from earlyfuse.data.tokenizers.image_chameleon import ChameleonTokenizer
 from earlyfuse.data.tokenizers.image_diffusers import DiffusersTokenizer, check_folder
 from earlyfuse.data.tokenizers.image_kmeans import KMeansTokenizer
 from earlyfuse.data.tokenizers.image_tokenizer import ImageTokenizer, check_image_geometry
-from earlyfuse.data.tokenizers.image_vae import VAETokenizer, check_factor
+from earlyfuse.data.tokenizers.image_vae import LARGEST_CHANNELS, VAETokenizer, check_factor
 from earlyfuse.data.tokenizers.image_vectors import LatentTokenizer, PixelTokenizer
 from earlyfuse.data.tokenizers.image_vqvae import VQVAETokenizer, check_patch
 from earlyfuse.data.tokenizers.kmeans import one_thread
@@ -54,15 +54,20 @@ def check(spec: "PrepareSpec") -> None:
         check_patch(spec.patch)
     if kind == "vae":
         check_factor(spec.patch, spec.vae_factor, "vae_factor")
-    folder = kind not in MEDIA["image"].kinds and Path(kind).is_dir()
+    folder = kind not in (*MEDIA["image"].kinds, "none") and Path(kind).is_dir()
     if folder:
         check_folder(Path(kind), spec.image_size, spec.patch)
-    for name in ("vq_steps", "vae_steps", "vae_channels"):
+    for name in ("vq_steps", "vae_steps"):
         if getattr(spec, name) < 1:
             raise ValueError(f"{name} ({getattr(spec, name)}) must be at least 1")
+    if not 1 <= spec.vae_channels <= LARGEST_CHANNELS:
+        raise ValueError(
+            f"vae_channels ({spec.vae_channels}) must lie in [1, {LARGEST_CHANNELS}]; 4 is usual"
+        )
     if not 0 <= spec.vae_kl <= 1e3:
         raise ValueError(f"vae_kl ({spec.vae_kl}) must lie in [0, 1000]; 0.001 is usual")
     idle: tuple[str, ...] = () if kind == "vae" else _OF_VAE
+    idle += () if kind == "vqvae" else ("vq_steps",)
     idle += ("codes",) if folder or kind in ("pixels", "vae") else ()
     for name in idle:
         if (value := getattr(spec, name)) != spec.__dataclass_fields__[name].default:

@@ -23,6 +23,7 @@ from earlyfuse.data.tokenizers.tokenizer_file import LARGEST_SIDE, TokenizerFile
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 _REMEDY = "give the vae folder of a Stable Diffusion or Flux model, or copy it again"
+_HEADER = 1 << 20  # bytes of names and shapes of tensors
 _ACTIVATION = 1 << 25  # values of one activation
 _MOST_LEVELS = 8
 _CLASS = "AutoencoderKL"
@@ -62,8 +63,15 @@ class DiffusersTokenizer(LatentTokenizer):
         """Import ``folder``. ``ValueError`` names a file, field or tensor that does not fit."""
         config = _checked(read_json(folder / CONFIG, _REMEDY))
         check_sizes(config, image_size, patch)
-        path = folder / WEIGHTS
+        path, net = folder / WEIGHTS, _network(config)
+        expected = net.state_dict()
+        most = _HEADER + sum(8 * tensor.numel() for tensor in expected.values())  # of any dtype
         try:
+            if (size := path.stat().st_size) > most:
+                raise ValueError(
+                    f"{path} ({size:,} bytes) is larger than a model of its {CONFIG} can be "
+                    f"({most:,}); {_REMEDY}"
+                )
             tensors = load_file(path)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} cannot be read ({error}); {_REMEDY}") from error
@@ -72,8 +80,7 @@ class DiffusersTokenizer(LatentTokenizer):
             _new_name(name): tensor.float() if tensor.is_floating_point() else tensor
             for name, tensor in tensors.items()
         }
-        net = _network(config)
-        check_tensors(str(path), floats, net.state_dict())
+        check_tensors(str(path), floats, expected)
         net.load_state_dict(floats, assign=True)
         return cls(net, {"image_size": image_size, "patch": patch, "config": config})
 

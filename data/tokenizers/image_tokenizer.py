@@ -14,7 +14,7 @@ from PIL import Image
 
 from earlyfuse.data.media import VectorType
 from earlyfuse.data.tokenizers.pixels import image_pixels
-from earlyfuse.data.tokenizers.tokenizer_file import FileTokenizer, check_codes
+from earlyfuse.data.tokenizers.tokenizer_file import LARGEST_SIDE, FileTokenizer, check_codes
 
 _BATCH, _BATCH_BYTES = 256, 1 << 26  # encoded at a time: images, bytes of their pixels
 _MEASURED = 64  # images of each shard that are decoded again to measure the tokenizer
@@ -144,7 +144,9 @@ def from_patches(patches_NPD: np.ndarray, side: int, patch: int) -> np.ndarray:
 
 
 def check_image_geometry(image_size: int, patch: int, codes: int) -> None:
-    """``ValueError`` unless patches tile the image and the codebook has a sensible size."""
+    """``ValueError`` unless patches tile the image and image and codebook have sensible sizes."""
+    if image_size > LARGEST_SIDE:
+        raise ValueError(f"image_size ({image_size}) must be at most {LARGEST_SIDE}; lower it")
     check_tiling(image_size, patch)
     check_codes("codes", codes)
 

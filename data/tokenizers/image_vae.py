@@ -24,9 +24,10 @@ _BATCH, _BATCH_PIXELS = 64, 1 << 22
 _MEASURED = 4096  # training images whose latents give mean and standard deviation
 _LOG_VARIANCE = (-20.0, 10.0)
 _SMALLEST_STD = 1e-4  # of a channel that the KL term has emptied
+LARGEST_CHANNELS = 1 << 10
 _MOST = {
-    "image_size": LARGEST_SIDE, "patch": LARGEST_SIDE, "factor": 1 << 10, "channels": 1 << 10,
-    "width": 1 << 12,
+    "image_size": LARGEST_SIDE, "patch": LARGEST_SIDE, "factor": LARGEST_SIDE,
+    "channels": LARGEST_CHANNELS, "width": 1 << 12,
 }  # fmt: skip
 
 

@@ -192,9 +192,10 @@ def attend(
     if isinstance(mask, MergedMasks):
         return _attend_by_parts(q_BSNH, k_BLKH, v_BLKH, mask)
     if isinstance(mask, QueryBlocks):
+        pieces = q_BSNH.split([own.shape[2] for _, own in mask.parts], 1)
         blocks = [
-            attend(q_BSNH[:, queries], k_BLKH[:, keys], v_BLKH[:, keys], own)
-            for queries, keys, own in mask.parts
+            attend(piece, k_BLKH[:, keys], v_BLKH[:, keys], own)
+            for piece, (keys, own) in zip(pieces, mask.parts, strict=True)
         ]
         return torch.cat(blocks, 1)
     q, k, v = (t.transpose(1, 2) for t in (q_BSNH, k_BLKH, v_BLKH))

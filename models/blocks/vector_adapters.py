@@ -25,10 +25,10 @@ from earlyfuse.models.blocks.indexed_parameters import embedding
 from earlyfuse.models.blocks.vector_layers import (
     FREQUENCIES,
     NORM_GROUPS,
+    Bottleneck,
     Down,
     First,
     Last,
-    Narrow,
     TimeEmbedding,
     Up,
 )
@@ -171,12 +171,12 @@ class VectorInput(Module):
         super().__init__()
         self.config = config
         self.time = TimeEmbedding(dim)
-        self.places = Places(config.block, dim) if config.place_embedding else None
+        self.places = PlaceEmbedding(config.block, dim) if config.place_embedding else None
         self.net: nn.Module = First(config.width, dim)
         if config.adapter == "unet":
             self.net = Down(*config.unet(dim))
         elif config.bottleneck:
-            self.net = Narrow(config.width, config.bottleneck, dim)
+            self.net = Bottleneck(config.width, config.bottleneck, dim)
 
     def forward(self, x_TD: torch.Tensor, batch: MixedBatch) -> tuple[torch.Tensor, Skips | None]:
         """``x_TD`` with the vectors of ``batch`` in their places.
@@ -199,7 +199,7 @@ class VectorInput(Module):
         return torch.where(has_vector_T[:, None], at_TD, x_TD), skips
 
 
-class Places(Module):
+class PlaceEmbedding(Module):
     """A learned vector for each place in an image; weight (n, D)."""
 
     def __init__(self, block: int, dim: int):
@@ -258,12 +258,14 @@ class Grid(NamedTuple):
 
     @classmethod
     def build(cls, batch: MixedBatch, block: int) -> "Grid":
-        """The grid of images of ``block`` vectors; a row has room for S // block + 1 of them."""
+        """The grid of images of ``block`` vectors; a row has room for S // block + 1 of them, none
+        in a batch without vectors, as in decoding text.
+        """
         rows, seq_len = batch.tokens_BS.shape
         span_BS = vector_spans(batch)
         if span_BS is None:
             span_BS = torch.zeros_like(batch.document_BS)
-        room = seq_len // block + 1
+        room = 0 if batch.vectors_BSP is None else seq_len // block + 1
         first_BS = first_of_spans(span_BS)
         place_S = torch.arange(seq_len, device=span_BS.device)
         begins_BS = (first_BS == place_S) & (span_BS != 0)

@@ -35,7 +35,7 @@ class Affine(Module):
 
 
 class First(Affine):
-    """Vectors to the width, with the scale of token embeddings."""
+    """Projects vectors to the width, with the scale of token embeddings."""
 
     def draws(self) -> dict[str, Draw]:
         """Outputs of unit variance for vectors of unit variance."""
@@ -44,14 +44,14 @@ class First(Affine):
 
 
 class Last(Affine):
-    """The width to vectors."""
+    """Projects hidden states to vectors; zero before training."""
 
     def draws(self) -> dict[str, Draw]:
         return {"weight": constant(0.0), "bias": constant(0.0)}
 
 
-class Narrow(Module):
-    """Linear bottleneck: two matrices with a narrow width between them."""
+class Bottleneck(Module):
+    """Low-rank projection: two matrices with a narrow width between them (JiT)."""
 
     def __init__(self, inputs: int, waist: int, outputs: int):
         super().__init__()
@@ -191,7 +191,7 @@ class Down(Module):
 
 
 class Up(Module):
-    """The way back: vectors of width D, with the skip connections of ``Down``, → patches."""
+    """Vectors of width D and the skip connections of ``Down`` → patches."""
 
     def __init__(self, channels: int, patch: int, features: int, dim: int):
         super().__init__()

@@ -260,8 +260,7 @@ def _items(
     vocabulary: Vocabulary, tokens: Sequence[int], vectors: torch.Tensor | None
 ) -> list[Item]:
     """The continuous items of a prompt; ``ValueError`` unless each placeholder has a vector."""
-    placeholders = {medium.start for medium in vocabulary.media if medium.continuous}
-    places = [place for place, token in enumerate(tokens) if token in placeholders]
+    places = [n for n, token in enumerate(tokens) if token in vocabulary.placeholders]
     given = 0 if vectors is None else len(vectors)
     if given != len(places):
         raise ValueError(

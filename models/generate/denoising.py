@@ -25,28 +25,26 @@ class Denoising:
     """Settings of denoising.
 
     ``steps``, ``method``: "ddim" and "euler" read the model once a step, "heun" twice, except in
-    the last step (see ``Diffusion.move``). ``guided_from``, ``guided_until``: times, from 0, the
-    data, to 1, noise, between which guidance is on; JiT (arXiv 2511.13720): 0 to 0.9.
+    the last step (see ``Diffusion.step``). ``guided_until``: the time up to which guidance is on,
+    from 0, the data, to 1, noise; JiT (arXiv 2511.13720): 0.9.
     """
 
     steps: int = 50
     method: Method = "ddim"
-    guided_from: float = 0.0
     guided_until: float = 1.0
 
     def __post_init__(self) -> None:
         check_choices(self, method=METHODS)
         if self.steps < 1:
             raise ValueError(f"steps ({self.steps}) of denoising must be at least 1")
-        if not 0 <= self.guided_from <= self.guided_until <= 1:
+        if not 0 <= self.guided_until <= 1:
             raise ValueError(
-                f"guided_from ({self.guided_from}) and guided_until ({self.guided_until}) must be "
-                "times in [0, 1], the first not above the second"
+                f"guided_until ({self.guided_until}) must be a time in [0, 1]; 1 is always"
             )
 
     def guides(self, time: torch.Tensor) -> bool:
         """True if guidance is on at ``time``, of one element."""
-        return self.guided_from <= float(time) <= self.guided_until
+        return float(time) <= self.guided_until
 
 
 def denoise(
@@ -65,10 +63,10 @@ def denoise(
 
     for time, to in pairwise(times[:-1]):
         first = values(z_BnP, time)
-        moved_BnP = diffusion.move(first, z_BnP, time, to, method)
+        moved_BnP = diffusion.step(first, z_BnP, time, to, method)
         if method == "heun":
             second = values(moved_BnP, to)
-            moved_BnP = (moved_BnP + diffusion.move(second, z_BnP, time, to, method)) / 2
+            moved_BnP = (moved_BnP + diffusion.step(second, z_BnP, time, to, method)) / 2
         z_BnP = moved_BnP
     # by any method the last step ends at x, where σ is 0
     return values(z_BnP, times[-2]).x

@@ -26,7 +26,6 @@ class Rereading:
         vectors = model.config.vectors
         self.width = 0 if vectors is None else vectors.width
         self.shared_positions = vectors is not None and vectors.rotary == "shared"
-        self.placeholders = [m.start for m in vocabulary.media if m.continuous]
 
     def read(self, rows: list[Row]) -> torch.Tensor:
         """Next-token logits (R, V) of each row."""
@@ -70,8 +69,7 @@ class Rereading:
         for number, row in enumerate(rows):
             for start, vectors_nP in row.items:
                 vectors_RSP[number, start : start + len(vectors_nP)] = vectors_nP
-        placeholders = torch.tensor(self.placeholders, device=self.device)
-        has_vector_RS = torch.isin(tokens_RS, placeholders)
+        has_vector_RS = self.vocabulary.holds_vector(tokens_RS)
         return replace(batch, vectors_BSP=vectors_RSP, has_vector_BS=has_vector_RS), real_R
 
 

@@ -217,12 +217,12 @@ def _write_vectors(
     seeds, numbers = [work.seed for work in works], [len(draft.items) for draft in drafts]
     z_BnP = noise(seeds, numbers, shape, reader.device)
     vectors_BnP = agree(denoise(predict, z_BnP, _diffusion(reader.model), denoising).contiguous())
-    for number, (draft, medium) in enumerate(zip(drafts, media, strict=True)):
-        vectors_nP = vectors_BnP[number, : medium.block].cpu()
+    for draft, medium, vectors_MP in zip(drafts, media, vectors_BnP.cpu(), strict=True):
+        vectors_nP = vectors_MP[: medium.block]
         if not vectors_nP.isfinite().all():
             raise NotFinite(
-                f"document {number} has vectors of {medium.modality.label} that are not finite: "
-                "the model's weights or predictions are not; use another checkpoint"
+                f"the model predicts vectors of {medium.modality.label} that are not finite; use "
+                "another checkpoint"
             )
         draft.write_vectors(vectors_nP)
 

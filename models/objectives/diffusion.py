@@ -9,7 +9,8 @@ the others and z.
 - "flow": α = 1 - t, σ = t, rectified flow; v = ε - x. ``shift`` moves times towards noise, as many
   dimensions need (arXiv 2403.03206, 5.3.2).
 
-Predicting x on pixels, with the loss on v and ``least`` 0.05, is JiT's recipe (arXiv 2511.13720).
+Predicting x on pixels, with the loss on v and ``min_denominator`` 0.05, is JiT's recipe (arXiv
+2511.13720).
 """
 
 import math
@@ -54,16 +55,16 @@ class Diffusion(Configurable):
 
     @dataclass(kw_only=True, slots=True)
     class Config(Configurable.Config):
-        """``steps``: of the cosine schedule, T; ``shift``: of flow. ``least``: α and σ are not
-        below it where they divide a prediction. ``data_range``: data lie within ± this, and while
-        sampling predictions of x are clipped to it; 0: unbounded.
+        """``steps``: T of the cosine schedule; ``shift``: that of flow. ``min_denominator``:
+        α and σ are clamped to it where they divide a prediction. ``data_range``: data lie within ±
+        this, and samplers clip x to it; 0: unbounded.
         """
 
         schedule: Literal["cosine", "flow"] = "cosine"
         predicts: Target = "epsilon"
         steps: int = _STEPS
         shift: float = 1.0
-        least: float = 1e-5
+        min_denominator: float = 1e-5
         data_range: float = 0.0
 
         def __post_init__(self) -> None:
@@ -84,8 +85,8 @@ class Diffusion(Configurable):
                     f'shift ({self.shift}) needs schedule "flow", not {self.schedule!r}; '
                     "leave it at 1"
                 )
-            if not 0 < self.least < 1:
-                raise ValueError(f"least ({self.least}) must lie in (0, 1)")
+            if not 0 < self.min_denominator < 1:
+                raise ValueError(f"min_denominator ({self.min_denominator}) must lie in (0, 1)")
             if not 0 <= self.data_range < math.inf:
                 raise ValueError(
                     f"data_range ({self.data_range}) must not be negative or infinite; 0 is off"
@@ -144,7 +145,7 @@ class Diffusion(Configurable):
         if self.config.predicts == "v":
             x, epsilon = sigma_v * z - sigma * predicted, alpha * predicted - alpha_v * z
             return Values(x, epsilon, predicted)
-        alpha = alpha.clamp(min=self.config.least)
+        alpha = alpha.clamp(min=self.config.min_denominator)
         return Values((z - sigma * predicted) / alpha, predicted, (alpha_v * z + predicted) / alpha)
 
     def clipped(self, values: Values, z: torch.Tensor, time: torch.Tensor) -> Values:
@@ -157,7 +158,7 @@ class Diffusion(Configurable):
     def _of_x(self, x: torch.Tensor, z: torch.Tensor, at: Coefficients) -> Values:
         """The values of a z whose x is known."""
         alpha, sigma, _, sigma_v = at
-        sigma = sigma.clamp(min=self.config.least)
+        sigma = sigma.clamp(min=self.config.min_denominator)
         return Values(x, (z - alpha * x) / sigma, (sigma_v * z - x) / sigma)
 
     def grid(self, count: int, method: Method) -> torch.Tensor:
@@ -193,7 +194,7 @@ class Diffusion(Configurable):
         # the last step's α is tiny by the limit on β
         return min(_FIRST, (steps - 1) / steps) if cosine else _FIRST
 
-    def move(
+    def step(
         self, values: Values, z: torch.Tensor, time: torch.Tensor, to: torch.Tensor, method: Method
     ) -> torch.Tensor:
         """z at the earlier time ``to``, from ``values`` at ``time``, both of one element.

@@ -116,7 +116,9 @@ class TransfusionObjective(ChameleonObjective):
 
     def counts(self, batch: MixedBatch, sources: int = 1) -> dict[str, torch.Tensor]:
         """Labels, and vectors that are scored."""
-        vectors_NM = torch.zeros(sources, len(Modality), dtype=torch.int64)
+        vectors_NM = torch.zeros(
+            sources, len(Modality), dtype=torch.int64, device=batch.tokens_BS.device
+        )
         if (span_BS := vector_spans(batch)) is not None:
             noised_T = (without_clean_copies(span_BS) != 0).flatten()
             bucket_T = buckets(batch.source_BS, batch.modality_BS)
@@ -148,7 +150,7 @@ class TransfusionObjective(ChameleonObjective):
             normal_BS = normal(draw("time"), image_BS)
             time_BS = (config.times_mean + config.times_std * normal_BS).sigmoid()
         begin_BS = (first_BS - 1).clamp(min=0)  # of its block
-        others_BS = _others_before(batch, span_BS).gather(1, begin_BS)
+        others_BS = _others_before(batch).gather(1, begin_BS)
         # begin-of-document is one
         largest_BS = torch.where(others_BS <= 1, config.cap_before_caption, 1.0)
         time_BS = self.diffusion.times(time_BS, largest_BS) * (span_BS != 0)
@@ -157,8 +159,7 @@ class TransfusionObjective(ChameleonObjective):
         index_BSP = (row_B1 * seq_len + place_S)[..., None] * width
         index_BSP = index_BSP + torch.arange(width, device=span_BS.device)
         noise_BSP = normal(draw("noise"), index_BSP)
-        noised_BSP = self.diffusion.noised(clean_BSP, noise_BSP, time_BS)
-        noised_BSP = torch.where((span_BS != 0)[..., None], noised_BSP, clean_BSP)
+        noised_BSP = self.diffusion.noised(clean_BSP, noise_BSP, time_BS)  # clean at time 0
 
         dropped_BS = (first_BS == place_S) & (span_BS != 0)
         # not in validation, which has no step
@@ -182,7 +183,7 @@ class TransfusionObjective(ChameleonObjective):
         ) -> Losses:
             totals, sums = language(x_TD, w_VD, **shard)
             if span_BS is None:
-                error_T = 0 * predicted_TP.sum(-1).float()
+                error_T = predicted_TP.sum(-1).float()  # masked; every module is in the graph
                 noised_T = torch.zeros_like(error_T, dtype=torch.bool)
             else:
                 error_T = self._error(predicted_TP, batch)
@@ -210,16 +211,20 @@ class TransfusionObjective(ChameleonObjective):
         return (predicted_TP - target_TP).square().mean(-1)
 
 
-def _others_before(batch: MixedBatch, span_BS: torch.Tensor) -> torch.Tensor:
-    """(B, S) int64: tokens before each in its document, without vectors and their two sentinels;
-    ``span_BS``: spans without clean copies. Means nothing at positions of vectors.
+def _others_before(batch: MixedBatch) -> torch.Tensor:
+    """(B, S) int64: tokens of the same document up to each position, without vectors and their
+    sentinels, the tokens beside vectors.
     """
     assert batch.has_vector_BS is not None, "there are spans of vectors"
-    place_S = torch.arange(span_BS.shape[1], device=span_BS.device)
-    begins_BS = (first_of_spans(span_BS) == place_S) & (span_BS != 0)
-    of_images_BS = (batch.has_vector_BS.long() + 2 * begins_BS).cumsum(1)
-    place_BS = places_in_documents(batch.document_BS)
-    return place_BS - (of_images_BS - of_images_BS.gather(1, place_S - place_BS))
+    vector_BS, document_BS = batch.has_vector_BS, batch.document_BS
+    same_BS = document_BS[:, 1:] == document_BS[:, :-1]
+    other_BS = ~vector_BS
+    other_BS[:, :-1] &= ~(vector_BS[:, 1:] & same_BS)
+    other_BS[:, 1:] &= ~(vector_BS[:, :-1] & same_BS)
+    place_S = torch.arange(document_BS.shape[1], device=document_BS.device)
+    begin_BS = place_S - places_in_documents(document_BS)
+    others_BS = other_BS.cumsum(1)
+    return others_BS - (others_BS - other_BS.long()).gather(1, begin_BS)
 
 
 def _split_before(document_BS: torch.Tensor, first_BS: torch.Tensor) -> torch.Tensor:

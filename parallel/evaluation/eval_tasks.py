@@ -167,8 +167,7 @@ class Task:
         if batch.vectors_BSP is None or batch.has_vector_BS is None:
             assert prompt.vectors is None, "the tokenizers of the batch made the prompts"
             return
-        continuous = [medium.start for medium in self.vocabulary.media if medium.continuous]
-        has_vector = torch.isin(tokens, torch.tensor(continuous))
+        has_vector = self.vocabulary.holds_vector(tokens)
         batch.has_vector_BS[row, here] = has_vector
         batch.vectors_BSP[row, here] = 0
         if prompt.vectors is not None:

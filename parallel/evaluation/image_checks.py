@@ -189,8 +189,9 @@ def _labelled(fields: JsonObject, split: str) -> Labelled:
     for item in items:
         item.check_names(("image", "label"))
     labels = [item.field("label", str) for item in items]
-    if unfit := next((label for label in labels if not label or not label.isprintable()), None):
-        raise fields.wrong(split, f"must have labels that are words, not {shown(unfit)}")
+    unfit = [label for label in labels if not label or not label.isprintable()]
+    if unfit:
+        raise fields.wrong(split, f"must have labels that are words, not {shown(unfit[0])}")
     pixels = [decoded(item, "image", lambda png: image_pixels(png, _SIDE)) for item in items]
     return Labelled(np.stack([_grey(image) for image in pixels]), np.array(labels))
 

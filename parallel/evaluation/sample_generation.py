@@ -81,6 +81,9 @@ class Sampler(Configurable):
         guidance: float = 2.0
         """Classifier-free guidance for images; 1 is off."""
 
+        guided_until: float = 1.0
+        """Time (0 is data, 1 is noise) up to which images of vectors are guided; JiT: 0.9."""
+
         denoising_steps: int = 50
         """Steps that turn noise into an image of vectors."""
 
@@ -100,12 +103,9 @@ class Sampler(Configurable):
 
     def __init__(self, config: Config, *, model: Decoder | Pipeline, seq_len: int):
         self.config = config
-        if config.checked_images == 1:
-            raise ValueError(
-                "sampler.checked_images (1) must be at least 2, whose spread is compared; 0 turns "
-                "image checks off"
-            )
-        self.denoising = Denoising(config.denoising_steps, config.denoising_method)
+        self.denoising = Denoising(
+            config.denoising_steps, config.denoising_method, config.guided_until
+        )
         self.pairs: list[Pair] = []
         self.tokenizers: Tokenizers | None = None
         if config.enable:
@@ -126,8 +126,6 @@ class Sampler(Configurable):
             self.pairs, self.captions = [], []
             if dist.get_rank() == 0:
                 rank_log.tell(f"no samples are generated: {reason}")
-        if self.pairs and isinstance(model, Decoder) and (vectors := model.config.vectors):
-            vectors.diffusion.build().check_method(config.denoising_method, config.denoising_steps)
 
     def write(
         self, model: Decoder | Pipeline, vocabulary: Vocabulary, seq_len: int

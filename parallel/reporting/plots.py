@@ -20,7 +20,7 @@ from earlyfuse.parallel.reporting.run_folder import CURVES
 
 _TEXT_COLOUR = "#1b6ca8"
 _BY_RULE = {"causal_": "--", "threshold_": "-."}  # losses by a causal rule, and their lines
-_ACCURACIES = ("task/", "generated_accuracy/")
+_CHANCES = {"task": "chance", "generated_accuracy": "generated_chance"}  # of each accuracy
 _DOTS = {"marker": "o", "markersize": 3}
 
 
@@ -34,7 +34,9 @@ def plot_curves(folder: Path) -> Path:
     run = _Run(read_metrics(folder / METRICS_FILE))
     labels = [label for label in colours() if any(f"loss/{label}" in line for line in run.train)]
     sums = added_sums(run.validation or run.train)
-    tasks = sorted({key for line in run.validation for key in line if key.startswith(_ACCURACIES)})
+    tasks = sorted(
+        {key for line in run.validation for key in line if key.partition("/")[0] in _CHANCES}
+    )
     figure, axes = _panels(len(labels) + len(sums) + bool(tasks))
     for axis, label in zip(axes, labels, strict=False):
         _draw_losses(axis, label, run)
@@ -160,12 +162,11 @@ def _draw_sum(axis: Any, name: str, run: _Run) -> None:
 def _draw_tasks(axis: Any, tasks: list[str], run: _Run) -> None:
     for task in tasks:
         kind, _, name = task.partition("/")
+        chance_of = f"{_CHANCES[kind]}/{name}"
         if kind != "task":
             name = f"generated {name}"
         line = run.draw(axis, run.validation, task, label=name, **_DOTS)
-        chance = run.validation[-1].get(
-            task.replace("task/", "chance/").replace("accuracy", "chance")
-        )
+        chance = run.validation[-1].get(chance_of)
         if line is not None and chance:
             axis.axhline(chance, color=line.get_color(), linestyle=":", linewidth=1)
     axis.set(title="held-out tasks (dotted: chance)", ylabel="accuracy", ylim=(0, 1))

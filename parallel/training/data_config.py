@@ -152,7 +152,7 @@ class DataSet(Configurable):
         held_out = self.sources("validation") if config.validator.enable else {}
         for folder in (*(train[name] for name in self.shares), *held_out.values()):
             source = self._source(folder)
-            _check_vectors(source, vectors)
+            check_vectors(source, vectors)
             self._check_tokenizers(source)
         training, validator = config.training, config.validator
         # the ranks of a tensor-, context- or pipeline-parallel group share their rows
@@ -250,7 +250,7 @@ class DataSet(Configurable):
                     pool.routed_rows(layer.inner(one_group))
 
 
-def _check_vectors(source: TokenSource, vectors: VectorAdapters.Config | None) -> None:
+def check_vectors(source: TokenSource, vectors: VectorAdapters.Config | None) -> None:
     """``ValueError`` unless a model with ``vectors`` (its adapters' config, or None) reads those of
     ``source``.
     """

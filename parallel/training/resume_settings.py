@@ -67,8 +67,8 @@ _FIELDS: dict[Effect, dict[str, str]] = {
         "training": "steps max_norm mixed_precision_param mixed_precision_reduce",
         "validator": "freq enable batch_rows max_batches tasks",
         "sampler": (
-            "enable number temperature top_p guidance denoising_steps denoising_method "
-            "caption_tokens checked_images"
+            "enable number temperature top_p guidance guided_until denoising_steps "
+            "denoising_method caption_tokens checked_images"
         ),
         "ema": "decay validation samples",
         "skip": "max_skipped spike_guard window deviations",

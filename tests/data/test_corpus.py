@@ -496,7 +496,7 @@ def test_image_first_reorders_documents_and_changes_nothing_else(corpus, tmp_pat
     assert {n for n in one if one[n] != two[n] and not n.endswith(".tar")} == about
 
 
-def test_the_corpus_of_vectors_puts_captions_first_and_images_into_patches(corpus, tmp_path):
+def test_the_corpus_of_vectors_has_few_glyphs_captions_first_and_patches(corpus, tmp_path):
     out = tmp_path / "out"
     options = ["--scale", str(SCALE), "--text-vocab", "399", "--workers", "1"]
     assert command.main(["corpus", str(out), "--vectors", *options]) == 0
@@ -520,7 +520,12 @@ def test_the_corpus_of_vectors_puts_captions_first_and_images_into_patches(corpu
     assert len(checks.labels) == 10 and checks.prefix == "handwritten digit "
     plain, other = contents(corpus.folder), contents(out / "raw")
     assert plain.keys() == other.keys()
-    assert plain["validation/tasks.json"] == other["validation/tasks.json"]
+    assert plain["validation/labelled.json"] == other["validation/labelled.json"]
+    few, all_of_them = (
+        json.loads((folder / "corpus.json").read_text())["script_words"].keys()
+        for folder in (out / "raw", corpus.folder)
+    )
+    assert {"greek", "latin"} <= few and "cyrillic" in all_of_them - few
 
 
 def test_wrong_requests_are_refused(corpus, tmp_path):

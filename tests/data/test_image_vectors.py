@@ -257,6 +257,7 @@ def test_damaged_weights_are_refused_by_name(public, tmp_path):
     for content, message in (
         ({**tensors, first: tensors[first] * float("nan")}, f"tensor {first} holds values that"),
         ({n: t for n, t in tensors.items() if n != first}, f"lacks the tensor '{first}'"),
+        ({**tensors, "more": torch.zeros(1 << 20)}, r"\([0-9,]+ bytes\) is larger than a model"),
     ):
         save_file(content, path)
         with pytest.raises(ValueError, match=rf"{path} .*{message}"):

@@ -1,6 +1,6 @@
 """Every layout equals one rank: losses, gradients, parameters and logged metrics.
 
-The runs are in ``layouts.py``; each number of ranks is launched once.
+The runs are in ``layouts.py``.
 """
 
 import re
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from layouts import BY_NAME, CASES, ROWS
+from layouts import BY_NAME, CASES, FAST, ROWS, Case
 from places import SUPPORT
 from ranks import forked, output_of
 from tiny_runs import SHAPE, VECTORS, changed, moma, run, tiny_config, token_choice
@@ -45,7 +45,9 @@ NO_PIPELINE = pytest.mark.skip("torchtitan 0.3's pipeline schedules need torch 2
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """(ranks, case) → what ``layouts.py`` wrote; each number of ranks is launched once."""
+    """(ranks, case) → what ``layouts.py`` wrote; each number of ranks is launched once for the fast
+    cases, once for the slow ones.
+    """
     folder = tmp_path_factory.mktemp("layouts")
     data = make_data(folder / "data")
     make_data(folder / "vectors", vocabulary=VECTOR_VOCABULARY)
@@ -56,15 +58,19 @@ def results(tmp_path_factory):
     run(parent)
 
     @cache
-    def launch(ranks: int) -> Path:
+    def launch(ranks: int, fast: bool) -> Path:
         out = folder / str(ranks)
-        names = [case.name for case in CASES[ranks] if case.runs]
+        cases = [case for case in CASES[ranks] if (case in FAST[ranks]) == fast]
+        names = [case.name for case in cases if case.runs]
         parts = [names[first : first + AT_ONCE] for first in range(0, len(names), AT_ONCE)]
         arguments = [word for part in parts for word in (";", str(out), str(data), *part)]
         output_of(forked(ranks, PROGRAM, *arguments))
         return out
 
-    return lambda ranks, name: torch.load(launch(ranks) / f"{name}.pt")
+    def read(ranks: int, name: str) -> dict:
+        return torch.load(launch(ranks, Case(name) in FAST[ranks]) / f"{name}.pt")
+
+    return read
 
 
 @pytest.mark.parametrize(
@@ -73,7 +79,7 @@ def results(tmp_path_factory):
         pytest.param(
             ranks,
             case,
-            marks=[pytest.mark.slow] * (ranks > 2) + [NO_PIPELINE] * (not case.runs),
+            marks=[pytest.mark.slow] * (case not in FAST[ranks]) + [NO_PIPELINE] * (not case.runs),
             id=f"{ranks}-{case.name}",
         )
         for ranks in (2, 4)
@@ -105,7 +111,7 @@ def test_each_layout_is_run_with_each_other_word():
     parts = {"mamba", "tf_mixture_of_mamba"}  # of mixture_of_mamba and tf_hybrid
     covered = {case.model for ranks in (2, 4) for case in CASES[ranks]}
     assert covered >= BY_NAME.keys() - parts
-    assert {case.model for case in CASES[2]} >= BY_NAME.keys() - parts - VECTORS.keys()
+    assert {case.model for case in FAST[2]} >= BY_NAME.keys() - parts - VECTORS.keys()
 
 
 def test_ranks_without_a_modality_are_among_the_cases(results):

@@ -70,10 +70,11 @@ def dense(mask, size: int) -> torch.Tensor:
     """(B, 1, S, L) of any mask of SDPA."""
     if not isinstance(mask, QueryBlocks):
         return mask
-    parts = mask.parts
-    whole = torch.zeros(len(parts[0][2]), 1, size, size, dtype=torch.bool)
-    for queries, keys, own in parts:
-        whole[:, :, queries, keys] = own
+    whole = torch.zeros(len(mask.parts[0][1]), 1, size, size, dtype=torch.bool)
+    start = 0
+    for keys, own in mask.parts:
+        whole[:, :, start : start + own.shape[2], keys] = own
+        start += own.shape[2]
     return whole
 
 
@@ -136,7 +137,7 @@ def test_blocks_of_queries_leave_out_keys_that_none_of_them_sees():
     """As one mask, gradients too, with fewer keys than causal attention in blocks."""
     batch = batch_of(*LONG_COPIES)
     mask = attention_mask(batch.document_BS, 0, attention_spans(batch, noised_hidden=True))
-    assert sum(own.numel() for *_, own in mask.parts) < 0.75 * 2 * 150**2
+    assert sum(own.numel() for _, own in mask.parts) < 0.75 * 2 * 150**2
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(2, 150, n, 8, generator=generator) for n in (4, 2, 2)]
     inputs = [tensor.requires_grad_() for tensor in inputs]

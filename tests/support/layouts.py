@@ -9,7 +9,7 @@ full, the gradients and the parameters after the last one.
 import gc
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import cycle
 from pathlib import Path
@@ -112,26 +112,32 @@ class Case:
         return config
 
 
-# each model in each layout that treats it in a way of its own, and each layout with each other word
+# two ranks: each model, and each layout that treats it in a way of its own
 TWO = """
     dense-gathered moe_8x-ep
-    moma-apart-accumulated-selective moma-tp-accumulated moma-ep moma-ep-apart-accumulated-full
-    moma_threshold-tp-full moma_threshold-ep-apart-accumulated moma_threshold-pp
-    shared-tp-full shared-ep-apart-selective
-    token_choice-apart-accumulated token_choice-tp-selective token_choice-cp-apart
-    token_choice-ep-apart-accumulated-full
+    moma-apart-accumulated-selective moma-ep moma-ep-apart-accumulated-full
+    moma_threshold-tp-full moma_threshold-pp
+    shared-tp-full
+    token_choice-cp-apart token_choice-ep-apart-accumulated-full
     mot-tp-apart
-    upcycled-accumulated-full upcycled-tp upcycled-ep-apart upcycled-ep-stage2-full
-    mixture_of_mamba-apart-accumulated mixture_of_mamba-cp-accumulated-full hybrid-cp-selective
+    upcycled-ep-apart upcycled-ep-stage2-full
+    mixture_of_mamba-apart-accumulated hybrid-cp-selective
     mod-tp-accumulated-selective moma_mod-ep-apart-accumulated-full p_mod-apart-accumulated
-    p_mod-ep gamma_mod-apart-full gamma_mod-tp videollm_mod-apart-selective static-ep-apart
+    gamma_mod-apart-full videollm_mod-apart-selective static-ep-apart
     depth_threshold-ep-accumulated-full
     tf_dense-apart-accumulated-full tf_unet-tp-full tf_moma-ep-apart-accumulated-full
-    tf_clean-tp-accumulated tf_hybrid-accumulated-full tf_dense-pp tf_clean-pp-accumulated-full
+    tf_hybrid-accumulated-full tf_dense-pp tf_clean-pp-accumulated-full
     mot-pp-apart mod-pp-apart token_choice-pp shared-pp-apart moma_causal-pp-selective
     moma-pp-accumulated-full moma-pp-gpipe deep-pp-interleaved
 """
-# more ranks than a pool has experts, and two kinds of parallelism together
+# slow: each layout with each other word
+TWO_MORE = """
+    moma-tp-accumulated moma_threshold-ep-apart-accumulated shared-ep-apart-selective
+    token_choice-apart-accumulated token_choice-tp-selective
+    upcycled-accumulated-full upcycled-tp mixture_of_mamba-cp-accumulated-full p_mod-ep gamma_mod-tp
+    tf_clean-tp-accumulated
+"""
+# slow: more ranks than a pool has experts, and two kinds of parallelism together
 FOUR = """
     moe_8x-ep upcycled-ep-apart moma-hsdp-ep-full moma-tp-accumulated
     moma_threshold-hsdp-ep-selective
@@ -140,8 +146,16 @@ FOUR = """
     hybrid-cp4-full hybrid-hsdp-cp-accumulated moma_mod-hsdp-ep gamma_mod-hsdp-accumulated
     moma-pp-hsdp moma-pp-tp moma-pp-ep-full deep-pp4 deep-pp-interleaved
 """
-CASES = {ranks: [Case(name) for name in text.split()] for ranks, text in ((2, TWO), (4, FOUR))}
-CASES[1] = sorted({Case(case.one_rank) for ranks in (2, 4) for case in CASES[ranks] if case.runs})
+
+
+def compared(cases: Iterable[Case]) -> list[Case]:
+    """The cases of one rank that compute the same as ``cases``."""
+    return sorted({Case(case.one_rank) for case in cases if case.runs})
+
+
+_TWO, _MORE, _FOUR = ([Case(name) for name in text.split()] for text in (TWO, TWO_MORE, FOUR))
+CASES = {1: compared(_TWO + _MORE + _FOUR), 2: _TWO + _MORE, 4: _FOUR}
+FAST: dict[int, list[Case]] = {1: compared(_TWO), 2: _TWO, 4: []}
 
 
 # which of nine words follows an image, two of which begin alike

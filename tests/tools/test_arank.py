@@ -6,9 +6,13 @@ import os
 import numpy as np
 import pytest
 from exported_models import VOCABULARY, change_json, change_tensors, described, export
+from tiny_pairs import make_pairs
 from tiny_runs import MAMBAS, MODELS
 from toy import make_data
 
+from earlyfuse.configs import decoders
+from earlyfuse.configs.transfusion import with_vectors
+from earlyfuse.models.decoder import Decoder
 from earlyfuse.tools import arank
 
 SMALL = ("--samples", "12", "--shortest", "8", "--seq-len", "32", "--seed", "3")
@@ -85,6 +89,27 @@ def test_layers_without_attention_are_listed_as_such_and_never_chosen(folders, t
     found = measured(folders, "hybrid", tmp_path / "out", "--layers", "1")
     assert [layer is None for layer in found["layers"]] == [False, True, True]
     assert found["routed"] == [0] and "| 1 | no attention |" in capsys.readouterr().out
+
+
+def test_a_model_with_vectors_is_measured_on_its_images(tmp_path, monkeypatch, capsys):
+    data = make_pairs(tmp_path / "data", pixels_as_vectors=True)
+    shape = decoders.Shape(dim=32, layers=2, heads=2, hidden_dim=64, vocab_size=331)
+    model = with_vectors(decoders.dense(shape), 48, block=4)
+    model.init_std = 0.3
+    vocabulary = json.loads((data / "tokenizers" / "vocabulary.json").read_text())
+    options = ("--data", str(data), "--samples", "10", "--shortest", "4", "--seq-len", "32")
+    for name, config in (("model", model), ("narrow", with_vectors(model, 12, block=16))):
+        export(config, tmp_path / name)
+        change_json(tmp_path / name / "config.json", vocabulary=vocabulary)
+    seen, forward = [], Decoder.forward
+    monkeypatch.setattr(Decoder, "forward", lambda m, b, **o: seen.append(b) or forward(m, b, **o))
+    assert arank.main((str(tmp_path / "model"), "--out", str(tmp_path / "out"), *options)) == 0
+    assert all(b.has_vector_BS.any() and b.vectors_BSP.any() and b.time_BS is None for b in seen)
+    ranks = json.loads((tmp_path / "out" / arank.RESULTS).read_text())["layers"]
+    assert all(layer["rank"] > 0 for layer in ranks)
+    assert arank.main((str(tmp_path / "narrow"), "--out", str(tmp_path / "no"), *options)) == 2
+    assert "vectors.width (12) must be the width" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from tiny_runs import MAMBA_SHAPE, MAMBAS, MODELS, SHAPE, THRESHOLDS
 
 from earlyfuse.configs import decoders, mamba_decoders
 from earlyfuse.configs.registry import catalogue
+from earlyfuse.configs.transfusion import with_vectors
 from earlyfuse.data.json_files import JsonObject
 from earlyfuse.models.batch import MixedBatch
 from earlyfuse.models.context import ForwardSettings
@@ -37,6 +38,7 @@ from earlyfuse.models.vocabulary import Modality, Vocabulary
 from earlyfuse.parallel.checkpoint.files.safetensors import write_file
 from earlyfuse.parallel.checkpoint.open_checkpoint import load_model
 from earlyfuse.tools import convert as tool
+from earlyfuse.tools.compare_logits import compare
 from earlyfuse.tools.convert import convert, main
 
 FIRST = "model-00001-of-00001.safetensors"
@@ -544,3 +546,19 @@ def test_upcycling_is_refused_where_it_cannot_be(tmp_path):
         with pytest.raises(ValueError, match=words):
             convert(tmp_path / source, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_predictions_of_vectors_are_compared_too(tmp_path, capsys):
+    shape = decoders.Shape(dim=32, layers=1, heads=2, hidden_dim=64, vocab_size=48)
+    export(with_vectors(decoders.dense(shape), 12, block=4), tmp_path / "ours")
+
+    def learned(tensors):
+        tensors["vector_output.net.weight"] += torch.randn(12, 32)
+
+    (weights,) = (tmp_path / "ours").glob("*.safetensors")
+    change_tensors(weights, learned)
+    convert(tmp_path / "ours", tmp_path / "dcp", "dcp", verify=True)
+    assert "relative error of predictions 0.00e+00" in capsys.readouterr().out
+    change_tensors(weights, learned)
+    with pytest.raises(ValueError, match="has other predictions of vectors"):
+        compare(tmp_path / "ours", tmp_path / "dcp", exact=True, weights="trained")

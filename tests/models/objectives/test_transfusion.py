@@ -160,6 +160,18 @@ def test_all_images_before_their_caption_are_capped():
     assert [time <= 0.5 for time in largest] == [False, True, True, True, False]
 
 
+def test_text_before_an_image_is_counted_apart_from_the_separators_of_videos():
+    """Two words after a video of four frames precede the next image, which is not capped."""
+    frame, words = [P, P, 5], [12, 13]
+    video = [3, *frame, *frame, *frame, P, P, 4]
+    cut = [5, P, P]  # the end of a row's part of a video: the next document begins behind it
+    batch = batch_of([[0, *video, *words, 3, P, P, 4]], [cut, [0, 9, 3, P, P, 4]])
+    objective = objective_of(DENSE, cap_before_caption=1e-3)
+    time_BS = objective.prepare(batch, settings()).time_BS
+    assert time_BS[0, 1:13].max() <= 1e-3 < time_BS[0, 17]
+    assert time_BS[1, :3].max() <= 1e-3 < time_BS[1, 6]
+
+
 def test_the_cap_bounds_shifted_times_too():
     shifted = Diffusion.Config(schedule="flow", shift=3.0)
     objective = objective_of(with_vectors(decoders.dense(SHAPE), diffusion=shifted))
@@ -169,7 +181,8 @@ def test_the_cap_bounds_shifted_times_too():
 
 
 def test_a_dropped_condition_begins_a_document_at_the_begin_sentinel():
-    objective, batch = objective_of(DENSE, drop_condition=0.3), batch_of([TWO, CAPTIONED])
+    longer = [TWO, CAPTIONED, ALONE]  # so that the first row ends with padding
+    objective, batch = objective_of(DENSE, drop_condition=0.3), batch_of([TWO, CAPTIONED], longer)
     dropped = torch.zeros(3)
     begins = [2, 8, len(TWO) + 3]  # of the three blocks
     for step in range(1, 300):
@@ -389,6 +402,9 @@ def test_the_grid_puts_each_vector_into_its_image():
     assert any(torch.equal(image, first) for image in images)
     filled = images.flatten(1).abs().sum(1) > 0
     assert filled.sum() == 3
+    # decoding text computes no image
+    text = replace(batch, vectors_BSP=None, has_vector_BS=None)
+    assert len(Grid.build(text, 4).images(vectors)) == 0
 
 
 @pytest.mark.parametrize("name", sorted(VECTORS))
