@@ -7,7 +7,9 @@ import os
 import re
 import sys
 import unicodedata
+from collections.abc import Iterable
 from contextlib import suppress
+from difflib import get_close_matches
 from typing import Any, TextIO
 
 # direction marks reorder what surrounds them; line separators break one line into two
@@ -42,6 +44,12 @@ def error_text(error: BaseException) -> str:
             error.strerror
         )
     return printable(str(error) or type(error).__name__, keep="\n\t")
+
+
+def near_names(word: str, known: Iterable[str]) -> str:
+    """``"; did you mean a or b?"`` for an unknown ``word``; empty if no known name resembles it."""
+    near = get_close_matches(word, list(known), n=3)
+    return printable(f"; did you mean {' or '.join(near)}?") if near else ""
 
 
 def protect_console() -> None:

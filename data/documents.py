@@ -71,11 +71,11 @@ class BadSample(ValueError):
 
 
 # causes of ``LostSamples`` only
-LOST_CAUSES = ("truncated", "corrupt-tar")
+LOST_CAUSES = ("truncated", "corrupt-tar", "corrupt-file")
 
 
 class LostSamples(BadSample):
-    """The unreadable rest of a shard, or all of it; the last item that a reader yields.
+    """The unreadable rest of a shard or of one of its row groups, or all of it.
 
     ``size``: bytes of the archive as far as known; ``good_bytes``: offset of the end of its last
     good sample; ``sample_bytes``: mean size of its samples, 0 without any.

@@ -1,6 +1,6 @@
-"""Raw WebDataset shards → tokenised shards.
+"""Raw data → tokenised shards.
 
-``python -m earlyfuse.tools.prepare build | corpus | inspect``, each with ``--help``.
+``python -m earlyfuse.tools.prepare build | corpus | inspect | show``, each with ``--help``.
 
 An interrupted command resumes when it is repeated. docs/data.md describes layouts and files.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from earlyfuse.data.media import MEDIA
-from earlyfuse.tools.command import run_command
+from earlyfuse.tools.command import Parser, run_command
 
 _EXAMPLE = """example:
   python -m earlyfuse.tools.prepare build --out prepared \\
@@ -50,11 +50,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 # heavy imports are inside the commands, so that --help and worker processes do without them
 
 
-def build(out: Path, train: list[str], validation: list[str], **options: Any) -> int:
+def build(
+    out: Path, train: list[str], validation: list[str], columns: list[str] | None, **options: Any
+) -> int:
     """Prepare the user's shards."""
     from earlyfuse.data.prepare import PrepareSpec, prepare
+    from earlyfuse.data.prepare.progress import Progress
+    from earlyfuse.data.prepare.prompts import make_prompts
 
-    prepare(PrepareSpec(out, _by_source(train), _by_source(validation), **_given(options)))
+    sources = _by_source(train), _by_source(validation)
+    spec = PrepareSpec(out, *sources, columns=_by_role(columns or []), **_given(options))
+    prepare(spec)
+    make_prompts(spec, Progress())
     return inspect(out)
 
 
@@ -76,11 +83,32 @@ def inspect(out: Path) -> int:
     return 0
 
 
+def show(
+    out: Path,
+    raw: list[str],
+    source: str,
+    number: int,
+    key: str,
+    picture: Path | None,
+    columns: list[str] | None,
+    **options: Any,
+) -> int:
+    """Print a document of a prepared folder and draw its media."""
+    from earlyfuse.data.prepare.shard_files import find_shards
+    from earlyfuse.data.prepare.show import show as lines
+    from earlyfuse.data.raw.shard import ReadOptions
+
+    given = {name: value for name, value in options.items() if value is not None}
+    reading = ReadOptions(columns=tuple(_by_role(columns or []).items()), **given)
+    shards = find_shards("--raw", raw, reading) if raw else ()
+    for line in lines(out, source, number, key, shards, reading, picture):
+        print(line)
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="prepare", description="Raw WebDataset shards to tokenised shards.", allow_abbrev=False
-    )
-    commands = parser.add_subparsers(required=True, metavar="{build,corpus,inspect}")
+    parser = Parser(prog="prepare", description="Raw data to tokenised shards.", allow_abbrev=False)
+    commands = parser.add_subparsers(required=True, metavar="{build,corpus,inspect,show}")
     builder = commands.add_parser(
         "build",
         help="tokenise your shards",
@@ -92,10 +120,10 @@ def _parser() -> argparse.ArgumentParser:
     add = builder.add_argument
     add("--out", type=Path, required=True, help="folder to write, or to resume in")
     shards: dict[str, Any] = {"nargs": "+", "action": "extend", "metavar": "NAME=SHARDS"}
-    files = "file, folder of tars or pattern (*, {000..127})"
+    files = "file, folder or pattern (*, {00..12}): .tar, .parquet, .jsonl, .csv, .tsv, media, .txt"
     add("--train", required=True, help=f"training sources: {files}", **shards)
     add("--validation", default=[], help=f"held-out sources: {files}", **shards)
-    add("--layout", help="pairs, interleaved, mmc4, text (auto: recognised sample by sample)")
+    _add_reading_options(builder)
     image_first = "share of pairs with the image or utterance before its text (0.5)"
     add("--image-first", type=float, help=image_first)
     on_bad = (
@@ -140,7 +168,48 @@ def _parser() -> argparse.ArgumentParser:
     )
     viewer.set_defaults(command=inspect)
     viewer.add_argument("out", type=Path)
+    _add_show(commands)
     return parser
+
+
+def _add_show(commands: Any) -> None:
+    shower = commands.add_parser(
+        "show",
+        help="a document of a prepared folder, decoded, and its pictures",
+        allow_abbrev=False,
+    )
+    shower.set_defaults(command=show)
+    add = shower.add_argument
+    add("out", type=Path, help="prepared folder")
+    add("--source", default="", help="NAME, or SPLIT/NAME (the first of train)")
+    which = shower.add_mutually_exclusive_group()
+    number = "its number in the source (0)"
+    which.add_argument("--sample", dest="number", type=int, default=0, metavar="N", help=number)
+    which.add_argument("--key", default="", help="the key of its raw sample; needs --raw")
+    raw = "the raw shards of the source, as given to build: shows originals and keys"
+    add("--raw", nargs="+", default=[], metavar="SHARDS", help=raw)
+    _add_reading_options(shower)
+    add("--out", dest="picture", type=Path, metavar="FILE", help="picture (NAME-N.png, here)")
+
+
+def _add_reading_options(parser: argparse.ArgumentParser) -> None:
+    """How raw shards are read."""
+    add = parser.add_argument
+    add("--layout", help="pairs, interleaved, mmc4, turns, text (auto: by each sample)")
+    columns = (
+        "columns of parquet files, as in text=caption images=image_bytes; roles: text, "
+        f"{', '.join(medium.list_name for medium in MEDIA.values())}; SOURCE:ROLE=COLUMN for one "
+        "source (recognised from the schema)"
+    )
+    roles: dict[str, Any] = {"nargs": "+", "action": "extend", "metavar": "ROLE=COLUMN"}
+    add("--columns", help=columns, **roles)
+    root = (
+        "folder of the files that JSON lines, tables and parquet rows name; of a URL the file "
+        "named by its SHA-256; nothing is fetched (of JSON lines and tables, that of the file)"
+    )
+    add("--media-root", type=Path, metavar="FOLDER", help=root)
+    unit = "document of a plain text file: file, paragraph, line (file)"
+    add("--text-unit", metavar="UNIT", help=unit)
 
 
 def _add_tokenizer_options(parser: argparse.ArgumentParser) -> None:
@@ -184,6 +253,17 @@ def _by_source(pairs: list[str]) -> dict[str, list[str | Path]]:
             raise ValueError(f"source ({pair}) must be NAME=SHARDS, as in text=raw/books")
         sources.setdefault(name, []).append(path)
     return sources
+
+
+def _by_role(pairs: list[str]) -> dict[str, str]:
+    """``role=column`` strings → column by role."""
+    columns: dict[str, str] = {}
+    for pair in pairs:
+        role, equals, column = pair.partition("=")
+        if not (role and equals and column) or role in columns:
+            raise ValueError(f"columns ({pair}) must be ROLE=COLUMN, as in text=caption, each once")
+        columns[role] = column
+    return columns
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from earlyfuse.data.atomic import TEMPORARY_SUFFIX, remove_temporaries, sha256_file
+from earlyfuse.data.atomic import TEMPORARY_SUFFIX, remove_temporaries
 from earlyfuse.data.console import printable
 from earlyfuse.data.documents import Tally
 from earlyfuse.data.folder_lock import FolderLock
@@ -43,6 +43,7 @@ from earlyfuse.data.prepare.spec import SPLITS, PrepareSpec, Source
 from earlyfuse.data.prepare.tokenise import ShardJob, recipe_of, tokenise_shard
 from earlyfuse.data.prepare.tokenizers import check_existing, make_tokenizers
 from earlyfuse.data.prepare.worker_pool import ProcessPool
+from earlyfuse.data.raw.shard import RawShard
 from earlyfuse.data.shards.manifest import MANIFEST, write_manifest
 from earlyfuse.data.shards.writer import ShardRecord, shard_name
 from earlyfuse.data.tokenizers import Tokenizers
@@ -80,7 +81,9 @@ def prepare(
                 progress.tell(f"{source.label}: not read, in {line}")
         tokenizers = make_tokenizers(spec, sources, pool, progress)
         jobs = {source.label: _jobs(spec, source, tokenizers) for source in sources}
-        done = {label: _complete_shards(jobs[label], hashes[label]) for label in jobs}
+        done = {
+            label: _complete_shards(jobs[label], hashes[label], spec.max_bad_rate) for label in jobs
+        }
         missing = [job for label in jobs for job in jobs[label] if job.number not in done[label]]
         new_records = pool.map(tokenise_shard, missing)
         shards = sum(map(len, jobs.values()))
@@ -115,14 +118,14 @@ def prepare(
 
 def _check_sources(
     spec: PrepareSpec, sources: list[Source]
-) -> tuple[dict[str, dict[Path, str]], SplitGuard]:
+) -> tuple[dict[str, dict[RawShard, str]], SplitGuard]:
     """Raise ``ValueError`` for what would replace or repeat data of ``spec.out``.
 
     Returns the SHA-256 of the raw shards of sources that exist already, and the guard of the
     splits for new shards.
     """
     asked = {source.label: source for source in sources}
-    hashes: dict[str, dict[Path, str]] = {label: {} for label in asked}
+    hashes: dict[str, dict[RawShard, str]] = {label: {} for label in asked}
     others = {}
     for split in SPLITS:
         for folder in sorted((spec.out / split).glob("*/")):
@@ -143,7 +146,7 @@ def _check_sources(
 def _jobs(spec: PrepareSpec, source: Source, tokenizers: Tokenizers) -> list[ShardJob]:
     limits = {label: MEDIA[label].module().limits(spec) for label in tokenizers.media}
     frames = FrameRule(spec.video_frames, spec.frame_stride, spec.long_video)
-    recipe = recipe_of(tokenizers, spec.layout, spec.image_first, limits, frames)
+    recipe = recipe_of(tokenizers, spec.reading_of(source.name), limits, frames)
     return [
         ShardJob(
             raw=raw,
@@ -152,8 +155,7 @@ def _jobs(spec: PrepareSpec, source: Source, tokenizers: Tokenizers) -> list[Sha
             folder=spec.out / source.split / source.name,
             tokenizers=spec.out / "tokenizers",
             recipe=recipe,
-            layout=spec.layout,
-            image_first=spec.image_first,
+            reading=spec.reading,
             limits=limits,
             frames=frames,
             on_bad=spec.on_bad,
@@ -165,7 +167,9 @@ def _jobs(spec: PrepareSpec, source: Source, tokenizers: Tokenizers) -> list[Sha
     ]
 
 
-def _complete_shards(jobs: list[ShardJob], hashes: dict[Path, str]) -> dict[int, ShardRecord]:
+def _complete_shards(
+    jobs: list[ShardJob], hashes: dict[RawShard, str], max_bad_rate: float
+) -> dict[int, ShardRecord]:
     """Records of shards that an earlier call made from the same bytes in the same way, by number.
 
     ``hashes``: SHA-256 of the raw shards, where they are known. All other files of an earlier call
@@ -174,7 +178,9 @@ def _complete_shards(jobs: list[ShardJob], hashes: dict[Path, str]) -> dict[int,
     folder = jobs[0].folder
     folder.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor() as threads:
-        records = list(threads.map(lambda job: _usable_record(job, hashes.get(job.raw)), jobs))
+        records = list(
+            threads.map(lambda job: _usable_record(job, hashes.get(job.raw), max_bad_rate), jobs)
+        )
     complete = {job.number: record for job, record in zip(jobs, records, strict=True) if record}
     wanted = {
         f"{shard_name(number)}{suffix}"
@@ -190,14 +196,19 @@ def _complete_shards(jobs: list[ShardJob], hashes: dict[Path, str]) -> dict[int,
     return complete
 
 
-def _usable_record(job: ShardJob, raw_sha256: str | None) -> ShardRecord | None:
+def _usable_record(
+    job: ShardJob, raw_sha256: str | None, max_bad_rate: float
+) -> ShardRecord | None:
     record = ShardRecord.load(job.folder, job.number)
     if record is None or record.recipe != job.recipe or record.raw != job.raw_name:
         return None
     stops = {"stop": bool(record.drops), "skip": lost(record.drops) > 0}
     if stops.get(job.on_bad, False):
         return None  # dropped under another policy; this one is to stop at it
-    return record if record.raw_sha256 == (raw_sha256 or sha256_file(job.raw)) else None
+    absent = record.drops.get("missing-file", 0)
+    if absent > max_bad_rate * (record.documents + skipped(record.drops)):
+        return None  # files that rows name: they are no part of the shard, and may be there now
+    return record if record.raw_sha256 == (raw_sha256 or job.raw.sha256()) else None
 
 
 def _check_split(guard: SplitGuard, source: Source, record: ShardRecord, folder: Path) -> None:

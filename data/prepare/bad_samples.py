@@ -1,14 +1,13 @@
 """Policies for samples that cannot be used: skip them, skip the rest of a shard too, or stop."""
 
-from pathlib import Path
-
 from earlyfuse.data.console import printable
 from earlyfuse.data.documents import LOST_CAUSES, BadSample, LostSamples
+from earlyfuse.data.raw.shard import RawShard
 
 POLICIES = ("skip", "stop", "skip-shards")
 
 
-def count_bad(bad: BadSample, on_bad: str, shard: Path, name: str, expected: float) -> int:
+def count_bad(bad: BadSample, on_bad: str, shard: RawShard, name: str, expected: float) -> int:
     """Number of samples that ``bad``, found in ``shard``, stands for.
 
     ``expected``: see ``LostSamples.samples``. Raises ``ValueError``, which calls the shard
@@ -29,7 +28,7 @@ def count_bad(bad: BadSample, on_bad: str, shard: Path, name: str, expected: flo
     return count
 
 
-def without_path(bad: BadSample, shard: Path) -> str:
+def without_path(bad: BadSample, shard: RawShard) -> str:
     """The message without the path of ``shard``: records do not depend on where shards are."""
     return bad.message.removeprefix(f"{printable(str(shard))}: ")
 

@@ -10,9 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from earlyfuse.data.atomic import sha256_file
 from earlyfuse.data.console import printable
 from earlyfuse.data.prepare.spec import SPLITS, PrepareSpec, Source
+from earlyfuse.data.raw.shard import RawShard
 from earlyfuse.data.shards.manifest import MANIFEST, read_manifest
 from earlyfuse.data.shards.writer import ShardRecord
 
@@ -52,17 +52,17 @@ def existing_shards(folder: Path) -> list[ExistingShard]:
     return list(found.values())
 
 
-def raw_hashes(shards: Sequence[Path]) -> dict[Path, str]:
+def raw_hashes(shards: Sequence[RawShard]) -> dict[RawShard, str]:
     """SHA-256 of each raw shard."""
     with ThreadPoolExecutor() as threads:
-        return dict(zip(shards, threads.map(sha256_file, shards), strict=True))
+        return dict(zip(shards, threads.map(lambda s: s.sha256(), shards), strict=True))
 
 
 def check_replaced(
     spec: PrepareSpec,
     source: Source,
     existing: Sequence[ExistingShard],
-    hashes: Mapping[Path, str],
+    hashes: Mapping[RawShard, str],
 ) -> None:
     """Raise ``ValueError`` if ``source`` exists, made from raw shards not among ``hashes``.
 
@@ -98,7 +98,7 @@ class SplitGuard:
             for shard in shards:
                 self._note(label, shard.raw, shard.raw_sha256, shard.sha256)
 
-    def check_raw(self, source: Source, hashes: Mapping[Path, str]) -> None:
+    def check_raw(self, source: Source, hashes: Mapping[RawShard, str]) -> None:
         """Check the raw shards of ``source`` before tokenising; ``hashes``: SHA-256 of each."""
         for raw, shard in zip(source.raw_names, source.shards, strict=True):
             self._refuse(source, raw, hashes[shard], "bytes")

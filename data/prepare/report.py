@@ -36,7 +36,7 @@ def describe(out: Path) -> str:
         data = Vocabulary.from_dict(manifest["vocabulary"])
         path = out / "tokenizers" / VOCABULARY_FILE
         check_same(path, tokenizers.vocabulary, data, folder / MANIFEST)
-    lines = [*_tokenizer_lines(tokenizers), ""]
+    lines = [*_tokenizer_lines(tokenizers), "", *_id_lines(tokenizers.vocabulary, done), ""]
     rows = [_row(folder, manifest, tokenizers) for folder, manifest in done]
     lines += _table([_heading(tokenizers), *rows])
     lines += _vector_lines(done)
@@ -61,6 +61,28 @@ def _tokenizer_lines(tokenizers: Tokenizers) -> list[str]:
         about += [] if separator is None else [f"frame separator {separator}"]
         lines.append(f"{label:6} {', '.join(about)}, sha256 {tokenizer.sha256}")
     return lines
+
+
+def _id_lines(vocabulary: Vocabulary, done: list[tuple[Path, dict[str, Any]]]) -> list[str]:
+    """What models see of the data: ids, sentinels, blocks, and the rows that hold these. Runs take
+    all of it from here, whatever their config says.
+    """
+    sentinels = f"begin {vocabulary.bos}, end {vocabulary.eos}, padding {vocabulary.pad}"
+    lines, rows = [f"ids    {vocabulary.size:,}; documents: {sentinels}"], 2
+    for medium in vocabulary.media:
+        label = medium.modality.label
+        longest = max((m.get("longest", {}).get(label, 0) for _, m in done), default=0)
+        block = medium.block or longest
+        rows = max(rows, block + 2)
+        last = medium.start + medium.count - 1
+        codes = f"placeholder {last}" if medium.continuous else f"codes {medium.start}-{last}"
+        kind = "blocks" if medium.block else "blocks of up to"
+        separator = "" if medium.separator is None else f", frame separator {medium.separator}"
+        lines.append(
+            f"{label:6} {codes}, begin {medium.begin}, end {medium.end}{separator}; {kind} {block} "
+            f"tokens, {block + 2} with begin and end"
+        )
+    return [*lines, f"rows   training.seq_len must be at least {rows}, to hold the longest block"]
 
 
 def _heading(tokenizers: Tokenizers) -> list[str]:

@@ -1,4 +1,4 @@
-"""Finds raw shards: files, folders of tars, glob and brace patterns; names files that are none."""
+"""Finds raw shards: files, folders, glob and brace patterns; names files that are none."""
 
 import glob
 import math
@@ -11,10 +11,10 @@ from pathlib import Path
 
 from braceexpand import braceexpand
 
-from earlyfuse.data.raw.file_kinds import other_kind
+from earlyfuse.data.raw.kinds import KINDS, SHARD_ENDINGS, kind_by_name, kind_of, shards_of
 from earlyfuse.data.raw.safety import checked_shard
+from earlyfuse.data.raw.shard import RawShard, ReadOptions
 
-ENDINGS = (".tar", ".tar.gz", ".tgz")
 _MOST_SHARDS = 1_000_000  # of one pattern
 _SHOWN = 3
 _RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?\}")
@@ -22,30 +22,38 @@ _RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?\}")
 Paths = str | Path | Sequence[str | Path]
 
 
-def find_shards(label: str, paths: Paths) -> tuple[Path, ...]:
-    """Files of ``paths``, one or several: each sorted by name, without repetitions.
+def find_shards(
+    label: str, paths: Paths, options: ReadOptions | None = None, *, failed: bool = False
+) -> tuple[RawShard, ...]:
+    """Shards of ``paths``, one or several: each sorted by name, without repetitions.
 
     Braces are expanded as by webdataset (``{000000..000002}``, ``{a,b}``), then glob patterns.
     Raises ``FileNotFoundError`` where nothing is found, ``PermissionError`` for unreadable files,
-    ``ValueError`` for URLs, commands and unbalanced braces.
+    ``ValueError`` for URLs, commands, unbalanced braces, and files that are of another format than
+    their names say; ``failed``: accept what a failed download leaves.
     """
-    shards: list[Path] = []
+    files: list[Path] = []
     for path in _several(paths):
-        shards += [checked_shard(match) for match in _expanded(label, str(path))]
-    return tuple(dict.fromkeys(shards))
+        matches = _expanded(label, str(path))
+        # files of a folder are judged one by one, when they are read
+        loose = len(matches) > 1 and all(kind_by_name(match) == "files" for match in matches)
+        files += map(Path if loose else checked_shard, matches)
+    files = list(dict.fromkeys(files))
+    _check_kinds(label, files, failed)
+    try:
+        return tuple(shards_of(files, options or ReadOptions()))
+    except ValueError as error:
+        raise ValueError(f"{label}: {error}") from error
 
 
-def check_kinds(label: str, shards: Sequence[Path], failed: bool) -> None:
-    """Raise ``ValueError`` for shards that are no tars, naming their format; ``failed``: accept
-    what a failed download leaves.
-    """
+def _check_kinds(label: str, files: Sequence[Path], failed: bool) -> None:
     with ThreadPoolExecutor() as threads:
-        found = zip(shards, threads.map(other_kind, shards), strict=True)
-        others = [(shard, kind) for shard, kind in found if kind and not (failed and kind.failed)]
+        found = zip(files, threads.map(lambda f: KINDS[kind_of(f)].problem(f), files), strict=True)
+        others = [(file, other) for file, other in found if other and not (failed and other.failed)]
     if others:
-        shard, kind = others[0]
-        more = f" ({len(others) - 1:,} more shards are no tars)" if len(others) > 1 else ""
-        raise ValueError(f"{label}: shard {shard} is {kind.text}{more}")
+        file, other = others[0]
+        more = f" ({len(others) - 1:,} more shards cannot be read)" if len(others) > 1 else ""
+        raise ValueError(f"{label}: shard {file} is {other.text}{more}")
 
 
 def unused_files(paths: Paths) -> list[str]:
@@ -87,20 +95,21 @@ def _expanded(label: str, path: str) -> list[str]:
             f"{label}: {len(missing)} of the {len(names)} shards of {path} do not exist: {shown}; "
             "correct the range, or use * for those that exist"
         )
-    advice = "give a file, a folder of tars, or a pattern with * or {000..127}"
+    kinds = f"shards are {', '.join(SHARD_ENDINGS)}, images, audio and .txt"
+    advice = f"give a file, a folder, or a pattern with * or {{000..127}}; {kinds}"
     if os.path.isdir(path):
         advice = f"the folder holds {_listed(_others(path)) or 'nothing'}; {advice}"
-    raise FileNotFoundError(f"{label}: no shard (.tar, .tar.gz) at {path}; {advice}")
+    raise FileNotFoundError(f"{label}: no shard at {path}; {advice}")
 
 
 def _matches(label: str, path: str) -> list[str]:
     if os.path.isdir(path):
-        # hidden files are skipped, as by patterns: macOS leaves "._a.tar" beside a.tar
-        return [os.path.join(path, name) for name in _names(label, path) if _is_shard_name(name)]
+        names = _shard_names(_names(label, path))
+        return [os.path.join(path, name) for name in names] or _loose_files(path)
     if not os.path.lexists(path) and glob.has_magic(path):
         found = sorted(glob.glob(path, recursive=True))
         # ** also matches folders, which are skipped; one called like a shard is refused by name
-        return [m for m in found if not os.path.isdir(m) or _is_shard_name(os.path.basename(m))]
+        return [m for m in found if not os.path.isdir(m) or kind_by_name(m)]
     return [path] if os.path.lexists(path) or ":" in path else []
 
 
@@ -112,15 +121,34 @@ def _names(label: str, folder: str) -> list[str]:
         raise type(error)(what) from error
 
 
-def _is_shard_name(name: str) -> bool:
-    return name.lower().endswith(ENDINGS) and not name.startswith(".")
+def _shard_names(names: Sequence[str]) -> list[str]:
+    """Names in a folder that are shards: of one kind, the first of ``KINDS`` that is there.
+
+    Hidden files are skipped, as by patterns: macOS leaves "._a.tar" beside a.tar.
+    """
+    kinds = {name: kind_by_name(name) for name in names if not name.startswith(".")}
+    first = next((kind for kind in KINDS if kind in kinds.values() and kind != "files"), "")
+    return [name for name, kind in kinds.items() if kind == first]
+
+
+def _loose_files(folder: str) -> list[str]:
+    """Media and texts in a folder and those below it, without hidden ones and links to folders."""
+    found = []
+    for where, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        known = [n for n in names if kind_by_name(n) == "files" and not n.startswith(".")]
+        found += [os.path.join(where, name) for name in known]
+    return sorted(found)
 
 
 def _others(folder: str) -> dict[str, list[str]]:
     """Names in ``folder`` that are no shards, by their kind."""
     others: dict[str, list[str]] = defaultdict(list)
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        if _is_shard_name(entry.name):
+    entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    shards = set(_shard_names([entry.name for entry in entries]))
+    for entry in entries:
+        loose = not shards and (entry.is_dir() or kind_by_name(entry.name) == "files")
+        if entry.name in shards or loose:
             continue
         if entry.name.startswith("."):
             kind = "hidden"

@@ -4,14 +4,14 @@ import os
 import re
 import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from earlyfuse.data.media import MEDIA, Medium
 from earlyfuse.data.prepare.bad_samples import POLICIES
 from earlyfuse.data.prepare.frames import LONG_VIDEO
-from earlyfuse.data.prepare.shard_files import Paths, check_kinds, find_shards, unused_files
-from earlyfuse.data.raw import LAYOUTS
+from earlyfuse.data.prepare.shard_files import Paths, find_shards, unused_files
+from earlyfuse.data.raw.shard import TEXT_UNITS, RawShard, ReadOptions
 from earlyfuse.data.tokenizers import TEXT_FILES, text_file
 from earlyfuse.data.tokenizers.animation import MOST_FRAMES
 from earlyfuse.data.tokenizers.text import check_vocabulary_size
@@ -28,7 +28,7 @@ class Source:
 
     split: str
     name: str
-    shards: tuple[Path, ...]
+    shards: tuple[RawShard, ...]
     unused: tuple[str, ...] = ()
 
     @property
@@ -39,29 +39,34 @@ class Source:
     @property
     def raw_names(self) -> list[str]:
         """Names of the shards in manifests: paths relative to their common folder."""
-        shared = os.path.commonpath([shard.parent for shard in self.shards])
-        return [Path(os.path.relpath(shard, shared)).as_posix() for shard in self.shards]
+        shared = os.path.commonpath([shard.path.parent for shard in self.shards])
+        return [
+            Path(os.path.relpath(shard.path, shared)).as_posix() + shard.suffix
+            for shard in self.shards
+        ]
 
     def expected_sizes(self) -> list[float]:
         """For each shard, the median size of the source's shards over its own size, at least 1;
-        compressed shards are compared with compressed ones.
+        compressed shards are compared with compressed ones. Row groups state their rows: 1.
         """
-        sizes = [max(1, shard.stat().st_size) for shard in self.shards]
-        packed = [shard.name.lower().endswith("gz") for shard in self.shards]
+        sizes = [max(1, shard.size) for shard in self.shards]
+        packed = [shard.path.name.lower().endswith(("gz", ".zst")) for shard in self.shards]
         pairs = list(zip(sizes, packed, strict=True))
         usual = {
             kind: statistics.median(size for size, own in pairs if own == kind)
             for kind in set(packed)
         }
-        return [max(1.0, usual[kind] / size) for size, kind in pairs]
+        return [
+            1.0 if shard.kind == "parquet" else max(1.0, usual[kind] / size)
+            for shard, (size, kind) in zip(self.shards, pairs, strict=True)
+        ]
 
 
 @dataclass(frozen=True)
 class PrepareSpec:
     """A whole preparation. Raises ``ValueError`` on values out of range, when it is built.
 
-    ``train`` and ``validation``: source name → shards, as files, folders of tars or patterns (glob,
-    braces).
+    ``train`` and ``validation``: source name → files, folders or patterns (glob, braces).
     ``tokenizers``: folder of ready tokenizers, as a prepared folder or an import has it; all of
     them are used, with their vocabulary. Else ``text_tokenizer``: a sentencepiece .model or a
     Hugging Face tokenizer.json; none: train one of ``text_vocab`` pieces.
@@ -78,10 +83,12 @@ class PrepareSpec:
     ``long_video``: of a video with more frames take some at "even" distances or the "first", or
     "drop" the sample.
     ``media_tokenizers``: the same choice for media without a field of their own, by label.
-    ``layout``, ``image_first``: see ``read_documents``. ``on_bad``: "skip" counts bad samples, up
-    to the share ``max_bad_rate`` of a source, and stops at a shard that cannot be read to its end;
-    "skip-shards" counts the samples such a shard lost, by estimate and outside that rate, and uses
-    the rest; "stop" stops at the first bad sample.
+    ``layout``, ``image_first``, ``media_root``, ``text_unit``: see ``ReadOptions``. ``columns``:
+    role (text, images, audio) → column of parquet files, where they are not to be recognised;
+    ``SOURCE:role`` is of one source, whose other entries do not count then.
+    ``on_bad``: "skip" counts bad samples, up to the share ``max_bad_rate`` of a source, and
+    stops at a shard that cannot be read to its end; "skip-shards" counts the samples that such a
+    shard lost, by estimate and outside that rate; "stop" stops at the first bad sample.
     ``replace``: rebuild existing sources that were made from other raw shards.
     """
 
@@ -110,6 +117,9 @@ class PrepareSpec:
     media_tokenizers: Mapping[str, str] = field(default_factory=dict)
     layout: str = "auto"
     image_first: float = 0.5
+    media_root: Path | None = None
+    text_unit: str = "file"
+    columns: Mapping[str, str] = field(default_factory=dict)
     on_bad: str = "skip"
     max_bad_rate: float = 0.01
     workers: int = min(8, os.cpu_count() or 1)
@@ -119,7 +129,6 @@ class PrepareSpec:
     def __post_init__(self) -> None:
         check_vocabulary_size(self.text_vocab)
         for name, known in (
-            ("layout", ("auto", *LAYOUTS)),
             ("on_bad", POLICIES),
             ("long_video", LONG_VIDEO),
         ):
@@ -127,9 +136,9 @@ class PrepareSpec:
                 raise ValueError(
                     f"{name} ({getattr(self, name)}) must be one of {', '.join(known)}"
                 )
-        for name in ("image_first", "max_bad_rate"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} ({getattr(self, name)}) must lie in [0, 1]")
+        if not 0 <= self.max_bad_rate <= 1:
+            raise ValueError(f"max_bad_rate ({self.max_bad_rate}) must lie in [0, 1]")
+        _ = self.reading  # raises for its values
         if self.workers < 1:
             raise ValueError(f"workers ({self.workers}) must be at least 1")
         if not self.train:
@@ -154,6 +163,7 @@ class PrepareSpec:
                 "tokenizer.json file"
             )
         self._check_video()
+        self._check_columns()
         if self.tokenizers is not None:
             self._check_tokenizers(self.tokenizers)
 
@@ -171,6 +181,17 @@ class PrepareSpec:
                 f"video_frames ({self.video_frames}) needs an image tokenizer; leave it out, or "
                 "give another image_tokenizer than none"
             )
+
+    def _check_columns(self) -> None:
+        roles = ("text", *(medium.list_name for medium in MEDIA.values()))
+        names = {*self.train, *self.validation}
+        for key in self.columns:
+            source, colon, role = key.rpartition(":")
+            if role not in roles or (colon and source not in names):
+                raise ValueError(
+                    f"columns names {key!r}; a role is {', '.join(roles)}, or SOURCE:ROLE with one "
+                    f"of the sources {', '.join(sorted(names))}"
+                )
 
     def _check_tokenizers(self, folder: Path) -> None:
         if not text_file(folder).is_file():
@@ -194,6 +215,19 @@ class PrepareSpec:
         return getattr(self, f"{medium.label}_tokenizer", other)
 
     @property
+    def reading(self) -> ReadOptions:
+        """How raw shards are read."""
+        return ReadOptions(self.layout, self.image_first, self.media_root, self.text_unit)
+
+    def reading_of(self, source: str) -> ReadOptions:
+        """How the raw shards of a source are read."""
+        columns = sorted(self.columns.items())
+        split = [(*key.rpartition(":")[::2], column) for key, column in columns]
+        own = tuple((role, column) for of, role, column in split if of == source)
+        common = tuple((role, column) for of, role, column in split if not of)
+        return replace(self.reading, columns=own or common)
+
+    @property
     def media(self) -> list[Medium]:
         """Media that get a tokenizer; unknown where ``tokenizers`` brings them."""
         return [medium for medium in MEDIA.values() if self.tokenizer_of(medium) != "none"]
@@ -209,17 +243,43 @@ class PrepareSpec:
             for split in SPLITS
             for name, paths in getattr(self, split).items()
         ]
+        self._check_columns_used(found)
+        kinds = {shard.kind for source in found for shard in source.shards}
+        if self.media_root is not None and kinds <= {"tar", "files", *TEXT_UNITS}:
+            raise ValueError(
+                f"media_root ({self.media_root}) means nothing to these sources: only rows, as of "
+                "parquet, JSON lines and tables, name files; leave it out"
+            )
+        if self.text_unit != "file" and self.text_unit not in kinds:
+            raise ValueError(
+                f"text_unit ({self.text_unit}) means nothing to these sources: none is plain text "
+                "(.txt); leave it out"
+            )
         trained = {
-            s.resolve() for source in found if source.split == "train" for s in source.shards
+            path.resolve()
+            for source in found
+            if source.split == "train"
+            for shard in source.shards
+            for path in shard.paths
         }
         for source in found:
-            shared = [s for s in source.shards if s.resolve() in trained]
-            if source.split == "validation" and shared:
+            if source.split == "train":
+                continue
+            paths = [path for shard in source.shards for path in shard.paths]
+            if shared := [path for path in paths if path.resolve() in trained]:
                 raise ValueError(
                     f"shard {shared[0]} of {source.label} is a training shard too; "
                     "validate on data that training does not see"
                 )
         return found
+
+    def _check_columns_used(self, found: list[Source]) -> None:
+        tables = {s.name for s in found if any(shard.kind == "parquet" for shard in s.shards)}
+        for key in self.columns:
+            source = key.rpartition(":")[0]
+            if source not in tables if source else not tables:
+                where = f"source {source} has none" if source else "no source has any"
+                raise ValueError(f"columns ({key}) are of parquet files, and {where}; leave it out")
 
     def _source(self, split: str, name: str, paths: Paths) -> Source:
         if not re.fullmatch(r"[\w-]+", name):
@@ -227,8 +287,8 @@ class PrepareSpec:
                 f"source name ({name!r}) must be letters, digits, '_' and '-': it names a folder"
             )
         label = f"{split}/{name}"
-        shards = find_shards(label, paths)
-        check_kinds(label, shards, failed=self.on_bad == "skip-shards")
+        failed, reading = self.on_bad == "skip-shards", self.reading_of(name)
+        shards = find_shards(label, paths, reading, failed=failed)
         source = Source(split, name, shards, tuple(unused_files(paths)))
         for raw_name in source.raw_names:
             try:

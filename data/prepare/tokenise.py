@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from earlyfuse.data.atomic import sha256_file
 from earlyfuse.data.console import printable
 from earlyfuse.data.documents import BadSample, Document, Segment, decoding
 from earlyfuse.data.media import Medium, medium_of
 from earlyfuse.data.prepare.bad_samples import count_bad, without_path
 from earlyfuse.data.prepare.frames import FrameRule, chosen_frames
 from earlyfuse.data.raw import read_documents
+from earlyfuse.data.raw.shard import RawShard, ReadOptions
 from earlyfuse.data.shards.writer import (
     FORMAT,
     Measured,
@@ -35,20 +35,20 @@ from earlyfuse.data.tokenizers import Tokenizers
 from earlyfuse.models.vocabulary import Modality
 
 _BATCH_DOCUMENTS = 1024  # whose media are encoded together
+_BAD_LISTED = 100  # bad samples of a shard that its record names
 
 
 @dataclass(frozen=True)
 class ShardJob:
-    """One raw shard to tokenise: ``raw`` is its path, ``raw_name`` its name in manifests."""
+    """One raw shard to tokenise: ``raw_name`` is its name in manifests."""
 
-    raw: Path
+    raw: RawShard
     raw_name: str
     number: int
     folder: Path
     tokenizers: Path
     recipe: str
-    layout: str
-    image_first: float
+    reading: ReadOptions
     limits: dict[str, dict[str, Any]]  # label → arguments of its tokenizer's ``features``
     frames: FrameRule
     on_bad: str
@@ -70,8 +70,7 @@ _Part = list[int] | _Item  # text ids, or an item to be encoded with others
 
 def recipe_of(
     tokenizers: Tokenizers,
-    layout: str,
-    image_first: float,
+    reading: ReadOptions,
     limits: dict[str, dict[str, Any]],
     frames: FrameRule,
 ) -> str:
@@ -80,8 +79,7 @@ def recipe_of(
         FORMAT,
         *(f"{kind}={sha}" for kind, sha in sorted(tokenizers.hashes.items())),
         json.dumps(tokenizers.vocabulary.to_dict(), sort_keys=True),
-        layout,
-        str(image_first),
+        *reading.recipe(),
         *(str(value) for label in tokenizers.media for value in limits[label].values()),
         *([str(frames)] if frames.most else []),
     ]
@@ -98,10 +96,10 @@ def tokenise_shard(job: ShardJob) -> ShardRecord:
         name=f"{shard_name(job.number)}.tar",
         recipe=job.recipe,
         raw=job.raw_name,
-        raw_bytes=job.raw.stat().st_size,
-        raw_sha256=sha256_file(job.raw),
+        raw_bytes=job.raw.size,
+        raw_sha256=job.raw.sha256(),
     )
-    documents = read_documents(job.raw, job.layout, image_first=job.image_first)
+    documents = read_documents(job.raw, job.reading)
     tokenised = tokenise(documents, tokenizers, job, record)
     write_shard(job.folder, record, tokenised, tokenizers.vocabulary, tokenizers.vectors)
     return record
@@ -116,14 +114,7 @@ def tokenise(
     """Yield each good document; ``record`` counts the others."""
     batch: list[list[_Part]] = []
     items: dict[str, int] = defaultdict(int)
-    for document in documents:
-        try:
-            if isinstance(document, BadSample):
-                raise document
-            parts = _parts(document, tokenizers, job)
-        except BadSample as bad:
-            _drop(bad, job, record)
-            continue
+    for document, parts in good_documents(documents, tokenizers, job, record):
         for kind, name in document.unused:
             record.unused[kind] = record.unused.get(kind, 0) + 1
             record.examples.setdefault(kind, printable(name))
@@ -139,10 +130,31 @@ def tokenise(
     yield from _encode_batch(batch, tokenizers, record)
 
 
+def good_documents(
+    documents: Iterable[Document | BadSample],
+    tokenizers: Tokenizers,
+    job: ShardJob,
+    record: ShardRecord,
+) -> Iterator[tuple[Document, list[_Part]]]:
+    """Yield each good document with its text ids and its items, not encoded yet; ``record`` counts
+    the others.
+    """
+    for document in documents:
+        try:
+            if isinstance(document, BadSample):
+                raise document
+            yield document, _parts(document, tokenizers, job)
+        except BadSample as bad:
+            _drop(bad, job, record)
+
+
 def _drop(bad: BadSample, job: ShardJob, record: ShardRecord) -> None:
     count = count_bad(bad, job.on_bad, job.raw, job.raw_name, job.expected_size)
     record.drops[bad.cause] = record.drops.get(bad.cause, 0) + count
-    record.examples.setdefault(bad.cause, without_path(bad, job.raw))
+    message = without_path(bad, job.raw)
+    record.examples.setdefault(bad.cause, message)
+    if len(record.bad) < _BAD_LISTED:
+        record.bad[message] = bad.cause
 
 
 def _parts(document: Document, tokenizers: Tokenizers, job: ShardJob) -> list[_Part]:

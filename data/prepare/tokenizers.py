@@ -109,8 +109,7 @@ def make_tokenizers(
         shards=tuple(shard for source in train for shard in source.shards),
         expected_sizes=tuple(size for source in train for size in source.expected_sizes()),
         on_bad=spec.on_bad,
-        layout=spec.layout,
-        image_first=spec.image_first,
+        reading=spec.reading,
     )
     text_ready: Callable[[], None] | None = None
     if not text_file(folder).exists():

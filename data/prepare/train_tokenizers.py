@@ -15,6 +15,7 @@ from earlyfuse.data.prepare.bad_samples import count_bad
 from earlyfuse.data.prepare.progress import Progress
 from earlyfuse.data.prepare.spec import PrepareSpec
 from earlyfuse.data.raw import read_documents
+from earlyfuse.data.raw.shard import RawShard, ReadOptions
 from earlyfuse.data.tokenizers.text import TextTokenizer
 
 _CHARACTERS_A_PIECE = 4096  # of training data for the text tokenizer
@@ -31,7 +32,7 @@ class _Counts(Tally):
     ``shard``: the one being read.
     """
 
-    shard: Path = Path()
+    shard: RawShard | None = None
 
     @contextmanager
     def decoded(self, document: Document, origin: str) -> Iterator[None]:
@@ -81,11 +82,10 @@ class _Counts(Tally):
 class TrainingShards:
     """Shards that tokenizers are trained on. ``expected_sizes``: see ``Source``."""
 
-    shards: tuple[Path, ...]
+    shards: tuple[RawShard, ...]
     expected_sizes: tuple[float, ...]
     on_bad: str
-    layout: str
-    image_first: float
+    reading: ReadOptions
 
     def documents(
         self, budget: int, size_of: Callable[[Document], int], counts: _Counts
@@ -113,7 +113,7 @@ class TrainingShards:
         ):
             share, taken = left // (len(self.shards) - number), 0
             counts.shard = shard
-            documents = read_documents(shard, self.layout, image_first=self.image_first)
+            documents = read_documents(shard, self.reading)
             for place, document in enumerate(documents):
                 if taken >= share or (taken == 0 and place == fruitless):
                     break

@@ -1,18 +1,20 @@
-"""Raw shards to documents: ordinary WebDataset tars in common layouts.
+"""Raw shards to documents: tars and the other kinds of file that people have.
 
-``read_documents`` is the whole interface. The parts: ``archive`` (tar members to complete samples),
-``layouts`` (samples to documents), ``members`` (contents of a sample), ``safety`` (what is refused
-unread).
+``read_documents`` is the whole interface. The parts: ``kinds`` (files to shards and their readers,
+which yield samples), ``archive`` (tar members to complete samples), ``layouts`` (samples to
+documents), ``members`` (contents of a sample), ``safety`` (what is refused unread).
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from earlyfuse.data.documents import BadSample, Document
-from earlyfuse.data.raw.archive import Sample, read_samples
+from earlyfuse.data.raw.archive import Sample
+from earlyfuse.data.raw.kinds import read_shard, shards_of
 from earlyfuse.data.raw.layouts import (
     media_lists,
     media_members,
@@ -20,49 +22,49 @@ from earlyfuse.data.raw.layouts import (
     parse_mmc4,
     parse_pair,
     parse_text,
+    parse_turns,
     payloads,
 )
 from earlyfuse.data.raw.members import bad, json_fields
+from earlyfuse.data.raw.rows import TEXT_FIELDS, row_media, row_turns
 from earlyfuse.data.raw.safety import checked_shard
+from earlyfuse.data.raw.shard import LAYOUTS, RawShard, ReadOptions
 
-LAYOUTS = ("pairs", "interleaved", "mmc4", "text")
-_RICHEST_FIRST = ("mmc4", "interleaved", "pairs", "text")
+_RICHEST_FIRST = ("mmc4", "turns", "interleaved", "pairs", "text")
 _LOOKAHEAD = 16  # samples of a shard that decide its usual layout
 
 Parser = Callable[[Sample], Document]
 
 
 def read_documents(
-    shard: Path | str, layout: str = "auto", *, image_first: float = 0.5
+    shard: RawShard | Path | str, options: ReadOptions | None = None
 ) -> Iterator[Document | BadSample]:
-    """Documents of one ``.tar`` or ``.tar.gz`` in order, a ``BadSample`` for each unusable one.
+    """Documents of a shard, or of a file of any kind, in order, a ``BadSample`` for each unusable
+    one.
 
-    ``layout`` is one of ``LAYOUTS``, or ``auto``: the layout of each sample is recognised. A sample
-    without one is a bad sample of the layout of the shard's first samples, and so is a text alone
-    where these are pairs: a caption that lost its image.
-    ``image_first`` is the share of pairs in which the image or utterance leads (Chameleon: 0.5);
-    the hash of the key decides, so the choice does not depend on order or process.
+    A sample without a layout is a bad sample of the layout of the shard's first samples, and so is
+    a text alone where these are pairs: a caption that lost its image.
 
     A truncated file yields the documents known to be complete, then one ``BadSample("truncated")``.
-    Raises at the call ``ValueError`` (unknown layout, ``image_first`` outside [0, 1], a URL or
-    ``pipe:`` command as shard) and ``FileNotFoundError``.
+    Raises at the call ``ValueError`` (a URL or ``pipe:`` command) and ``FileNotFoundError``.
     """
-    if layout != "auto" and layout not in LAYOUTS:
-        raise ValueError(f"layout {layout!r} must be 'auto' or one of {', '.join(LAYOUTS)}")
-    if not 0 <= image_first <= 1:
-        raise ValueError(f"image_first ({image_first}) must lie in [0, 1]")
-    return _documents(checked_shard(shard), layout, image_first)
+    options = options or ReadOptions()
+    if isinstance(shard, RawShard):
+        return _documents(shard, options)
+    shards = shards_of([checked_shard(shard)], options)
+    return chain.from_iterable(_documents(part, options) for part in shards)
 
 
-def _documents(shard: Path, layout: str, image_first: float) -> Iterator[Document | BadSample]:
+def _documents(shard: RawShard, options: ReadOptions) -> Iterator[Document | BadSample]:
     parsers: dict[str, Parser] = {
-        "pairs": partial(parse_pair, image_first=image_first),
+        "pairs": partial(parse_pair, image_first=options.image_first),
         "interleaved": parse_interleaved,
         "mmc4": parse_mmc4,
+        "turns": parse_turns,
         "text": parse_text,
     }
-    samples = read_samples(shard)
-    parse = parsers.get(layout)
+    samples = read_shard(shard, options)
+    parse = parsers.get(options.layout)
     if parse is None:
         first = list(islice(samples, _LOOKAHEAD))
         parse = _recognising(first, parsers)
@@ -77,6 +79,8 @@ def _documents(shard: Path, layout: str, image_first: float) -> Iterator[Documen
                 document: Document | BadSample = parse(sample)
             except BadSample as error:
                 document = BadSample(error.cause, f"{shard}: {error.message}")
+            if sample.absent and isinstance(document, Document):
+                document = replace(document, unused=(*document.unused, *sample.absent))
             yield document
 
 
@@ -89,13 +93,17 @@ def _recognising(first: list[Sample | BadSample], parsers: dict[str, Parser]) ->
     shard_fields = _some(chain.from_iterable(map(_fields_of, usable)))
 
     def parse(sample: Sample) -> Document:
-        layout = _layout_of(sample) or usual
-        if layout == "text" and usual == "pairs":
+        layout = _layout_of(sample) or (usual if sample.root is None else None)
+        if layout == "text" and usual == "pairs" and sample.root is None:
             what = f"no {payloads()} among {_some(sample.members)}: in a shard of pairs, a text "
             what += "alone is a caption that lost its medium; put texts into shards of their own"
             raise bad(sample, "missing-member", what)
         if layout is not None:
             return parsers[layout](sample)
+        if sample.root is not None:
+            json_fields(sample)  # raises for what is no object
+            what = f"its fields are {_some(_fields_of(sample))}; docs/data.md lists those that"
+            raise bad(sample, "foreign-layout", f"{what} are read")
         raise bad(
             sample,
             "foreign-layout",
@@ -120,8 +128,14 @@ def _layout_of(sample: Sample) -> str | None:
     lists = {name for name, value in fields.items() if isinstance(value, list)}
     if lists >= {"text_list", "image_info"}:
         return "mmc4"
+    if row_turns(fields) is not None:
+        return "turns"
     if "texts" in lists and lists & media_lists().keys():
         return "interleaved"
+    if sample.root is not None:
+        if row_media(fields):
+            return "pairs"
+        return "text" if any(isinstance(fields.get(n), str) for n in TEXT_FIELDS) else None
     if media_members(sample):
         return "pairs" if "txt" in members or "json" in members else None
     if members.keys() <= {"txt", "json"} and (

@@ -32,13 +32,18 @@ class Sample:
     """Members with one key: ``members`` maps what follows a file name's first dot to the bytes.
 
     ``problem``: why the sample must not be used, whatever its layout; it has no members then.
-    ``bytes``: size of all its members.
+    ``bytes``: size of all its members. ``root``: folder of the files that a row of JSON lines or of
+    a table names; none for samples of a tar, which name their members.
+    ``absent``: (cause, message) of listed media that were not found, where the rest of the sample
+    is used.
     """
 
     key: str
     members: dict[str, bytes] = field(default_factory=dict)
     problem: BadSample | None = None
     bytes: int = 0
+    root: Path | None = None
+    absent: list[tuple[str, str]] = field(default_factory=list)
 
     def spoil(self, problem: BadSample) -> None:
         """Mark the sample as unusable, for the first problem that it has, and free its bytes."""

@@ -3,14 +3,17 @@
 import re
 import tarfile
 import zlib
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from earlyfuse.data.raw.archive_stream import GZIP_MAGIC
+from earlyfuse.data.raw.archive_stream import GZIP_MAGIC, ZSTD_MAGIC, zstd_module
 
 _HEAD = 1 << 16
 _BLOCK = 512
-_PACK_IT = "write its records as samples of a .tar; docs/data.md lists the layouts"
+_PACK_IT = "write its records as JSON lines or samples of a .tar; docs/data.md lists the layouts"
+_NAME_IT = "a file of that kind is read under its own ending, {}: rename it"
+_ONE_PER_LINE = "write an object a line (jq -c '.[]' FILE > FILE.jsonl)"
 _UNPACK_IT = "only gzip is read: unpack it, or compress the tar with gzip"
 _COLLECT = "a shard is a .tar of such files, each with its text under the same name"
 _FETCH_AGAIN = "fetch the shard again"
@@ -20,7 +23,7 @@ _FAILED = (_FETCH_AGAIN, _PULL)
 
 # offset, bytes there, format, remedy; the first match is taken
 _MAGIC = (
-    (0, b"PAR1", "a parquet file", _PACK_IT),
+    (0, b"PAR1", "a parquet file", _NAME_IT.format(".parquet")),
     (0, b"PARE", "an encrypted parquet file", _PACK_IT),
     (0, b"ARROW1", "an Arrow or Feather file", _PACK_IT),
     (0, b"FEA1", "a Feather file", _PACK_IT),
@@ -77,6 +80,15 @@ class OtherKind:
     failed: bool
 
 
+def is_tar(path: Path) -> bool:
+    """True if the file begins as a tar or a gzip of one."""
+    with open(path, "rb") as file:
+        head = file.read(_BLOCK)
+        if head.startswith(GZIP_MAGIC):
+            head = _inflated(head + file.read(_HEAD))
+    return _is_tar(head)
+
+
 def other_kind(path: Path) -> OtherKind | None:
     """The format of ``path``; none for a tar, and for content that is not recognised."""
     with open(path, "rb") as file:
@@ -92,8 +104,28 @@ def other_kind(path: Path) -> OtherKind | None:
     what, remedy = _described(head)
     if not what:
         return None
-    text = f"{packed}{what}, not a tar; shards are .tar and .tar.gz files: {remedy}"
-    return OtherKind(text, remedy in _FAILED)
+    return OtherKind(f"{packed}{what}, not a tar: {remedy}", remedy in _FAILED)
+
+
+def other_than(path: Path, wanted: str, known: Collection[str]) -> OtherKind | None:
+    """The format of ``path`` if it is recognised and not among ``known``; compressed files are
+    known by their content.
+    """
+    with open(path, "rb") as file:
+        head = file.read(_HEAD)
+    if head.startswith(ZSTD_MAGIC):
+        try:
+            zstd_module()
+        except ValueError as error:
+            return OtherKind(str(error), failed=False)
+        return None
+    packed = "gzip of " if head.startswith(GZIP_MAGIC) else ""
+    if packed and not (head := _inflated(head)):
+        return None  # damaged: the reader says how
+    what, remedy = ("a tar", _NAME_IT.format(".tar")) if _is_tar(head) else _described(head)
+    if not what or what in known:
+        return None
+    return OtherKind(f"{packed}{what}, not {wanted}: {remedy}", remedy in _FAILED)
 
 
 def _described(head: bytes) -> tuple[str, str]:
@@ -118,9 +150,10 @@ def _described(head: bytes) -> tuple[str, str]:
         return "an XML document, as servers send in place of a file", _FETCH_AGAIN
     if start.startswith(("{", "[")):
         lines = start.splitlines()
-        several = len(lines) > 1 and lines[0].rstrip().endswith(("}", "]"))
-        return ("JSON lines" if several else "a JSON file"), _PACK_IT
-    return "plain text", _PACK_IT
+        if len(lines) > 1 and lines[0].rstrip().endswith(("}", "]")):
+            return "JSON lines", _NAME_IT.format(".jsonl")
+        return ("a JSON object" if start[0] == "{" else "a JSON file"), _ONE_PER_LINE
+    return "plain text", _NAME_IT.format(".txt")
 
 
 def _is_tar(block: bytes) -> bool:

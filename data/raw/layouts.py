@@ -12,6 +12,7 @@ interleaved    ``json`` with lists ``texts``, ``images``, ``frames`` and ``audio
                before the text they match instead, and there is nothing else
 mmc4           ``json`` with ``text_list`` and ``image_info``, images in it as base64 or as members
                that ``image_name`` names
+turns          ``conversations``, ``messages`` or ``texts`` in ``json``, a list of objects
 text           ``txt``, else ``text`` in ``json``
 =============  ==================================================================================
 
@@ -21,7 +22,7 @@ from are listed in ``Document.unused``.
 
 Parsers raise ``BadSample``: ``missing-member``, ``bad-json``, ``not-utf8``, ``empty-text``,
 ``corrupt-image`` (invalid base64), ``unsupported-media`` (video, other audio containers),
-``foreign-layout``.
+``foreign-layout``; of rows also those of ``media_files.read_file``.
 """
 
 import hashlib
@@ -29,7 +30,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from earlyfuse.data.documents import Document, Segment
+from earlyfuse.data.documents import BadSample, Document, Segment
 from earlyfuse.data.json_files import shown
 from earlyfuse.data.media import MEDIA, Medium
 from earlyfuse.data.raw.archive import Sample
@@ -43,6 +44,16 @@ from earlyfuse.data.raw.members import (
     listed,
     unused_members,
 )
+from earlyfuse.data.raw.rows import (
+    TEXT_FIELDS,
+    media_entry,
+    row_file,
+    row_media,
+    row_segments,
+    row_texts,
+    turn_segments,
+)
+from earlyfuse.data.raw.tiff_pages import TIFF, tiff_pages
 from earlyfuse.models.vocabulary import Modality
 
 _IMAGE_WITHOUT_BYTES = "image_info without its image"  # a kind of ``Document.unused``
@@ -53,6 +64,8 @@ def parse_pair(sample: Sample, image_first: float) -> Document:
     the hash of the key.
     """
     media = media_members(sample)
+    if not media and sample.root is not None:
+        return _row_pair(sample, image_first)
     if not media:
         what = f"no {payloads()} among {listed(sample.members)}; a pair is one member such as .jpg "
         raise bad(sample, "missing-member", f"{what}or .wav and its caption in .txt or .json")
@@ -64,9 +77,35 @@ def parse_pair(sample: Sample, image_first: float) -> Document:
     caption, origin = _caption(sample, medium.caption_fields)
     item = Segment(medium.modality, sample.members[name], name)
     text = Segment(Modality.TEXT, caption, origin)
-    digest = hashlib.blake2b(sample.key.encode(), digest_size=8).digest()
-    leads = int.from_bytes(digest, "big") < image_first * 2**64
+    leads = _media_lead(sample, image_first)
     return _document(sample, [item, text] if leads else [text, item], ("txt",))
+
+
+def _row_pair(sample: Sample, image_first: float) -> Document:
+    """The media that a row names and their text, in the order of its placeholders if it has any."""
+    fields = json_fields(sample)
+    media = row_media(fields)
+    captions = media[0][0].caption_fields if media else ()
+    name, value = next(row_texts(fields, captions), ("", None))
+    if not name:
+        wanted = listed({*captions, *TEXT_FIELDS})
+        raise bad(sample, "empty-text", f"no text in {wanted}; its fields are {listed(fields)}")
+    text = _text(sample, f"field {name!r}", value)
+    segments, placed = row_segments(sample, fields, text)
+    if not placed and not _media_lead(sample, image_first):
+        segments = segments[-1:] + segments[:-1]
+    return _document(sample, segments, ("json",))
+
+
+def _media_lead(sample: Sample, image_first: float) -> bool:
+    key = sample.key.encode(errors="surrogateescape")
+    digest = hashlib.blake2b(key, digest_size=8).digest()
+    return int.from_bytes(digest, "big") < image_first * 2**64
+
+
+def parse_turns(sample: Sample) -> Document:
+    """The turns of a conversation, with media at their placeholders, else before all turns."""
+    return _document(sample, turn_segments(sample, json_fields(sample)), ("json",))
 
 
 def media_members(sample: Sample) -> list[tuple[Medium, str]]:
@@ -132,14 +171,17 @@ def parse_interleaved(sample: Sample) -> Document:
         what = f"texts ({len(texts)}) and {found} must be of one length, with null in all but one"
         raise bad(sample, "foreign-layout", f"{what} of them at each place")
     segments: list[Segment] = []
+    pages = tiff_pages(sample, lists.get(image, ()))
     for text, *entries in zip(texts, *columns.values(), strict=True):
         for name, entry in zip(columns, entries, strict=True):
             if entry is not None and name == media[name].video_list:
                 segments += _video(sample, media[name], entry)
+            elif entry is not None and pages is not None and name == image:
+                segments.append(Segment(Modality.IMAGE, next(pages), "tiff"))
             elif entry is not None:
-                segments.append(_medium(sample, media[name], entry))
+                segments.append(media_entry(sample, media[name], entry))
         segments += _text_entry(sample, text)
-    return _document(sample, segments, ("json",))
+    return _document(sample, segments, ("json", *TIFF) if pages is not None else ("json",))
 
 
 def media_lists() -> dict[str, Medium]:
@@ -162,7 +204,7 @@ def _matched(
         raise bad(sample, "foreign-layout", what)
     medium = MEDIA[Modality.IMAGE.label]
     placed = [
-        (_medium(sample, medium, image), at)
+        (media_entry(sample, medium, image), at)
         for image, at in zip(images, matches, strict=True)
         if image is not None
     ]
@@ -184,6 +226,14 @@ def parse_mmc4(sample: Sample) -> Document:
             image = Segment(Modality.IMAGE, decoded_base64(sample, encoded), f"image_info[{place}]")
         elif member is not None:
             image = Segment(Modality.IMAGE, sample.members[member], member)
+        elif sample.root is not None and isinstance(name, str) and not is_missing(name):
+            try:
+                image = Segment(Modality.IMAGE, row_file(sample, name), name)
+            except BadSample as error:
+                if error.cause != "missing-file":
+                    raise
+                absent.append((_IMAGE_WITHOUT_BYTES, f"{sample.key} {shown(name)}"))
+                continue
         else:
             where = f"{sample.key}.json image_info[{place}] {shown(name)}"
             absent.append((_IMAGE_WITHOUT_BYTES, where))
@@ -198,10 +248,11 @@ def parse_text(sample: Sample) -> Document:
         text, origin = decoded_text(sample, "txt"), "txt"
     elif "json" in sample.members:
         fields, origin = json_fields(sample), "json"
-        if "text" not in fields:
+        name = "text" if sample.root is None else next(iter(row_texts(fields, ())), ("text",))[0]
+        if name not in fields:
             what = f"json has no field 'text', its fields are {listed(fields)}"
             raise bad(sample, "foreign-layout", what)
-        value = fields["text"]
+        value = fields[name]
         text = "" if is_missing(value) else _text(sample, "json field 'text'", value)
     else:
         what = f"neither txt nor json among {listed(sample.members)}"
@@ -244,29 +295,12 @@ def _document(
     return Document(sample.key, tuple(segments), (*unused_members(sample, used), *absent))
 
 
-def _medium(sample: Sample, medium: Medium, name: object) -> Segment:
-    """The member ``name`` as a segment."""
-    if not isinstance(name, str):
-        what = f"{medium.list_name} holds {shown(name)}, not a member name or null"
-        if isinstance(name, list) and medium.video_list:
-            what += f"; the frames of a video are a list in {medium.video_list!r}"
-        raise bad(sample, "foreign-layout", what)
-    if not name.lower().endswith(tuple(f".{suffix}" for suffix in medium.suffixes)):
-        what = f"{name!r} is no {medium.payload} that is read; known are {listed(medium.suffixes)}"
-        raise bad(sample, "unsupported-media", what)
-    member = find_member(sample, name)
-    if member is None:
-        what = f"json names {medium.payload} {name!r}, there is {listed(sample.members)}"
-        raise bad(sample, "missing-member", what)
-    return Segment(medium.modality, sample.members[member], member)
-
-
 def _video(sample: Sample, medium: Medium, names: object) -> list[Segment]:
     """The members ``names``, in order, as the frames of one video."""
     if not isinstance(names, list) or not names:
         what = f"{medium.video_list} holds {shown(names)}, not a list of the members of one video"
         raise bad(sample, "foreign-layout", f"{what}, or null")
-    frames = [_medium(sample, medium, name) for name in names]
+    frames = [media_entry(sample, medium, name) for name in names]
     return [frames[0], *(replace(frame, continues=True) for frame in frames[1:])]
 
 

@@ -46,7 +46,7 @@ SHARD_SUFFIXES = (".tar", ".index.npy", ".crc.npy", ".json")
 VECTOR_SUFFIX = ".vectors.npy"
 _ARRAY_HEADER = 128  # bytes before the data of a 1-D .npy file, which numpy pads
 _OF_VECTORS = {"vectors_bytes", "vectors_sha256", "channel_sums", "channel_squares"}
-_IF_ANY = {"unused", "examples", *_OF_VECTORS}  # omitted when empty
+_IF_ANY = {"unused", "examples", "bad", *_OF_VECTORS}  # omitted when empty
 _OWN_HASH = "record_sha256"  # of format 2
 
 
@@ -174,7 +174,8 @@ class ShardRecord:
     ``recipe``: hash of everything besides the raw shard that decides the tokens (tokenizers,
     layout, format). ``media``: label → reconstruction error of its tokenizer on (some of) the
     shard. ``unused``: counts by kind (``.cls``) of parts of good samples that no document uses.
-    ``examples``: the first of each cause in ``drops`` and of each kind in ``unused``.
+    ``examples``: the first of each cause in ``drops`` and of each kind in ``unused``. ``bad``: the
+    first bad samples, message → cause.
     ``channel_sums``, ``channel_squares``: sums over the values of each channel of the vectors, and
     over their squares. A record with vectors also has the SHA-256 of its other fields.
     """
@@ -194,6 +195,7 @@ class ShardRecord:
     media: dict[str, Measured] = field(default_factory=dict)
     unused: dict[str, int] = field(default_factory=dict)
     examples: dict[str, str] = field(default_factory=dict)
+    bad: dict[str, str] = field(default_factory=dict)
     vectors_bytes: int = 0
     vectors_sha256: str = ""
     channel_sums: list[float] = field(default_factory=list)

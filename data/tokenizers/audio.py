@@ -1,9 +1,11 @@
 """Decodes audio to one channel at one sample rate, and writes WAV files.
 
-WAV (PCM of 8 to 32 bits, float, µ-law and whatever else libsndfile reads) and FLAC, at any sample
-rate; channels are averaged. Codecs that are not seekable (GSM 6.10, G.721) are refused. A truncated
-WAV file reads like a shorter one, so the size in its header is compared with the file's; FLAC has
-checksums, which libsndfile checks.
+WAV (PCM of 8 to 32 bits, float, µ-law and whatever else libsndfile reads), FLAC, MP3 and Ogg
+(Vorbis, Opus), at any sample rate; channels are averaged. Codecs that are not seekable (GSM 6.10,
+G.721) are refused. A truncated WAV file reads like a shorter one, so the size in its header is
+compared with the file's, and the last page of an Ogg file must be marked as its end; FLAC has
+checksums, which libsndfile checks. An MP3 file that is cut is known by the length that its first
+frame states (Xing); without one it reads like a shorter file.
 """
 
 import io
@@ -17,7 +19,7 @@ from scipy.signal import resample_poly
 
 from earlyfuse.data.documents import BadSample, decoding
 
-FORMATS = ("WAV", "WAVEX", "FLAC")
+FORMATS = ("WAV", "WAVEX", "FLAC", "MP3", "OGG")
 RATES = range(1_000, 768_001)  # Hz
 LARGEST_AUDIO = 1 << 26  # samples of all channels; beyond it a small file can unpack to gigabytes
 _UNKNOWN_FRAMES = 1 << 36  # libsndfile's lengths are above it where FLAC states none
@@ -31,7 +33,7 @@ def waveform(encoded: bytes, rate: int, longest: float = float("inf")) -> np.nda
     "long-audio" above ``longest`` seconds or 2^26 samples.
     """
     with decoding("corrupt-audio", "audio"):
-        samples_NC, given = _read(_with_known_size(encoded), longest)
+        samples_NC, given = _read(_with_known_size(_whole_ogg(encoded)), longest)
         wave = samples_NC.mean(axis=1)
         if not np.isfinite(wave).all():
             raise BadSample("corrupt-audio", "audio holds samples that are not finite")
@@ -61,7 +63,7 @@ def _samples(file: soundfile.SoundFile, longest: float) -> np.ndarray:
     """float64 (samples, channels), as many as the file states."""
     wrong = ""
     if file.format not in FORMATS:
-        wrong = f"audio is {file.format}, neither WAV nor FLAC"
+        wrong = f"audio is {file.format}, none of WAV, FLAC, MP3 and Ogg"
     elif not file.seekable():
         wrong = (
             f"audio is {file.format} in {file.subtype_info}, whose samples cannot be counted; "
@@ -102,6 +104,16 @@ def _with_known_size(encoded: bytes) -> bytes:
         if not size and there and not _ends_with_chunks(encoded, start):
             whole, samples = struct.pack("<I", len(encoded) - 8), struct.pack("<I", there)
             return encoded[:4] + whole + encoded[8 : start - 4] + samples + encoded[start:]
+    return encoded
+
+
+def _whole_ogg(encoded: bytes) -> bytes:
+    """``encoded``; ``BadSample`` for an Ogg file whose last page is cut or not its end."""
+    page = encoded[max(0, encoded.rfind(b"OggS")) :]
+    if encoded[:4] == b"OggS":
+        sizes = page[27 : 27 + page[26]] if len(page) > 26 else b""
+        if not sizes or not page[5] & 4 or len(page) < 27 + len(sizes) + sum(sizes):
+            raise BadSample("corrupt-audio", "audio is truncated: its last Ogg page is not its end")
     return encoded
 
 

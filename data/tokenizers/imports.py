@@ -45,7 +45,7 @@ _MOST_LEVELS, _MOST_BLOCKS = 12, 64  # of a VQ-GAN; the released one has 5 level
 
 def import_text(source: Path, destination: Path) -> bool:
     """Write ``text.json`` or ``text.model`` from the source's text tokenizer."""
-    path = _text_path(source)
+    path = text_path(source)
     if path is None:
         return False
     text = TextTokenizer.load(path)
@@ -85,7 +85,7 @@ def import_vocabulary(source: Path, destination: Path) -> bool:
     tokens = _vocabulary_map(source)
     if tokens is not None and image_code_ids(tokens):
         vocabulary = _mixed_vocabulary(source, tokens)
-    elif (rows := _rows(read_config(source))) and (path := _text_path(source)) is not None:
+    elif (rows := _rows(read_config(source))) and (path := text_path(source)) is not None:
         vocabulary = with_sentinels_of(TextTokenizer.load(path), Vocabulary(rows, 0, 0, 0))
     else:
         return False
@@ -183,13 +183,14 @@ def _vocabulary_map(source: Path) -> dict[str, int] | None:
     config = read_config(source)
     if config.field("vocabulary_map", dict, default={}):
         return id_table(config, "vocabulary_map")
-    path = _text_path(source)
+    path = text_path(source)
     if path is None or path.suffix != ".json":
         return None
     return token_ids(read_json(path, REMEDY))
 
 
-def _text_path(source: Path) -> Path | None:
+def text_path(source: Path) -> Path | None:
+    """The text tokenizer in the public folder ``source``."""
     places = [folder / name for folder in tokenizer_folders(source) for name in _TEXT_FILES]
     return next((path for path in places if path.exists()), None)
 

@@ -76,6 +76,10 @@ class TextTokenizer:
                 raise ValueError(f"token ({token}) is an image code, no text; decode images apart")
         return self._pieces.decode([int(token) for token in ids if token < self.pieces])
 
+    def piece(self, token: int) -> str | None:
+        """Spelling of the piece ``token`` of the file; None if no piece has this id."""
+        return self._pieces.piece(token) if token < self.pieces else None
+
     def save(self, path: Path) -> None:
         """Write the model file, whole or not at all."""
         atomic_write_bytes(path, self.model)
@@ -193,6 +197,10 @@ class SentencePieces:
             ids += self._space_symbol_ids if number else []
             ids += self._processor.encode(part)
         return ids
+
+    def piece(self, token: int) -> str | None:
+        """Spelling of a piece."""
+        return str(self._processor.id_to_piece(token))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids``; control pieces are dropped."""

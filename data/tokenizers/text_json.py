@@ -77,6 +77,10 @@ class JsonPieces:
             )
         return ids
 
+    def piece(self, token: int) -> str | None:
+        """Spelling of a token; None if no token has this id."""
+        return self._tokenizer.id_to_token(token)
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids``; special tokens are dropped."""
         return self._tokenizer.decode([token for token in ids if token not in self._silent])
@@ -121,6 +125,11 @@ def _sentinel_names(tokens: dict[str, int], config: dict[str, Any]) -> dict[str,
         pairs = [pair for pair in _IMAGE_NAMES if set(pair) <= tokens.keys()]
         names |= dict(zip(("begin_image", "end_image"), pairs[0], strict=True)) if pairs else {}
     return names
+
+
+def token_table(content: bytes) -> dict[str, int]:
+    """Name → id of all tokens of a file."""
+    return token_ids(_parse(content))
 
 
 def token_ids(fields: JsonObject) -> dict[str, int]:

@@ -174,7 +174,7 @@ def test_a_list_of_frames_is_one_video_at_its_place(tmp_path):
     [
         ("0.png", r"frames holds '0.png', not a list of the members .*\[foreign-layout\]"),
         ([], r"frames holds \[\], not a list .*\[foreign-layout\]"),
-        (["0.png", None], r"not a member name or null \[foreign-layout\]"),
+        (["0.png", None], r"not a name or null \[foreign-layout\]"),
         (["0.png", "9.png"], r"names image '9.png'.*\[missing-member\]"),
         (["0.png", "1.mp4"], r"'1.mp4' is no image that is read.*\[unsupported-media\]"),
     ],

@@ -52,8 +52,8 @@ def test_a_spec_that_cannot_be_is_refused_when_it_is_built(raw, tmp_path, change
 
 
 @pytest.mark.parametrize(("split", "name", "path", "error", "message"), [
-    ("train", "a", "nowhere/*.tar", FileNotFoundError, r"train/a: no shard .* at nowhere/\*\.tar"),
-    ("train", "a", "nowhere", FileNotFoundError, r"train/a: no shard .* at nowhere"),
+    ("train", "a", "nowhere/*.tar", FileNotFoundError, r"train/a: no shard at nowhere/\*\.tar"),
+    ("train", "a", "nowhere", FileNotFoundError, r"train/a: no shard at nowhere"),
     ("train", "a", "pipe:cat x.tar", ValueError, "would run a shell command"),
     ("train", "a", "https://host/x.tar", ValueError, "is a URL"),
     ("train", "a/b", "x", ValueError, r"source name \('a/b'\)"),

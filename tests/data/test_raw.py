@@ -15,6 +15,7 @@ from raw_shards import write_tar
 
 from earlyfuse.data.documents import BadSample, Document
 from earlyfuse.data.raw import read_documents
+from earlyfuse.data.raw.shard import ReadOptions
 from earlyfuse.models.vocabulary import Modality
 
 IMAGE = bytes(range(256)) * 2  # readers return bytes; nothing decodes them here
@@ -73,7 +74,7 @@ def plain(document):
 
 def documents(tmp_path, members, layout="auto", image_first=1.0, **options):
     shard = write_tar(tmp_path / "a.tar", members, **options)
-    return list(read_documents(shard, layout, image_first=image_first))
+    return list(read_documents(shard, ReadOptions(layout, image_first)))
 
 
 def read(tmp_path, members, layout="auto", **options):
@@ -81,7 +82,7 @@ def read(tmp_path, members, layout="auto", **options):
 
 
 def read_file(shard):
-    return [plain(document) for document in read_documents(shard, image_first=1.0)]
+    return [plain(document) for document in read_documents(shard, ReadOptions(image_first=1.0))]
 
 
 # ---------------------------------------------------------------- what is read
@@ -244,7 +245,7 @@ def test_members_that_no_segment_comes_from_are_named(tmp_path):
         ([*pairs(1), *extra], "auto",
          [fields, (".cls", "00001.cls"), (".jpg", "00001.2.jpg"), (".txt", "00001.2.txt")]),
         ([*interleaved(1), ("1.9.png", IMAGE)], "auto", [(".png", "1.9.png")]),
-        ([("a.wav", SOUND), ("a.txt", b"words"), ("a.mp3", b"x")], "auto", [(".mp3", "a.mp3")]),
+        ([("a.wav", SOUND), ("a.txt", b"words"), ("a.m4a", b"x")], "auto", [(".m4a", "a.m4a")]),
         (pairs(1), "text", [jpg, fields]),
         (both, "auto", []),
         (interleaved(1), "auto", []),
@@ -333,7 +334,7 @@ BAD = {
     "unsupported-media": {
         "video": listing(texts=[None], images=["0.mp4"]),
         "another audio container": listing(
-            ("0.mp3", SOUND), texts=[None], images=[None], audio=["0.mp3"]),
+            ("0.m4a", SOUND), texts=[None], images=[None], audio=["0.m4a"]),
     },
     "corrupt-image": {
         f"base64 {written!r}": base64_of(written)
@@ -517,13 +518,13 @@ def test_archives_end_to_end_are_read_on(tmp_path):
         ("s3://b/a.tar", {}, ValueError, "URL"),
         ("/none.tar", {}, FileNotFoundError, "does not exist"),
         ("/", {}, FileNotFoundError, "not a plain file"),
-        ("/", {"layout": "obelics"}, ValueError, "layout 'obelics' must be"),
+        ("/", {"layout": "obelics"}, ValueError, r"layout \(obelics\) must be"),
         ("/", {"image_first": 1.5}, ValueError, r"image_first \(1.5\)"),
     ],
 )
 def test_what_cannot_be_read_is_refused_unopened(shard, options, error, said):
     with pytest.raises(error, match=said):
-        read_documents(shard, **options)
+        read_documents(shard, ReadOptions(**options))
 
 
 def test_what_is_no_tar_is_lost_as_a_whole(tmp_path):

@@ -194,7 +194,7 @@ def test_training_goes_on_from_an_imported_mamba_on_data_of_its_tokenizers(mamba
     assert vocabulary == Tokenizers.load(tmp_path / "data" / "tokenizers").vocabulary
     config = tiny_config(tmp_path / "run", tmp_path / "data", start.config, steps=2)
     config.data.shares, config.dataloader.media_share = {"t": 1.0}, None
-    config.checkpoint.initial_load_path = str(tmp_path / "start")
+    config.start.model = str(tmp_path / "start")
     config.metrics.enable_tensorboard = False
     trainer = config.build()
     trainer.train()
