@@ -22,7 +22,6 @@ from copy import deepcopy
 from dataclasses import replace
 from typing import Any, Literal
 
-from earlyfuse.models.blocks.block import Block
 from earlyfuse.models.blocks.experts import ExpertPool
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.depth.capacity import Capacities, every_nth, in_layers, shifted_cosine
@@ -55,24 +54,10 @@ def depth_routed(
         if capacity is None:
             continue
         layer.depth = replace(depth, selection=replace(depth.selection, capacity=capacity))
-        _rescale(layer)
+        for pool_name, pool, _, _ in layer.traverse(ExpertPool.Config):
+            layer.rescale(pool, pool_name)
         layer.__post_init__()  # checks the block with its pools
     return model
-
-
-def _rescale(layer: Block.Config) -> None:
-    """Multiplies pool shares by the part of their tokens that is kept, relative to all tokens."""
-    assert layer.depth is not None
-    selection = layer.depth.selection
-    for name, pool, _, _ in layer.traverse(ExpertPool.Config):
-        kept = {selection.kept_share_of(group) for group in pool.groups}
-        if len(kept) > 1:
-            raise ValueError(
-                f"{name} serves modality groups {pool.groups}, of which different parts are kept "
-                f"({sorted(kept)}); give each a pool of its own"
-            )
-        if kept:
-            pool.share = min(1.0, pool.share * kept.pop() / selection.kept_share)
 
 
 def mod(

@@ -1,6 +1,6 @@
 """Configs that continue a finished run: causal routers (stage 2), thresholds, upcycling.
 
-Each function returns a copy of a config that starts from another run, as ``--start.run`` does on
+Each function returns a copy of a config that starts from another run, as ``--start.model`` does on
 the command line: its model may be a child of that run's (``models/upcycle.py``).
 """
 
@@ -38,7 +38,7 @@ def causal_routers_only(
     config = deepcopy(config)
     causal = CausalRouter.Config(at_least_one=at_least_one)
     _set_model(config, _with_causal_routers(_model(config), causal))
-    config.start = WarmStart.Config(run=run)
+    config.start = WarmStart.Config(model=run)
     config.train_only = "causal_routers"
     config.optimizer = adamw(lr, r"\.causal\.", not_decayed=None)
     config.lr_scheduler = LearningRate.Config(
@@ -64,7 +64,7 @@ def thresholds_only(config: Trainer.Config, run: str, *, steps: int = 100) -> Tr
     if any(router.threshold is None for router in depths):
         model = depth.with_depth_routers(model, threshold=threshold)
     _set_model(config, model)
-    config.start = WarmStart.Config(run=run)
+    config.start = WarmStart.Config(model=run)
     config.optimizer = adamw(0.0)
     config.training.steps = steps
     return config
@@ -83,7 +83,7 @@ def upcycled(
     if noise_steps is not None:
         noise = RouterNoise.Config(end_step=noise_steps, temperature=temperature)
     _set_model(config, decoders.with_routers(_model(config), noise=noise))
-    config.start = WarmStart.Config(run=run)
+    config.start = WarmStart.Config(model=run)
     return config
 
 
@@ -94,7 +94,7 @@ def depth_adapted(config: Trainer.Config, run: str) -> Trainer.Config:
     """
     config = deepcopy(config)
     _set_model(config, depth.near_parent(_model(config)))
-    config.start = WarmStart.Config(run=run)
+    config.start = WarmStart.Config(model=run)
     return config
 
 

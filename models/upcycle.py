@@ -12,11 +12,12 @@ dense                  1t1i, Mixture-of-Transformers, any pools of experts
 1t1i                   Mixture-of-Transformers, pools of one modality each
 pools of experts       the same with a multiple of the experts, with causal routers
 Mamba, hybrids         the same with more projections untied by modality: Mixture-of-Mamba
-all of these           the same with depth-routed blocks, whose routers are new
+all of these           the same with depth-routed blocks, whose routers are new; other
+                       token ids; vectors
 =====================  ===========================================================================
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,11 +25,14 @@ import torch
 from earlyfuse.models.blocks.block import EXTRA
 from earlyfuse.models.blocks.branch import Inherited, Parent, Shape, same_or_untied
 from earlyfuse.models.decoder import Decoder
+from earlyfuse.models.vocabulary_growth import EMBEDDING, HEAD, grown_rows
 
 _NO_BRANCH = (
     *("norm_order", "norm_groups", "dropout", "depth", "kind"),
     *("param_init", "sharding_config"),
 )
+
+_ADAPTERS = ("vector_input", "vector_output")  # new in a child of a model without vectors
 
 
 def upcycle(parent: Decoder.Config, child: Decoder.Config) -> dict[str, Inherited | None]:
@@ -40,13 +44,24 @@ def upcycle(parent: Decoder.Config, child: Decoder.Config) -> dict[str, Inherite
 
 
 def inherit(
-    parent: Mapping[str, Shape], description: Mapping[str, Any], child: Decoder.Config
+    parent: Mapping[str, Shape],
+    description: Mapping[str, Any],
+    child: Decoder.Config,
+    row_V: Sequence[int | None] | None = None,
 ) -> dict[str, Inherited | None]:
-    """``upcycle`` from the contents of a checkpoint: shapes, and ``Decoder.Config.to_dict``."""
+    """``upcycle`` from the contents of a checkpoint: shapes, and ``Decoder.Config.to_dict``.
+
+    ``row_V``: the parent's row of each id of the child, None for a new id; None: ids are the same.
+    """
+    if row_V is not None:
+        description = {**description, "vocab_size": child.vocab_size}
     problems = list(_differences(description, child))
     found: dict[str, Inherited | None] = {}
     for name, shape in shapes(child).items():
         try:
+            if row_V is not None and name in (EMBEDDING, HEAD) and name in parent:
+                found[name] = grown_rows(name, shape, parent[name], row_V, child.seed)
+                continue
             found[name] = _origin(name, shape, parent, description, child)
         except ValueError as error:
             problems.append(str(error))
@@ -78,7 +93,7 @@ def _differences(parent: Mapping[str, Any], child: Decoder.Config) -> Iterator[s
         return
     same = ("dim", "vocab_size", "rope_theta") if child.head_dim else ("dim", "vocab_size")
     pairs = [(name, parent[name], fields[name]) for name in same]
-    if _unties(parent["layers"]):
+    if unties(parent["layers"]):
         pairs.append(("modalities", list(parent["modalities"]), list(fields["modalities"])))
     for index, (theirs, layer) in enumerate(zip(parent["layers"], child.layers, strict=True)):
         at, above = f"layers[{index}]", _branches(theirs)
@@ -95,7 +110,6 @@ def _differences(parent: Mapping[str, Any], child: Decoder.Config) -> Iterator[s
             for field in branch.inherited_fields
         ]
     if parent.get("vectors") and child.vectors is not None:
-        # absent if one of them has no vectors: then the adapters' tensors are missing
         pairs += _flat_pairs("vectors", parent["vectors"], fields["vectors"])
     for name, theirs, ours in pairs:
         if theirs != ours:
@@ -125,16 +139,16 @@ def _branches(layer: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _unties(value: Any) -> bool:
+def unties(value: Any) -> bool:
     """True if any part of a description unties parameters by modality: ``groups``, ``norm_groups``
     … above 1, or a pool of some groups.
     """
     if isinstance(value, Mapping):
         return any(
-            (name.endswith("groups") and bool(inner) and inner != 1) or _unties(inner)
+            (name.endswith("groups") and bool(inner) and inner != 1) or unties(inner)
             for name, inner in value.items()
         )
-    return isinstance(value, list | tuple) and any(map(_unties, value))
+    return isinstance(value, list | tuple) and any(map(unties, value))
 
 
 def _origin(
@@ -148,6 +162,8 @@ def _origin(
     first, *path = name.split(".")
     if first == "depth_projection" or (first == "layers" and path[1] == "depth"):
         return Inherited(name, shape) if parent.get(name) == shape else None
+    if first in _ADAPTERS and not description.get("vectors"):
+        return None
     branch = child.layers[int(path[0])].branches.get(path[1]) if first == "layers" else None
     if branch is None:
         return same_or_untied(name, shape, parent)

@@ -16,21 +16,24 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from earlyfuse.configs import decoders, mamba_decoders
 from earlyfuse.data.console import printable
-from earlyfuse.models.init_weights import init_weights
-from earlyfuse.models.state_dicts.tensor_map import Cast, Mapped, TensorMap
-from earlyfuse.models.upcycle import upcycle as upcycle_origins
-from earlyfuse.models.vocabulary import Modality
-from earlyfuse.parallel.checkpoint.export_model import TARGETS
-from earlyfuse.parallel.checkpoint.manifest import MANIFEST, damage, read_manifest
-from earlyfuse.parallel.checkpoint.open_checkpoint import OpenModel, Weights, open_model
-from earlyfuse.tools.command import add_code_option, add_weights_option, import_code, run_command
+from earlyfuse.tools.command import (
+    Parser,
+    add_code_option,
+    add_weights_option,
+    import_code,
+    run_command,
+)
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+if TYPE_CHECKING:  # --help does not pay for torch
+    import torch
+
+    from earlyfuse.parallel.checkpoint.open_checkpoint import OpenModel, Weights
+
+FORMATS = ("earlyfuse", "hf", "mamba_ssm", "meta", "dcp")  # of export_model.TARGETS
+DTYPES = ("float32", "bfloat16", "float16")
 MAX_SHARD_SIZE = "5GB"
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -40,11 +43,11 @@ def convert(
     destination: Path,
     to: str = "earlyfuse",
     *,
-    dtype: torch.dtype | None = None,
+    dtype: "torch.dtype | None" = None,
     max_shard_bytes: int = 5 * 10**9,
     upcycle: str | None = None,
     verify: bool = False,
-    weights: Weights | None = None,
+    weights: "Weights | None" = None,
 ) -> list[str]:
     """Converts a folder; returns remarks on what the target format leaves out.
 
@@ -55,6 +58,11 @@ def convert(
     config says, if the target format cannot express the model, or if ``destination`` exists; and
     after, with nothing left, if ``verify`` finds other logits.
     """
+    from earlyfuse.models.state_dicts.tensor_map import Cast
+    from earlyfuse.parallel.checkpoint.export_model import TARGETS
+    from earlyfuse.parallel.checkpoint.manifest import MANIFEST, damage, read_manifest
+    from earlyfuse.parallel.checkpoint.open_checkpoint import open_model
+
     if destination.exists() or destination.is_symlink():
         raise ValueError(f"{destination} exists already; give another DST, or remove it")
     if upcycle is not None and verify:
@@ -75,8 +83,16 @@ def convert(
     return ([opened.remark] if opened.remark else []) + export.remarks
 
 
-def _upcycled(opened: OpenModel, form: str) -> OpenModel:
+def _upcycled(opened: "OpenModel", form: str) -> "OpenModel":
     """Upcycles ``opened``; tensors are computed one by one when they are read."""
+    import torch
+
+    from earlyfuse.configs.forms import in_form
+    from earlyfuse.models.init_weights import init_weights
+    from earlyfuse.models.state_dicts.tensor_map import Mapped, TensorMap
+    from earlyfuse.models.upcycle import upcycle as upcycle_origins
+    from earlyfuse.models.vocabulary import Modality
+
     parent = opened.config
     there = opened.vocabulary.modalities
     missing = [m.label for m in map(Modality, parent.modalities) if m not in there]
@@ -85,8 +101,7 @@ def _upcycled(opened: OpenModel, form: str) -> OpenModel:
             f"--upcycle {form} unties modalities, but the vocabulary of {opened.folder} has no "
             f"{' and '.join(missing)} codes; convert a model that has them"
         )
-    untied = form == mamba_decoders.FORM
-    child = mamba_decoders.grown(parent) if untied else decoders.grown(parent, form)
+    child = in_form(parent, form)
     origins = upcycle_origins(parent, child)
     with torch.device("meta"):
         fresh = child.build()
@@ -155,12 +170,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _convert(arguments: Sequence[str] | None) -> None:
     options = _parser().parse_args(arguments)
     begin = time.perf_counter()
+    import torch
+
     import_code(options.code)
     remarks = convert(
         options.source,
         options.destination,
         options.to,
-        dtype=DTYPES.get(options.dtype),
+        dtype=options.dtype and getattr(torch, options.dtype),
         upcycle=options.upcycle,
         max_shard_bytes=shard_bytes(options.max_shard_size),
         verify=options.verify,
@@ -184,7 +201,7 @@ def shard_bytes(text: str) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="convert",
         description="Converts models between earlyfuse, Hugging Face's Chameleon and Mamba, "
         "mamba_ssm, Meta's files and DCP checkpoints.",
@@ -193,8 +210,8 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("source", type=Path, metavar="SRC", help="folder of a model, a run or one of its step-N")
     add("destination", type=Path, metavar="DST", help="folder to create; must not exist")
-    add("--to", choices=list(TARGETS), default="earlyfuse", help="format of DST (earlyfuse)")
-    add("--dtype", choices=list(DTYPES), help="dtype of the decoder's tensors (unchanged)")
+    add("--to", choices=FORMATS, default="earlyfuse", help="format of DST (earlyfuse)")
+    add("--dtype", choices=DTYPES, help="dtype of the decoder's tensors (unchanged)")
     add("--max-shard-size", default=MAX_SHARD_SIZE, help=f"of safetensors ({MAX_SHARD_SIZE})")
     add(
         "--upcycle",

@@ -3,7 +3,7 @@
 The papers fine-tune language models with a vision encoder; here the same rules route the image
 tokens of one vocabulary, in decoders of their sizes (Vicuna 7B and 13B, Llama 3 8B) with
 Chameleon's recipe (``recipe.Recipe``). To adapt a model that is trained already, start from it
-(``--start.run``).
+(``--start.model``).
 
 From the papers: schedules over depth, capacities, routers, weights (``configs/depth.py``). Not in
 the papers: the share of image tokens, here half, by the loader's quota, and zero as the initial

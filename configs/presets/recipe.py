@@ -9,9 +9,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import Literal
 
-from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
-
-from earlyfuse.configs.base import base_config
+from earlyfuse.configs.base import RECOMPUTE, base_config
 from earlyfuse.configs.optimizers import adamw
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.objectives.next_token import ChameleonObjective
@@ -20,8 +18,6 @@ from earlyfuse.parallel.training.lr_schedule import LearningRate
 
 SEQ_LEN = 4096
 VOCABULARY = 65_536
-
-RECOMPUTE = {"none": None, "selective": SelectiveAC.Config(), "full": FullAC.Config()}
 
 
 @dataclass(frozen=True)
@@ -80,7 +76,8 @@ def _run(
     training = config.training
     training.local_batch_size, training.global_batch_size = recipe.rows_at_once, recipe.rows
     training.seq_len, training.steps = SEQ_LEN, recipe.steps
-    config.activation_checkpoint = RECOMPUTE[recipe.recompute]
+    policy = RECOMPUTE[recipe.recompute]
+    config.activation_checkpoint = policy and policy()
     config.checkpoint.interval = 1000
     config.validator.freq, config.validator.batch_rows = 1000, -1
     config.dataloader.media_share = media_share

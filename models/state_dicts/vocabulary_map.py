@@ -101,6 +101,24 @@ def from_vocabulary(vocabulary: Vocabulary) -> dict[str, int]:
     return named
 
 
+def special_tokens(vocabulary: Vocabulary) -> dict[str, int]:
+    """Names of all ids that are no text: sentinels, codes of every medium."""
+    named = {BOS: vocabulary.bos, PAD: vocabulary.pad, EOS: vocabulary.eos}
+    for medium in vocabulary.media:
+        label = medium.modality.label
+        if medium.modality == Modality.IMAGE:
+            named |= {BEGIN_IMAGE: medium.begin, END_IMAGE: medium.end}
+        else:
+            named |= {f"<{label}>": medium.begin, f"</{label}>": medium.end}
+        if medium.separator is not None:
+            named[SEPARATOR if medium.modality == Modality.IMAGE else f"<{label}:frame>"] = (
+                medium.separator
+            )
+        name_of = token_of_code if medium.modality == Modality.IMAGE else f"<{label}:{{}}>".format
+        named |= {name_of(code): medium.start + code for code in range(medium.count)}
+    return named
+
+
 def _first(config: JsonObject, name: str, default: int, size: int) -> int:
     """Returns the id in field ``name`` of ``config``, the first if it is a list."""
     value = config.values.get(name)

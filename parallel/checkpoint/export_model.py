@@ -34,6 +34,7 @@ from earlyfuse.parallel.checkpoint.files.torch_save import (
     write_shards,
     write_torch_file,
 )
+from earlyfuse.parallel.checkpoint.huggingface_files import files_beside
 from earlyfuse.parallel.checkpoint.manifest import WEIGHTS, Manifest, describe
 from earlyfuse.parallel.checkpoint.open_checkpoint import OpenModel
 from earlyfuse.parallel.checkpoint.tokenizers import find_tokenizers, import_tokenizers
@@ -77,11 +78,11 @@ def to_huggingface(opened: OpenModel, tensors: Tensors, max_shard_bytes: int) ->
     has_mamba = any(layer.mamba is not None for layer in opened.config.layers)
     export = huggingface_mamba.export_model if has_mamba else huggingface.export_model
     exported = _exported(opened, tensors, "huggingface", export)
-    theirs, remarks = exported.tensors, []
-    if opened.vq is not None and not has_mamba:
-        theirs = Merged(theirs, opened.vq)
-    elif not has_mamba:
-        remarks.append("it has no image tokenizer: transformers will make one of random weights")
+    theirs, (tokenizers, remarks) = exported.tensors, find_tokenizers(opened)
+    beside = files_beside(opened, tokenizers, images=not has_mamba)
+    if beside.vq is not None:
+        theirs = Merged(theirs, beside.vq)
+    exported.files[CONFIG].update(beside.config)
     files = assign_files(theirs.entries, max_shard_bytes)
 
     def write(folder: Path) -> None:
@@ -90,9 +91,10 @@ def to_huggingface(opened: OpenModel, tensors: Tensors, max_shard_bytes: int) ->
         else:
             write_folder(folder, theirs, files)
         _copy(opened.files, folder)
-        _write_jsons(folder, exported)
+        for name, content in (exported.files | beside.files).items():
+            _write_json(folder / name, content)
 
-    return Export(write, remarks)
+    return Export(write, remarks + beside.remarks)
 
 
 def to_mamba_ssm(opened: OpenModel, tensors: Tensors, max_shard_bytes: int) -> Export:

@@ -15,7 +15,6 @@ Loading verifies the files first (``choose``), each rank its share; then a check
 model, or of a run on other data, is refused by name before anything is overwritten (``identity``).
 """
 
-import os
 import shutil
 import time
 import warnings
@@ -30,7 +29,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse
-from torchtitan.components.checkpointer import MODEL, OPTIMIZER, CheckpointManager
+from torchtitan.components.checkpointer import MODEL, OPTIMIZER, TRAIN_STATE, CheckpointManager
 from torchtitan.components.checkpointer.dcp import AsyncMode
 from torchtitan.tools import filesystem
 from torchtitan.tools.utils import GarbageCollection
@@ -38,28 +37,23 @@ from torchtitan.tools.utils import GarbageCollection
 from earlyfuse.data.atomic import atomic_write_json
 from earlyfuse.data.json_files import read_json
 from earlyfuse.models.state_dicts.config_json import CONFIG, REMEDY
-from earlyfuse.models.state_dicts.decoder_config import to_dict
-from earlyfuse.parallel.checkpoint import initial_load
 from earlyfuse.parallel.checkpoint.file_layout import step_of
-from earlyfuse.parallel.checkpoint.files.dcp import EMA, Writer, averages
+from earlyfuse.parallel.checkpoint.files.dcp import EMA, LOSS_MEAN, Writer, averages
 from earlyfuse.parallel.checkpoint.files.dcp_reader import DcpReader, load_dcp
 from earlyfuse.parallel.checkpoint.folder import CheckpointFolder
 from earlyfuse.parallel.checkpoint.identity import (
     refuse_other_function,
-    refuse_other_model,
     refuse_other_run,
 )
 from earlyfuse.parallel.checkpoint.manifest import (
     EVERYTHING,
-    MANIFEST,
     WEIGHTS,
     Manifest,
     describe,
     read_manifest,
 )
-from earlyfuse.parallel.checkpoint.open_checkpoint import OpenModel
 from earlyfuse.parallel.checkpoint.rank_agreement import check_finite, run_together
-from earlyfuse.parallel.checkpoint.resume_point import choose, damage_seen_by_all
+from earlyfuse.parallel.checkpoint.resume_point import choose
 from earlyfuse.parallel.reporting import rank_log
 from earlyfuse.parallel.training.resume_settings import Settings
 
@@ -86,22 +80,11 @@ class Checkpoints(CheckpointManager):
         last_save_model_only: bool = False
         """Save only weights at the last step; the run can then not be resumed."""
 
-        initial_load_path: str | None = None
-        """Folder of a model to start from, if the run has no checkpoint: a checkpoint, a run, an
-        export, or one of Hugging Face's, Meta's or mamba_ssm's (docs/conversion.md)."""
-
         fallback: bool = False
         """If the checkpoint to load is damaged, take the newest intact one before it."""
 
         def __post_init__(self) -> None:
-            if self.initial_load_path and not filesystem.is_remote(self.initial_load_path):
-                self.initial_load_path = os.path.abspath(self.initial_load_path.strip())
             CheckpointManager.Config.__post_init__(self)
-            if self.initial_load_in_hf or self.initial_load_in_hf_quantized:
-                raise ValueError(
-                    "checkpoint.initial_load_in_hf must be off: initial_load_path takes a Hugging "
-                    "Face folder as it is (docs/conversion.md)"
-                )
             if self.last_save_in_hf:
                 raise ValueError(
                     "checkpoint.last_save_in_hf must be off: save a checkpoint, then convert it "
@@ -115,7 +98,6 @@ class Checkpoints(CheckpointManager):
 
     pg: dist.ProcessGroup | None
     stager: DefaultStager | None
-    initial_load_path: str | None
 
     def __init__(self, config: Config, **built: Any):
         pinned = config.enable and config.async_mode == AsyncMode.ASYNC_WITH_PINNED_MEM
@@ -320,32 +302,11 @@ class Checkpoints(CheckpointManager):
                 f"checkpoint in {self.folder}; raise it, load an earlier one with "
                 "--checkpoint.load_step, or start a new run with another --dump_folder"
             )
-        if chosen == -1 and self.initial_load_path:
-            found = initial_load.find(Path(self.initial_load_path))
-            if isinstance(found, OpenModel):
-                return self._load_opened(found)
-            if (found / MANIFEST).is_file() and (wrong := damage_seen_by_all(found, self.pg)):
-                raise ValueError(f"checkpoint.initial_load_path ({found}) is damaged: {wrong}")
-            self.initial_load_path = str(found)
         loaded = super()._load(chosen)
         if chosen != -1:
             self.newest = chosen
             self._of_this_run = {step for step in self.disk.steps() if step <= chosen}
         return loaded
-
-    def _load_opened(self, opened: OpenModel) -> bool:
-        """Starts from the weights of a model that is not a DCP checkpoint."""
-        if not self.initial_load_model_only:
-            raise ValueError(
-                f"checkpoint.initial_load_path ({opened.folder}) holds only weights, and "
-                "checkpoint.initial_load_model_only is off; turn it on, or give a checkpoint"
-            )
-        model = self.states[MODEL].state_dict()
-        shapes = {name: entry.shape for name, entry in opened.tensors.entries.items()}
-        refuse_other_function(self.description, to_dict(opened.config), opened.folder)
-        refuse_other_model(model, model, shapes, opened.folder)
-        initial_load.load_whole(model, opened.tensors)
-        return True
 
     def _find_load_step(self, folder: str = "") -> int:
         """-1: torchtitan asks only after ``_load`` has found no checkpoint of this run."""
@@ -364,6 +325,11 @@ class Checkpoints(CheckpointManager):
         stored = averages(reader.read_metadata().state_dict_metadata)
         if EMA in state_dict and not stored:
             del state_dict[EMA]  # they begin with the weights
+        trainer: Any = state_dict.get(TRAIN_STATE)
+        known = reader.read_metadata().state_dict_metadata
+        if trainer is not None and f"{TRAIN_STATE}.{LOSS_MEAN}" not in known:  # of older versions
+            state_dict[TRAIN_STATE] = trainer.state_dict()
+            state_dict[TRAIN_STATE].pop(LOSS_MEAN, None)
         if stored and resumes and EMA not in self.states:
             self._warn(
                 f"checkpoint {reader.folder} has averaged weights, which end here: ema.decay is 0"
@@ -373,6 +339,8 @@ class Checkpoints(CheckpointManager):
             warnings.filterwarnings("ignore", "To get the last learning rate")
             load_dcp(state_dict, reader)
             self.states[MODEL].load_state_dict(state_dict)
+        if state_dict.get(TRAIN_STATE) is not trainer:
+            trainer.load_state_dict(state_dict[TRAIN_STATE])
 
 
 def _nothing_begun(async_mode: AsyncMode) -> Future | AsyncSaveResponse | None:

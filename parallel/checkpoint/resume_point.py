@@ -39,7 +39,7 @@ def choose(
                 raise ValueError(
                     f"checkpoint {folder} holds only weights (checkpoint.last_save_model_only), so "
                     "a run cannot resume from it. Load an earlier one with --checkpoint.load_step, "
-                    "or start a new run from it with --checkpoint.initial_load_path and another "
+                    "or start a new run from it with --start.model and another "
                     "--dump_folder"
                 )
             return step

@@ -1,15 +1,17 @@
-"""Warm start: begins a run with parameters and data position of another run's checkpoint.
+"""Warm start: begins a run with the parameters, and the data position, of another model.
 
-Models may differ: upcycling and second stages map parameters by ``models/upcycle.py``. Lanes keep
-their position, so that no document is read twice. Optimizer, schedule, step, skip rule and the
-counters of tokens and FLOPs start at zero. Every rank reads its own shards, from any layout.
+The model is a folder in any format that ``open_checkpoint`` reads. Models may differ: upcycling and
+second stages map parameters by ``models/upcycle.py``; ids of the data that the model lacks get new
+rows (``models/vocabulary_growth.py``). Where it is a run's checkpoint, lanes keep their position,
+so that no document is read twice, and every rank reads its own shards, from any layout; of other
+formats every rank reads whole tensors, one by one. Optimizer, schedule, step, skip rule and the
+counters of tokens and FLOPs start at zero.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,158 +28,196 @@ from torchtitan.config import Configurable
 
 from earlyfuse.data.stream.loader import LaneLoader
 from earlyfuse.models.decoder import Decoder
+from earlyfuse.models.init_weights import local_shard
 from earlyfuse.models.upcycle import Inherited, Shape, inherit
-from earlyfuse.parallel.checkpoint.file_layout import checkpoints_of, latest_checkpoint
-from earlyfuse.parallel.checkpoint.files.dcp import averages, is_parameter
+from earlyfuse.models.vocabulary_growth import GrownRows
+from earlyfuse.parallel.checkpoint.file_layout import checkpoints_of, is_run, latest_checkpoint
+from earlyfuse.parallel.checkpoint.files.dcp import averages
 from earlyfuse.parallel.checkpoint.files.dcp_reader import DcpReader, SafeLoadPlanner, load_dcp
 from earlyfuse.parallel.checkpoint.folder import CheckpointFolder
 from earlyfuse.parallel.checkpoint.identity import refuse_other_data
-from earlyfuse.parallel.checkpoint.initial_load import local_region
-from earlyfuse.parallel.checkpoint.manifest import EVERYTHING, read_manifest
+from earlyfuse.parallel.checkpoint.inherited_ids import InheritedIds, inherited_ids
+from earlyfuse.parallel.checkpoint.manifest import EVERYTHING, MANIFEST, read_manifest
+from earlyfuse.parallel.checkpoint.open_checkpoint import OpenModel, Weights, open_model
 from earlyfuse.parallel.checkpoint.resume_point import damage_seen_by_all
-from earlyfuse.parallel.reporting.run_folder import DESCRIPTION, read_config
 
 
 class WarmStart(Configurable):
-    """Loads parameters and data position of another run; no effect if ``run`` is empty."""
+    """Loads parameters and data position of another model; no effect if ``model`` is empty."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(Configurable.Config):
-        run: str = ""
-        """Folder of the run to start from; its model may be a parent of this one (docs/moma.md)."""
+        model: str = ""
+        """Folder of the model to start from: a run, a checkpoint, an export, or one of Hugging
+        Face's, Meta's or mamba_ssm's (docs/conversion.md)."""
+
+        upcycle: str = ""
+        """Form to give it: none (as it is), 1t1i, mot, 8x, 4t4i … or mixture_of_mamba. Default: the
+        form of the config, in the sizes of the model."""
 
         step: int = -1
-        """Step of its checkpoint; -1: the latest complete one."""
+        """Of a run, the step of its checkpoint; -1: the latest complete one."""
 
         data: bool = True
-        """Continue in the data where that run stopped, instead of at their beginning."""
+        """Of a run, continue in the data where it stopped, instead of at their beginning."""
 
-        weights: Literal["trained", "ema"] = "trained"
-        """Its weights as trained, or the averages that it kept (ema.decay)."""
+        weights: Weights = "trained"
+        """Of a run, its weights as trained, or the averages that it kept (ema.decay)."""
 
     def __init__(self, config: Config):
         self.config = config
 
-    def find(self, child: Decoder.Config) -> "ParentCheckpoint | None":
-        """The checkpoint to start from, or None; ``ValueError`` if it cannot become ``child``.
+    def open(self) -> OpenModel:
+        """Opens the model; ``ValueError`` if there is none. Reads no tensors."""
+        folder = self._folder()
+        is_checkpoint = (folder / MANIFEST).is_file()
+        asked: Weights | None = self.config.weights
+        if asked == "trained" and not is_checkpoint:
+            asked = None  # an export has one kind of weights
+        try:
+            return open_model(folder, asked)
+        except ValueError as error:
+            raise ValueError(f"start.model: {error}") from error
+
+    def _folder(self) -> Path:
+        """Folder of the model, of a run that of its checkpoint; ``ValueError`` without one."""
+        folder, step = Path(self.config.model).expanduser(), self.config.step
+        if not folder.is_dir():
+            found = "is a file" if folder.exists() else "does not exist"
+            raise ValueError(
+                f"start.model ({self.config.model}) must be the folder of a model, run or "
+                f"checkpoint, and {found}; correct the path"
+            )
+        if is_run(folder):
+            checkpoints = CheckpointFolder(checkpoints_of(folder))
+            if step != -1 and step not in checkpoints.steps():
+                raise ValueError(
+                    f"start.step ({step}) must be a step with a checkpoint in {checkpoints.root}: "
+                    f"{checkpoints.steps() or 'there is none'}"
+                )
+            folder = (
+                latest_checkpoint(checkpoints.root) if step == -1 else checkpoints.complete(step)
+            )
+        elif step != -1:
+            raise ValueError(f"start.step ({step}) needs a run, and {folder} is none; leave it out")
+        return folder
+
+    def find(self, child: Decoder.Config, data: Path) -> "Parent | None":
+        """The model to start from, or None; ``ValueError`` if it cannot become ``child``, whose ids
+        are those of the prepared folder ``data``.
 
         Reads no tensors. All ranks call it.
         """
-        if not self.config.run:
+        if not self.config.model:
             return None
-        run = Path(self.config.run)
-        if not (run / DESCRIPTION).is_file():
+        folder = self._folder()
+        has_manifest = (folder / MANIFEST).is_file()
+        if has_manifest and (found := damage_seen_by_all(folder)):
             raise ValueError(
-                f"start.run ({run}) must be the folder of a run, with a {DESCRIPTION} that "
-                "describes its model; correct the path"
+                f"checkpoint {folder} is damaged: {found}. Restore the files, or choose another "
+                "with --start.step"
             )
-        described = read_config(run)
-        folder = CheckpointFolder(checkpoints_of(run))
-        step = self.config.step
-        if step != -1 and step not in folder.steps():
+        opened = self.open()
+        whole = has_manifest and read_manifest(folder).holds == EVERYTHING
+        if self.config.data and not whole and is_run(Path(self.config.model).expanduser()):
             raise ValueError(
-                f"start.step ({step}) must be a step with a checkpoint in {folder.root}: "
-                f"{folder.steps() or 'there is none'}"
-            )
-        chosen = latest_checkpoint(folder.root) if step == -1 else folder.complete(step)
-        parent = ParentCheckpoint(chosen, described.object("model_spec").field("model", dict))
-        if found := damage_seen_by_all(parent.folder):
-            raise ValueError(
-                f"checkpoint {parent.folder} is damaged: {found}. Restore the files, or choose "
-                "another with --start.step"
-            )
-        if self.config.data and read_manifest(parent.folder).holds != EVERYTHING:
-            raise ValueError(
-                f"checkpoint {parent.folder} holds only weights (checkpoint.last_save_model_only), "
+                f"checkpoint {folder} holds only weights (checkpoint.last_save_model_only), "
                 "no data position; choose an earlier one with --start.step, or start at the "
                 "beginning of the data with --start.no-data"
             )
-        try:
-            origins = inherit(parent.shapes(), parent.model, child)
-        except (KeyError, TypeError, AttributeError, IndexError) as error:
-            raise ValueError(
-                f"{run / DESCRIPTION}: config.model_spec.model is invalid ({error!r}); "
-                "restore the file, or start from another run"
-            ) from error
-        named = {origin.name for origin in origins.values() if origin is not None}
-        if self.config.weights == "ema" and (missing := sorted(named - parent.averages().keys())):
-            raise ValueError(
-                f"start.weights (ema) needs averaged weights, and checkpoint {parent.folder} has "
-                f"none of {missing[0]}; choose trained, or a run with ema.decay"
-            )
-        return parent
+        ids = inherited_ids(opened, data)
+        shapes = {name: entry.shape for name, entry in opened.tensors.entries.items()}
+        origins = inherit(shapes, opened.config.to_dict(), child, ids.row_V)
+        return Parent(opened, origins, ids, self.config.data and whole)
 
-    def take_over(
-        self,
-        parent: "ParentCheckpoint",
-        child: Decoder.Config,
-        parts: list[Any],
-        loader: LaneLoader,
-    ) -> str:
+    def take_over(self, parent: "Parent", parts: list[Any], loader: LaneLoader) -> str:
         """Fill the parameters of ``parts`` in place and set the loader; returns a line about it.
 
         ``ValueError`` if the data are not those of the parent. All ranks call it.
         """
-        if self.config.data:
-            reader = DcpReader(parent.folder)
+        folder = parent.opened.folder
+        if parent.continues_data:
+            reader = DcpReader(folder)
             try:
                 refuse_other_data(loader, reader)
             except ValueError as error:
                 raise ValueError(f"{error}; or set --start.no-data") from error
             load_dcp({DATALOADER: loader}, reader)
-        origins = inherit(parent.shapes(), parent.model, child)
-        averaged = self.config.weights == "ema"
         for part in parts:
-            load_inherited(part, origins, parent.folder, parent.averages() if averaged else None)
-        fresh = sum(origin is None for origin in origins.values())
-        return (
-            f"started from {parent.folder}: {len(origins) - fresh} of its "
-            f"{'averaged ' if averaged else ''}tensors, {fresh} new; "
-            f"data {'continue' if self.config.data else 'start at their beginning'}"
-        )
+            load_inherited(part, parent.origins, parent.opened)
+        return parent.describe()
 
 
 @dataclass(frozen=True)
-class ParentCheckpoint:
-    """A checkpoint of another run; ``model`` is the ``Decoder.Config.to_dict`` of its model."""
+class Parent:
+    """An open model, and the origins in it of a child's parameters."""
 
-    folder: Path
-    model: dict[str, Any]
+    opened: OpenModel
+    origins: dict[str, Inherited | None]
+    ids: InheritedIds
+    continues_data: bool
 
     def shapes(self) -> dict[str, Shape]:
-        """Name → shape of the parameters in the checkpoint."""
-        metadata = DcpReader(self.folder).read_metadata().state_dict_metadata
-        return {
-            name: tuple(stored.size)
-            for name, stored in metadata.items()
-            if is_parameter(name) and isinstance(stored, TensorStorageMetadata)
-        }
+        """Name → shape of the model's tensors."""
+        return {name: entry.shape for name, entry in self.opened.tensors.entries.items()}
 
-    def averages(self) -> dict[str, str]:
-        """Parameter → key of its average in the checkpoint."""
-        return averages(DcpReader(self.folder).read_metadata().state_dict_metadata)
+    def describe(self) -> str:
+        """What is loaded: tensors read, grown, new and ignored, and why."""
+        opened, origins = self.opened, self.origins
+        new = [name for name, origin in origins.items() if origin is None]
+        averaged = "averaged " if opened.weights == "ema" else ""
+        line = f"started from {opened.folder} ({opened.format}): "
+        line += f"{len(origins) - len(new)} of its {averaged}tensors, {len(new)} new"
+        line += f" ({', '.join(sorted({_kind(name) for name in new}))})" if new else ""
+        row_V = self.ids.row_V
+        if row_V is not None:
+            new_ids = sum(row is None for row in row_V)
+            line += (
+                f"; {len(row_V) - new_ids:,} of its {opened.vocabulary.size:,} token ids, "
+                f"{new_ids:,} new (mean of its rows, with their spread in the embedding)"
+            )
+        ignored = {"image tokenizer": len(opened.vq.entries) if opened.vq else 0}
+        used = {origin.name for origin in origins.values() if origin is not None}
+        ignored["routers of another shape"] = len(self.shapes().keys() - used)
+        for what, count in ignored.items():
+            line += f"; {count} ignored ({what})" if count else ""
+        line += f"; {self.ids.remark}" if self.ids.remark else ""
+        return f"{line}; data {'continue' if self.continues_data else 'start at their beginning'}"
+
+
+def _kind(name: str) -> str:
+    """What a new parameter belongs to."""
+    return "routers" if "router" in name or ".depth" in name else name
 
 
 @torch.no_grad()
 def load_inherited(
-    model: nn.Module,
-    origins: dict[str, Inherited | None],
-    folder: Path,
-    averages: Mapping[str, str] | None = None,
+    model: nn.Module, origins: dict[str, Inherited | None], opened: OpenModel
 ) -> None:
-    """Fill the parameters of ``model``, whole or sharded, from a checkpoint, or from its
-    ``averages``; no collectives.
+    """Fill the parameters of ``model``, whole or sharded, from an open model; no collectives.
+
+    Of a DCP checkpoint only the regions of this rank are read, except where ids are new.
     """
     regions = _Regions()
     copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+    in_regions = opened.format == "checkpoint"
+    averaged = in_regions and opened.weights == "ema"
+    key_of = (
+        averages(DcpReader(opened.folder).read_metadata().state_dict_metadata) if averaged else {}
+    )
     for name, parameter in model.state_dict().items():
         origin = origins.get(name)  # router biases start at zero
         if origin is None:
             continue
-        local, offset = local_region(parameter)
+        local, offset = local_shard(parameter)
         if not local.numel():
             continue
-        key = (averages or {}).get(origin.name, origin.name)
+        if not in_regions or isinstance(origin, GrownRows):
+            ends = (start + length for start, length in zip(offset, local.shape, strict=True))
+            whole = origin.make(opened.tensors.read(origin.name))
+            local.copy_(whole[tuple(map(slice, offset, ends))])
+            continue
+        key = key_of.get(origin.name, origin.name)
         if origin.parts is None:
             regions.want(key, offset, local)
             continue
@@ -185,7 +225,9 @@ def load_inherited(
             part = origin.parts[offset[0] + place]
             start = offset[1:] if part is None else (part, *offset[1:])
             copies.append((target, regions.read(key, start, target)))
-    load_dcp(dict.fromkeys(regions.chunks), DcpReader(folder), planner=regions, alone=True)
+    if regions.chunks:
+        reader = DcpReader(opened.folder)
+        load_dcp(dict.fromkeys(regions.chunks), reader, planner=regions, alone=True)
     for target, source in copies:
         target.copy_(source.view_as(target))
 

@@ -27,7 +27,7 @@ from earlyfuse.models.context import ForwardSettings
 from earlyfuse.models.routing.gumbel_noise import RouterNoise, noise_of_step
 from earlyfuse.models.upcycle import shapes, upcycle
 from earlyfuse.models.vocabulary import Modality
-from earlyfuse.parallel.training.warm_start import ParentCheckpoint, WarmStart, load_inherited
+from earlyfuse.parallel.training.warm_start import Parent, WarmStart, load_inherited
 
 DENSE, UNTIED = decoders.dense(SHAPE), decoders.moe_1t1i(SHAPE)
 MAMBA = mamba_decoders.mamba(MAMBA_SHAPE)
@@ -222,14 +222,14 @@ def test_a_depth_routed_child_begins_near_its_parent(child, most):
 # ---------------------------------------------------------------- a run that begins with another
 
 
-def test_a_checkpoint_read_in_regions_gives_what_the_map_says(seed):
+def test_a_checkpoint_read_in_regions_gives_what_the_map_says(seed, data):
     config = stages.upcycled(tiny_config(seed, seed), str(seed)).model_spec.model
-    found = WarmStart.Config(run=str(seed)).build().find(config)
+    found = WarmStart.Config(model=str(seed)).build().find(config, data)
     parent = UNTIED.build()
-    torch.distributed.checkpoint.load(parent.state_dict(), checkpoint_id=found.folder)
+    torch.distributed.checkpoint.load(parent.state_dict(), checkpoint_id=found.opened.folder)
     model = filled(config, seed=1)
     routers = {n: p.clone() for n, p in model.named_parameters() if ".router." in n}
-    load_inherited(model, upcycle(UNTIED, config), found.folder)
+    load_inherited(model, found.origins, found.opened)
     expected = child_of(parent, config).state_dict() | routers
     for name, value in model.state_dict().items():
         assert value.equal(expected[name]), name
@@ -284,28 +284,28 @@ def test_without_its_data_a_run_begins_at_their_beginning(tmp_path, data, seed):
 def test_impossible_starts_are_refused_before_anything_is_written(tmp_path, data, seed):
     def refused(match: str, data_seed: int = 0, **fields) -> None:
         config = tiny_config(tmp_path / "out", data, moma())
-        config.start = WarmStart.Config(**{"run": str(seed)} | fields)
+        config.start = WarmStart.Config(**{"model": str(seed)} | fields)
         config.dataloader.seed = data_seed
         with pytest.raises(ValueError, match=match):
             run(config)
         assert not (tmp_path / "out" / "run.json").exists()
 
-    refused(r"start.run \(.*nowhere\) must be the folder of a run", run=str(tmp_path / "nowhere"))
+    refused(r"start.model \(.*nowhere\) must be .* not exist", model=str(tmp_path / "nowhere"))
     refused(r"start.step \(5\) must be a step with a checkpoint in .*: \[3\]", step=5)
     refused(r"seed of the data \(7\).*--start.no-data", data_seed=7)
     damaged = shutil.copytree(seed, tmp_path / "damaged")
     for file in damaged.glob("checkpoint/step-*/*.distcp"):
         file.write_bytes(file.read_bytes()[:-1])
-    refused("is damaged: .* bytes instead of", run=str(damaged))
+    refused("is damaged: .* bytes instead of", model=str(damaged))
 
 
 def test_a_run_of_mamba_goes_on_as_a_mixture(tmp_path, data):
     first = run(tiny_config(tmp_path / "dense", data, MAMBA, steps=2))
     config = tiny_config(tmp_path / "mixture", data, mamba_decoders.grown(MAMBA), steps=1)
-    config.start = WarmStart.Config(run=str(tmp_path / "dense"))
+    config.start = WarmStart.Config(model=str(tmp_path / "dense"))
     second = config.build()
-    seed = config.start.build().find(config.model_spec.model)
-    load_inherited(second.model, upcycle(MAMBA, config.model_spec.model), seed.folder)
+    seed = config.start.build().find(config.model_spec.model, data)
+    load_inherited(second.model, seed.origins, seed.opened)
     for name, tensor in second.model.named_parameters():
         theirs = first.model.get_parameter(name)
         assert torch.equal(tensor, theirs.expand_as(tensor)), name
@@ -314,9 +314,9 @@ def test_a_run_of_mamba_goes_on_as_a_mixture(tmp_path, data):
     assert third.dataloader.lanes[:, -1].tolist() == [2 + 1] * 4
 
 
-def test_a_seed_tells_its_parameters_without_reading_them(seed):
-    found = WarmStart.Config(run=str(seed)).build().find(UNTIED)
-    assert isinstance(found, ParentCheckpoint) and found.shapes() == shapes(UNTIED)
+def test_a_seed_tells_its_parameters_without_reading_them(seed, data):
+    found = WarmStart.Config(model=str(seed)).build().find(UNTIED, data)
+    assert isinstance(found, Parent) and found.shapes() == shapes(UNTIED)
 
 
 # ---------------------------------------------------------------- noise

@@ -17,7 +17,8 @@ from toy import VOCABULARY, make_data
 from earlyfuse.configs import decoders
 from earlyfuse.data.atomic import sha256_file
 from earlyfuse.models.batch import MixedBatch
-from earlyfuse.parallel.checkpoint import initial_load
+from earlyfuse.models.state_dicts.vocabulary_map import from_vocabulary
+from earlyfuse.parallel.checkpoint.manager import Checkpoints
 from earlyfuse.parallel.checkpoint.open_checkpoint import load_model
 from earlyfuse.parallel.trainer import Trainer
 from earlyfuse.parallel.training.warm_start import WarmStart
@@ -66,6 +67,8 @@ def test_loading_needs_no_launcher_and_makes_no_process_group(trained):
     code = """
 import sys, torch
 from earlyfuse.models.batch import MixedBatch
+from earlyfuse.models.state_dicts.vocabulary_map import from_vocabulary
+from earlyfuse.parallel.checkpoint.manager import Checkpoints
 from earlyfuse.parallel.checkpoint.open_checkpoint import load_model
 model, vocabulary = load_model(sys.argv[1])
 tokens = torch.arange(32).view(2, 16)
@@ -114,15 +117,15 @@ def test_a_run_starts_from_a_converted_model_whatever_its_format(tmp_path, data,
         folders.append("hf")
     for folder in folders:
         second = begun_with(tmp_path / folder, tmp_path / "second", data, MODELS[kind]())
-        assert second.checkpointer.load() and second.step == 0
+        assert second._begin() and second.step == 0
         for name, tensor in first.model.state_dict().items():
             assert torch.equal(second.model.state_dict()[name], tensor), (folder, name)
         second.close()
 
 
-def begun_with(path: Path, folder: Path, data: Path, model, **settings) -> Trainer:
+def begun_with(path: Path, folder: Path, data: Path, model) -> Trainer:
     config = tiny_config(folder, data, model, steps=2)
-    config.checkpoint = replace(config.checkpoint, initial_load_path=str(path), **settings)
+    config.start = WarmStart.Config(model=str(path))
     return config.build()
 
 
@@ -135,40 +138,31 @@ def test_what_no_run_can_begin_with_is_refused_by_name(trained, data, tmp_path, 
     shutil.rmtree(tmp_path / "lost" / "checkpoint" / "step-4")
     dense = MODELS["dense"]()
     monkeypatch.chdir(tmp_path)
-    for path, model, settings, says in [
-        (
-            "absent",
-            None,
-            {},
-            r"initial_load_path \(.*/absent\) must be the folder .* does not exist",
-        ),
-        ("file", None, {}, r"initial_load_path \(.*/file\) must be the folder .* is a file"),
-        ("empty", None, {}, "initial_load_path: .*empty .* must hold a model"),
-        ("lost", None, {}, r"names step-4, which is not there \(there: step-3\)"),
-        ("ours", dense, {}, r"ours is of another model: .*layers.0.feed_forward"),
-        ("ours", None, {"initial_load_model_only": False}, "holds only weights"),
+    for path, model, says in [
+        ("absent", None, r"start.model \(absent\) must be the folder .* does not exist"),
+        ("file", None, r"start.model \(file\) must be the folder .* is a file"),
+        ("empty", None, "start.model: empty .* must hold a model"),
+        ("lost", None, r"names step-4, which is not there \(there: step-3\)"),
+        ("ours", dense, r"cannot become this model: .*layers.0.feed_forward"),
     ]:
-        trainer = begun_with(path, tmp_path / "second", data, model, **settings)
+        trainer = begun_with(path, tmp_path / "second", data, model)
         with pytest.raises(ValueError, match=says):
-            trainer.checkpointer.load()
+            trainer._begin()
         trainer.close()
-    for setting in ("initial_load_in_hf", "last_save_in_hf"):
-        model_only = {"last_save_model_only": True}
-        with pytest.raises(ValueError, match=rf"checkpoint.{setting} must be off: .*onver"):
-            begun_with(path, tmp_path / "second", data, None, **{setting: True}, **model_only)
+    with pytest.raises(ValueError, match=r"checkpoint.last_save_in_hf must be off: .*onver"):
+        Checkpoints.Config(last_save_in_hf=True, last_save_model_only=True)
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"[" * 9999, b"\xff"], ids=range(5))
 def test_a_damaged_description_of_a_run_is_refused_by_file(trained, data, tmp_path, content):
     shutil.copytree(trained[0], tmp_path / "run")
     (tmp_path / "run" / "run.json").write_bytes(content)
-    start = WarmStart.Config(run=str(tmp_path / "run"))
+    start = WarmStart.Config(model=str(tmp_path / "run"))
     for read in (
         load_model,
         ModelFolder.read,
-        initial_load.find,
         lambda folder: convert(folder, tmp_path / "new"),
-        lambda folder: start.build().find(MODELS["moma"]()),
+        lambda folder: start.build().find(MODELS["moma"](), data),
     ):
         with pytest.raises(ValueError, match=r"run\.json"):
             read(tmp_path / "run")
@@ -183,10 +177,10 @@ def test_a_run_does_not_start_from_a_model_of_another_norm_order_or_rotation(tmp
     }
     for name, other in others.items():
         settings = tiny_config(tmp_path / name, data, other, steps=2)
-        settings.checkpoint.initial_load_path = str(tmp_path / "first" / "checkpoint" / "step-2")
+        settings.start.model = str(tmp_path / "first" / "checkpoint" / "step-2")
         trainer = settings.build()
-        with pytest.raises(ValueError, match=rf"another model: here, model.*{name} is"):
-            trainer.checkpointer.load()
+        with pytest.raises(ValueError, match=rf"{name} \(.*\) must be that of the parent"):
+            trainer._begin()
         trainer.close()
 
 
@@ -195,6 +189,9 @@ def test_hugging_faces_model_is_trained_here_and_goes_back(tmp_path):
     transformers = pytest.importorskip("transformers")
     theirs = chameleon(True, 2)
     theirs.save_pretrained(tmp_path / "hf")
+    path = tmp_path / "hf" / "config.json"
+    codes = json.loads(path.read_text())["vq_config"] | {"resolution": 4}  # 2 x 2 codes an image
+    change_json(path, vocabulary_map=from_vocabulary(VOCABULARY), vq_config=codes)
     convert(tmp_path / "hf", tmp_path / "dcp", "dcp")
     start, _ = load_model(tmp_path / "dcp")
     start.config.modalities = (0, 1)
@@ -202,7 +199,7 @@ def test_hugging_faces_model_is_trained_here_and_goes_back(tmp_path):
     described = tmp_path / "data" / "tokenizers" / "vocabulary.json"
     described.write_text(json.dumps(VOCABULARY.to_dict() | {"size": 96}))
     settings = tiny_config(tmp_path / "run", tmp_path / "data", start.config, steps=2)
-    settings.checkpoint.initial_load_path = str(tmp_path / "dcp")
+    settings.start.model = str(tmp_path / "dcp")
     settings.validator.enable = False
     run(settings)
     convert(tmp_path / "run", tmp_path / "back", "hf")

@@ -34,6 +34,7 @@ def is_parameter(key: str) -> bool:
 
 
 EMA = "ema"  # the state of ``training/ema.py``: averages as ema.<parameter>
+LOSS_MEAN = "loss_mean"  # in the state of the trainer: ``training/step_metrics.py``
 
 
 def averages(keys: Iterable[str]) -> dict[str, str]:
