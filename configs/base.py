@@ -2,6 +2,7 @@
 
 from torchtitan.config import ParallelismConfig, TrainingConfig
 from torchtitan.config.configs import CompileConfig
+from torchtitan.distributed.activation_checkpoint import FullAC, MemoryBudgetAC, SelectiveAC
 from torchtitan.protocols.model_spec import ModelSpec
 
 from earlyfuse.configs.optimizers import adamw
@@ -9,6 +10,14 @@ from earlyfuse.models.decoder import Decoder
 from earlyfuse.parallel.plan import parallelize
 from earlyfuse.parallel.strategies.pipeline import pipeline
 from earlyfuse.parallel.trainer import Trainer
+
+RECOMPUTE = {
+    "none": None,
+    "selective": SelectiveAC.Config,
+    "full": FullAC.Config,
+    "memory-budget": MemoryBudgetAC.Config,
+}
+"""Activation checkpointing by its name on the command line."""
 
 
 def base_config(name: str, model: Decoder.Config, lr: float) -> Trainer.Config:

@@ -1,48 +1,48 @@
-"""Finds configs by name: this project's, or a user's own as ``FILE.py:NAME``."""
+"""Finds configs by name: this project's, or a user's own as ``FILE.py:NAME``.
+
+Imports torch only to build a config or list those of a module: names alone are in ``listing``.
+"""
 
 import importlib.util
 import inspect
 import sys
 import traceback
-from collections.abc import Callable
-from difflib import get_close_matches
+from collections.abc import Callable, Iterable
 from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from earlyfuse.configs import embedded
-from earlyfuse.configs.presets import (
-    chameleon,
-    mixture_of_depths,
-    mixture_of_mamba,
-    mixture_of_transformers,
-    moma,
-    transfusion,
-)
+from earlyfuse.data.console import near_names
 from earlyfuse.data.json_files import shown
-from earlyfuse.parallel.trainer import Trainer
 
-ConfigFunction: TypeAlias = Callable[[], Trainer.Config]
+if TYPE_CHECKING:
+    from earlyfuse.parallel.trainer import Trainer
 
-DEFAULT = "moma_4t4i"
-MODULES: tuple[ModuleType, ...] = (
-    embedded,
-    moma,
-    mixture_of_mamba,
-    mixture_of_transformers,
-    mixture_of_depths,
-    transfusion,
-    chameleon,
+ConfigFunction: TypeAlias = "Callable[[], Trainer.Config]"
+
+DEFAULT, DEFAULT_WITH_START = "moma_4t4i", "pretrained"
+# of earlyfuse.configs
+MODULES = (
+    "embedded",
+    "presets.moma",
+    "presets.mixture_of_mamba",
+    "presets.mixture_of_transformers",
+    "presets.mixture_of_depths",
+    "presets.transfusion",
+    "presets.chameleon",
+    "presets.pretrained",
 )
 
 
-def load_config(name: str) -> Trainer.Config:
+def load_config(name: str) -> "Trainer.Config":
     """The config called ``name``; ``ValueError`` if there is none, or it is not a config."""
+    from earlyfuse.parallel.trainer import Trainer
+
     file, function_name = split_name(name)
     if not file:
-        if name not in (configs := catalogue()):
-            raise ValueError(f"config ({name!r}) is unknown{_like(name, configs)}")
+        configs = catalogue()
+        check_known(name, configs)
         return configs[name]()
     module = import_file(Path(file))
     function = getattr(module, "CONFIGS", {}).get(
@@ -51,7 +51,8 @@ def load_config(name: str) -> Trainer.Config:
     if not callable(function):
         configs = _configs_of(module)
         raise ValueError(
-            f"config ({name}) must name a function of {file}; {file} has "
+            f"config ({name}) must name a function of {file}"
+            f"{near_names(function_name, configs) or ';'} {file} has "
             f"{', '.join(f'{file}:{known}' for known in configs) or 'none'}"
         )
     if required := _required_parameters(function):
@@ -74,12 +75,22 @@ def sections(file: str = "") -> dict[str, dict[str, ConfigFunction]]:
         module = import_file(Path(file))
         named = {f"{file}:{name}": function for name, function in _configs_of(module).items()}
         return {_first_line(module) or file: named}
-    return {_first_line(module): _configs_of(module) for module in MODULES}
+    modules = [importlib.import_module(f"earlyfuse.configs.{name}") for name in MODULES]
+    return {_first_line(module): _configs_of(module) for module in modules}
 
 
 def catalogue() -> dict[str, ConfigFunction]:
     """This project's configs by name."""
     return {name: function for configs in sections().values() for name, function in configs.items()}
+
+
+def title(name: str) -> str:
+    """``name`` and the first line of its function's docstring."""
+    file, _ = split_name(name)
+    for configs in (sections(file) if file else sections()).values():
+        if name in configs:
+            return f"{name}: {_first_line(configs[name])}".removesuffix(": ")
+    return name
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -90,10 +101,13 @@ def split_name(name: str) -> tuple[str, str]:
     return (file, function) if file.endswith(".py") else ("", name)
 
 
-def _like(name: str, configs: dict[str, ConfigFunction]) -> str:
-    like = get_close_matches(name, configs, n=5)
-    hint = f"; did you mean {' or '.join(like)}?" if like else ""
-    return f"{hint or ';'} `train.py --list` names all, and FILE.py:NAME is one of your own"
+def check_known(name: str, configs: Iterable[str]) -> None:
+    """``ValueError`` with near names unless ``name`` is one of ``configs``."""
+    if name not in (known := list(configs)):
+        raise ValueError(
+            f"config ({name!r}) is unknown{near_names(name, known) or ';'} `train.py --list` names "
+            "all, and FILE.py:NAME is one of your own"
+        )
 
 
 def _first_line(documented: Any) -> str:

@@ -6,10 +6,10 @@ differ only in what their blocks are composed of (``models/blocks/block.py``).
 B rows, S positions, T = B·S tokens, D width, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from torchtitan.protocols.module import Module, ModuleDict
 
 from earlyfuse.models.batch import MixedBatch, with_shared_positions
 from earlyfuse.models.blocks.block import Block
-from earlyfuse.models.blocks.branch import Branch, Use
+from earlyfuse.models.blocks.branch import Branch, Regrouping, Use
 from earlyfuse.models.blocks.cache import DecodeCache
 from earlyfuse.models.blocks.indexed_parameters import embedding
 from earlyfuse.models.blocks.linear import RMSNorm, to_local
@@ -31,6 +31,7 @@ from earlyfuse.models.init_weights import Draw, init_weights, normal
 from earlyfuse.models.precision import refuse_autocast
 from earlyfuse.models.routing.gumbel_noise import name_noises, noise_of_step
 from earlyfuse.models.routing.router_stats import OutputNorm
+from earlyfuse.models.vocabulary import Modality
 
 # called as loss(hidden_TD, weight_VD) in the head; with ``shard`` under tensor parallelism
 Loss = Callable[..., Any]
@@ -83,6 +84,20 @@ class Decoder(BaseModel):
                 )
             if len({layer.attention.head_dim for layer in self.layers if layer.attention}) > 1:
                 raise ValueError("head_dim must be equal in all layers: they share rotary angles")
+
+        def for_modalities(self, modalities: Sequence[int]) -> Self:
+            """The same model for these ``modalities``; of parameters by modality, those of absent
+            ones are left out, and new ones have as many.
+
+            ``ValueError`` if a part does not say how.
+            """
+            if set(modalities) == set(self.modalities):
+                return self
+            present = {modality: group for group, modality in enumerate(self.modalities)}
+            old = tuple(map(present.get, modalities))
+            to = Regrouping(old, tuple(Modality(modality).label for modality in modalities))
+            layers = [layer.regrouped(to) for layer in self.layers]
+            return replace(self, modalities=tuple(map(int, modalities)), layers=layers)
 
         def named_branches(self) -> Iterator[tuple[str, Branch.Config]]:
             """All branches in order, named ``layers[3].attention``."""

@@ -26,6 +26,7 @@ from earlyfuse.data.stream.loader import LaneLoader
 from earlyfuse.models.batch import MixedBatch
 from earlyfuse.models.context import ForwardSettings
 from earlyfuse.models.decoder import Decoder
+from earlyfuse.models.flops import training_flops
 from earlyfuse.models.objectives.next_token import ChameleonObjective
 from earlyfuse.models.objectives.sums import LABELS
 from earlyfuse.models.objectives.transfusion import TransfusionObjective
@@ -33,7 +34,7 @@ from earlyfuse.models.state_dicts.config_json import describe
 from earlyfuse.models.vocabulary import Modality
 from earlyfuse.parallel import compat
 from earlyfuse.parallel import torchtitan_run as titan
-from earlyfuse.parallel.checkpoint.files.dcp import EMA
+from earlyfuse.parallel.checkpoint.files.dcp import EMA, LOSS_MEAN
 from earlyfuse.parallel.checkpoint.manager import Checkpoints
 from earlyfuse.parallel.evaluation.sample_generation import Sampler
 from earlyfuse.parallel.evaluation.validation import Validation
@@ -41,7 +42,7 @@ from earlyfuse.parallel.plan import check_parallelism
 from earlyfuse.parallel.reliability import failure_report, preemption, process_group, tcp_timeouts
 from earlyfuse.parallel.reliability.rank_consistency import check_ranks_agree
 from earlyfuse.parallel.reliability.watchdog import Phase, Watchdog
-from earlyfuse.parallel.reporting import rank_log, run_folder
+from earlyfuse.parallel.reporting import opening, rank_log, run_folder
 from earlyfuse.parallel.reporting.metrics import RunMetrics
 from earlyfuse.parallel.reporting.optional_files import lost_writes, tolerate
 from earlyfuse.parallel.strategies.context import positions_here, sequence_shard
@@ -49,7 +50,7 @@ from earlyfuse.parallel.strategies.gradient_clipping import GradientClipping
 from earlyfuse.parallel.strategies.pipeline import Pipeline
 from earlyfuse.parallel.training.after_step import after_step
 from earlyfuse.parallel.training.config_checks import check_config
-from earlyfuse.parallel.training.data_config import DataSet, NoTokenizer
+from earlyfuse.parallel.training.data_config import DataSet, NoTokenizer, fitted
 from earlyfuse.parallel.training.dropout_seed import seed_dropout
 from earlyfuse.parallel.training.ema import Ema
 from earlyfuse.parallel.training.freezing import (
@@ -63,11 +64,19 @@ from earlyfuse.parallel.training.rank_sums import is_first_along, sum_over_ranks
 from earlyfuse.parallel.training.resume_settings import (
     Settings,
     apply_hyperparameters,
+    changed_beside,
     hyperparameters,
+    listed,
     plain_config,
 )
 from earlyfuse.parallel.training.skip_step import SkipRule, step_unless_skipped
-from earlyfuse.parallel.training.step_metrics import ModelStatistics, losses, work_done
+from earlyfuse.parallel.training.step_metrics import (
+    LossMean,
+    ModelStatistics,
+    data_read,
+    losses,
+    work_done,
+)
 from earlyfuse.parallel.training.warm_start import WarmStart
 
 
@@ -78,7 +87,9 @@ def resolve(config: "Trainer.Config") -> tuple["Trainer.Config", DataSet]:
     """
     config = deepcopy(config)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    model = check(config, ranks)
+    check(fitted(config), ranks)
+    assert config.model_spec is not None
+    model = config.model_spec.model
     if config.debug.seed is not None:
         model.seed = config.debug.seed
         if isinstance(config.loss, TransfusionObjective.Config) and config.loss.seed is None:
@@ -135,6 +146,8 @@ class Trainer(titan.Trainer):
     validator: Validation
     dataloader: LaneLoader
     checkpointer: Checkpoints
+    title = ""
+    """Name and description of the config, for the opening lines of a run."""
 
     @record
     def __init__(self, config: Config):
@@ -162,7 +175,7 @@ class Trainer(titan.Trainer):
         rank_log.start(Path(config.dump_folder))
         failure_report.say_uncaught()
         self.tokens_M = torch.zeros(len(Modality), dtype=torch.int64)  # of the whole run
-        self.skip = config.skip.build()
+        self.skip, self.loss_mean = config.skip.build(), LossMean()
         self.stopping = False
         super().__init__(config)
         if self.parallel_dims.dp_enabled:
@@ -183,6 +196,11 @@ class Trainer(titan.Trainer):
         # one of them counts
         self._counts_sums = is_first_along(self.parallel_dims, "tp")
         self._counts_rows = self._counts_sums and is_first_along(self.parallel_dims, "pp")
+        self._counts_lanes = self._counts_rows and is_first_along(self.parallel_dims, "cp")
+        self._flops_M = torch.zeros(len(Modality), dtype=torch.float64)  # of a token
+        self._flops_M[[*model.modalities]] = torch.tensor(
+            training_flops(model, config.training.seq_len), dtype=torch.float64
+        )
         self.statistics = ModelStatistics(self.model_parts, model, self.parallel_dims)
         if config.validator.enable:
             self.validator.statistics = self.statistics
@@ -196,7 +214,9 @@ class Trainer(titan.Trainer):
         if self.ema and config.checkpoint.enable:
             self.checkpointer.states[EMA] = self.ema
         self.after_step = after_step(self.model_parts, self.parallel_dims, step_tokens, self.ema)
-        if not run_folder.knows_peak(self.metrics_processor.device_memory_monitor.device_name):
+        device = self.metrics_processor.device_memory_monitor.device_name
+        narrow = config.training.mixed_precision_param == "bfloat16"  # known peaks are of bf16
+        if not (narrow and run_folder.knows_peak(device)):
             self.metrics_processor.gpu_peak_flops = 0
 
     def init_distributed(self) -> ParallelDims:
@@ -265,6 +285,7 @@ class Trainer(titan.Trainer):
         taken = self.skip.decide(step, loss, grad_norm, sums.values())
         self.checkpointer.maybe_wait_for_staging()
         step_unless_skipped(self.optimizers, taken)
+        self.loss_mean.add(totals, {n: counts[n] for n in self.loss_fn.count_names}, taken)
         for update in self.after_step:
             update(taken)
         self.lr_schedulers.step()
@@ -275,9 +296,8 @@ class Trainer(titan.Trainer):
         self.stopping = bool(counts_here["asked_to_stop"].tensor())
         self._settle(but_last=0 if logging else 1)
         if logging:
-            totals |= {"grad_norm": grad_norm}
-            counts = {name: count.tensor() for name, count in counts_here.items()}
-            self._log(totals, counts, learning_rate)
+            counts = {name: counts_here[name].tensor() for name in self.loss_fn.count_names}
+            self._log(self.loss_mean.pop(totals, counts), grad_norm, learning_rate)
 
     def _next_batch(
         self, data_iterator: Iterator[Any], settings: ForwardSettings
@@ -344,19 +364,24 @@ class Trainer(titan.Trainer):
 
     def _log(
         self,
-        totals: dict[str, torch.Tensor],
-        counts: dict[str, torch.Tensor],
+        since_last: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]],
+        grad_norm: torch.Tensor,
         learning_rate: float,
     ) -> None:
-        """Log a step; synchronises the host."""
-        config = self.config
-        totals_here = {name: total.cpu() for name, total in totals.items()}
-        grad_norm = float(totals_here.pop("grad_norm"))
-        metrics = losses(totals_here, self.loss_fn.counts_of(counts), self.dataloader.sources)
-        metrics |= {"grad_norm": grad_norm, "lr": learning_rate, "skipped_steps": self.skip.total}
-        metrics |= work_done(self.model.config, config.training.seq_len, self.tokens_M)
+        """Log a step: losses ``since_last`` line (sums and counts), all else of this step;
+        synchronises the host.
+        """
+        sums, counts = since_last
+        metrics = losses(sums, self.loss_fn.counts_of(counts), self.dataloader.sources)
+        metrics |= {"grad_norm": float(grad_norm), "lr": learning_rate}
+        metrics |= {"skipped_steps": self.skip.total, **self._seen()}
         metrics |= self.statistics.pop()
         self.metrics_processor.log_step(self.step, metrics)
+
+    def _seen(self) -> dict[str, float]:
+        """Tokens and FLOPs of the run by modality, tokens and epochs by source; collective."""
+        done = work_done(self.model.config, self.config.training.seq_len, self.tokens_M)
+        return done | data_read(self.dataloader, self._counts_lanes, self.device)
 
     # ---------------------------------------------------------------- the run
 
@@ -381,18 +406,12 @@ class Trainer(titan.Trainer):
             begun = self._begin()
         ema_begun = self.ema.begin()
         apply_hyperparameters(self.optimizers, self.lr_schedulers, configured)
-        metrics.start(self.step, config.training.steps)
-        # not earlier: a refused resume must not overwrite run.json
-        description = plain_config(config)
-        folder = Path(config.dump_folder)
-        with tolerate(folder / run_folder.DESCRIPTION):
-            run_folder.write_description(folder, description, settings.changes)
+        metrics.start(self.step, config.training.steps, self._flops())
         if self.step:
             begun = f"resumed at step {self.step}"
             begun += f", from here with {settings.changed_now}" if settings.changed_now else ""
             begun += ema_begun
-        if begun and dist.get_rank() == 0:
-            print(begun, flush=True)
+        self._open(begun)
         if begun and not self.step and config.validator.enable:
             self._validate()  # the parent's model in this run
         first_step, saved = self.step, False
@@ -403,7 +422,7 @@ class Trainer(titan.Trainer):
                 self.step += 1
                 self.gc_handler.run(self.step)
                 self.train_step(data_iterator)
-                metrics.tick(self.step)
+                metrics.tick(self.step, self._flops())
                 last = self.step == config.training.steps
                 if config.validator.enable and (self.validator.should_validate(self.step) or last):
                     self._validate()
@@ -413,14 +432,41 @@ class Trainer(titan.Trainer):
                 profiler.step()
         self._finish(saved)
 
+    def _open(self, begun: str) -> None:
+        """Print what the run is and how it has ``begun``; write run.json and history.jsonl.
+
+        Not earlier: a refused resume must not overwrite them.
+        """
+        config, metrics = self.config, self.metrics_processor
+        read = data_read(self.dataloader, self._counts_lanes, self.device)
+        if dist.get_rank() != 0:
+            return
+        folder, plain = Path(config.dump_folder), plain_config(config)
+        hosts, device = metrics.rank_times.hosts, metrics.device_memory_monitor.device_name
+        also = changed_beside(folder, plain, len(hosts))
+        with tolerate(folder / run_folder.HISTORY):
+            changed = [*self.settings.changed, *also]
+            run_folder.append_start(folder, self.step, hosts, changed)
+        with tolerate(folder / run_folder.DESCRIPTION):
+            run_folder.write_description(folder, plain, self.settings.changes)
+        place = opening.Place(self.parallel_dims, hosts, device)
+        lines = opening.lines(
+            config, place, self.dataloader.mixture, self.data.taken, self.step, read
+        )
+        beside = f"also changed since the last start: {listed(also)}" if also else ""
+        for line in filter(None, (self.title, *lines, begun, beside)):
+            print(printable(line), flush=True)
+
+    def _flops(self) -> float:
+        """Training FLOPs of the run so far, of all ranks."""
+        return float(self.tokens_M.double() @ self._flops_M)
+
     def _begin(self) -> str:
-        """Start from another run if the config names one; returns a line about it."""
+        """Start from another model if the config names one; returns a line about it."""
         start, spec = self.config.start.build(), self.config.model_spec
         assert spec is not None and isinstance(spec.model, Decoder.Config)
-        parent = start.find(spec.model)
-        if parent is None:
-            return ""
-        return start.take_over(parent, spec.model, self.model_parts, self.dataloader)
+        parent = start.find(spec.model, Path(self.config.data.folder))
+        return start.take_over(parent, self.model_parts, self.dataloader) if parent else ""
 
     def _save(self, last: bool) -> bool:
         """Save if due, or at the end; True if saved."""
@@ -443,7 +489,7 @@ class Trainer(titan.Trainer):
                 self.watchdog.enter(self.step, Phase.VALIDATION)
                 metrics |= self.sampler.check(self.model, self.vocabulary)
             self.metrics_processor.log_samples(self.step, samples, used)
-        self.metrics_processor.log_validation_step(self.step, metrics | measured)
+        self.metrics_processor.log_validation_step(self.step, metrics | measured | self._seen())
         self.metrics_processor.restart_clock()
 
     def _finish(self, saved: bool) -> None:
@@ -481,10 +527,14 @@ class Trainer(titan.Trainer):
         """State of the trainer itself in a checkpoint."""
         self._settle()
         tokens_M, skip = self.tokens_M.clone(), self.skip.state_dict()
-        return {"step": self.step, "tokens_M": tokens_M, "skip": skip}
+        mean = self.loss_mean.state_dict()
+        return {"step": self.step, "tokens_M": tokens_M, "skip": skip, LOSS_MEAN: mean}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Inverse of ``state_dict``."""
         self.step = state_dict["step"]
         self.tokens_M = state_dict["tokens_M"].clone()
         self.skip.load_state_dict(state_dict["skip"])
+        if LOSS_MEAN in state_dict:
+            shape = len(self.dataloader.sources), len(Modality)
+            self.loss_mean.load_state_dict(state_dict[LOSS_MEAN], shape, self.device)

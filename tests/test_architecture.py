@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+ITSELF = "tools/package"  # the __init__.py of earlyfuse
 FOLDERS = ("configs", "data", "kernels", "models", "parallel", "tools")
 TOP_LEVEL = {
     *FOLDERS,
@@ -174,7 +175,11 @@ def test_branches_and_routers_are_asked_not_recognised():
     """No ``isinstance`` of them but where a public format or a command is about one of them; files
     that do not compose models do not import them.
     """
-    asked = ("models/state_dicts/plain_decoder.py", "configs/decoders.py")
+    asked = (
+        "models/state_dicts/plain_decoder.py",
+        "configs/decoders.py",
+        "configs/start_model.py",
+    )
     found = [
         f"{path}:{node.lineno}"
         for file in sources(*FOLDERS)
@@ -305,11 +310,12 @@ def test_every_subfolder_with_modules_is_a_package():
 
 def test_the_package_list_equals_the_tree():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    inits = [file.parent for file in sources(*FOLDERS) if file.name == "__init__.py"]
-    folders = [ROOT / folder for folder in FOLDERS] + inits
+    inits = {file.parent for file in sources(*FOLDERS) if file.name == "__init__.py"}
+    folders = {ROOT / folder for folder in FOLDERS} | inits - {ROOT / ITSELF}
     expected = sorted(".".join(["earlyfuse", *f.relative_to(ROOT).parts]) for f in folders)
-    assert sorted(project["packages"]) == expected
-    assert project["package-dir"] == {f"earlyfuse.{folder}": folder for folder in FOLDERS}
+    assert sorted(project["packages"]) == ["earlyfuse", *expected]
+    places = {f"earlyfuse.{folder}": folder for folder in FOLDERS}
+    assert project["package-dir"] == {"earlyfuse": ITSELF} | places
 
 
 def test_the_top_level_holds_exactly_what_it_should():

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from earlyfuse.data.console import printable
 from earlyfuse.tools.command import (
+    Parser,
     add_code_option,
     add_weights_option,
     check_device,
@@ -179,7 +180,7 @@ def _sources(
 ) -> "list[TokenSource]":
     """The sources to measure on; ``ValueError`` if there are none, or not of the model's tokens."""
     from earlyfuse.data.shards.source import TokenSource
-    from earlyfuse.parallel.training.data_config import check_vectors
+    from earlyfuse.parallel.training.model_fit import fit_vectors
 
     folder = options.data or about.data
     if folder is None:
@@ -206,7 +207,11 @@ def _sources(
                 f"source {source.folder} was made by other tokenizers than the model's; give "
                 "--data that was prepared with the model's"
             )
-        check_vectors(source, opened.config.vectors)
+        if fit_vectors(opened.config, source) != opened.config:
+            raise ValueError(
+                f"source {source.folder} must have vectors of the shape of the model's; give "
+                "--data that was prepared with its image tokenizer"
+            )
     return sources
 
 
@@ -294,7 +299,7 @@ def _table(ranks: Ranks, routed: Sequence[int]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="arank",
         description="Measures ranks of attention maps per layer (gamma-MoD's ARank) and lists the "
         "layers of the lowest ranks, which become depth-routed.",

@@ -1,13 +1,35 @@
 """Runs a tool's command: one line and an exit status for what the user can change."""
 
 import sys
-from argparse import ArgumentParser
-from collections.abc import Callable
+from argparse import ArgumentParser, _SubParsersAction
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
-from earlyfuse.data.console import error_text, protect_console
+from earlyfuse.data.console import error_text, near_names, printable, protect_console
 
 REFUSED, INTERRUPTED = 2, 130
+
+
+class Parser(ArgumentParser):
+    """Refuses a wrong command line in one line, with near names for an unknown option."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the process with status 2."""
+        text, _, words = message.partition("unrecognized arguments: ")
+        if words and not text:
+            word = words.split()[0]
+            near = near_names(word.partition("=")[0], self._options())
+            message = f"{word} is unknown{near}"
+        line = f"{self.prog}: {printable(message)}"
+        self.exit(REFUSED, f"{line}{' ' if line.endswith('?') else '; '}--help lists all options\n")
+
+    def _options(self) -> Iterator[str]:
+        yield from self._option_string_actions
+        for action in self._actions:
+            if isinstance(action, _SubParsersAction):
+                for parser in action.choices.values():
+                    yield from parser._options()
 
 
 def add_code_option(parser: ArgumentParser) -> None:

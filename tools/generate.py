@@ -18,6 +18,7 @@ from typing import Any
 from earlyfuse.data.console import printable
 from earlyfuse.data.media import MEDIA
 from earlyfuse.tools.command import (
+    Parser,
     add_code_option,
     add_weights_option,
     check_device,
@@ -265,7 +266,7 @@ def _options() -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="generate",
         description="Write text, images and speech with a trained model.",
         epilog=_EXAMPLES,

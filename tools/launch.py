@@ -1,10 +1,11 @@
 """torchrun, with a graceful stop.
 
 ``python -m earlyfuse.tools.launch --nproc-per-node 8 train.py moma_4t4i …`` takes the arguments of
-``torchrun``. On SIGTERM or SIGUSR1 to it, on any host of the job, all ranks finish their step, save
-and exit; it then exits 0, and the same command resumes. ``torchrun`` itself would forward SIGTERM,
-wait 30 s (``--shutdown-timeout``) and exit 1 in every case, and die of SIGUSR1 at once. SIGINT
-(Ctrl-C) ends the job without a checkpoint, as there.
+``torchrun``; ``train`` in place of a script is ``earlyfuse train``. On SIGTERM, SIGUSR1 or Ctrl-C
+to it, on any host of the job, all ranks finish their step, save and exit; it then exits 0 (130
+after Ctrl-C), and the same command resumes. ``torchrun`` itself would forward SIGTERM, wait 30 s
+(``--shutdown-timeout``) and exit 1 in every case, and die of SIGUSR1 at once. A second Ctrl-C kills
+the job.
 
 A request outlives restarts: ranks that start after it do one step, save and exit.
 
@@ -22,19 +23,40 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
-from earlyfuse.data.console import protect_console
+from earlyfuse.data.console import error_text, protect_console
 from earlyfuse.parallel.reliability import preemption, tcp_timeouts
 from earlyfuse.parallel.reliability.preemption import SIGNALS, STOP_FILE
 
 # signals that torchrun still handles; those of a graceful stop are not among them
-ABRUPT = "SIGINT,SIGHUP,SIGQUIT"
-REFUSED, FAILED, INTERRUPTED = 2, 1, 130  # exit statuses, as of ``train.py``
+ABRUPT = "SIGHUP,SIGQUIT"
+REFUSED, FAILED = 2, 1  # exit statuses, as of ``train.py``
+HELP = """usage: launch [OPTION ...] train CONFIG [--FIELD VALUE ...]
+
+Trains CONFIG on several GPUs or hosts: torchrun, with a graceful stop. train is the command of that
+name, or train.py; any other script may stand there.
+
+One host:    launch --standalone --nproc-per-node 8 train moma_4t4i
+Two hosts:   launch --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:PORT \\
+                 --rdzv-id NAME train moma_4t4i      (the same on each)
+
+  --nproc-per-node N    ranks on this host, or gpu: one for each
+  --nnodes N            hosts
+  --max-restarts N      restarts after a fault (0); a refused config is not restarted
+  --standalone          one host, any free port
+
+All options of torchrun apply (torchrun --help). On SIGTERM, SIGUSR1 or Ctrl-C all ranks save and
+exit; the same command resumes. A second Ctrl-C kills the job."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs ``torchrun`` with ``arguments``; returns the exit status."""
     protect_console()
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in ("-h", "--help"):
+        print(HELP)
+        return 0 if given else REFUSED
     with tempfile.TemporaryDirectory(prefix="earlyfuse-") as folder:
         request = Path(folder) / "stop"
         os.environ[STOP_FILE] = str(request)
@@ -46,17 +68,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with suppress(OSError):  # the folder is gone after the job
                 request.touch()
 
+        interrupted = False
+
+        def interrupt() -> None:
+            nonlocal interrupted
+            interrupted = True
+            preemption.tell("stopping after this step, with a checkpoint; Ctrl-C again kills")
+            ask(signal.SIGINT, None)
+
         for number in SIGNALS:
             signal.signal(number, ask)
-        tcp_timeouts.watch()
-        try:
-            return _run(list(sys.argv[1:] if arguments is None else arguments))
-        except KeyboardInterrupt:
-            return INTERRUPTED
+        preemption.on_interrupt(interrupt)
+        status = _run(given)
+        return preemption.INTERRUPTED if interrupted and status == 0 else status
 
 
 def _run(arguments: list[str]) -> int:
     # imported late: it takes seconds, in which a signal must not end this process
+    tcp_timeouts.watch()
     from torch.distributed import run
     from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
@@ -78,8 +107,17 @@ def _run(arguments: list[str]) -> int:
     for name in ("api", "errors.error_handler"):
         logger = logging.getLogger(f"torch.distributed.elastic.multiprocessing.{name}")
         logger.setLevel(logging.CRITICAL)
+    parser = run.get_args_parser()
+    parser.error = _refuse  # type: ignore[method-assign]
+    options = parser.parse_args([f"--signals-to-handle={ABRUPT}", *arguments])
+    if options.training_script == "train":
+        options.module, options.training_script = True, "earlyfuse.tools.train"
+    if not (options.module or options.no_python or Path(options.training_script).is_file()):
+        _refuse(f"script ({options.training_script}) does not exist; give train, or a file")
     try:
-        run.main([f"--signals-to-handle={ABRUPT}", *arguments])
+        run.run(options)
+    except ValueError as error:  # of an option
+        _refuse(error_text(error))
     except ChildFailedError as error:
         statuses = {rank: failure.exitcode for rank, failure in sorted(error.failures.items())}
         if REFUSED in statuses.values():
@@ -90,6 +128,11 @@ def _run(arguments: list[str]) -> int:
         print(f"launch: stopped by {error.sigval.name}, without a checkpoint", file=sys.stderr)
         return 128 + error.sigval
     return 0
+
+
+def _refuse(message: str) -> NoReturn:
+    print(f"launch: {message}; --help shows examples", file=sys.stderr)
+    sys.exit(REFUSED)
 
 
 def _print_signals(statuses: dict[int, int]) -> None:

@@ -244,18 +244,18 @@ class LaneLoader(BaseDataLoader):
         )
         self._state_LK = lanes.cpu().numpy().astype(np.int64, copy=True)
 
-    def progress(self) -> dict[str, Any]:
-        """Counts of this rank so far, for the log.
+    def progress(self, all_K: torch.Tensor | None = None) -> dict[str, Any]:
+        """Counts of this rank so far, or of all ranks, whose ``lanes`` sum to ``all_K``.
 
         ``tokens``: modality → count; ``source_tokens`` and ``epoch`` (fractional, of all lanes): by
         source; ``padding``: share of the positions.
         """
         sources = self.mixture.sources
-        total_K = self._state_LK.sum(axis=0)
+        total_K = self._state_LK.sum(axis=0) if all_K is None else all_K.numpy()
         taken, _, drawn = total_K[: 3 * len(sources)].reshape(3, -1).tolist()
         *codes, padding, rows = total_K[3 * len(sources) :].tolist()
         labels = [modality.label for modality in self.vocabulary.modalities]
-        per_lane = self.config.global_batch_size / len(self._state_LK)
+        per_lane = self.config.global_batch_size / len(self._state_LK) if all_K is None else 1
         return {
             "tokens": dict(zip(labels, [sum(drawn) - sum(codes), *codes], strict=True)),
             "source_tokens": {s.name: n for s, n in zip(sources, drawn, strict=True)},

@@ -122,7 +122,7 @@ class Mixture:
             raise ValueError(
                 f"media_share ({self.media_share}) must lie between the lowest and the highest "
                 f"share of media codes in the sources, {fractions}; add a source on the missing "
-                "side or change it"
+                "side, change it, or take the sources as they are: --dataloader.media_share None"
             )
 
     @property
@@ -172,6 +172,15 @@ class Mixture:
         below = -sum(share * excess for share, excess in pairs if excess <= 0)
         weights = [share * (below if excess > 0 else above) for share, excess in pairs]
         return tuple(weight / sum(weights) for weight in weights)
+
+    def modality_shares(self) -> dict[str, float]:
+        """Modality label → share of the tokens of a run, in the long run."""
+        shares = dict.fromkeys((m.label for m in self.vocabulary.modalities), 0.0)
+        for source, share in zip(self.sources, self.effective_shares(), strict=True):
+            tokens = positions_of(source, self.clean_copies)
+            for label, count in tokens.items():
+                shares[label] += share * count / sum(tokens.values())
+        return shares
 
     def _excess(self) -> list[float]:
         """f − m of each source."""

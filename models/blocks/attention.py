@@ -9,9 +9,9 @@ heads, H head width.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ from earlyfuse.models.blocks.branch import (
     Flops,
     Matrix,
     Microbatch,
+    Regrouping,
     Use,
     products,
     sums_of_split_region,
@@ -65,6 +66,9 @@ class Attention(Branch):
                 )
             if self.head_dim % 2:
                 raise ValueError(f"head_dim ({self.head_dim}) must be even for rotary positions")
+
+        def regrouped(self, to: Regrouping) -> Self:
+            return replace(self, groups=to.sets(self.groups))
 
         def _widths(self, tensor_ranks: int = 1) -> tuple[int, int]:
             """Width of all query heads, and of all key heads, on one of the ranks."""

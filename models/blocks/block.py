@@ -7,16 +7,24 @@ T tokens, D width.
 """
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
 from torchtitan.protocols.module import Module
 
 from earlyfuse.models.blocks.attention import Attention
-from earlyfuse.models.blocks.branch import Branch, Collective, Flops, Microbatch, Use
+from earlyfuse.models.blocks.branch import (
+    Branch,
+    Collective,
+    Flops,
+    Microbatch,
+    Regrouping,
+    Use,
+)
 from earlyfuse.models.blocks.experts import ExpertPool, MixtureOfExperts
 from earlyfuse.models.blocks.feed_forward import FeedForward
 from earlyfuse.models.blocks.linear import RMSNorm
@@ -90,6 +98,45 @@ class Block(Module):
         def dim(self) -> int:
             """Width of the block's input and output."""
             return next(iter(self.branches.values())).dim
+
+        def regrouped(self, to: Regrouping) -> Self:
+            """The same block in a model of other modality groups; ``ValueError`` if a part of it
+            cannot be.
+            """
+            other = {name: branch.regrouped(to) for name, branch in self.branches.items()}
+            extra = {name: other.pop(name) for name in self.extra_branches}
+            depth = self.depth and replace(self.depth, selection=self.depth.selection.regrouped(to))
+            norms = to.sets(self.norm_groups)
+            return replace(self, **other, extra_branches=extra, depth=depth, norm_groups=norms)
+
+        def with_shares(self, shares: Sequence[float]) -> Self:
+            """The same block for data with these ``shares`` of the tokens by modality group, from
+            which static budgets follow; a share of 0 leaves those of its group alone.
+            """
+            layer = deepcopy(self)
+            if layer.depth is not None:
+                layer.depth.selection = layer.depth.selection.with_shares(shares)
+            for _, pool, _, _ in layer.traverse(ExpertPool.Config):
+                if share := sum(shares[group] for group in pool.groups):
+                    pool.share = min(1.0, share)
+                    layer.rescale(pool)
+            return layer
+
+        def rescale(self, pool: ExpertPool.Config, name: str = "") -> None:
+            """Multiplies the share of ``pool`` by the part of its tokens that depth routing keeps,
+            relative to all tokens.
+            """
+            if self.depth is None:
+                return
+            selection = self.depth.selection
+            kept = {selection.kept_share_of(group) for group in pool.groups}
+            if len(kept) > 1:
+                raise ValueError(
+                    f"{name or pool.name} serves modality groups {pool.groups}, of which different "
+                    f"parts are kept ({sorted(kept)}); give each a pool of its own"
+                )
+            if kept:
+                pool.share = min(1.0, pool.share * kept.pop() / selection.kept_share)
 
         def parameters(self, group: int | None = None) -> int:
             """Number of parameters, norms included; see ``Branch.Config.parameters``."""

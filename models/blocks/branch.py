@@ -11,9 +11,9 @@ and FLOPs follow from its matrices; uses not in its ``supports`` are refused by 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 from torchtitan.protocols.module import Module
@@ -99,6 +99,28 @@ def sums_of_split_region(batch: Microbatch, dim: int) -> Collective:
     return Collective("split activations", "all_reduce", "tp", size, 1, 1)
 
 
+class Regrouping(NamedTuple):
+    """Other modality groups for a model: ``old[i]`` is the present index of group i, None for a new
+    one, ``labels[i]`` its modality.
+    """
+
+    old: tuple[int | None, ...]
+    labels: tuple[str, ...]
+
+    def sets(self, groups: int) -> int:
+        """Parameter sets, one for each group, in place of ``groups``; 1 stays shared."""
+        return len(self.old) if groups > 1 else 1
+
+    def places(self, groups: Sequence[int]) -> tuple[int, ...]:
+        """Where the present ``groups`` are now, without those that are left out."""
+        return tuple(place for place, old in enumerate(self.old) if old in groups)
+
+    @property
+    def new(self) -> tuple[int, ...]:
+        """The groups that the model does not have yet."""
+        return self.places((None,))  # type: ignore[arg-type]
+
+
 class Parent(NamedTuple):
     """The model that another one is upcycled from: shapes of all its parameters, and the config of
     the branch at the same place as plain values.
@@ -174,6 +196,19 @@ class Branch(Module):
 
         def check(self, modality_groups: int) -> None:
             """``ValueError`` unless the branch fits a model of so many modality groups."""
+
+        def regrouped(self, to: Regrouping) -> Self:
+            """The same branch in a model of other modality groups; ``ValueError`` if it does not
+            say what becomes of its parameters by modality.
+            """
+            if any(matrix.groups > 1 for matrix in self.matrices()) or any(
+                sets > 1 for _, sets in self.vectors()
+            ):
+                raise ValueError(
+                    f"{self.kind} has parameters by modality and does not say how it works with "
+                    f"{', '.join(to.labels)}; define its regrouped, or change the data"
+                )
+            return self
 
         def parameters(self, group: int | None = None) -> int:
             """Number of parameters; with ``group``, of those that a token of that modality group

@@ -9,8 +9,9 @@ T tokens, D width, E experts of the pool, F inner width, R routed rows.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 import torch
 from torch import nn
@@ -28,6 +29,7 @@ from earlyfuse.models.blocks.branch import (
     Matrix,
     Microbatch,
     Parent,
+    Regrouping,
     Shape,
     Use,
     products,
@@ -211,6 +213,26 @@ class MixtureOfExperts(Branch):
                         f"groups ({shared.groups}) of a shared expert must be 1, for all tokens, "
                         f"or {modality_groups}, one for each modality group of the model"
                     )
+
+        def regrouped(self, to: Regrouping) -> Self:
+            """A new group has a pool like the last one that serves some groups."""
+            pools = []
+            for pool in self.pools:
+                if None not in pool.router.experts_by_group(pool.experts):
+                    raise ValueError(
+                        f"router.serves of the {pool.name} experts names modality groups, and the "
+                        f"data have {', '.join(to.labels)}; give the experts of each in a config "
+                        "of your own"
+                    )
+                served = to.places(pool.groups)
+                if served or not pool.groups:
+                    pools.append(replace(pool, groups=served))
+            template = next((pool for pool in reversed(self.pools) if pool.groups), None)
+            for group in to.new if template else ():
+                assert template is not None
+                pools.append(replace(template, name=to.labels[group], groups=(group,)))
+            shared = [shared.regrouped(to) for shared in self.shared]
+            return deepcopy(replace(self, pools=pools, shared=shared))
 
         def matrices(self) -> list[Matrix]:
             """Matrices of the shared experts; those of pools depend on the routes."""

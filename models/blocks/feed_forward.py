@@ -4,8 +4,8 @@ T tokens, D width, F inner width, G groups.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from earlyfuse.models.blocks.branch import (
     Collective,
     Matrix,
     Microbatch,
+    Regrouping,
     Use,
     sums_of_split_region,
 )
@@ -41,6 +42,9 @@ class FeedForward(Branch):
         dim: int
         hidden_dim: int
         groups: int = 1
+
+        def regrouped(self, to: Regrouping) -> Self:
+            return replace(self, groups=to.sets(self.groups))
 
         def matrices(self) -> list[Matrix]:
             """w1, w3, w2."""

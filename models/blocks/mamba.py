@@ -11,8 +11,8 @@ W taps, V = W - 1, G modality groups.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 import torch
 from torch import nn
@@ -22,7 +22,16 @@ from earlyfuse.kernels.causal_conv1d import causal_conv1d
 from earlyfuse.kernels.selective_scan import selective_scan
 from earlyfuse.kernels.selective_scan.chunks import count_chunks
 from earlyfuse.kernels.selective_scan.op import BACKWARD_FLOPS, FORWARD_FLOPS
-from earlyfuse.models.blocks.branch import FP32, Branch, Collective, Flops, Matrix, Microbatch, Use
+from earlyfuse.models.blocks.branch import (
+    FP32,
+    Branch,
+    Collective,
+    Flops,
+    Matrix,
+    Microbatch,
+    Regrouping,
+    Use,
+)
 from earlyfuse.models.blocks.cache import DecodeCache
 from earlyfuse.models.blocks.linear import Linear, parameter
 from earlyfuse.models.context import ForwardContext
@@ -74,6 +83,9 @@ class Mamba(Branch):
                         f"{name} ({getattr(self, name)}) must be 1, for all tokens, or "
                         f"{modality_groups}, one for each modality group"
                     )
+
+        def regrouped(self, to: Regrouping) -> Self:
+            return replace(self, **{name: to.sets(getattr(self, name)) for name in GROUPS})
 
         def matrices(self) -> list[Matrix]:
             """in_proj, x_proj, dt_proj, out_proj."""

@@ -7,13 +7,15 @@ T tokens, N rectangles of L = T/N tokens, K slots of a rectangle, R = N·K rows.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple, Self
 
 import torch
 from torchtitan.config import Configurable
 
 from earlyfuse.kernels.permute import select_top_k
+from earlyfuse.models.blocks.branch import Regrouping
 from earlyfuse.models.field_checks import check_choices, check_positive
 
 Group = Literal["routing_group", "row", "document", "span"]
@@ -72,6 +74,22 @@ class Selection(Configurable.Config):
             rounding=("floor", "ceil", "nearest"),
             budget=("static", "exact"),
         )
+
+    def regrouped(self, to: Regrouping) -> Self:
+        """The same rule for other modality groups; new ones are media."""
+        competing = sorted((*to.places(self.competing), *to.new)) if self.competing else ()
+        if self.competing and not competing:
+            raise ValueError(
+                "depth selects among the tokens of media, and the data have none; train a config "
+                "without, or add a source with media"
+            )
+        return replace(self, competing=tuple(competing), forced=to.places(self.forced))
+
+    def with_shares(self, shares: Sequence[float]) -> Self:
+        """The same rule for data with these ``shares`` of the tokens by modality group."""
+        competing = [group for group in range(len(shares)) if group not in self.forced]
+        share = sum(shares[group] for group in self.competing or competing)
+        return replace(self, competing_share=min(1.0, share)) if share else self
 
     @property
     def kept_share(self) -> float:

@@ -8,28 +8,39 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from earlyfuse.data.shards.source import TokenSource
-from earlyfuse.data.stream.mixture import Mixture, positions_of
+from earlyfuse.data.stream.mixture import Mixture
 from earlyfuse.data.tokenizers import VOCABULARY_FILE
-from earlyfuse.models.flops import count_parameters, training_flops
+from earlyfuse.models.flops import training_flops
 from earlyfuse.models.vocabulary import Modality
 from earlyfuse.parallel.estimates.communication import step_traffic, total
 from earlyfuse.parallel.estimates.memory import rank_memory
 from earlyfuse.parallel.estimates.step import Step
+from earlyfuse.parallel.reporting.opening import (
+    count,
+    model,
+    quantity,
+    source_line,
+    source_plan,
+)
 from earlyfuse.parallel.strategies.pipeline import stage_blocks
-from earlyfuse.parallel.trainer import Trainer
-from earlyfuse.parallel.training.data_config import DataSet, data_folder
+from earlyfuse.parallel.trainer import Trainer, check
+from earlyfuse.parallel.training.data_config import DataSet, data_folder, fitted
 
 
 def describe(name: str, config: Trainer.Config, ranks: int) -> str:
     """A page about ``config`` on ``ranks`` ranks; ``ValueError`` if it cannot run there."""
+    check(fitted(config), ranks)
+    data = _data_set(config)
+    if data is not None:
+        config = data.resolve(config, ranks)
     step = Step.of(config, ranks)
-    lines = [f"{name} on {_count(ranks, 'rank')}. Nothing is built, joined or written.", ""]
+    lines = [f"{name} on {count(ranks, 'rank')}. Nothing is built, joined or written.", ""]
     for title, section in (
-        ("model", _model(step)),
+        ("model", model(step.model, step.training.seq_len)),
         ("step", _step(config, step)),
         ("memory", _memory(step)),
         ("traffic", _traffic(step)),
-        ("data", _data(config, step)),
+        ("data", _data(config, step, data)),
     ):
         for line in section:
             lines.append(f"{title:<9}{line}")
@@ -38,15 +49,15 @@ def describe(name: str, config: Trainer.Config, ranks: int) -> str:
     return "\n".join(lines).rstrip()
 
 
-def _model(step: Step) -> Iterator[str]:
-    model, parameters = step.model, count_parameters(step.model)
-    yield f"{quantity(parameters.total)} parameters"
-    flops = training_flops(model, step.training.seq_len)
-    for group, modality in enumerate(model.modalities):
-        yield (
-            f"{Modality(modality).label} tokens use {quantity(parameters.active[group])} of them: "
-            f"{quantity(flops[group])}FLOP per token, forward and backward"
-        )
+def _data_set(config: Trainer.Config) -> DataSet | None:
+    """The data of the run, refused as at its start; None if there are none yet."""
+    folder = data_folder(config.data)
+    if folder is None:
+        return None
+    prepared = (folder / "tokenizers" / VOCABULARY_FILE).exists()
+    if not prepared and not (config.data.folder and config.data.embedded):
+        return None  # without making the embedded corpus
+    return DataSet(replace(config.data, folder=str(folder)))
 
 
 def _step(config: Trainer.Config, step: Step) -> Iterator[str]:
@@ -56,8 +67,8 @@ def _step(config: Trainer.Config, step: Step) -> Iterator[str]:
     flops = sum(s * f for s, f in zip(shares, flops_by_modality, strict=True))
     yield (
         f"{tokens:,} tokens: {training.local_batch_size} rows x {training.seq_len} x "
-        f"{_count(step.data_ranks, 'data rank')} x "
-        f"{_count(step.microbatches, 'micro-batch', 'es')}"
+        f"{count(step.data_ranks, 'data rank')} x "
+        f"{count(step.microbatches, 'micro-batch', 'es')}"
     )
     yield from _pipeline(step)
     each = tokens * flops / step.dims.world_size
@@ -76,8 +87,8 @@ def _pipeline(step: Step) -> Iterator[str]:
     # bubble: arXiv 2104.04473, 2.2
     idle = (ranks - 1) / (ranks - 1 + parts * len(stages) // ranks)
     yield (
-        f"a micro-batch passes in {_count(parts, 'part')} of "
-        f"{_count(step.local_batch.rows, 'row')} through "
+        f"a micro-batch passes in {count(parts, 'part')} of "
+        f"{count(step.local_batch.rows, 'row')} through "
         f"{' + '.join(str(len(blocks)) for blocks in stages)} blocks on {ranks} ranks "
         f"({step.parallelism.pipeline_parallel_schedule}): idle at least {idle:.0%} of the time"
     )
@@ -117,40 +128,49 @@ def _which_rank(step: Step) -> str:
     return "per rank" if step.dims.pp == 1 else "on the fullest rank of the pipeline"
 
 
-def _data(config: Trainer.Config, step: Step) -> Iterator[str]:
+def _data(config: Trainer.Config, step: Step, data: DataSet | None) -> Iterator[str]:
     folder = data_folder(config.data)
     if folder is None:
         yield "none yet: prepare some (docs/data.md) and pass the folder with --data.folder"
+        yield from _needs(config)
         return
-    if not (folder / "tokenizers" / VOCABULARY_FILE).exists():
-        if not config.data.folder:
+    if data is None:
+        if config.data.embedded:
             yield f"{folder} does not have the embedded corpus yet: it is made at the first start"
-            return
-        if not config.data.embedded:
+        else:
             names = ", ".join(config.data.shares) or "any source"
             yield f"{folder} does not have {names} yet: prepare them first"
-            return
-    # refuses what the start would refuse, without making the embedded corpus
-    data = DataSet(replace(config.data, folder=str(folder)))
-    found = data.resolve(config, step.dims.world_size)
-    sources = tuple(TokenSource(folder / "train" / name) for name in data.shares)
-    loader = found.dataloader
-    shares = tuple(data.shares.values())
+        return
+    sources = tuple(TokenSource(folder) for folder in config.dataloader.sources)
+    loader = config.dataloader
+    shares = tuple(loader.sources.values())
     mixture = Mixture(sources, shares, loader.media_share, loader.clean_copies)
-    lanes = step.rows
-    tokens = step.training.steps * lanes * step.training.seq_len
-    yield f"the run takes {quantity(tokens)} tokens in {_count(lanes, 'lane')} of {folder}:"
-    for source, share in zip(sources, mixture.effective_shares(), strict=True):
-        size = sum(positions_of(source, mixture.clean_copies).values())
-        yield (
-            f"{source.name}: {len(source):,} documents, {quantity(size)} tokens; {share:.0%} of "
-            f"the run, {tokens * share / size:.3g} epochs"
-        )
-        if len(source) < lanes:
+    tokens, lanes = step.training.steps * step.rows * step.training.seq_len, step.rows
+    yield f"from {folder}: {data.taken}"
+    yield f"the run takes {quantity(tokens)} tokens in {count(lanes, 'lane')}:"
+    for use in source_plan(mixture, tokens):
+        yield source_line(use)
+        if use.documents < lanes:
             yield (
-                f"  too few: {lanes - len(source)} lanes would start with a document of another "
+                f"  too few: {lanes - use.documents} lanes would start with a document of another "
                 "lane; lower training.global_batch_size or add documents"
             )
+
+
+def _needs(config: Trainer.Config) -> Iterator[str]:
+    """What the config needs of data; all else it takes from them."""
+    model, quota = config.model_spec.model, config.dataloader.media_share
+    labels = ", ".join(Modality(modality).label for modality in model.modalities)
+    yield f"ids and modalities are those of the data; {model.vocab_size:,} and {labels} here"
+    yield f"an image or utterance must fit a row: {config.training.seq_len - 2:,} codes at most"
+    if model.vectors is not None:
+        media = ", ".join(Modality(modality).label for modality in model.vectors.modalities)
+        yield f"{media} must be vectors (--image-tokenizer pixels, vae or a folder of diffusers)"
+    if quota is not None:
+        yield (
+            f"media must be able to make up {quota:.0%} of the tokens (dataloader.media_share): "
+            "one source with more of them, one with less"
+        )
 
 
 def _shares(config: Trainer.Config, modalities: int) -> list[float]:
@@ -160,18 +180,6 @@ def _shares(config: Trainer.Config, modalities: int) -> list[float]:
     if media is None or not others:
         return [1 / modalities] * modalities
     return [1 - media, *[media / others] * others]
-
-
-def _count(number: int, noun: str, plural: str = "s") -> str:
-    return f"{number:,} {noun}{plural if number != 1 else ''}"
-
-
-def quantity(value: float) -> str:
-    """Four digits and an SI prefix: 1234567 → "1.235 M"."""
-    power = 0
-    while abs(value) >= 999.95 and power < 7:
-        value, power = value / 1000, power + 1
-    return f"{value:.4g} {['', 'k', 'M', 'G', 'T', 'P', 'E', 'Z'][power]}"
 
 
 def _bytes(size: float) -> str:

@@ -39,16 +39,22 @@ def check_ranks_agree(config: Mapping[str, Any]) -> None:
     if dist.get_world_size() == 1:
         return
     process_group.leave_at_exit()
+    facts = facts_of_ranks()
+    if dist.get_rank() == 0:
+        for line in differences(facts):
+            rank_log.tell(f"warning: {line}")
+    _require_same_config(config)
+
+
+def facts_of_ranks() -> list[Facts]:
+    """Gathers the facts of all ranks. Collective."""
     clocks = []
     for _ in range(CLOCK_ROUNDS):
         dist.barrier()
         clocks.append(time.time())
     facts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(facts, Facts(socket.gethostname(), _versions(), clocks))
-    if dist.get_rank() == 0:
-        for line in differences(facts):
-            rank_log.tell(f"warning: {line}")
-    _require_same_config(config)
+    return facts
 
 
 def differences(facts: Sequence[Facts]) -> list[str]:

@@ -1,12 +1,12 @@
 """Shows a run on the console: a progress bar with ETA on a terminal, plain lines otherwise."""
 
 import sys
-import time
 from typing import Any
 
 from tqdm import tqdm
 
 from earlyfuse.data.console import printable
+from earlyfuse.parallel.reporting.opening import quantity
 
 CLEARLY_SLOWER = 1.1
 _RULES = ("", "causal_", "threshold_")  # prefixes of losses: by batch, or by a causal rule
@@ -19,33 +19,36 @@ class Console:
 
     def __init__(self, step: int, steps: int):
         self.steps = steps
-        self.started, self.first_step = time.monotonic(), step
         self.bar: tqdm | None = None
         if sys.stdout.isatty():
-            options = {"total": steps, "initial": step, "unit": "step", "dynamic_ncols": True}
-            self.bar = tqdm(file=sys.stdout, **options)
+            self.bar = tqdm(
+                total=steps,
+                initial=step,
+                dynamic_ncols=True,
+                # its own ETA would count validation and checkpoints
+                bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
+                file=sys.stdout,
+            )
 
     def tick(self, step: int) -> None:
         """Advance the progress bar to ``step``."""
         if self.bar is not None:
             self.bar.update(step - self.bar.n)
 
-    def train(self, step: int, metrics: dict[str, Any]) -> None:
+    def train(self, step: int, metrics: dict[str, Any], seconds_left: float | None) -> None:
         """Show a training step."""
         text = (
             f"{_losses('loss', metrics)}{_other_sums(metrics)} | grad {metrics['grad_norm']:.2f} | "
-            f"lr {metrics['lr']:.1e} | {metrics['tokens_per_second']:,.0f} tok/s"
+            f"lr {metrics['lr']:.1e} | {_rates(metrics)}"
         )
-        if "mfu" in metrics:
-            text += f" | mfu {metrics['mfu']:.1%}"
         if "slowest_rank" in metrics:
             text += f" | {_ranks(metrics)}"
+        eta = "unknown yet" if seconds_left is None else tqdm.format_interval(seconds_left)
+        text += f" | eta {eta}"
         if self.bar is not None:
             self.bar.set_postfix_str(text, refresh=False)
         else:
-            self._print(
-                f"step {step:>{len(str(self.steps))}}/{self.steps} | {text} | eta {self._eta(step)}"
-            )
+            self._print(f"step {step:>{len(str(self.steps))}}/{self.steps} | {text}")
 
     def validation(self, step: int, metrics: dict[str, Any]) -> None:
         """Show a validation."""
@@ -63,7 +66,7 @@ class Console:
         causal = "".join(f" | {_losses(name, metrics)}" for name in by_rule if name in metrics)
         losses = _losses("loss", metrics) + _other_sums(metrics)
         weights = f" ({metrics['weights']} weights)" if "weights" in metrics else ""
-        self._print(f"validation at step {step}{weights} | {losses}{causal}{tasks}")
+        self._print(f"validation at step {step}{weights} | {losses}{causal}{tasks}{_seen(metrics)}")
 
     def close(self) -> None:
         """Close the progress bar."""
@@ -76,11 +79,6 @@ class Console:
             self.bar.write(line, file=sys.stdout)
         else:
             print(line, flush=True)
-
-    def _eta(self, step: int) -> str:
-        done = max(step - self.first_step, 1)
-        seconds = (time.monotonic() - self.started) / done * (self.steps - step)
-        return tqdm.format_interval(seconds)
 
 
 def _losses(name: str, metrics: dict[str, float]) -> str:
@@ -105,6 +103,37 @@ def _other_sums(metrics: dict[str, float]) -> str:
     names = dict.fromkeys(name.rpartition("/")[0] for name in metrics)
     shown = (name for name in names if name in metrics and name not in _NOT_ADDED)
     return "".join(f" | {_losses(name, metrics)}" for name in shown)
+
+
+def _rates(metrics: dict[str, Any]) -> str:
+    """Throughput of training alone, or the time of the first step."""
+    if "first_step_seconds" in metrics:
+        return f"first step {metrics['first_step_seconds']:.3g} s"
+    text = (
+        f"{metrics['tokens_per_second']:,.0f} tok/s | "
+        f"{quantity(1e12 * metrics['tflops_per_rank'])}FLOP/s"
+    )
+    if "mfu" in metrics:
+        text += f" ({metrics['mfu']:.1%} mfu)"
+    if "slowest_rank" in metrics:
+        return f"{text} per rank"
+    return f"{text} | step {metrics['step_seconds']:.3g} s"
+
+
+def _seen(metrics: dict[str, Any]) -> str:
+    """Tokens, FLOPs and epochs of the run so far."""
+    tokens, flops = (
+        sum(value for name, value in metrics.items() if name.startswith(f"{kind}/"))
+        for kind in ("tokens", "flops")
+    )
+    prefix = "epochs_by_source/"
+    epochs = [
+        f"{name.removeprefix(prefix)} {value:.3g}"
+        for name, value in metrics.items()
+        if name.startswith(prefix)
+    ]
+    text = f" | {tokens:,} tokens, {quantity(flops)}FLOP" if tokens else ""
+    return text + (f" | epochs {' '.join(epochs)}" if epochs else "")
 
 
 def _ranks(metrics: dict[str, Any]) -> str:

@@ -3,7 +3,8 @@
 ``metrics.jsonl`` has a JSON object per logged step, of ``kind`` "train" or "validation". Modality
 and source are the last part of a name (``loss/image``, ``loss_by_source/pairs``), for every sum of
 the objective. A resumed run first drops lines beyond its checkpoint, so the file equals that of an
-unbroken run. With several ranks, a line also has the times of the slowest (``stragglers.py``).
+unbroken run. Losses of a training line are means over the steps since the last one; times are of
+training alone. With several ranks, a line also has the times of the slowest (``stragglers.py``).
 """
 
 import threading
@@ -56,6 +57,9 @@ class RunMetrics(MetricsProcessor):
         super().__init__(config, dump_folder=dump_folder, **runtime)
         self.console: Console | None = None
         self.rank_times = RankTimes()
+        self.first_step = self.steps = 0
+        self._flops = 0.0
+        self._trained, self._trained_seconds = 0, 0.0  # steps timed since the start, their time
 
     def _build_metric_logger(
         self,
@@ -69,37 +73,66 @@ class RunMetrics(MetricsProcessor):
         tensorboard = config.save_tb_folder if config.enable_tensorboard else None
         return RunLogger(self.folder, tensorboard, config_dict if config.enable_wandb else None)
 
-    def start(self, step: int, steps: int) -> None:
-        """Open the outputs at ``step`` of ``steps``, dropping logged lines beyond it."""
+    def start(self, step: int, steps: int, flops: float = 0.0) -> None:
+        """Open the outputs at ``step`` of ``steps``, dropping logged lines beyond it.
+
+        ``flops``: those of the run so far.
+        """
+        self.first_step, self.steps, self._flops = step, steps, flops
         if isinstance(self.logger, RunLogger):
             self.logger.start(step)
         self.console = Console(step, steps) if self.is_main else None
         self.rank_times.start(step)
-        self.time_last_log = time.perf_counter()
+        self.restart_clock()
 
     def log_step(self, step: int, metrics: dict[str, Any]) -> None:
-        """Log a training step, with throughput since the last call; call it on every rank."""
+        """Log a training step, with throughput since ``restart_clock``; call it on every rank."""
         elapsed = time.perf_counter() - self.time_last_log
-        # the ranks of a tensor- or context-parallel group read the same tokens
-        dims = self.parallel_dims
-        tokens_per_second = self.ntokens_since_last_log / elapsed / dims.non_data_parallel_size
         data_wait = sum(self.data_loading_times)
+        self._flops = sum(value for name, value in metrics.items() if name.startswith("flops/"))
         metrics = metrics | {
-            "tokens_per_second": tokens_per_second * dims.world_size,
             "data_wait": data_wait / elapsed,
             "memory_gib": self.device_memory_monitor.get_peak_stats().max_active_gib,
         }
-        if self.gpu_peak_flops:
-            metrics["mfu"] = self.num_flops_per_token * tokens_per_second / self.gpu_peak_flops
+        if step == self.first_step + 1:  # it warms up, and may compile
+            metrics["first_step_seconds"] = elapsed
+        else:
+            metrics |= self._throughput(step, elapsed)
         metrics |= self.rank_times.gather(step, data_wait, elapsed)
         self.logger.log({"kind": TRAIN, **metrics}, step)
         if self.console:
-            self.console.train(step, metrics)
+            self.console.train(step, metrics, self.seconds_left(step))
         self.restart_clock()
 
-    def tick(self, step: int) -> None:
-        """Advance the progress bar to ``step``."""
-        self.rank_times.step = step
+    def _throughput(self, step: int, elapsed: float) -> dict[str, float]:
+        """Rates of the steps since ``restart_clock``, which took ``elapsed`` seconds."""
+        dims, steps = self.parallel_dims, step - self._clock_step
+        self._trained += steps
+        self._trained_seconds += elapsed
+        # the ranks of a tensor- or context-parallel group read the same tokens
+        tokens = self.ntokens_since_last_log * dims.world_size / dims.non_data_parallel_size
+        flops_per_rank = (self._flops - self._clock_flops) / elapsed / dims.world_size
+        found = {
+            "tokens_per_second": tokens / elapsed,
+            "step_seconds": elapsed / steps,
+            "tflops_per_rank": flops_per_rank / 1e12,
+        }
+        if self.gpu_peak_flops:
+            found["mfu"] = flops_per_rank / self.gpu_peak_flops
+        return found
+
+    def seconds_left(self, step: int) -> float | None:
+        """Training time of the steps after ``step``, without validation, checkpoints and samples;
+        None as long as no step but the first was timed.
+        """
+        left = self.steps - step
+        if not left:
+            return 0.0
+        return self._trained_seconds / self._trained * left if self._trained else None
+
+    def tick(self, step: int, flops: float = 0.0) -> None:
+        """Advance to ``step``; ``flops``: those of the run so far."""
+        self.rank_times.step, self._flops = step, flops
         if self.console:
             self.console.tick(step)
 
@@ -133,7 +166,10 @@ class RunMetrics(MetricsProcessor):
         return ""
 
     def restart_clock(self) -> None:
-        """Measure throughput from now on."""
+        """Measure throughput from now on: after a logged step, validation, a checkpoint, and the
+        first step.
+        """
+        self._clock_step, self._clock_flops = self.rank_times.step, self._flops
         self.ntokens_since_last_log = 0
         self.data_loading_times.clear()
         self.rank_times.restart()

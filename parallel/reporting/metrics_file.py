@@ -1,8 +1,10 @@
 """Reads and writes ``metrics.jsonl``, the log of a run: a JSON object per line.
 
 Every line has ``step`` and ``kind`` ("train" or "validation"); other fields are numbers, except
-``slowest_host`` and ``weights``. ``null`` is a number that is not finite, such as the loss of a
-skipped step; NaN, as earlier versions wrote it, is also read.
+``slowest_host`` and ``weights``. Losses of a training line are means over the steps since the last
+line, weighted by labels; all else is of that step, of the run so far (``tokens/…``, ``flops/…``,
+``…_by_source/…``) or of the time since (rates). ``null`` is a number that is not finite, such as
+the loss of a skipped step; NaN, as earlier versions wrote it, is also read.
 """
 
 import json

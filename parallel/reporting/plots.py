@@ -120,9 +120,11 @@ class _Run:
     def __init__(self, lines: list[dict[str, Any]]):
         self.train = [line for line in lines if line["kind"] == TRAIN]
         self.validation = [line for line in lines if line["kind"] == VALIDATION]
+        # validations of earlier versions have no tokens: those of the training line of their step
         self.tokens_at = {
             line["step"]: sum(value for key, value in line.items() if key.startswith("tokens/"))
-            for line in self.train
+            for line in lines
+            if any(key.startswith("tokens/") for key in line)
         }
 
     def draw(

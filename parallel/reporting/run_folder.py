@@ -1,10 +1,13 @@
-"""Manages a run's folder: its description (``run.json``), its lock, and whether it is writable."""
+"""Manages a run's folder: its description (``run.json``), the history of its starts
+(``history.jsonl``), its lock, and whether it is writable.
+"""
 
 import json
 import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -14,14 +17,21 @@ import torch
 
 from earlyfuse.data.console import printable
 from earlyfuse.data.folder_lock import FolderLock
-from earlyfuse.data.json_files import JsonObject, read_json
+from earlyfuse.data.json_files import JsonObject, load_json, read_json
 from earlyfuse.parallel.reporting import rank_log
+from earlyfuse.parallel.reporting.optional_files import append_line
 
-DESCRIPTION, CURVES, SAMPLES = "run.json", "loss_curves.png", "samples.png"
+DESCRIPTION, HISTORY = "run.json", "history.jsonl"
+CURVES, SAMPLES = "loss_curves.png", "samples.png"
 # time for the processes of a killed run to end: of another run, or, after a restart by the
 # launcher, of the previous attempt, whose host may be gone
 ENDING_SECONDS, RESTART_SECONDS = 10.0, 120.0
-PEAKS_KNOWN = ("A100", "H100", "H200", "B200", "A6000", "MI250", "MI300", "MI325", "MI355", "L40S")
+# as torchtitan 0.3.0 finds them; its "l40s" is in no device's name
+PEAKS_KNOWN = (
+    *("A100", "A6000", "H100", "H200", "H20", "B200", "B300", "GB300"),
+    *("MI250X", "MI300X", "MI325X", "MI355X"),
+)
+_LONGEST_START = 1 << 20  # bytes of a line of the history
 
 
 def check_writable(folder: Path) -> None:
@@ -75,8 +85,7 @@ def write_description(
         return
     description = {
         "command": sys.argv,
-        "revision": revision(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        **_source(),
         "config": config,
         "changes": list(changes),
     }
@@ -84,6 +93,42 @@ def write_description(
     temporary = folder / f"{DESCRIPTION}.tmp"
     temporary.write_text(json.dumps(description, indent=2, default=repr))
     temporary.replace(folder / DESCRIPTION)
+
+
+def _source() -> dict[str, Any]:
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    return {"revision": revision(), "versions": versions}
+
+
+def append_start(
+    folder: Path, step: int, hosts: Sequence[str], changed: Sequence[dict[str, Any]]
+) -> None:
+    """Append a start after ``step`` to the history: time, command, ranks, and the fields that
+    changed since the last one. ``hosts``: of each rank.
+    """
+    start = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "step": step,
+        "command": sys.argv,
+        "ranks": len(hosts),
+        "hosts": sorted(set(hosts)),
+        **_source(),
+        "changed": list(changed),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    append_line(folder / HISTORY, json.dumps(start, default=repr))
+
+
+def last_start(folder: Path) -> JsonObject | None:
+    """The last whole line of the history, None without any; ``ValueError`` if it is damaged."""
+    path, remedy = folder / HISTORY, "remove that line"
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - _LONGEST_START))
+        *whole, _ = file.read().split(b"\n")
+    where = f"last line of {path}"
+    return JsonObject.of(load_json(whole[-1], where, remedy), where, remedy) if whole else None
 
 
 def read_description(folder: Path) -> JsonObject:

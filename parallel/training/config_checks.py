@@ -117,9 +117,10 @@ _BETA = Range(0, 1, below=True)
 
 _DATA, _SPLIT = "set data.folder and data.shares", "blocks are split evenly; set "
 _SPLIT += "pipeline_parallel_first_stage_less_layers or pipeline_parallel_last_stage_less_layers"
+_START = "start.model takes the folder of a model in any format (docs/conversion.md)"
 # fields of torchtitan's that have no effect on this trainer → what to do instead
 UNREAD = {
-    "hf_assets_path": "data.folder has the tokenizers, checkpoint.initial_load_path takes weights",
+    "hf_assets_path": "data.folder has the tokenizers, start.model takes weights",
     "metrics.disable_color_printing": "the console has no colours",
     "metrics.save_for_all_ranks": "rank 0 logs sums over all ranks, and times of the slowest",
     "dataloader.dataset": _DATA,
@@ -136,6 +137,10 @@ UNREAD = {
         "initial values do not depend on the number of ranks; to share them save step 1 "
         "(checkpoint.enable_first_step_checkpoint)"
     ),
+    "checkpoint.initial_load_path": _START,
+    "checkpoint.initial_load_model_only": _START,
+    "checkpoint.initial_load_in_hf": _START,
+    "checkpoint.initial_load_in_hf_quantized": _START,
     "compile.enable_async_tensor_parallel": "it does not apply to this decoder",
     "comm.train_timeout_seconds": "set watchdog.timeout_seconds",
     "comm.mode": "use --dry-run to check a layout without its devices",
@@ -147,6 +152,12 @@ UNREAD = {
     "debug.print_config": "run.json has the config; debug.save_config_file writes another copy",
     "debug.enable_structured_logging": "use profiler.enable_profiling for traces",
 }
+# fields that the run's data and model determine (DataSet.resolve), and that must be left out
+FILLED_IN = (
+    *("dataloader.sources", "dataloader.order", "dataloader.global_batch_size"),
+    *("dataloader.clean_copies", "validator.clean_copies", "validator.sources"),
+    *("validator.data_folder", "sampler.data_folder"),
+)
 _ALLOWED = {"training.disable_cuda_graphs": True}  # where it is not torchtitan's default
 
 
@@ -242,12 +253,6 @@ def _combinations(config: Any) -> list[tuple[str, bool, str]]:
             not dropout or recompute is None or recompute.preserve_rng_state,
             f"needs preserve_rng_state with dropout ({dropout}), or recomputed blocks would drop "
             "other places; set activation_checkpoint.preserve_rng_state",
-        ),
-        (
-            "start.run",
-            not (config.start.run and config.checkpoint.initial_load_path),
-            f"must not be set together with checkpoint.initial_load_path "
-            f"({config.checkpoint.initial_load_path}): both give initial weights; remove one",
         ),
     ]
 

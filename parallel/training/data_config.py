@@ -15,17 +15,21 @@ from torchtitan.config import Configurable
 
 from earlyfuse.data.atomic import sha256_file
 from earlyfuse.data.json_files import shown
-from earlyfuse.data.media import MEDIA, Vectors
+from earlyfuse.data.media import MEDIA
 from earlyfuse.data.shards.manifest import MANIFEST
 from earlyfuse.data.shards.source import TokenSource
-from earlyfuse.data.stream.mixture import positions_of
+from earlyfuse.data.stream.mixture import Mixture, positions_of
 from earlyfuse.data.tokenizers import TEXT_FILES, VOCABULARY_FILE
 from earlyfuse.data.vocabulary import check_same, load_vocabulary
 from earlyfuse.models.blocks.branch import Microbatch
 from earlyfuse.models.blocks.experts import ExpertPool
-from earlyfuse.models.blocks.vector_adapters import VectorAdapters
-from earlyfuse.models.vocabulary import Modality
 from earlyfuse.parallel.training.config_checks import accumulation_steps, default_of
+from earlyfuse.parallel.training.model_fit import (
+    differences,
+    fit_shares,
+    fit_vectors,
+    fit_vocabulary,
+)
 
 # folders of the embedded corpus, and shares of its sources unless given
 CORPUS, SPEECH_CORPUS = Path("runs", "data"), Path("runs", "data_speech")
@@ -91,6 +95,7 @@ class DataSet(Configurable):
                 "(docs/data.md)"
             )
         self.folder = folder
+        self.taken = ""  # what ``resolve`` took from the data, in words
         self._opened: dict[Path, TokenSource] = {}
         if config.folder:
             self._check_given(config)
@@ -137,9 +142,9 @@ class DataSet(Configurable):
         ``ValueError`` naming the field where config, data and model do not fit.
         """
         config = deepcopy(config)
-        model = config.model_spec.model
-        vectors: VectorAdapters.Config | None = model.vectors
-        clean_copies = vectors is not None and vectors.later_see == "clean"
+        given = config.model_spec.model
+        model = fit_vocabulary(given, self.vocabulary)
+        clean_copies = model.vectors is not None and model.vectors.later_see == "clean"
         if clean_copies and not config.data.shares:
             self.shares = self._own_shares(config.data.embedded, clean_copies)
         train = self.sources("train")
@@ -152,7 +157,7 @@ class DataSet(Configurable):
         held_out = self.sources("validation") if config.validator.enable else {}
         for folder in (*(train[name] for name in self.shares), *held_out.values()):
             source = self._source(folder)
-            check_vectors(source, vectors)
+            model = fit_vectors(model, source)
             self._check_tokenizers(source)
         training, validator = config.training, config.validator
         # the ranks of a tensor-, context- or pipeline-parallel group share their rows
@@ -176,6 +181,13 @@ class DataSet(Configurable):
             section, name = field_name.split(".")
             _fill_in(getattr(config, section), name, value, field_name)
         config.data.folder = str(self.folder)
+        quota = config.dataloader.media_share
+        if quota is None or model.modalities != given.modalities:
+            read = tuple(self._source(train[name]) for name in self.shares)
+            mixture = Mixture(read, tuple(self.shares.values()), quota, clean_copies)
+            model = fit_shares(model, mixture)
+        self.taken = "; ".join(differences(given, model))
+        config.model_spec = replace(config.model_spec, model=model)
         self._check_model(model, training, validator.batch_rows)
         self._check_stream_loss(config.loss)
         _share_validation(validator, model, ranks)
@@ -220,19 +232,6 @@ class DataSet(Configurable):
             )
 
     def _check_model(self, model: Any, training: Any, validation_rows: int) -> None:
-        if model.vocab_size != self.vocabulary.size:
-            raise ValueError(
-                f"model vocab_size ({model.vocab_size}) must equal the vocabulary of the data "
-                f"({self.vocabulary.size} ids in {self.folder}); set vocab_size="
-                f"{self.vocabulary.size} in a config of your own, or prepare with other "
-                "--text-vocab and --codes, or with the --tokenizers of a converted model"
-            )
-        missing = [m.label for m in self.vocabulary.modalities if m not in model.modalities]
-        if missing:
-            raise ValueError(
-                f"model modalities {[Modality(m).label for m in model.modalities]} lack {missing}, "
-                f"which the data in {self.folder} have; add them to the model's config"
-            )
         whole_groups = {
             "training.local_batch_size": training.local_batch_size,
             "validator.batch_rows": validation_rows,
@@ -248,55 +247,6 @@ class DataSet(Configurable):
                 if pool.router.static:  # raises if an expert would take no token
                     one_group = Microbatch(pool.router.routing_rows, training.seq_len)
                     pool.routed_rows(layer.inner(one_group))
-
-
-def check_vectors(source: TokenSource, vectors: VectorAdapters.Config | None) -> None:
-    """``ValueError`` unless a model with ``vectors`` (its adapters' config, or None) reads those of
-    ``source``.
-    """
-    if source.vectors is None:
-        if vectors is not None:
-            raise ValueError(
-                f"model vectors (of width {vectors.width}) need data with continuous vectors, and "
-                f"source {source.folder} has none; prepare with --image-tokenizer pixels or vae, "
-                "or train a model without"
-            )
-    elif vectors is None:
-        raise ValueError(
-            f"source {source.folder} has continuous vectors ({', '.join(source.vectors.media)}), "
-            "which a model without vectors does not read; train one with vectors, or prepare with "
-            "a tokenizer of codes"
-        )
-    elif vectors.width != source.vectors.width:
-        raise ValueError(
-            f"model vectors.width ({vectors.width}) must be the width of the vectors of source "
-            f"{source.folder} ({source.vectors.width}); change it, or prepare with another patch"
-        )
-    else:
-        _check_items(source, source.vectors, vectors)
-
-
-def _check_items(source: TokenSource, found: Vectors, vectors: VectorAdapters.Config) -> None:
-    """``ValueError`` unless media, channels and vectors of an item are those of ``source``."""
-    labels = {Modality(modality).label for modality in vectors.modalities}
-    if labels != set(found.media):
-        raise ValueError(
-            f"model vectors.modalities ({', '.join(sorted(labels))}) must be the continuous media "
-            f"of source {source.folder} ({', '.join(found.media)}); change them"
-        )
-    if vectors.channels not in (0, found.channels):
-        raise ValueError(
-            f"model vectors.channels ({vectors.channels}) must be the channels of the vectors of "
-            f"source {source.folder} ({found.channels}); change it"
-        )
-    blocks = {label: source.vocabulary.medium(Modality[label]).block for label in found.media}
-    for label, block in blocks.items():
-        if vectors.block not in (0, block):
-            raise ValueError(
-                f"model vectors.block ({vectors.block}) must be the vectors of an item of {label} "
-                f"in source {source.folder} ({block or 'any number'}); change it, or prepare with "
-                "another patch or image size"
-            )
 
 
 def _fill_in(section: Any, name: str, value: Any, field_name: str) -> None:
@@ -326,6 +276,18 @@ def data_folder(config: DataSet.Config) -> Path | None:
     if config.embedded:
         return _CORPORA[_extra(config)][0]
     return None
+
+
+def fitted(config: Any) -> Any:
+    """A copy of a ``Trainer.Config`` whose model has the ids and modalities of its data, as far as
+    these are prepared already.
+    """
+    folder = data_folder(config.data)
+    path = folder and folder / "tokenizers" / VOCABULARY_FILE
+    if not path or not path.is_file():
+        return config
+    model = fit_vocabulary(config.model_spec.model, load_vocabulary(path))
+    return replace(config, model_spec=replace(config.model_spec, model=model))
 
 
 def _place(name: str) -> tuple[int, str]:

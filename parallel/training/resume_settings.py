@@ -8,7 +8,8 @@ below, so that ``run.json`` always describes what is computed.
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from earlyfuse.data.atomic import atomic_write_json
 from earlyfuse.data.json_files import read_json, shown
 from earlyfuse.models.state_dicts import decoder_config
-from earlyfuse.parallel.reporting import rank_log
+from earlyfuse.parallel.reporting import rank_log, run_folder
 from earlyfuse.parallel.training.config_checks import UNREAD
 
 SETTINGS = "settings.json"
@@ -31,7 +32,7 @@ class Effect(Enum):
     """Effect of a changed setting at a resume."""
 
     NONE = "affects placement, speed or logging, not the computation"
-    APPLIED = "applied from the next step on, and noted in run.json"
+    APPLIED = "applied from the next step on, and noted in run.json and history.jsonl"
     DATA = "compared by the loader, which knows the data"
     FIXED = "refused"
     UNREAD = "must have its default at any start (config_checks.UNREAD)"
@@ -42,16 +43,12 @@ class Effect(Enum):
 _FIELDS: dict[Effect, dict[str, str]] = {
     Effect.FIXED: {
         "": "model_spec train_only",
-        "start": "run step data weights",
+        "start": "model upcycle step data weights",
         "override": "imports",
         "debug": "seed",
         "optimizer": "implementation optimizer_factory_kwargs_by_name",
         "optimizer.param_groups": "pattern optimizer_name optimizer_kwargs",
         "training": "seq_len dtype",
-        "checkpoint": (
-            "initial_load_path initial_load_model_only initial_load_in_hf "
-            "initial_load_in_hf_quantized"
-        ),
     },
     Effect.APPLIED: {
         "model_spec.model.layers": "dropout",
@@ -128,7 +125,7 @@ _NAMED_BY_USERS = (
     "optimizer.optimizer_factory_kwargs_by_name",
 )
 _DERIVED = ("model_spec", "dataloader.sources", "dataloader.global_batch_size", "validator.")
-_BEGUN = ("start.", "checkpoint.initial_load")
+_BY_RANKS = "comm.init_timeout_seconds"  # the trainer raises it with several ranks
 UNKNOWN: Any = object()
 Difference = tuple[str, Any, Any]  # field, before, now
 
@@ -206,6 +203,7 @@ class Settings:
         plain["model_spec"]["model"] = decoder_config.to_dict(config.model_spec.model)
         self.config = compared(plain)
         self.changes: list[dict[str, Any]] = []
+        self.changed: list[dict[str, Any]] = []  # by this resume
         self.changed_now = ""
 
     def write(self, folder: Path) -> None:
@@ -233,10 +231,36 @@ class Settings:
                 raise ValueError(_refusal(field, before, now, folder))
             elif effect is Effect.APPLIED:
                 changed.append({"step": step, "field": field, "before": before, "now": now})
-        self.changes = saved.field("changes", list) + changed
-        listed = [f"{c['field']} {shown(c['before'])} → {shown(c['now'])}" for c in changed]
-        more = f" and {len(listed) - 4} more in run.json" if len(listed) > 4 else ""
-        self.changed_now = ", ".join(listed[:4]) + more
+        self.changes, self.changed = saved.field("changes", list) + changed, changed
+        self.changed_now = listed(changed)
+
+
+def changed_beside(folder: Path, config: dict[str, Any], ranks: int) -> list[dict[str, Any]]:
+    """Fields without effect on the computation (ranks, layout, intervals, paths) that differ from
+    the last start in ``folder``; [] at the first, or if its files are damaged.
+    """
+    with suppress(ValueError):
+        last = run_folder.last_start(folder)
+        if last is None or not (folder / run_folder.DESCRIPTION).is_file():
+            return []
+        found = changes(run_folder.read_config(folder).values, config)
+        beside = [
+            {"field": field, "before": before, "now": now}
+            for field, before, now in found
+            if before is not UNKNOWN
+            and effect_of(field) in (Effect.NONE, Effect.DATA)
+            and not field.startswith((*_DERIVED, _BY_RANKS))
+        ]
+        before = last.field("ranks", int)
+        return [{"field": "ranks", "before": before, "now": ranks}] * (before != ranks) + beside
+    return []
+
+
+def listed(changed: Sequence[dict[str, Any]]) -> str:
+    """The first changes as "field before → now"."""
+    lines = [f"{c['field']} {shown(c['before'])} → {shown(c['now'])}" for c in changed]
+    more = f" and {len(lines) - 4} more in {run_folder.HISTORY}" if len(lines) > 4 else ""
+    return ", ".join(lines[:4]) + more
 
 
 def _same_seed(field: str, before: Any, now: Any) -> bool:
@@ -246,8 +270,8 @@ def _same_seed(field: str, before: Any, now: Any) -> bool:
 
 def _refusal(field: str, before: Any, now: Any, folder: Path) -> str:
     remedy = "start a new run with another --dump_folder"
-    if not field.startswith(_BEGUN):
-        remedy += ", which can begin with this one's parameters by --start.run"
+    if not field.startswith("start."):
+        remedy += ", which can begin with this one's parameters by --start.model"
     return (
         f"{field} ({shown(now)}) must stay {shown(before)}, as it is in checkpoint {folder}: a "
         f"resume cannot change it; use the value of the run, or {remedy}"

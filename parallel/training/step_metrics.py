@@ -1,15 +1,18 @@
-"""Metrics of a step: losses by modality and source, tokens and FLOPs, statistics of routers.
+"""Metrics of logged steps: losses by modality and source, tokens and FLOPs, statistics of routers.
 
 N data sources, M modality ids.
 """
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import torch
 from torch import nn
 from torchtitan.distributed import ParallelDims
 
+from earlyfuse.data.json_files import load_json
+from earlyfuse.data.stream.loader import LaneLoader
 from earlyfuse.models.decoder import Decoder
 from earlyfuse.models.flops import training_flops
 from earlyfuse.models.routing.router_stats import Statistics
@@ -41,6 +44,88 @@ def losses(
             if count_N[n]
         }
     return found
+
+
+class LossMean:
+    """Sums and counts of the objective over the steps taken since the last logged line.
+
+    The logged losses are their quotients: means over all labels of these steps, as the loss of one
+    step is the mean over its labels. Kept on the device, without host synchronisation, and in
+    checkpoints, so that a resumed run logs what the unbroken one does.
+    """
+
+    def __init__(self) -> None:
+        self.sums: dict[str, torch.Tensor] = {}
+        self.counts: dict[str, torch.Tensor] = {}
+
+    def add(
+        self,
+        sums: Mapping[str, torch.Tensor],
+        counts: Mapping[str, torch.Tensor],
+        taken: torch.Tensor,
+    ) -> None:
+        """Add a step, over all ranks, if it was ``taken``, a bool tensor ()."""
+        for name, sums_NM in sums.items():
+            kept_NM = torch.where(taken, sums_NM.double(), 0.0)
+            self.sums[name] = self.sums.get(name, 0) + kept_NM
+        for name, count_NM in counts.items():
+            self.counts[name] = self.counts.get(name, 0) + torch.where(taken, count_NM, 0)
+
+    def pop(
+        self, sums: Mapping[str, torch.Tensor], counts: Mapping[str, torch.Tensor]
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Sums and counts on the host, and begin anew; of the last step, ``sums`` and ``counts``,
+        if no step was taken.
+        """
+        found = {name: count.cpu() for name, count in self.counts.items()}
+        if any(count.any() for count in found.values()):
+            totals = {name: total.cpu() for name, total in self.sums.items()}
+        else:
+            totals = {name: total.cpu() for name, total in sums.items()}
+            found = dict(counts)
+        self.sums, self.counts = {}, {}
+        return totals, found
+
+    def state_dict(self) -> str:
+        """JSON, which keeps floats exactly."""
+        parts = {"sums": self.sums, "counts": self.counts}
+        return json.dumps({k: {n: t.tolist() for n, t in v.items()} for k, v in parts.items()})
+
+    def load_state_dict(
+        self, state: str, shape: tuple[int, int], device: torch.device | str
+    ) -> None:
+        """Inverse of ``state_dict``; ``shape`` is (N, M), and a state of another begins anew."""
+        where, remedy = "train_state.loss_mean of the checkpoint", "load another checkpoint"
+        saved, found = load_json(state, where, remedy), []
+        for part, dtype in (("sums", torch.float64), ("counts", torch.int64)):
+            try:
+                found.append(
+                    {
+                        str(name): torch.tensor(values, dtype=dtype, device=device)
+                        for name, values in saved[part].items()
+                    }
+                )
+            except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+                raise ValueError(
+                    f"{where} must have tables of numbers as {part} ({error}); {remedy}"
+                ) from error
+        if all(t.shape == shape for part in found for t in part.values()):
+            self.sums, self.counts = found
+
+
+def data_read(
+    loader: LaneLoader, counts_lanes: bool, device: torch.device | str
+) -> dict[str, float]:
+    """Tokens and epochs read of each source; collective. ``counts_lanes``: False on ranks that read
+    the lanes of another rank.
+    """
+    lanes_K = loader.lanes.sum(0).to(device) * counts_lanes
+    progress = loader.progress(sum_over_ranks({"lanes": lanes_K})["lanes"].cpu())
+    return {
+        f"{name}_by_source/{source}": value
+        for name, values in (("tokens", "source_tokens"), ("epochs", "epoch"))
+        for source, value in progress[values].items()
+    }
 
 
 def work_done(model: Decoder.Config, seq_len: int, tokens_M: torch.Tensor) -> dict[str, float]:

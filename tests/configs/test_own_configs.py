@@ -141,7 +141,7 @@ def test_a_study_names_runs_of_a_file_by_their_functions(own, capsys):
     names = ["my_runs.py:tiny", "my_runs.py:swept_3"]
     runs = study.plan(own / "out", names, [0], ("--sampler.no-enable",))
     assert [run.folder.name for run in runs] == ["tiny-seed0", "swept_3-seed0"]
-    assert [run.command[2] for run in runs] == names and [run.steps for run in runs] == [2, 3]
+    assert [run.command[3] for run in runs] == names and [run.steps for run in runs] == [2, 3]
     (own / "other.py").write_text((own / "my_runs.py").read_text())
     with pytest.raises(ValueError, match=r"configs \(tiny tiny\) must differ"):
         study.plan(own / "out", ["my_runs.py:tiny", "other.py:tiny"], [0], ())

@@ -11,8 +11,8 @@ from tiny_runs import MAMBAS, SHAPE, VECTORS, metrics, moma, run
 from toy import VECTOR_VOCABULARY, make_data
 
 from earlyfuse.configs import decoders
-from earlyfuse.configs.command_line import list_text
 from earlyfuse.configs.embedded import SHAPE as EMBEDDED
+from earlyfuse.configs.listing import project_list
 from earlyfuse.configs.presets import (
     chameleon,
     mixture_of_depths,
@@ -80,6 +80,8 @@ SIZES = (
         for size, millions in TRANSFUSION_MAMBA.items()
     ]
     + [("chameleon_7b", 7000, 0.005), ("chameleon_34b", 34_000, 0.01)]
+    # seven further feed-forwards of 3 · 4096 · 11008 in each of 32 layers
+    + [("chameleon_7b_4t4i", 7014 + 7 * 32 * 135.27, 0.001)]
 )
 
 
@@ -131,6 +133,7 @@ def dense_of(name: str) -> str:
     """The dense model of the same size."""
     if name.startswith("transfusion"):
         return re.sub("_mom$", "_mamba", re.sub("_(mot|moma)$", "", name))
+    name = name.removesuffix("_4t4i") if name.startswith("chameleon") else name
     family = re.sub("_(dense|mot|mom|moe_.*)$", "", name)
     return name if family == name else f"{family}_dense"
 
@@ -287,7 +290,7 @@ def test_without_a_folder_the_error_says_what_to_do(capsys, monkeypatch, tmp_pat
 
 
 def test_the_list_names_every_config_once_in_sections():
-    lines = list_text().splitlines()
+    lines = project_list().splitlines()
     names = [line.split()[0] for line in lines if line.startswith("  ")]
     assert sorted(names) == sorted(catalogue()) and len(names) == len(set(names)) >= 43
     assert [line for line in lines if line and not line.startswith("  ")] == list(sections())

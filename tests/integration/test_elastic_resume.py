@@ -34,6 +34,9 @@ def copy_step(source: Path, target: Path, step: int) -> None:
     shutil.copytree(source / name, target / name)
 
 
+pytestmark = pytest.mark.slow  # each layout trains three times
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
     """A folder with ``data``, and with the runs of one process."""

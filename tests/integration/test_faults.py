@@ -191,6 +191,7 @@ def test_a_run_of_skipped_steps_stops_the_job_naming_step_rank_and_last_checkpoi
         train(config, dict.fromkeys(range(5, 20), NAN))
 
 
+@pytest.mark.slow
 def test_the_spike_guard_skips_what_stands_out_and_remembers_across_a_restart(tmp_path, data):
     def config(folder):
         config = tiny_config(tmp_path / folder, data, steps=12)

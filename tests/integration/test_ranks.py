@@ -35,7 +35,7 @@ EQUAL = (
     "task",
 )
 EQUAL += ("depth", "tokens", "flops", "lr", "skipped_steps", "causal", "causal_loss", "causal_task")
-EQUAL += ("threshold", "threshold_loss", "threshold_task")
+EQUAL += ("tokens_by_source", "epochs_by_source", "threshold", "threshold_loss", "threshold_task")
 # exact budgets pad all rows of a micro-batch to the longest
 PADDED = re.compile(r"depth/.*/filled")
 PROGRAM = SUPPORT / "layouts.py"

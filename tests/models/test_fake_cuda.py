@@ -40,6 +40,9 @@ MEANT = {
 STATIC = ["dense:validation", "token_choice:validation", "mixture_of_mamba:validation"]
 
 
+pytestmark = pytest.mark.slow  # compiles a library, then traces all families
+
+
 @pytest.fixture(scope="module")
 def problems(tmp_path_factory):
     """Case → problems, of all cases in one process."""

@@ -134,10 +134,8 @@ HIDDEN = {
 }
 
 
-def begin_with_weights(run: Path, data: Path, model_only: bool = True) -> None:
-    path = str(run / "checkpoint" / "step-3")
-    settings = {"initial_load_path": path, "initial_load_model_only": model_only}
-    train(run.with_name("new"), data, 1 if model_only else 4, checkpoint=settings)
+def begin_with(run: Path, data: Path, go_on: bool = True) -> None:
+    train(run.with_name("new"), data, 1, start={"model": str(run), "data": go_on})
 
 
 def look_at_tokenizers(run: Path, data: Path) -> None:
@@ -147,14 +145,13 @@ def look_at_tokenizers(run: Path, data: Path) -> None:
 
 READERS = {
     "resume": lambda run, data: train(run, data, 4),
-    "initial_load_path": begin_with_weights,
-    "initial_load_path, everything": lambda run, data: begin_with_weights(run, data, False),
-    "start.run": lambda run, data: train(run.with_name("new"), data, 1, start={"run": str(run)}),
+    "start.model": begin_with,
+    "start.model, no data": lambda run, data: begin_with(run, data, go_on=False),
     "load_model": lambda run, data: load_model(run),
     "convert": lambda run, data: convert(run, run.with_name("converted")),
     "generate": look_at_tokenizers,
 }
-OF_THE_MODEL = ("initial_load_path", "load_model", "convert")
+OF_THE_MODEL = ("start.model, no data", "load_model", "convert")
 
 
 @pytest.mark.parametrize("where", HIDDEN)
@@ -164,7 +161,7 @@ def test_code_in_a_checkpoint_does_not_run(run, data, tmp_path, monkeypatch, rea
     HIDDEN[where](run / "checkpoint" / "step-3")
     assert not (tmp_path / "code was run").exists()
     unread = {
-        "step": (*OF_THE_MODEL, "start.run", "generate"),
+        "step": (*OF_THE_MODEL, "start.model", "generate"),
         "identity": OF_THE_MODEL,
         "lanes": (*OF_THE_MODEL, "generate"),
         "tensor": ("generate",),

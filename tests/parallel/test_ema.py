@@ -308,16 +308,16 @@ def test_a_checkpoint_that_lacks_an_average_is_refused(stopped, data, monkeypatc
 def test_a_warm_start_takes_the_weights_asked_for(unbroken, without, data, tmp_path):
     folder, trainer, seen = unbroken
     for which, expected in (("trained", seen[-1]), ("ema", trainer.ema.averages)):
-        fields = {"start.run": str(folder), "start.weights": which, "training.steps": 1}
+        fields = {"start.model": str(folder), "start.weights": which, "training.steps": 1}
         child = small(tmp_path / which, data, **fields, **{"validator.enable": False}).build()
         assert ("averaged" in child._begin()) == (which == "ema")
         assert equal(weights(child), expected)
         child.ema.begin()
         assert equal(child.ema.averages, expected) and child.ema.updates == 0
         child.close()
-    config = small(tmp_path / "no", data, **{"start.run": str(without[0]), "start.weights": "ema"})
-    child = config.build()
-    with pytest.raises(ValueError, match=r"start.weights \(ema\) needs averaged weights.* none of"):
+    fields = {"start.model": str(without[0]), "start.weights": "ema"}
+    child = small(tmp_path / "no", data, **fields).build()
+    with pytest.raises(ValueError, match=r"start.model: weights \(ema\): .* only trained ones"):
         child._begin()
     child.close()
 

@@ -137,6 +137,7 @@ OTHER = {
     "parallelism.pipeline_parallel_schedule_csv": "schedule.csv",
     "parallelism.context_parallel_load_balancer": None,
     "parallelism.context_parallel_ptrr_mask_key": "full",
+    "checkpoint.initial_load_path": "runs/other",
     "comm.train_timeout_seconds": 600,
     "comm.mode": "torchcomms",
     "validator.steps": 3,

@@ -118,8 +118,8 @@ def test_every_other_setting_that_is_applied_changes_what_is_computed(stopped, t
         ({"training.seq_len": 16}, r"training.seq_len \(16\) must stay 32"),
         ({"training.dtype": "bfloat16"}, r"training.dtype \('bfloat16'\) must stay 'float32'"),
         ({"optimizer.implementation": "foreach"}, r"\('foreach'\) must stay 'fused'"),
-        ({"checkpoint.initial_load_path": "/a"}, r"initial_load_path \('/a'\) must stay None"),
-        ({"start.run": "elsewhere"}, r"start.run \('elsewhere'\) must stay ''"),
+        ({"checkpoint.initial_load_path": "/a"}, r"initial_load_path \('/a'\) must be None"),
+        ({"start.model": "elsewhere"}, r"start.model \('elsewhere'\) must stay ''"),
         ({"training.steps": 2}, r"steps \(2\) must be at least 3, the step of the checkpoint in"),
         ({"model": moma()}, "of another model: layers.0.feed_forward.pools.0.router.weight: not"),
         (

@@ -295,6 +295,6 @@ def test_a_dry_run_tells_how_often_data_are_read_and_refuses_what_a_start_would(
     config = changed(tiny_config(tmp_path, data), {"parallelism.tensor_parallel_degree": 3})
     with pytest.raises(ValueError, match="tensor_parallel_degree"):
         dry_run.describe("tiny", config, ranks=8)
-    model = decoders.dense(replace(SHAPE, vocab_size=50))
-    with pytest.raises(ValueError, match="vocab_size"):
-        dry_run.describe("tiny", tiny_config(tmp_path, data, model), ranks=1)
+    config = changed(tiny_config(tmp_path, data), {"data.shares": {"films": 1.0}})
+    with pytest.raises(ValueError, match=r"data.shares names \['films'\]"):
+        dry_run.describe("tiny", config, ranks=1)

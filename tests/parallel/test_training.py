@@ -195,6 +195,7 @@ def test_parameters_that_are_not_finite_stop_the_run_before_they_are_saved(tmp_p
     assert not (tmp_path / "checkpoint").exists()
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_the_same_command_resumes(tmp_path, data):
     script = tmp_path / "job.py"
     script.write_text(
@@ -269,7 +270,7 @@ def test_what_torchtitan_imports_late_is_there_when_it_is_used(monkeypatch):
         ),
         ({"dataloader.media_share": 0.99}, r"media_share \(0.99\) must lie between"),
         ({"parallelism.tensor_parallel_degree": 2}, "must make up the 1 ranks"),
-        ({"start.run": "a", "checkpoint.initial_load_path": "b"}, r"start.run \('a'\) must not be"),
+        ({"checkpoint.initial_load_path": "/b"}, r"'/b'\) must be None.*: start.model takes"),
     ],
 )
 def test_wrong_configs_are_refused_before_anything_is_written(tmp_path, data, fields, rule):
@@ -283,9 +284,6 @@ def test_what_does_not_fit_its_data_or_folder_is_refused(tmp_path, data, monkeyp
         with pytest.raises(ValueError, match=rule):
             config.build()
 
-    model = decoders.dense(replace(SHAPE, vocab_size=50))
-    rule = r"vocab_size \(50\) must equal the vocabulary of the data \(48"
-    refused(tiny_config(tmp_path / "out", data, model), rule)
     task = Task("toy", [[0] * 31], [(10,), (11, 12, 13)], [0], VOCABULARY)
     monkeypatch.setattr("earlyfuse.parallel.evaluation.validation.load_tasks", lambda _: [task])
     rule = r"training.seq_len \(32\) must hold a prompt of the task 'toy' \(33 tokens\)"
@@ -310,13 +308,12 @@ def test_command_line(capsys, monkeypatch, tmp_path):
     assert "moma_4t4i" in listed and "Mixture-of-Transformers" in listed
     assert train(["dense", "--help"]) == 0
     shown = capsys.readouterr().out
-    assert "runs/dense" in shown and len(shown.splitlines()) < 40
+    assert "runs/dense" in shown and len(shown.splitlines()) < 48
     assert train(["mamma"]) == 2
     message = capsys.readouterr().err
     assert isinstance(embedded.moma_4t4i_stage2().lr_scheduler, LearningRate.Config), "its fields"
     assert "config ('mamma') is unknown; did you mean mamba" in message and "--list" in message
-    with pytest.raises(SystemExit):
-        train(["dense", "--training.step", "3"])
+    assert train(["dense", "--training.step", "3"]) == 2
     assert "--training.steps" in capsys.readouterr().err
     assert train(["dense", "--data.folder", "nowhere", "--data.no-embedded"]) == 2
     assert "error: data.folder ('nowhere')" in capsys.readouterr().err

@@ -53,6 +53,7 @@ from earlyfuse.parallel.strategies import gradient_clipping
 from earlyfuse.parallel.strategies.gradient_clipping import GradientClipping
 from earlyfuse.parallel.training import skip_step
 from earlyfuse.parallel.training.skip_step import SkipRule, step_unless_skipped
+from earlyfuse.parallel.training.step_metrics import LossMean
 
 ROWS, SEQ_LEN = 2, 256
 SPEECH = tuple(Modality)
@@ -206,6 +207,7 @@ def _finish_step(model: Decoder, losses: Losses) -> None:
     for guard in (False, True):
         rule = SkipRule.Config(spike_guard=guard).build()
         taken = rule.decide(1, losses.sums["loss"].sum(), norm, losses.sums.values())
+    LossMean().add(losses.sums, {"labels": norm.new_ones(1, dtype=torch.int64)}, taken)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     step_unless_skipped([optimizer], taken)
     for module in model.modules():

@@ -92,7 +92,7 @@ class Case:
         config.checkpoint.enable = config.metrics.enable_tensorboard = False
         config.validator.batch_rows = config.training.global_batch_size = ROWS
         if self.model == "upcycled":
-            config.start.run = seed
+            config.start.model = seed
         if "stage2" in self.words:
             stage2 = stages.causal_routers_only(config, seed, lr=1e-2)
             config.train_only, config.optimizer = stage2.train_only, stage2.optimizer

@@ -156,6 +156,7 @@ def changed(config, fields: dict):
 
 
 TIMES = {"tokens_per_second", "data_wait", "memory_gib", "mfu"}
+TIMES |= {"first_step_seconds", "step_seconds", "tflops_per_rank"}
 TIMES |= {"rank_seconds/max", "rank_seconds/min", "slowest_rank", "slowest_host"}
 
 

@@ -108,7 +108,7 @@ def test_a_model_with_vectors_is_measured_on_its_images(tmp_path, monkeypatch, c
     ranks = json.loads((tmp_path / "out" / arank.RESULTS).read_text())["layers"]
     assert all(layer["rank"] > 0 for layer in ranks)
     assert arank.main((str(tmp_path / "narrow"), "--out", str(tmp_path / "no"), *options)) == 2
-    assert "vectors.width (12) must be the width" in capsys.readouterr().err
+    assert "must have vectors of the shape of the model's" in capsys.readouterr().err
     assert not (tmp_path / "no").exists()
 
 

@@ -79,6 +79,7 @@ def submit(environment: dict[str, str], *arguments: str) -> subprocess.Popen:
     )
 
 
+@pytest.mark.slow
 def test_the_signal_before_the_time_limit_saves_and_queues_the_job_again(slurm, tmp_path):
     (tmp_path / "job.py").write_text(JOB.format(data=str(make_data(tmp_path / "data"))))
     slurm["PROGRAM"] = str(tmp_path / "job.py")

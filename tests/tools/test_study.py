@@ -186,7 +186,7 @@ def test_a_folder_with_a_run_of_other_settings_is_refused_by_field(tmp_path, mon
 
 
 def test_runs_are_started_with_the_entry_of_this_tree():
-    assert study.TRAIN == ROOT / "train.py" and study.TRAIN.is_file()
+    assert study.TRAIN == ROOT / "tools" / "train.py" and study.TRAIN.is_file()
 
 
 def test_two_studies_in_one_folder_are_refused(tmp_path, monkeypatch, capsys):
@@ -218,9 +218,9 @@ time.sleep(600)
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_runs_end_with_the_study(tmp_path, monkeypatch, number):
-    """Killed, at once; terminated, when they have saved."""
+    """Killed, at once; terminated or interrupted, when they have saved."""
     (tmp_path / "train.py").write_text(RUN)
     monkeypatch.setattr(study, "TRAIN", tmp_path / "train.py")
     runs = [study.Run("mamba", seed, tmp_path / str(seed), 1, ()) for seed in (0, 1)]
@@ -234,7 +234,7 @@ def test_runs_end_with_the_study(tmp_path, monkeypatch, number):
     assert job.exitcode == (-number if number == signal.SIGKILL else 1)
     for run in runs:
         assert FolderLock(run.folder, print).acquire(60), "it is gone, and with it its lock"
-        assert (run.folder / "saved").exists() == (number == signal.SIGTERM)
+        assert (run.folder / "saved").exists() == (number != signal.SIGKILL)
 
 
 @pytest.mark.parametrize(

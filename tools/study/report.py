@@ -51,9 +51,13 @@ def _validations(lines: Sequence[dict[str, Any]]) -> tuple[np.ndarray, dict[str,
     held_out = sorted((x for x in lines if x["kind"] == VALIDATION), key=lambda x: x["step"])
     if not trained or not held_out:
         raise ValueError("a run has logged no validation; train it to its end, or start it again")
-    done = [sum(v for k, v in line.items() if k.startswith("flops/")) for line in trained]
-    steps = [line["step"] for line in trained]
-    flops_P = np.interp([line["step"] for line in held_out], steps, done)
+    # validations of earlier versions have no FLOPs: those of the training lines around them
+    known = {
+        line["step"]: sum(value for key, value in line.items() if key.startswith("flops/"))
+        for line in sorted([*trained, *held_out], key=lambda line: line["step"])
+        if any(key.startswith("flops/") for key in line)
+    }
+    flops_P = np.interp([line["step"] for line in held_out], [*known], [*known.values()])
     keys = {
         key: key.removeprefix(prefix) + name
         for line in held_out

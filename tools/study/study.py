@@ -6,7 +6,8 @@ of the documents' order (``dataloader.seed``). Runs that are finished are not ru
 ones go on; those that were trained with other settings are refused. OUT then holds the runs, and of
 all together ``study.png``, ``study.md`` and ``study.json``. The first config is the baseline.
 
-SIGTERM lets the runs save and end; they end with this process if it is killed.
+SIGTERM or Ctrl-C lets the runs save and end; a second Ctrl-C kills them, as they end with this
+process.
 """
 
 import argparse
@@ -24,26 +25,15 @@ from time import perf_counter
 from types import FrameType
 from typing import Any
 
-from earlyfuse.configs.command_line import override
 from earlyfuse.configs.registry import load_config, split_name
 from earlyfuse.data.console import printable
 from earlyfuse.data.folder_lock import FolderLock
 from earlyfuse.data.json_files import shown
+from earlyfuse.parallel.reliability import preemption
 from earlyfuse.parallel.reliability.preemption import PARENT_PIPE
-from earlyfuse.parallel.reporting.metrics_file import METRICS_FILE, VALIDATION, read_metrics
-from earlyfuse.parallel.reporting.run_folder import DESCRIPTION, read_description
-from earlyfuse.parallel.trainer import resolve
-from earlyfuse.parallel.training.resume_settings import (
-    UNKNOWN,
-    Effect,
-    changes,
-    effect_of,
-    plain_config,
-)
-from earlyfuse.tools.command import run_command
-from earlyfuse.tools.study.report import curves, report
+from earlyfuse.tools.command import Parser, run_command
 
-TRAIN = Path(__file__).resolve().parents[2] / "train.py"
+TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 
 
 @dataclass(frozen=True)
@@ -66,10 +56,12 @@ class Run:
     @property
     def command(self) -> list[str]:
         """The command line of ``train.py``."""
-        return [sys.executable, str(TRAIN), self.config, *self.arguments]
+        return [sys.executable, "-P", str(TRAIN), self.config, *self.arguments]
 
     def lines(self) -> list[dict[str, Any]]:
         """Logged lines of the run; the last of a step that was repeated after a resume."""
+        from earlyfuse.parallel.reporting.metrics_file import METRICS_FILE, read_metrics
+
         path = self.folder / METRICS_FILE
         if not path.exists():
             return []
@@ -77,10 +69,16 @@ class Run:
 
     def finished(self) -> bool:
         """True if its last validation is logged."""
+        from earlyfuse.parallel.reporting.metrics_file import VALIDATION
+
         return any(x["kind"] == VALIDATION and x["step"] == self.steps for x in self.lines())
 
     def check_settings(self) -> None:
         """``ValueError`` if the folder holds a run of other settings, or of unknown ones."""
+        from earlyfuse.parallel.reporting.metrics_file import METRICS_FILE
+        from earlyfuse.parallel.reporting.run_folder import DESCRIPTION, read_description
+        from earlyfuse.parallel.training.resume_settings import UNKNOWN, Effect, changes, effect_of
+
         where = printable(str(self.folder))
         remedy = "compare in another OUT, or remove that folder"
         if not (self.folder / DESCRIPTION).is_file():
@@ -114,6 +112,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _study(given: list[str]) -> None:
     split = given.index("--") if "--" in given else len(given)
     options = _parser().parse_args(given[:split])
+    from earlyfuse.tools.study.report import curves, report  # --help does not pay for torch
+
     logging.getLogger().setLevel(logging.ERROR)  # torchtitan warns of its own defaults
     runs = plan(options.out, options.configs, options.seeds, tuple(given[split + 1 :]))
     for run in runs:
@@ -133,6 +133,10 @@ def plan(
     """The runs, seed by seed. ``ValueError`` for unknown configs, repeated names, configs without
     validation, and settings that cannot be right.
     """
+    from earlyfuse.configs.command_line import override
+    from earlyfuse.parallel.trainer import resolve
+    from earlyfuse.parallel.training.resume_settings import plain_config
+
     for name, values in (("configs", [label(c) for c in configs]), ("seeds", list(seeds))):
         if len(set(values)) < len(values):
             raise ValueError(f"{name} ({' '.join(map(str, values))}) must differ from each other")
@@ -163,13 +167,19 @@ def train(runs: Sequence[Run], jobs: int) -> None:
     read, write = os.pipe()  # closes when this process ends, and its runs see it
     environment = {"OMP_NUM_THREADS": str(threads)} | os.environ | {PARENT_PIPE: str(read)}
     training: set[subprocess.Popen[bytes]] = set()
-    stopping = False
+    stopping = interrupted = False
 
-    def stop(number: int, frame: FrameType | None) -> None:
+    def stop(number: int = signal.SIGTERM, frame: FrameType | None = None) -> None:
         nonlocal stopping
         stopping = True
         for process in list(training):
             process.terminate()
+
+    def interrupt() -> None:
+        nonlocal interrupted
+        interrupted = True
+        preemption.tell("stopping when the runs have saved; Ctrl-C again kills them")
+        stop()
 
     def one(run: Run) -> None:
         if stopping or run.finished():
@@ -193,7 +203,8 @@ def train(runs: Sequence[Run], jobs: int) -> None:
         done = f"{run.folder.name}: {perf_counter() - began:.0f} s"
         print(printable(done), flush=True)
 
-    before = signal.signal(signal.SIGTERM, stop)
+    before = signal.signal(signal.SIGTERM, stop), signal.getsignal(signal.SIGINT)
+    preemption.on_interrupt(interrupt)
     try:
         with ThreadPoolExecutor(jobs) as pool:
             results = [pool.submit(one, run) for run in runs]
@@ -203,9 +214,12 @@ def train(runs: Sequence[Run], jobs: int) -> None:
             finally:
                 pool.shutdown(cancel_futures=True)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, before[0])
+        signal.signal(signal.SIGINT, before[1])
         os.close(read)
         os.close(write)
+    if interrupted:
+        raise KeyboardInterrupt
     if stopping:
         raise RuntimeError("stopped by SIGTERM; the same command goes on")
 
@@ -224,8 +238,8 @@ def _only_one(out: Path) -> Iterator[None]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m earlyfuse.tools.study",
+    parser = Parser(
+        prog="study",
         description="Train configs with several seeds; compare held-out loss at equal FLOPs.",
         epilog="Behind -- follow overrides for train.py, as in: -- --training.steps 300",
     )

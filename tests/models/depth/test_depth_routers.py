@@ -67,7 +67,13 @@ def test_recomputed_blocks_keep_the_same_rows(name, policy):
         assert grad is expected[parameter] is None or grad.equal(expected[parameter]), parameter
 
 
-@pytest.mark.parametrize("name", ["mod", "moma_mod", "gamma_mod", "static"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mod",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("moma_mod", "gamma_mod", "static")),
+    ],
+)
 def test_a_block_with_a_static_budget_compiles_into_one_graph(name):
     model = built(DEPTHS[name]())
     batch = mixed()
