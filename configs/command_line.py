@@ -151,7 +151,7 @@ def _take(field: str, arguments: list[str]) -> str | None:
 
 
 def _unknown(word: str, config: Trainer.Config) -> str:
-    """What is wrong with a word that the command line does not know."""
+    """The refusal of a word that the command line does not know."""
     name = word.partition("=")[0]
     if name.startswith("activation-checkpoint:"):  # torchtitan's own command line
         return f"{name} is not read; give --recompute {name.partition(':')[2]}"

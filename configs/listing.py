@@ -53,7 +53,7 @@ COMMON_FIELDS = (
 
 
 def answer(arguments: list[str]) -> str | None:
-    """What a command line of ``train.py`` asks to print, if that needs no config; else None.
+    """The text that a command line of ``train.py`` asks for, if it needs no config; else None.
 
     ``ValueError`` for the name of a config that does not exist.
     """

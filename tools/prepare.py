@@ -193,7 +193,7 @@ def _add_show(commands: Any) -> None:
 
 
 def _add_reading_options(parser: argparse.ArgumentParser) -> None:
-    """How raw shards are read."""
+    """Adds the options of reading raw shards."""
     add = parser.add_argument
     add("--layout", help="pairs, interleaved, mmc4, turns, text (auto: by each sample)")
     columns = (

@@ -64,7 +64,7 @@ def _tokenizer_lines(tokenizers: Tokenizers) -> list[str]:
 
 
 def _id_lines(vocabulary: Vocabulary, done: list[tuple[Path, dict[str, Any]]]) -> list[str]:
-    """What models see of the data: ids, sentinels, blocks, and the rows that hold these. Runs take
+    """The data as models see them: ids, sentinels, blocks, and the rows that hold these. Runs take
     all of it from here, whatever their config says.
     """
     sentinels = f"begin {vocabulary.bos}, end {vocabulary.eos}, padding {vocabulary.pad}"

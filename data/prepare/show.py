@@ -46,7 +46,7 @@ class _Item:
 
 @dataclass(frozen=True)
 class _Original:
-    """What a raw shard says about a document: its ``key``, and the media items as the tokenizer
+    """A document in its raw shard: its ``key``, and the media items as the tokenizer
     reads them.
     """
 

@@ -216,11 +216,11 @@ class PrepareSpec:
 
     @property
     def reading(self) -> ReadOptions:
-        """How raw shards are read."""
+        """Options of reading raw shards."""
         return ReadOptions(self.layout, self.image_first, self.media_root, self.text_unit)
 
     def reading_of(self, source: str) -> ReadOptions:
-        """How the raw shards of a source are read."""
+        """Options of reading the raw shards of a source."""
         columns = sorted(self.columns.items())
         split = [(*key.rpartition(":")[::2], column) for key, column in columns]
         own = tuple((role, column) for of, role, column in split if of == source)

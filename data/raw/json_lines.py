@@ -41,5 +41,5 @@ def json_line_samples(shard: RawShard, options: ReadOptions) -> Iterator[Sample 
 
 
 def json_line_problem(path: Path) -> OtherKind | None:
-    """What a file is that holds no JSON lines."""
+    """The other format of a file that holds no JSON lines."""
     return other_than(path, "JSON lines", ("JSON lines", "a JSON object"))

@@ -61,13 +61,13 @@ def line_parts(
 
 
 def lost_file(shard: RawShard, error: BrokenArchive, good: int, samples: int) -> LostSamples:
-    """What a damaged compressed file loses: all of it, as nothing is used before its checksum."""
+    """The loss of a damaged compressed file: all of it, as nothing is used before its checksum."""
     cause = "truncated" if error.cause == "truncated" else "corrupt-file"
     return LostSamples(cause, f"{shard}: {error}", shard.size, good, good / max(1, samples))
 
 
 def failed_download(shard: RawShard, other: OtherKind | None) -> LostSamples | None:
-    """What stands in place of ``shard`` after a failed download, as a lost shard."""
+    """The file in place of ``shard`` after a failed download, as a lost shard."""
     if other is None:
         return None
     return LostSamples("truncated", f"{shard} is {other.text}", shard.size, 0, 0)

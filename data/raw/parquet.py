@@ -271,7 +271,7 @@ def _read_bytes(group: pq.RowGroupMetaData, columns: Columns) -> int:
 
 
 def _schema_text(schema: pa.Schema) -> bytes:
-    """What decides the columns: names, types and Hugging Face features."""
+    """Describes the columns: names, types and Hugging Face features."""
     lines = [f"{field.name}: {field.type}" for field in schema]
     return "\n".join(lines).encode() + (schema.metadata or {}).get(b"huggingface", b"")
 

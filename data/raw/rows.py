@@ -150,7 +150,7 @@ def _text_segments(text: str) -> list[Segment]:
 
 
 def media_entry(sample: Sample, medium: Medium, entry: object) -> Segment:
-    """What an entry stands for: a member or file by its name, base64, or ``{"bytes", "path"}``."""
+    """The target of an entry: a member or file by its name, base64, or ``{"bytes", "path"}``."""
     if isinstance(entry, dict):
         entry = entry.get("bytes") or entry.get("path")
     if not isinstance(entry, str):

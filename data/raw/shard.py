@@ -74,7 +74,7 @@ class RawShard:
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How raw shards become documents. Raises ``ValueError`` for values out of range.
+    """Options of reading raw shards. Raises ``ValueError`` for values out of range.
 
     ``layout``: one of ``LAYOUTS``, or ``auto``: the layout of each sample is recognised.
     ``image_first``: share of pairs in which the image or utterance leads (Chameleon: 0.5); the hash
@@ -103,7 +103,7 @@ class ReadOptions:
             )
 
     def recipe(self) -> list[str]:
-        """What decides the tokens: the first two values, and each other that is not its default."""
+        """Options that decide the tokens: the first two, and each other that is not its default."""
         others = [(field.name, getattr(self, field.name), field.default) for field in fields(self)]
         return [
             self.layout,

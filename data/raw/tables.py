@@ -101,7 +101,7 @@ def table_samples(shard: RawShard, options: ReadOptions) -> Iterator[Sample | Ba
 
 
 def table_problem(path: Path) -> OtherKind | None:
-    """What a file is that holds no table."""
+    """The other format of a file that holds no table."""
     return other_than(path, "a table", ("plain text",))
 
 

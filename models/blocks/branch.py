@@ -112,7 +112,7 @@ class Regrouping(NamedTuple):
         return len(self.old) if groups > 1 else 1
 
     def places(self, groups: Sequence[int]) -> tuple[int, ...]:
-        """Where the present ``groups`` are now, without those that are left out."""
+        """The places of the present ``groups``, without those that are left out."""
         return tuple(place for place, old in enumerate(self.old) if old in groups)
 
     @property

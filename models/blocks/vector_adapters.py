@@ -246,7 +246,7 @@ def _flat(batch: MixedBatch, width: int) -> tuple[torch.Tensor, torch.Tensor, to
 
 
 class Grid(NamedTuple):
-    """Where the vectors of a batch are in its images.
+    """The places of the vectors of a batch in its images.
 
     ``token_N``: position (of T) of each slot of all images, N = I · n, or T for an empty slot;
     ``slot_T``: slot of each position, or N for one without a vector.

@@ -36,7 +36,7 @@ class Beside:
 
 
 def files_beside(opened: OpenModel, tokenizers: Path | None, images: bool) -> Beside:
-    """What belongs into the folder of ``opened``, whose data have these ``tokenizers``.
+    """The files that belong into the folder of ``opened``, whose data have these ``tokenizers``.
 
     ``images``: the class has an image encoder (Chameleon).
     """

@@ -92,7 +92,7 @@ class OpenModel:
 
     @property
     def weights(self) -> Weights:
-        """Which weights the tensors are: as trained, or their averages over the steps."""
+        """The kind of weights: as trained, or their averages over the steps."""
         return self.source.get("weights", "trained")
 
 

@@ -158,7 +158,7 @@ def _data(config: Trainer.Config, step: Step, data: DataSet | None) -> Iterator[
 
 
 def _needs(config: Trainer.Config) -> Iterator[str]:
-    """What the config needs of data; all else it takes from them."""
+    """The needs of the config for data; all else it takes from them."""
     model, quota = config.model_spec.model, config.dataloader.media_share
     labels = ", ".join(Modality(modality).label for modality in model.modalities)
     yield f"ids and modalities are those of the data; {model.vocab_size:,} and {labels} here"

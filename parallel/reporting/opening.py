@@ -25,7 +25,7 @@ CONVENTION = "a multiply-add is 2 FLOP, attention counts its full square, recomp
 
 @dataclass(frozen=True)
 class Place:
-    """Where a run is: its layout over ranks, the host of each, and the name of rank 0's device."""
+    """The place of a run: its layout over ranks, their hosts, and the name of rank 0's device."""
 
     dims: ParallelDims
     hosts: Sequence[str]

@@ -92,7 +92,7 @@ def fit_shares(model: Decoder.Config, mixture: Mixture) -> Decoder.Config:
 
 
 def differences(before: Decoder.Config, after: Decoder.Config) -> Iterator[str]:
-    """What the data changed in a model, in words."""
+    """The changes of a model by the data, in words."""
     if before.vocab_size != after.vocab_size:
         yield f"{after.vocab_size:,} ids (config: {before.vocab_size:,})"
     else:

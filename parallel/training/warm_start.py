@@ -162,7 +162,7 @@ class Parent:
         return {name: entry.shape for name, entry in self.opened.tensors.entries.items()}
 
     def describe(self) -> str:
-        """What is loaded: tensors read, grown, new and ignored, and why."""
+        """A summary of the load: tensors read, grown, new and ignored, and why."""
         opened, origins = self.opened, self.origins
         new = [name for name, origin in origins.items() if origin is None]
         averaged = "averaged " if opened.weights == "ema" else ""
@@ -186,7 +186,7 @@ class Parent:
 
 
 def _kind(name: str) -> str:
-    """What a new parameter belongs to."""
+    """The part of the model that a new parameter belongs to."""
     return "routers" if "router" in name or ".depth" in name else name
 
 
